@@ -1,0 +1,27 @@
+"""One row of training or evaluation data, the meeting point of all data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["text", "image", "instruction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A conversation and the poses that its answers show.
+
+    messages: as OpenAI and transformers write them: ``{"role": "user" | "assistant", "content": str | [parts]}``, a part being
+        ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | PIL image | (H, W, 3) uint8 array}``. Assistant text
+        marks each pose with the literal ``<POSE>``.
+    poses: (P, 24, 3, 3) float32 rotation matrices, SMPL joint order, joint 0 the global orientation in the camera frame (x right, y down,
+        z away); one for each ``<POSE>`` in order of appearance. P may be 0.
+    """
+
+    id: str
+    kind: Kind
+    messages: list[dict[str, Any]]
+    poses: np.ndarray

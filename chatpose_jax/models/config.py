@@ -1,0 +1,185 @@
+"""Model configuration: frozen dataclasses, their JSON form, and the presets.
+
+Everything here is plain data: importing it costs no JAX. A preset becomes shapes, weights or a batch in ``chatpose_jax.models.chatpose``
+(``abstract_params``, ``create``, ``fake_batch``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from chatpose_jax.errors import UserError
+
+LoRATarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision tower (pre-LN, quick GELU). Its features are the hidden states after ``num_layers + select_layer + 1`` blocks, CLS dropped."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    select_layer: int = -2
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_used_layers(self) -> int:
+        """Blocks that run: the rest of the tower feeds nothing and is never allocated."""
+        return self.num_layers + self.select_layer + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """LLaMA decoder. ``vocab_size`` counts every row; rows from ``base_vocab_size`` on are kept apart, so that new tokens train alone."""
+
+    vocab_size: int = 32001
+    base_vocab_size: int = 32000
+    hidden_size: int = 5120
+    intermediate_size: int = 13824
+    num_layers: int = 40
+    num_heads: int = 40
+    num_kv_heads: int = 40
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+
+    @property
+    def num_added_tokens(self) -> int:
+        return self.vocab_size - self.base_vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on decoder projections; output is scaled by ``alpha / rank`` (Hu et al. 2021, section 4.1)."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+    targets: tuple[LoRATarget, ...] = ("q_proj", "v_proj")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Pose head: ``name`` is looked up in ``models.heads``; ``options`` go to its constructor unread."""
+
+    name: str = "mlp"
+    num_joints: int = 24
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The whole ChatPose: vision tower, projector, decoder, adapters, pose head, and the ids that the model itself must know.
+
+    ``image_token_id`` may be negative: some vocabularies (CHATPOSE-V0) have no row for the image placeholder.
+    ``scan_layers`` stacks the layers of both towers and scans over them (training); unrolled layers decode faster.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    lora: LoRAConfig | None = LoRAConfig()
+    head: HeadConfig = HeadConfig()
+    pose_token_id: int = 32000
+    image_token_id: int = -200
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    scan_layers: bool = True
+    dtype: str = "bfloat16"
+    """Compute dtype of matmuls and activations; norms, softmax, RoPE and the pose head run in float32."""
+    param_dtype: str = "bfloat16"
+    """Storage dtype of the base; LoRA, the added token rows and the head are always float32."""
+
+    def __post_init__(self) -> None:
+        text = self.text
+        if text.num_heads % text.num_kv_heads:
+            raise UserError(f"text.num_kv_heads={text.num_kv_heads} must divide text.num_heads={text.num_heads}")
+        if self.vision.image_size % self.vision.patch_size:
+            raise UserError(f"vision.patch_size={self.vision.patch_size} must divide vision.image_size={self.vision.image_size}")
+        if not 0 <= self.pose_token_id < text.vocab_size:
+            raise UserError(f"pose_token_id={self.pose_token_id} lies outside the vocabulary of {text.vocab_size} rows")
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested dict of JSON values; ``from_json`` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+        """Raises UserError that names an unknown key."""
+        return _from_dict(cls, data, "model")
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        return dataclasses.replace(self, **changes)
+
+
+_NESTED: dict[str, type] = {"vision": VisionConfig, "text": TextConfig, "lora": LoRAConfig, "head": HeadConfig}
+
+
+def _from_dict(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected a table of settings, found {type(data).__name__}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - known):
+        raise UserError(f"{where}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+    values = {}
+    for key, value in data.items():
+        if key in _NESTED and value is not None and cls is ModelConfig:
+            value = _from_dict(_NESTED[key], value, f"{where}.{key}")
+        elif key == "targets":
+            value = tuple(value)
+        elif key == "options":
+            value = tuple((str(name), option) for name, option in value)
+        values[key] = value
+    return cls(**values)
+
+
+def _tiny() -> ModelConfig:
+    return ModelConfig(
+        vision=VisionConfig(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4),
+        text=TextConfig(
+            vocab_size=1026,
+            base_vocab_size=1024,
+            hidden_size=192,
+            intermediate_size=512,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=6,
+            head_dim=32,
+            max_position_embeddings=1024,
+        ),
+        lora=LoRAConfig(rank=8, alpha=16.0, dropout=0.0),
+        pose_token_id=1024,
+        image_token_id=1025,
+        dtype="float32",
+        param_dtype="float32",
+    )
+
+
+_7B = TextConfig(hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32)
+
+PRESETS: dict[str, ModelConfig] = {
+    "chatpose_13b": ModelConfig(),
+    "chatpose_7b": ModelConfig(text=_7B),
+    "tiny": _tiny(),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The named preset; raises UserError that lists the names."""
+    if name not in PRESETS:
+        raise UserError(f"no model preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
