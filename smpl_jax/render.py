@@ -1,0 +1,536 @@
+"""Pictures of meshes and bodies in plain numpy: no display, no GPU, no system package.
+
+The camera frame is the one ChatPose predicts in: x right, **y down**, z away from the viewer. A rotation that takes an
+upright y-up body there is Rx(π), so a body whose global orientation is near Rx(π) stands upright and faces the viewer.
+
+The rasteriser is vectorised over (triangle, pixel) pairs: every triangle lists the pixel centres of its bounding box,
+the edge functions keep those inside, and one `np.maximum.at` over (inverse depth, pair) keys does the depth test.
+Body meshes have thousands of triangles of a few pixels each, for which this is near the cost of reading the mesh.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from smpl_jax.body import BodyModel
+
+SKIN = (0.80, 0.62, 0.52)
+"""Default sRGB colour of a mesh."""
+BACKDROP = (0.95, 0.95, 0.96)
+"""Default sRGB colour of the background."""
+
+# Pairs of (triangle, pixel) handled at a time: bounds memory when a few triangles fill a large picture.
+_PAIRS_AT_ONCE = 1 << 22
+# Nothing nearer than this is drawn; triangles that cross it are dropped, not clipped.
+_NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera; pixel centres lie at (column + 0.5, row + 0.5).
+
+    Attributes:
+        width, height: picture size in pixels.
+        focal: focal length in pixels.
+        center: principal point (x, y) in pixels.
+        translation: (3,) metres, added to points before projecting, so that a mesh at the origin can be seen.
+    """
+
+    width: int
+    height: int
+    focal: float
+    center: tuple[float, float]
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def project(self, points: ArrayLike) -> NDArray[np.float32]:
+        """Image positions (..., 2) in pixels, x right and y down, of points (..., 3) in metres in the camera frame."""
+        p = np.asarray(points, np.float32) + np.asarray(self.translation, np.float32)
+        return p[..., :2] * (np.float32(self.focal) / p[..., 2:]) + np.asarray(self.center, np.float32)
+
+    def scaled(self, factor: float) -> Camera:
+        """The same view with `factor` times as many pixels along each axis."""
+        return replace(
+            self,
+            width=round(self.width * factor),
+            height=round(self.height * factor),
+            focal=self.focal * factor,
+            center=(self.center[0] * factor, self.center[1] * factor),
+        )
+
+    @classmethod
+    def looking_at(
+        cls, vertices: ArrayLike, size: int | tuple[int, int] = 512, *, fov: float = 25.0, margin: float = 0.06
+    ) -> Camera:
+        """A camera along +z that frames a mesh.
+
+        Args:
+            vertices: (V, 3) metres, camera frame.
+            size: side of a square picture, or (height, width).
+            fov: full vertical angle of view in degrees; small angles look like a portrait lens.
+            margin: free border, as a fraction of the picture, on each side.
+        """
+        v = np.asarray(vertices, np.float64).reshape(-1, 3)
+        height, width = (size, size) if isinstance(size, int) else size
+        focal = 0.5 * height / np.tan(np.radians(fov) / 2)
+        low, high = v.min(0), v.max(0)
+        middle = (low + high) / 2
+        room = focal / (0.5 * (1 - 2 * margin) * np.array([width, height]))
+        # Each vertex has to fit at its own depth: distance >= |offset| * focal / half size - its depth offset.
+        offset = v - middle
+        distance = max(float((np.abs(offset[:, :2]) * room - offset[:, 2:]).max()), 10 * _NEAR)
+        x, y, z = (float(c) for c in (-middle[0], -middle[1], distance - middle[2]))
+        return cls(width, height, float(focal), (width / 2, height / 2), (x, y, z))
+
+
+class Raster(NamedTuple):
+    """What each pixel sees; see `rasterize`."""
+
+    face: NDArray[np.int32]
+    barycentric: NDArray[np.float32]
+    depth: NDArray[np.float32]
+
+
+class _Fragments(NamedTuple):
+    """The visible pixels only: `pixel` (N,) row-major, `face` (N,), `barycentric` (N, 3), `depth` (N,)."""
+
+    pixel: NDArray[np.intp]
+    face: NDArray[np.intp]
+    barycentric: NDArray[np.float32]
+    depth: NDArray[np.float32]
+
+
+def rasterize(vertices: ArrayLike, faces: ArrayLike, camera: Camera, *, cull: bool = True) -> Raster:
+    """Find the nearest triangle at each pixel centre.
+
+    Args:
+        vertices: (V, 3) metres, camera frame.
+        faces: (F, 3) vertex indices, counter-clockwise seen from outside (as in SMPL).
+        camera: the view.
+        cull: leave out triangles that face away; right for closed meshes.
+
+    Returns:
+        Raster of `face` (H, W) int32, -1 where nothing is seen; `barycentric` (H, W, 3) float32, perspective correct;
+        `depth` (H, W) float32 metres along z, inf where nothing is seen.
+    """
+    points, triangles = _mesh(vertices, faces)
+    seen = _fragments(points + np.asarray(camera.translation, np.float32), triangles, camera, cull)
+    shape = (camera.height, camera.width)
+    face = np.full(shape, -1, np.int32)
+    barycentric = np.zeros((*shape, 3), np.float32)
+    depth = np.full(shape, np.inf, np.float32)
+    face.reshape(-1)[seen.pixel] = seen.face
+    barycentric.reshape(-1, 3)[seen.pixel] = seen.barycentric
+    depth.reshape(-1)[seen.pixel] = seen.depth
+    return Raster(face, barycentric, depth)
+
+
+def render_mesh(
+    vertices: ArrayLike,
+    faces: ArrayLike,
+    *,
+    camera: Camera | None = None,
+    size: int | tuple[int, int] = 512,
+    colors: ArrayLike | None = None,
+    background: ArrayLike | None = None,
+    light: ArrayLike = (-0.45, -0.75, -0.65),
+    supersample: int = 2,
+    ground: ArrayLike | None = None,
+) -> NDArray[np.uint8]:
+    """Draw a mesh with smooth shading.
+
+    Args:
+        vertices: (V, 3) metres, camera frame (x right, y down, z away).
+        faces: (F, 3) vertex indices, counter-clockwise seen from outside.
+        camera: the view; by default one that frames the mesh in a picture of `size`.
+        size: side of a square picture, or (height, width), when no camera is given.
+        colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).
+        background: sRGB (3,) in 0..1, or a picture (H, W, 3), uint8 or in 0..1.
+        light: (3,) direction **towards** the main light, camera frame.
+        supersample: samples along each axis of a pixel; 1 is quick and jagged.
+        ground: (3,) direction up, camera frame: lays a soft shadow on the plane below the lowest vertex.
+
+    Returns:
+        (H, W, 3) uint8, sRGB.
+    """
+    points, triangles = _mesh(vertices, faces)
+    view = Camera.looking_at(points, size) if camera is None else camera
+    points = points + np.asarray(view.translation, np.float32)
+    picture = _backdrop(background, view)
+    if ground is not None:
+        _lay_shadow(picture, points, view, np.asarray(ground, np.float32))
+
+    fine = view.scaled(supersample)
+    seen = _fragments(points, triangles, fine, cull=True)
+    if not len(seen.pixel):
+        return picture
+    corners = triangles[seen.face]
+    weight = seen.barycentric[:, :, None]
+    normal = (_vertex_normals(points, triangles)[corners] * weight).sum(1)
+    base = np.asarray(SKIN if colors is None else colors, np.float32)
+    if base.shape not in ((3,), (len(points), 3)):
+        raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
+    base = base * base  # sRGB to linear, near enough and several times quicker than a power of 2.2
+    albedo = base if base.ndim == 1 else (base[corners] * weight).sum(1)
+    position = (points[corners] * weight).sum(1)
+    lit = _shade(normal, position, albedo, np.asarray(light, np.float32))
+
+    # Average the samples of each pixel in linear light; samples that miss the mesh show the background.
+    row, column = np.divmod(seen.pixel, fine.width)
+    target = (row // supersample) * view.width + column // supersample
+    count = np.bincount(target, minlength=view.width * view.height)
+    (covered,) = np.nonzero(count)
+    total = np.stack([np.bincount(target, lit[:, c], len(count))[covered] for c in range(3)], 1)
+    flat = picture.reshape(-1, 3)
+    behind = (flat[covered] / 255.0) ** 2
+    samples = supersample * supersample
+    mixed = (total + behind * (samples - count[covered])[:, None]) / samples
+    flat[covered] = (np.sqrt(mixed.clip(0, 1)) * 255 + 0.5).astype(np.uint8)
+    return picture
+
+
+_VIEWS = {"front": 0.0, "three_quarter": 40.0, "side": 90.0, "back": 180.0, "other_side": -90.0}
+
+
+def render_body(
+    body: BodyModel,
+    rotations: ArrayLike,
+    betas: ArrayLike | None = None,
+    *,
+    size: int | tuple[int, int] = 512,
+    views: Sequence[str] = ("front",),
+    frame: str = "camera",
+    colors: ArrayLike | None = None,
+    background: ArrayLike | None = None,
+    supersample: int = 2,
+    elevation: float = 8.0,
+    ground: bool = True,
+) -> NDArray[np.uint8]:
+    """Draw one posed body, one panel for each view.
+
+    Args:
+        body: a body model.
+        rotations: (J, 3, 3), joint 0 the global orientation.
+        betas: (S,) shape coefficients; zeros by default.
+        size: side of a panel, or its (height, width).
+        views: any of front, three_quarter, side, back, other_side; "front" is what the camera of the pose sees.
+        frame: "camera" (x right, y down: the frame of ChatPose's poses) or "model" (y up, facing +z: as SMPL at
+            rest).
+        colors: sRGB (3,) or (V, 3); by default `clothing_colors`.
+        background: sRGB (3,) or a panel-sized picture.
+        supersample: samples along each axis of a pixel.
+        elevation: degrees by which the viewer looks down.
+        ground: draw a soft shadow on the floor.
+
+    Returns:
+        (H, W * len(views), 3) uint8.
+    """
+    from smpl_jax import body as body_functions
+
+    if frame not in ("camera", "model"):
+        raise ValueError(f'frame must be "camera" or "model", found {frame!r}')
+    unknown = [view for view in views if view not in _VIEWS]
+    if unknown or not views:
+        raise ValueError(f"views must be some of {', '.join(_VIEWS)}; found {', '.join(unknown) or 'none'}")
+    vertices = np.asarray(body_functions.vertices(body, np.asarray(rotations, np.float32), betas), np.float32)
+    faces = np.asarray(body.faces)
+    if frame == "model":
+        vertices = vertices * np.array([1, -1, -1], np.float32)
+    if colors is None:
+        colors = clothing_colors(body)
+    panels = []
+    for view in views:
+        turn = _rotation_x(np.radians(elevation)) @ _rotation_y(np.radians(_VIEWS[view]))
+        up = turn @ np.array([0, -1, 0], np.float32) if ground else None
+        panels.append(
+            render_mesh(
+                vertices @ turn.T,
+                faces,
+                size=size,
+                colors=colors,
+                background=background,
+                supersample=supersample,
+                ground=up,
+            )
+        )
+    return np.concatenate(panels, axis=1)
+
+
+def clothing_colors(
+    body: BodyModel,
+    *,
+    skin: ArrayLike = SKIN,
+    shirt: ArrayLike = (0.36, 0.52, 0.66),
+    trousers: ArrayLike = (0.27, 0.29, 0.36),
+    shoes: ArrayLike = (0.20, 0.19, 0.20),
+    hair: ArrayLike = (0.24, 0.17, 0.13),
+) -> NDArray[np.float32]:
+    """Vertex colours (V, 3), sRGB, of a dressed person: each vertex takes the garment of the joint that moves it most.
+
+    Works for every body with SMPL's first 22 joints; hair is drawn where the file names a region `hair`.
+    """
+    weights = np.asarray(body.weights)
+    return garment_colors(weights, skin=skin, shirt=shirt, trousers=trousers, shoes=shoes)
+
+
+def garment_colors(
+    weights: ArrayLike,
+    *,
+    skin: ArrayLike = SKIN,
+    shirt: ArrayLike = (0.36, 0.52, 0.66),
+    trousers: ArrayLike = (0.27, 0.29, 0.36),
+    shoes: ArrayLike = (0.20, 0.19, 0.20),
+) -> NDArray[np.float32]:
+    """As `clothing_colors`, from skinning weights (V, J) alone."""
+    w = np.asarray(weights, np.float32)
+    palette = np.tile(np.asarray(skin, np.float32), (w.shape[1], 1))
+    for joints, color in (((3, 6, 9, 13, 14, 16, 17), shirt), ((0, 1, 2, 4, 5), trousers), ((7, 8, 10, 11), shoes)):
+        palette[list(joints)] = np.asarray(color, np.float32)
+    return palette[w.argmax(1)]
+
+
+def contact_sheet(
+    images: Sequence[NDArray[np.uint8]], columns: int, labels: Sequence[str] | None = None, *, gap: int = 4
+) -> NDArray[np.uint8]:
+    """Arrange pictures (H, W, 3) uint8 in rows of `columns`, labels below; returns one (H', W', 3) uint8."""
+    if not images or columns < 1:
+        raise ValueError(f"a contact sheet needs pictures and columns >= 1, found {len(images)} and {columns}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} pictures need as many labels, found {len(labels)}")
+    height = max(i.shape[0] for i in images)
+    width = max(i.shape[1] for i in images)
+    caption = 16 if labels is not None else 0
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + caption + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        x, y = gap + column * (width + gap), gap + row * (height + caption + gap)
+        sheet.paste(Image.fromarray(image), (x + (width - image.shape[1]) // 2, y + (height - image.shape[0]) // 2))
+        if labels is not None:
+            draw.text((x + width // 2, y + height + caption // 2), labels[k], fill="black", anchor="mm")
+    return np.asarray(sheet)
+
+
+def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> Path:
+    """Write a (H, W, 3) uint8 picture; the file appears whole or not at all. Returns the path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(image).save(file, "PNG")
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"vertices must be (V, 3), found {points.shape}")
+    if triangles.ndim != 2 or triangles.shape[1] != 3 or triangles.dtype.kind not in "iu":
+        raise ValueError(f"faces must be integers (F, 3), found {triangles.dtype} {triangles.shape}")
+    return points, triangles.astype(np.intp, copy=False)
+
+
+def _fragments(points: NDArray[np.float32], faces: NDArray[np.intp], camera: Camera, cull: bool) -> _Fragments:
+    """Visible pixels of points (V, 3) that already include the camera's translation."""
+    z = points[:, 2]
+    ahead = z > _NEAR
+    inverse = np.float32(1) / np.where(ahead, z, np.float32(1))
+    x = points[:, 0] * inverse * np.float32(camera.focal) + np.float32(camera.center[0])
+    y = points[:, 1] * inverse * np.float32(camera.focal) + np.float32(camera.center[1])
+
+    a, b, c = faces.T
+    xa, ya, xb, yb, xc, yc = x[a], y[a], x[b], y[b], x[c], y[c]
+    # Twice the signed area; with y down, triangles that face the viewer come out negative.
+    area = (xb - xa) * (yc - ya) - (xc - xa) * (yb - ya)
+    left = np.ceil(np.minimum(np.minimum(xa, xb), xc) - 0.5).clip(0, camera.width)
+    right = np.floor(np.maximum(np.maximum(xa, xb), xc) - 0.5).clip(-1, camera.width - 1)
+    top = np.ceil(np.minimum(np.minimum(ya, yb), yc) - 0.5).clip(0, camera.height)
+    bottom = np.floor(np.maximum(np.maximum(ya, yb), yc) - 0.5).clip(-1, camera.height - 1)
+    keep = (area < 0 if cull else area != 0) & (right >= left) & (bottom >= top)
+    if not ahead.all():
+        keep &= ahead[a] & ahead[b] & ahead[c]
+    (kept,) = np.nonzero(keep)
+    best = np.zeros(camera.width * camera.height, np.int64)
+    pieces: list[_Fragments] = []
+    columns = (right[kept] - left[kept] + 1).astype(np.int64)
+    pairs = columns * (bottom[kept] - top[kept] + 1).astype(np.int64)
+    start = 0
+    while start < len(kept):
+        # As many triangles as fit in the budget, and at least one.
+        stop = start + max(1, int(np.searchsorted(np.cumsum(pairs[start:]), _PAIRS_AT_ONCE, "right")))
+        face, count = kept[start:stop], pairs[start:stop]
+        owner = np.repeat(np.arange(len(face)), count)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        down, along = np.divmod(within, columns[start:stop][owner])
+        px = left[face].astype(np.int64)[owner] + along
+        py = top[face].astype(np.int64)[owner] + down
+        i, j, k = faces[face].T
+        scale = np.float32(1) / area[face]
+        # Positions relative to the third corner keep float32 edge functions exact to a small part of a pixel.
+        dx = px.astype(np.float32) + np.float32(0.5) - x[k][owner]
+        dy = py.astype(np.float32) + np.float32(0.5) - y[k][owner]
+        wi = ((y[j] - y[k]) * scale)[owner] * dx + ((x[k] - x[j]) * scale)[owner] * dy
+        wj = ((y[k] - y[i]) * scale)[owner] * dx + ((x[i] - x[k]) * scale)[owner] * dy
+        wk = np.float32(1) - wi - wj
+        (inside,) = np.nonzero((wi >= -1e-5) & (wj >= -1e-5) & (wk >= -1e-5))
+        owner = owner[inside]
+        corner = np.stack([i, j, k], 1)[owner]
+        weight = np.stack([wi[inside], wj[inside], wk[inside]], 1) * inverse[corner]
+        nearness = weight.sum(1)
+        pieces.append(
+            _Fragments(
+                px[inside] + py[inside] * camera.width,
+                face[owner],
+                weight / nearness[:, None],
+                np.float32(1) / nearness,
+            )
+        )
+        start = stop
+    if not pieces:
+        empty = np.zeros(0, np.intp)
+        return _Fragments(empty, empty, np.zeros((0, 3), np.float32), np.zeros(0, np.float32))
+    every = pieces[0] if len(pieces) == 1 else _Fragments(*(np.concatenate(p) for p in zip(*pieces)))
+    # Bits of positive floats sort like the floats: the largest key is the nearest fragment, the later face on a tie.
+    key = (np.float32(1) / every.depth).view(np.int32).astype(np.int64) << 32 | np.arange(1, len(every.depth) + 1)
+    np.maximum.at(best, every.pixel, key)
+    (pixel,) = np.nonzero(best)
+    winner = (best[pixel] & 0xFFFFFFFF) - 1
+    return _Fragments(pixel, every.face[winner], every.barycentric[winner], every.depth[winner])
+
+
+def _vertex_normals(points: NDArray[np.float32], faces: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Area-weighted unit normals (V, 3), outward."""
+    a, b, c = (points[faces[:, k]].T for k in range(3))
+    u, v = b - a, c - a
+    flat = faces.T.reshape(-1)
+    normal = np.empty((len(points), 3), np.float32)
+    for k in range(3):
+        m, n = (k + 1) % 3, (k + 2) % 3
+        normal[:, k] = np.bincount(flat, np.tile(u[m] * v[n] - u[n] * v[m], 3), len(points))
+    return normal / np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), np.float32(1e-20))
+
+
+def _shade(
+    normal: NDArray[np.float32], position: NDArray[np.float32], albedo: NDArray[np.float32], light: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Linear colour (N, 3): sky and floor light, a wrapped main light, a faint highlight and a cool rim."""
+    normal = normal / np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), np.float32(1e-20))
+    towards = -position / np.sqrt((position * position).sum(1, keepdims=True))
+    light = light / np.sqrt((light * light).sum())
+    facing = (normal * towards).sum(1).clip(0, 1)
+    key = ((normal @ light + np.float32(0.25)) / np.float32(1.25)).clip(0, 1)
+    sky = np.float32(0.5) - np.float32(0.5) * normal[:, 1]
+    half = towards + light
+    half /= np.sqrt((half * half).sum(1, keepdims=True))
+    gloss = (normal * half).sum(1).clip(0, 1)
+    gloss *= gloss
+    gloss *= gloss
+    gloss *= gloss
+    gloss *= gloss
+    edge = np.float32(1) - facing
+    edge *= edge
+    diffuse = np.float32(0.16) + np.float32(0.24) * sky + np.float32(0.10) * facing + np.float32(0.85) * key
+    return albedo * diffuse[:, None] + (np.float32(0.05) * gloss + np.float32(0.05) * edge * sky)[:, None]
+
+
+def _backdrop(background: ArrayLike | None, camera: Camera) -> NDArray[np.uint8]:
+    shape = (camera.height, camera.width, 3)
+    value = np.asarray(BACKDROP if background is None else background)
+    if value.shape not in ((3,), shape):
+        raise ValueError(f"background must have shape (3,) or {shape}, found {value.shape}")
+    if value.dtype != np.uint8:
+        value = (value.astype(np.float32).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.array(np.broadcast_to(value, shape))
+
+
+def _lay_shadow(
+    picture: NDArray[np.uint8],
+    points: NDArray[np.float32],
+    camera: Camera,
+    up: NDArray[np.float32],
+    strength: float = 0.55,
+) -> None:
+    """Darken, in place, the floor below the lowest point: soft, and darker where the body is near the floor."""
+    up = up / np.sqrt((up * up).sum())
+    height = points @ up
+    level = height.min()
+    side = np.cross(up, np.array([0, 0, 1], np.float32))
+    side /= np.sqrt((side * side).sum())
+    deep = np.cross(side, up)
+    floor = np.stack([points @ side, points @ deep], 1)
+    # A height map of falling occlusion on a coarse grid, blurred by three box passes.
+    cell, margin = np.float32(0.02), 12
+    origin = floor.min(0) - margin * cell
+    index = ((floor - origin) / cell).astype(np.intp)
+    shape = tuple(index.max(0) + 1 + margin)
+    weight = np.exp(-(height - level) / np.float32(0.35))
+    blocked = np.zeros(shape, np.float32)
+    np.maximum.at(blocked, (index[:, 0], index[:, 1]), weight.astype(np.float32))
+    for _ in range(3):
+        for axis in (0, 1):
+            rolled = [np.roll(blocked, s, axis) for s in range(-3, 4)]
+            blocked = sum(rolled[1:], rolled[0]) / np.float32(7)
+    column, row = np.meshgrid(np.arange(camera.width, dtype=np.float32), np.arange(camera.height, dtype=np.float32))
+    ray = np.stack(
+        [
+            (column + 0.5 - np.float32(camera.center[0])) / np.float32(camera.focal),
+            (row + 0.5 - np.float32(camera.center[1])) / np.float32(camera.focal),
+            np.ones_like(column),
+        ],
+        -1,
+    )
+    slope = ray @ up
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = level / slope
+        hit = ray * distance[..., None]
+        place = (np.stack([hit @ side, hit @ deep], -1) - origin) / cell - np.float32(0.5)
+    valid = (distance > 0) & (place >= 0).all(-1) & (place < np.array(shape, np.float32) - 1).all(-1)
+    p = place[valid]
+    q = p.astype(np.intp)
+    f = p - q
+    i, j = q.T
+    shade = (blocked[i, j] * (1 - f[:, 0]) + blocked[i + 1, j] * f[:, 0]) * (1 - f[:, 1])
+    shade += (blocked[i, j + 1] * (1 - f[:, 0]) + blocked[i + 1, j + 1] * f[:, 0]) * f[:, 1]
+    keep = 1 - np.float32(strength) * shade.clip(0, 1)
+    picture[valid] = (picture[valid] * keep[:, None] + 0.5).astype(np.uint8)
+
+
+def _rotation_x(angle: float) -> NDArray[np.float32]:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[1, 0, 0], [0, c, -s], [0, s, c]], np.float32)
+
+
+def _rotation_y(angle: float) -> NDArray[np.float32]:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
+
+
+__all__: list[Any] = [
+    "BACKDROP",
+    "SKIN",
+    "Camera",
+    "Raster",
+    "clothing_colors",
+    "contact_sheet",
+    "garment_colors",
+    "rasterize",
+    "render_body",
+    "render_mesh",
+    "save_png",
+]
