@@ -1,0 +1,183 @@
+"""The whole of ChatPose, and the verbs that every configuration has: abstract shapes, fresh weights, a fake batch.
+
+Modules define; pure functions execute. ``bind(config, params)`` turns a nested dict of arrays into a callable model inside any ``jax.jit``::
+
+    params = create(config, jax.random.key(0))
+    hidden = jax.jit(lambda params, ids: bind(config, params)(ids).hidden)(params, ids)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.decoder import Decoder, KVCache
+from chatpose_jax.models.heads import create_head
+from chatpose_jax.models.projector import Projector
+from chatpose_jax.models.vision import VisionTower
+
+Params = dict[str, Any]
+"""Nested dict of arrays; paths such as ``decoder/layers/attn/q_proj/kernel``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """hidden: (B, T, D) after the final RMSNorm: position t predicts token t+1 and, where that is a pose token, its pose."""
+
+    hidden: jax.Array
+    cache: KVCache | None = None
+
+
+class ChatPoseModel(nnx.Module):
+    """Vision tower, projector, decoder, pose head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = VisionTower(config, rngs=rngs)
+        self.projector = Projector(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.pose_head = create_head(config.head, config.text.hidden_size, rngs=rngs)
+
+    def encode_images(self, pixel_values: jax.Array) -> jax.Array:
+        """(B, I, S, S, 3) normalised pixels -> (B, I*N, D) decoder embeddings."""
+        batch, images = pixel_values.shape[:2]
+        features = self.projector(self.vision(pixel_values.reshape(batch * images, *pixel_values.shape[2:])))
+        return features.reshape(batch, images * features.shape[1], -1)
+
+    def embed(self, input_ids: jax.Array, image_features: jax.Array | None) -> jax.Array:
+        """(B, T) ids -> (B, T, D); image placeholders take the rows of ``image_features`` (B, I*N, D) in order of appearance."""
+        is_image = input_ids == self.config.image_token_id
+        x = self.decoder.embed_tokens(jnp.where(is_image, 0, input_ids))
+        if image_features is None:
+            return x
+        index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_features.shape[1] - 1)
+        return jnp.where(is_image[..., None], jnp.take_along_axis(image_features, index[..., None], axis=1), x)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        pixel_values: jax.Array | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> Output:
+        """Forward pass, whole (no cache) or continuing one.
+
+        Args:
+            input_ids: (B, T) int32; each image is ``num_patches`` copies of ``image_token_id``. Rows may hold no, one or several images.
+            attention_mask: (B, T), nonzero where a token is; None means everywhere. Padding may stand on either side. With a cache,
+                padding must stand on the right.
+            pixel_values: (B, I, S, S, 3) images in order of appearance; rows with fewer than I leave the rest unread. May be None.
+            cache: new tokens are written from ``cache.cursor`` on. ``cursor + T`` must not exceed the capacity.
+            dropout_key: turns adapter dropout on.
+            remat: recompute layers in the backward pass.
+
+        Returns:
+            Output; with a cache, ``output.cache`` has its ``cursor`` past the longest row.
+        """
+        batch, length = input_ids.shape
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        x = self.embed(input_ids, features)
+        present = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask.astype(bool)
+        positions = jnp.maximum(jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, 0)
+        if cache is None:
+            mask = jnp.tri(length, dtype=bool)[None] & present[:, None, :]
+        else:
+            positions = positions + cache.lengths[:, None]
+            valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, present, cache.cursor, axis=1)
+            slots = cache.cursor + jnp.arange(length)
+            mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= slots[:, None])
+        hidden, new_cache = self.decoder(x, positions, mask, cache, dropout_key=dropout_key, remat=remat)
+        if cache is not None and new_cache is not None:
+            cursor = cache.cursor + jnp.max(jnp.sum(present, axis=1, dtype=jnp.int32))
+            new_cache = dataclasses.replace(new_cache, valid=valid, cursor=cursor)
+        return Output(hidden, new_cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) -> (..., V) float32."""
+        return self.decoder.lm_head(hidden)
+
+    def poses(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) states that predict pose tokens -> (..., J, 3, 3) float32 rotation matrices."""
+        return self.pose_head(hidden.astype(jnp.float32))
+
+
+@functools.lru_cache(maxsize=32)
+def _split(config: ModelConfig) -> tuple[Any, Any]:
+    with nnx.use_eager_sharding(False):
+        return nnx.split(nnx.eval_shape(lambda: ChatPoseModel(config, rngs=nnx.Rngs(0))))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameter tree as ``jax.ShapeDtypeStruct``s; nothing is allocated, at 13B neither."""
+    return nnx.to_pure_dict(_split(config)[1])
+
+
+def create(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh random weights. Wrap in ``jax.jit`` with ``out_shardings`` to create them in place on a mesh."""
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(ChatPoseModel(config, rngs=nnx.Rngs(key))))
+
+    return jax.jit(init)(key)
+
+
+def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
+    """The model over these parameters; cheap enough to call inside every traced function."""
+    graphdef, state = _split(config)
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+    """A random training batch of the right shapes (see ``docs/architecture.md``): an image in front, one pose token near the end."""
+    rng = np.random.default_rng(seed)
+    patches, size = config.vision.num_patches * images, config.vision.image_size
+    total = patches + length
+    ids = rng.integers(3, config.text.base_vocab_size, (batch, total), dtype=np.int32)
+    ids[:, :patches], ids[:, -2] = config.image_token_id, config.pose_token_id
+    labels = np.where(np.arange(total) < total - length // 2, -100, ids).astype(np.int32)
+    data = {
+        "input_ids": ids,
+        "attention_mask": np.ones((batch, total), np.int32),
+        "labels": labels,
+        "pose_index": np.full((batch, 1), total - 3, np.int32),
+        "pose_targets": np.broadcast_to(np.eye(3, dtype=np.float32), (batch, 1, config.head.num_joints, 3, 3)).copy(),
+        "pose_mask": np.ones((batch, 1), bool),
+    }
+    if images:
+        data["pixel_values"] = rng.standard_normal((batch, images, size, size, 3), dtype=np.float32)
+    return data
+
+
+def _map_layers(params: Params, change: Any) -> Params:
+    return {k: change(v) if k == "layers" else _map_layers(v, change) if isinstance(v, dict) else v for k, v in params.items()}
+
+
+def unstack_layers(params: Params) -> Params:
+    """Stacked layers (leading axis L) -> ``{0: …, 1: …}``, the layout of ``scan_layers=False``."""
+
+    def change(layers: Params) -> Params:
+        count = jax.tree.leaves(layers)[0].shape[0]
+        return {i: jax.tree.map(lambda x: x[i], layers) for i in range(count)}
+
+    return _map_layers(params, change)
+
+
+def stack_layers(params: Params) -> Params:
+    """The inverse of ``unstack_layers``."""
+
+    def change(layers: Params) -> Params:
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[i] for i in sorted(layers)))
+
+    return _map_layers(params, change)

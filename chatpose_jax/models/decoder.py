@@ -1,0 +1,217 @@
+"""The LLaMA decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU, a KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
+from chatpose_jax.models.layers import Linear, RMSNorm, attention, make_layers, scaled_normal
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    Slots are written in order by all rows together, so rows of different length leave unused slots behind: ``valid`` says which count.
+
+    keys, values: one (B, G, S, K) array a layer; with scanned layers a single (L, B, G, S, K) array each.
+    valid: (B, S) bool, the slots that hold a token.
+    cursor: () int32, the next slot to write.
+    """
+
+    keys: Any
+    values: Any
+    valid: jax.Array
+    cursor: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return self.valid.shape[1]
+
+    @property
+    def lengths(self) -> jax.Array:
+        """(B,) int32, tokens held by each row: also the position of its next token."""
+        return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
+    """An empty cache of ``capacity`` slots in the compute dtype."""
+    text = config.text
+    shape = (batch, text.num_kv_heads, capacity, text.head_dim)
+
+    def zeros() -> Any:
+        if config.scan_layers:
+            return jnp.zeros((text.num_layers, *shape), config.dtype)
+        return tuple(jnp.zeros(shape, config.dtype) for _ in range(text.num_layers))
+
+    return KVCache(zeros(), zeros(), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+
+
+def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """(B, T) positions -> cosines and sines (B, T, 1, head_dim / 2) in float32 (Su et al. 2021)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate (B, T, H, K) by its positions; the halves of K pair up, as in LLaMA's released weights for transformers."""
+    cos, sin = angles
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class DecoderAttention(nnx.Module):
+    def __init__(self, text: TextConfig, projections: dict[str, LoRAConfig | None], **kwargs: Any):
+        self.head_dim = text.head_dim
+        inner, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+        self.q_proj = Linear(text.hidden_size, inner, lora=projections["q_proj"], **kwargs)
+        self.k_proj = Linear(text.hidden_size, kv, lora=projections["k_proj"], **kwargs)
+        self.v_proj = Linear(text.hidden_size, kv, lora=projections["v_proj"], **kwargs)
+        self.o_proj = Linear(inner, text.hidden_size, lora=projections["o_proj"], **kwargs)
+
+    def __call__(self, x: jax.Array, angles: Any, mask: jax.Array, cache: Any, cursor: Any, keys: Any) -> tuple[jax.Array, Any]:
+        def project(linear: Linear, key: int) -> jax.Array:
+            y = linear(x, None if keys is None else keys[key])
+            return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+        q = rotate(project(self.q_proj, 0), angles)
+        k = rotate(project(self.k_proj, 1), angles).swapaxes(1, 2)
+        v = project(self.v_proj, 2).swapaxes(1, 2)
+        if cache is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis=2) for old, new in zip(cache, (k, v)))
+            cache = (k, v)
+        y = attention(q, k, v, mask)
+        return self.o_proj(y, None if keys is None else keys[3]), cache
+
+
+class DecoderMLP(nnx.Module):
+    def __init__(self, text: TextConfig, projections: dict[str, LoRAConfig | None], **kwargs: Any):
+        self.gate_proj = Linear(text.hidden_size, text.intermediate_size, lora=projections["gate_proj"], **kwargs)
+        self.up_proj = Linear(text.hidden_size, text.intermediate_size, lora=projections["up_proj"], **kwargs)
+        self.down_proj = Linear(text.intermediate_size, text.hidden_size, lora=projections["down_proj"], **kwargs)
+
+    def __call__(self, x: jax.Array, keys: Any) -> jax.Array:
+        gate, up, down = (None, None, None) if keys is None else keys[4:]
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, gate)) * self.up_proj(x, up), down)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm block. Called with the layer's (keys, values) cache, or None; ``dropout_key`` feeds its adapters."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        text, lora = config.text, config.lora
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        projections = {name: lora if lora is not None and name in lora.targets else None for name in names}
+        kwargs = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        norm = {"eps": text.rms_norm_eps, "param_dtype": jnp.dtype(config.param_dtype)}
+        self.input_norm = RMSNorm(text.hidden_size, **norm)
+        self.attn = DecoderAttention(text, projections, **kwargs)
+        self.post_attention_norm = RMSNorm(text.hidden_size, **norm)
+        self.mlp = DecoderMLP(text, projections, **kwargs)
+
+    def __call__(
+        self, x: jax.Array, angles: Any, mask: jax.Array, cache: Any = None, cursor: Any = None, dropout_key: Any = None
+    ) -> tuple[jax.Array, Any]:
+        keys = None if dropout_key is None else jax.random.split(dropout_key, 7)
+        y, cache = self.attn(self.input_norm(x), angles, mask, cache, cursor, keys)
+        x = x + y
+        return x + self.mlp(self.post_attention_norm(x), keys), cache
+
+
+class Embedding(nnx.Module):
+    """Token rows; those from ``base_vocab_size`` on live in ``added``, in float32, so that new tokens can train while the rest is frozen."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        text = config.text
+        self.base, self.dtype = text.base_vocab_size, jnp.dtype(config.dtype)
+        shape = (text.base_vocab_size, text.hidden_size)
+        self.embedding = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(config.param_dtype))
+        self.added = nnx.Param(jax.random.normal(rngs.params(), (text.num_added_tokens, text.hidden_size)) * 0.02)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """(B, T) ids inside the vocabulary -> (B, T, D)."""
+        rows = self.embedding[...][jnp.clip(ids, 0, self.base - 1)].astype(self.dtype)
+        if self.added.shape[0] == 0:
+            return rows
+        added = self.added[...][jnp.clip(ids - self.base, 0, self.added.shape[0] - 1)].astype(self.dtype)
+        return jnp.where((ids >= self.base)[..., None], added, rows)
+
+
+class LMHead(nnx.Module):
+    """Untied output projection, split like the embedding: ``kernel`` (D, base vocabulary), ``added`` (D, new tokens)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        text = config.text
+        self.dtype = jnp.dtype(config.dtype)
+        self.kernel = nnx.Param(scaled_normal(rngs.params(), (text.hidden_size, text.base_vocab_size), config.param_dtype))
+        self.added = nnx.Param(scaled_normal(rngs.params(), (text.hidden_size, text.num_added_tokens), jnp.float32))
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) -> (..., V) float32 logits."""
+        hidden = hidden.astype(self.dtype)
+        parts = [hidden @ weight[...].astype(self.dtype) for weight in (self.kernel, self.added)]
+        return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        text = self.config = config.text
+        self.scan = config.scan_layers
+        self.embed_tokens = Embedding(config, rngs=rngs)
+        self.layers = make_layers(lambda rngs: DecoderLayer(config, rngs=rngs), text.num_layers, scan=self.scan, rngs=rngs)
+        self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, param_dtype=jnp.dtype(config.param_dtype))
+        self.lm_head = LMHead(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Run all layers and the final norm.
+
+        Args:
+            x: (B, T, D) embeddings.
+            positions: (B, T) rotary positions.
+            mask: (B, T, S) bool; S = T without a cache, the cache's capacity with one.
+            cache: written at ``cache.cursor``; ``valid`` and ``cursor`` are the caller's to advance.
+            dropout_key: turns adapter dropout on.
+            remat: recompute each layer in the backward pass.
+
+        Returns:
+            hidden (B, T, D) after the final RMSNorm, and the cache with new keys and values.
+        """
+        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        cursor = None if cache is None else cache.cursor
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def run(layer: DecoderLayer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
+            return layer(x, angles, mask, kv, cursor, key)
+
+        if remat:
+            run = jax.checkpoint(run, prevent_cse=not self.scan)
+        pairs: Any = None
+        if self.scan:
+            kv = None if cache is None else (cache.keys, cache.values)
+            x, pairs = jax.lax.scan(lambda x, layer: run(layer[0], x, *layer[1:]), x, (self.layers, kv, keys))
+        else:
+            outputs = []
+            for i, layer in enumerate(self.layers):
+                kv = None if cache is None else (cache.keys[i], cache.values[i])
+                x, kv = run(layer, x, kv, None if keys is None else keys[i])
+                outputs.append(kv)
+            pairs = None if cache is None else tuple(zip(*outputs))
+        if cache is not None:
+            cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1])
+        return self.norm(x), cache

@@ -1,0 +1,95 @@
+"""The CLIP vision tower (Radford et al. 2021), ViT with pre-LN and quick GELU, as far as LLaVA reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatpose_jax.models.config import ModelConfig, VisionConfig
+from chatpose_jax.models.layers import LayerNorm, Linear, attention, make_layers
+
+
+class VisionAttention(nnx.Module):
+    """Bidirectional multi-head attention with biases."""
+
+    def __init__(self, config: VisionConfig, **kwargs: Any):
+        self.num_heads = config.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            Linear(config.hidden_size, config.hidden_size, bias=True, **kwargs) for _ in range(4)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:2], self.num_heads, -1)
+
+        k, v = (heads(proj(x)).swapaxes(1, 2) for proj in (self.k_proj, self.v_proj))
+        return self.o_proj(attention(heads(self.q_proj(x)), k, v, None))
+
+
+class VisionMLP(nnx.Module):
+    """Linear, quick GELU ``x · sigmoid(1.702 x)``, Linear."""
+
+    def __init__(self, config: VisionConfig, **kwargs: Any):
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, **kwargs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.fc1(x)
+        return self.fc2(x * jax.nn.sigmoid(1.702 * x))
+
+
+class VisionLayer(nnx.Module):
+    """Pre-LN transformer block."""
+
+    def __init__(self, config: VisionConfig, **kwargs: Any):
+        norm = {"eps": config.layer_norm_eps, "param_dtype": kwargs["param_dtype"]}
+        self.norm1 = LayerNorm(config.hidden_size, **norm)
+        self.attn = VisionAttention(config, **kwargs)
+        self.norm2 = LayerNorm(config.hidden_size, **norm)
+        self.mlp = VisionMLP(config, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTower(nnx.Module):
+    """Pixels to patch features: the hidden states before the last ``-1 - select_layer`` blocks, CLS dropped, no post-LN (LLaVA-1.5).
+
+    Blocks that feed nothing are not built.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        vision = self.config = config.vision
+        self.dtype = jnp.dtype(config.dtype)
+        self.scan = config.scan_layers
+        kwargs = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        width, param_dtype = vision.hidden_size, jnp.dtype(config.param_dtype)
+        self.patch_embed = Linear(vision.patch_size**2 * 3, width, rngs=rngs, **kwargs)
+        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,), param_dtype) * 0.02)
+        self.position_embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (vision.num_patches + 1, width), param_dtype) * 0.02
+        )
+        self.pre_norm = LayerNorm(width, eps=vision.layer_norm_eps, param_dtype=param_dtype)
+        self.layers = make_layers(
+            lambda rngs: VisionLayer(vision, rngs=rngs, **kwargs), vision.num_used_layers, scan=self.scan, rngs=rngs
+        )
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """(B, S, S, 3) normalised pixels -> (B, N, D), N = (S / patch)²."""
+        size = self.config.patch_size
+        batch, height, width, _ = pixels.shape
+        patches = pixels.astype(self.dtype).reshape(batch, height // size, size, width // size, size, 3)
+        x = self.patch_embed(patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * 3))
+        cls = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (batch, 1, x.shape[-1]))
+        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(self.dtype)
+        x = self.pre_norm(x)
+        if self.scan:
+            x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
+        else:
+            for layer in self.layers:
+                x = layer(x)
+        return x[:, 1:]
