@@ -1,0 +1,277 @@
+"""Decoding: one jitted prefill, one jitted decode loop, a preallocated cache.
+
+Beside every token the loop keeps the hidden state that **predicted** it, so each pose token of an answer, the first token included, has its pose
+at hand without another forward pass. The same loop serves streaming: it runs until a step that the caller names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import Params, bind
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.decoder import KVCache, init_cache
+
+PROMPT_BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)
+CAPACITY_STEP = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedy at temperature 0, else from the smallest set of tokens whose probability reaches ``top_p``."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"temperature must be 0 (greedy) or above, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], found {self.top_p}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What the loop carries. B rows, at most N new tokens.
+
+    token: (B,) the newest token, not yet in the cache.
+    tokens: (B, N) emitted ids, pad after the end. hidden: (B, N, D) float32, the state that predicted each.
+    step: () tokens emitted so far by the longest row. done: (B,) bool, end of sequence emitted. lengths: (B,) tokens emitted, the end included.
+    has_pose: (B,) bool. forced: (B,) index into the forced tail being written, or -1.
+    """
+
+    cache: KVCache
+    key: jax.Array
+    token: jax.Array
+    tokens: jax.Array
+    hidden: jax.Array
+    step: jax.Array
+    done: jax.Array
+    lengths: jax.Array
+    has_pose: jax.Array
+    forced: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """tokens: for each row its new ids, the end of sequence included if it came. hidden: (len, D) float32 beside them.
+
+    cache: holds the prompt and every token but the last of the longest row; feed it back with the ids it holds to continue.
+    """
+
+    tokens: list[np.ndarray]
+    hidden: list[np.ndarray]
+    cache: KVCache
+
+
+def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
+    """(B, V) -> (B,). Nucleus sampling: Holtzman et al. 2019, section 3.1."""
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    order = jnp.argsort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    outside = jnp.cumsum(probabilities, axis=-1) - probabilities >= top_p
+    ranked = jnp.where(outside, -jnp.inf, jnp.log(probabilities))
+    rank = jax.random.categorical(key, ranked, axis=-1)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _emit(
+    config: ModelConfig, state: DecodeState, hidden: jax.Array, logits: jax.Array, settings: dict[str, jax.Array], greedy: bool
+) -> DecodeState:
+    """Choose the next token from the states that predict it, (B, D), and record both."""
+    tail, limit = settings["tail"], state.tokens.shape[1]
+    token = _choose(logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy)
+    late = (token == config.eos_token_id) | (state.step >= limit - tail.shape[0])
+    begin = settings["force_pose"] & ~state.has_pose & (state.forced < 0) & late
+    forced = jnp.where(begin, 0, state.forced)
+    token = jnp.where(forced >= 0, tail[jnp.clip(forced, 0, tail.shape[0] - 1)], token)
+    token = jnp.where(state.done, config.pad_token_id, token)
+    return dataclasses.replace(
+        state,
+        token=token,
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
+        hidden=jax.lax.dynamic_update_slice_in_dim(state.hidden, hidden[:, None].astype(jnp.float32), state.step, axis=1),
+        step=state.step + 1,
+        lengths=state.lengths + ~state.done,
+        done=state.done | (token == config.eos_token_id),
+        has_pose=state.has_pose | ((token == config.pose_token_id) & ~state.done),
+        forced=jnp.where(forced >= 0, forced + 1, forced),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "greedy"), donate_argnames="cache")
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    input_ids: jax.Array,
+    lengths: jax.Array,
+    pixel_values: jax.Array | None,
+    key: jax.Array,
+    settings: dict[str, jax.Array],
+    *,
+    max_new_tokens: int,
+    greedy: bool,
+) -> DecodeState:
+    """Run the (right-padded) prompt once and emit the first token.
+
+    Args:
+        input_ids: (B, T) with ``lengths`` (B,) true tokens a row, at least one each.
+        pixel_values: (B, I, S, S, 3) or None.
+        settings: ``temperature``, ``top_p`` () float32, ``force_pose`` () bool, ``tail`` (F,) int32, the ids that a forced answer ends with.
+    """
+    batch, length = input_ids.shape
+    model = bind(config, params)
+    present = jnp.arange(length) < lengths[:, None]
+    output = model(input_ids, attention_mask=present, pixel_values=pixel_values, cache=cache)
+    hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    assert output.cache is not None
+    state = DecodeState(
+        cache=output.cache,
+        key=key,
+        token=jnp.zeros(batch, jnp.int32),
+        tokens=jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32),
+        hidden=jnp.zeros((batch, max_new_tokens, hidden.shape[-1]), jnp.float32),
+        step=jnp.zeros((), jnp.int32),
+        done=jnp.zeros(batch, bool),
+        lengths=jnp.zeros(batch, jnp.int32),
+        has_pose=jnp.zeros(batch, bool),
+        forced=jnp.full(batch, -1, jnp.int32),
+    )
+    return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="state")
+def decode(
+    config: ModelConfig, params: Params, state: DecodeState, until: jax.Array, settings: dict[str, jax.Array], *, greedy: bool
+) -> DecodeState:
+    """Emit tokens until every row is done or ``until`` tokens stand."""
+    model = bind(config, params)
+
+    def body(state: DecodeState) -> DecodeState:
+        output = model(state.token[:, None], attention_mask=~state.done[:, None], cache=state.cache)
+        hidden = output.hidden[:, 0]
+        state = dataclasses.replace(state, cache=output.cache)
+        return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
+
+    return jax.lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.done), body, state)
+
+
+def bucket(length: int) -> int:
+    """The padded length that a prompt of this length is compiled for."""
+    return next((size for size in PROMPT_BUCKETS if size >= length), -(-length // 1024) * 1024)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _grow(cache: KVCache, capacity: int) -> KVCache:
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+    keys, values = (jax.tree.map(lambda x: pad(x, x.ndim - 2), part) for part in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values, valid=pad(cache.valid, 1))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def rewind(cache: KVCache, keep: jax.Array) -> KVCache:
+    """Forget all but the first ``keep`` (B,) tokens of each row."""
+    valid = cache.valid & (jnp.cumsum(cache.valid, axis=1) <= keep[:, None])
+    cursor = jnp.max(jnp.where(valid, jnp.arange(cache.capacity) + 1, 0)).astype(jnp.int32)
+    return dataclasses.replace(cache, valid=valid, cursor=cursor)
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    images: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    force_tail: Sequence[int] | None = None,
+    cache: KVCache | None = None,
+    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    stream_every: int = 1,
+) -> Generated:
+    """Answer a batch of prompts.
+
+    Args:
+        config: its ``scan_layers`` says how ``params`` lays layers out; unrolled decodes faster.
+        prompts: B arrays of ids, of any lengths, image placeholders expanded.
+        images: for each row its (S, S, 3) arrays in order of appearance.
+        force_tail: ids, with a pose token among them and the end of sequence last, that replace the end of an answer which offers no pose.
+        cache: of earlier turns, B rows; ``prompts`` then holds only what is new. It is consumed.
+        on_tokens: called every ``stream_every`` steps with the (B, n) new ids and the (B,) counts of tokens emitted so far.
+
+    Raises:
+        UserError when a prompt and its answer exceed the context, or the answer is too short for the forced tail.
+    """
+    batch, lengths = len(prompts), np.array([len(ids) for ids in prompts], np.int32)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    if force_tail is not None and max_new_tokens < len(force_tail):
+        raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a pose: at least {len(force_tail)} are needed")
+    held = np.zeros(batch, np.int32) if cache is None else np.asarray(cache.lengths)
+    longest, context = int((held + lengths).max()), config.text.max_position_embeddings
+    if longest + max_new_tokens > context:
+        raise UserError(
+            f"the prompt holds {longest} tokens (an image counts {config.vision.num_patches}) and the answer may take {max_new_tokens}, "
+            f"but the context is {context}: shorten the conversation or lower max_new_tokens"
+        )
+    padded = bucket(int(lengths.max()))
+    start = 0 if cache is None else int(cache.cursor)
+    capacity = -(-(start + max(padded, int(lengths.max()) + max_new_tokens)) // CAPACITY_STEP) * CAPACITY_STEP
+    if cache is None:
+        cache = init_cache(config, batch, capacity)
+    elif cache.capacity < capacity:
+        cache = _grow(cache, capacity)
+
+    input_ids = np.full((batch, padded), config.pad_token_id, np.int32)
+    for row, ids in zip(input_ids, prompts):
+        row[: len(ids)] = ids
+    greedy = sampling.temperature == 0
+    settings = {
+        "temperature": jnp.float32(sampling.temperature),
+        "top_p": jnp.float32(sampling.top_p),
+        "force_pose": jnp.asarray(force_tail is not None),
+        "tail": jnp.asarray([config.eos_token_id] if force_tail is None else list(force_tail), jnp.int32),
+    }
+    state = prefill(
+        config, params, cache, jnp.asarray(input_ids), jnp.asarray(lengths), _pixels(config, images, batch),
+        jax.random.key(sampling.seed), settings, max_new_tokens=max_new_tokens, greedy=greedy,
+    )  # fmt: skip
+    if on_tokens is None:
+        state = decode(config, params, state, jnp.int32(max_new_tokens), settings, greedy=greedy)
+    else:
+        seen = 0
+        while True:
+            step = int(state.step)
+            on_tokens(np.asarray(state.tokens[:, seen:step]), np.asarray(state.lengths))
+            seen = step
+            if step >= max_new_tokens or bool(state.done.all()):
+                break
+            state = decode(config, params, state, jnp.int32(min(step + stream_every, max_new_tokens)), settings, greedy=greedy)
+    counts, tokens, hidden = np.asarray(state.lengths), np.asarray(state.tokens), np.asarray(state.hidden)
+    return Generated([t[:n] for t, n in zip(tokens, counts)], [h[:n] for h, n in zip(hidden, counts)], state.cache)
+
+
+def _pixels(config: ModelConfig, images: Sequence[Sequence[np.ndarray]] | None, batch: int) -> jax.Array | None:
+    most = max((len(row) for row in images), default=0) if images is not None else 0
+    if images is None or most == 0:
+        return None
+    size = config.vision.image_size
+    pixels = np.zeros((batch, most, size, size, 3), np.float32)
+    for b, row in enumerate(images):
+        for i, image in enumerate(row):
+            pixels[b, i] = image
+    return jnp.asarray(pixels)
