@@ -1,0 +1,36 @@
+"""Name tables of checkpoint layouts, one file each. To add a layout: write its file, and add it to ``MODULES``.
+
+The order is the order of recognition: the first layout whose ``recognise`` accepts the tensor names is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.layouts import chatpose, clip, llava_original, llava_transformers, vicuna
+from chatpose_jax.weights.layouts.table import Ignored, Layout, Rule, Shape, Transform
+
+MODULES = (chatpose, llava_transformers, llava_original, clip, vicuna)
+LAYOUTS: tuple[Layout, ...] = tuple(layout for module in MODULES for layout in module.LAYOUTS)
+FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(layout.family for layout in LAYOUTS))
+
+__all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "Rule", "Shape", "Transform", "recognise"]
+
+
+def recognise(shapes: Mapping[str, Shape], family: str | None = None) -> Layout:
+    """The layout of a checkpoint with these tensors. ``family`` (one of ``FAMILIES``) restricts the choice.
+
+    Raises UserError that shows some of the names where none fits.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"no layout {family!r}; the layouts are {', '.join(FAMILIES)}")
+    candidates = [layout for layout in LAYOUTS if family in (None, layout.family)]
+    for layout in candidates:
+        if layout.recognise(shapes):
+            return layout
+    shown = ", ".join(sorted(shapes)[:6])
+    raise UserError(
+        f"these {len(shapes)} tensors ({shown}, …) are in none of the layouts that can be read: "
+        f"{', '.join(dict.fromkeys(layout.family for layout in candidates))}"
+    )

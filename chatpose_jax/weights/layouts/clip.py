@@ -1,0 +1,37 @@
+"""CLIP alone: the two-tower model as OpenAI released it, or its vision tower (names of ``transformers`` 4.x and 5.x)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from chatpose_jax.weights.layouts import parts
+from chatpose_jax.weights.layouts.configs import clip_settings
+from chatpose_jax.weights.layouts.table import Ignored, Layout, Settings, Shape
+
+
+def _layout(name: str, title: str, tower: str) -> Layout:
+    def settings(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Settings:
+        nested = "vision_config" in config
+        return {"vision": clip_settings(config["vision_config"] if nested else config, shapes, tower)}
+
+    return Layout(
+        name=name,
+        title=title,
+        family="clip",
+        rules=parts.clip(tower),
+        ignored=(
+            *parts.BUFFERS,
+            *parts.CLIP_UNUSED,
+            Ignored(r"text_model\..*|text_projection\.weight|logit_scale", "CLIP's text half"),
+            Ignored(r"visual_projection\.weight", "maps into CLIP's joint space, which nothing reads"),
+        ),
+        recognise=lambda shapes: f"{tower}embeddings.class_embedding" in shapes,
+        settings=settings,
+    )
+
+
+LAYOUTS = (
+    _layout("clip", "CLIP, or its vision tower", "vision_model."),
+    _layout("clip_5", "CLIP's vision tower, names of a 5.x state_dict", ""),
+)

@@ -1,0 +1,140 @@
+"""``config.json`` of the known layouts → settings of the model.
+
+Sizes that tensors show are taken from the tensors and compared with what ``config.json`` says; what tensors cannot show (heads, epsilons, RoPE)
+comes from ``config.json``, with the defaults that ``transformers`` documents for keys it leaves out. A setting that this model cannot follow
+is an error, never a silent difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import VisionConfig
+from chatpose_jax.weights.layouts.table import Settings, Shape
+
+
+def count_layers(shapes: Mapping[str, Shape], prefix: str) -> int:
+    """One more than the highest layer number under ``prefix``; 0 where there is none."""
+    found = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return max((int(match[1]) + 1 for name in shapes if (match := found.match(name))), default=0)
+
+
+def _demand(config: Mapping[str, Any], where: str, expected: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, allowed in expected.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(f"config.json: {where}{key}={config[key]!r} is not supported; this model has {key}={allowed[0]!r}")
+
+
+def _agree(config: Mapping[str, Any], where: str, found: Mapping[str, int]) -> None:
+    if wrong := [f"{where}{key}={config[key]} (tensors: {size})" for key, size in found.items() if config.get(key, size) != size]:
+        raise UserError(f"config.json and the tensors disagree: {', '.join(wrong)}; the folder mixes two models")
+
+
+def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model: str, where: str = "") -> Settings:
+    """Fields of TextConfig, without the vocabulary. ``config`` is a LLaMA config, ``model`` the prefix of the decoder's tensors."""
+    _demand(
+        config,
+        where,
+        {
+            "hidden_act": ("silu",),
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "tie_word_embeddings": (False,),
+            "model_type": ("llama", "llava", "llava_llama", "vicuna", "chatpose"),
+        },
+    )
+    try:
+        rows, width = shapes[f"{model}embed_tokens.weight"]
+        mlp = shapes[f"{model}layers.0.mlp.gate_proj.weight"][0]
+        q_out = shapes[f"{model}layers.0.self_attn.q_proj.weight"][0]
+        kv_out = shapes[f"{model}layers.0.self_attn.k_proj.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"no LLaMA decoder under {model!r}: tensor {error} is missing or misshaped") from None
+    layers = count_layers(shapes, f"{model}layers.")
+    _agree(
+        config,
+        where,
+        {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": rows},
+    )
+    heads = int(config.get("num_attention_heads", 32))
+    head_dim = int(config.get("head_dim") or q_out // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    if (heads * head_dim, kv_heads * head_dim) != (q_out, kv_out):
+        raise UserError(
+            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} do not give the "
+            f"{q_out} query and {kv_out} key rows of the tensors"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: {where}RoPE of type {kind!r} is not supported; expected 'default'")
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
+    }
+
+
+def clip_settings(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], tower: str, select_layer: int = -2, where: str = ""
+) -> VisionConfig:
+    """VisionConfig of a CLIP tower under the prefix ``tower``; ``config`` is a CLIPVisionConfig or ``{}``.
+
+    Without ``num_attention_heads`` the heads are 64 wide, as in every CLIP that OpenAI released.
+    """
+    _demand(config, where, {"hidden_act": ("quick_gelu",), "num_channels": (3,)})
+    try:
+        width, _, patch, _ = shapes[f"{tower}embeddings.patch_embedding.weight"]
+        positions = shapes[f"{tower}embeddings.position_embedding.weight"][0]
+        mlp = shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"no CLIP vision tower under {tower!r}: tensor {error} is missing or misshaped") from None
+    side = round((positions - 1) ** 0.5)
+    layers = count_layers(shapes, f"{tower}encoder.layers.")
+    if side * side + 1 != positions:
+        raise UserError(f"{tower}embeddings.position_embedding has {positions} rows; expected one more than a square number")
+    _agree(
+        config,
+        where,
+        {
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "patch_size": patch,
+            "image_size": side * patch,
+        },
+    )
+    if "num_attention_heads" not in config and width % 64:
+        raise UserError(f"a vision tower of width {width} needs a config.json with num_attention_heads")
+    return VisionConfig(
+        image_size=side * patch,
+        patch_size=patch,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=int(config.get("num_attention_heads", width // 64)),
+        select_layer=int(select_layer),
+        layer_norm_eps=float(config.get("layer_norm_eps", 1e-5)),
+    )
+
+
+def llava_flat_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], tower: str | None) -> Settings:
+    """Settings of the original LLaVA's one-level config (also CHATPOSE-V0's); the tower is ``None`` where it stands elsewhere."""
+    _demand(config, "", {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)})
+    settings: Settings = {
+        "text": llama_settings(config, shapes, "model."),
+        "image_token_id": -200,
+        "select_layer": int(config.get("mm_vision_select_layer", -2)),
+    }
+    if tower is not None:
+        settings["vision"] = clip_settings({}, shapes, tower, settings["select_layer"])
+    return settings

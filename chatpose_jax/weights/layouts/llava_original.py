@@ -1,0 +1,57 @@
+"""LLaVA-1.5 in its original layout: projector inside or on its own (``mm_projector.bin``), CLIP inside or beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from chatpose_jax.weights.layouts import parts
+from chatpose_jax.weights.layouts.configs import llava_flat_settings
+from chatpose_jax.weights.layouts.table import Layout, Settings, Shape
+
+_TOWER = "model.vision_tower.vision_tower.vision_model."
+_PROJECTORS = ("model.mm_projector.", "mm_projector.", "")
+
+
+def _layout(name: str, title: str, tower: str | None) -> Layout:
+    inside = f"{_TOWER}embeddings.class_embedding"
+    return Layout(
+        name=name,
+        title=title,
+        family="llava_original",
+        rules=(
+            *parts.llama("model.", "lm_head."),
+            *parts.projector("model.mm_projector.0", "model.mm_projector.2"),
+            *(parts.clip(tower) if tower else ()),
+        ),
+        ignored=(*parts.BUFFERS, *parts.CLIP_UNUSED),
+        recognise=lambda shapes: (
+            "model.embed_tokens.weight" in shapes
+            and "model.mm_projector.0.weight" in shapes
+            and "model.text_hidden_fcs.0.0.weight" not in shapes
+            and (inside in shapes) == (tower is not None)
+        ),
+        settings=lambda config, shapes: llava_flat_settings(config, shapes, tower),
+    )
+
+
+def _projector_alone(prefix: str) -> Layout:
+    def settings(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Settings:
+        return {}
+
+    return Layout(
+        name="llava_projector",
+        title="LLaVA's projector on its own",
+        family="llava_projector",
+        rules=parts.projector(f"{prefix}0", f"{prefix}2"),
+        ignored=(),
+        recognise=lambda shapes: f"{prefix}0.weight" in shapes and not any("layers." in name for name in shapes),
+        settings=settings,
+    )
+
+
+LAYOUTS = (
+    _layout("llava_original", "LLaVA-1.5, original names, CLIP inside", _TOWER),
+    _layout("llava_original_without_clip", "LLaVA-1.5, original names, CLIP beside it", None),
+    *map(_projector_alone, _PROJECTORS),
+)

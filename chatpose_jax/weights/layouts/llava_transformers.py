@@ -1,0 +1,69 @@
+"""LLaVA-1.5 as ``transformers`` stores it: the file names of 4.x, those of 5.x, and the names of a 5.x ``state_dict()``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.layouts import parts
+from chatpose_jax.weights.layouts.configs import clip_settings, llama_settings
+from chatpose_jax.weights.layouts.table import Layout, Settings, Shape
+
+
+def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tower: str) -> Layout:
+    def settings(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Settings:
+        for key, expected in (("vision_feature_select_strategy", "default"), ("projector_hidden_act", "gelu")):
+            if config.get(key, expected) != expected:
+                raise UserError(f"config.json: {key}={config[key]!r} is not supported; this model has {expected!r}")
+        select = config.get("vision_feature_layer", -2)
+        if not isinstance(select, int) or select >= 0:
+            raise UserError(f"config.json: vision_feature_layer={select!r} is not supported; expected one negative number")
+        return {
+            "text": llama_settings(config.get("text_config", {}), shapes, model, "text_config."),
+            "vision": clip_settings(config.get("vision_config", {}), shapes, tower, select, "vision_config."),
+            "select_layer": select,
+            "image_token_id": int(config.get("image_token_index", config.get("image_token_id", 32000))),
+        }
+
+    return Layout(
+        name=name,
+        title=title,
+        family="llava_transformers",
+        rules=(
+            *parts.llama(model, lm_head),
+            *parts.projector(f"{projector}linear_1", f"{projector}linear_2"),
+            *parts.clip(tower),
+        ),
+        ignored=(*parts.BUFFERS, *parts.CLIP_UNUSED),
+        recognise=lambda shapes: f"{model}embed_tokens.weight" in shapes and f"{tower}embeddings.class_embedding" in shapes,
+        settings=settings,
+    )
+
+
+LAYOUTS = (
+    _layout(
+        "llava_transformers_4",
+        "LLaVA-1.5 for transformers, names of 4.x",
+        model="language_model.model.",
+        lm_head="language_model.lm_head.",
+        projector="multi_modal_projector.",
+        tower="vision_tower.vision_model.",
+    ),
+    _layout(
+        "llava_transformers_5",
+        "LLaVA-1.5 for transformers, names of 5.x",
+        model="language_model.model.",
+        lm_head="language_model.lm_head.",
+        projector="multi_modal_projector.",
+        tower="vision_tower.",
+    ),
+    _layout(
+        "llava_transformers_5_state_dict",
+        "LLaVA-1.5 for transformers, names of a 5.x state_dict",
+        model="model.language_model.",
+        lm_head="lm_head.",
+        projector="model.multi_modal_projector.",
+        tower="model.vision_tower.",
+    ),
+)

@@ -1,0 +1,125 @@
+"""The language of name tables: which source tensor becomes which leaf of the parameter tree, and how to undo it.
+
+A ``Rule`` maps one name template to one leaf. ``{i}`` in the template stands for the layer: the leaf then has a leading layer axis. A tensor
+that feeds two leaves (the rows of the base vocabulary, and the added ones) has two rules with different ``rows``. Every transform has an
+inverse, so the same table also writes checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from chatpose_jax.models.config import ModelConfig
+
+Shape = tuple[int, ...]
+Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+class Transform(enum.Enum):
+    """How a source tensor becomes (one layer of) a leaf."""
+
+    SAME = "same"
+    TRANSPOSE = "transpose"
+    """torch Linear (out, in) → kernel (in, out)."""
+    PATCHES = "patches"
+    """torch Conv2d (D, 3, P, P) → kernel (P·P·3, D), rows in the order (py, px, channel) of a flattened NHWC patch."""
+
+    def source_shape(self, shape: Shape) -> Shape:
+        """The shape that the source must have for a leaf (or layer) of ``shape``."""
+        if self is Transform.TRANSPOSE:
+            return shape[::-1]
+        if self is Transform.PATCHES:
+            side = round((shape[0] / 3) ** 0.5)
+            return (shape[1], 3, side, side)
+        return shape
+
+    def read(self, read: Read, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
+        """The part ``index`` of a leaf (or layer) of ``shape``; ``read`` takes an index into the source. May return a view with any strides."""
+        if self is Transform.TRANSPOSE:
+            return read(index[::-1]).T
+        if self is Transform.PATCHES:
+            source = self.source_shape(shape)
+            kernels = read((index[1], *(slice(0, n) for n in source[1:])))
+            return self.forward(kernels)[index[0]]
+        return read(index)
+
+    def forward(self, array: np.ndarray) -> np.ndarray:
+        """Source → leaf (or layer), whole."""
+        if self is Transform.TRANSPOSE:
+            return array.T
+        if self is Transform.PATCHES:
+            return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+        return array
+
+    def inverse(self, array: np.ndarray) -> np.ndarray:
+        """Leaf (or layer) → source, whole; ``inverse(forward(x)) == x``."""
+        if self is Transform.PATCHES:
+            _, channels, side, _ = self.source_shape(array.shape)
+            return array.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
+        return self.forward(array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of a table: source name template → leaf path, transform, and which source rows (vocabulary tensors only)."""
+
+    source: str
+    target: str
+    transform: Transform = Transform.SAME
+    rows: Literal["all", "base", "added"] = "all"
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.source
+
+    def sources(self, num_layers: int) -> list[str]:
+        """Source names in the order of the leaf's layer axis; one name where the leaf is not stacked."""
+        return [self.source.replace("{i}", str(i)) for i in range(num_layers)] if self.stacked else [self.source]
+
+    def row_slice(self, config: ModelConfig) -> slice:
+        """The source rows (axis 0) that this leaf takes."""
+        base = config.text.base_vocab_size
+        return {"all": slice(None), "base": slice(0, base), "added": slice(base, None)}[self.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ignored:
+    """Source tensors that feed nothing, by pattern (``re.fullmatch``), and why."""
+
+    pattern: str
+    why: str
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(self.pattern, name) is not None
+
+
+Settings = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A kind of checkpoint. ``recognise`` looks at tensor names only; ``settings`` turns ``config.json`` and tensor shapes into config parts.
+
+    ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields without the vocabulary
+    split) and ``image_token_id``; it raises UserError for a setting that the model cannot follow.
+    """
+
+    name: str
+    title: str
+    rules: tuple[Rule, ...]
+    ignored: tuple[Ignored, ...]
+    recognise: Callable[[Mapping[str, Shape]], bool]
+    settings: Callable[[Mapping[str, Any], Mapping[str, Shape]], Settings]
+    family: str = ""
+    """Layouts that a user would call by one name (``--layout``)."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of the model that it fills: of ``vision``, ``projector``, ``decoder``, ``pose_head``."""
+        return frozenset(rule.target.split("/")[0] for rule in self.rules)

@@ -1,0 +1,19 @@
+"""Vicuna, LLaMA-2 or any LLaMA alone: the decoder, and nothing else."""
+
+from __future__ import annotations
+
+from chatpose_jax.weights.layouts import parts
+from chatpose_jax.weights.layouts.configs import llama_settings
+from chatpose_jax.weights.layouts.table import Layout
+
+LAYOUTS = (
+    Layout(
+        name="vicuna",
+        title="Vicuna or LLaMA-2 alone",
+        family="vicuna",
+        rules=parts.llama("model.", "lm_head."),
+        ignored=parts.BUFFERS,
+        recognise=lambda shapes: "model.embed_tokens.weight" in shapes and "model.mm_projector.0.weight" not in shapes,
+        settings=lambda config, shapes: {"text": llama_settings(config, shapes, "model.")},
+    ),
+)
