@@ -1,0 +1,49 @@
+"""Human body models of the SMPL family in JAX: rotations, posing, safe files, metrics.
+
+``smpl_jax.render`` and ``smpl_jax.export`` are modules of their own.
+"""
+
+from smpl_jax.body import BodyModel, BodyOutput, forward, from_smpl_pose, joints, regress, vertices
+from smpl_jax.errors import BodyFileError
+from smpl_jax.io import load_body, load_body_arrays, save_body_npz
+from smpl_jax.metrics import geodesic_degrees, mpjpe, mpjre, pa_mpjpe, procrustes, procrustes_align
+from smpl_jax.rotations import (
+    axis_angle_to_matrix,
+    axis_angle_to_quaternion,
+    geodesic_distance,
+    matrix_to_axis_angle,
+    matrix_to_quaternion,
+    matrix_to_rotation_6d,
+    quaternion_to_axis_angle,
+    quaternion_to_matrix,
+    rotation_6d_to_matrix,
+)
+
+__all__ = [
+    "BodyFileError",
+    "BodyModel",
+    "BodyOutput",
+    "axis_angle_to_matrix",
+    "axis_angle_to_quaternion",
+    "forward",
+    "from_smpl_pose",
+    "geodesic_degrees",
+    "geodesic_distance",
+    "joints",
+    "load_body",
+    "load_body_arrays",
+    "matrix_to_axis_angle",
+    "matrix_to_quaternion",
+    "matrix_to_rotation_6d",
+    "mpjpe",
+    "mpjre",
+    "pa_mpjpe",
+    "procrustes",
+    "procrustes_align",
+    "quaternion_to_axis_angle",
+    "quaternion_to_matrix",
+    "regress",
+    "rotation_6d_to_matrix",
+    "save_body_npz",
+    "vertices",
+]

@@ -1,0 +1,415 @@
+"""Body models of the SMPL family as pure functions on a frozen pytree.
+
+SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X differ in their arrays, not in their arithmetic, so one code path serves them all:
+
+    vertices = skinning(template + shape directions · betas + pose directions · (R - I),  kinematic tree,  weights)
+
+Three entry points, because their costs differ by up to a hundred times: :func:`joints` never touches the mesh, :func:`vertices` of
+``body.subset(ids)`` computes the chosen vertices only, :func:`vertices` and :func:`forward` the whole mesh.
+
+Frames: the body rests in the file's own frame (SMPL's: y up, facing +z, metres, pelvis off the origin). Joint 0's rotation turns it about the pelvis
+into the frame that the caller means; ``translation`` is added last.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+_HIGHEST = jax.lax.Precision.HIGHEST  # accelerators otherwise multiply in bfloat16: millimetres of error
+_CPU_CHUNK = 64  # bodies; beyond this the skinning product of a batch leaves the caches (measured, docs/body.md)
+
+Chunk = int | None | Literal["auto"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["template", "bases", "weights", "joint_template", "joint_shapedirs", "faces", "regressors"],
+    meta_fields=["name", "parents", "joint_names", "vertex_ids", "num_betas", "num_expression"],
+)
+@dataclasses.dataclass(frozen=True)
+class BodyModel:
+    """A body model: arrays (pytree leaves) and what is known about them (static).
+
+    Letters: V vertices, F faces, J joints, S = ``num_betas + num_expression`` shape directions, P = 9 (J - 1) pose directions.
+    Vertex arrays are component-major (x, y, z planes), which makes blending and skinning one matrix product each.
+    """
+
+    template: jax.Array  # (3, V) rest vertices
+    bases: jax.Array  # (S + P, 3, V) shape, expression, then pose directions
+    weights: jax.Array  # (J, V) skinning weights
+    joint_template: jax.Array  # (J, 3) rest joints
+    joint_shapedirs: jax.Array  # (S, J, 3) their motion with shape
+    faces: jax.Array  # (F, 3) int32, counter-clockwise seen from outside
+    regressors: dict[str, jax.Array]  # name -> (K, V): further keypoints as weighted sums of vertices
+
+    name: str  # "smpl", "smplh", "smplx", or what the file calls itself
+    parents: tuple[int, ...]  # -1 for the root; a parent always precedes its children
+    joint_names: tuple[str, ...]
+    vertex_ids: tuple[tuple[str, int], ...]  # named vertices that the file knows
+    num_betas: int
+    num_expression: int
+
+    @property
+    def num_joints(self) -> int:
+        return len(self.parents)
+
+    @property
+    def num_vertices(self) -> int:
+        return self.template.shape[-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.template.dtype
+
+    @property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Joints by their depth in the kinematic tree, root first."""
+        return _levels(self.parents)
+
+    def vertex_id(self, name: str) -> int:
+        """Index of a named vertex; a ``KeyError`` lists the names that this body knows."""
+        ids = dict(self.vertex_ids)
+        if name not in ids:
+            raise KeyError(f"body {self.name!r} has no vertex named {name!r}; it names {sorted(ids) or 'none'}")
+        return ids[name]
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        num_betas: int | None = 10,
+        num_expression: int | None = 10,
+        dtype: DTypeLike = jnp.float32,
+    ) -> "BodyModel":
+        """Build from the arrays that :func:`smpl_jax.io.load_body_arrays` returns.
+
+        Args:
+            arrays: ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)``, ``posedirs (V, 3, P)``, ``J_regressor (J, V)``,
+                ``weights (V, J)``, ``f (F, 3)``, ``parents (J,)``, ``model_name ()``, ``joint_names (J,)``, and optionally
+                ``vertex_id_names`` with ``vertex_ids``, and any ``regressor_<name> (K, V)``.
+            num_betas: how many shape directions to keep; ``None`` keeps all.
+            num_expression: how many expression directions to keep, of those that there are; ``None`` keeps all.
+            dtype: of every floating leaf. float64 needs ``jax_enable_x64``.
+
+        Raises:
+            ValueError: the file holds fewer shape directions than ``num_betas``.
+        """
+        available = arrays["shapedirs"].shape[-1]
+        num_betas = available if num_betas is None else num_betas
+        if not 0 <= num_betas <= available:
+            raise ValueError(
+                f"num_betas={num_betas}, but the body file holds {available} shape directions; None takes all of them"
+            )
+        expression = arrays["expressiondirs"][..., :num_expression]
+        template = np.asarray(arrays["v_template"], np.float64)
+        shape = np.concatenate([arrays["shapedirs"][..., :num_betas], expression], axis=-1).astype(np.float64)
+        regressor = np.asarray(arrays["J_regressor"], np.float64)
+
+        def leaf(x: np.ndarray) -> jax.Array:
+            return jnp.asarray(np.ascontiguousarray(x), dtype)
+
+        return cls(
+            template=leaf(template.T),
+            bases=leaf(np.concatenate([shape, arrays["posedirs"]], axis=-1).transpose(2, 1, 0)),
+            weights=leaf(arrays["weights"].T),
+            joint_template=leaf(regressor @ template),
+            joint_shapedirs=leaf(np.einsum("jv,vcs->sjc", regressor, shape, optimize=True)),
+            faces=jnp.asarray(arrays["f"], jnp.int32),
+            regressors={
+                k.removeprefix("regressor_"): leaf(v) for k, v in sorted(arrays.items()) if k.startswith("regressor_")
+            },
+            name=str(arrays["model_name"]),
+            parents=tuple(int(p) for p in arrays["parents"]),
+            joint_names=tuple(str(n) for n in arrays["joint_names"]),
+            vertex_ids=tuple(
+                (str(n), int(i))
+                for n, i in zip(arrays.get("vertex_id_names", ()), arrays.get("vertex_ids", ()), strict=True)
+            ),
+            num_betas=num_betas,
+            num_expression=expression.shape[-1],
+        )
+
+    def subset(self, vertex_ids: ArrayLike) -> "BodyModel":
+        """The same body with only the given vertices, in the given order; joints are unchanged.
+
+        Kept are the faces, named vertices and regressors that lie wholly within the subset. Time falls with the number of vertices.
+
+        Args:
+            vertex_ids: (N,) integers, without repeats; concrete, not traced.
+
+        Raises:
+            ValueError: ids repeat, are out of range or are not a vector of integers.
+        """
+        ids = np.asarray(vertex_ids)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or len(np.unique(ids)) != len(ids):
+            raise ValueError(
+                f"vertex_ids must be a vector of integers without repeats; got {ids.dtype} of shape {ids.shape}"
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_vertices:
+            raise ValueError(f"vertex_ids must lie in [0, {self.num_vertices}); got {ids.min()} to {ids.max()}")
+        new_index = np.full(self.num_vertices, -1, np.int32)
+        new_index[ids] = np.arange(len(ids))
+        faces = new_index[np.asarray(self.faces)]
+        outside = new_index < 0
+        return dataclasses.replace(
+            self,
+            template=self.template[:, ids],
+            bases=self.bases[..., ids],
+            weights=self.weights[:, ids],
+            faces=jnp.asarray(faces[(faces >= 0).all(axis=-1)]),
+            regressors={k: r[:, ids] for k, r in self.regressors.items() if not np.asarray(r)[:, outside].any()},
+            vertex_ids=tuple((n, int(new_index[i])) for n, i in self.vertex_ids if not outside[i]),
+        )
+
+
+class BodyOutput(NamedTuple):
+    """A posed body."""
+
+    vertices: jax.Array  # (..., V, 3)
+    joints: jax.Array  # (..., J, 3)
+
+
+def joints(
+    body: BodyModel,
+    rotations: ArrayLike,
+    betas: ArrayLike | None = None,
+    translation: ArrayLike | None = None,
+    *,
+    expression: ArrayLike | None = None,
+) -> jax.Array:
+    """Positions of the kinematic joints, without computing any vertex.
+
+    Args:
+        body: the model.
+        rotations: (..., J, 3, 3), each relative to its parent; joint 0 is the global orientation.
+        betas: (..., n) shape coefficients, n <= ``body.num_betas``; missing ones are 0.
+        translation: (..., 3) metres, added last.
+        expression: (..., n) expression coefficients (SMPL-X), n <= ``body.num_expression``.
+
+    Returns:
+        (..., J, 3) metres, in ``body.dtype``. Leading shapes broadcast.
+
+    Raises:
+        ValueError: a shape does not fit the model.
+    """
+    inputs, batch = _inputs(body, rotations, betas, translation, expression)
+    positions = _joints(body, inputs)
+    return positions.reshape(*batch, *positions.shape[1:])
+
+
+def vertices(
+    body: BodyModel,
+    rotations: ArrayLike,
+    betas: ArrayLike | None = None,
+    translation: ArrayLike | None = None,
+    *,
+    expression: ArrayLike | None = None,
+    chunk: Chunk = "auto",
+) -> jax.Array:
+    """Vertices of the posed body, (..., V, 3) metres; arguments as :func:`forward`."""
+    return forward(body, rotations, betas, translation, expression=expression, chunk=chunk).vertices
+
+
+def forward(
+    body: BodyModel,
+    rotations: ArrayLike,
+    betas: ArrayLike | None = None,
+    translation: ArrayLike | None = None,
+    *,
+    expression: ArrayLike | None = None,
+    chunk: Chunk = "auto",
+) -> BodyOutput:
+    """Vertices and joints of the posed body; arguments as :func:`joints`, and
+
+    Args:
+        chunk: bodies computed at a time, to stay in the caches and to bound memory; ``None`` computes all at once. ``"auto"`` is 64 on CPU
+            and ``None`` elsewhere.
+    """
+    inputs, batch = _inputs(body, rotations, betas, translation, expression)
+    if chunk == "auto":
+        chunk = _CPU_CHUNK if jax.default_backend() == "cpu" else None
+    elif chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be a positive number of bodies, None or 'auto'; got {chunk}")
+    output = _forward(body, inputs, chunk=chunk)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), output)
+
+
+def from_smpl_pose(body: BodyModel, rotations: ArrayLike) -> jax.Array:
+    """SMPL's 24 rotations as rotations for any model of the family.
+
+    SMPL-H and SMPL-X share joints 0 ... 21 with SMPL: those are copied, SMPL's two rigid hands are dropped, and jaw, eyes and fingers are at rest
+    (identity, that is: flat hands). A 24-joint body gets its input back.
+
+    Args:
+        body: the model to pose.
+        rotations: (..., 24, 3, 3).
+
+    Returns:
+        (..., J, 3, 3).
+    """
+    rotations = jnp.asarray(rotations)
+    if rotations.shape[-3:] != (24, 3, 3):
+        raise ValueError(f"SMPL pose must have shape (..., 24, 3, 3); got {rotations.shape}")
+    if body.num_joints == 24:
+        return rotations
+    if body.num_joints < 22:
+        raise ValueError(
+            f"body {body.name!r} has {body.num_joints} joints; SMPL's pose needs at least the 22 joints of its body"
+        )
+    rest = jnp.eye(3, dtype=rotations.dtype)
+    rest = jnp.broadcast_to(rest, (*rotations.shape[:-3], body.num_joints - 22, 3, 3))
+    return jnp.concatenate([rotations[..., :22, :, :], rest], axis=-3)
+
+
+def regress(body: BodyModel, vertices: ArrayLike, name: str) -> jax.Array:
+    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``KeyError`` lists those that the file holds."""
+    if name not in body.regressors:
+        raise KeyError(f"body {body.name!r} has no regressor {name!r}; it holds {sorted(body.regressors) or 'none'}")
+    return jnp.einsum("kv,...vc->...kc", body.regressors[name], jnp.asarray(vertices), precision=_HIGHEST)
+
+
+@lru_cache
+def _levels(parents: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    depth: list[int] = []
+    for parent in parents:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+    return tuple(tuple(j for j, d in enumerate(depth) if d == level) for level in range(max(depth) + 1))
+
+
+class _Inputs(NamedTuple):
+    """Checked arguments in the body's dtype, all of one flat batch B."""
+
+    rotations: jax.Array  # (B, J, 3, 3)
+    shape: jax.Array  # (B, S)
+    translation: jax.Array | None  # (B, 3)
+
+
+@partial(jax.jit, static_argnames="chunk")
+def _forward(body: BodyModel, inputs: _Inputs, chunk: int | None) -> BodyOutput:
+    size = len(inputs.rotations)
+    if chunk is None or size <= chunk:
+        return _pose(body, inputs)
+    count = -(-size // chunk)
+    chunk = -(-size // count)  # equal shares, so that at most count - 1 bodies of padding are computed
+    padding = count * chunk - size
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(count, chunk, *x.shape[1:])
+
+    # Without the checkpoint the backward pass would keep every chunk's skinning matrices: 12 numbers a vertex.
+    pose = jax.checkpoint(partial(_pose, body))
+    output = jax.lax.map(pose, jax.tree.map(split, inputs))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], output)
+
+
+@jax.jit
+def _joints(body: BodyModel, inputs: _Inputs) -> jax.Array:
+    positions = _kinematics(body, inputs.rotations, _rest_joints(body, inputs.shape))[1]
+    return positions if inputs.translation is None else positions + inputs.translation[:, None]
+
+
+def _pose(body: BodyModel, inputs: _Inputs) -> BodyOutput:
+    rotations, shape, translation = inputs
+    size = len(rotations)
+    rest = _rest_joints(body, shape)
+    orientation, positions = _kinematics(body, rotations, rest)
+    from_rest = positions - jnp.einsum("bjik,bjk->bji", orientation, rest, precision=_HIGHEST)
+
+    pose = (rotations[:, 1:] - jnp.eye(3, dtype=body.dtype)).reshape(size, -1)
+    coefficients = jnp.concatenate([shape, pose], axis=-1)
+    blend = jnp.matmul(coefficients, body.bases.reshape(len(body.bases), -1), precision=_HIGHEST)
+    shaped = body.template + blend.reshape(size, 3, -1)
+
+    transforms = jnp.concatenate([orientation, from_rest[..., None]], axis=-1)  # (B, J, 3, 4)
+    skin = jnp.matmul(transforms.transpose(0, 2, 3, 1).reshape(size * 12, -1), body.weights, precision=_HIGHEST)
+    skin = skin.reshape(size, 3, 4, -1)
+    posed = (
+        skin[:, :, 0] * shaped[:, None, 0]
+        + skin[:, :, 1] * shaped[:, None, 1]
+        + skin[:, :, 2] * shaped[:, None, 2]
+        + skin[:, :, 3]
+    )
+    if translation is not None:
+        posed, positions = posed + translation[:, :, None], positions + translation[:, None]
+    return BodyOutput(posed.swapaxes(-1, -2), positions)
+
+
+def _rest_joints(body: BodyModel, shape: jax.Array) -> jax.Array:
+    """Rest joints (B, J, 3): linear in the shape, so the mesh is not needed."""
+    return body.joint_template + jnp.einsum("bs,sjc->bjc", shape, body.joint_shapedirs, precision=_HIGHEST)
+
+
+def _kinematics(body: BodyModel, rotations: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Global orientation (B, J, 3, 3) and position (B, J, 3) of every joint, one level of the tree at a time."""
+    levels = body.levels
+    parents = np.array(body.parents)
+    offsets = rest - jnp.where((parents >= 0)[:, None], rest[:, parents], 0)
+    local = jnp.concatenate([rotations, offsets[..., None]], axis=-1)  # (B, J, 3, 4)
+    done = [local[:, levels[0]]]
+    for above, level in zip(levels, levels[1:], strict=False):
+        parent = done[-1][:, [above.index(body.parents[j]) for j in level]]
+        moved = jnp.matmul(parent[..., :3], local[:, level], precision=_HIGHEST)
+        done.append(moved.at[..., 3].add(parent[..., 3]))
+    order = np.argsort(np.concatenate(levels))
+    everything = jnp.concatenate(done, axis=1)[:, order]
+    return everything[..., :3], everything[..., 3]
+
+
+def _inputs(
+    body: BodyModel,
+    rotations: ArrayLike,
+    betas: ArrayLike | None,
+    translation: ArrayLike | None,
+    expression: ArrayLike | None,
+) -> tuple[_Inputs, tuple[int, ...]]:
+    """The arguments checked, broadcast and flattened, and the batch shape that they had."""
+    rotations = jnp.asarray(rotations, body.dtype)
+    if rotations.shape[-3:] != (body.num_joints, 3, 3):
+        hint = "; smpl_jax.from_smpl_pose makes them from SMPL's 24" if rotations.shape[-3:] == (24, 3, 3) else ""
+        raise ValueError(
+            f"rotations must have shape (..., {body.num_joints}, 3, 3) for body {body.name!r}; got {rotations.shape}{hint}"
+        )
+    shape = [
+        _coefficients(body, "betas", betas, body.num_betas),
+        _coefficients(body, "expression", expression, body.num_expression),
+    ]
+    if translation is not None:
+        translation = jnp.asarray(translation, body.dtype)
+        if translation.shape[-1:] != (3,):
+            raise ValueError(f"translation must have shape (..., 3); got {translation.shape}")
+    leading = [
+        rotations.shape[:-3],
+        *(s.shape[:-1] for s in shape),
+        *([] if translation is None else [translation.shape[:-1]]),
+    ]
+    try:
+        batch = np.broadcast_shapes(*leading)
+    except ValueError:
+        raise ValueError(
+            f"leading shapes of rotations, betas, expression and translation do not broadcast: {leading}"
+        ) from None
+
+    def flat(x: jax.Array, trailing: int) -> jax.Array:
+        tail = x.shape[x.ndim - trailing :]
+        return jnp.broadcast_to(x, (*batch, *tail)).reshape(math.prod(batch), *tail)
+
+    joined = jnp.concatenate([flat(s, 1) for s in shape], axis=-1)
+    return _Inputs(flat(rotations, 3), joined, None if translation is None else flat(translation, 1)), batch
+
+
+def _coefficients(body: BodyModel, what: str, given: ArrayLike | None, count: int) -> jax.Array:
+    """Coefficients (..., count), missing ones 0."""
+    values = jnp.zeros(count, body.dtype) if given is None else jnp.asarray(given, body.dtype)
+    if values.ndim == 0 or values.shape[-1] > count:
+        raise ValueError(
+            f"{what} must have shape (..., n) with n <= {count}, as body {body.name!r} was loaded; got {values.shape}"
+        )
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, count - values.shape[-1])])

@@ -1,0 +1,8 @@
+"""What `smpl_jax` raises when a file cannot be used; everything else that is wrong with an argument is a plain ``ValueError``."""
+
+
+class BodyFileError(ValueError):
+    """A body file is missing, cut off, malformed, absurdly large, or asks for code to be run.
+
+    The text names the file, what was expected, what was found, and what to do.
+    """

@@ -1,0 +1,188 @@
+"""Read pickles from strangers without running anything that they name.
+
+A pickle is a program whose ``GLOBAL`` opcodes import any function and whose ``REDUCE`` opcodes call it. Here a name is looked up in a table that the
+caller gives, never imported; a name that is not in the table ends the load with :class:`ForbiddenGlobal`. Table entries build plain data only, and no
+opcode can change them.
+"""
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+class ForbiddenGlobal(pickle.UnpicklingError):
+    """The pickle names something that is not in the table."""
+
+    def __init__(self, name: str):
+        super().__init__(f"the pickle asks for {name}")
+        self.name = name
+
+
+class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """An unpickler that resolves names in a table alone.
+
+    It derives from the standard library's Python implementation, not the C one: the work is in a few large buffers, so it is as fast, its memo is a
+    dictionary that a file cannot make it allocate by the gigabyte, and every opcode can be read.
+
+    Args:
+        file: binary, with ``read`` and ``readline``.
+        table: ``"module.name"`` to what stands for it: a function, wrapped by :func:`sealed`, or a class from :func:`record`.
+        persistent_load: resolves persistent ids (PyTorch's storages); without it they are an error.
+        encoding: of Python 2 strings; latin1 keeps bytes as they are.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        table: Mapping[str, Any],
+        *,
+        persistent_load: Callable[[Any], Any] | None = None,
+        encoding: str = "latin1",
+    ):
+        super().__init__(file, encoding=encoding)
+        self._table = table
+        self._persistent_load = persistent_load
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._table[f"{module}.{name}"]
+        except KeyError:
+            raise ForbiddenGlobal(f"{module}.{name}") from None
+
+    def get_extension(self, code: int) -> Any:
+        raise ForbiddenGlobal(f"copyreg extension {code}")  # the base class would look in a process-wide cache
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._persistent_load is None:
+            raise pickle.UnpicklingError("the pickle holds a persistent id, which this kind of file has no use for")
+        return self._persistent_load(pid)
+
+
+class sealed:
+    """A function as a table entry: callable, and without a ``__dict__`` or a ``__setstate__`` through which a ``BUILD`` opcode could change it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("the pickle tries to change the function that it calls")
+
+
+class Record:
+    """What stands for an object of a foreign class: the class's name, and the state the object was saved with, nothing done with either."""
+
+    name: str = ""
+    state: Any = None
+
+    def __init__(self, *args: Any):
+        pass  # a constructor's arguments say nothing that the state does not
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def records(names: Iterable[str]) -> dict[str, type[Record]]:
+    """Table entries that turn objects of the named classes (``"module.name"``) into :class:`Record`."""
+    return {name: type("Record", (Record,), {"name": name}) for name in names}
+
+
+class PickledArray:
+    """A numpy array under construction: numpy's own constructors trust the shape and type that a file gives them, this one checks both."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: Any = None  # an ndarray, or the list of an object array's elements
+
+    def __setstate__(self, state: Any) -> None:
+        shape, dtype, fortran, data = state[-4:]  # an older version number may stand before them
+        self.value = _array(data, dtype, shape, "F" if fortran else "C")
+
+
+class PickledDType:
+    """A numpy dtype under construction."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: str, *align_and_copy: Any):
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """The dtype if it holds numbers or text; ``None`` for objects."""
+        if self.code in ("O", "O8", "O4"):
+            return None
+        if not re.fullmatch(r"[biuf][1248]|[SU][0-9]{1,4}", self.code) or self.order not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(
+                f"the pickle holds an array of type {self.code!r}, which is neither numbers nor text"
+            )
+        return np.dtype(self.order + self.code)
+
+
+def numpy_table() -> dict[str, Any]:
+    """Table entries for numpy arrays and scalars, under every name that numpy 1 and 2 and Python 2 and 3 have written.
+
+    Arrays arrive as :class:`PickledArray`: take their ``value``.
+    """
+    functions = {
+        "multiarray._reconstruct": _reconstruct,
+        "multiarray.scalar": _scalar,
+        "numeric._frombuffer": _from_buffer,
+    }
+    table: dict[str, Any] = {f"numpy.{core}.{k}": sealed(f) for core in ("core", "_core") for k, f in functions.items()}
+    # Only ever passed to `_reconstruct` as the class to make, so their names will do.
+    for name in ("numpy.ndarray", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix"):
+        table[name] = name
+    return table | {"numpy.dtype": sealed(PickledDType), "_codecs.encode": sealed(_encode)}
+
+
+def _reconstruct(*subtype_shape_and_code: Any) -> PickledArray:
+    return PickledArray()
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
+    result = PickledArray()
+    result.value = _array(data, dtype, shape, order)
+    return result
+
+
+def _scalar(dtype: Any, data: Any = b"") -> Any:
+    value = _array(data, dtype, (), "C")
+    return value[()] if isinstance(value, np.ndarray) else value
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"the pickle encodes something other than latin1 text ({encoding!r})")
+    return text.encode("latin1")
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
+    if not isinstance(dtype, PickledDType):
+        raise pickle.UnpicklingError("the pickle holds an array without a type")
+    kind = dtype.dtype
+    if kind is None:
+        return data
+    if isinstance(data, str):  # Python 2 wrote bytes as text
+        data = data.encode("latin1")
+    elif isinstance(data, pickle.PickleBuffer):
+        data = data.raw()
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape) or order not in ("C", "F"):
+        raise pickle.UnpicklingError(f"the pickle holds an array of impossible shape {shape!r}")
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise pickle.UnpicklingError(
+            f"the pickle promises a {kind} array of shape {shape} and holds {len(data)} bytes for it"
+        )
+    return np.frombuffer(data, kind).reshape(shape, order=order)
