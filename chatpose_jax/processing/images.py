@@ -1,0 +1,173 @@
+"""Pictures: opening them safely, and CLIP's preprocessing, with Pillow and NumPy only."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from chatpose_jax.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What ``load_image`` decodes. Pillow knows more, and some of those start other programs (EPS)."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """CLIP preprocessing to ``size`` × ``size`` pixels.
+
+    fit: ``crop`` resizes the shortest side to ``size`` and cuts out the centre (CLIP, and ChatPose's released code); ``pad`` first fills the
+        picture up to a square with the mean colour (LLaVA-1.5), which keeps people at the sides of a landscape photograph.
+    """
+
+    size: int = 336
+    fit: Literal["crop", "pad"] = "crop"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("crop", "pad"):
+            raise UserError(f"images.fit={self.fit!r}: expected 'crop' or 'pad'")
+
+    def __call__(self, source: Any) -> np.ndarray:
+        """(size, size, 3) float32, normalised RGB, of whatever ``load_image`` takes."""
+        return self.normalise(self.square(source))
+
+    def square(self, source: Any, where: str = "") -> np.ndarray:
+        """(size, size, 3) uint8 RGB: resized and cropped or padded, not yet normalised; a quarter of the memory."""
+        image = load_image(source, where)
+        if self.fit == "pad":
+            image = _pad_to_square(image, tuple(int(255 * channel) for channel in self.mean))
+        width, height = image.size
+        scale = self.size / min(width, height)
+        new_width, new_height = max(self.size, int(width * scale)), max(self.size, int(height * scale))
+        # Resampling only the box that the centre crop keeps equals resizing all and cropping, but a 1 × 100000 picture stays small.
+        left, top = (new_width - self.size) // 2, (new_height - self.size) // 2
+        x, y = width / new_width, height / new_height
+        box = (left * x, top * y, min(width, (left + self.size) * x), min(height, (top + self.size) * y))
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """(..., 3) uint8 RGB -> (..., 3) float32: ``(pixels / 255 - mean) / std``."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def load_image(source: Any, where: str = "") -> Image.Image:
+    """An upright RGB image of a path, bytes, a ``data:`` URI, a PIL image or an array ((H, W), (H, W, 1 | 3 | 4), uint8 or float in [0, 1]).
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits. Nothing is ever fetched from a network.
+    Raises UserError, which names the file or the part of the message, for what is no picture, is cut off, or is too large to be honest.
+    """
+    prefix = f"{where}: " if where else ""
+    if isinstance(source, Image.Image):
+        return _decode(source, f"{prefix}the PIL image")
+    if isinstance(source, bytes | bytearray):
+        return _open(io.BytesIO(source), f"{prefix}the picture ({len(source)} bytes)")
+    if isinstance(source, str) and source.startswith("data:"):
+        return _open(io.BytesIO(_data_uri(source, prefix)), f"{prefix}the data: URI")
+    if isinstance(source, str) and "://" in source[:16]:
+        raise UserError(
+            f"{prefix}{source!r:.120} is a web address, and pictures are never fetched; download it and give the path"
+        )
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(f"{prefix}no picture file at {str(path)!r}")
+        return _open(path, f"{prefix}{str(path)!r}")
+    if hasattr(source, "__array__"):
+        return _from_array(np.asarray(source), f"{prefix}the array")
+    raise UserError(f"{prefix}expected a picture as path, bytes, PIL image or array, found {type(source).__name__}")
+
+
+def _data_uri(uri: str, prefix: str) -> bytes:
+    header, _, payload = uri.partition(",")
+    if not header.endswith(";base64"):
+        raise UserError(f"{prefix}expected 'data:image/…;base64,…', found {uri!r:.60}")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise UserError(f"{prefix}the data: URI is no valid base64 ({error})") from None
+
+
+def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return _decode(image, name)
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is no picture; expected one of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} would unpack to too many pixels ({error}); scale it down first") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error}") from None
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise UserError(
+            f"{name} has {image.width} × {image.height} pixels, more than the {limit} that Pillow holds safe; scale it down first"
+        )
+    if min(image.size) < 1:
+        raise UserError(f"{name} has no pixels ({image.width} × {image.height})")
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), name)
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # decoders of damaged files raise whatever they stumble on (SyntaxError, struct.error, IndexError…)
+        raise UserError(f"{name} is damaged or cut off: {error}") from None
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey (PNG, TIFF); older decoders give it as 32-bit integers
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise UserError(f"{name} holds 32-bit values; convert it to 8 or 16 bits first")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UserError(f"{name} holds floating-point values of unknown range; convert it to 8 bits first")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        raise UserError(f"{name} has shape {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
+            raise UserError(f"{name} holds floats outside [0, 1]; give uint8 in [0, 255] or floats in [0, 1]")
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise UserError(f"{name} has dtype {array.dtype}; expected uint8 in [0, 255] or floats in [0, 1]")
+    return _decode(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    width, height = image.size
+    side = max(width, height)
+    if side * side > (Image.MAX_IMAGE_PIXELS or side * side):
+        raise UserError(
+            f"a picture of {width} × {height} pixels is too long to be padded to a square; crop it or set images.fit='crop'"
+        )
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
