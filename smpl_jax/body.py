@@ -1,20 +1,23 @@
 """Body models of the SMPL family as pure functions on a frozen pytree.
 
-SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X differ in their arrays, not in their arithmetic, so one code path serves them all:
+SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X differ in their arrays, not in their arithmetic, so one code
+path serves them all:
 
     vertices = skinning(template + shape directions · betas + pose directions · (R - I),  kinematic tree,  weights)
 
-Three entry points, because their costs differ by up to a hundred times: :func:`joints` never touches the mesh, :func:`vertices` of
-``body.subset(ids)`` computes the chosen vertices only, :func:`vertices` and :func:`forward` the whole mesh.
+Three entry points, because their costs differ by up to a hundred times: :func:`joints` never touches the mesh,
+:func:`vertices` of ``body.subset(ids)`` computes the chosen vertices only, :func:`vertices` and :func:`forward` the
+whole mesh.
 
-Frames: the body rests in the file's own frame (SMPL's: y up, facing +z, metres, pelvis off the origin). Joint 0's rotation turns it about the pelvis
-into the frame that the caller means; ``translation`` is added last.
+Frames: the body rests in the file's own frame (SMPL's: y up, facing +z, metres, pelvis off the origin). Joint 0's
+rotation turns it about the pelvis into the frame that the caller means; ``translation`` is added last.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,8 +40,9 @@ Chunk = int | None | Literal["auto"]
 class BodyModel:
     """A body model: arrays (pytree leaves) and what is known about them (static).
 
-    Letters: V vertices, F faces, J joints, S = ``num_betas + num_expression`` shape directions, P = 9 (J - 1) pose directions.
-    Vertex arrays are component-major (x, y, z planes), which makes blending and skinning one matrix product each.
+    Letters: V vertices, F faces, J joints, S = ``num_betas + num_expression`` shape directions, P = 9 (J - 1) pose
+    directions. Vertex arrays are component-major (x, y, z planes), which makes blending and skinning one matrix product
+    each.
     """
 
     template: jax.Array  # (3, V) rest vertices
@@ -92,8 +96,9 @@ class BodyModel:
         """Build from the arrays that :func:`smpl_jax.io.load_body_arrays` returns.
 
         Args:
-            arrays: ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)``, ``posedirs (V, 3, P)``, ``J_regressor (J, V)``,
-                ``weights (V, J)``, ``f (F, 3)``, ``parents (J,)``, ``model_name ()``, ``joint_names (J,)``, and optionally
+            arrays: ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)``,
+                ``posedirs (V, 3, P)``, ``J_regressor (J, V)``, ``weights (V, J)``, ``f (F, 3)``, ``parents (J,)``, ``model_name ()``,
+                ``joint_names (J,)``, and optionally
                 ``vertex_id_names`` with ``vertex_ids``, and any ``regressor_<name> (K, V)``.
             num_betas: how many shape directions to keep; ``None`` keeps all.
             num_expression: how many expression directions to keep, of those that there are; ``None`` keeps all.
@@ -140,7 +145,8 @@ class BodyModel:
     def subset(self, vertex_ids: ArrayLike) -> "BodyModel":
         """The same body with only the given vertices, in the given order; joints are unchanged.
 
-        Kept are the faces, named vertices and regressors that lie wholly within the subset. Time falls with the number of vertices.
+        Kept are the faces, named vertices and regressors that lie wholly within the subset. Time falls with the number
+        of vertices.
 
         Args:
             vertex_ids: (N,) integers, without repeats; concrete, not traced.
@@ -230,8 +236,8 @@ def forward(
     """Vertices and joints of the posed body; arguments as :func:`joints`, and
 
     Args:
-        chunk: bodies computed at a time, to stay in the caches and to bound memory; ``None`` computes all at once. ``"auto"`` is 64 on CPU
-            and ``None`` elsewhere.
+        chunk: bodies computed at a time, to stay in the caches and to bound memory; ``None`` computes all at once.
+            ``"auto"`` is 64 on CPU and ``None`` elsewhere.
     """
     inputs, batch = _inputs(body, rotations, betas, translation, expression)
     if chunk == "auto":
@@ -245,8 +251,8 @@ def forward(
 def from_smpl_pose(body: BodyModel, rotations: ArrayLike) -> jax.Array:
     """SMPL's 24 rotations as rotations for any model of the family.
 
-    SMPL-H and SMPL-X share joints 0 ... 21 with SMPL: those are copied, SMPL's two rigid hands are dropped, and jaw, eyes and fingers are at rest
-    (identity, that is: flat hands). A 24-joint body gets its input back.
+    SMPL-H and SMPL-X share joints 0 ... 21 with SMPL: those are copied, SMPL's two rigid hands are dropped, and jaw,
+    eyes and fingers are at rest (identity, that is: flat hands). A 24-joint body gets its input back.
 
     Args:
         body: the model to pose.
@@ -270,7 +276,9 @@ def from_smpl_pose(body: BodyModel, rotations: ArrayLike) -> jax.Array:
 
 
 def regress(body: BodyModel, vertices: ArrayLike, name: str) -> jax.Array:
-    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``KeyError`` lists those that the file holds."""
+    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``KeyError`` lists those that
+    the file holds.
+    """
     if name not in body.regressors:
         raise KeyError(f"body {body.name!r} has no regressor {name!r}; it holds {sorted(body.regressors) or 'none'}")
     return jnp.einsum("kv,...vc->...kc", body.regressors[name], jnp.asarray(vertices), precision=_HIGHEST)
@@ -354,7 +362,7 @@ def _kinematics(body: BodyModel, rotations: jax.Array, rest: jax.Array) -> tuple
     offsets = rest - jnp.where((parents >= 0)[:, None], rest[:, parents], 0)
     local = jnp.concatenate([rotations, offsets[..., None]], axis=-1)  # (B, J, 3, 4)
     done = [local[:, levels[0]]]
-    for above, level in zip(levels, levels[1:], strict=False):
+    for above, level in pairwise(levels):
         parent = done[-1][:, [above.index(body.parents[j]) for j in level]]
         moved = jnp.matmul(parent[..., :3], local[:, level], precision=_HIGHEST)
         done.append(moved.at[..., 3].add(parent[..., 3]))
@@ -375,7 +383,7 @@ def _inputs(
     if rotations.shape[-3:] != (body.num_joints, 3, 3):
         hint = "; smpl_jax.from_smpl_pose makes them from SMPL's 24" if rotations.shape[-3:] == (24, 3, 3) else ""
         raise ValueError(
-            f"rotations must have shape (..., {body.num_joints}, 3, 3) for body {body.name!r}; got {rotations.shape}{hint}"
+            f"rotations of body {body.name!r} must have shape (..., {body.num_joints}, 3, 3); got {rotations.shape}{hint}"
         )
     shape = [
         _coefficients(body, "betas", betas, body.num_betas),

@@ -1,4 +1,6 @@
-"""What `smpl_jax` raises when a file cannot be used; everything else that is wrong with an argument is a plain ``ValueError``."""
+"""What `smpl_jax` raises when a file cannot be used; everything else that is wrong with an argument is a plain
+``ValueError``.
+"""
 
 
 class BodyFileError(ValueError):

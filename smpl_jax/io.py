@@ -1,23 +1,27 @@
 """Body files: read in every published variant, written in one.
 
-Nothing in a file is ever run: pickles go through an allow-list (:mod:`smpl_jax.unpickle`), npz members are read without numpy's pickle support,
-and sizes are checked before memory is taken. Neither chumpy nor scipy is needed.
+Nothing in a file is ever run: pickles go through an allow-list (:mod:`smpl_jax.unpickle`), npz members are read
+without numpy's pickle support, and sizes are checked before memory is taken. Neither chumpy nor scipy is needed.
 
 Layout of an ``.npz`` body file (all that :func:`save_body_npz` writes):
 
-* ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``posedirs (V, 3, 9 (J - 1))``, ``weights (V, J)``, ``J_regressor (J, V)``, ``f (F, 3)``,
-  ``kintree_table (2, J)`` (parents, then joint numbers): SMPL's names and shapes;
-* any of the floating arrays may be stored as integers beside ``<name>_scale`` (float, broadcastable): the value is their product;
-* ``J_regressor`` and ``regressor_<name> (K, V)`` may be stored as CSR triples ``<name>_data``, ``<name>_indices``, ``<name>_indptr``;
-* optionally ``model_name ()``, ``joint_names (J,)``, ``vertex_id_names (n,)`` with ``vertex_ids (n,)``, ``expressiondirs (V, 3, E)``.
+* ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``posedirs (V, 3, 9 (J - 1))``, ``weights (V, J)``,
+  ``J_regressor (J, V)``, ``f (F, 3)``, ``kintree_table (2, J)`` (parents, then joint numbers): SMPL's names and shapes;
+* any of the floating arrays may be stored as integers beside ``<name>_scale`` (float, broadcastable): the value is
+  their product;
+* ``J_regressor`` and ``regressor_<name> (K, V)`` may be stored as CSR triples ``<name>_data``, ``<name>_indices``,
+  ``<name>_indptr``;
+* optionally ``model_name ()``, ``joint_names (J,)``, ``vertex_id_names (n,)`` with ``vertex_ids (n,)``,
+  ``expressiondirs (V, 3, E)``.
 """
 
 import importlib.resources
+import math
 import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -30,12 +34,12 @@ from smpl_jax.body import BodyModel
 from smpl_jax.errors import BodyFileError
 from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, Record, RestrictedUnpickler, numpy_table, records, sealed
 
-MAX_ARRAY_BYTES = 2**30
-"""Largest array that a file may ask for; the largest published one (SMPL-X's 400 shape directions in float64) takes 101 MB."""
+MAX_BYTES = 2**30
+"""Most that a compressed file may unpack to; the largest published body (SMPL-X in float64) takes a quarter of it."""
 
 _BODY_JOINTS = (
-    "pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot right_foot neck left_collar "
-    "right_collar head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist"
+    "pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot right_foot "
+    "neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist"
 ).split()
 _FINGERS = [
     f"{side}_{finger}{i}"
@@ -65,8 +69,8 @@ def load_body(
     """Load a body model; SMPL, SMPL-H and SMPL-X are told apart by what the file holds.
 
     Args:
-        path: an official ``.pkl`` or ``.npz`` (any variant), or a file of :func:`save_body_npz`. ``None`` gives the default body that comes with
-            the package; it is read once.
+        path: an official ``.pkl`` or ``.npz`` (any variant), or a file of :func:`save_body_npz`. ``None`` gives the
+            default body that comes with the package; it is read once.
         num_betas: shape directions to keep; ``None`` keeps all. Fewer are faster.
         num_expression: expression directions to keep (SMPL-X); ``None`` keeps all.
         dtype: of the floating arrays; float64 needs ``jax_enable_x64``.
@@ -94,20 +98,22 @@ def load_body_arrays(path: str | os.PathLike[str] | None = None) -> dict[str, np
         path: as for :func:`load_body`.
 
     Returns:
-        ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)`` (E = 0 but for SMPL-X), ``posedirs (V, 3, 9 (J - 1))``,
-        ``J_regressor (J, V)``, ``weights (V, J)`` in the file's own precision; ``f (F, 3)`` and ``parents (J,)`` int32 (-1 for the root);
-        ``model_name ()`` and ``joint_names (J,)`` text; when the file has them ``vertex_id_names (n,)`` with ``vertex_ids (n,)``, and each
-        ``regressor_<name> (K, V)``, dense.
+        ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)`` (E = 0 but for SMPL-X),
+        ``posedirs (V, 3, 9 (J - 1))``, ``J_regressor (J, V)``, ``weights (V, J)`` in the file's own
+        precision; ``f (F, 3)`` and ``parents (J,)`` int32 (-1 for the root);
+        ``model_name ()`` and ``joint_names (J,)`` text; when the file has them ``vertex_id_names (n,)`` with
+        ``vertex_ids (n,)``, and each ``regressor_<name> (K, V)``, dense.
 
     Raises:
-        BodyFileError: the file is missing, cut off, holds arrays that do not fit together, asks for absurd sizes, or (pickles) names
-            something that would have to be run. Nothing of it has been run.
+        BodyFileError: the file is missing, cut off, holds arrays that do not fit together, asks for absurd sizes, or
+            (pickles) names something that would have to be run. Nothing of it has been run.
     """
     if path is None:
         resource = importlib.resources.files("smpl_jax") / "default_body" / "body.npz"
         if not resource.is_file():
             raise BodyFileError(
-                "the default body (smpl_jax/default_body/body.npz) is missing from this installation; reinstall the package"
+                "the default body (smpl_jax/default_body/body.npz) is missing from this installation; "
+                "reinstall the package"
             )
         with resource.open("rb") as file:
             return _read(file, "the default body")
@@ -132,7 +138,8 @@ def _read(file: IO[bytes], where: str) -> dict[str, np.ndarray]:
         raise
     except ForbiddenGlobal as error:
         raise BodyFileError(
-            f"{where} tries to load and run {error.name}, which no body file needs; nothing was run. Get the file from its official source again"
+            f"{where} tries to load and run {error.name}, which no body file needs; nothing was run. "
+            "Get the file from its official source again"
         ) from None
     except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise BodyFileError(
@@ -148,7 +155,7 @@ def _read(file: IO[bytes], where: str) -> dict[str, np.ndarray]:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------- raw members of either container
+# the members of either container -------------------------------------------------------------------------------------
 
 
 def _wanted(name: str) -> bool:
@@ -173,35 +180,31 @@ def _read_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
 def _read_npz(file: IO[bytes], where: str) -> dict[str, Any]:
     members = {}
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if _wanted(name):
-                members[name] = _read_npy(lambda info=info: archive.open(info), info.file_size, f"{name!r} in {where}")  # type: ignore[misc]
+        wanted = {name: i for i in archive.infolist() if _wanted(name := i.filename.removesuffix(".npy"))}
+        total = sum(info.file_size for info in wanted.values())
+        if total > MAX_BYTES:
+            raise BodyFileError(f"{where} would unpack to {total:,} bytes; no body needs more than {MAX_BYTES:,}")
+        for name, info in wanted.items():
+            with archive.open(info) as member:
+                members[name] = _read_npy(member, info.file_size, f"{name!r} in {where}")
     return members
 
 
-def _read_npy(open_member: Callable[[], IO[bytes]], size: int, where: str) -> Any:
-    with open_member() as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise BodyFileError(f"{where} is a .npy of version {version}; expected 1.0 or 2.0")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(file)
-        if dtype.hasobject:
-            # numpy would hand this to the unrestricted unpickler. "Cleaned" files keep a scipy matrix this way, so read it, with ours.
-            content = RestrictedUnpickler(file, _table()).load()  # type: ignore[arg-type]
-            return _plain(content, where)
-        promised = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if promised > MAX_ARRAY_BYTES or any(n < 0 for n in shape):
-            raise BodyFileError(
-                f"{where} asks for {promised:,} bytes (shape {shape}); no body needs more than {MAX_ARRAY_BYTES:,}"
-            )
-        if file.tell() + promised != size:
-            raise BodyFileError(
-                f"{where} promises {promised:,} bytes (shape {shape}, {dtype}) and holds {size - file.tell():,}"
-            )
-        data = file.read(promised)
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+def _read_npy(file: IO[bytes], size: int, where: str) -> Any:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise BodyFileError(f"{where} is a .npy of version {version}; expected 1.0 or 2.0")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        # numpy would need its unrestricted unpickler here. "Cleaned" files keep a scipy matrix this way: read it with ours.
+        return _plain(RestrictedUnpickler(file, _table()).load(), where)
+    promised = math.prod(shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or file.tell() + promised != size:
+        raise BodyFileError(
+            f"{where} promises {promised:,} bytes ({dtype} of shape {shape}) and holds {size - file.tell():,}"
+        )
+    return np.frombuffer(file.read(promised), dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _table() -> dict[str, Any]:
@@ -246,7 +249,7 @@ class _Sparse:
         """The matrix, once ``shape`` is known to be right."""
         if self.shape != shape or not len(self.row) == len(self.col) == len(self.data):
             raise BodyFileError(
-                f"{where}: the sparse matrix has shape {self.shape} and {len(self.data)} entries; expected shape {shape}"
+                f"{where}: the sparse matrix has shape {self.shape}, {len(self.data)} entries; expected {shape}"
             )
         if len(self.data) and (
             min(self.row.min(), self.col.min()) < 0 or self.row.max() >= shape[0] or self.col.max() >= shape[1]
@@ -279,7 +282,7 @@ def _plain(value: Any, where: str) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- one layout for all
+# one layout for all variants -----------------------------------------------------------------------------------------
 
 
 def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
@@ -350,7 +353,7 @@ def _parents(table: Any, where: str) -> np.ndarray:
     return parents
 
 
-def _posedirs(array: Any, shape: tuple[int, int, int]) -> Any:
+def _posedirs(array: Any, shape: tuple[int, ...]) -> Any:
     """Pose directions also come flattened, (3V, P), and flattened and transposed, (P, 3V)."""
     vertices, _, pose_dims = shape
     if getattr(array, "shape", None) == (pose_dims, 3 * vertices):
@@ -402,7 +405,7 @@ def _indices(array: Any, name: str, shape: tuple[int, ...], limit: int, where: s
     return array.astype(np.int32)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------- writing
+# writing -------------------------------------------------------------------------------------------------------------
 
 
 def save_body_npz(
@@ -413,8 +416,8 @@ def save_body_npz(
     Args:
         path: where; the name is taken as it is.
         arrays: the layout of :func:`load_body_arrays`. Regressors are stored sparse where that is smaller.
-        quantize: array name to the integer type that it is rounded to, with one scale for each entry of the last axis of the blend shapes
-            and one for the whole of any other array. Rounding errors are at most half a scale.
+        quantize: array name to the integer type that it is rounded to, with one scale for each entry of the last axis
+            of the blend shapes and one for the whole of any other array. Rounding errors are at most half a scale.
 
     Raises:
         BodyFileError: the arrays do not make a body.

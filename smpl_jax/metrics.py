@@ -1,4 +1,5 @@
-"""Errors between predicted and true poses, one number for each sample (average over samples yourself, or with ``jnp.mean``).
+"""Errors between predicted and true poses, one number for each sample (average over samples yourself, or with
+``jnp.mean``).
 
 Joint positions are in metres and their errors in millimetres, as papers print them; rotations are matrices.
 """
@@ -41,7 +42,9 @@ def mpjpe(predicted: ArrayLike, target: ArrayLike, root: int | None = 0) -> jax.
 
 
 def pa_mpjpe(predicted: ArrayLike, target: ArrayLike) -> jax.Array:
-    """MPJPE in millimetres after the similarity transform that brings ``predicted`` nearest to ``target``; shapes as :func:`mpjpe`."""
+    """MPJPE in millimetres after the similarity transform that brings ``predicted`` nearest to ``target``; shapes as
+    :func:`mpjpe`.
+    """
     predicted, target = _points(predicted, target)
     return _mean_distance_mm(procrustes_align(predicted, target), target)
 
@@ -79,14 +82,17 @@ def procrustes(source: ArrayLike, target: ArrayLike) -> Similarity:
 
 
 def mpjre(predicted: ArrayLike, target: ArrayLike, num_joints: int = 23) -> jax.Array:
-    """Mean per-joint rotation error as ChatPose's tables print it: 100 x the mean absolute difference of matrix entries.
+    """Mean per-joint rotation error as ChatPose's tables print it: 100 x the mean absolute difference of matrix
+    entries.
 
-    The paper does not define the measure; this definition reproduces published figures. Joint 0, the global orientation, is left out.
+    The paper does not define the measure; this definition reproduces published figures. Joint 0, the global
+    orientation, is left out.
 
     Args:
         predicted: (..., J, 3, 3) rotations relative to the parent joint.
         target: (..., J, 3, 3).
-        num_joints: body joints that count, joints 1 ... num_joints: 23 for SMPL, 21 for what SMPL shares with SMPL-H and SMPL-X.
+        num_joints: body joints that count, joints 1 ... num_joints: 23 for SMPL, 21 for what SMPL shares with SMPL-H
+            and SMPL-X.
 
     Returns:
         (...), no unit.

@@ -1,9 +1,11 @@
 """Conversions between rotation representations.
 
-Every function takes any leading batch shape and keeps the dtype of floating input. Values and gradients are finite at every rotation: at the
-identity, next to it, at π and at 2π. This matters in practice: a fit starts at the zero pose, where the textbook formulas divide zero by zero.
+Every function takes any leading batch shape and keeps the dtype of floating input. Values and gradients are finite at
+every rotation: at the identity, next to it, at π and at 2π. This matters in practice: a fit starts at the zero pose,
+where the textbook formulas divide zero by zero.
 
-Conventions: matrices act on column vectors; an axis-angle vector is the unit axis times the angle in radians; quaternions are ``wxyz``.
+Conventions: matrices act on column vectors; an axis-angle vector is the unit axis times the angle in radians;
+    quaternions are ``wxyz``.
 """
 
 from typing import Literal, get_args
@@ -29,7 +31,8 @@ def rotation_6d_to_matrix(x: ArrayLike, order: Order6D = "columns") -> jax.Array
         order: the packing.
 
     Returns:
-        (..., 3, 3). Two zero or parallel vectors span no frame: the result is then finite, its gradient too, but it is no rotation.
+        (..., 3, 3). Two zero or parallel vectors span no frame: the result is then finite, its gradient too, but it is
+        no rotation.
 
     Raises:
         ValueError: the last axis is not 6, or the order is unknown.
@@ -79,7 +82,9 @@ def axis_angle_to_matrix(axis_angle: ArrayLike) -> jax.Array:
 
 
 def matrix_to_axis_angle(matrix: ArrayLike) -> jax.Array:
-    """Rotation matrices (..., 3, 3) to axis-angle (..., 3), angle in [0, π]; at π, where both signs mean the same, either is returned."""
+    """Rotation matrices (..., 3, 3) to axis-angle (..., 3), angle in [0, π]; at π, where both signs mean the same,
+    either is returned.
+    """
     return quaternion_to_axis_angle(matrix_to_quaternion(matrix))
 
 
@@ -96,9 +101,11 @@ def quaternion_to_matrix(quaternion: ArrayLike) -> jax.Array:
 
 
 def matrix_to_quaternion(matrix: ArrayLike) -> jax.Array:
-    """Rotation matrices (..., 3, 3) to unit quaternions (..., 4), ``wxyz``; the sign is that of the largest component made positive.
+    """Rotation matrices (..., 3, 3) to unit quaternions (..., 4), ``wxyz``; the sign is that of the largest component
+    made positive.
 
-    Shepperd's method: each row below is ``4 q_i q``; the one with the largest ``q_i`` is normalised, so nothing small is ever divided by.
+    Shepperd's method: each row below is ``4 q_i q``; the one with the largest ``q_i`` is normalised, so nothing small
+    is ever divided by.
     """
     m = _floating(matrix, (3, 3), "rotation matrices")
     xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
@@ -139,9 +146,11 @@ def quaternion_to_axis_angle(quaternion: ArrayLike) -> jax.Array:
 
 
 def geodesic_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
-    """Angle in radians, [0, π], of the rotation between two stacks of matrices (..., 3, 3); shape (...), with broadcasting.
+    """Angle in radians, [0, π], of the rotation between two stacks of matrices (..., 3, 3); shape (...), with
+    broadcasting.
 
-    The gradient is 0 where the rotations agree and where they are exactly half a turn apart (the distance has a kink at both).
+    The gradient is 0 where the rotations agree and where they are exactly half a turn apart (the distance has a kink
+    at both).
     """
     a, b = _floating(a, (3, 3), "rotation matrices"), _floating(b, (3, 3), "rotation matrices")
     # Broadcast products, not a matmul: accelerators multiply matrices in bfloat16 unless told otherwise.
@@ -156,7 +165,8 @@ def _half_angle(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos(t/2) and sin(t/2)/(t/2) of t = |v|, each (...), smooth at 0."""
     square = jnp.sum(v * v, axis=-1) / 4
     small = square < 1e-3
-    # The inner `where` keeps sqrt away from 0, whose infinite slope would otherwise turn the unused branch's gradient into 0 * inf.
+    # The inner `where` keeps sqrt away from 0, whose infinite slope would otherwise turn the unused branch's gradient
+    # into 0 * inf.
     half = jnp.sqrt(jnp.where(small, 1.0, square))
     s = square
     cosine = jnp.where(small, 1 - s / 2 * (1 - s / 12 * (1 - s / 30 * (1 - s / 56))), jnp.cos(half))

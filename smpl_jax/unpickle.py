@@ -1,15 +1,15 @@
 """Read pickles from strangers without running anything that they name.
 
-A pickle is a program whose ``GLOBAL`` opcodes import any function and whose ``REDUCE`` opcodes call it. Here a name is looked up in a table that the
-caller gives, never imported; a name that is not in the table ends the load with :class:`ForbiddenGlobal`. Table entries build plain data only, and no
-opcode can change them.
+A pickle is a program whose ``GLOBAL`` opcodes import any function and whose ``REDUCE`` opcodes call it. Here a name is
+looked up in a table that the caller gives, never imported; a name that is not in the table ends the load with
+:class:`ForbiddenGlobal`. Table entries build plain data only, and no opcode can change them.
 """
 
 import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,19 +25,21 @@ class ForbiddenGlobal(pickle.UnpicklingError):
 class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """An unpickler that resolves names in a table alone.
 
-    It derives from the standard library's Python implementation, not the C one: the work is in a few large buffers, so it is as fast, its memo is a
-    dictionary that a file cannot make it allocate by the gigabyte, and every opcode can be read.
+    It derives from the standard library's Python implementation, not the C one: the work is in a few large buffers, so
+    it is as fast, its memo is a dictionary that a file cannot make it allocate by the gigabyte, and every opcode can
+    be read.
 
     Args:
         file: binary, with ``read`` and ``readline``.
-        table: ``"module.name"`` to what stands for it: a function, wrapped by :func:`sealed`, or a class from :func:`record`.
+        table: ``"module.name"`` to what stands for it: a function, wrapped by :func:`sealed`, or a class from
+            :func:`record`.
         persistent_load: resolves persistent ids (PyTorch's storages); without it they are an error.
         encoding: of Python 2 strings; latin1 keeps bytes as they are.
     """
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: IO[bytes],
         table: Mapping[str, Any],
         *,
         persistent_load: Callable[[Any], Any] | None = None,
@@ -63,7 +65,9 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
 
 class sealed:
-    """A function as a table entry: callable, and without a ``__dict__`` or a ``__setstate__`` through which a ``BUILD`` opcode could change it."""
+    """A function as a table entry: callable, and without a ``__dict__`` or a ``__setstate__`` through which a
+    ``BUILD`` opcode could change it.
+    """
 
     __slots__ = ("_function",)
 
@@ -78,7 +82,9 @@ class sealed:
 
 
 class Record:
-    """What stands for an object of a foreign class: the class's name, and the state the object was saved with, nothing done with either."""
+    """What stands for an object of a foreign class: the class's name, and the state the object was saved with, nothing
+    done with either.
+    """
 
     name: str = ""
     state: Any = None
@@ -96,7 +102,9 @@ def records(names: Iterable[str]) -> dict[str, type[Record]]:
 
 
 class PickledArray:
-    """A numpy array under construction: numpy's own constructors trust the shape and type that a file gives them, this one checks both."""
+    """A numpy array under construction: numpy's own constructors trust the shape and type that a file gives them, this
+    one checks both.
+    """
 
     __slots__ = ("value",)
 
