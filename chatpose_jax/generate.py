@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +191,7 @@ def rewind(cache: KVCache, keep: jax.Array) -> KVCache:
     return dataclasses.replace(cache, valid=valid, cursor=cursor)
 
 
-def generate(
+def generate_stream(
     config: ModelConfig,
     params: Params,
     prompts: Sequence[np.ndarray],
@@ -200,10 +201,12 @@ def generate(
     sampling: Sampling = Sampling(),
     force_tail: Sequence[int] | None = None,
     cache: KVCache | None = None,
-    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     stream_every: int = 1,
-) -> Generated:
-    """Answer a batch of prompts.
+) -> Generator[tuple[np.ndarray, np.ndarray], None, Generated]:
+    """Answer a batch of prompts, a few tokens at a time.
+
+    Yields the (B, n) new ids and the (B,) counts of tokens emitted so far, after the first token and then every ``stream_every``; returns the
+    whole answer as the generator's value.
 
     Args:
         config: its ``scan_layers`` says how ``params`` lays layers out; unrolled decodes faster.
@@ -211,7 +214,6 @@ def generate(
         images: for each row its (S, S, 3) arrays in order of appearance.
         force_tail: ids, with a pose token among them and the end of sequence last, that replace the end of an answer which offers no pose.
         cache: of earlier turns, B rows; ``prompts`` then holds only what is new. It is consumed.
-        on_tokens: called every ``stream_every`` steps with the (B, n) new ids and the (B,) counts of tokens emitted so far.
 
     Raises:
         UserError when a prompt and its answer exceed the context, or the answer is too short for the forced tail.
@@ -250,19 +252,39 @@ def generate(
         config, params, cache, jnp.asarray(input_ids), jnp.asarray(lengths), _pixels(config, images, batch),
         jax.random.key(sampling.seed), settings, max_new_tokens=max_new_tokens, greedy=greedy,
     )  # fmt: skip
-    if on_tokens is None:
-        state = decode(config, params, state, jnp.int32(max_new_tokens), settings, greedy=greedy)
-    else:
-        seen = 0
-        while True:
-            step = int(state.step)
-            on_tokens(np.asarray(state.tokens[:, seen:step]), np.asarray(state.lengths))
-            seen = step
-            if step >= max_new_tokens or bool(state.done.all()):
-                break
-            state = decode(config, params, state, jnp.int32(min(step + stream_every, max_new_tokens)), settings, greedy=greedy)
+    seen = 0
+    while True:
+        step = int(state.step)
+        yield np.asarray(state.tokens[:, seen:step]), np.asarray(state.lengths)
+        seen = step
+        if step >= max_new_tokens or bool(state.done.all()):
+            break
+        state = decode(config, params, state, jnp.int32(min(step + stream_every, max_new_tokens)), settings, greedy=greedy)
     counts, tokens, hidden = np.asarray(state.lengths), np.asarray(state.tokens), np.asarray(state.hidden)
     return Generated([t[:n] for t, n in zip(tokens, counts)], [h[:n] for h, n in zip(hidden, counts)], state.cache)
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    images: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    stream_every: int | None = None,
+    max_new_tokens: int = 128,
+    **settings: Any,
+) -> Generated:
+    """``generate_stream`` to its end; ``on_tokens`` is called with what it yields, token by token unless ``stream_every`` says otherwise."""
+    every = stream_every or (max_new_tokens if on_tokens is None else 1)
+    steps = generate_stream(config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings)
+    while True:
+        try:
+            tokens, counts = next(steps)
+        except StopIteration as end:
+            return end.value
+        if on_tokens is not None:
+            on_tokens(tokens, counts)
 
 
 def _pixels(config: ModelConfig, images: Sequence[Sequence[np.ndarray]] | None, batch: int) -> jax.Array | None:

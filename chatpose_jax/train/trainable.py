@@ -1,0 +1,120 @@
+"""What trains is a table: path pattern -> learning-rate multiplier and weight decay, or frozen. The first row that matches a path decides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from chatpose_jax.errors import UserError
+
+Flat = dict[str, Any]
+"""Arrays by path, ``decoder/norm/scale``."""
+
+
+class Rule(NamedTuple):
+    """One row: a regular expression that must match the whole path; ``lr`` multiplies the learning rate, None freezes."""
+
+    pattern: str
+    lr: float | None
+    weight_decay: float = 0.0
+
+
+PAPER: tuple[Rule, ...] = (
+    Rule(r"decoder/layers/.*/lora_[ab]", 1.0),
+    Rule(r"pose_head/.*", 1.0),
+    Rule(r"decoder/(embed_tokens|lm_head)/added", 1.0),
+    Rule(r".*", None),
+)
+"""LoRA, the pose head, and the rows of the new tokens; everything else is frozen."""
+
+EVERYTHING: tuple[Rule, ...] = (Rule(r".*/(kernel|embedding)", 1.0, 0.01), Rule(r".*", 1.0))
+"""All parameters, matrices with a little weight decay: for models that start from nothing."""
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Flat:
+    """Nested dicts -> {path: leaf}."""
+    flat: Flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten``."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """The row of every path; raises UserError for a path without one, a row that names nothing, or a bad pattern."""
+    compiled = []
+    for row in rules:
+        try:
+            compiled.append((re.compile(row.pattern), row))
+        except re.error as error:
+            raise UserError(f"train.trainable: {row.pattern!r} is no regular expression: {error}") from error
+    assigned: dict[str, Rule] = {}
+    for path in flatten(params):
+        row = next((row for regex, row in compiled if regex.fullmatch(path)), None)
+        if row is None:
+            raise UserError(f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest")
+        assigned[path] = row
+    for regex, row in compiled:
+        if row.lr is not None and not any(regex.fullmatch(path) for path in assigned):
+            raise UserError(f"train.trainable: the row {row.pattern!r} matches no parameter of this model")
+    if not any(row.lr for row in assigned.values()):
+        raise UserError("train.trainable freezes every parameter: nothing would train")
+    return assigned
+
+
+def split(params: Mapping[str, Any], rules: Sequence[Rule]) -> tuple[Flat, Flat]:
+    """(trainable, frozen), both by path. Works on arrays and on abstract shapes."""
+    rows, flat = assign(params, rules), flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if rows[path].lr is not None}
+    return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
+
+
+def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
+    """The whole tree again."""
+    return unflatten({**trainable, **frozen})
+
+
+def describe(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
+    """The table with counts, printed when a run starts."""
+    rows, flat = assign(params, rules), flatten(params)
+    lines = [f"{'what trains':48} {'arrays':>7} {'parameters':>15} {'lr ×':>7} {'decay':>7}"]
+    for rule in dict.fromkeys(rules):
+        sizes = [int(np.prod(flat[path].shape)) for path, row in rows.items() if row == rule]
+        lr = "frozen" if rule.lr is None else f"{rule.lr:g}"
+        lines.append(f"{rule.pattern:48} {len(sizes):7d} {sum(sizes):15,d} {lr:>7} {rule.weight_decay:7g}")
+    total = sum(int(np.prod(leaf.shape)) for leaf in flat.values())
+    active = sum(int(np.prod(flat[path].shape)) for path, row in rows.items() if row.lr is not None)
+    lines.append(f"{active:,d} of {total:,d} parameters train ({100 * active / total:.3g} %)")
+    return "\n".join(lines)
+
+
+def scale_by_rows(rows: Mapping[str, Rule], schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The end of AdamW with a rate for each path: update = −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
+
+    def init(params: Flat) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jax.numpy.zeros((), jax.numpy.int32))
+
+    def update(updates: Flat, state: optax.ScaleByScheduleState, params: Flat | None = None) -> tuple[Flat, Any]:
+        assert params is not None
+        lr = schedule(state.count)
+        scaled = {path: -lr * (rows[path].lr or 0.0) * (u + rows[path].weight_decay * params[path]) for path, u in updates.items()}
+        return scaled, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
