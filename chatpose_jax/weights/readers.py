@@ -1,10 +1,12 @@
 """Checkpoint files of the PyTorch world, read by byte range, without torch and without running code from them.
 
-Both formats come down to the same record, ``TensorEntry``: a file, a byte offset, a dtype, a shape and strides. Reading maps just the
-bytes that the asked index needs, copies them out and unmaps them, so resident memory never grows with the file.
+Both formats come down to the same record, ``TensorEntry``: a file, a byte offset, a dtype, a shape and strides.
+Reading maps just the bytes that the asked index needs, copies them out and unmaps them, so resident memory never grows
+with the file.
 
-Formats: safetensors (8-byte header length, JSON header, raw data) and the zip archives of ``torch.save`` since PyTorch 1.6 (``data.pkl`` beside
-one uncompressed member per storage). The pickle is interpreted by an unpickler that knows a dozen inert names and refuses any other.
+Formats: safetensors (8-byte header length, JSON header, raw data) and the zip archives of ``torch.save`` since
+PyTorch 1.6 (``data.pkl`` beside one uncompressed member per storage). The pickle is interpreted by an unpickler that
+knows a dozen inert names and refuses any other.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ _MAX_PICKLE = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. ``strides`` are in elements; ``None`` means C-contiguous. ``offset`` is in bytes from the start of ``file``."""
+    """Where one tensor lies. ``strides`` are in elements; ``None`` means C-contiguous. ``offset`` is in bytes from the
+    start of ``file``."""
 
     name: str
     file: Path
@@ -88,7 +91,8 @@ class TensorEntry:
         return (sum((n - 1) * s for n, s in zip(self.shape, strides)) + 1) * self.dtype.itemsize
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """The values under ``index`` (slices with step 1, one per axis; ``None`` = all) as a new array in the stored dtype.
+        """The values under ``index`` (slices with step 1, one per axis; ``None`` = all) as a new array in the stored
+        dtype.
 
         Only the byte range that spans the asked elements is mapped, and it is unmapped before returning.
         """
@@ -118,11 +122,12 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-# ---------------------------------------------------------------------------------------------------------------- safetensors
+# ---------------------------------------------------------------------------------------------------------- safetensors
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one ``.safetensors`` file. Raises UserError for a truncated file or a header that cannot be right."""
+    """The tensors of one ``.safetensors`` file. Raises UserError for a truncated file or a header that cannot be
+    right."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -140,7 +145,9 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: the safetensors header is damaged ({type(error).__name__}: {error}); fetch it again") from None
+        raise UserError(
+            f"{path}: the safetensors header is damaged ({type(error).__name__}: {error}); fetch it again"
+        ) from None
     _check_extent(path, entries.values(), size)
     return entries
 
@@ -153,7 +160,10 @@ def _safetensors_entry(path: Path, name: str, record: Mapping[str, Any], data_st
     shape = tuple(int(n) for n in record["shape"])
     start, stop = (int(n) for n in record["data_offsets"])
     if min(shape, default=0) < 0 or start < 0 or stop - start != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot fill bytes {start}..{stop}; the header is damaged")
+        raise UserError(
+            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot fill bytes {start}..{stop}; the "
+            f"header is damaged"
+        )
     return TensorEntry(name, path, data_start + start, dtype, shape)
 
 
@@ -168,7 +178,8 @@ def _check_extent(path: Path, entries: Any, size: int) -> None:
     for entry in entries:
         if entry.offset + entry.extent() > size:
             raise UserError(
-                f"{path}: cut off: tensor {entry.name!r} ends at byte {entry.offset + entry.extent()}, the file has {size}; fetch it again"
+                f"{path}: cut off: tensor {entry.name!r} ends at byte {entry.offset + entry.extent()}, the file has "
+                f"{size}; fetch it again"
             )
 
 
@@ -227,7 +238,8 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) in _PICKLE_CALLABLES:
             return functools.partial(_PICKLE_CALLABLES[module, name])
         raise UserError(
-            f"{self.path}: refused: the pickle asks for {module}.{name}, which a file of weights has no need of; it was not run. "
+            f"{self.path}: refused: the pickle asks for {module}.{name}, which a file of weights has no need of; it "
+            f"was not run. "
             "If you trust the file, re-save its state_dict as safetensors where it came from"
         )
 
@@ -240,8 +252,9 @@ class _TensorUnpickler(pickle.Unpickler):
 def read_torch_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one ``.bin`` / ``.pt`` / ``.pth`` file written by ``torch.save`` (zip format).
 
-    Leaves that are no tensors (step counters, flags) are left out. Raises UserError for a truncated file, for the format from before
-    PyTorch 1.6, for compressed or big-endian members, and for a pickle that asks for anything but tensors.
+    Leaves that are no tensors (step counters, flags) are left out. Raises UserError for a truncated file, for the
+    format from before PyTorch 1.6, for compressed or big-endian members, and for a pickle that asks for anything but
+    tensors.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(
@@ -256,7 +269,9 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
                 raise UserError(f"{path}: no torch.save archive: expected one data.pkl inside, found {len(pickles)}")
             root = pickles[0].removesuffix("data.pkl")
             if members[pickles[0]].file_size > _MAX_PICKLE:
-                raise UserError(f"{path}: data.pkl of {members[pickles[0]].file_size} bytes is too large to be a list of tensors")
+                raise UserError(
+                    f"{path}: data.pkl of {members[pickles[0]].file_size} bytes is too large to be a list of tensors"
+                )
             if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine; re-save it as safetensors")
             state = _TensorUnpickler(archive.read(pickles[0]), path).load()
@@ -270,21 +285,27 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
         for name, tensor in _tensors(state):
             member = members.get(f"{root}data/{tensor.storage.key}")
             if member is None:
-                raise UserError(f"{path}: cut off: the storage {tensor.storage.key} of tensor {name!r} is not in the archive")
+                raise UserError(
+                    f"{path}: cut off: the storage {tensor.storage.key} of tensor {name!r} is not in the archive"
+                )
             if member.compress_type != zipfile.ZIP_STORED:
                 raise UserError(f"{path}: the storage of {name!r} is compressed; re-save it as safetensors")
             offset = _member_offset(path, file, member) + tensor.offset * tensor.storage.dtype.itemsize
             entry = TensorEntry(name, path, offset, tensor.storage.dtype, tensor.shape, tensor.strides)
             inside = tensor.offset * tensor.storage.dtype.itemsize + entry.extent()
             if min((*tensor.shape, *tensor.strides, tensor.offset, 0)) < 0 or inside > member.file_size:
-                raise UserError(f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} bytes")
+                raise UserError(
+                    f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} "
+                    f"bytes"
+                )
             entries[name] = entry
     _check_extent(path, entries.values(), path.stat().st_size)
     return entries
 
 
 def _tensors(state: Any) -> Iterator[tuple[str, _Tensor]]:
-    """Name and tensor for each tensor of a state dict; wrappers such as ``{"state_dict": …}`` or ``{"module": …}`` are seen through."""
+    """Name and tensor for each tensor of a state dict; wrappers such as ``{"state_dict": …}`` or ``{"module": …}`` are
+    seen through."""
     if not isinstance(state, dict):
         return
     found = [(str(name), leaf) for name, leaf in state.items() if isinstance(leaf, _Tensor)]
@@ -307,7 +328,7 @@ def _member_offset(path: Path, file: io.BufferedReader, member: zipfile.ZipInfo)
     return member.header_offset + 30 + name_length + extra_length
 
 
-# ---------------------------------------------------------------------------------------------------------------- folders
+# -------------------------------------------------------------------------------------------------------------- folders
 
 _HEADERS: dict[str, Callable[[Path], dict[str, TensorEntry]]] = {
     ".safetensors": read_safetensors_header,
@@ -328,7 +349,8 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint, by name, from one file or many. ``folder`` holds config and tokenizer, if there are any."""
+    """All tensors of a checkpoint, by name, from one file or many. ``folder`` holds config and tokenizer, if there are
+    any."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -373,7 +395,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a folder (single file, or shards with an index) or one file; reads headers only.
 
-    Raises UserError: no weights there, an index that names a missing file or tensor, a tensor that two shards hold, a damaged file.
+    Raises UserError: no weights there, an index that names a missing file or tensor, a tensor that two shards hold, a
+    damaged file.
     """
     path = Path(path)
     if path.is_file():
@@ -392,7 +415,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     projectors = [path / name for name in PROJECTOR_FILES if (path / name).is_file()]
     if projectors:
         return _from_files(path, projectors[:1])
-    raise UserError(f"{path}: no weights here: expected one of {', '.join(_CANDIDATES)} or shards named model-00001-of-…")
+    raise UserError(
+        f"{path}: no weights here: expected one of {', '.join(_CANDIDATES)} or shards named model-00001-of-…"
+    )
 
 
 def _is_shard(file: Path) -> bool:
@@ -406,7 +431,10 @@ def _from_files(folder: Path, files: list[Path]) -> Checkpoint:
             raise UserError(f"{file}: expected one of {', '.join(_HEADERS)}")
         for name, entry in _HEADERS[file.suffix](file).items():
             if name in tensors:
-                raise UserError(f"{folder}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}; remove one of the files")
+                raise UserError(
+                    f"{folder}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}; remove one "
+                    f"of the files"
+                )
             tensors[name] = entry
     if not tensors:
         raise UserError(f"{folder}: {', '.join(file.name for file in files)} hold no tensors")
@@ -422,10 +450,16 @@ def _from_index(index: Path) -> Checkpoint:
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index}: names a file outside its folder: {outside[0]!r}")
     if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent[:5])}; fetch them")
+        raise UserError(
+            f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent[:5])}; fetch "
+            f"them"
+        )
     checkpoint = _from_files(index.parent, [index.parent / name for name in names])
     if lost := [name for name in weight_map if name not in checkpoint.tensors]:
-        raise UserError(f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files again")
+        raise UserError(
+            f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files "
+            f"again"
+        )
     return checkpoint
 
 

@@ -1,4 +1,5 @@
-"""CHATPOSE-V0: LoRA merged into the decoder, the pose head as ``text_hidden_fcs``, no vision tower (CLIP stands beside it)."""
+"""CHATPOSE-V0: LoRA merged into the decoder, the pose head as ``text_hidden_fcs``, no vision tower (CLIP stands beside
+it)."""
 
 from __future__ import annotations
 

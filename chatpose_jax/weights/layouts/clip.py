@@ -1,4 +1,4 @@
-"""CLIP alone: the two-tower model as OpenAI released it, or its vision tower (names of ``transformers`` 4.x and 5.x)."""
+"""CLIP alone: the two-tower model as OpenAI released it, or its vision tower (names of transformers 4.x and 5.x)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """``config.json`` of the known layouts → settings of the model.
 
-Sizes that tensors show are taken from the tensors and compared with what ``config.json`` says; what tensors cannot show (heads, epsilons, RoPE)
-comes from ``config.json``, with the defaults that ``transformers`` documents for keys it leaves out. A setting that this model cannot follow
-is an error, never a silent difference.
+Sizes that tensors show are taken from the tensors and compared with what ``config.json`` says; what tensors cannot
+show (heads, epsilons, RoPE) comes from ``config.json``, with the defaults that ``transformers`` documents for keys it
+leaves out. A setting that this model cannot follow is an error, never a silent difference.
 """
 
 from __future__ import annotations
@@ -25,16 +25,21 @@ def count_layers(shapes: Mapping[str, Shape], prefix: str) -> int:
 def _demand(config: Mapping[str, Any], where: str, expected: Mapping[str, tuple[Any, ...]]) -> None:
     for key, allowed in expected.items():
         if key in config and config[key] not in allowed:
-            raise UserError(f"config.json: {where}{key}={config[key]!r} is not supported; this model has {key}={allowed[0]!r}")
+            raise UserError(
+                f"config.json: {where}{key}={config[key]!r} is not supported; this model has {key}={allowed[0]!r}"
+            )
 
 
 def _agree(config: Mapping[str, Any], where: str, found: Mapping[str, int]) -> None:
-    if wrong := [f"{where}{key}={config[key]} (tensors: {size})" for key, size in found.items() if config.get(key, size) != size]:
+    if wrong := [
+        f"{where}{key}={config[key]} (tensors: {size})" for key, size in found.items() if config.get(key, size) != size
+    ]:
         raise UserError(f"config.json and the tensors disagree: {', '.join(wrong)}; the folder mixes two models")
 
 
 def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model: str, where: str = "") -> Settings:
-    """Fields of TextConfig, without the vocabulary. ``config`` is a LLaMA config, ``model`` the prefix of the decoder's tensors."""
+    """Fields of TextConfig, without the vocabulary. ``config`` is a LLaMA config, ``model`` the prefix of the
+    decoder's tensors."""
     _demand(
         config,
         where,
@@ -64,7 +69,8 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if (heads * head_dim, kv_heads * head_dim) != (q_out, kv_out):
         raise UserError(
-            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} do not give the "
+            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} "
+            f"do not give the "
             f"{q_out} query and {kv_out} key rows of the tensors"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -101,7 +107,9 @@ def clip_settings(
     side = round((positions - 1) ** 0.5)
     layers = count_layers(shapes, f"{tower}encoder.layers.")
     if side * side + 1 != positions:
-        raise UserError(f"{tower}embeddings.position_embedding has {positions} rows; expected one more than a square number")
+        raise UserError(
+            f"{tower}embeddings.position_embedding has {positions} rows; expected one more than a square number"
+        )
     _agree(
         config,
         where,
@@ -128,7 +136,8 @@ def clip_settings(
 
 
 def llava_flat_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], tower: str | None) -> Settings:
-    """Settings of the original LLaVA's one-level config (also CHATPOSE-V0's); the tower is ``None`` where it stands elsewhere."""
+    """Settings of the original LLaVA's one-level config (also CHATPOSE-V0's); the tower is ``None`` where it stands
+    elsewhere."""
     _demand(config, "", {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)})
     settings: Settings = {
         "text": llama_settings(config, shapes, "model."),

@@ -13,25 +13,23 @@ _TOWER = "model.vision_tower.vision_tower.vision_model."
 _PROJECTORS = ("model.mm_projector.", "mm_projector.", "")
 
 
-def _layout(name: str, title: str, tower: str | None) -> Layout:
-    inside = f"{_TOWER}embeddings.class_embedding"
+def _layout(name: str, title: str, *, tower: bool, projector: bool) -> Layout:
     return Layout(
         name=name,
         title=title,
         family="llava_original",
         rules=(
             *parts.llama("model.", "lm_head."),
-            *parts.projector("model.mm_projector.0", "model.mm_projector.2"),
-            *(parts.clip(tower) if tower else ()),
+            *(parts.projector("model.mm_projector.0", "model.mm_projector.2") if projector else ()),
+            *(parts.clip(_TOWER) if tower else ()),
         ),
         ignored=(*parts.BUFFERS, *parts.CLIP_UNUSED),
         recognise=lambda shapes: (
             "model.embed_tokens.weight" in shapes
-            and "model.mm_projector.0.weight" in shapes
-            and "model.text_hidden_fcs.0.0.weight" not in shapes
-            and (inside in shapes) == (tower is not None)
+            and ("model.mm_projector.0.weight" in shapes) == projector
+            and (f"{_TOWER}embeddings.class_embedding" in shapes) == tower
         ),
-        settings=lambda config, shapes: llava_flat_settings(config, shapes, tower),
+        settings=lambda config, shapes: llava_flat_settings(config, shapes, _TOWER if tower else None),
     )
 
 
@@ -51,7 +49,13 @@ def _projector_alone(prefix: str) -> Layout:
 
 
 LAYOUTS = (
-    _layout("llava_original", "LLaVA-1.5, original names, CLIP inside", _TOWER),
-    _layout("llava_original_without_clip", "LLaVA-1.5, original names, CLIP beside it", None),
+    _layout("llava_original", "LLaVA-1.5, original names, CLIP inside", tower=True, projector=True),
+    _layout("llava_original_without_clip", "LLaVA-1.5, original names, CLIP beside it", tower=False, projector=True),
+    _layout(
+        "llava_original_without_projector",
+        "LLaVA-1.5, original names, projector beside it",
+        tower=True,
+        projector=False,
+    ),
     *map(_projector_alone, _PROJECTORS),
 )

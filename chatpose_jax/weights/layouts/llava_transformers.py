@@ -1,4 +1,5 @@
-"""LLaVA-1.5 as ``transformers`` stores it: the file names of 4.x, those of 5.x, and the names of a 5.x ``state_dict()``."""
+"""LLaVA-1.5 as ``transformers`` stores it: the file names of 4.x, those of 5.x, and the names of a 5.x
+``state_dict()``."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tow
                 raise UserError(f"config.json: {key}={config[key]!r} is not supported; this model has {expected!r}")
         select = config.get("vision_feature_layer", -2)
         if not isinstance(select, int) or select >= 0:
-            raise UserError(f"config.json: vision_feature_layer={select!r} is not supported; expected one negative number")
+            raise UserError(
+                f"config.json: vision_feature_layer={select!r} is not supported; expected one negative number"
+            )
         return {
             "text": llama_settings(config.get("text_config", {}), shapes, model, "text_config."),
             "vision": clip_settings(config.get("vision_config", {}), shapes, tower, select, "vision_config."),
@@ -36,7 +39,9 @@ def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tow
             *parts.clip(tower),
         ),
         ignored=(*parts.BUFFERS, *parts.CLIP_UNUSED),
-        recognise=lambda shapes: f"{model}embed_tokens.weight" in shapes and f"{tower}embeddings.class_embedding" in shapes,
+        recognise=lambda shapes: (
+            f"{model}embed_tokens.weight" in shapes and f"{tower}embeddings.class_embedding" in shapes
+        ),
         settings=settings,
     )
 

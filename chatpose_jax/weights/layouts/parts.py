@@ -23,7 +23,10 @@ def llama(model: str, lm_head: str) -> tuple[Rule, ...]:
         Rule(f"{model}embed_tokens.weight", "decoder/embed_tokens/added", rows="added"),
         Rule(f"{layer}input_layernorm.weight", f"{out}input_norm/scale"),
         Rule(f"{layer}post_attention_layernorm.weight", f"{out}post_attention_norm/scale"),
-        *(Rule(f"{layer}self_attn.{n}.weight", f"{out}attn/{n}/kernel", _T) for n in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *(
+            Rule(f"{layer}self_attn.{n}.weight", f"{out}attn/{n}/kernel", _T)
+            for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ),
         *(Rule(f"{layer}mlp.{n}.weight", f"{out}mlp/{n}/kernel", _T) for n in ("gate_proj", "up_proj", "down_proj")),
         Rule(f"{model}norm.weight", "decoder/norm/scale"),
         Rule(f"{lm_head}weight", "decoder/lm_head/kernel", _T, rows="base"),

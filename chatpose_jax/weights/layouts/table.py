@@ -1,8 +1,8 @@
 """The language of name tables: which source tensor becomes which leaf of the parameter tree, and how to undo it.
 
-A ``Rule`` maps one name template to one leaf. ``{i}`` in the template stands for the layer: the leaf then has a leading layer axis. A tensor
-that feeds two leaves (the rows of the base vocabulary, and the added ones) has two rules with different ``rows``. Every transform has an
-inverse, so the same table also writes checkpoints.
+A ``Rule`` maps one name template to one leaf. ``{i}`` in the template stands for the layer: the leaf then has a
+leading layer axis. A tensor that feeds two leaves (the rows of the base vocabulary, and the added ones) has two rules
+with different ``rows``. Every transform has an inverse, so the same table also writes checkpoints.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Transform(enum.Enum):
         return shape
 
     def read(self, read: Read, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
-        """The part ``index`` of a leaf (or layer) of ``shape``; ``read`` takes an index into the source. May return a view with any strides."""
+        """The part ``index`` of a leaf (or layer) of ``shape``; ``read`` takes an index into the source. May return a
+        view with any strides."""
         if self is Transform.TRANSPOSE:
             return read(index[::-1]).T
         if self is Transform.PATCHES:
@@ -67,7 +68,8 @@ class Transform(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row of a table: source name template → leaf path, transform, and which source rows (vocabulary tensors only)."""
+    """One row of a table: source name template → leaf path, transform, and which source rows (vocabulary tensors
+    only)."""
 
     source: str
     target: str
@@ -104,10 +106,12 @@ Settings = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A kind of checkpoint. ``recognise`` looks at tensor names only; ``settings`` turns ``config.json`` and tensor shapes into config parts.
+    """A kind of checkpoint. ``recognise`` looks at tensor names only; ``settings`` turns ``config.json`` and tensor
+    shapes into config parts.
 
-    ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields without the vocabulary
-    split) and ``image_token_id``; it raises UserError for a setting that the model cannot follow.
+    ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields
+    without the vocabulary split) and ``image_token_id``; it raises UserError for a setting that the model cannot
+    follow.
     """
 
     name: str

@@ -13,7 +13,7 @@ LAYOUTS = (
         family="vicuna",
         rules=parts.llama("model.", "lm_head."),
         ignored=parts.BUFFERS,
-        recognise=lambda shapes: "model.embed_tokens.weight" in shapes and "model.mm_projector.0.weight" not in shapes,
+        recognise=lambda shapes: "model.embed_tokens.weight" in shapes,
         settings=lambda config, shapes: {"text": llama_settings(config, shapes, "model.")},
     ),
 )

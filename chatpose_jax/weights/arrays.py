@@ -1,0 +1,208 @@
+"""Parameter arrays on disk: Orbax (OCDBT), written from arrays or streamed from leaves that are read as they are
+written.
+
+Orbax saves what is in memory. A conversion has nothing in memory: a ``Leaf`` is read block by block while earlier
+blocks are being written. ``_LeafHandler`` teaches Orbax to save such leaves; the result is an ordinary Orbax
+checkpoint that any Orbax program restores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.plan import Leaf
+
+Params = dict[str, Any]
+OnBytes = Callable[[int], Any]
+
+_BLOCK = 128 << 20
+"""Bytes that are read at once; three such blocks may be in flight."""
+_CHUNK = 16 << 20
+"""Bytes of one stored chunk: the unit that a sharded restore reads."""
+_SHOWN = 8
+
+
+class _LeafHandler(ocp.type_handlers.TypeHandler):
+    """Saves ``Leaf``s. Each process writes every n-th block; restoring is the business of Orbax's own array handler."""
+
+    def __init__(self, on_bytes: OnBytes, compress: bool):
+        self.on_bytes = on_bytes
+        self.compress = compress
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def metadata(self, infos: Any) -> Any:
+        raise NotImplementedError("leaves are only written")
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        raise NotImplementedError("leaves are only written")
+
+    async def serialize(
+        self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None
+    ) -> Sequence[ocp.future.Future]:
+        return [_Commit(self._write(values, infos))]
+
+    async def _write(self, values: Sequence[Leaf], infos: Sequence[Any]) -> None:
+        pending: list[tuple[Any, int]] = []
+        for leaf, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            info.use_compression = self.compress
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=True,
+                global_shape=leaf.shape,
+                local_shape=chunk_shape(leaf),
+                dtype=jnp.dtype(leaf.dtype),
+                process_index=jax.process_index(),
+                arg=ocp.SaveArgs(),
+            )
+            store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+            for number, index in enumerate(leaf.blocks(_BLOCK)):
+                if number % jax.process_count() != jax.process_index():
+                    continue
+                block = await asyncio.to_thread(leaf.read, index)
+                # The array is ours alone, so tensorstore need not copy it; one write stays behind while the next
+                # block is read.
+                pending.append((store[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
+                del block
+                while len(pending) > 1:
+                    await self._finish(pending)
+        while pending:
+            await self._finish(pending)
+
+    async def _finish(self, pending: list[tuple[Any, int]]) -> None:
+        write, count = pending.pop(0)
+        await write
+        self.on_bytes(count)
+
+
+class _Commit(ocp.future.Future):
+    """Runs the writing when Orbax asks for the result: a conversion has nothing else to do meanwhile."""
+
+    def __init__(self, work: Any):
+        self.work = work
+
+    def result(self, timeout: float | None = None) -> None:
+        asyncio.run(self.work)
+
+
+def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Stored chunks: one layer, its larger axis halved until a chunk is at most 16 MiB, so that a sharded restore
+    reads little beside its own."""
+    shape = [1 if leaf.stacked and axis == 0 else n for axis, n in enumerate(leaf.shape)]
+    while math.prod(shape) * leaf.dtype.itemsize > _CHUNK:
+        axis = int(np.argmax(shape))
+        shape[axis] = -(-shape[axis] // 2)
+    return tuple(shape)
+
+
+def write_leaves(
+    folder: Path, leaves: Mapping[str, Leaf], *, on_bytes: OnBytes = lambda count: None, compress: bool = False
+) -> None:
+    """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 128 MiB,
+    whatever the model's size."""
+    registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler(on_bytes, compress)))
+    _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
+
+
+def write_arrays(folder: Path, params: Params) -> None:
+    """Writes arrays (numpy or jax, on any mesh, one process or many) as a new Orbax checkpoint ``folder``."""
+    flat = {path: array for path, array in flatten_dict(params, sep="/").items() if array.size}
+    _save(folder, unflatten_dict(flat, sep="/"), None)
+
+
+def _save(folder: Path, tree: Params, registry: Any) -> None:
+    options = {} if registry is None else {"type_handler_registry": registry}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, **options)) as checkpointer:
+        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree))
+
+
+def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path → shape and dtype of what is stored. Raises UserError if the folder is no whole Orbax checkpoint."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
+        return {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten_dict(tree, sep="/").items()
+        }
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise UserError(
+            f"{folder}: not a whole Orbax checkpoint ({_first_line(error)}); convert or copy it again"
+        ) from None
+
+
+def read_arrays(folder: Path, abstract: Params) -> Params:
+    """Restores exactly the leaves of ``abstract`` (``jax.ShapeDtypeStruct``, with or without sharding), cast to their
+    dtypes.
+
+    Returns:
+        Nested dict of jax arrays; leaves without a sharding go to the first local device.
+
+    Raises:
+        UserError: one error that lists missing, extra and misshaped leaves; or damaged data.
+    """
+    wanted = flatten_dict(abstract, sep="/")
+    empty = {path: leaf for path, leaf in wanted.items() if not math.prod(leaf.shape)}
+    stored = read_metadata(folder)
+    problems = {
+        "missing": [path for path in wanted if path not in stored and path not in empty],
+        "extra": [path for path in stored if path not in wanted],
+        "misshaped": [
+            f"{path} is {tuple(stored[path].shape)}, expected {tuple(leaf.shape)}"
+            for path, leaf in wanted.items()
+            if path in stored and tuple(stored[path].shape) != tuple(leaf.shape)
+        ],
+    }
+    if any(problems.values()):
+        lists = [
+            f"{kind} ({len(names)}): {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
+            for kind, names in problems.items()
+            if names
+        ]
+        raise UserError(f"{folder}: the stored parameters do not fit the model. {'; '.join(lists)}")
+
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
+        for path, leaf in wanted.items()
+    }
+    args = {
+        path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+        for path, leaf in targets.items()
+        if path not in empty
+    }
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                folder.resolve(),
+                args=ocp.args.PyTreeRestore(
+                    item=unflatten_dict({path: targets[path] for path in args}, sep="/"),
+                    restore_args=unflatten_dict(args, sep="/"),
+                ),
+            )
+    except Exception as error:
+        raise UserError(
+            f"{folder}: the stored parameters are damaged ({_first_line(error)}); convert or copy them again"
+        ) from None
+    flat = flatten_dict(restored, sep="/")
+    flat |= {
+        path: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), targets[path].sharding) for path, leaf in empty.items()
+    }
+    return unflatten_dict({path: flat[path] for path in wanted}, sep="/")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else 'no message'}"

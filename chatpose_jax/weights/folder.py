@@ -1,0 +1,184 @@
+"""The model folder: what ``chatpose_jax.load`` takes, what ``convert`` and training write.
+
+::
+
+    config.json    {"format": "chatpose-jax", "version": 1, "model": {...}, "processor": {...}, "provenance": {...}}
+    tokenizer/     a complete tokenizer, the pose token in its vocabulary
+    params/        Orbax checkpoint (OCDBT) of the parameter tree
+
+A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
+from chatpose_jax.weights.readers import read_json
+
+FORMAT = "chatpose-jax"
+VERSION = 1
+CONFIG, PARAMS, TOKENIZER = "config.json", "params", "tokenizer"
+
+
+class Savable(Protocol):
+    """Anything that writes its own files into the folder: the processor does."""
+
+    def save(self, folder: Path) -> Any: ...
+
+
+def save_folder(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    processor: Savable | Callable[[Path], Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a whole model folder, atomically. Every process of a multi-process run calls it.
+
+    Args:
+        path: the folder; must not exist, unless ``overwrite``.
+        params: nested dict of arrays on any mesh, layers stacked.
+        processor: its ``save(folder)``, or the callable itself, writes the tokenizer into ``folder/tokenizer`` and
+        what else it needs.
+            A dict that it returns becomes ``"processor"`` in ``config.json``.
+        provenance: anything JSON: where the weights come from.
+    """
+    with new_folder(path, overwrite=overwrite) as partial:
+        settings = None
+        if processor is not None and jax.process_index() == 0:
+            settings = processor(partial) if callable(processor) else processor.save(partial)
+        write_arrays(partial / PARAMS, params)
+        if jax.process_index() == 0:
+            write_config(partial, config, processor=settings, provenance=provenance)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside ``path`` to fill; renames it to ``path`` if the block succeeds, removes it if it
+    raises.
+
+    What a killed run left under the temporary name is replaced. Raises UserError if ``path`` exists and ``overwrite``
+    is not set.
+    """
+    path = Path(path)
+    primary = jax.process_index() == 0
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
+    if path.exists() and not (path.is_dir() and ((path / CONFIG).is_file() or not any(path.iterdir()))):
+        raise UserError(f"{path} exists and is no model folder; it is not overwritten")
+    partial = path.parent / f".{path.name}.partial"
+    if primary:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    _barrier(f"new_folder:{path.name}")
+    try:
+        yield partial
+        _barrier(f"written:{path.name}")
+        if primary:
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+        _barrier(f"renamed:{path.name}")
+    except BaseException:
+        if primary:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def write_config(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    processor: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes ``config.json``, the last file of a folder."""
+    data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": config.to_json()}
+    if processor:
+        data["processor"] = dict(processor)
+    if provenance:
+        data["provenance"] = dict(provenance)
+    (folder / CONFIG).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_folder(path: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model folder, as a dict, its format checked.
+
+    Raises UserError: no such folder, half a folder, a folder of another program (then it names the convert command), a
+    newer version.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a model folder (config.json, tokenizer/, params/)")
+    if (path / CONFIG).is_file():
+        data = read_json(path / CONFIG)
+        if data.get("format") == FORMAT:
+            if data.get("version") != VERSION:
+                raise UserError(
+                    f"{path}: written in version {data.get('version')} of the format, this program reads {VERSION}; "
+                    f"upgrade it"
+                )
+            if missing := [name for name in (PARAMS, TOKENIZER) if not (path / name).is_dir()]:
+                raise UserError(
+                    f"{path}: half a model folder: {' and '.join(missing)} missing; convert or copy it again"
+                )
+            return data
+    if is_source(path):
+        raise UserError(
+            f"{path}: a PyTorch checkpoint, not a model folder; convert it first: chatpose convert {path} OUT"
+        )
+    raise UserError(
+        f"{path}: no model folder: expected config.json with format {FORMAT!r}, beside tokenizer/ and params/"
+    )
+
+
+def is_source(path: str | Path) -> bool:
+    """Whether there are PyTorch weights in a folder (or the file is such a file)."""
+    path = Path(path)
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The model configuration of a folder; raises what ``read_folder`` raises."""
+    try:
+        return ModelConfig.from_json(read_folder(path)["model"])
+    except KeyError:
+        raise UserError(f"{path}: config.json has no table 'model'") from None
+
+
+def load_params(path: str | Path, abstract: Params) -> Params:
+    """The parameters of a folder, placed and cast as ``abstract`` says.
+
+    Args:
+        path: model folder.
+        abstract: nested dict of ``jax.ShapeDtypeStruct``; a leaf's ``sharding`` places it, each process reading what
+        its devices need.
+
+    Raises:
+        UserError: what ``read_folder`` raises; leaves missing, extra or misshaped, all in one error; damaged data.
+    """
+    read_folder(path)
+    return read_arrays(Path(path) / PARAMS, abstract)
