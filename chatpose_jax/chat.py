@@ -1,0 +1,331 @@
+"""The Python API: load a model, chat with it, take the poses of its answers.
+
+::
+
+    model = chatpose_jax.load("out/demo/model")
+    reply = model.chat([{"role": "user", "content": "Show me someone who kneels."}])
+    print(reply.text)
+    reply.poses[0].save("kneel.glb")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.generate import Generated, Sampling, generate_stream, rewind
+from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.decoder import KVCache
+from chatpose_jax.processing.processor import Encoded, Processor
+from smpl_jax import body as bodies
+from smpl_jax import io, rotations
+from smpl_jax.body import BodyModel
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+FRAME = "camera (x right, y down, z away; metres)"
+FORCED_ANSWER = "It is <POSE>."
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pose:
+    """One body pose of an answer, in the camera frame: x right, y down, z away. An upright person who faces the camera has a root near Rx(π).
+
+    matrices: (24, 3, 3) float32; joint 0 is the global orientation, 1 … 23 are relative to their parents, in SMPL's order.
+    """
+
+    matrices: np.ndarray
+    body: BodyModel
+
+    @functools.cached_property
+    def axis_angle(self) -> np.ndarray:
+        """(24, 3) float32, radians."""
+        return np.asarray(rotations.matrix_to_axis_angle(self.matrices))
+
+    @functools.cached_property
+    def rotation_6d(self) -> np.ndarray:
+        """(24, 6) float32: the first two columns of each matrix, one after the other."""
+        return np.asarray(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
+
+    @property
+    def body_rotations(self) -> np.ndarray:
+        """(J, 3, 3): the pose as the body model takes it; hands and face of SMPL-X at rest."""
+        return np.asarray(bodies.from_smpl_pose(self.body, self.matrices))
+
+    @functools.cached_property
+    def joints(self) -> np.ndarray:
+        """(J, 3) float32 metres, by the body's ``joint_names``."""
+        return np.asarray(_joints(self.body, self.body_rotations))
+
+    @functools.cached_property
+    def vertices(self) -> np.ndarray:
+        """(V, 3) float32 metres."""
+        return np.asarray(_vertices(self.body, self.body_rotations))
+
+    def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
+        """(H, W, 3) uint8 picture, one panel a view; "front" is what the camera sees."""
+        from smpl_jax.render import render_body
+
+        return render_body(self.body, self.body_rotations, size=size, views=views)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (axis-angle, matrices, 6D, joints, the frame named) or ``.png``."""
+        from smpl_jax import export, render
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".glb":
+            export.write_skinned_glb(path, self.body, self.body_rotations)
+        elif path.suffix == ".obj":
+            export.write_obj(path, self.vertices, np.asarray(self.body.faces))
+        elif path.suffix == ".npz":
+            export.write_npz(path, self.matrices, frame=FRAME, joints=self.joints, joint_names=self.body.joint_names)
+        elif path.suffix == ".png":
+            render.save_png(path, self.render(views=("front", "side")))
+        else:
+            raise UserError(f"{path}: a pose is saved as .glb, .obj, .npz or .png, not {path.suffix or 'without a suffix'!r}")
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """Axis-angle and joints as lists, with the frame and the body named."""
+        return {
+            "frame": FRAME,
+            "body": self.body.name,
+            "axis_angle": self.axis_angle.round(6).tolist(),
+            "joint_names": list(self.body.joint_names),
+            "joints": self.joints.round(6).tolist(),
+        }
+
+
+@jax.jit
+def _joints(body: BodyModel, matrices: jax.Array) -> jax.Array:
+    return bodies.joints(body, matrices)
+
+
+@jax.jit
+def _vertices(body: BodyModel, matrices: jax.Array) -> jax.Array:
+    return bodies.vertices(body, matrices)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reply:
+    """An answer.
+
+    text: pose tokens read ``<POSE>``. poses: one for each, in order. ids: the generated ids, without the end of sequence.
+    finish_reason: "stop", or "length" when ``max_new_tokens`` cut the answer off.
+    """
+
+    text: str
+    poses: list[Pose]
+    ids: np.ndarray
+    finish_reason: str
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message to append to the conversation; it carries its exact ids, so that history keeps the pose token itself."""
+        return {"role": "assistant", "content": self.text, "ids": self.ids.tolist()}
+
+
+@dataclasses.dataclass
+class _Held:
+    """The cache of the last answers, and for each row the keys (see ``_keys``) of the tokens that it holds."""
+
+    keys: list[np.ndarray]
+    cache: KVCache
+
+
+class ChatPose:
+    """A loaded model. ``chat`` answers; everything it needs is an attribute.
+
+    One call runs at a time: the cache of the last conversation is kept, and a call that continues it computes only what is new.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, processor: Processor, body: BodyModel | None = None):
+        """params: layers stacked or not, as ``config.scan_layers`` says; unrolled decodes faster."""
+        self.config, self.params, self.processor = config, params, processor
+        self.body = io.load_body() if body is None else body
+        self._held: _Held | None = None
+        self._lock = threading.Lock()
+        self._poses = jax.jit(lambda params, hidden: bind(config, params).poses(hidden))
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        force_pose: bool = False,
+    ) -> Any:
+        """Answer a conversation, or a batch of them.
+
+        Args:
+            messages: dicts with ``role`` ("system", "user", "assistant") and ``content``: a string, or a list of ``{"type": "text", "text": …}`` and
+                ``{"type": "image", "image": path | PIL image | (H, W, 3) array}``. A list of such lists is a batch.
+            max_new_tokens: length of the answer at most.
+            temperature, top_p, seed: 0 is greedy; else nucleus sampling, repeatable by its seed.
+            force_pose: end an answer that offers no pose with one.
+
+        Returns:
+            A ``Reply``; for a batch, a list of them.
+
+        Raises:
+            UserError for malformed messages, images that are none, and conversations that exceed the context.
+        """
+        batched = bool(messages) and not isinstance(messages[0], Mapping)
+        settings = {"max_new_tokens": max_new_tokens, "sampling": Sampling(temperature, top_p, seed), "force_pose": force_pose}
+        with self._lock:
+            steps = self._answer(messages if batched else [messages], stream_every=max_new_tokens, **settings)  # type: ignore[arg-type, list-item]
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value if batched else end.value[0]
+
+    def stream(
+        self,
+        messages: Conversation,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        force_pose: bool = False,
+        every: int = 1,
+    ) -> Generator[str, None, Reply]:
+        """``chat`` for one conversation, yielding pieces of text as they come (every ``every`` tokens); the generator's value is the ``Reply``."""
+        sampling = Sampling(temperature, top_p, seed)
+        with self._lock:
+            decoder = self.processor.stream()
+            steps = self._answer(
+                [messages], max_new_tokens=max_new_tokens, sampling=sampling, force_pose=force_pose, stream_every=every
+            )
+            while True:
+                try:
+                    ids = next(steps)[0]
+                except StopIteration as end:
+                    if rest := decoder.flush():
+                        yield rest
+                    return end.value[0]
+                if piece := "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id):
+                    yield piece
+
+    def forget(self) -> None:
+        """Drop the cache of the last conversation."""
+        self._held = None
+
+    def _answer(
+        self, conversations: Sequence[Conversation], *, force_pose: bool, stream_every: int, **settings: Any
+    ) -> Generator[np.ndarray, None, list[Reply]]:
+        encoded = [self.processor.encode(messages) for messages in conversations]
+        keys = [self._keys(row) for row in encoded]
+        cache, keep = self._reuse(keys)
+        patches = self.config.vision.num_patches
+        skip = [int((row.input_ids[:n] == self.config.image_token_id).sum()) // patches for row, n in zip(encoded, keep)]
+        steps = generate_stream(
+            self.config,
+            self.params,
+            [row.input_ids[n:] for row, n in zip(encoded, keep)],
+            [row.images[n:] for row, n in zip(encoded, skip)],
+            force_tail=self._forced_tail if force_pose else None,
+            cache=cache,
+            stream_every=stream_every,
+            **settings,
+        )
+        try:
+            while True:
+                tokens, _ = next(steps)
+                yield tokens
+        except StopIteration as end:
+            generated: Generated = end.value
+        held = np.asarray(generated.cache.lengths)
+        rows = [np.concatenate([key, tokens])[:n] for key, tokens, n in zip(keys, generated.tokens, held)]
+        self._held = _Held(rows, generated.cache)
+        return self._replies(generated)
+
+    def _replies(self, generated: Generated) -> list[Reply]:
+        config, replies = self.config, []
+        states = [hidden[tokens == config.pose_token_id] for tokens, hidden in zip(generated.tokens, generated.hidden)]
+        counts = [len(state) for state in states]
+        matrices = np.zeros((0, config.head.num_joints, 3, 3), np.float32)
+        if sum(counts):
+            matrices = np.asarray(self._poses(self.params, jnp.asarray(np.concatenate(states))))
+        for tokens, rows in zip(generated.tokens, np.split(matrices, np.cumsum(counts)[:-1])):
+            stopped = len(tokens) > 0 and tokens[-1] == config.eos_token_id
+            ids = tokens[:-1] if stopped else tokens
+            poses = [Pose(row, self.body) for row in rows]
+            replies.append(Reply(self.processor.decode(ids), poses, ids, "stop" if stopped else "length"))
+        return replies
+
+    @functools.cached_property
+    def _forced_tail(self) -> list[int]:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": FORCED_ANSWER}]
+        encoded = self.processor.encode(messages, add_generation_prompt=False)
+        return encoded.labels[encoded.labels >= 0].tolist()
+
+    def _keys(self, row: Encoded) -> np.ndarray:
+        """(T,) int64 that are equal exactly where the cache would be: ids, with the digest of the picture at image tokens."""
+        keys = row.input_ids.astype(np.int64)
+        places = np.flatnonzero(row.input_ids == self.config.image_token_id)
+        for place, image in zip(places.reshape(len(row.images), -1), row.images):
+            digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7).digest()
+            keys[place] = -(1 << 32) - int.from_bytes(digest, "little")
+        return keys
+
+    def _reuse(self, keys: list[np.ndarray]) -> tuple[KVCache | None, list[int]]:
+        """The held cache, cut back to what these conversations share with it, and how many tokens of each row that is."""
+        held, self._held = self._held, None
+        if held is None or len(held.keys) != len(keys):
+            return None, [0] * len(keys)
+        keep = []
+        for new, old in zip(keys, held.keys):
+            size = min(len(new) - 1, len(old))
+            differs = np.flatnonzero(new[:size] != old[:size])
+            shared = int(differs[0]) if len(differs) else size
+            while 0 < shared < len(new) and new[shared] < -(1 << 32) and new[shared - 1] == new[shared]:
+                shared -= 1  # never split a picture
+            keep.append(shared)
+        if not any(keep):
+            return None, keep
+        return rewind(held.cache, jnp.asarray(keep, jnp.int32)), keep
+
+
+def load(
+    folder: str | os.PathLike[str], *, dtype: str | None = None, body: str | os.PathLike[str] | BodyModel | None = None
+) -> ChatPose:
+    """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them.
+
+    Args:
+        folder: holds ``config.json``, ``tokenizer/`` and ``params/``.
+        dtype: "float32" or "bfloat16" for storage and compute; by default what the folder says.
+        body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
+
+    Raises:
+        UserError or ``smpl_jax.errors.BodyFileError`` that says what is missing or wrong, and what to do.
+    """
+    from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params
+
+    config = load_config(folder)
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype must be float32, bfloat16 or float16, found {dtype!r}")
+        config = config.replace(dtype=dtype, param_dtype=dtype)
+    shape = body if isinstance(body, BodyModel) else io.load_body(body)
+    processor = Processor.load(Path(folder) / TOKENIZER, config)
+    stacked = config.replace(scan_layers=True)
+    params = load_params(folder, abstract_params(stacked))
+    return ChatPose(config.replace(scan_layers=False), unstack_layers(params), processor, shape)
