@@ -1,7 +1,8 @@
-"""Rows to arrays: encode an ``Example``, pad rows to one shape, and a loader whose every batch is a pure function of its step.
+"""Rows to arrays: encode an ``Example``, pad rows to one shape, and a loader whose every batch is a pure function of
+its step.
 
-The order of an epoch is planned from the seed alone, so the position of a loader is one number, resuming is exact, and each process of a multi-host
-run can build its own slice of the same global batch.
+The order of an epoch is planned from the seed alone, so the position of a loader is one number, resuming is exact, and
+each process of a multi-host run can build its own slice of the same global batch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -27,9 +28,11 @@ def encode_example(
 ) -> dict[str, Any]:
     """One row, not yet padded.
 
-    Returns ``input_ids`` (T,) and ``labels`` (T,) int32 with T <= max_length, ``images``: list of (S, S, 3) float32 (uint8 where ``normalise`` is
-    False), ``pose_positions`` (P,) int32, ``pose_targets`` (P, 24, 3, 3) float32. Pictures and poses behind the cut are dropped.
-    Raises UserError that names the example, where it is malformed or its answers hold another number of ``<POSE>`` than it has poses.
+    Returns ``input_ids`` (T,) and ``labels`` (T,) int32 with T <= max_length, ``images``: list of (S, S, 3) float32
+    (uint8 where ``normalise`` is False), ``pose_positions`` (P,) int32, ``pose_targets`` (P, 24, 3, 3) float32.
+    Pictures and poses behind the cut are dropped.
+    Raises UserError that names the example, where it is malformed or its answers hold another number of ``<POSE>``
+    than it has poses.
     """
     poses = _poses(example)
     try:
@@ -39,9 +42,10 @@ def encode_example(
     except UserError as error:
         raise UserError(f"example {example.id!r}: {error}") from None
     found = len(encoded.pose_positions)
-    if found > len(poses) or (found < len(poses) and len(encoded.input_ids) == _length(processor, example)):
+    if found > len(poses) or (found < len(poses) and not encoded.truncated):
         raise UserError(
-            f"example {example.id!r}: its answers hold {found} <POSE>, but it has {len(poses)} poses; there must be one for each"
+            f"example {example.id!r}: its answers hold {found} <POSE>, but it has {len(poses)} poses; "
+            "there must be one for each"
         )
     return {
         "input_ids": encoded.input_ids,
@@ -55,10 +59,10 @@ def encode_example(
 def collate(rows: Sequence[Mapping[str, Any]], length: int, *, max_images: int, max_poses: int, pad_id: int) -> Batch:
     """Pad rows of ``encode_example`` on the right to one shape.
 
-    Returns ``input_ids`` (B, T) int32, ``attention_mask`` (B, T) bool, ``labels`` (B, T) int32 (-100: no loss; not shifted), ``pixel_values``
-    (B, I, S, S, 3) float32 (absent where no row has a picture; a row with fewer than I has zeros behind), ``pose_index`` (B, P) int32, the position
-    p - 1 of the hidden state that predicts the pose token at p (0 where unused), ``pose_targets`` (B, P, 24, 3, 3) float32 (identity where unused),
-    ``pose_mask`` (B, P) bool.
+    Returns ``input_ids`` (B, T) int32, ``attention_mask`` (B, T) bool, ``labels`` (B, T) int32 (-100: no loss; not
+    shifted), ``pixel_values`` (B, I, S, S, 3) float32 (absent where no row has a picture; a row with fewer than I has
+    zeros behind), ``pose_index`` (B, P) int32, the position p - 1 of the hidden state that predicts the pose token at
+    p (0 where unused), ``pose_targets`` (B, P, 24, 3, 3) float32 (identity where unused), ``pose_mask`` (B, P) bool.
     """
     for row in rows:
         for name, size, limit in (
@@ -95,7 +99,9 @@ def collate(rows: Sequence[Mapping[str, Any]], length: int, *, max_images: int, 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the rows of one batch share, hence what ``jit`` compiles for: padded length, and pictures in a row (0 or the data set's most)."""
+    """What the rows of one batch share, hence what ``jit`` compiles for: padded length, and pictures in a row (0 or
+    the data set's most).
+    """
 
     length: int
     images: int
@@ -104,13 +110,16 @@ class Shape:
 class BatchLoader:
     """Batches of fixed shapes from a sequence of examples; an iterator over ``len(self)`` batches of each epoch.
 
-    Rows are shuffled by ``seed`` and epoch, and grouped so that a batch holds only rows with pictures or only rows without, of like length. What is left
-    of a group at the end of an epoch is filled up with copies that weigh nothing (no label, no pose), so every row counts exactly once an epoch.
+    Rows are shuffled by ``seed`` and epoch, and grouped so that a batch holds only rows with pictures or only rows
+    without, of like length. What is left of a group at the end of an epoch is filled up with copies that weigh nothing
+    (no label, no pose), so every row counts exactly once an epoch.
 
     dataset: any sequence of ``Example``; ``dataset[i]`` must always give the same row.
-    batch_size: rows of a global batch; ``shard=(index, count)`` gives the rows ``index::count`` of it, for one of ``count`` processes.
+    batch_size: rows of a global batch; ``shard=(index, count)`` gives the rows ``index::count`` of it, for one of
+        ``count`` processes.
     epochs: how many to run; None never ends.
-    lengths: padded lengths to choose from; by default the ``buckets`` lengths for each kind that leave the least padding.
+    lengths: padded lengths to choose from; by default the ``buckets`` lengths for each kind that leave the least
+        padding.
     cache: keep encoded rows, pictures as uint8, so that each is encoded once. For data sets that fit into memory.
     prefetch: batches that one thread prepares ahead; 0 prepares them when asked for.
     """
@@ -164,7 +173,7 @@ class BatchLoader:
         return collate(
             encoded,
             shape.length,
-            max_images=self.max_images,
+            max_images=shape.images,
             max_poses=self.max_poses,
             pad_id=self.processor.ids.pad_token_id,
         )
@@ -178,25 +187,29 @@ class BatchLoader:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead: collections.deque[Future[Batch]] = collections.deque()
-            for step in itertools.count(self._step):
-                if not self._finished(step):
+            step = self._step
+            while True:
+                while len(ahead) <= self._prefetch and not self._finished(step):
                     ahead.append(pool.submit(self.batch, step))
-                if len(ahead) > self._prefetch or (ahead and self._finished(step)):
-                    self._step += 1
-                    yield ahead.popleft().result()
-                if not ahead and self._finished(step):
+                    step += 1
+                if not ahead:
                     return
+                self._step += 1
+                yield ahead.popleft().result()
 
     def state(self) -> dict[str, int]:
-        """Where the loader stands, as JSON; ``restore`` of it in a loader made alike goes on with the very next batch."""
+        """Where the loader stands, as JSON; after ``restore`` a loader made alike goes on with the very next batch."""
         return {"step": self._step, "seed": self.seed, "batch_size": self.batch_size, "rows": len(self.dataset)}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go to a saved state. Raises UserError where it belongs to another data set, seed or batch size: its batches would be others."""
+        """Go to a saved state. Raises UserError where it belongs to another data set, seed or batch size: its batches
+        would be others.
+        """
         for name, value in self.state().items():
             if name != "step" and state.get(name) != value:
                 raise UserError(
-                    f"the saved data position has {name}={state.get(name)!r}, this run has {value!r}; resume with the same data settings"
+                    f"the saved data position has {name}={state.get(name)!r}, this run has {value!r}; "
+                    "resume with the same data settings"
                 )
         self._step = int(state["step"])
 
@@ -207,7 +220,7 @@ class BatchLoader:
         sizes = np.empty((len(self.dataset), 3), np.int64)  # tokens, pictures, poses
         for index in range(len(self.dataset)):
             if self._cache is not None:
-                row = self._row(index)
+                row = self._cache[index] = self._encode(index, normalise=False)
                 sizes[index] = len(row["input_ids"]), len(row["images"]), len(row["pose_positions"])
             else:
                 example = self.dataset[index]
@@ -222,7 +235,8 @@ class BatchLoader:
             chosen = sorted(lengths) if lengths is not None else fit_buckets(sizes[rows, 0], buckets, self.max_length)
             if chosen[-1] < sizes[rows, 0].max():
                 raise UserError(
-                    f"lengths={tuple(chosen)} hold no row of {sizes[rows, 0].max()} tokens; add a longer one or lower max_length"
+                    f"lengths={tuple(chosen)} hold no row of {sizes[rows, 0].max()} tokens; "
+                    "add a longer one or lower max_length"
                 )
             slots = np.searchsorted(chosen, sizes[rows, 0])
             for slot in np.unique(slots):
@@ -244,15 +258,18 @@ class BatchLoader:
 
     def _row(self, index: int) -> dict[str, Any]:
         if self._cache is None:
-            return encode_example(self.processor, self.dataset[index], self.max_length)
-        if index not in self._cache:
-            self._cache[index] = encode_example(self.processor, self.dataset[index], self.max_length, normalise=False)
+            return self._encode(index, normalise=True)
         row = self._cache[index]
         return {**row, "images": [self.processor.images.normalise(image) for image in row["images"]]}
 
+    def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
+        return encode_example(self.processor, self.dataset[index], self.max_length, normalise=normalise)
+
 
 def fit_buckets(lengths: np.ndarray, count: int, limit: int, multiple: int = 16) -> list[int]:
-    """At most ``count`` padded lengths, multiples of ``multiple`` up to ``limit``, that hold all ``lengths`` (N,) with the least padding in sum."""
+    """At most ``count`` padded lengths, multiples of ``multiple`` up to ``limit``, that hold all ``lengths`` (N,) with
+    the least padding in sum.
+    """
     rounded = np.minimum(-(-np.asarray(lengths) // multiple) * multiple, limit)
     values, frequency = np.unique(rounded, return_counts=True)
     if len(values) > 64:  # the search below is over combinations
@@ -284,7 +301,3 @@ def _poses(example: Example) -> np.ndarray:
             f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found shape {poses.shape}"
         )
     return poses
-
-
-def _length(processor: Processor, example: Example) -> int:
-    return processor.count_tokens(example.messages)[0]

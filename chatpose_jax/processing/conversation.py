@@ -1,7 +1,8 @@
 """Messages as users write them, checked, and the template that lays them out as one prompt.
 
-Messages are those of OpenAI's chat API and of transformers: ``{"role": …, "content": str | [parts]}``. A part is ``{"type": "text", "text": str}``,
-``{"type": "image", "image": path | bytes | PIL image | array}`` or ``{"type": "image_url", "image_url": {"url": path or data: URI}}``.
+Messages are those of OpenAI's chat API and of transformers: ``{"role": …, "content": str | [parts]}``. A part is
+``{"type": "text", "text": str}``, ``{"type": "image", "image": path | bytes | PIL image | array}`` or ``{"type":
+"image_url", "image_url": {"url": path or data: URI}}``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Role = Literal["user", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """``{system} {user}: question {assistant}: answer</s>{user}: …``; a generation prompt ends with ``{assistant}:`` and no space.
+    """``{system} {user}: question {assistant}: answer</s>{user}: …``; a generation prompt ends with ``{assistant}:``
+    and no space.
 
     Source: Vicuna v1 as LLaVA-1.5 uses it (its conversation mode "v1": separators " " and "</s>").
     """
@@ -52,7 +54,9 @@ def template(name: str) -> Template:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """A picture that a message holds, not yet opened: path, bytes, PIL image, array or data: URI; ``where`` names it in errors."""
+    """A picture that a message holds, not yet opened: path, bytes, PIL image, array or data: URI; ``where`` names it
+    in errors.
+    """
 
     value: Any
     where: str
@@ -80,12 +84,14 @@ class Conversation:
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     """Check ``messages`` and bring them to one form. Outer white space of a text is dropped.
 
-    Raises UserError that names the message (``messages[i]``) for every malformed one: unknown role, a system message that is not first, two
-    turns of one role in a row, an assistant that speaks first, empty content, an unknown part, a picture outside a user turn.
+    Raises UserError that names the message (``messages[i]``) for every malformed one: unknown role, a system message
+    that is not first, two turns of one role in a row, an assistant that speaks first, empty content, an unknown part,
+    a picture outside a user turn.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise UserError(
-            f"messages: expected a list of {{'role', 'content'}} tables, found {type(messages).__name__}; wrap one message in a list"
+            f"messages: expected a list of {{'role', 'content'}} tables, found {type(messages).__name__}; "
+            "wrap one message in a list"
         )
     system: str | None = None
     turns: list[Turn] = []
@@ -175,7 +181,8 @@ def _parse_part(part: Any, where: str) -> str | ImageSource:
             raise UserError(f"{where}: unknown part type {kind!r}; the types are 'text', 'image' and 'image_url'")
     if value is None:
         raise UserError(
-            f"{where}: the part holds no picture; give 'image': path, PIL image or array, or 'image_url': {{'url': path or data: URI}}"
+            f"{where}: the part holds no picture; give 'image': path, PIL image or array, "
+            "or 'image_url': {'url': path or data: URI}"
         )
     return ImageSource(value, where)
 

@@ -26,8 +26,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ImageSettings:
     """CLIP preprocessing to ``size`` × ``size`` pixels.
 
-    fit: ``crop`` resizes the shortest side to ``size`` and cuts out the centre (CLIP, and ChatPose's released code); ``pad`` first fills the
-        picture up to a square with the mean colour (LLaVA-1.5), which keeps people at the sides of a landscape photograph.
+    fit: ``crop`` resizes the shortest side to ``size`` and cuts out the centre (CLIP, and ChatPose's released code);
+        ``pad`` first fills the picture up to a square with the mean colour (LLaVA-1.5), which keeps people at the
+        sides of a landscape photograph.
     """
 
     size: int = 336
@@ -51,7 +52,8 @@ class ImageSettings:
         width, height = image.size
         scale = self.size / min(width, height)
         new_width, new_height = max(self.size, int(width * scale)), max(self.size, int(height * scale))
-        # Resampling only the box that the centre crop keeps equals resizing all and cropping, but a 1 × 100000 picture stays small.
+        # Resampling only the box that the centre crop keeps equals resizing all and cropping, but a picture of
+        # 1 × 100000 pixels stays small.
         left, top = (new_width - self.size) // 2, (new_height - self.size) // 2
         x, y = width / new_width, height / new_height
         box = (left * x, top * y, min(width, (left + self.size) * x), min(height, (top + self.size) * y))
@@ -64,10 +66,13 @@ class ImageSettings:
 
 
 def load_image(source: Any, where: str = "") -> Image.Image:
-    """An upright RGB image of a path, bytes, a ``data:`` URI, a PIL image or an array ((H, W), (H, W, 1 | 3 | 4), uint8 or float in [0, 1]).
+    """An upright RGB image of a path, bytes, a ``data:`` URI, a PIL image or an array ((H, W), (H, W, 1 | 3 | 4),
+    uint8 or float in [0, 1]).
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits. Nothing is ever fetched from a network.
-    Raises UserError, which names the file or the part of the message, for what is no picture, is cut off, or is too large to be honest.
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits. Nothing is ever
+    fetched from a network.
+    Raises UserError, which names the file or the part of the message, for what is no picture, is cut off, or is too
+    large to be honest.
     """
     prefix = f"{where}: " if where else ""
     if isinstance(source, Image.Image):
@@ -118,7 +123,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise UserError(
-            f"{name} has {image.width} × {image.height} pixels, more than the {limit} that Pillow holds safe; scale it down first"
+            f"{name} has {image.width} × {image.height} pixels, more than the {limit} that Pillow holds safe; "
+            "scale it down first"
         )
     if min(image.size) < 1:
         raise UserError(f"{name} has no pixels ({image.width} × {image.height})")
@@ -166,7 +172,8 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     side = max(width, height)
     if side * side > (Image.MAX_IMAGE_PIXELS or side * side):
         raise UserError(
-            f"a picture of {width} × {height} pixels is too long to be padded to a square; crop it or set images.fit='crop'"
+            f"a picture of {width} × {height} pixels is too long to be padded to a square; "
+            "crop it or set images.fit='crop'"
         )
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))

@@ -1,11 +1,13 @@
 """Messages to ids, labels and pixels, and ids back to text.
 
-Layout of one conversation (Vicuna v1 as LLaVA-1.5 uses it; ``□`` is one image token, of which a picture has ``num_patches``)::
+Layout of one conversation (Vicuna v1 as LLaVA-1.5 uses it; ``□`` is one image token, of which a picture has
+``num_patches``)::
 
     <s> {system} USER: □□…□ \\n question ASSISTANT: answer </s> USER: …
 
-Every stretch of text is tokenised alone and ids are spliced between, never written as text and tokenised again. Hence the ids of a chat's history,
-followed by the generated ids and ``</s>``, are exactly the beginning of the next turn's prompt, which is what lets a KV cache be kept.
+Every stretch of text is tokenised alone and ids are spliced between, never written as text and tokenised again. Hence
+the ids of a chat's history, followed by the generated ids and ``</s>``, are exactly the beginning of the next turn's
+prompt, which is what lets a KV cache be kept.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ IGNORE = -100
 SETTINGS_FILE = "processor.json"
 
 Markers = Literal["auto", "always", "never"]
-"""``<im_start>`` and ``<im_end>`` around a picture: where the vocabulary has them, always (then as ordinary text where it lacks them, which is what
-CHATPOSE-V0's released chat program does with its vocabulary of 32001), or never."""
+"""``<im_start>`` and ``<im_end>`` around a picture: where the vocabulary has them, always (then as ordinary text where
+it lacks them, which is what CHATPOSE-V0's released chat program does with its vocabulary of 32001), or never."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +78,26 @@ class ModelIds:
 class Encoded:
     """One conversation as arrays.
 
-    input_ids, labels: (T,) int32, images expanded; ``labels`` equal ``input_ids`` on answers and their ``</s>`` and are -100 elsewhere (not shifted).
-    images: one (S, S, 3) float32 normalised RGB array for each picture in order (uint8 and not normalised where asked for).
+    input_ids, labels: (T,) int32, images expanded; ``labels`` equal ``input_ids`` on answers and their ``</s>`` and
+        are -100 elsewhere (not shifted).
+    images: one (S, S, 3) float32 normalised RGB array for each picture in order (uint8 and not normalised where asked
+        for).
     pose_positions: (P,) int32, position p of each pose token; the hidden state that predicts it is at p - 1.
+    truncated: whether ``max_length`` cut something off.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     images: list[np.ndarray]
     pose_positions: np.ndarray
+    truncated: bool = False
 
 
 class Processor:
     """Tokenizer, conversation template and image preprocessing of one model.
 
-    Raises UserError where the tokenizer does not fit the model: no BOS, no pose token, another id than the model's, more rows than the model.
+    Raises UserError where the tokenizer does not fit the model: no BOS, no pose token, another id than the model's,
+        more rows than the model.
     """
 
     def __init__(
@@ -110,7 +117,9 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | Path, config: Any) -> Processor:
-        """The processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one (else Vicuna's template, centre crop)."""
+        """The processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one (else
+        Vicuna's template, centre crop).
+        """
         folder = Path(folder)
         tokenizer, ids = TextTokenizer.read(folder), ModelIds.of(config)
         file = folder / SETTINGS_FILE
@@ -141,7 +150,9 @@ class Processor:
 
     @property
     def pose_token(self) -> str:
-        """The pose token's literal in the vocabulary: ``<POSE>`` or ``[SEG]``. Users see and write ``<POSE>`` in either case."""
+        """The pose token's literal in the vocabulary: ``<POSE>`` or ``[SEG]``. Users see and write ``<POSE>`` in
+        either case.
+        """
         assert self.tokenizer.pose_token is not None  # _check
         return self.tokenizer.pose_token
 
@@ -155,11 +166,11 @@ class Processor:
     ) -> Encoded:
         """Encode a conversation.
 
-        messages: see ``conversation``. An assistant message may carry ``"ids"``, the exact ids that were generated (pose tokens in, ``</s>`` out), which
-            then stand instead of its text.
+        messages: see ``conversation``. An assistant message may carry ``"ids"``, the exact ids that were generated
+            (pose tokens in, ``</s>`` out), which then stand instead of its text.
         add_generation_prompt: end with ``ASSISTANT:``; the last message must then be the user's.
-        max_length: cut what is longer (training), never within a picture; a picture or a pose token behind the cut is dropped. Without it, a
-            conversation that exceeds the model's context is a UserError.
+        max_length: cut what is longer (training), never within a picture; a picture or a pose token behind the cut is
+            dropped. Without it, a conversation that exceeds the model's context is a UserError.
         normalise: False leaves images as uint8, for ``images.normalise`` later.
         """
         ids, labels, sources = self._layout(messages, add_generation_prompt)
@@ -169,7 +180,8 @@ class Processor:
         elif length > self.ids.context:
             pictures = f" ({len(sources)} × {self.ids.num_patches} of them for pictures)" if sources else ""
             raise UserError(
-                f"the conversation has {length} tokens{pictures}, but the model's context holds {self.ids.context}; shorten it or drop early turns"
+                f"the conversation has {length} tokens{pictures}, but the model's context holds {self.ids.context}; "
+                "shorten it or drop early turns"
             )
         input_ids = np.asarray(ids[:length], np.int32)
         kept = int(np.count_nonzero(input_ids == self.ids.image_token_id)) // self.ids.num_patches
@@ -179,6 +191,7 @@ class Processor:
             labels=np.asarray(labels[:length], np.int32),
             images=[self.images.normalise(picture) for picture in pixels] if normalise else pixels,
             pose_positions=np.flatnonzero(input_ids == self.ids.pose_token_id).astype(np.int32),
+            truncated=length < len(ids),
         )
 
     def count_tokens(
@@ -253,8 +266,8 @@ class Processor:
         for token in answer:
             if not 0 <= token < ids.vocab_size or token in (ids.bos_token_id, ids.eos_token_id, ids.image_token_id):
                 raise UserError(
-                    f"messages[{index}]: 'ids' holds {token}; expected ids of text and poses in [0, {ids.vocab_size}), without "
-                    f"BOS ({ids.bos_token_id}), </s> ({ids.eos_token_id}) and image tokens ({ids.image_token_id})"
+                    f"messages[{index}]: 'ids' holds {token}; expected ids of text and poses in [0, {ids.vocab_size}) "
+                    f"without BOS ({ids.bos_token_id}), </s> ({ids.eos_token_id}), image token ({ids.image_token_id})"
                 )
         return answer
 
@@ -269,24 +282,27 @@ class Processor:
         tokenizer, ids = self.tokenizer, self.ids
         if tokenizer.pose_token_id is None:
             raise UserError(
-                f"the tokenizer has no pose token: expected {' or '.join(map(repr, POSE_LITERALS))} with id {ids.pose_token_id} among its added "
-                f"tokens, found {tokenizer.size} rows without; convert the checkpoint with 'chatpose convert', or add it to added_tokens.json"
+                f"the tokenizer has no pose token: expected {' or '.join(map(repr, POSE_LITERALS))} with id "
+                f"{ids.pose_token_id} among its added tokens, found {tokenizer.size} rows without; convert the "
+                "checkpoint with 'chatpose convert', or add it to added_tokens.json"
             )
         expected = {"pose": ids.pose_token_id, "BOS": ids.bos_token_id, "</s>": ids.eos_token_id}
         found = {"pose": tokenizer.pose_token_id, "BOS": tokenizer.bos_token_id, "</s>": tokenizer.eos_token_id}
         for name, index in expected.items():
             if found[name] != index:
                 raise UserError(
-                    f"the tokenizer's {name} token has id {found[name]}, the model's {index}; the tokenizer belongs to another checkpoint"
+                    f"the tokenizer's {name} token has id {found[name]}, the model's {index}; "
+                    "the tokenizer belongs to another checkpoint"
                 )
         if tokenizer.size > ids.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.size} rows, the model only {ids.vocab_size}; the tokenizer belongs to another checkpoint"
+                f"the tokenizer has {tokenizer.size} rows, the model only {ids.vocab_size}; "
+                "the tokenizer belongs to another checkpoint"
             )
         if ids.image_token_id >= 0 and tokenizer.piece(ids.image_token_id) is not None:
             raise UserError(
-                f"image_token_id={ids.image_token_id} is {tokenizer.piece(ids.image_token_id)!r} in the tokenizer; expected {IMAGE_LITERAL!r}, a row "
-                "without a token, or a negative id"
+                f"image_token_id={ids.image_token_id} is {tokenizer.piece(ids.image_token_id)!r} in the tokenizer; "
+                f"expected {IMAGE_LITERAL!r}, a row without a token, or a negative id"
             )
         if self.images.size != ids.image_size:
             raise UserError(f"images.size={self.images.size}, but the vision tower takes {ids.image_size} pixels")
@@ -315,7 +331,9 @@ class _Writer:
         self._pending, self._strip = "", strip
 
     def control(self, ids: list[int], strip: bool = False) -> None:
-        """Ids without loss. ``strip``: they are added tokens of the vocabulary, beside which the slow tokenizer drops white space."""
+        """Ids without loss. ``strip``: they are added tokens of the vocabulary, beside which the slow tokenizer drops
+        white space.
+        """
         self.flush(strip)
         self.ids += ids
         self.labels += [IGNORE] * len(ids)
@@ -327,17 +345,23 @@ class _Writer:
 
 
 def split_pose(text: str) -> list[str]:
-    """Stretches of text around each ``<POSE>``; white space beside a pose is dropped, as LLaMA's slow tokenizer does beside added tokens."""
+    """Stretches of text around each ``<POSE>``; white space beside a pose is dropped, as LLaMA's slow tokenizer does
+    beside added tokens.
+    """
     return [stretch.strip() for stretch in text.split(POSE)]
 
 
 @functools.cache
 def tiny_tokenizer() -> TextTokenizer:
-    """The embedded tokenizer of the preset ``tiny``: 1024 rows made by ``processing.train_tokenizer``, then ``<POSE>`` and ``<image>``."""
+    """The embedded tokenizer of the preset ``tiny``: 1024 rows made by ``processing.train_tokenizer``, then ``<POSE>``
+    and ``<image>``.
+    """
     with resources.as_file(resources.files("chatpose_jax.processing") / "data" / "tiny_tokenizer") as folder:
         return TextTokenizer.read(folder)
 
 
 def tiny_processor(config: Any, template: Template | str = "plain") -> Processor:
-    """The processor of the preset ``tiny``, from package data. ``config``: ``preset("tiny")`` or one with its token ids."""
+    """The processor of the preset ``tiny``, from package data. ``config``: ``preset("tiny")`` or one with its token
+    ids.
+    """
     return Processor(tiny_tokenizer(), ModelIds.of(config), template)

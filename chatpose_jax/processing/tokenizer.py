@@ -1,7 +1,9 @@
-"""LLaMA's tokenizer, as the slow one that Vicuna was tuned with: text to ids piece by piece, and ids back to text as they stream.
+"""LLaMA's tokenizer, as the slow one that Vicuna was tuned with: text to ids piece by piece, and ids back to text as
+they stream.
 
-Special tokens never pass through text. transformers' own pipelines disagree about the space beside an added token (legacy or not, before or
-after a round trip through a folder), so only the vocabulary and the merges are taken from them; the rules around them are written out here.
+Special tokens never pass through text. transformers' own pipelines disagree about the space beside an added token
+(legacy or not, before or after a round trip through a folder), so only the vocabulary and the merges are taken from
+them; the rules around them are written out here.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ _FILES = ("tokenizer.json", "tokenizer.model")
 class TextTokenizer:
     """Vocabulary and merges of a LLaMA-layout tokenizer (BPE with byte fallback over ``▁``-marked words).
 
-    bos_token_id, eos_token_id, pad_token_id: ids of ``<s>``, ``</s>`` and ``<unk>`` (rows are padded with unk, as LLaVA does).
+    bos_token_id, eos_token_id, pad_token_id: ids of ``<s>``, ``</s>`` and ``<unk>`` (rows are padded with unk, as
+        LLaVA does).
     pose_token, pose_token_id: the pose token's literal in this vocabulary and its id, or None.
     """
 
@@ -41,7 +44,8 @@ class TextTokenizer:
         model = data["model"]
         if model["type"] != "BPE" or not model.get("byte_fallback"):
             raise UserError(
-                f"{where}: expected LLaMA's layout (BPE with byte fallback), found {model['type']}; ChatPose needs Vicuna's tokenizer"
+                f"{where}: expected LLaMA's layout (BPE with byte fallback), found {model['type']}; "
+                "ChatPose needs Vicuna's tokenizer"
             )
         self.backend = backend
         self.size = backend.get_vocab_size()
@@ -68,7 +72,8 @@ class TextTokenizer:
 
     @classmethod
     def read(cls, folder: str | Path) -> TextTokenizer:
-        """The tokenizer of a checkpoint folder: ``tokenizer.json``, or ``tokenizer.model`` with ``added_tokens.json``; nothing is downloaded.
+        """The tokenizer of a checkpoint folder: ``tokenizer.json``, or ``tokenizer.model`` with ``added_tokens.json``;
+        nothing is downloaded.
 
         Raises UserError for a folder without one, a damaged file, or another layout than LLaMA's.
         """
@@ -76,7 +81,8 @@ class TextTokenizer:
         found = [name for name in _FILES if (folder / name).is_file()]
         if not found:
             raise UserError(
-                f"no tokenizer in {str(folder)!r}: expected {' or '.join(_FILES)}; copy them from the checkpoint's original folder"
+                f"no tokenizer in {str(folder)!r}: expected {' or '.join(_FILES)}; "
+                "copy it from the checkpoint's original folder"
             )
         from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -109,7 +115,9 @@ class TextTokenizer:
         return TextTokenizer(backend)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, with SentencePiece's leading space and no BOS; special tokens written in it are ordinary characters."""
+        """Ids of plain text, with SentencePiece's leading space and no BOS; special tokens written in it are ordinary
+        characters.
+        """
         return self._bpe.encode(_SPACE + text.replace(" ", _SPACE), add_special_tokens=False).ids if text else []
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -130,7 +138,8 @@ class TextTokenizer:
 class StreamDecoder:
     """Ids in, text out, one by one: never half a UTF-8 character, and the pieces joined are what ``decode`` gives.
 
-    The space that SentencePiece puts before every stretch of text is not shown at the start, and after a pose only before a word: "It is <POSE>."
+    The space that SentencePiece puts before every stretch of text is not shown at the start, and after a pose only
+        before a word: "It is <POSE>."
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -167,8 +176,8 @@ class StreamDecoder:
 def _with_exact_merges(backend: tokenizers.Tokenizer, path: Path) -> tokenizers.Tokenizer:
     """Order merges by the scores of ``tokenizer.model``.
 
-    SentencePiece merges the pair with the highest score first. transformers (5.23) orders by id, which differs where scores do not fall with ids:
-    runs of spaces, for one ("a  b").
+    SentencePiece merges the pair with the highest score first. transformers (5.23) orders by id, which differs where
+    scores do not fall with ids: runs of spaces, for one ("a  b").
     """
     import sentencepiece
 

@@ -1,7 +1,7 @@
 """Make the tokenizer of the preset ``tiny``: ``python -m chatpose_jax.processing.train_tokenizer OUT``.
 
-LLaMA's layout in 1024 rows: ``<unk>``, ``<s>``, ``</s>``, 256 bytes (so any text has ids), printable ASCII, and merges learnt on generated captions
-and conversations; then ``<POSE>`` = 1024 and ``<image>`` = 1025.
+LLaMA's layout in 1024 rows: ``<unk>``, ``<s>``, ``</s>``, 256 bytes (so any text has ids), printable ASCII, and merges
+learnt on generated captions and conversations; then ``<POSE>`` = 1024 and ``<image>`` = 1025.
 """
 
 from __future__ import annotations
