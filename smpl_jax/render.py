@@ -272,30 +272,36 @@ def clothing_colors(
     shirt: ArrayLike = (0.36, 0.52, 0.66),
     trousers: ArrayLike = (0.27, 0.29, 0.36),
     shoes: ArrayLike = (0.20, 0.19, 0.20),
-    hair: ArrayLike = (0.24, 0.17, 0.13),
+    hair: ArrayLike | None = (0.24, 0.17, 0.13),
 ) -> NDArray[np.float32]:
-    """Vertex colours (V, 3), sRGB, of a dressed person: each vertex takes the garment of the joint that moves it most.
+    """Vertex colours (V, 3), sRGB, of a dressed person.
 
-    Works for every body with SMPL's first 22 joints; hair is drawn where the file names a region `hair`.
+    Each vertex takes the garment of the joint that moves it most; hair grows on the head behind and above a line through the
+    forehead and the ears (`None`: none). Goes by joint names and the rest pose, so it works for any body of the SMPL family.
     """
-    weights = np.asarray(body.weights)
-    return garment_colors(weights, skin=skin, shirt=shirt, trousers=trousers, shoes=shoes)
+    names = body.joint_names
+    palette = np.tile(np.asarray(skin, np.float32), (len(names), 1))
+    for part, color in _GARMENTS.items():
+        chosen = {"shirt": shirt, "trousers": trousers, "shoes": shoes}[color]
+        palette[[k for k, name in enumerate(names) if name.removeprefix("left_").removeprefix("right_") == part]] = (
+            chosen
+        )
+    owner = np.asarray(body.weights).argmax(0)
+    colors = palette[owner]
+    if hair is not None and "head" in names:
+        rest, head = np.asarray(body.template).T, names.index("head")
+        above = rest - np.asarray(body.joint_template)[head]
+        height = above[owner == head, 1].max(initial=1e-6)
+        _, y, z = above.T / height
+        colors[(owner == head) & (y > np.maximum(0.45 * z + 0.42, 1.6 * z - 0.02))] = np.asarray(hair, np.float32)
+    return colors
 
 
-def garment_colors(
-    weights: ArrayLike,
-    *,
-    skin: ArrayLike = SKIN,
-    shirt: ArrayLike = (0.36, 0.52, 0.66),
-    trousers: ArrayLike = (0.27, 0.29, 0.36),
-    shoes: ArrayLike = (0.20, 0.19, 0.20),
-) -> NDArray[np.float32]:
-    """As `clothing_colors`, from skinning weights (V, J) alone."""
-    w = np.asarray(weights, np.float32)
-    palette = np.tile(np.asarray(skin, np.float32), (w.shape[1], 1))
-    for joints, color in (((3, 6, 9, 13, 14, 16, 17), shirt), ((0, 1, 2, 4, 5), trousers), ((7, 8, 10, 11), shoes)):
-        palette[list(joints)] = np.asarray(color, np.float32)
-    return palette[w.argmax(1)]
+_GARMENTS = {
+    **dict.fromkeys(("spine1", "spine2", "spine3", "collar", "shoulder"), "shirt"),
+    **dict.fromkeys(("pelvis", "hip", "knee"), "trousers"),
+    **dict.fromkeys(("ankle", "foot"), "shoes"),
+}
 
 
 def contact_sheet(
@@ -528,7 +534,6 @@ __all__: list[Any] = [
     "Raster",
     "clothing_colors",
     "contact_sheet",
-    "garment_colors",
     "rasterize",
     "render_body",
     "render_mesh",

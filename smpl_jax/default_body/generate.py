@@ -1,0 +1,150 @@
+"""Make the default body: `python -m smpl_jax.default_body.generate body.npz`.
+
+Needs scikit-image, scipy and fast-simplification (`pip install 'chatpose-jax[body]'`), only to build; reading the result
+needs numpy alone. The same versions give the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smpl_jax.default_body import mesh, rig, skeleton, surface
+
+NAME = "chatpose-default"
+_GRID_STEP = 0.004
+_BUILD_NEEDS = {"skimage": "scikit-image", "scipy": "scipy", "fast_simplification": "fast-simplification"}
+
+# Landmarks: the vertex furthest along a direction among those that a joint moves most (left and midline; mirrored to the right).
+_LANDMARKS: dict[str, tuple[str, tuple[float, float, float]]] = {
+    "head_top": ("head", (0, 1, -0.1)),
+    "nose": ("head", (0, -0.2, 1)),
+    "chin": ("head", (0, -1, 0.8)),
+    "left_ear": ("head", (1, 0, -0.2)),
+    "left_shoulder_tip": ("left_shoulder", (-0.4, 1, 0)),
+    "left_elbow_tip": ("left_elbow", (-0.5, 0, -1)),
+    "left_thumb_tip": ("left_wrist", (0.5, 0, 1)),
+    "left_index_tip": ("left_hand", (1, 0, 0.9)),
+    "left_middle_tip": ("left_hand", (1, 0, 0.02)),
+    "left_ring_tip": ("left_hand", (1, 0, -0.45)),
+    "left_pinky_tip": ("left_hand", (0.8, 0, -1)),
+    "left_kneecap": ("left_knee", (0, 0.3, 1)),
+    "left_heel": ("left_ankle", (0, -0.3, -1)),
+    "left_big_toe": ("left_foot", (-0.5, 0, 1)),
+    "left_small_toe": ("left_foot", (1, 0, 0.5)),
+}
+
+
+def build() -> dict[str, NDArray[Any]]:
+    """All arrays of the body in SMPL's names and shapes, float64, origin moved off the pelvis as in body files in the wild.
+
+    Raises:
+        ImportError: a build-time package is missing.
+    """
+    _check_needs()
+    half = mesh.half_surface(surface.body, (0.0, -0.02, -0.20), (0.90, 1.76, 0.24), _GRID_STEP)
+    vertices, faces, twin = mesh.mirror(*mesh.thin(*mesh.largest_piece(*half), mesh.FACES // 2))
+    vertices = mesh.relax(vertices, faces, surface.body, surface.normals, rounds=3, amount=0.5)
+    joints = skeleton.joint_positions()
+    weights = rig.skinning_weights(vertices, faces, twin)
+    names, ids = landmarks(vertices, weights, twin)
+    return {
+        "v_template": vertices - skeleton.ORIGIN,
+        "f": faces,
+        "weights": weights,
+        "J_regressor": rig.joint_regressor(vertices, weights, joints, twin),
+        "kintree_table": np.stack([skeleton.PARENTS, np.arange(24)]),
+        "shapedirs": rig.shape_directions(vertices, weights, joints),
+        "posedirs": rig.pose_correctives(vertices, faces, weights, joints, twin),
+        "joint_names": np.array(skeleton.JOINT_NAMES),
+        "shape_names": np.array(rig.SHAPE_NAMES),
+        "vertex_id_names": np.array(names),
+        "vertex_ids": np.array(ids),
+        "vert_sym_idxs": twin,
+        "model_name": np.array(NAME),
+    }
+
+
+def landmarks(
+    vertices: NDArray[np.float64], weights: NDArray[np.float64], twin: NDArray[np.int64]
+) -> tuple[list[str], list[int]]:
+    """Names and vertex indices of `_LANDMARKS` on both sides."""
+    owner = weights.argmax(1)
+    found: dict[str, int] = {}
+    for name, (joint, direction) in _LANDMARKS.items():
+        (candidates,) = np.nonzero(owner == skeleton.JOINT_NAMES.index(joint))
+        if not name.startswith("left_"):
+            candidates = candidates[twin[candidates] == candidates]
+        vertex = int(candidates[(vertices[candidates] @ np.array(direction, np.float64)).argmax()])
+        found[name] = vertex
+        if name.startswith("left_"):
+            found[skeleton.swap_sides(name)] = int(twin[vertex])
+    return list(found), list(found.values())
+
+
+def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Round for the file: integers with a `_scale` beside them, the regressor sparse."""
+    packed: dict[str, NDArray[Any]] = {
+        "f": arrays["f"].astype(np.uint16),
+        "kintree_table": arrays["kintree_table"].astype(np.int32),
+        "vertex_ids": arrays["vertex_ids"].astype(np.int32),
+        "vert_sym_idxs": arrays["vert_sym_idxs"].astype(np.uint16),
+        **{k: arrays[k] for k in ("joint_names", "shape_names", "vertex_id_names", "model_name")},
+    }
+    correctives = np.abs(arrays["posedirs"]).max((0, 1), keepdims=True)
+    for name, scale, dtype in (
+        ("v_template", np.float64(1e-5), np.int32),
+        ("shapedirs", np.float64(5e-5), np.int16),
+        ("weights", np.float64(1 / 65535), np.uint16),
+        ("posedirs", np.where(correctives > 0, correctives, 1) / 127, np.int8),
+    ):
+        stored = scale.astype(np.float32)
+        packed[name] = np.rint(arrays[name] / stored).astype(dtype)
+        packed[f"{name}_scale"] = stored
+    row, column = np.nonzero(arrays["J_regressor"])
+    packed |= {
+        "J_regressor_data": arrays["J_regressor"][row, column].astype(np.float32),
+        "J_regressor_indices": column.astype(np.int32),
+        "J_regressor_indptr": np.searchsorted(row, np.arange(25)).astype(np.int32),
+        "J_regressor_shape": np.array(arrays["J_regressor"].shape, np.int32),
+    }
+    return packed
+
+
+def write(path: str | os.PathLike[str]) -> Path:
+    """Build the body and write it to `path`; the file appears whole or not at all."""
+    target = Path(path)
+    packed = pack(build())
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **packed)
+    os.replace(temporary, target)
+    return target
+
+
+def _check_needs() -> None:
+    from importlib.util import find_spec
+
+    missing = [package for module, package in _BUILD_NEEDS.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"building the default body needs {', '.join(missing)}: pip install 'chatpose-jax[body]'. "
+            "The built body comes with the package; this is only to change it."
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Generate the default body in SMPL's file format.")
+    parser.add_argument("out", help="the .npz to write")
+    path = write(parser.parse_args().out)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
