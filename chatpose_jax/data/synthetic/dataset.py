@@ -1,0 +1,303 @@
+"""The generated data set: conversations about generated poses, in words and pictures, made on demand."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from chatpose_jax.data.example import Example, Kind
+from chatpose_jax.data.synthetic import captions, questions, skeleton
+from chatpose_jax.data.synthetic.families import (
+    COLUMN,
+    POSTURES,
+    PoseSet,
+    draw_arm,
+    from_angles,
+    plausible,
+    sample_poses,
+)
+from chatpose_jax.data.synthetic.posecodes import Codes, encode
+from chatpose_jax.data.synthetic.scene import Scene, Studio, draw_scene
+from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS
+from chatpose_jax.errors import UserError
+
+Split = Literal["train", "val", "test"]
+SPLITS: dict[str, int] = {"train": 8000, "val": 512, "test": 512}  # rows when no size is given
+DEFAULT_MIXTURE: dict[str, float] = {
+    "text": 18, "text_short": 4, "situation": 6, "text_turns": 7, "image": 40, "image_turns": 10, "image_words": 10, "words": 5,
+}  # fmt: skip
+_BLOCK = 256  # poses drawn together
+
+
+def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np.ndarray:
+    """Poses (..., 24, 3, 3) of the body frame (y up, facing +z) seen by a camera (x right, y down, z away): float32, only joint 0 changes.
+
+    yaw: degrees by which the body is turned to its left; 0 faces the camera. pitch: degrees by which the camera looks down.
+    """
+    out = np.array(rotations, np.float32)
+    view = (
+        skeleton.rotation("x", np.asarray(pitch))
+        @ skeleton.rotation("x", np.asarray(180.0))
+        @ skeleton.rotation("y", np.asarray(yaw))
+    )
+    out[..., 0, :, :] = view @ np.asarray(rotations[..., 0, :, :], float)
+    return out
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A row before its picture is drawn. turns: (question, answer); poses in the body frame; the picture, if any, shows ``shown``."""
+
+    id: str
+    kind: Kind
+    turns: list[tuple[str, str]]
+    poses: list[np.ndarray]
+    shown: np.ndarray | None = None
+    scene: Scene | None = None
+
+
+@dataclasses.dataclass
+class _Row:
+    """What a task makes a conversation of: one pose, its codes, a generator."""
+
+    rng: np.random.Generator
+    pose: PoseSet
+    codes: Codes
+    index: int
+
+    @property
+    def family(self) -> str:
+        return str(self.pose.family[0])
+
+    def pick(self, options: Sequence[str]) -> str:
+        return options[int(self.rng.integers(len(options)))]
+
+    def caption(self, detail: captions.Detail = "detailed") -> str:
+        return captions.caption(self.codes, self.index, self.rng, detail, self.family)
+
+    def words(self) -> tuple[str, str]:
+        """A question that is answered in words, and the answer."""
+        draw = self.rng.random()
+        if draw < 0.4:
+            return self.pick(questions.SUMMARISE), sentence(
+                captions.summary(self.codes, self.index, self.rng, self.family)
+            )
+        if draw < 0.7:
+            return self.pick(questions.ARMS), captions.arms(self.codes, self.index, self.rng)
+        return self.pick(questions.DESCRIBE), self.caption("detailed" if draw < 0.8 else "short")
+
+
+class SyntheticDataset(Sequence[Example]):
+    """Generated conversations, by random access; row i of a split and seed is always the same, whatever the size.
+
+    split: "train", "val" or "test": poses of different splits are drawn independently and never coincide. size: rows (``SPLITS`` by default).
+    image_size: side of the square pictures in pixels. mixture: weights of the tasks (``TASKS``; ``DEFAULT_MIXTURE`` by default), e.g. ``{"text": 1}``
+    for detailed descriptions only or ``{"image": 1}`` for pictures only.
+
+    Pictures are drawn when a row is taken; ``precompute`` draws all of them at once, which is several times quicker. Raises UserError for an unknown
+    split or task.
+    """
+
+    def __init__(
+        self,
+        split: Split = "train",
+        size: int | None = None,
+        seed: int = 0,
+        image_size: int = 64,
+        mixture: Mapping[str, float] | None = None,
+    ):
+        if split not in SPLITS:
+            raise UserError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
+        mixture = DEFAULT_MIXTURE if mixture is None else mixture
+        unknown = set(mixture) - set(TASKS)
+        if unknown or not any(w > 0 for w in mixture.values()) or any(w < 0 for w in mixture.values()):
+            raise UserError(f"A mixture gives non-negative weights to {', '.join(TASKS)}; found {dict(mixture)}.")
+        self.split, self.seed, self.image_size = split, seed, image_size
+        self.size = SPLITS[split] if size is None else size
+        self.mixture = dict(mixture)
+        self._entropy = [seed, list(SPLITS).index(split)]
+        self._blocks: dict[int, tuple[PoseSet, Codes]] = {}
+        self._pictures: dict[int, np.ndarray] = {}
+        self._studio: Studio | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Row ``index``; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.size))]
+        index = operator.index(index)
+        if not -self.size <= index < self.size:
+            raise IndexError(f"row {index} of {self.size}")
+        index %= self.size
+        draft = self._draft(index)
+        if draft.shown is not None and index not in self._pictures:
+            return _finish(draft, self._draw([draft])[0])
+        return _finish(draft, self._pictures.get(index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_studio": None}
+
+    def kind(self, index: int) -> Kind:
+        """The kind of a row, without making the row."""
+        return TASKS[self._task(np.random.default_rng([*self._entropy, 1, index]))][0]
+
+    def poses(self, indices: Sequence[int] | None = None) -> np.ndarray:
+        """Body-frame rotations (N, 24, 3, 3) of the poses that rows start from (rows of the task "situation" draw their own)."""
+        rows = range(self.size) if indices is None else indices
+        return np.stack([self._block(i // _BLOCK)[0].rotations[i % _BLOCK] for i in rows])
+
+    def precompute(self, workers: int = 1) -> SyntheticDataset:
+        """Draw all pictures now and keep them (3·image_size² bytes each); workers: processes that draw. Returns the data set itself."""
+        missing = [
+            (i, d) for i in range(self.size) if i not in self._pictures and (d := self._draft(i)).shown is not None
+        ]
+        pictures = self._draw([d for _, d in missing], workers)
+        self._pictures.update((i, p) for (i, _), p in zip(missing, pictures))
+        return self
+
+    def _draw(self, drafts: Sequence[_Draft], workers: int = 1) -> list[np.ndarray]:
+        if self._studio is None:
+            self._studio = Studio()
+        scenes = [d.scene for d in drafts if d.scene is not None]
+        cameras = [to_camera(d.shown, s.yaw, s.pitch) for d, s in zip(drafts, scenes) if d.shown is not None]
+        return self._studio.render_batch(cameras, scenes, self.image_size, workers)
+
+    def _block(self, number: int) -> tuple[PoseSet, Codes]:
+        if number not in self._blocks:
+            entropy = [*self._entropy, 0, number]
+            poses = sample_poses(_BLOCK, entropy)
+            self._blocks[number] = poses, encode(poses.rotations, np.random.default_rng([*entropy, 1]))
+        return self._blocks[number]
+
+    def _task(self, rng: np.random.Generator) -> str:
+        weights = np.array([self.mixture.get(name, 0.0) for name in TASKS])
+        return list(TASKS)[int(rng.choice(len(TASKS), p=weights / weights.sum()))]
+
+    def _draft(self, index: int) -> _Draft:
+        rng = np.random.default_rng([*self._entropy, 1, index])
+        task = self._task(rng)
+        poses, codes = self._block(index // _BLOCK)
+        row = index % _BLOCK
+        kind, build = TASKS[task]
+        draft = build(_Row(rng, poses[row : row + 1], codes, row))
+        draft.id, draft.kind = f"{self.split}-{self.seed}-{index}-{task}", kind
+        return draft
+
+
+def sentence(clause: str) -> str:
+    """A clause with its capital and full stop."""
+    return f"{clause[0].upper()}{clause[1:]}."
+
+
+def _finish(draft: _Draft, picture: np.ndarray | None) -> Example:
+    messages: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(draft.turns):
+        content: Any = question
+        if number == 0 and picture is not None:
+            content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    yaw, pitch = (draft.scene.yaw, draft.scene.pitch) if draft.scene else (0.0, 0.0)
+    poses = to_camera(np.stack(draft.poses), yaw, pitch) if draft.poses else np.zeros((0, 24, 3, 3), np.float32)
+    return Example(draft.id, draft.kind, messages, poses)
+
+
+def _text(row: _Row, detail: captions.Detail = "detailed") -> _Draft:
+    question = row.pick(questions.TEXT_TO_POSE).format(caption=row.caption(detail))
+    return _Draft("", "text", [(question, row.pick(questions.POSE_ANSWERS))], [row.pose.rotations[0]])
+
+
+def _text_short(row: _Row) -> _Draft:
+    return _text(row, "short")
+
+
+def _situation(row: _Row) -> _Draft:
+    situation = SITUATIONS[int(row.rng.integers(len(SITUATIONS)))]
+    arms = situation.arms if row.rng.random() < 0.5 else situation.arms[::-1]
+    pose = sample_poses(1, int(row.rng.integers(2**31)), situation.posture, arms)
+    question = row.pick(QUESTIONS).format(situation=situation.words)
+    return _Draft("", "text", [(question, row.pick(questions.POSE_ANSWERS))], [pose.rotations[0]])
+
+
+def _image(row: _Row) -> _Draft:
+    turn = (row.pick(questions.IMAGE_TO_POSE), row.pick(questions.POSE_ANSWERS))
+    pose = row.pose.rotations[0]
+    return _Draft("", "image", [turn], [pose], pose, draw_scene(row.rng))
+
+
+def _turns(start: Callable[[_Row], _Draft]) -> Callable[[_Row], _Draft]:
+    """A second turn after the pose: a change of it, or words about it."""
+
+    def build(row: _Row) -> _Draft:
+        draft = start(row)
+        edited = _edit(row) if row.rng.random() < 0.6 else None
+        if edited is None:
+            draft.turns.append(row.words())
+        else:
+            words, pose = edited
+            question = row.pick(questions.EDIT_QUESTIONS).format(edit=words)
+            draft.turns.append((question, row.pick(questions.EDIT_ANSWERS)))
+            draft.poses.append(pose)
+        return draft
+
+    return build
+
+
+def _image_words(row: _Row) -> _Draft:
+    return _Draft("", "instruction", [row.words()], [], row.pose.rotations[0], draw_scene(row.rng))
+
+
+def _words(row: _Row) -> _Draft:
+    question = f"{row.caption()} {row.pick(questions.SUMMARISE)}"
+    return _Draft(
+        "", "instruction", [(question, sentence(captions.summary(row.codes, row.index, row.rng, row.family)))], []
+    )
+
+
+def _edit(row: _Row, tries: int = 8) -> tuple[str, np.ndarray] | None:
+    """A change that the body can make, in words, and the changed pose (24, 3, 3, 3); None when none of ``tries`` was possible."""
+    allowed = POSTURES[row.family].arms
+    for _ in range(tries):
+        angles, arms = row.pose.angles.copy(), row.pose.arms.copy()
+        if row.rng.random() < 0.3:
+            words = row.pick(tuple(questions.BODY_EDITS))
+            for column, value in questions.BODY_EDITS[words].items():
+                angles[0, COLUMN[column]] = value
+        else:
+            name = row.pick(tuple(questions.ARM_EDITS))
+            side = row.pick(("left", "right", "both"))
+            sides = ("left", "right") if side == "both" else (side,)
+            if name not in allowed or any(arms[0, ("left", "right").index(s)] == name for s in sides):
+                continue
+            one, both = questions.ARM_EDITS[name]
+            words = both if side == "both" else one.format(side=side)
+            for s in sides:
+                start = COLUMN[f"{s}_elevation"]
+                angles[0, start : start + 6] = draw_arm(name, row.rng)
+                arms[0, ("left", "right").index(s)] = name
+        edited = from_angles(angles, row.pose.family, arms)
+        if plausible(edited)[0]:
+            return words, edited.rotations[0]
+    return None
+
+
+# Task: the kind of its rows and how to make one. A new task is a new line here.
+TASKS: dict[str, tuple[Kind, Callable[[_Row], _Draft]]] = {
+    "text": ("text", _text),
+    "text_short": ("text", _text_short),
+    "situation": ("text", _situation),
+    "text_turns": ("text", _turns(_text)),
+    "image": ("image", _image),
+    "image_turns": ("image", _turns(_image)),
+    "image_words": ("instruction", _image_words),
+    "words": ("instruction", _words),
+}

@@ -1,0 +1,59 @@
+"""What users ask and how the assistant answers: lists to choose from. {caption} is a caption with its full stop, {edit} a change of the pose."""
+
+from __future__ import annotations
+
+TEXT_TO_POSE = (
+    "{caption} Can you give the SMPL pose of this person?",
+    "{caption} What is the pose in SMPL?",
+    "{caption} Please show me this body.",
+    "Here is a person: {caption} Give me the SMPL pose.",
+    "{caption} Turn these words into a pose, please.",
+    "I think of this pose. {caption} Could you show it?",
+    "{caption} How does this body look in 3D?",
+    "Please make a pose from the words: {caption}",
+    "{caption} Return the SMPL parameters.",
+)
+IMAGE_TO_POSE = (
+    "Can you give the SMPL pose of the person in this picture?",
+    "What is the pose of the person in the image?",
+    "Please estimate the SMPL pose of the person shown here.",
+    "Return the 3D pose of the body in this picture.",
+    "There is a person in the image. How does the body look in 3D?",
+)
+POSE_ANSWERS = (
+    "<POSE>",
+    "Sure, it is <POSE>.",
+    "The pose is <POSE>.",
+    "Here it is: <POSE>.",
+    "Of course, the SMPL pose is <POSE>.",
+    "This is the body: <POSE>.",
+    "Yes, the pose of this person is <POSE>.",
+    "I would say <POSE>.",
+)
+EDIT_QUESTIONS = ("Now {edit}.", "And what if you {edit}?", "Please {edit} and keep the rest.")
+EDIT_ANSWERS = ("<POSE>", "Now it is <POSE>.", "The new pose is <POSE>.", "With this change it is <POSE>.")
+DESCRIBE = (
+    "Describe the pose in words.",
+    "Can you say in words how the body is held?",
+    "What does the body do, part by part?",
+)
+SUMMARISE = ("What is this person doing?", "Say in a few words what the person does.", "Which posture is it?")
+ARMS = ("Where are the arms?", "What are the arms doing?", "How does the person hold the arms?")
+
+# A change of the pose: the words and what changes, an arm family for one or both sides, or the angles of trunk and head (degrees).
+ARM_EDITS: dict[str, tuple[str, str]] = {  # family: (words for one arm, words for both)
+    "up": ("raise the {side} arm above the head", "raise both arms above the head"),
+    "side": ("stretch the {side} arm out to the side", "stretch both arms out to the sides"),
+    "forward": ("reach forward with the {side} arm", "reach forward with both arms"),
+    "hip": ("put the {side} hand on the hip", "put both hands on the hips"),
+    "down": ("let the {side} arm hang down", "let both arms hang down"),
+    "head": ("put the {side} hand to the head", "put both hands to the head"),
+}
+BODY_EDITS: dict[str, dict[str, float]] = {
+    "turn the head to the left": {"head_turn": 45},
+    "turn the head to the right": {"head_turn": -45},
+    "look down": {"head_flexion": 32},
+    "look up": {"head_flexion": -30},
+    "bend the trunk to the left": {"trunk_bend": 22},
+    "bend the trunk to the right": {"trunk_bend": -22},
+}
