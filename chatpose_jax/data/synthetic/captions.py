@@ -1,14 +1,16 @@
 """Captions of poses in words: posecodes are selected, joined and written as sentences.
 
-Selection: codes that the posture or the arm's shape already implies, and codes true of more than 40 % of all poses, are not said; codes true of fewer
-than 6 % are never skipped; of the rest 15 % are skipped at random. Joining: left and right with the same code become "both" (symmetry), hand and elbow
-codes hang on the arm's sentence (entity), parts that do the same share a verb (interpretation), codes of one leg share a sentence (focus).
+Selection: codes that the posture or the arm's shape already implies, and codes true of more than 40 % of all poses, are
+not said; codes true of fewer than 6 % are never skipped; of the rest 15 % are skipped at random. Joining: left and
+right with the same code become "both" (symmetry), hand and elbow codes hang on the arm's sentence (entity), parts that
+do the same share a verb (interpretation), codes of one leg share a sentence (focus).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -62,11 +64,15 @@ ARMS: dict[str, tuple[tuple[str, str], ...]] = {
         ("be", "straight down with the hand{s} on the ground"),
     ),
 }
-ELBOW = {"folded": "fully bent", "sharply": "sharply bent", "right_angle": "bent at a right angle", "half": "half bent", "slightly": "slightly bent",
-         "straight": "straight"}  # fmt: skip
+ELBOW = {
+    "folded": "fully bent", "sharply": "sharply bent", "right_angle": "bent at a right angle", "half": "half bent",
+    "slightly": "slightly bent", "straight": "straight",
+}  # fmt: skip
 HAND: dict[str, dict[str, str]] = {
-    "hand_height": {"low": "low", "waist": "at waist height", "chest": "at chest height", "shoulder": "at shoulder height", "head": "at head height",
-                    "overhead": "above the head"},
+    "hand_height": {
+        "low": "low", "waist": "at waist height", "chest": "at chest height", "shoulder": "at shoulder height",
+        "head": "at head height", "overhead": "above the head",
+    },
     "hand_depth": {"behind": "behind the back", "front": "in front of the body", "far_front": "far in front"},
     "hand_side": {"across": "across the body", "out": "off to the side", "far_out": "far out to the side"},
     "hand_head": {"close": "close to the head"},
@@ -77,10 +83,14 @@ HAND: dict[str, dict[str, str]] = {
 }  # fmt: skip
 UPPER_ARM = {"lifted": "half raised", "level": "level with the shoulder", "above": "above the shoulder"}
 LEG: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {  # kind: (part, category → (verb, rest))
-    "thigh": ("thigh", {"back": ("point", "backward"), "little": ("be", "a little forward"), "raised": ("be", "half raised"),
-                        "level": ("be", "raised to hip level"), "drawn_up": ("be", "drawn up to the chest")}),
+    "thigh": ("thigh", {
+        "back": ("point", "backward"), "little": ("be", "a little forward"), "raised": ("be", "half raised"),
+        "level": ("be", "raised to hip level"), "drawn_up": ("be", "drawn up to the chest"),
+    }),
     "knee": ("knee", {name: ("be", words) for name, words in ELBOW.items()}),
-    "thigh_side": ("leg", {"crossed": ("cross", "to the other side"), "out": ("point", "outward"), "far_out": ("be", "spread far outward")}),
+    "thigh_side": ("leg", {
+        "crossed": ("cross", "to the other side"), "out": ("point", "outward"), "far_out": ("be", "spread far outward"),
+    }),
     "foot_lift": ("foot", {"lifted": ("be", "off the ground"), "high": ("be", "high off the ground")}),
     "knee_ground": ("knee", {"touching": ("touch", "the ground")}),
 }  # fmt: skip
@@ -118,7 +128,9 @@ class Statistics:
 
 
 def statistics(codes: Codes) -> Statistics:
-    """Rarity statistics of a pose set's codes; sided codes count both sides together, so that left and right are treated alike."""
+    """Rarity statistics of a pose set's codes; sided codes count both sides together, so that left and right are
+    treated alike.
+    """
     overall: dict[tuple[str, str], float] = {}
     by_posture: dict[tuple[str, str, str], float] = {}
     by_shape: dict[tuple[str, str, str], float] = {}
@@ -144,9 +156,10 @@ def reference_statistics() -> Statistics:
 def describe(rotations: ArrayLike, detail: Detail = "detailed", seed: int = 0, family: str | None = None) -> str:
     """One pose in words.
 
-    rotations: (24, 3, 3), joint 0 the global orientation in a y-up frame (any heading: yaw is removed first). detail: "short" names the posture and the
-    arms, "detailed" adds elbows, hands, legs, trunk and head, at most ``MAX_WORDS`` words. seed: chooses noise, what is left out, and wording. family:
-    the posture's name where it is known (``captions.POSTURES``); otherwise it is told from the joints. Raises UserError for a wrong shape.
+    rotations: (24, 3, 3), joint 0 the global orientation in a y-up frame (any heading: yaw is removed first). detail:
+    "short" names the posture and the arms, "detailed" adds elbows, hands, legs, trunk and head, at most ``MAX_WORDS``
+    words. seed: chooses noise, what is left out, and wording. family: the posture's name where it is known
+    (``captions.POSTURES``); otherwise it is told from the joints. Raises UserError for a wrong shape.
     """
     array = np.asarray(rotations, float)
     if array.shape != (24, 3, 3):
@@ -187,10 +200,14 @@ def arms(codes: Codes, row: int, rng: np.random.Generator) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Clause:
-    """ "the left knee" (part, side) does something; share: how common it is, the most common clauses go first when words run out."""
+    """A part of one side ("the left knee") does something.
+
+    side: "left", "right", "both", or "" for a clause that is already whole. share: how common it is; the most common
+    clauses go first when words run out.
+    """
 
     part: str
-    side: str  # "left", "right", "both", or "" for a clause that is already whole
+    side: str
     verb: str
     rest: str
     share: float
@@ -215,7 +232,7 @@ class _Writer:
         self.shares = reference_statistics()
         self.codes = self._select(codes.named(row))
 
-    def pick(self, options: tuple) -> object:
+    def pick(self, options: Sequence[str]) -> str:
         return options[int(self.rng.integers(len(options)))]
 
     def _select(self, named: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
@@ -235,7 +252,7 @@ class _Writer:
 
     def summary(self) -> str:
         other = "right" if self.lead == "left" else "left"
-        return f"{self.pick(SUBJECTS)} {str(self.pick(POSTURES[self.posture])).format(lead=self.lead, other=other)}"
+        return f"{self.pick(SUBJECTS)} {self.pick(POSTURES[self.posture]).format(lead=self.lead, other=other)}"
 
     def arms(self, detailed: bool) -> list[str]:
         if self.shapes["left"] == self.shapes["right"] != "":
@@ -254,20 +271,20 @@ class _Writer:
             found = {s: self._adjectives(group, s) for s in sides}
             part = "hand" if group[0] in HAND else "elbow"
             if len(set(found.values())) == 1:
-                words = next(iter(found.values()))
-                details += [f"the {plural(part) if side == 'both' else part} {words}"] if words else []
+                shared = next(iter(found.values()))
+                details += [f"the {plural(part) if side == 'both' else part} {shared}"] if shared else []
             else:
                 details += [f"the {s} {part} {words}" for s, words in found.items() if words]
         if shape:
-            verb, rest = self.pick(ARMS[shape])
+            verb, rest = ARMS[shape][int(self.rng.integers(len(ARMS[shape])))]
             clause = _Clause("arm", side, verb, rest, 0.0)
             base = clause.sentence()
             return f"{base}, {_join(details)}" if details and detailed else base
         if not details:
             return f"the {side} arm is free"
-        part, *words = details[0].removeprefix("the ").split()
+        part, *rest_of_it = details[0].removeprefix("the ").split()
         tail = f", {_join(details[1:])}" if len(details) > 1 and detailed else ""
-        return f"the {side} {part} is {' '.join(words)}{tail}"
+        return f"the {side} {part} is {' '.join(rest_of_it)}{tail}"
 
     def _adjectives(self, kinds: tuple[str, ...], side: str) -> str:
         words = []
@@ -299,7 +316,7 @@ class _Writer:
         """Sentences: the posture first, then arms, legs and the whole body in random order."""
         groups = []
         if len(arms) == 2 and self.rng.random() < 0.6 and len(" ".join(arms).split()) < 24:
-            arms = [arms[0] + str(self.pick((", while ", "; ", ", and "))) + arms[1]]
+            arms = [arms[0] + self.pick((", while ", "; ", ", and ")) + arms[1]]
         groups.append(arms)
         legs = [clause for clause in rest if clause.side]
         by_side: dict[str, list[_Clause]] = {}

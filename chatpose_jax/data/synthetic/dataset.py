@@ -28,15 +28,18 @@ from chatpose_jax.errors import UserError
 Split = Literal["train", "val", "test"]
 SPLITS: dict[str, int] = {"train": 8000, "val": 512, "test": 512}  # rows when no size is given
 DEFAULT_MIXTURE: dict[str, float] = {
-    "text": 18, "text_short": 4, "situation": 6, "text_turns": 7, "image": 40, "image_turns": 10, "image_words": 10, "words": 5,
+    "text": 18, "text_short": 4, "situation": 6, "text_turns": 7, "image": 40, "image_turns": 10,
+    "image_words": 10, "words": 5,
 }  # fmt: skip
 _BLOCK = 256  # poses drawn together
 
 
 def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np.ndarray:
-    """Poses (..., 24, 3, 3) of the body frame (y up, facing +z) seen by a camera (x right, y down, z away): float32, only joint 0 changes.
+    """Poses (..., 24, 3, 3) of the body frame (y up, facing +z) seen by a camera (x right, y down, z away): float32,
+    only joint 0 changes.
 
-    yaw: degrees by which the body is turned to its left; 0 faces the camera. pitch: degrees by which the camera looks down.
+    yaw: degrees by which the body is turned to its left; 0 faces the camera. pitch: degrees by which the camera looks
+    down.
     """
     out = np.array(rotations, np.float32)
     view = (
@@ -50,7 +53,9 @@ def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np
 
 @dataclasses.dataclass
 class _Draft:
-    """A row before its picture is drawn. turns: (question, answer); poses in the body frame; the picture, if any, shows ``shown``."""
+    """A row before its picture is drawn. turns: (question, answer); poses in the body frame; the picture, if any, shows
+    ``shown``.
+    """
 
     id: str
     kind: Kind
@@ -94,12 +99,13 @@ class _Row:
 class SyntheticDataset(Sequence[Example]):
     """Generated conversations, by random access; row i of a split and seed is always the same, whatever the size.
 
-    split: "train", "val" or "test": poses of different splits are drawn independently and never coincide. size: rows (``SPLITS`` by default).
-    image_size: side of the square pictures in pixels. mixture: weights of the tasks (``TASKS``; ``DEFAULT_MIXTURE`` by default), e.g. ``{"text": 1}``
-    for detailed descriptions only or ``{"image": 1}`` for pictures only.
+    split: "train", "val" or "test": poses of different splits are drawn independently and never coincide. size: rows
+    (``SPLITS`` by default). image_size: side of the square pictures in pixels. mixture: weights of the tasks
+    (``TASKS``; ``DEFAULT_MIXTURE`` by default), e.g. ``{"text": 1}`` for detailed descriptions only or ``{"image": 1}``
+    for pictures only.
 
-    Pictures are drawn when a row is taken; ``precompute`` draws all of them at once, which is several times quicker. Raises UserError for an unknown
-    split or task.
+    Pictures are drawn when a row is taken; ``precompute`` draws all of them at once, which is several times quicker.
+    Raises UserError for an unknown split or task.
     """
 
     def __init__(
@@ -152,12 +158,16 @@ class SyntheticDataset(Sequence[Example]):
         return TASKS[self._task(np.random.default_rng([*self._entropy, 1, index]))][0]
 
     def poses(self, indices: Sequence[int] | None = None) -> np.ndarray:
-        """Body-frame rotations (N, 24, 3, 3) of the poses that rows start from (rows of the task "situation" draw their own)."""
+        """Body-frame rotations (N, 24, 3, 3) of the poses that rows start from (rows of the task "situation" draw their
+        own).
+        """
         rows = range(self.size) if indices is None else indices
         return np.stack([self._block(i // _BLOCK)[0].rotations[i % _BLOCK] for i in rows])
 
     def precompute(self, workers: int = 1) -> SyntheticDataset:
-        """Draw all pictures now and keep them (3·image_size² bytes each); workers: processes that draw. Returns the data set itself."""
+        """Draw all pictures now and keep them (3·image_size² bytes each); workers: processes that draw. Returns the
+        data set itself.
+        """
         missing = [
             (i, d) for i in range(self.size) if i not in self._pictures and (d := self._draft(i)).shown is not None
         ]
@@ -264,7 +274,9 @@ def _words(row: _Row) -> _Draft:
 
 
 def _edit(row: _Row, tries: int = 8) -> tuple[str, np.ndarray] | None:
-    """A change that the body can make, in words, and the changed pose (24, 3, 3, 3); None when none of ``tries`` was possible."""
+    """A change that the body can make, in words, and the changed pose (24, 3, 3, 3); None when none of ``tries`` was
+    possible.
+    """
     allowed = POSTURES[row.family].arms
     for _ in range(tries):
         angles, arms = row.pose.angles.copy(), row.pose.arms.copy()

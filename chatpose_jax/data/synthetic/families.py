@@ -1,8 +1,9 @@
 """Human-looking poses from joint-limited families: 15 postures times 8 places for each arm.
 
-A pose is 30 anatomical angles in degrees. A family gives each a mean and a spread; angles are clipped to limits of human joints, both legs share a
-common factor, left and right are exchanged at random, and poses whose limbs run through each other or that would fall over are drawn again. To add a
-posture or an arm family, add a row to ``POSTURES`` or ``ARMS``.
+A pose is 30 anatomical angles in degrees. A family gives each a mean and a spread; angles are clipped to limits of
+human joints, both legs share a common factor, left and right are exchanged at random, and poses whose limbs run through
+each other or that would fall over are drawn again. To add a posture or an arm family, add a row to ``POSTURES`` or
+``ARMS``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ Spread = tuple[float, float]  # mean, standard deviation (degrees)
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One place for an arm. elevation: 0 hangs, 180 straight up; plane: 0 at the side, 90 in front; twist: positive turns the forearm inwards."""
+    """One place for an arm. elevation: 0 hangs, 180 straight up; plane: 0 at the side, 90 in front; twist: positive
+    turns the forearm inwards.
+    """
 
     elevation: Spread
     plane: Spread
@@ -88,9 +91,10 @@ class Leg:
 class Posture:
     """lead, other: the two legs (left and right, exchanged at random).
 
-    shin: forward lean of the other leg's shin; the pelvis' pitch follows from it so that the foot stands on the ground. pitch: pelvis pitch itself,
-    where no foot carries the body. on_floor: the legs lie on the ground, so that hip flexion follows from the knee. ankle: None for a flat foot.
-    support: "ground" (balance is tested), "seat" (the pelvis carries too), "moving" (balance is not tested).
+    shin: forward lean of the other leg's shin; the pelvis' pitch follows from it so that the foot stands on the ground.
+    pitch: pelvis pitch itself, where no foot carries the body. on_floor: the legs lie on the ground, so that hip
+    flexion follows from the knee. ankle: None for a flat foot. support: "ground" (balance is tested), "seat" (the
+    pelvis carries too), "moving" (balance is not tested).
     """
 
     lead: Leg
@@ -107,31 +111,41 @@ class Posture:
 
 
 _STRAIGHT = Leg((3, 3), (6, 4), (5, 4))
+_SQUAT = Leg((106, 7), (112, 9), (16, 6), (16, 7))
+_KNEEL = Leg((6, 6), (94, 6), (8, 4))
+_SIT = Leg((86, 5), (86, 10), (8, 5))
+_FLOOR = Leg((80, 4), (30, 28), (10, 6))
+_BEND = Leg((62, 8), (9, 5), (6, 4))
+_CRAWL = Leg((84, 6), (94, 5))
+_LIE = Leg((5, 5), (34, 32), (8, 5))
 POSTURES = {
     "stand": Posture(_STRAIGHT, _STRAIGHT),
     "step": Posture(Leg((24, 4), (8, 5)), Leg((-14, 4), (10, 5)), shin=(20, 3)),
-    "run": Posture(Leg((60, 7), (80, 9)), Leg((-14, 5), (50, 12)), pitch=(12, 4), trunk=(6, 4), ankle=(-8, 8), support="moving"),
+    "run": Posture(
+        Leg((60, 7), (80, 9)), Leg((-14, 5), (50, 12)), pitch=(12, 4), trunk=(6, 4), ankle=(-8, 8), support="moving"
+    ),
     "kick": Posture(Leg((72, 9), (12, 7)), Leg((2, 3), (8, 4)), shin=(2, 2), trunk=(2, 5), support="moving"),
-    "squat": Posture(Leg((106, 7), (112, 9), (16, 6), (16, 7)), Leg((106, 7), (112, 9), (16, 6), (16, 7)), shin=(25, 3), trunk=(18, 6)),
+    "squat": Posture(_SQUAT, _SQUAT, shin=(25, 3), trunk=(18, 6)),
     "lunge": Posture(Leg((64, 7), (70, 7)), Leg((-16, 4), (34, 7)), pitch=(4, 3), ankle=(4, 8)),
-    "kneel": Posture(Leg((6, 6), (94, 6), (8, 4)), Leg((6, 6), (94, 6), (8, 4)), shin=(90, 3), ankle=(-38, 5)),
+    "kneel": Posture(_KNEEL, _KNEEL, shin=(90, 3), ankle=(-38, 5)),
     "half_kneel": Posture(Leg((88, 5), (90, 6)), Leg((2, 5), (92, 5)), shin=(90, 3), ankle=(-4, 4)),
-    "sit": Posture(Leg((86, 5), (86, 10), (8, 5)), Leg((86, 5), (86, 10), (8, 5)), pitch=(-2, 4), support="seat"),
+    "sit": Posture(_SIT, _SIT, pitch=(-2, 4), support="seat"),
     "floor_sit": Posture(
-        Leg((80, 4), (30, 28), (10, 6)), Leg((80, 4), (30, 28), (10, 6)), pitch=(-14, 5), trunk=(14, 6), on_floor=True, ankle=(-12, 10), support="seat"
+        _FLOOR, _FLOOR, pitch=(-14, 5), trunk=(14, 6), on_floor=True, ankle=(-12, 10), support="seat"
     ),
     "bend": Posture(
-        Leg((62, 8), (9, 5), (6, 4)), Leg((62, 8), (9, 5), (6, 4)), shin=(-6, 2), trunk=(34, 8), head=(-2, 10),
-        arms=("down", "hip", "forward", "side", "prop"),
+        _BEND, _BEND, shin=(-6, 2), trunk=(34, 8), head=(-2, 10), arms=("down", "hip", "forward", "side", "prop")
     ),
-    "crawl": Posture(Leg((84, 6), (94, 5)), Leg((84, 6), (94, 5)), shin=(88, 2), trunk=(0, 5), ankle=(-38, 5), head=(-15, 8), arms=("prop",)),
+    "crawl": Posture(
+        _CRAWL, _CRAWL, shin=(88, 2), trunk=(0, 5), ankle=(-38, 5), head=(-15, 8), arms=("prop",)
+    ),
     "supine": Posture(
-        Leg((5, 5), (34, 32), (8, 5)), Leg((5, 5), (34, 32), (8, 5)), pitch=(-88, 2), trunk=(2, 3), on_floor=True, ankle=(-20, 8),
+        _LIE, _LIE, pitch=(-88, 2), trunk=(2, 3), on_floor=True, ankle=(-20, 8),
         arms=("down", "side", "up", "chest", "head", "forward"),
     ),
     "side": Posture(
-        Leg((48, 12), (62, 14), (2, 3)), Leg((24, 12), (34, 14), (2, 3)), pitch=(0, 3), roll=-88, trunk=(8, 5), ankle=(-15, 8),
-        arms=("forward", "chest", "up", "down"),
+        Leg((48, 12), (62, 14), (2, 3)), Leg((24, 12), (34, 14), (2, 3)), pitch=(0, 3), roll=-88, trunk=(8, 5),
+        ankle=(-15, 8), arms=("forward", "chest", "up", "down"),
     ),
     "one_leg": Posture(Leg((66, 12), (88, 14), (6, 6)), Leg((2, 3), (8, 4), (2, 2)), shin=(2, 2), trunk=(3, 4)),
 }  # fmt: skip
@@ -144,8 +158,9 @@ _TRIES = 64
 class PoseSet:
     """N poses. Rotations are in the body frame (x = the body's left, y up), yaw removed: the body faces +z.
 
-    rotations: (N, 24, 3, 3) float32, joint 0 the global orientation. joints: (N, 24, 3) metres, pelvis at the origin. angles: (N, 30) degrees, columns
-    ``COLUMNS``. family: (N,) names of ``POSTURES``. arms: (N, 2) names of ``ARMS``, left and right.
+    rotations: (N, 24, 3, 3) float32, joint 0 the global orientation. joints: (N, 24, 3) metres, pelvis at the origin.
+    angles: (N, 30) degrees, columns ``COLUMNS``. family: (N,) names of ``POSTURES``. arms: (N, 2) names of ``ARMS``,
+    left and right.
     """
 
     rotations: np.ndarray
@@ -167,8 +182,8 @@ def sample_poses(
 ) -> PoseSet:
     """Draw N plausible poses; the same arguments give the same poses.
 
-    family, arms (left, right): fix these to names of ``POSTURES`` and ``ARMS``; None draws them uniformly. Raises UserError for unknown names and for
-    combinations that no body can take.
+    family, arms (left, right): fix these to names of ``POSTURES`` and ``ARMS``; None draws them uniformly. Raises
+    UserError for unknown names and for combinations that no body can take.
     """
     for name, table in ((family, POSTURES), (arms[0], ARMS), (arms[1], ARMS)):
         if name is not None and name not in table:
@@ -273,7 +288,7 @@ def _draw_arms(names: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rotations(angles: np.ndarray) -> np.ndarray:
-    """Anatomical angles (N, 30) to rotations (N, 24, 3, 3) relative to the rest pose (T-pose, x left, y up, z forward)."""
+    """Anatomical angles (N, 30) to rotations (N, 24, 3, 3) relative to the T-pose (x left, y up, z forward)."""
     out = np.tile(np.eye(3), (len(angles), 24, 1, 1))
 
     def column(name: str) -> np.ndarray:
@@ -298,7 +313,7 @@ def _rotations(angles: np.ndarray) -> np.ndarray:
         out[:, INDEX[f"{side}_hip"]] = rotation("x", -hip) @ spread
         out[:, INDEX[f"{side}_knee"]] = rotation("x", knee)
         out[:, INDEX[f"{side}_ankle"]] = rotation("x", -ankle)
-        # The arm first hangs, then rises in its plane: straight from the T-pose the path, and so the twist, would be undefined.
+        # The arm first hangs, then rises in its plane: from the T-pose the twist would be undefined.
         raised = rotation("y", -sign * plane) @ rotation("z", sign * elevation) @ rotation("y", sign * plane)
         swing = raised @ rotation("z", np.full(len(angles), -90.0 * sign))
         collar = skeleton.rotation_power(swing, 0.25)
@@ -346,11 +361,12 @@ def _capsule_pairs() -> np.ndarray:
 _PAIRS = _capsule_pairs()
 _ENDS = np.array([[INDEX[a], INDEX[b]] for a, b, _ in _CAPSULES.values()])
 _RADII = np.array([r for *_, r in _CAPSULES.values()])
-# Shares of body mass at the joints: trunk and head half, each leg 0.16, each arm 0.06 (rounded from the usual anthropometric tables).
-_MASS = np.zeros(24)
-for _name, _share in {"pelvis": 0.14, "spine2": 0.14, "spine3": 0.16, "head": 0.08, "hip": 0.06, "knee": 0.08, "ankle": 0.03, "foot": 0.01,
-                      "shoulder": 0.02, "elbow": 0.025, "wrist": 0.015}.items():  # fmt: skip
-    _MASS[[i for i, n in enumerate(skeleton.NAMES) if n.endswith(_name)]] = _share
+# Shares of body mass at the joints, rounded from the usual anthropometric tables.
+_SHARES = {
+    "pelvis": 0.14, "spine2": 0.14, "spine3": 0.16, "head": 0.08, "hip": 0.06, "knee": 0.08, "ankle": 0.03,
+    "foot": 0.01, "shoulder": 0.02, "elbow": 0.025, "wrist": 0.015,
+}  # fmt: skip
+_MASS = np.array([_SHARES.get(name.removeprefix("left_").removeprefix("right_"), 0.0) for name in skeleton.NAMES])
 _MASS /= _MASS.sum()
 _CONTACT = 0.10  # metres above the lowest skin that still counts as touching the ground
 _MARGIN = 0.10  # metres that a foot or a hip reaches beyond its joint

@@ -1,8 +1,9 @@
 """Posecodes: what can be said of a pose, measured on the joints and sorted into named categories.
 
-The idea is PoseScript's (Delmas et al., ECCV 2022): elementary codes come from thresholds on angles, distances, relative positions and heights, and
-super-codes from conditions on them. The table of codes, its thresholds and all words are this project's own. Arms are measured in the frame of the
-chest and legs in that of the pelvis, so that "in front" and "overhead" keep their sense for a body that lies or bends.
+The idea is PoseScript's (Delmas et al., ECCV 2022): elementary codes come from thresholds on angles, distances,
+relative positions and heights, and super-codes from conditions on them. The table of codes, its thresholds and all
+words are this project's own. Arms are measured in the frame of the chest and legs in that of the pelvis, so that "in
+front" and "overhead" keep their sense for a body that lies or bends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from chatpose_jax.data.synthetic.skeleton import INDEX
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Thresholds (ascending), the spread of the uniform noise added before them, and the names of the categories ("" = never said)."""
+    """Thresholds (ascending), the spread of the uniform noise added before them, and the names of the categories ("" =
+    never said).
+    """
 
     thresholds: tuple[float, ...]
     noise: float
@@ -63,8 +66,10 @@ KINDS: dict[str, Kind] = {
     "head_turn": Kind((-16, 16), 3, ("right", "", "left")),
     "head_nod": Kind((-14, 14), 3, ("up", "", "down")),
 }
-SIDED = ("elbow", "knee", "hand_height", "hand_depth", "hand_side", "elbow_height", "hand_head", "hand_hip", "hand_knee", "hand_foot", "hand_ground",
-         "thigh", "thigh_side", "knee_ground", "foot_lift")  # fmt: skip
+SIDED = (
+    "elbow", "knee", "hand_height", "hand_depth", "hand_side", "elbow_height", "hand_head", "hand_hip", "hand_knee",
+    "hand_foot", "hand_ground", "thigh", "thigh_side", "knee_ground", "foot_lift",
+)  # fmt: skip
 CODES: tuple[tuple[str, str], ...] = tuple(
     (kind, side) for kind in KINDS for side in (("left", "right") if kind in SIDED else ("",))
 )
@@ -75,23 +80,35 @@ ARM_SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     "hip": {"hand_hip": ("close",), "elbow": ("sharply", "right_angle", "half"), "elbow_height": ("", "lifted")},
     "head": {"hand_head": ("close",), "elbow": ("folded", "sharply", "right_angle")},
     "up": {"hand_height": ("overhead",), "elbow": ("half", "slightly", "straight")},
-    "wave": {"hand_height": ("head", "overhead"), "elbow_height": ("level", "above", "lifted"), "elbow": ("sharply", "right_angle", "half")},
+    "wave": {
+        "hand_height": ("head", "overhead"), "elbow_height": ("level", "above", "lifted"),
+        "elbow": ("sharply", "right_angle", "half"),
+    },
     "side": {"hand_side": ("far_out",), "elbow": ("half", "slightly", "straight"), "elbow_height": ("level", "above")},
-    "forward": {"hand_depth": ("far_front",), "elbow": ("half", "slightly", "straight"), "elbow_height": ("level", "above", "lifted")},
-    "chest": {"hand_depth": ("front", "far_front"), "elbow": ("folded", "sharply", "right_angle"), "hand_height": ("waist", "chest", "shoulder")},
+    "forward": {
+        "hand_depth": ("far_front",), "elbow": ("half", "slightly", "straight"),
+        "elbow_height": ("level", "above", "lifted"),
+    },
+    "chest": {
+        "hand_depth": ("front", "far_front"), "elbow": ("folded", "sharply", "right_angle"),
+        "hand_height": ("waist", "chest", "shoulder"),
+    },
     "down": {"hand_height": ("low",), "elbow": ("half", "slightly", "straight")},
 }  # fmt: skip
 
-POSTURE_NAMES = ("stand", "step", "run", "kick", "squat", "lunge", "kneel", "half_kneel", "sit", "floor_sit", "bend", "crawl", "supine", "prone",
-                 "side", "one_leg")  # fmt: skip
+POSTURE_NAMES = (
+    "stand", "step", "run", "kick", "squat", "lunge", "kneel", "half_kneel", "sit", "floor_sit", "bend", "crawl",
+    "supine", "prone", "side", "one_leg",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
     """Codes of N poses.
 
-    categories: (N, len(CODES)) int, an index into ``KINDS[kind].categories``. posture: (N,) names of ``POSTURE_NAMES``. lead: (N,) "left" or "right",
-    the side that a one-sided posture names (the leg in front or raised, the side lain on). shapes: (N, 2) names of ``ARM_SHAPES`` or "".
+    categories: (N, len(CODES)) int, an index into ``KINDS[kind].categories``. posture: (N,) names of ``POSTURE_NAMES``.
+    lead: (N,) "left" or "right", the side that a one-sided posture names (the leg in front or raised, the side lain
+    on). shapes: (N, 2) names of ``ARM_SHAPES`` or "".
     """
 
     categories: np.ndarray
@@ -171,7 +188,9 @@ def measure(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
 
 
 def encode(rotations: np.ndarray, rng: np.random.Generator | None = None) -> Codes:
-    """Codes of poses (N, 24, 3, 3) in the body frame with yaw removed; with a generator, values get noise before they meet the thresholds."""
+    """Codes of poses (N, 24, 3, 3) in the body frame with yaw removed; with a generator, values get noise before they
+    meet the thresholds.
+    """
     values = measure(rotations)
     posture, lead = _postures(values)
     columns = []
@@ -210,7 +229,7 @@ def _postures(v: dict[tuple[str, str], np.ndarray]) -> tuple[np.ndarray, np.ndar
     lifted = np.stack([v["foot_lift", s] > 0.10 for s in ("left", "right")], 1)
     height, tilt, belly, stride = v["_hip_height", ""], v["_tilt", ""], v["_belly", ""], v["_stride", ""]
     front = np.argmax(thighs, 1)
-    rows = np.arange(len(knees))
+    rows, rear = np.arange(len(knees)), 1 - front
     low = height < 0.30
     lead_knee = knees[rows, front]
     up = np.where(lifted.any(1), np.argmax(np.where(lifted, thighs, -999), 1), front)
@@ -226,7 +245,7 @@ def _postures(v: dict[tuple[str, str], np.ndarray]) -> tuple[np.ndarray, np.ndar
         ("bend", (v["trunk_lean", ""] > 45) & (knees.min(1) > 120)),
         ("squat", (knees.max(1) < 105) & (v["_feet_front", ""] < 0.27) & (height < 0.65) & (thighs.min(1) > 50)),
         ("sit", (knees.max(1) < 140) & (thighs.min(1) > 50)),
-        ("run", (thighs[rows, front] > 30) & (lead_knee < 140) & (thighs[rows, 1 - front] < 5) & lifted[rows, 1 - front]),
+        ("run", (thighs[rows, front] > 30) & (lead_knee < 140) & (thighs[rows, rear] < 5) & lifted[rows, rear]),
         ("lunge", (stride > 0.55) & (lead_knee < 140) & (thighs[rows, front] > 40) & ~lifted[rows, front]),
         ("kick", lifted[rows, up] & (knees[rows, up] > 140) & (thighs[rows, up] > 40)),
         ("one_leg", lifted[rows, up] & (knees[rows, up] < 140) & (thighs[rows, up] > 25)),

@@ -30,9 +30,10 @@ _JOINTS_OF = {
 class Scene:
     """All that a picture shows besides the pose.
 
-    yaw, pitch: view in degrees (``dataset.to_camera``). betas: (10,) body shape. palette: (24, 3) sRGB, the colour of each joint's skin or clothes.
-    hair: sRGB. fov: degrees. margin: free border as a fraction of the picture. shift: (2,) displacement of the crop, the same unit. light: (3,) towards the
-    light, camera frame. background: "flat", "gradient", "noise" or "room". colors: two sRGB colours of it. noise_seed: of the noise.
+    yaw, pitch: view in degrees (``dataset.to_camera``). betas: (10,) body shape. palette: (24, 3) sRGB, the colour of
+    each joint's skin or clothes. hair: sRGB. fov: degrees. margin: free border as a fraction of the picture. shift:
+    (2,) displacement of the crop, the same unit. light: (3,) towards the light, camera frame. background: "flat",
+    "gradient", "noise" or "room". colors: two sRGB colours of it. noise_seed: of the noise.
     """
 
     yaw: float
@@ -131,8 +132,8 @@ class Studio:
 
     def _draw(self, vertices: np.ndarray, scene: Scene, size: int) -> np.ndarray:
         camera = render.Camera.looking_at(vertices, size, fov=scene.fov, margin=scene.margin)
-        shifted = tuple(float(c + size * s) for c, s in zip(camera.center, scene.shift))
-        camera = dataclasses.replace(camera, center=shifted)
+        x, y = np.asarray(camera.center) + size * scene.shift
+        camera = dataclasses.replace(camera, center=(float(x), float(y)))
         return render.render_mesh(
             vertices,
             self.faces,
