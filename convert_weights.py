@@ -4,8 +4,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.processing.processor import Processor
 from chatpose_jax.weights.cli import add_convert_arguments, run_convert
 
 EXAMPLES = """examples:
@@ -16,11 +19,17 @@ EXAMPLES = """examples:
 docs/weights.md has the table of layouts."""
 
 
+def complete_processor(tokenizer: Path, config: ModelConfig) -> None:
+    """Checks that the tokenizer fits the model, and writes the processor's settings beside it."""
+    Processor.load(tokenizer, config).save(tokenizer)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_convert_arguments(parser)
+    parser.set_defaults(finish=complete_processor)
     try:
         return run_convert(parser.parse_args())
     except UserError as error:

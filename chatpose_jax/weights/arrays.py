@@ -50,12 +50,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
         raise NotImplementedError("leaves are only written")
 
-    async def serialize(
-        self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None
-    ) -> Sequence[ocp.future.Future]:
-        return [_Commit(self._write(values, infos))]
-
-    async def _write(self, values: Sequence[Leaf], infos: Sequence[Any]) -> None:
+    async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
         pending: list[tuple[Any, int]] = []
         for leaf, info in zip(values, infos, strict=True):
             await info.await_path_creation()
@@ -82,21 +77,12 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                     await self._finish(pending)
         while pending:
             await self._finish(pending)
+        return []
 
     async def _finish(self, pending: list[tuple[Any, int]]) -> None:
         write, count = pending.pop(0)
         await write
         self.on_bytes(count)
-
-
-class _Commit(ocp.future.Future):
-    """Runs the writing when Orbax asks for the result: a conversion has nothing else to do meanwhile."""
-
-    def __init__(self, work: Any):
-        self.work = work
-
-    def result(self, timeout: float | None = None) -> None:
-        asyncio.run(self.work)
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
@@ -114,7 +100,9 @@ def write_leaves(
 ) -> None:
     """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 128 MiB,
     whatever the model's size."""
-    registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler(on_bytes, compress)))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Leaf, _LeafHandler(on_bytes, compress)), (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))
+    )
     _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Carries out ``chatpose inspect``: 0 if the folder is whole, 1 if something is missing. Raises UserError for what
+    """Carries out ``chatpose inspect``: 0 if all is there, 1 if something is missing. Raises UserError for what
     cannot be read.
     """
     folder = Path(args.folder)
@@ -177,5 +177,5 @@ def _size(leaf: Any) -> int:
     return size
 
 
-def _tensor_lines(tensors: Mapping[str, Any]) -> Iterable[str]:
+def _tensor_lines(tensors: Mapping[str, Any]) -> list[str]:
     return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]

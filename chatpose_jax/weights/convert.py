@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def convert(
     init_missing: Sequence[str] = (),
     pose_head: str = "auto",
     seed: int = 0,
-    finish: Callable[[Path, ModelConfig], Mapping[str, Any] | None] | None = None,
+    finish: Callable[[Path, ModelConfig], Any] | None = None,
     hashes: bool = True,
     compress: bool = False,
     overwrite: bool = False,
@@ -46,17 +46,22 @@ def convert(
     In a multi-process run every process calls it with the same arguments, ``out`` on a shared file system; each writes
     its share.
 
-    Args: source: folder or file of the main checkpoint; see ``docs/weights.md`` for the layouts. out: the model folder
-        to write. vision, projector, tokenizer: where CLIP, the projector or the tokenizer stand, if not in ``source``.
-        layout: one of ``layouts.FAMILIES``; default: recognised by tensor names. dtype: storage dtype of the base
-        (``float32``, ``bfloat16``, ``float16``); default: as stored, which loses nothing. Added token rows and the
-        pose head are always float32. init_missing: parts (``vision``, ``projector``) to initialise at random where no
-        source has them. pose_head: ``"auto"`` takes the source's, or starts a new one where it has none; ``"init"``
-        always starts a new one. seed: of whatever is initialised. finish: called with the unfinished folder
-        (``tokenizer/`` is there) and the configuration: the place to check the tokenizer and to add files. A dict that
-        it returns becomes ``"processor"`` in ``config.json``. hashes: put SHA-256 of each source file into the
-        provenance. compress: zstd; about a fifth smaller for bfloat16, and slower. overwrite: replace a model folder
-        at ``out``. progress: show a progress bar on standard error.
+    Args:
+        source: folder or file of the main checkpoint; see ``docs/weights.md`` for the layouts.
+        out: the model folder to write.
+        vision, projector, tokenizer: where CLIP, the projector or the tokenizer stand, if not in ``source``.
+        layout: one of ``layouts.FAMILIES``; default: recognised by tensor names.
+        dtype: storage dtype of the base (``float32``, ``bfloat16``, ``float16``); default: as stored, which loses
+            nothing. Added token rows and the pose head are always float32.
+        init_missing: parts (``vision``, ``projector``) to initialise at random where no source has them.
+        pose_head: ``"auto"`` takes the source's, or starts a new one where it has none; ``"init"`` always starts one.
+        seed: of whatever is initialised.
+        finish: called with the written tokenizer folder and the configuration: the place to check the tokenizer and to
+            add the processor's files. What it raises ends the conversion.
+        hashes: put SHA-256 of each source file into the provenance.
+        compress: zstd; smaller for bfloat16, and slower.
+        overwrite: replace a model folder at ``out``.
+        progress: show a progress bar on standard error.
 
     Returns:
         The plan that was carried out.
@@ -79,10 +84,11 @@ def convert(
             digests = background.submit(_provenance, plan, hashes and primary)
             if primary:
                 write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
-                settings = finish(partial, plan.config) if finish else None
+                if finish is not None:
+                    finish(partial / TOKENIZER, plan.config)
             write_leaves(partial / PARAMS, plan.leaves, on_bytes=bar.update, compress=compress)
             if primary:
-                write_config(partial, plan.config, processor=settings, provenance=digests.result())
+                write_config(partial, plan.config, provenance=digests.result())
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -105,8 +111,7 @@ def load_source(
     Args:
         source: as in ``convert``.
         shardings: path and shape of a leaf → its sharding; default: everything on the first device. Each process
-        reads only the byte
-            ranges that its own devices need; host memory peaks at one shard of one leaf.
+            reads only the byte ranges that its own devices need; host memory peaks at one shard of one leaf.
         options: ``vision``, ``projector``, ``layout`` (see ``open_sources``), and the options of ``make_plan``.
     """
     where = {name: options.pop(name) for name in ("vision", "projector", "layout") if name in options}
@@ -132,10 +137,17 @@ def _dtype(name: str | None) -> str | None:
 
 def _provenance(plan: Plan, hashes: bool) -> dict[str, Any]:
     return {
-        "converter": f"chatpose-jax {importlib.metadata.version('chatpose-jax')}",
+        "converter": f"chatpose-jax {_version()}",
         "sources": [_source_record(source, hashes) for source in plan.sources],
         "initialised": list(plan.fresh),
     }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("chatpose-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a checkout"
 
 
 def _source_record(source: Source, hashes: bool) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 ::
 
-    config.json    {"format": "chatpose-jax", "version": 1, "model": {...}, "processor": {...}, "provenance": {...}}
-    tokenizer/     a complete tokenizer, the pose token in its vocabulary
+    config.json    {"format": "chatpose-jax", "version": 1, "model": {...}, "provenance": {...}}
+    tokenizer/     a complete tokenizer, the pose token in its vocabulary, and the processor's settings
     params/        Orbax checkpoint (OCDBT) of the parameter tree
 
 A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ CONFIG, PARAMS, TOKENIZER = "config.json", "params", "tokenizer"
 
 
 class Savable(Protocol):
-    """Anything that writes its own files into the folder: the processor does."""
+    """Anything that writes its own files into a folder: the processor does."""
 
     def save(self, folder: Path) -> Any: ...
 
@@ -42,7 +42,7 @@ def save_folder(
     config: ModelConfig,
     params: Params,
     *,
-    processor: Savable | Callable[[Path], Any] | None = None,
+    processor: Savable,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -51,18 +51,15 @@ def save_folder(
     Args:
         path: the folder; must not exist, unless ``overwrite``.
         params: nested dict of arrays on any mesh, layers stacked.
-        processor: its ``save(folder)``, or the callable itself, writes the tokenizer into ``folder/tokenizer`` and
-        what else it needs.
-            A dict that it returns becomes ``"processor"`` in ``config.json``.
+        processor: its ``save`` writes ``tokenizer/``.
         provenance: anything JSON: where the weights come from.
     """
     with new_folder(path, overwrite=overwrite) as partial:
-        settings = None
-        if processor is not None and jax.process_index() == 0:
-            settings = processor(partial) if callable(processor) else processor.save(partial)
+        if jax.process_index() == 0:
+            processor.save(partial / TOKENIZER)
         write_arrays(partial / PARAMS, params)
         if jax.process_index() == 0:
-            write_config(partial, config, processor=settings, provenance=provenance)
+            write_config(partial, config, provenance=provenance)
     return Path(path)
 
 
@@ -107,17 +104,9 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def write_config(
-    folder: Path,
-    config: ModelConfig,
-    *,
-    processor: Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
+def write_config(folder: Path, config: ModelConfig, *, provenance: Mapping[str, Any] | None = None) -> None:
     """Writes ``config.json``, the last file of a folder."""
     data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": config.to_json()}
-    if processor:
-        data["processor"] = dict(processor)
     if provenance:
         data["provenance"] = dict(provenance)
     (folder / CONFIG).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
