@@ -1,0 +1,108 @@
+"""What a user installs and what the README promises: a wheel that works anywhere, links that hold, computed figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROBE = """
+import importlib, json, pkgutil, sys
+from pathlib import Path
+import chatpose_jax, smpl_jax
+home = Path(sys.argv[1])
+seen = []
+for package in (smpl_jax, chatpose_jax):
+    assert Path(package.__file__).is_relative_to(home), package.__file__
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        # The generator of the default body runs only in a checkout, with its optional packages.
+        if module.name.startswith(("smpl_jax.default_body.", "chatpose_jax.configs.")):
+            continue
+        importlib.import_module(module.name)
+        seen.append(module.name)
+print(json.dumps({"seen": seen, "vertices": smpl_jax.load_body().num_vertices}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, ROOT]
+    subprocess.run(command, check=True, cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+def tracked(*folders: str) -> set[str]:
+    listing = subprocess.run(["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, check=True, text=True)
+    return {name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
+
+
+def test_the_wheel_holds_code_body_tokenizer_and_configs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    configs = {f"chatpose_jax/{name}" for name in tracked("configs")}
+    assert any(name.endswith(".py") for name in configs)
+    missing = (tracked("smpl_jax", "chatpose_jax") | configs) - held
+    assert not missing, sorted(missing)
+    assert {"smpl_jax/default_body/body.npz", "smpl_jax/py.typed", "chatpose_jax/py.typed"} <= held
+    assert any(re.fullmatch(r"chatpose_jax/processing/data/.*/tokenizer\.json", name) for name in held)
+    strays = {
+        name for name in held if name.split("/")[0] not in {"smpl_jax", "chatpose_jax"} and ".dist-info/" not in name
+    }
+    assert not strays, sorted(strays)
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Every module loads from the installed copy, and the body that it carries is found."""
+    pytest.importorskip("jax")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        "--target",
+        tmp_path / "lib",
+        wheel,
+    ]
+    subprocess.run(install, check=True, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", PROBE, tmp_path / "lib"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert {"smpl_jax.rotations", "chatpose_jax.models.chatpose", "chatpose_jax.cli.main"} <= set(report["seen"])
+    assert report["vertices"] == 6890
+
+
+def test_the_readme_holds_the_computed_memory_table() -> None:
+    computed = subprocess.run(
+        [sys.executable, ROOT / "tools/memory_table.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, check=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    shown = re.search(r"<!-- memory table.*?-->\n(.*?)\n<!-- end -->", (ROOT / "README.md").read_text(), flags=re.S)
+    assert shown, "README.md has lost the markers of its memory table"
+    assert shown.group(1).strip() == computed, "run: python tools/memory_table.py, and paste what it prints"
+
+
+@pytest.mark.parametrize(
+    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = re.sub(r"<!--.*?-->|```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
+    broken = [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
+    assert not broken, f"{page}: {broken}"
