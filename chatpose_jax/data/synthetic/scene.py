@@ -80,7 +80,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         shift=rng.uniform(-0.04, 0.04, 2),
         light=np.array([rng.uniform(-0.8, 0.8), -rng.uniform(0.4, 1.0), -rng.uniform(0.5, 1.0)]),
         background=("flat", "gradient", "noise", "room")[int(rng.integers(4))],
-        colors=rng.uniform(0.15, 1.0, (2, 3)),
+        colors=0.6 * rng.uniform(0.2, 1.0, (2, 1)) + 0.4 * rng.uniform(0.1, 1.0, (2, 3)),  # walls are rarely garish
         noise_seed=int(rng.integers(2**31)),
     )
 
@@ -175,7 +175,7 @@ def backdrop(scene: Scene, size: int) -> np.ndarray:
         picture = np.broadcast_to(first, (size, size, 3))
     if scene.background == "noise":  # coarse spots
         rng = np.random.default_rng(scene.noise_seed)
-        spots = rng.normal(0, 0.12, (8, 8, 3))
+        spots = rng.normal(0, 0.08, (8, 8, 3))
         cells = np.minimum(np.arange(size) * 8 // size, 7)
         picture = picture + spots[cells][:, cells]
-    return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(np.clip(picture, 0, 1) * 255, np.uint8)
