@@ -11,7 +11,6 @@ Body meshes have thousands of triangles of a few pixels each, for which this is 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
+
+from smpl_jax._files import write_whole
 
 if TYPE_CHECKING:
     from smpl_jax.body import BodyModel
@@ -175,7 +176,7 @@ def render_mesh(
         return picture
     corners = triangles[seen.face]
     weight = seen.barycentric[:, :, None]
-    normal = (_vertex_normals(points, triangles)[corners] * weight).sum(1)
+    normal = (vertex_normals(points, triangles)[corners] * weight).sum(1)
     base = np.asarray(SKIN if colors is None else colors, np.float32)
     if base.shape not in ((3,), (len(points), 3)):
         raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
@@ -241,7 +242,10 @@ def render_body(
     unknown = [view for view in views if view not in _VIEWS]
     if unknown or not views:
         raise ValueError(f"views must be some of {', '.join(_VIEWS)}; found {', '.join(unknown) or 'none'}")
-    vertices = np.asarray(body_functions.vertices(body, np.asarray(rotations, np.float32), betas), np.float32)
+    vertices = np.asarray(
+        body_functions.vertices(body, np.asarray(rotations, np.float32), None if betas is None else np.asarray(betas)),
+        np.float32,
+    )
     faces = np.asarray(body.faces)
     if frame == "model":
         vertices = vertices * np.array([1, -1, -1], np.float32)
@@ -276,8 +280,8 @@ def clothing_colors(
 ) -> NDArray[np.float32]:
     """Vertex colours (V, 3), sRGB, of a dressed person.
 
-    Each vertex takes the garment of the joint that moves it most; hair grows on the head behind and above a line through the
-    forehead and the ears (`None`: none). Goes by joint names and the rest pose, so it works for any body of the SMPL family.
+    Each vertex takes the garment of the joint that moves it most; hair (`None`: none) grows behind and above a line
+    through forehead and ears. Goes by joint names and the rest pose, so it works for any body of the family.
     """
     names = body.joint_names
     palette = np.tile(np.asarray(skin, np.float32), (len(names), 1))
@@ -330,17 +334,7 @@ def contact_sheet(
 
 def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> Path:
     """Write a (H, W, 3) uint8 picture; the file appears whole or not at all. Returns the path."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(image).save(file, "PNG")
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
+    return write_whole(path, lambda file: Image.fromarray(image).save(file, "PNG"))
 
 
 def _mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
@@ -420,8 +414,8 @@ def _fragments(points: NDArray[np.float32], faces: NDArray[np.intp], camera: Cam
     return _Fragments(pixel, every.face[winner], every.barycentric[winner], every.depth[winner])
 
 
-def _vertex_normals(points: NDArray[np.float32], faces: NDArray[np.intp]) -> NDArray[np.float32]:
-    """Area-weighted unit normals (V, 3), outward."""
+def vertex_normals(points: NDArray[np.float32], faces: NDArray[Any]) -> NDArray[np.float32]:
+    """Area-weighted unit normals (V, 3) float32, outward, of vertices (V, 3) and faces (F, 3)."""
     a, b, c = (points[faces[:, k]].T for k in range(3))
     u, v = b - a, c - a
     flat = faces.T.reshape(-1)
@@ -538,4 +532,5 @@ __all__: list[Any] = [
     "render_body",
     "render_mesh",
     "save_png",
+    "vertex_normals",
 ]

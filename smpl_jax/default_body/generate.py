@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smpl_jax._files import write_whole
 from smpl_jax.default_body import mesh, rig, skeleton, surface
 
 NAME = "chatpose-default"
@@ -119,13 +120,8 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def write(path: str | os.PathLike[str]) -> Path:
     """Build the body and write it to `path`; the file appears whole or not at all."""
-    target = Path(path)
     packed = pack(build())
-    temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **packed)
-    os.replace(temporary, target)
-    return target
+    return write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **packed))
 
 
 def _check_needs() -> None:

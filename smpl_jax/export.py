@@ -1,0 +1,293 @@
+"""Files for other programs: OBJ, GLB (glTF 2.0), npz. Each file appears whole or not at all.
+
+Frames: meshes and poses come in the camera frame (x right, y down, z away) or in the model frame (y up, facing +z). OBJ
+and glTF are y up, so the camera frame is turned by diag(1, -1, -1), half a turn about x; nothing is mirrored. npz files
+keep the frame that they are given and name it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from smpl_jax import rotations as rotation_functions
+from smpl_jax._files import write_whole
+from smpl_jax.body import BodyModel
+from smpl_jax.render import SKIN, vertex_normals
+
+Frame = Literal["camera", "model"]
+PathLike = str | os.PathLike[str]
+
+_TO_Y_UP = {"camera": np.diag([1.0, -1.0, -1.0]), "model": np.eye(3)}
+# glTF 2.0 enumerations (Khronos specification, sections 3.6 and 5).
+_FLOAT, _UINT, _USHORT, _UBYTE = 5126, 5125, 5123, 5121
+_DTYPES: dict[int, Any] = {_FLOAT: np.float32, _UINT: np.uint32, _USHORT: np.uint16, _UBYTE: np.uint8}
+_KINDS = {(): "SCALAR", (2,): "VEC2", (3,): "VEC3", (4,): "VEC4", (4, 4): "MAT4"}
+_VERTEX_DATA, _INDEX_DATA = 34962, 34963
+
+
+def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "camera") -> Path:
+    """Write a Wavefront OBJ, y up, metres, with smooth normals.
+
+    Args:
+        path: where.
+        vertices: (V, 3) metres in `frame`.
+        faces: (F, 3) vertex indices, counter-clockwise seen from outside.
+        frame: "camera" or "model"; see the module's docstring.
+    """
+    points, triangles = _y_up(vertices, faces, frame)
+    lines = ["# y up, metres"]
+    lines += ["v {:.6f} {:.6f} {:.6f}".format(*p) for p in points.tolist()]
+    lines += ["vn {:.4f} {:.4f} {:.4f}".format(*n) for n in vertex_normals(points, triangles).tolist()]
+    lines += ["f {0}//{0} {1}//{1} {2}//{2}".format(*t) for t in (triangles + 1).tolist()]
+    text = "\n".join(lines) + "\n"
+    return write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_glb(
+    path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "camera", colors: ArrayLike | None = None
+) -> Path:
+    """Write a mesh as binary glTF 2.0, y up, metres.
+
+    Args:
+        path, vertices, faces, frame: as for `write_obj`.
+        colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).
+    """
+    points, triangles = _y_up(vertices, faces, frame)
+    glb = _Glb()
+    glb.document["nodes"] = [{"name": "body", "mesh": 0}]
+    glb.document["scenes"] = [{"nodes": [0]}]
+    _add_mesh(glb, points, triangles, colors, {})
+    return write_whole(path, glb.write)
+
+
+def write_skinned_glb(
+    path: PathLike,
+    body: BodyModel,
+    rotations: ArrayLike,
+    betas: ArrayLike | None = None,
+    translation: ArrayLike | None = None,
+    *,
+    frame: Frame = "camera",
+    colors: ArrayLike | None = None,
+) -> Path:
+    """Write a posed body with its skeleton: binary glTF 2.0, named joints, y up, metres.
+
+    The mesh is stored at rest as template + shape + the correctives *of this pose*, the joints posed. Plain glTF
+    skinning thus shows this pose exactly, and Blender or Unity get a rig; posed otherwise there, it keeps this pose's
+    correctives.
+
+    Args:
+        path: where.
+        body: the body model.
+        rotations: (J, 3, 3), relative to the parents; joint 0 takes the body into `frame`.
+        betas: (S,) shape coefficients.
+        translation: (3,) metres, in `frame`.
+        frame: "camera" or "model".
+        colors: sRGB (3,) or (V, 3).
+
+    Raises:
+        ValueError: shapes that do not fit the body, or an unknown frame.
+    """
+    turn = _turn(frame)
+    pose = np.asarray(rotations, np.float64)
+    if pose.shape != (body.num_joints, 3, 3):
+        raise ValueError(f"rotations must be ({body.num_joints}, 3, 3) for this body, found {pose.shape}")
+    shape = np.zeros(body.num_betas + body.num_expression)
+    if betas is not None:
+        given = np.asarray(betas, np.float64)
+        if given.ndim != 1 or len(given) > body.num_betas:
+            raise ValueError(f"betas must be at most {body.num_betas} numbers, found shape {given.shape}")
+        shape[: len(given)] = given
+    coefficients = np.concatenate([shape, (pose[1:] - np.eye(3)).ravel()])
+    rest = (np.asarray(body.template) + np.tensordot(coefficients, np.asarray(body.bases, np.float64), 1)).T
+    joints = np.asarray(body.joint_template) + np.tensordot(shape, np.asarray(body.joint_shapedirs, np.float64), 1)
+
+    local = pose.copy()
+    local[0] = turn @ pose[0]
+    quaternions = np.asarray(rotation_functions.matrix_to_quaternion(local), np.float64)[:, [1, 2, 3, 0]]  # glTF: xyzw
+    parents = body.parents
+    places = np.stack([joints[k] - joints[p] if p >= 0 else joints[k] for k, p in enumerate(parents)])
+    places[0] = turn @ (joints[0] + (0 if translation is None else np.asarray(translation, np.float64)))
+    nodes: list[dict[str, Any]] = [{"name": "body", "mesh": 0, "skin": 0}]
+    for k, name in enumerate(body.joint_names):
+        node: dict[str, Any] = {"name": name, "translation": places[k].tolist(), "rotation": quaternions[k].tolist()}
+        children = [c + 1 for c, p in enumerate(parents) if p == k]
+        nodes.append(node | ({"children": children} if children else {}))
+
+    glb = _Glb()
+    glb.document["nodes"] = nodes
+    glb.document["scenes"] = [{"nodes": [0, 1]}]
+    inverse_bind = np.tile(np.eye(4), (len(joints), 1, 1))
+    inverse_bind[:, :3, 3] = -joints
+    # glTF stores matrices column by column.
+    matrices = glb.accessor(inverse_bind.transpose(0, 2, 1), _FLOAT)
+    glb.document["skins"] = [
+        {"joints": list(range(1, len(joints) + 1)), "skeleton": 1, "inverseBindMatrices": matrices, "name": body.name}
+    ]
+    _add_mesh(glb, rest.astype(np.float32), np.asarray(body.faces), colors, _influences(np.asarray(body.weights).T))
+    return write_whole(path, glb.write)
+
+
+def write_npz(
+    path: PathLike,
+    rotations: ArrayLike,
+    *,
+    frame: str,
+    betas: ArrayLike | None = None,
+    translation: ArrayLike | None = None,
+    joints: ArrayLike | None = None,
+    joint_names: Sequence[str] | None = None,
+) -> Path:
+    """Write a pose for numpy: `np.load(path, allow_pickle=False)`.
+
+    Keys: `axis_angle` (..., J, 3) radians, `matrices` (..., J, 3, 3), `rotation_6d` (..., J, 6) with
+    `rotation_6d_order` ("columns": first column, then second), `frame`, and, where given, `betas`, `translation`,
+    `joints`, `joint_names`.
+
+    Args:
+        path: where.
+        rotations: (..., J, 3, 3).
+        frame: in words, of joint 0's rotation and of the joints.
+        betas: shape coefficients; translation: (..., 3) metres; joints: (..., K, 3) metres; joint_names: K names.
+    """
+    matrices = np.asarray(rotations, np.float32)
+    if matrices.ndim < 3 or matrices.shape[-2:] != (3, 3):
+        raise ValueError(f"rotations must be (..., J, 3, 3), found {matrices.shape}")
+    arrays: dict[str, NDArray[Any]] = {
+        "axis_angle": np.asarray(rotation_functions.matrix_to_axis_angle(matrices), np.float32),
+        "matrices": matrices,
+        "rotation_6d": np.asarray(rotation_functions.matrix_to_rotation_6d(matrices, order="columns"), np.float32),
+        "rotation_6d_order": np.array("columns"),
+        "frame": np.array(frame),
+    }
+    for name, value in (("betas", betas), ("translation", translation), ("joints", joints)):
+        if value is not None:
+            arrays[name] = np.asarray(value, np.float32)
+    if joint_names is not None:
+        arrays["joint_names"] = np.array(list(joint_names), np.str_)
+    return write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+class _Glb:
+    """A glTF document and its binary chunk, under construction."""
+
+    def __init__(self) -> None:
+        self.document: dict[str, Any] = {
+            "asset": {"version": "2.0", "generator": "smpl_jax"},
+            "scene": 0,
+            "accessors": [],
+            "bufferViews": [],
+        }
+        self.binary = bytearray()
+
+    def accessor(
+        self,
+        array: NDArray[Any],
+        component: int,
+        *,
+        target: int | None = None,
+        bounds: bool = False,
+        normalized: bool = False,
+    ) -> int:
+        """Append an array (N, ...) as a buffer view of its own; returns the accessor's index."""
+        data = np.ascontiguousarray(array, _DTYPES[component])
+        offset = len(self.binary)
+        self.binary += data.tobytes()
+        self.binary += b"\0" * (-len(self.binary) % 4)
+        view: dict[str, Any] = {"buffer": 0, "byteOffset": offset, "byteLength": data.nbytes}
+        self.document["bufferViews"].append(view | ({"target": target} if target else {}))
+        entry: dict[str, Any] = {
+            "bufferView": len(self.document["bufferViews"]) - 1,
+            "componentType": component,
+            "count": len(data),
+            "type": _KINDS[data.shape[1:]],
+        }
+        if normalized:
+            entry["normalized"] = True
+        if bounds:
+            entry |= {"min": data.min(0).tolist(), "max": data.max(0).tolist()}
+        self.document["accessors"].append(entry)
+        return len(self.document["accessors"]) - 1
+
+    def write(self, file: IO[bytes]) -> None:
+        self.document["buffers"] = [{"byteLength": len(self.binary)}]
+        text = json.dumps(self.document, separators=(",", ":"), allow_nan=False).encode()
+        text += b" " * (-len(text) % 4)
+        total = 12 + 8 + len(text) + 8 + len(self.binary)
+        file.write(struct.pack("<4sII", b"glTF", 2, total))
+        file.write(struct.pack("<I4s", len(text), b"JSON") + text)
+        file.write(struct.pack("<I4s", len(self.binary), b"BIN\0") + bytes(self.binary))
+
+
+def _add_mesh(
+    glb: _Glb,
+    points: NDArray[np.float32],
+    faces: NDArray[Any],
+    colors: ArrayLike | None,
+    further: dict[str, tuple[NDArray[Any], int]],
+) -> None:
+    attributes = {
+        "POSITION": glb.accessor(points, _FLOAT, target=_VERTEX_DATA, bounds=True),
+        "NORMAL": glb.accessor(vertex_normals(points, faces), _FLOAT, target=_VERTEX_DATA),
+    }
+    for name, (array, component) in further.items():
+        attributes[name] = glb.accessor(array, component, target=_VERTEX_DATA)
+    srgb = np.asarray(SKIN if colors is None else colors, np.float64)
+    if srgb.shape not in ((3,), (len(points), 3)):
+        raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {srgb.shape}")
+    # glTF factors and vertex colours are linear.
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clip(0.04045, 1) + 0.055) / 1.055) ** 2.4)
+    factor = [1.0, 1.0, 1.0, 1.0]
+    if linear.ndim == 1:
+        factor[:3] = linear.tolist()
+    else:
+        rgba = np.concatenate([linear, np.ones((len(linear), 1))], 1).clip(0, 1)
+        attributes["COLOR_0"] = glb.accessor(np.rint(rgba * 65535), _USHORT, target=_VERTEX_DATA, normalized=True)
+    component = _USHORT if len(points) < 65535 else _UINT
+    indices = glb.accessor(np.asarray(faces).reshape(-1), component, target=_INDEX_DATA)
+    surface = {"baseColorFactor": factor, "metallicFactor": 0.0, "roughnessFactor": 0.75}
+    glb.document["materials"] = [{"name": "body", "pbrMetallicRoughness": surface}]
+    glb.document["meshes"] = [
+        {"name": "body", "primitives": [{"attributes": attributes, "indices": indices, "material": 0}]}
+    ]
+
+
+def _influences(weights: NDArray[Any]) -> dict[str, tuple[NDArray[Any], int]]:
+    """Sets of four joints and weights from weights (V, J); as many sets as the busiest vertex needs."""
+    count = int((weights > 0).sum(1).max())
+    sets = -(-count // 4)
+    order = np.argsort(-weights, axis=1, kind="stable")[:, : 4 * sets]
+    values = np.take_along_axis(weights, order, 1).astype(np.float64)
+    values /= values.sum(1, keepdims=True)
+    order = np.where(values > 0, order, 0)
+    if order.shape[1] < 4 * sets:
+        pad = ((0, 0), (0, 4 * sets - order.shape[1]))
+        order, values = np.pad(order, pad), np.pad(values, pad)
+    out: dict[str, tuple[NDArray[Any], int]] = {}
+    for k in range(sets):
+        out[f"JOINTS_{k}"] = (order[:, 4 * k : 4 * k + 4], _UBYTE)
+        out[f"WEIGHTS_{k}"] = (values[:, 4 * k : 4 * k + 4], _FLOAT)
+    return out
+
+
+def _turn(frame: str) -> NDArray[np.float64]:
+    if frame not in _TO_Y_UP:
+        raise ValueError(f'frame must be "camera" or "model", found {frame!r}')
+    return _TO_Y_UP[frame]
+
+
+def _y_up(vertices: ArrayLike, faces: ArrayLike, frame: str) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
+    if points.ndim != 2 or points.shape[1] != 3 or triangles.ndim != 2 or triangles.shape[1] != 3:
+        raise ValueError(f"a mesh is vertices (V, 3) and faces (F, 3), found {points.shape} and {triangles.shape}")
+    if not np.isfinite(points).all():
+        raise ValueError("vertices must be finite; found NaN or infinity")
+    return (points @ _turn(frame).astype(np.float32)).astype(np.float32), triangles
