@@ -49,15 +49,13 @@ class ImageSettings:
         image = load_image(source, where)
         if self.fit == "pad":
             image = _pad_to_square(image, tuple(int(255 * channel) for channel in self.mean))
+        image = _without_far_ends(image)
         width, height = image.size
-        scale = self.size / min(width, height)
-        new_width, new_height = max(self.size, int(width * scale)), max(self.size, int(height * scale))
-        # Resampling only the box that the centre crop keeps equals resizing all and cropping, but a picture of
-        # 1 × 100000 pixels stays small.
-        left, top = (new_width - self.size) // 2, (new_height - self.size) // 2
-        x, y = width / new_width, height / new_height
-        box = (left * x, top * y, min(width, (left + self.size) * x), min(height, (top + self.size) * y))
-        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        short = min(width, height)
+        width, height = self.size * width // short, self.size * height // short
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """(..., 3) uint8 RGB -> (..., 3) float32: ``(pixels / 255 - mean) / std``."""
@@ -165,6 +163,14 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8:
         raise UserError(f"{name} has dtype {array.dtype}; expected uint8 in [0, 255] or floats in [0, 1]")
     return _decode(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+def _without_far_ends(image: Image.Image, aspect: int = 16) -> Image.Image:
+    """The middle of a very long picture: resized whole, one of 1 × 100000 pixels would take gigabytes before the crop."""
+    width, height = image.size
+    limit = aspect * min(width, height)
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+    return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -146,7 +146,8 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = ""
-        self._fresh = True  # the next text begins a stretch: its leading space is not the writer's
+        self._prefix = True  # the next text begins a stretch: its first space is SentencePiece's, not the writer's
+        self._gap = False  # a pose was shown last: a word needs a space before it
 
     def push(self, index: int) -> str:
         """The text that became certain with this id; may be empty."""
@@ -154,7 +155,7 @@ class StreamDecoder:
             before = self._text(self._bytes.decode(b"", final=True))
             last = (before or self._last)[-1:]
             pose = POSE if not last or last.isspace() or last in _OPENING else " " + POSE
-            self._last, self._fresh = pose, True
+            self._last, self._prefix, self._gap = pose, True, True
             return before + pose
         piece = self._tokenizer.piece(int(index))
         return self._text(self._bytes.decode(piece)) if piece is not None else ""
@@ -164,12 +165,13 @@ class StreamDecoder:
         return self._text(self._bytes.decode(b"", final=True))
 
     def _text(self, text: str) -> str:
-        if self._fresh and text:
-            text = text.removeprefix(" ")
-            if text and self._last and not text[0].isspace() and text[0] not in _CLOSING:
+        if text and self._prefix:
+            text, self._prefix = text.removeprefix(" "), False
+        if text and self._gap:
+            self._gap = False
+            if not text[0].isspace() and text[0] not in _CLOSING:
                 text = " " + text
-        if text:
-            self._last, self._fresh = text[-1], False
+        self._last = text[-1:] or self._last
         return text
 
 
