@@ -113,6 +113,14 @@ WHOLE: dict[str, dict[str, str]] = {
     "head_nod": {"up": "the chin is up", "down": "the chin is down"},
 }
 ARM_KINDS = (*HAND, "elbow", "elbow_height")
+# Super-codes that say all there is to say of some kinds, or make them meaningless (support codes).
+_PLACED = tuple(kind for kind in ARM_KINDS if kind not in ("elbow", "hand_ground"))
+_LYING = ("trunk_lean", "knee_ground", "foot_lift", "hand_ground")
+SILENCED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prop", "hip", "head"), _PLACED),
+    **dict.fromkeys(("supine", "prone", "side"), _LYING),
+    "crawl": ("knee_ground", "foot_lift", "trunk_lean"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +183,6 @@ def caption(
     rng: np.random.Generator,
     detail: Detail = "detailed",
     family: str | None = None,
-    max_words: int = MAX_WORDS,
 ) -> str:
     """The caption of one row of ``codes``; see ``describe``."""
     writer = _Writer(codes, row, rng, family)
@@ -183,9 +190,12 @@ def caption(
     rest = [*writer.legs(), *writer.whole()] if detail == "detailed" else []
     while True:
         sentences = writer.plan(opening, arms, rest)
-        if not rest or sum(len(s.split()) for s in sentences) <= max_words:
+        if sum(len(s.split()) for s in sentences) <= MAX_WORDS:
             return " ".join(sentences)
-        rest.remove(max(rest, key=lambda clause: clause.share))
+        if rest:
+            rest.remove(max(rest, key=lambda clause: clause.share))
+        else:
+            arms = writer.arms(detailed=False)
 
 
 def summary(codes: Codes, row: int, rng: np.random.Generator, family: str | None = None) -> str:
@@ -238,14 +248,17 @@ class _Writer:
     def _select(self, named: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
         """The codes worth saying."""
         out = {}
+        # One number for each code, said or not, so that the wording that follows does not depend on the pose.
+        chance = dict(zip(CODES, self.rng.random(len(CODES))))
         for (kind, side), category in named.items():
-            skipped = self.rng.random() < SKIP
+            skipped = chance[kind, side] < SKIP
             share = self.shares.overall[kind, category]
             if kind in ARM_KINDS:
                 implied = self.shares.by_shape.get((self.shapes[side], kind, category), 0.0)
             else:
                 implied = self.shares.by_posture.get((self.posture, kind, category), 0.0)
-            if implied > IMPLIED or share > TRIVIAL or (skipped and share > RARE):
+            silenced = kind in SILENCED.get(self.posture, ()) or kind in SILENCED.get(self.shapes.get(side, ""), ())
+            if silenced or implied > IMPLIED or share > TRIVIAL or (skipped and share > RARE):
                 continue
             out[kind, side] = category
         return out
