@@ -138,8 +138,6 @@ def _parse_ids(ids: Any, where: str) -> tuple[int, ...]:
         values = tuple(operator.index(token) for token in ids)
     except TypeError:
         raise UserError(f"{where}: 'ids' must be a list of integers, found {ids!r:.80}") from None
-    if not values:
-        raise UserError(f"{where}: 'ids' is empty; leave the key out to have the text tokenised")
     return values
 
 

@@ -166,7 +166,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _without_far_ends(image: Image.Image, aspect: int = 16) -> Image.Image:
-    """The middle of a very long picture: resized whole, one of 1 × 100000 pixels would take gigabytes before the crop."""
+    """The middle of a very long picture: resized whole, 1 × 100000 pixels would take gigabytes before the crop."""
     width, height = image.size
     limit = aspect * min(width, height)
     left, top = max(0, width - limit) // 2, max(0, height - limit) // 2

@@ -264,10 +264,10 @@ class Processor:
     def _checked(self, answer: Sequence[int], index: int) -> Sequence[int]:
         ids = self.ids
         for token in answer:
-            if not 0 <= token < ids.vocab_size or token in (ids.bos_token_id, ids.eos_token_id, ids.image_token_id):
+            if not 0 <= token < ids.vocab_size or token in (ids.eos_token_id, ids.image_token_id):
                 raise UserError(
                     f"messages[{index}]: 'ids' holds {token}; expected ids of text and poses in [0, {ids.vocab_size}) "
-                    f"without BOS ({ids.bos_token_id}), </s> ({ids.eos_token_id}), image token ({ids.image_token_id})"
+                    f"without </s> ({ids.eos_token_id}) and image tokens ({ids.image_token_id})"
                 )
         return answer
 

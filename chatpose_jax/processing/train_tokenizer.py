@@ -1,7 +1,8 @@
-"""Make the tokenizer of the preset ``tiny``: ``python -m chatpose_jax.processing.train_tokenizer OUT``.
+"""Make a small tokenizer in LLaMA's layout: ``python -m chatpose_jax.processing.train_tokenizer OUT TEXT…``.
 
-LLaMA's layout in 1024 rows: ``<unk>``, ``<s>``, ``</s>``, 256 bytes (so any text has ids), printable ASCII, and merges
-learnt on generated captions and conversations; then ``<POSE>`` = 1024 and ``<image>`` = 1025.
+1024 rows: ``<unk>``, ``<s>``, ``</s>``, 256 bytes (so that any text has ids), printable ASCII, and merges learnt on the
+lines of the TEXT files; then ``<POSE>`` = 1024 and ``<image>`` = 1025. The embedded tokenizer of the preset ``tiny`` is
+made of the generated data set by ``tools/tiny_tokenizer.py``.
 """
 
 from __future__ import annotations
@@ -22,23 +23,51 @@ from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, TextTokenizer
 BASE_ROWS = 1024
 _CONTROL = ["<unk>", "<s>", "</s>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_SPACE = "▁"
+
+# What people may ask beyond the given text; it weighs little, so it takes only the merges that are left.
+_GENERAL = """
+a an the and or but with without while then now again still just very slightly fully partly almost about roughly
+exactly more less most least same other another each every first second last one two three four five six seven eight
+nine ten I you he she it they we his her their its your this that these those there here who what which where when
+why how is are was were be been has have had do does did can could would should will may might must show give make
+tell generate predict estimate describe imagine draw provide find look see think guess move put keep bring change
+turn raise lower bend straighten stretch lift spread cross open close rotate tilt lean place hold person people man
+woman someone somebody human figure player dancer athlete worker child boy girl photo photograph picture image
+camera view viewer scene middle center room wall chair table ball box door phone cup street red green blue yellow
+white black grey brown orange purple shirt trousers dress background clothing wearing dressed colour light dark
+facing away toward towards around between against along through under over inside outside onto into off up down left
+right front back side top bottom high low higher near far apart together forward backward sideways diagonally
+upright straight angle degrees palm palms finger fingers toe toes heel heels hip pelvis spine stomach belly face
+eyes chin mouth shoulders forearms thighs shins calves limb limbs yes no sure okay please thanks thank sorry hello
+good great nice happy tired sad angry ready winner sprinter tree warrior plank bridge star airplane tennis golf
+football basketball swimming skating boxing archery guitar
+"""
 
 
 def build(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
-    """Learn ``rows`` base rows from ``texts`` (deterministic) and add the pose and image tokens."""
-    split = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)]
-    )
+    """Learn ``rows`` base rows from ``texts``, add the pose and image tokens. The same text gives the same tokenizer.
+
+    Raises ValueError where the text is too little for that many rows.
+    """
     learner = tokenizers.Tokenizer(models.BPE())
-    learner.pre_tokenizer = split
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "removed"),  # a line's first word follows no space, as behind a picture
+            pre_tokenizers.Split(_SPACE, "merged_with_next"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=rows,
         special_tokens=_CONTROL + _BYTES,
-        initial_alphabet=["▁", *map(chr, range(33, 127))],
-        limit_alphabet=96,
+        initial_alphabet=[_SPACE, *map(chr, range(33, 127))],
+        limit_alphabet=95,
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    framed = itertools.chain(texts, _general(), _frames())
+    learner.train_from_iterator((text.replace(" ", _SPACE) for text in framed), trainer)
     learnt: dict[str, Any] = json.loads(learner.to_str())["model"]
     if len(learnt["vocab"]) != rows:
         raise ValueError(f"the text yields {len(learnt['vocab'])} rows, expected {rows}: give more text")
@@ -63,178 +92,39 @@ def build(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-_SIDES = ("left", "right", "both")
-_LIMBS = (
-    "arm",
-    "arms",
-    "hand",
-    "hands",
-    "elbow",
-    "elbows",
-    "leg",
-    "legs",
-    "knee",
-    "knees",
-    "foot",
-    "feet",
-    "thigh",
-    "shin",
-    "forearm",
-    "upper arm",
-    "head",
-    "torso",
-    "hips",
-    "back",
-    "neck",
-    "chest",
-    "waist",
-    "shoulder",
-    "shoulders",
-    "wrist",
-    "ankle",
-    "body",
-)
-_STATES = (
-    "raised",
-    "lowered",
-    "bent",
-    "straight",
-    "slightly bent",
-    "completely bent",
-    "almost straight",
-    "bent at a right angle",
-    "stretched out",
-    "extended to the side",
-    "extended forward",
-    "lifted",
-    "tilted",
-    "turned",
-    "twisted",
-    "crossed",
-    "spread apart",
-    "close together",
-    "shoulder width apart",
-    "wide apart",
-    "vertical",
-    "horizontal",
-    "parallel to the floor",
-    "folded",
-    "relaxed",
-    "hanging down",
-    "resting",
-    "pointing up",
-    "pointing down",
-    "held",
-)
-_PLACES = (
-    "in front of the body",
-    "behind the back",
-    "above the head",
-    "overhead",
-    "below the hips",
-    "next to the waist",
-    "on the hips",
-    "at shoulder height",
-    "to the left",
-    "to the right",
-    "to the side",
-    "forward",
-    "backward",
-    "on the ground",
-    "near the knee",
-    "in the air",
-    "beside the ear",
-    "across the chest",
-    "at the level of the neck",
-)
-_ACTIONS = (
-    "standing",
-    "sitting",
-    "kneeling",
-    "squatting",
-    "crouching",
-    "walking",
-    "running",
-    "jumping",
-    "lunging",
-    "bowing",
-    "leaning",
-    "waving",
-    "reaching",
-    "kicking",
-    "punching",
-    "throwing",
-    "stretching",
-    "balancing on one leg",
-    "lying on the floor",
-    "doing yoga",
-    "dancing",
-    "bending over",
-    "cheering",
-    "pointing",
-    "praying",
-    "climbing",
-    "stepping forward",
-    "lifting a box",
-    "holding something",
-)
-_QUESTIONS = (
-    "Describe the pose of the person in this image.", "Can you show the SMPL pose of this person?", "What is this person doing?", "Give me the pose of someone who is {}.",
-    "Please show me a pose: the {}.", "Now raise the {} arm.", "What would the body look like if someone were {}?", "Show it again, but with the {}.",
-    "There is a person in the middle of the picture; predict the 3D pose.", "How are the arms and the legs placed?", "Which pose fits this description? {}", "Someone is {}. Can you generate the human pose?",
-)  # fmt: skip
-_ANSWERS = (
-    f"Sure, it is {POSE}.", f"The pose of this person is {POSE}.", f"{POSE}", f"Here is the pose: {POSE}.", f"Of course, this is how it looks: {POSE}.", f"Yes, the body takes the pose {POSE}.",
-    "The person is {}.", "They are {} with the {}.", "In this picture somebody is {} and the {}.",
-)  # fmt: skip
-
-_WORDS = (
-    "a an the and or but with without while then now again still just very slightly fully partly almost about roughly exactly more less most least same other another each every first second last one two three four five six seven eight nine ten "
-    "I you he she it they we his her their its your this that these those there here who what which where when why how is are was were be been has have had do does did can could would should will may might must "
-    "show give make tell generate predict estimate describe imagine draw provide find look see think guess move put keep bring change turn raise lower bend straighten stretch lift spread cross open close rotate tilt lean place hold "
-    "person people man woman someone somebody human figure player dancer athlete worker child boy girl photo photograph picture image camera view viewer scene middle center room wall chair table ball box door phone cup street "
-    "red green blue yellow white black grey brown orange purple shirt trousers dress background clothing wearing dressed colour light dark "
-    "facing away toward towards around between against along through under over inside outside onto into off up down left right front back side top bottom high low higher lower near far close apart together forward backward sideways diagonally upright straight angle degrees "
-    "palm palms finger fingers toe toes heel heels hip pelvis spine stomach belly face eyes chin mouth shoulders forearms thighs shins calves limb limbs "
-    "yes no sure okay please thanks thank sorry hello good great nice happy tired sad angry ready winner sprinter tree warrior plank bridge star airplane tennis golf football basketball swimming skating boxing archery guitar"
-)  # fmt: skip
+def tokens_a_word(tokenizer: TextTokenizer, texts: Iterable[str]) -> float:
+    """Ids for each space-separated word."""
+    counts = [(len(tokenizer.encode(text)), len(text.split())) for text in texts]
+    return sum(tokens for tokens, _ in counts) / max(1, sum(words for _, words in counts))
 
 
-def pose_language() -> Iterator[str]:
-    """Every combination of a small grammar of pose descriptions, questions and answers."""
-    for side, limb, state in itertools.product(_SIDES, _LIMBS, _STATES):
-        place = _PLACES[(len(side) + 7 * len(limb) + 3 * len(state)) % len(_PLACES)]
-        action = _ACTIONS[(5 * len(side) + len(limb) + 11 * len(state)) % len(_ACTIONS)]
-        yield f"The {side} {limb} is {state}, {place}. The person is {action}, their {limb} are {state} while the {side} one stays {place}."
-        clause = f"{side} {limb} {state} {place}"
-        for question, answer in zip(_QUESTIONS, itertools.cycle(_ANSWERS)):
-            yield question.format(action if "someone" in question.lower() else clause)
-            yield answer.replace(POSE, "").format(action, clause)
-    for action, place in itertools.product(_ACTIONS, _PLACES):
-        yield f"A man is {action}, looking {place}. She is {action}; he has his hands {place}. A woman is {action} with one leg {place}."
+def write(texts: Iterable[str], out: Path) -> TextTokenizer:
+    """Learn from ``texts`` and write ``out/tokenizer.json``."""
+    tokenizer = TextTokenizer(build(texts))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=False) + "\n", encoding="utf-8")
+    return tokenizer
 
 
-def corpus() -> Iterator[str]:
-    """The generated text, and the frames of the conversation templates."""
-    yield from pose_language()
-    words = _WORDS.split()
-    for start in range(7):
-        yield from 4 * [" ".join(words[start::7]), " ".join(word.capitalize() for word in words[start::7])]
+def _general() -> Iterator[str]:
+    words = _GENERAL.split()
+    for word in (*words, *(word.capitalize() for word in words)):
+        yield f" {word}"
+
+
+def _frames() -> Iterator[str]:
     for template in TEMPLATES.values():
-        yield from 200 * [f"{template.system} {template.user}: {template.assistant}:"]
+        yield from 200 * [f" {template.system} {template.user}: {template.assistant}:"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="folder for tokenizer.json")
-    out: Path = parser.parse_args().out
-    tokenizer = TextTokenizer(build(corpus()))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=False), encoding="utf-8")
-    words = tokens = 0
-    for text in itertools.islice(corpus(), 0, None, 50):
-        words, tokens = words + len(text.split()), tokens + len(tokenizer.encode(text))
-    print(f"{out}: {tokenizer.size} rows, {tokens / words:.2f} tokens a word")
+    parser.add_argument("text", type=Path, nargs="+", help="text files, one caption, question or answer a line")
+    args = parser.parse_args()
+    lines = [line for path in args.text for line in path.read_text(encoding="utf-8").splitlines()]
+    tokenizer = write((f" {line}" for line in lines), args.out)
+    print(f"{args.out}: {tokenizer.size} rows, {tokens_a_word(tokenizer, lines):.2f} tokens a word")
 
 
 if __name__ == "__main__":

@@ -137,10 +137,17 @@ def test_answers_hold_no_control_id_but_poses(chatpose, literal):
     assert [index for index in ids if index in (0, 1, 2, -200, 32000)] == [32000, 2]
 
 
-@pytest.mark.parametrize("bad", [1, 2, -200, -1, 32001])
+@pytest.mark.parametrize("bad", [2, -200, -1, 32001])
 def test_ids_of_an_answer_are_checked(chatpose, bad):
     with pytest.raises(UserError, match=rf"messages\[1\]: 'ids' holds {bad};"):
         chatpose.encode([user("Q"), {"role": "assistant", "ids": [500, bad]}, user("R")])
+
+
+def test_an_empty_answer_is_kept(tiny):
+    """A model may end its answer at once; the history must still hold that."""
+    prompt = tiny.encode([user("Q")]).input_ids
+    encoded = tiny.encode([user("Q"), {"role": "assistant", "content": "", "ids": []}, user("R")])
+    assert encoded.input_ids[: len(prompt) + 1].tolist() == [*prompt, 2]
 
 
 def test_nothing_to_answer(tiny):
