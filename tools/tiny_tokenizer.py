@@ -37,9 +37,8 @@ def main() -> None:
         yield from about_pictures()
 
     tokenizer = write(corpus(), OUT)
-    print(
-        f"{OUT}: {tokenizer.size} rows, {tokens_a_word(tokenizer, texts('val', 500)):.2f} tokens a word of the val split"
-    )
+    ratio = tokens_a_word(tokenizer, texts("val", 500))
+    print(f"{OUT.name}: {tokenizer.size} rows, {ratio:.2f} tokens a word of the validation split")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -271,16 +270,23 @@ def fit_buckets(lengths: np.ndarray, count: int, limit: int, multiple: int = 16)
     the least padding in sum.
     """
     rounded = np.minimum(-(-np.asarray(lengths) // multiple) * multiple, limit)
-    values, frequency = np.unique(rounded, return_counts=True)
-    if len(values) > 64:  # the search below is over combinations
+    values, frequency = (column.tolist() for column in np.unique(rounded, return_counts=True))
+    if len(values) > 128:  # the search below takes time by the square
         return fit_buckets(lengths, count, limit, 2 * multiple)
-
-    def padded(inner: tuple[int, ...]) -> int:
-        bounds = np.array([*inner, values[-1]])
-        return int(frequency @ bounds[np.searchsorted(bounds, values)])
-
-    inner = min(itertools.combinations(values[:-1].tolist(), min(count - 1, len(values) - 1)), key=padded)
-    return [*inner, int(values[-1])]
+    below = np.cumsum(frequency).tolist()
+    # best[j]: least padded total of the rows up to values[j], and the buckets that reach it, the last being values[j]
+    best = [(value * rows, [value]) for value, rows in zip(values, below)]
+    for _ in range(count - 1):
+        best = [
+            min(
+                [
+                    best[j],
+                    *((best[i][0] + values[j] * (below[j] - below[i]), [*best[i][1], values[j]]) for i in range(j)),
+                ]
+            )
+            for j in range(len(values))
+        ]
+    return best[-1][1]
 
 
 def _weightless(row: dict[str, Any]) -> dict[str, Any]:

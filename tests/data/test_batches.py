@@ -1,0 +1,263 @@
+"""Rows become arrays of few shapes, in an order that is a function of the seed; a resumed loader goes on exactly."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from chatpose_jax.data.batches import BatchLoader, collate, encode_example, fit_buckets
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import preset
+from chatpose_jax.processing.processor import IGNORE, tiny_processor
+
+POSE_ID = 1024
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor(preset("tiny"))
+
+
+def poses(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.linalg.qr(rng.normal(size=(count, 24, 3, 3)))[0].astype(np.float32)
+
+
+def example(
+    index: int, images: int = 0, answers: tuple[str, ...] = ("Sure, it is <POSE>.",), words: int = 0
+) -> Example:
+    rng = np.random.default_rng(index)
+    messages = []
+    for number, answer in enumerate(answers):
+        parts = [{"type": "text", "text": "Show " + "me " * words + f"row {index}."}]
+        if number == 0:
+            parts = [
+                {"type": "image", "image": rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)} for _ in range(images)
+            ] + parts
+        messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+    count = sum(answer.count("<POSE>") for answer in answers)
+    kind = "image" if images else "text" if count else "instruction"
+    return Example(f"row-{index}", kind, messages, poses(count, index))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> list[Example]:
+    """Three kinds, many lengths: 53 rows, so that no group fills its last batch."""
+    kinds = [
+        {},
+        {"images": 1},
+        {"answers": ("No.",)},
+        {"answers": ("<POSE>", "Or <POSE>.")},
+    ]
+    return [example(i, words=i * 7 % 40, **kinds[i % 4]) for i in range(53)]
+
+
+def names(batch, processor) -> list[str]:
+    """The rows of a batch that weigh something, told by their text."""
+    rows = [
+        ids[mask]
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        if (labels != IGNORE).any()
+    ]
+    return [processor.decode(ids).split("row ")[1].split(".")[0] for ids in rows]
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_pose_index_is_the_position_that_predicts_the_pose(processor):
+    rows = [
+        encode_example(processor, example(i, answers=answers), 256)
+        for i, answers in enumerate([("<POSE>",), ("It is <POSE> or <POSE>.", "No, <POSE>."), ("None.",)])
+    ]
+    batch = collate(rows, 128, max_images=0, max_poses=4, pad_id=0)
+    assert batch["pose_mask"].sum(1).tolist() == [1, 3, 0]
+    row, slot = np.nonzero(batch["pose_mask"])
+    assert (batch["input_ids"][row, batch["pose_index"][row, slot] + 1] == POSE_ID).all()
+    assert np.count_nonzero(batch["input_ids"] == POSE_ID) == 4
+    np.testing.assert_array_equal(batch["pose_targets"][1, :3], poses(3, 1))
+    np.testing.assert_array_equal(batch["pose_targets"][~batch["pose_mask"]], np.broadcast_to(np.eye(3), (8, 24, 3, 3)))
+
+
+def test_shapes_and_dtypes(processor):
+    rows = [encode_example(processor, example(i, images), 512) for i, images in enumerate((2, 0, 1))]
+    batch = collate(rows, 256, max_images=3, max_poses=2, pad_id=0)
+    assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
+        "input_ids": ((3, 256), "int32"),
+        "attention_mask": ((3, 256), "bool"),
+        "labels": ((3, 256), "int32"),
+        "pixel_values": ((3, 3, 64, 64, 3), "float32"),
+        "pose_index": ((3, 2), "int32"),
+        "pose_targets": ((3, 2, 24, 3, 3), "float32"),
+        "pose_mask": ((3, 2), "bool"),
+    }
+    filled = [[bool(batch["pixel_values"][row, image].any()) for image in range(3)] for row in range(3)]
+    assert filled == [[True, True, False], [False, False, False], [True, False, False]]
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths.tolist() == [len(row["input_ids"]) for row in rows]
+    padding = ~batch["attention_mask"]
+    assert (batch["input_ids"][padding] == 0).all()
+    assert (batch["labels"][padding] == IGNORE).all()
+    assert "pixel_values" not in collate(rows[1:2], 256, max_images=0, max_poses=1, pad_id=0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"), [((10, 2, 2), "tokens"), ((256, 1, 2), "pictures"), ((256, 2, 0), "poses")]
+)
+def test_collate_refuses_what_does_not_fit(processor, limits, error):
+    row = encode_example(processor, example(0, images=2), 512)
+    with pytest.raises(UserError, match=rf"a row has \d+ {error}, more than"):
+        collate([row], limits[0], max_images=limits[1], max_poses=limits[2], pad_id=0)
+
+
+def test_truncation_drops_poses_with_their_targets(processor):
+    long = example(3, answers=("It is <POSE>.", "Now <POSE>.", "Then <POSE>."))
+    full = encode_example(processor, long, 512)
+    for kept in range(3):
+        row = encode_example(processor, long, int(full["pose_positions"][kept]))
+        np.testing.assert_array_equal(row["pose_positions"], full["pose_positions"][:kept])
+        np.testing.assert_array_equal(row["pose_targets"], poses(3, 3)[:kept])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"poses": poses(2, 0)}, r"'row-0': its answers hold 1 <POSE>, but it has 2 poses"),
+        ({"poses": np.zeros((0, 24, 3, 3))}, r"hold 1 <POSE>, but it has 0 poses"),
+        ({"poses": np.zeros((1, 22, 3, 3))}, r"found shape \(1, 22, 3, 3\)"),
+        ({"poses": np.full((1, 24, 3, 3), np.nan)}, "finite"),
+        ({"messages": [{"role": "user", "content": ""}]}, r"'row-0': messages\[0\]: empty content"),
+    ],
+)
+def test_malformed_example_is_named(processor, change, error):
+    good = example(0)
+    with pytest.raises(UserError, match=error):
+        encode_example(processor, Example(**{**vars(good), **change}), 256)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_row_counts_once_an_epoch(processor, dataset, cache, shuffle):
+    loader = BatchLoader(dataset, processor, 4, epochs=1, cache=cache, shuffle=shuffle)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    seen = [name for batch in batches for name in names(batch, processor)]
+    assert sorted(seen, key=int) == [str(i) for i in range(53)]
+    assert sum(batch["pose_mask"].sum() for batch in batches) == sum(len(row.poses) for row in dataset)
+
+
+def test_shapes_are_few_and_known(processor, dataset):
+    loader = BatchLoader(dataset, processor, 4, epochs=2, buckets=2)
+    found = {(b["input_ids"].shape[1], b["pixel_values"].shape[1] if "pixel_values" in b else 0) for b in loader}
+    assert found == {(shape.length, shape.images) for shape in loader.shapes}
+    assert len(found) <= 4
+    assert {batch["input_ids"].shape[0] for batch in loader} <= {4}
+
+
+def test_order_is_the_seeds(processor, dataset):
+    one, two, other = (list(BatchLoader(dataset, processor, 4, epochs=2, seed=seed)) for seed in (1, 1, 2))
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+    assert not all(same(a, b) for a, b in zip(one, other))
+    half = len(one) // 2
+    assert not all(same(a, b) for a, b in zip(one[:half], one[half:])), "epochs repeat the same order"
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("stop", [0, 1, 13, 20])
+def test_resume_is_exact(processor, dataset, prefetch, stop):
+    """Also across the edge of an epoch, and with batches prepared ahead that were never handed out."""
+    straight = list(itertools.islice(BatchLoader(dataset, processor, 4), stop + 5))
+    first = BatchLoader(dataset, processor, 4, prefetch=prefetch)
+    assert all(same(a, b) for a, b in zip(itertools.islice(first, stop), straight))
+    saved = json.loads(json.dumps(first.state()))
+    second = BatchLoader(dataset, processor, 4, prefetch=prefetch)
+    second.restore(saved)
+    rest = list(itertools.islice(second, 5))
+    assert all(same(a, b) for a, b in zip(rest, straight[stop:], strict=True))
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 50])
+def test_prefetch_ends_with_the_last_epoch(processor, dataset, prefetch):
+    plain = list(BatchLoader(dataset, processor, 4, epochs=1))
+    ahead = BatchLoader(dataset, processor, 4, epochs=1, prefetch=prefetch)
+    assert all(same(a, b) for a, b in zip(plain, ahead, strict=True))
+    assert list(ahead) == []
+
+
+def test_state_of_other_data_is_refused(processor, dataset):
+    state = BatchLoader(dataset, processor, 4).state()
+    for loader in (
+        BatchLoader(dataset, processor, 2),
+        BatchLoader(dataset, processor, 4, seed=1),
+        BatchLoader(dataset[:-1], processor, 4),
+    ):
+        with pytest.raises(UserError, match="resume with the same data settings"):
+            loader.restore(state)
+
+
+def test_shards_are_slices_of_the_global_batch(processor, dataset):
+    whole = BatchLoader(dataset, processor, 4)
+    parts = [BatchLoader(dataset, processor, 4, shard=(index, 2)) for index in range(2)]
+    for step in range(5):
+        batch = whole.batch(step)
+        for index, part in enumerate(parts):
+            assert same(part.batch(step), {name: value[index::2] for name, value in batch.items()})
+
+
+def test_cached_pictures_are_the_same(processor, dataset):
+    cached, plain = (BatchLoader(dataset, processor, 4, cache=cache) for cache in (True, False))
+    assert all(same(cached.batch(step), plain.batch(step)) for step in range(len(plain)))
+
+
+def test_cache_takes_each_row_once(processor, dataset):
+    class Counting(list):
+        taken = 0
+
+        def __getitem__(self, index):
+            Counting.taken += 1
+            return super().__getitem__(index)
+
+    list(BatchLoader(Counting(dataset), processor, 4, epochs=3, cache=True))
+    assert Counting.taken == len(dataset)
+
+
+def test_broken_row_is_raised_through_the_thread(processor, dataset):
+    bad = Example(
+        "bad",
+        "image",
+        [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}, {"role": "assistant", "content": "A"}],
+        poses(0, 0),
+    )
+    with pytest.raises(UserError, match=r"example 'bad': .*no picture file at 'gone.png'"):
+        list(BatchLoader([*dataset, bad], processor, 4, epochs=1, prefetch=2))
+
+
+def test_buckets_pad_least():
+    lengths = np.array([20] * 50 + [40] * 5 + [100] * 20 + [200])
+    assert fit_buckets(lengths, 1, 1024) == [208]
+    for count in (2, 3):
+        tried = itertools.combinations(range(16, 208, 16), count - 1)
+        least = min(sum(min(b for b in (*cuts, 208) if b >= n) for n in lengths) for cuts in tried)
+        found = fit_buckets(lengths, count, 1024)
+        assert len(found) == count
+        assert sum(min(b for b in found if b >= n) for n in lengths) == least
+    assert fit_buckets(lengths, 9, 1024) == [32, 48, 112, 208]
+    assert fit_buckets(np.array([1000, 1024]), 2, 1020)[-1] == 1020
+    assert len(fit_buckets(np.arange(1, 30_000), 3, 1 << 20)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"dataset": []}, "data set is empty"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 3, "shard": (0, 2)}, "divide evenly"),
+        ({"lengths": (16,)}, "hold no row of"),
+    ],
+)
+def test_settings_are_checked(processor, dataset, options, error):
+    with pytest.raises(UserError, match=error):
+        BatchLoader(**{"dataset": dataset, "processor": processor, "batch_size": 4, **options})
