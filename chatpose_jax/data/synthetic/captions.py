@@ -117,9 +117,12 @@ ARM_KINDS = (*HAND, "elbow", "elbow_height")
 _PLACED = tuple(kind for kind in ARM_KINDS if kind not in ("elbow", "hand_ground"))
 _LYING = ("trunk_lean", "knee_ground", "foot_lift", "hand_ground")
 SILENCED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("prop", "hip", "head"), _PLACED),
-    **dict.fromkeys(("supine", "prone", "side"), _LYING),
-    "crawl": ("knee_ground", "foot_lift", "trunk_lean"),
+    "hip": _PLACED,
+    "head": _PLACED,
+    "supine": _LYING,
+    "prone": _LYING,
+    "side": _LYING,
+    "crawl": ("knee_ground", "foot_lift", "trunk_lean", "hand_height"),
 }
 
 

@@ -21,7 +21,7 @@ from chatpose_jax.data.synthetic.families import (
     sample_poses,
 )
 from chatpose_jax.data.synthetic.posecodes import Codes, encode
-from chatpose_jax.data.synthetic.scene import Scene, Studio, draw_scene
+from chatpose_jax.data.synthetic.scene import MAX_YAW, Scene, Studio, draw_scene
 from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS
 from chatpose_jax.errors import UserError
 
@@ -73,6 +73,7 @@ class _Row:
     pose: PoseSet
     codes: Codes
     index: int
+    max_yaw: float
 
     @property
     def family(self) -> str:
@@ -102,10 +103,11 @@ class SyntheticDataset(Sequence[Example]):
     split: "train", "val" or "test": poses of different splits are drawn independently and never coincide. size: rows
     (``SPLITS`` by default). image_size: side of the square pictures in pixels. mixture: weights of the tasks
     (``TASKS``; ``DEFAULT_MIXTURE`` by default), e.g. ``{"text": 1}`` for detailed descriptions only or ``{"image": 1}``
-    for pictures only.
+    for pictures only. max_yaw: pictures show the body turned by up to this many degrees; a wider range is harder to
+    learn.
 
-    Pictures are drawn when a row is taken; ``precompute`` draws all of them at once, which is several times quicker.
-    Raises UserError for an unknown split or task.
+    Pictures are drawn when a row is taken; ``precompute`` draws all of them at once, skinned in batches. Raises
+    UserError for an unknown split or task.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class SyntheticDataset(Sequence[Example]):
         seed: int = 0,
         image_size: int = 64,
         mixture: Mapping[str, float] | None = None,
+        max_yaw: float = MAX_YAW,
     ):
         if split not in SPLITS:
             raise UserError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
@@ -122,7 +125,7 @@ class SyntheticDataset(Sequence[Example]):
         unknown = set(mixture) - set(TASKS)
         if unknown or not any(w > 0 for w in mixture.values()) or any(w < 0 for w in mixture.values()):
             raise UserError(f"A mixture gives non-negative weights to {', '.join(TASKS)}; found {dict(mixture)}.")
-        self.split, self.seed, self.image_size = split, seed, image_size
+        self.split, self.seed, self.image_size, self.max_yaw = split, seed, image_size, max_yaw
         self.size = SPLITS[split] if size is None else size
         self.mixture = dict(mixture)
         self._entropy = [seed, list(SPLITS).index(split)]
@@ -165,7 +168,7 @@ class SyntheticDataset(Sequence[Example]):
         return np.stack([self._block(i // _BLOCK)[0].rotations[i % _BLOCK] for i in rows])
 
     def precompute(self, workers: int = 1) -> SyntheticDataset:
-        """Draw all pictures now and keep them (3·image_size² bytes each); workers: processes that draw. Returns the
+        """Draw all pictures now and keep them (3·image_size² bytes each); workers: threads that draw. Returns the
         data set itself.
         """
         missing = [
@@ -199,7 +202,7 @@ class SyntheticDataset(Sequence[Example]):
         poses, codes = self._block(index // _BLOCK)
         row = index % _BLOCK
         kind, build = TASKS[task]
-        draft = build(_Row(rng, poses[row : row + 1], codes, row))
+        draft = build(_Row(rng, poses[row : row + 1], codes, row, self.max_yaw))
         draft.id, draft.kind = f"{self.split}-{self.seed}-{index}-{task}", kind
         return draft
 
@@ -241,7 +244,7 @@ def _situation(row: _Row) -> _Draft:
 def _image(row: _Row) -> _Draft:
     turn = (row.pick(questions.IMAGE_TO_POSE), row.pick(questions.POSE_ANSWERS))
     pose = row.pose.rotations[0]
-    return _Draft("", "image", [turn], [pose], pose, draw_scene(row.rng))
+    return _Draft("", "image", [turn], [pose], pose, draw_scene(row.rng, row.max_yaw))
 
 
 def _turns(start: Callable[[_Row], _Draft]) -> Callable[[_Row], _Draft]:
@@ -263,7 +266,7 @@ def _turns(start: Callable[[_Row], _Draft]) -> Callable[[_Row], _Draft]:
 
 
 def _image_words(row: _Row) -> _Draft:
-    return _Draft("", "instruction", [row.words()], [], row.pose.rotations[0], draw_scene(row.rng))
+    return _Draft("", "instruction", [row.words()], [], row.pose.rotations[0], draw_scene(row.rng, row.max_yaw))
 
 
 def _words(row: _Row) -> _Draft:

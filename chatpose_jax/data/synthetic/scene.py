@@ -15,7 +15,7 @@ from smpl_jax import render
 from smpl_jax.body import BodyModel
 from smpl_jax.io import load_body
 
-MAX_YAW, MAX_PITCH = 75.0, 8.0  # degrees
+MAX_YAW, MAX_PITCH = 60.0, 8.0  # degrees
 _JOINTS_OF = {
     "shirt": (3, 6, 9, 13, 14),
     "sleeves": (16, 17),
@@ -50,8 +50,8 @@ class Scene:
     noise_seed: int
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """A random scene. Yaw is uniform within ±75°, pitch within ±8°."""
+def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
+    """A random scene; the view's yaw is uniform within ±max_yaw degrees, its pitch within ±8°."""
     skin = np.array(_SKINS[int(rng.integers(len(_SKINS)))]) + rng.normal(0, 0.02, 3)
     palette = np.tile(skin, (24, 1))
     clothes = {
@@ -70,7 +70,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     else:
         palette[[16, 17]] = clothes["shirt"]
     return Scene(
-        yaw=rng.uniform(-MAX_YAW, MAX_YAW),
+        yaw=rng.uniform(-max_yaw, max_yaw),
         pitch=rng.uniform(-MAX_PITCH, MAX_PITCH),
         betas=rng.normal(0, 0.5, 10).clip(-1, 1),
         palette=palette.clip(0, 1),
