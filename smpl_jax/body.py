@@ -97,9 +97,8 @@ class BodyModel:
 
         Args:
             arrays: ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)``,
-                ``posedirs (V, 3, P)``, ``J_regressor (J, V)``, ``weights (V, J)``, ``f (F, 3)``, ``parents (J,)``, ``model_name ()``,
-                ``joint_names (J,)``, and optionally
-                ``vertex_id_names`` with ``vertex_ids``, and any ``regressor_<name> (K, V)``.
+                ``posedirs (V, 3, P)``, ``J_regressor (J, V)``, ``weights (V, J)``, ``f (F, 3)``,
+                ``parents (J,)``, ``model_name ()``, ``joint_names (J,)``, and optionally ``vertex_id_names`` with ``vertex_ids``, and any ``regressor_<name> (K, V)``.
             num_betas: how many shape directions to keep; ``None`` keeps all.
             num_expression: how many expression directions to keep, of those that there are; ``None`` keeps all.
             dtype: of every floating leaf. float64 needs ``jax_enable_x64``.
@@ -383,7 +382,8 @@ def _inputs(
     if rotations.shape[-3:] != (body.num_joints, 3, 3):
         hint = "; smpl_jax.from_smpl_pose makes them from SMPL's 24" if rotations.shape[-3:] == (24, 3, 3) else ""
         raise ValueError(
-            f"rotations of body {body.name!r} must have shape (..., {body.num_joints}, 3, 3); got {rotations.shape}{hint}"
+            f"rotations of body {body.name!r} must have shape (..., {body.num_joints}, 3, 3); "
+            f"got {rotations.shape}{hint}"
         )
     shape = [
         _coefficients(body, "betas", betas, body.num_betas),

@@ -37,10 +37,13 @@ from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, Record, RestrictedU
 MAX_BYTES = 2**30
 """Most that a compressed file may unpack to; the largest published body (SMPL-X in float64) takes a quarter of it."""
 
-_BODY_JOINTS = (
-    "pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot right_foot "
-    "neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist"
-).split()
+# fmt: off
+_BODY_JOINTS = [
+    "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle", "right_ankle",
+    "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar", "head", "left_shoulder", "right_shoulder",
+    "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+]
+# fmt: on
 _FINGERS = [
     f"{side}_{finger}{i}"
     for side in ("left", "right")
@@ -197,7 +200,7 @@ def _read_npy(file: IO[bytes], size: int, where: str) -> Any:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(file)
     if dtype.hasobject:
-        # numpy would need its unrestricted unpickler here. "Cleaned" files keep a scipy matrix this way: read it with ours.
+        # "Cleaned" files keep a scipy matrix this way. numpy would run its unrestricted unpickler on it; ours does not.
         return _plain(RestrictedUnpickler(file, _table()).load(), where)
     promised = math.prod(shape) * dtype.itemsize
     if any(n < 0 for n in shape) or file.tell() + promised != size:
@@ -241,6 +244,8 @@ class _Sparse:
             )
         else:
             minor, indptr = vector("indices"), vector("indptr")
+            if indptr[0] != 0 or indptr[-1] != len(minor) or (np.diff(indptr) < 0).any():
+                raise BodyFileError(f"{where}: the sparse matrix's indptr does not fit its {len(minor)} indices")
             major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
             row, col = (major, minor) if kind == "csr" else (minor, major)
         self.row, self.col = row, col
@@ -255,6 +260,8 @@ class _Sparse:
             min(self.row.min(), self.col.min()) < 0 or self.row.max() >= shape[0] or self.col.max() >= shape[1]
         ):
             raise BodyFileError(f"{where}: the sparse matrix has entries outside its shape {shape}")
+        if math.prod(shape) * self.data.itemsize > MAX_BYTES:
+            raise BodyFileError(f"{where}: the sparse matrix of shape {shape} is too large for a body")
         out = np.zeros(shape, self.data.dtype)
         np.add.at(out, (self.row, self.col), self.data)  # repeated entries of a sparse matrix add up
         return out
@@ -339,9 +346,9 @@ def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
 
 def _parents(table: Any, where: str) -> np.ndarray:
     table = np.asarray(table)
-    if table.ndim != 2 or len(table) != 2 or table.shape[1] < 1 or table.dtype.kind not in "iuf":
+    if table.ndim != 2 or len(table) != 2 or not 1 <= table.shape[1] <= 1024 or table.dtype.kind not in "iuf":
         raise BodyFileError(
-            f"{where}: kintree_table must have shape (2, joints); got {table.dtype} of shape {table.shape}"
+            f"{where}: kintree_table must have shape (2, 1 to 1024); got {table.dtype} of shape {table.shape}"
         )
     # The root's parent is written as -1, or as 4294967295 or 2^64 - 1 where the table is unsigned.
     parents = table[0].astype(np.uint64 if table.dtype.kind == "u" else np.int64).astype(np.int64).astype(np.int32)

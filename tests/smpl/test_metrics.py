@@ -1,0 +1,83 @@
+"""Pose errors against figures worked out by hand and by SciPy."""
+
+import numpy as np
+import pytest
+
+from smpl_jax import metrics
+
+Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
+
+
+@pytest.fixture
+def points():
+    return np.random.default_rng(0).normal(size=(4, 24, 3)).astype(np.float32)
+
+
+def moved(points, rng):
+    rotation = Rotation.random(len(points), random_state=rng).as_matrix()
+    return 1.7 * np.einsum("bij,bkj->bki", rotation, points) + rng.normal(size=(len(points), 1, 3))
+
+
+def test_mpjpe_is_in_millimetres_and_ignores_where_the_root_is(points):
+    shifted = points + np.float32([1, 2, 3])
+    shifted[:, 5, 0] += 0.24
+    np.testing.assert_allclose(metrics.mpjpe(shifted, points), 240 / 24, rtol=1e-4)
+    np.testing.assert_allclose(metrics.mpjpe(points + np.float32([0, 3, 4]), points, root=None), 5000, rtol=1e-5)
+
+
+def test_pa_mpjpe_ignores_a_similarity(points):
+    target = moved(points, np.random.default_rng(1))
+    assert metrics.mpjpe(points, target).min() > 100
+    np.testing.assert_allclose(metrics.pa_mpjpe(points, target), 0, atol=5e-3)
+    np.testing.assert_allclose(metrics.procrustes_align(points, target), target, atol=1e-5)
+    np.testing.assert_allclose(metrics.procrustes(points, target).scale, 1.7, rtol=1e-5)
+
+
+def test_procrustes_never_mirrors(points):
+    mirrored = points * np.float32([-1, 1, 1])
+    np.testing.assert_allclose(np.linalg.det(metrics.procrustes(points, mirrored).rotation), 1, atol=1e-5)
+    assert metrics.pa_mpjpe(points, mirrored).min() > 50
+
+
+def test_procrustes_is_the_least_squares_optimum(points):
+    target = points + np.random.default_rng(2).normal(size=points.shape).astype(np.float32)
+    aligned = np.asarray(metrics.procrustes_align(points, target), np.float64)
+    centred = target - target.mean(1, keepdims=True)
+    for i in range(len(points)):  # SciPy fits the rotation; the best scale for it is a quotient
+        source = points[i] - points[i].mean(0)
+        turned = source @ Rotation.align_vectors(centred[i], source)[0].as_matrix().T
+        expected = turned * (turned * centred[i]).sum() / (turned**2).sum() + target[i].mean(0)
+        np.testing.assert_allclose(aligned[i], expected, atol=1e-4)
+
+
+def test_coinciding_points_stay_finite():
+    zeros = np.zeros((3, 24, 3), np.float32)
+    assert np.isfinite(metrics.pa_mpjpe(zeros, zeros + 1)).all()
+
+
+def test_mpjre_counts_body_joints_only():
+    target = np.broadcast_to(np.eye(3, dtype=np.float32), (2, 24, 3, 3))
+    predicted = target.copy()
+    predicted[:, 0] = -1  # the root does not count
+    np.testing.assert_array_equal(metrics.mpjre(predicted, target), 0)
+    predicted[:, 22] += 0.5
+    np.testing.assert_allclose(metrics.mpjre(predicted, target), 100 * 0.5 / 23, rtol=1e-6)
+    np.testing.assert_array_equal(metrics.mpjre(predicted, target, num_joints=21), 0)
+
+
+def test_geodesic_degrees():
+    turn = Rotation.from_rotvec(np.deg2rad([[0, 0, 0], [0, 30, 0], [0, 180, 0]])).as_matrix().astype(np.float32)
+    np.testing.assert_allclose(metrics.geodesic_degrees(turn, np.eye(3, dtype=np.float32)), [0, 30, 180], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.mpjpe(np.zeros((24, 3)), np.zeros((22, 3))), r"got \(24, 3\) and \(22, 3\)"),
+        (lambda: metrics.pa_mpjpe(np.zeros((24, 2)), np.zeros((24, 2))), r"\(\.\.\., K, 3\)"),
+        (lambda: metrics.mpjre(np.zeros((22, 3, 3)), np.zeros((22, 3, 3))), "more than num_joints=23"),
+    ],
+)
+def test_bad_shapes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,91 @@
+"""The body against smplx (PyTorch, Max Planck) and body-models (JAX and PyTorch), values and gradients, on random models of SMPL's formats."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smpl_jax import BodyModel, axis_angle_to_matrix, forward, joints, load_body, load_body_arrays
+
+from .models import random_arrays
+
+FLOAT32, FLOAT64 = 2e-6, 1e-8  # metres
+
+POSES = {
+    "moderate": lambda rng, shape: rng.normal(0, 0.3, shape),
+    "up to pi": lambda rng, shape: directions(rng, shape) * rng.uniform(0, np.pi, (*shape[:-1], 1)),
+    "up to 2.2 pi": lambda rng, shape: directions(rng, shape) * rng.uniform(0, 2.2 * np.pi, (*shape[:-1], 1)),
+    "zero": lambda rng, shape: np.zeros(shape),
+}
+
+
+def directions(rng, shape):
+    vectors = rng.normal(size=shape)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def smpl_file(tmp_path_factory):
+    """A random model with SMPL's 6 890 vertices (smplx picks keypoints by their numbers), rounded to float32 as smplx does on loading."""
+    path = tmp_path_factory.mktemp("model") / "SMPL_NEUTRAL.pkl"
+    arrays = random_arrays(num_vertices=6890)
+    content = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()}
+    path.write_bytes(pickle.dumps(content, 4))
+    return path
+
+
+def lbs(arrays, pose, betas, gradient_of=None):
+    """smplx's skinning function in float64, which serves all of its models; with the gradient of <vertices, g> + <joints, h>."""
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("smplx.lbs")
+    pose, betas = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (pose, betas))
+    model = {k: torch.tensor(np.asarray(v, np.float64)) for k, v in arrays.items() if k not in ("f", "parents") and v.dtype.kind == "f"}
+    shapedirs = torch.cat([model["shapedirs"], model["expressiondirs"]], dim=-1)
+    posedirs = model["posedirs"].reshape(-1, model["posedirs"].shape[-1]).T
+    parents = torch.tensor(np.asarray(arrays["parents"], np.int64))
+    vertices, joints = module.lbs(
+        betas, pose.reshape(len(pose), -1), model["v_template"], shapedirs, posedirs, model["J_regressor"], parents, model["weights"]
+    )
+    gradients = ()
+    if gradient_of is not None:
+        g, h = (torch.tensor(x) for x in gradient_of)
+        ((vertices * g).sum() + (joints * h).sum()).backward()
+        gradients = (pose.grad.numpy(), betas.grad.numpy())
+    return vertices.detach().numpy(), joints.detach().numpy(), *gradients
+
+
+def poses(rng, joints):
+    """(N, J, 3): two of each kind, the exactly zero pose among them."""
+    return np.concatenate([make(rng, (2, joints, 3)) for make in POSES.values()])
+
+
+@pytest.mark.parametrize("kind", ["smpl", "smplh", "smplx"])
+def test_against_smplx_lbs(kind, tmp_path):
+    (tmp_path / "body.pkl").write_bytes(pickle.dumps(random_arrays(kind, num_vertices=300, num_shapes=20 if kind == "smplx" else 10)))
+    arrays = load_body_arrays(tmp_path / "body.pkl")
+    rng = np.random.default_rng(1)
+    pose = poses(rng, len(arrays["parents"]))
+    batch = len(pose)
+    betas = rng.normal(size=(batch, arrays["shapedirs"].shape[-1] + arrays["expressiondirs"].shape[-1]))
+    cotangents = rng.normal(size=(batch, 300, 3)), rng.normal(size=(batch, pose.shape[1], 3))
+    expected = lbs(arrays, pose, betas, cotangents)
+
+    def run(dtype, pose_tolerance, tolerance):
+        body = BodyModel.from_arrays(arrays, dtype=dtype)
+
+        def value(pose, shape):
+            betas, expression = shape[:, : body.num_betas], shape[:, body.num_betas :]
+            output = forward(body, axis_angle_to_matrix(pose), betas, expression=expression)
+            return sum(jnp.vdot(o, c.astype(dtype)) for o, c in zip(output, cotangents)), output
+
+        (_, output), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(pose.astype(dtype), betas.astype(dtype))
+        np.testing.assert_allclose(output.vertices, expected[0], atol=pose_tolerance, rtol=0)
+        np.testing.assert_allclose(output.joints, expected[1], atol=pose_tolerance, rtol=0)
+        for ours, theirs in zip(gradients, expected[2:]):
+            np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+
+    run(np.float32, FLOAT32, 5e-6)
+    with jax.enable_x64(True):
+        run(np.float64, FLOAT64, 1e-6)
