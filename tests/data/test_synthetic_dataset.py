@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.synthetic import questions
+from chatpose_jax.data.synthetic import preview, questions
 from chatpose_jax.data.synthetic.dataset import DEFAULT_MIXTURE, TASKS, SyntheticDataset, to_camera
 from chatpose_jax.data.synthetic.families import POSTURES, sample_poses
-from chatpose_jax.data.synthetic.scene import Studio, draw_scene
+from chatpose_jax.data.synthetic.report import report
+from chatpose_jax.data.synthetic.scene import Studio, backdrop, draw_scene
 from chatpose_jax.data.synthetic.situations import SITUATIONS
 from chatpose_jax.errors import UserError
 
@@ -185,10 +186,20 @@ def test_pictures_show_a_body_in_its_place():
         scene = draw_scene(rng)
         seen = to_camera(pose, scene.yaw, scene.pitch)
         picture = studio.render(seen, scene, 48).astype(int)
-        from chatpose_jax.data.synthetic.scene import backdrop
-
         body = (np.abs(picture - backdrop(scene, 48)) > 12).any(-1)
         rows, columns = np.nonzero(body)
         assert 0.04 < body.mean() < 0.6
         assert rows.max() - rows.min() > 30  # fills the crop
         assert abs(columns.mean() - 24) < 10
+
+
+def test_words_determine_poses_far_better_than_the_mean():
+    figures = report(train_size=400, val_size=60)
+    assert figures["ridge_pa_mpjpe"] < 0.65 * figures["mean_pa_mpjpe"]
+    assert figures["nearest_mpjpe"] < figures["mean_mpjpe"]
+
+
+def test_preview_draws_every_posture(monkeypatch):
+    monkeypatch.setattr(preview, "POSTURES", {"stand": POSTURES["stand"], "sit": POSTURES["sit"]})
+    sheet = preview.contact_sheet(per_family=1, columns=2)
+    assert sheet.ndim == 3 and sheet.shape[1] > sheet.shape[0] and sheet.std() > 10

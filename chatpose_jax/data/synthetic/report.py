@@ -1,0 +1,97 @@
+"""Figures about the generated set: ``python -m chatpose_jax.data.synthetic.report``.
+
+Two simple models bound what a language model can reach: the mean pose knows nothing of the words, and a ridge
+regression on word n-grams knows which words occur but little of how they hang together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import numpy as np
+
+from chatpose_jax.data.synthetic import skeleton
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from smpl_jax import metrics
+
+_PENALTY = 10.0
+
+
+def report(train_size: int = 4000, val_size: int = 400) -> dict[str, float]:
+    """Vocabulary, caption lengths, and errors in millimetres on the validation split of detailed descriptions.
+
+    Keys: ``vocabulary``, ``words_per_question``, ``<model>_mpjpe`` and ``<model>_pa_mpjpe`` for the models ``mean``,
+    ``nearest`` (the training pose whose description shares most n-grams) and ``ridge``.
+    """
+    train, val = (
+        SyntheticDataset("train", train_size, mixture={"text": 1}),
+        SyntheticDataset("val", val_size, mixture={"text": 1}),
+    )
+    (train_texts, train_poses), (val_texts, val_poses) = _rows(train), _rows(val)
+    index = {gram: i for i, gram in enumerate(sorted({g for text in train_texts for g in _grams(text)}))}
+    x, y = _features(train_texts, index), _features(val_texts, index)
+
+    mean = train_poses.mean(0)
+    target = (train_poses - mean).reshape(train_size, -1)
+    kernel = x @ x.T + _PENALTY * np.eye(train_size, dtype=np.float32)
+    ridge = mean + (y @ (x.T @ np.linalg.solve(kernel, target))).reshape(-1, 24, 3, 3)
+    shared = y @ x.T
+    union = x.sum(1)[None] + y.sum(1)[:, None] - shared
+    predictions = {
+        "mean": np.repeat(mean[None], val_size, 0),
+        "nearest": train_poses[(shared / union).argmax(1)],
+        "ridge": ridge,
+    }
+
+    truth, _ = skeleton.forward(val_poses)
+    out = {
+        "vocabulary": float(len({word for text in train_texts + val_texts for word in _words(text)})),
+        "words_per_question": float(np.mean([len(_words(text)) for text in val_texts])),
+    }
+    for name, rotations in predictions.items():
+        joints, _ = skeleton.forward(_nearest_rotations(rotations))
+        out[f"{name}_mpjpe"] = float(np.mean(metrics.mpjpe(joints, truth)))
+        out[f"{name}_pa_mpjpe"] = float(np.mean(metrics.pa_mpjpe(joints, truth)))
+    return out
+
+
+def _rows(data: SyntheticDataset) -> tuple[list[str], np.ndarray]:
+    rows = data[:]
+    return [str(row.messages[0]["content"]) for row in rows], np.stack([row.poses[0] for row in rows])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _grams(text: str) -> set[str]:
+    words = _words(text)
+    return {" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)}
+
+
+def _features(texts: list[str], index: dict[str, int]) -> np.ndarray:
+    out = np.zeros((len(texts), len(index)), np.float32)
+    for row, text in enumerate(texts):
+        out[row, [index[g] for g in _grams(text) if g in index]] = 1
+    return out
+
+
+def _nearest_rotations(matrices: np.ndarray) -> np.ndarray:
+    """The rotations (..., 3, 3) nearest to any matrices, by singular values."""
+    u, _, vt = np.linalg.svd(matrices)
+    u[..., :, 2] *= np.linalg.det(u @ vt)[..., None]
+    return u @ vt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train-size", type=int, default=4000)
+    parser.add_argument("--val-size", type=int, default=400)
+    arguments = parser.parse_args()
+    for name, value in report(arguments.train_size, arguments.val_size).items():
+        print(f"{name:20s} {value:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
