@@ -27,8 +27,10 @@ from chatpose_jax.weights.plan import Leaf
 Params = dict[str, Any]
 OnBytes = Callable[[int], Any]
 
-_BLOCK = 128 << 20
-"""Bytes that are read at once; three such blocks may be in flight."""
+_BLOCK = 64 << 20
+"""Bytes that are read at once."""
+_IN_FLIGHT = 192 << 20
+"""Bytes that may wait to be written while more is read."""
 _CHUNK = 16 << 20
 """Bytes of one stored chunk: the unit that a sharded restore reads."""
 _SHOWN = 8
@@ -55,17 +57,18 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         for leaf, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             info.use_compression = self.compress
+            chunk = chunk_shape(leaf)
             spec = ocp.type_handlers.get_json_tspec_write(
                 info,
                 use_ocdbt=True,
                 global_shape=leaf.shape,
-                local_shape=chunk_shape(leaf),
+                local_shape=chunk,
                 dtype=jnp.dtype(leaf.dtype),
                 process_index=jax.process_index(),
                 arg=ocp.SaveArgs(),
             )
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-            for number, index in enumerate(leaf.blocks(_BLOCK)):
+            for number, index in enumerate(leaf.blocks(_BLOCK, chunk)):
                 if number % jax.process_count() != jax.process_index():
                     continue
                 block = await asyncio.to_thread(leaf.read, index)
@@ -73,7 +76,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                 # block is read.
                 pending.append((store[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
                 del block
-                while len(pending) > 1:
+                while sum(count for _, count in pending) > _IN_FLIGHT:
                     await self._finish(pending)
         while pending:
             await self._finish(pending)
@@ -86,8 +89,10 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
-    """Stored chunks: one layer, its larger axis halved until a chunk is at most 16 MiB, so that a sharded restore
-    reads little beside its own."""
+    """Stored chunks: the whole leaf if it is small; else one layer, its larger axis halved until a chunk is at most 16
+    MiB, so that a sharded restore reads little beside its own."""
+    if leaf.nbytes <= _CHUNK:
+        return leaf.shape
     shape = [1 if leaf.stacked and axis == 0 else n for axis, n in enumerate(leaf.shape)]
     while math.prod(shape) * leaf.dtype.itemsize > _CHUNK:
         axis = int(np.argmax(shape))

@@ -144,15 +144,15 @@ def describe_plan(plan: Plan) -> list[str]:
 
 
 def _describe_source(source: Source, every: bool) -> list[str]:
-    checkpoint = source.checkpoint
-    dtypes = collections.Counter(entry.dtype.name for entry in checkpoint.tensors.values())
-    missing = [part for part in PARTS if part not in source.layout.parts]
+    checkpoint, parts = source.checkpoint, source.layout.parts
+    count = collections.Counter(entry.dtype.name for entry in checkpoint.tensors.values())
+    dtypes = ", ".join(f"{number} {name}" for name, number in count.items())
     lines = [
         f"{checkpoint.folder}: {source.layout.title} ({source.layout.name})",
         f"  {'files':<11} {len(checkpoint.files)}, {checkpoint.nbytes / 1e9:.2f} GB",
-        f"  {'tensors':<11} {len(checkpoint.tensors)} ({', '.join(f'{count} {name}' for name, count in dtypes.items())})",
-        f"  {'has':<11} {', '.join(part for part in PARTS if part in source.layout.parts)}",
-        f"  {'has not':<11} {', '.join(missing) or 'nothing'}",
+        f"  {'tensors':<11} {len(checkpoint.tensors)} ({dtypes})",
+        f"  {'has':<11} {', '.join(part for part in PARTS if part in parts)}",
+        f"  {'has not':<11} {', '.join(part for part in PARTS if part not in parts) or 'nothing'}",
     ]
     return lines + (_tensor_lines(checkpoint.tensors) if every else [])
 

@@ -125,7 +125,7 @@ def materialise(plan: Plan, shardings: Callable[[str, tuple[int, ...]], jax.shar
     arrays = {}
     for path, leaf in plan.leaves.items():
         sharding = shardings(path, leaf.shape) if shardings else default
-        arrays[path] = jax.make_array_from_callback(leaf.shape, sharding, leaf.read, dtype=leaf.dtype)  # type: ignore[arg-type]
+        arrays[path] = jax.make_array_from_callback(leaf.shape, sharding, leaf.read, dtype=leaf.dtype)  # type: ignore
     return unflatten_dict(arrays, sep="/")
 
 

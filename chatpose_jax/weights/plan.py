@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,19 +197,21 @@ class Leaf:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self, limit: int) -> Iterable[Index]:
-        """Boxes that cover the leaf, one layer at a time, each of at most about ``limit`` bytes in the source's own
-        order."""
-        lead, shape = (self.shape[:1], self.shape[1:]) if self.stacked else ((), self.shape)
-        axis = self.split_axis % max(len(shape), 1)
-        extent = shape[axis] if shape else 1
-        step = max(1, min(extent, limit * extent // max(1, math.prod(shape) * self.dtype.itemsize)))
-        for layer in range(lead[0]) if lead else (0,):
-            for start in range(0, extent, step):
-                box = [slice(0, n) for n in shape]
-                if shape:
-                    box[axis] = slice(start, min(start + step, extent))
-                yield (*((slice(layer, layer + 1),) if lead else ()), *box)
+    def blocks(self, limit: int, chunk: tuple[int, ...]) -> Iterator[Index]:
+        """Boxes that cover the leaf in the source's order, of at most about ``limit`` bytes, each a whole number of
+        ``chunk``s.
+        """
+        axis = self.split_axis % len(self.shape)
+        layer_bytes = self.nbytes // (self.shape[0] if self.stacked else 1)
+        step = max(limit * self.shape[axis] // layer_bytes // chunk[axis], 1) * chunk[axis]
+        layers = range(0, self.shape[0], chunk[0]) if self.stacked else (0,)
+        for layer in layers:
+            for start in range(0, self.shape[axis], step):
+                box = [slice(0, n) for n in self.shape]
+                box[axis] = slice(start, min(start + step, self.shape[axis]))
+                if self.stacked:
+                    box[0] = slice(layer, layer + chunk[0])
+                yield tuple(box)
 
 
 def _source_leaf(
@@ -235,7 +237,7 @@ def _source_leaf(
             read_layer(entries[0], index, out)
         return out
 
-    axis = -1 if rule.transform is not Transform.SAME else 0
+    axis = -1 if rule.transform is not Transform.SAME else int(rule.stacked)
     return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked)
 
 
@@ -244,17 +246,17 @@ def _array_leaf(path: str, array: np.ndarray) -> Leaf:
 
 
 def _copy(out: np.ndarray, source: np.ndarray) -> None:
-    """``out[...] = source``; for a transposed matrix in blocks that stay in the cache (twice as fast), and never
-    through slow custom floats."""
+    """``out[...] = source``; a transposed matrix in blocks that stay in the cache, up to nine times as fast as whole, and no
+    copying through the slow loops of custom float types."""
     if out.dtype == source.dtype:
         word = np.dtype(f"u{out.dtype.itemsize}")
         out, source = out.view(word), source.T.view(word).T if source.flags.f_contiguous else source.view(word)
     if source.ndim != 2 or source.flags.c_contiguous:
         out[...] = source
         return
-    for start in range(0, source.shape[1], 64):
-        for column in range(0, source.shape[0], 1024):
-            out[column : column + 1024, start : start + 64] = source[column : column + 1024, start : start + 64]
+    for column in range(0, source.shape[1], 16):
+        for row in range(0, source.shape[0], 4096):
+            out[row : row + 4096, column : column + 16] = source[row : row + 4096, column : column + 16]
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
