@@ -30,6 +30,7 @@ from chatpose_jax.processing.tokenizer import (
     IMAGE_LITERAL,
     MARKER_LITERALS,
     POSE_LITERALS,
+    RELEASED_POSE,
     StreamDecoder,
     TextTokenizer,
 )
@@ -97,7 +98,7 @@ class Processor:
     """Tokenizer, conversation template and image preprocessing of one model.
 
     Raises UserError where the tokenizer does not fit the model: no BOS, no pose token, another id than the model's,
-        more rows than the model.
+    more rows than the model.
     """
 
     def __init__(
@@ -117,14 +118,17 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | Path, config: Any) -> Processor:
-        """The processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one (else
-        Vicuna's template, centre crop).
+        """The processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one.
+
+        Without that file: centre crop and the template that the vocabulary's maker used, which for ``[SEG]`` is that of
+        CHATPOSE-V0's released chat program (``llava_v1``, with markers), for any other LLaVA-1.5's.
         """
         folder = Path(folder)
         tokenizer, ids = TextTokenizer.read(folder), ModelIds.of(config)
         file = folder / SETTINGS_FILE
         if not file.is_file():
-            return cls(tokenizer, ids)
+            released = tokenizer.pose_token == RELEASED_POSE
+            return cls(tokenizer, ids, "llava_v1", markers="always") if released else cls(tokenizer, ids)
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             images = dict(settings["images"])

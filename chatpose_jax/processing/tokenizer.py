@@ -20,7 +20,8 @@ import tokenizers
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import POSE
 
-POSE_LITERALS = (POSE, "[SEG]")
+RELEASED_POSE = "[SEG]"
+POSE_LITERALS = (POSE, RELEASED_POSE)
 """Spellings of the pose token in vocabularies: the paper's, and the one that CHATPOSE-V0's tokenizer holds."""
 IMAGE_LITERAL = "<image>"
 MARKER_LITERALS = ("<im_start>", "<im_end>")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from chatpose_jax.models.config import ModelConfig, TextConfig, VisionConfig, preset
-from chatpose_jax.processing.processor import Processor, tiny_processor
+from chatpose_jax.processing.processor import ModelIds, Processor, tiny_processor
+from chatpose_jax.processing.tokenizer import TextTokenizer
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,8 @@ def chatpose_folder(tmp_path_factory, shared_data) -> Path:
 
 @pytest.fixture(scope="session")
 def chatpose(chatpose_folder, chatpose_config) -> Processor:
-    return Processor.load(chatpose_folder, chatpose_config)
+    """Its tokenizer with LLaVA-1.5's template; ``Processor.load`` would choose that of the released program."""
+    return Processor(TextTokenizer.read(chatpose_folder), ModelIds.of(chatpose_config), "vicuna_v1")
 
 
 @pytest.fixture(scope="session")

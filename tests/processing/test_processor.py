@@ -65,13 +65,21 @@ def test_markers(chatpose, chatpose_config, chatpose_folder, sentencepiece_model
     shutil.copyfile(chatpose_folder / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text('{"[SEG]": 32000, "<im_start>": 32001, "<im_end>": 32002}')
     config = chatpose_config.replace(text=dataclasses.replace(chatpose_config.text, vocab_size=32003))
-    marked = Processor.load(tmp_path, config)
+    marked = Processor.load(tmp_path, config)  # markers="always", here as tokens
     ids = marked.encode(messages).input_ids.tolist()
     colon = sentencepiece_model.piece_to_id(":")
     at = ids.index(32001)
     assert ids[at - 1 : at + 6] == [colon, 32001, *4 * [-200], 32002]
     never = Processor(marked.tokenizer, marked.ids, markers="never").encode(messages).input_ids
     assert not np.isin([32001, 32002], never).any()
+
+
+def test_folder_without_settings_follows_the_vocabularys_maker(chatpose_folder, chatpose_config, tiny, tmp_path):
+    released = Processor.load(chatpose_folder, chatpose_config)
+    assert (released.template, released.markers) == (TEMPLATES["llava_v1"], "always")
+    tiny.tokenizer.save(tmp_path)
+    other = Processor.load(tmp_path, preset("tiny"))
+    assert (other.template, other.markers, other.images.fit) == (TEMPLATES["vicuna_v1"], "auto", "crop")
 
 
 def test_system_message_replaces_the_templates(tiny):
