@@ -1,15 +1,18 @@
 """The body against smplx (PyTorch, Max Planck) and body-models (JAX and PyTorch), values and gradients, on random models of SMPL's formats."""
 
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smpl_jax import BodyModel, axis_angle_to_matrix, forward, joints, load_body, load_body_arrays
+from smpl_jax import BodyModel, axis_angle_to_matrix, forward, load_body, load_body_arrays
 
 from .models import random_arrays
+
+Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
 
 FLOAT32, FLOAT64 = 2e-6, 1e-8  # metres
 
@@ -37,7 +40,10 @@ def smpl_file(tmp_path_factory):
 
 
 def lbs(arrays, pose, betas, gradient_of=None):
-    """smplx's skinning function in float64, which serves all of its models; with the gradient of <vertices, g> + <joints, h>."""
+    """smplx's skinning function in float64, which serves all of its models; with the gradient of <vertices, g> + <joints, h>.
+
+    Poses are axis-angle (N, J, 3) or matrices (N, J, 3, 3). Its axis-angle formula adds 1e-8 to the vector, which shows in float64.
+    """
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("smplx.lbs")
     pose, betas = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (pose, betas))
@@ -46,7 +52,15 @@ def lbs(arrays, pose, betas, gradient_of=None):
     posedirs = model["posedirs"].reshape(-1, model["posedirs"].shape[-1]).T
     parents = torch.tensor(np.asarray(arrays["parents"], np.int64))
     vertices, joints = module.lbs(
-        betas, pose.reshape(len(pose), -1), model["v_template"], shapedirs, posedirs, model["J_regressor"], parents, model["weights"]
+        betas,
+        pose if pose.ndim == 4 else pose.reshape(len(pose), -1),
+        model["v_template"],
+        shapedirs,
+        posedirs,
+        model["J_regressor"],
+        parents,
+        model["weights"],
+        pose2rot=pose.ndim == 3,
     )
     gradients = ()
     if gradient_of is not None:
@@ -70,9 +84,10 @@ def test_against_smplx_lbs(kind, tmp_path):
     batch = len(pose)
     betas = rng.normal(size=(batch, arrays["shapedirs"].shape[-1] + arrays["expressiondirs"].shape[-1]))
     cotangents = rng.normal(size=(batch, 300, 3)), rng.normal(size=(batch, pose.shape[1], 3))
-    expected = lbs(arrays, pose, betas, cotangents)
+    *expected, d_pose, d_betas = lbs(arrays, pose, betas, cotangents)
+    exact = lbs(arrays, Rotation.from_rotvec(pose.reshape(-1, 3)).as_matrix().reshape(*pose.shape, 3), betas)
 
-    def run(dtype, pose_tolerance, tolerance):
+    def check(dtype, expected, tolerance, gradient_tolerance):
         body = BodyModel.from_arrays(arrays, dtype=dtype)
 
         def value(pose, shape):
@@ -81,11 +96,57 @@ def test_against_smplx_lbs(kind, tmp_path):
             return sum(jnp.vdot(o, c.astype(dtype)) for o, c in zip(output, cotangents)), output
 
         (_, output), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(pose.astype(dtype), betas.astype(dtype))
-        np.testing.assert_allclose(output.vertices, expected[0], atol=pose_tolerance, rtol=0)
-        np.testing.assert_allclose(output.joints, expected[1], atol=pose_tolerance, rtol=0)
-        for ours, theirs in zip(gradients, expected[2:]):
-            np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+        np.testing.assert_allclose(output.vertices, expected[0], atol=tolerance, rtol=0)
+        np.testing.assert_allclose(output.joints, expected[1], atol=tolerance, rtol=0)
+        for ours, theirs in zip(gradients, (d_pose, d_betas)):
+            np.testing.assert_allclose(ours, theirs, atol=gradient_tolerance * np.abs(theirs).max(), rtol=0)
 
-    run(np.float32, FLOAT32, 5e-6)
+    check(np.float32, expected, FLOAT32, 2e-6)
     with jax.enable_x64(True):
-        run(np.float64, FLOAT64, 1e-6)
+        check(np.float64, exact, FLOAT64, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def posed(smpl_file):
+    """Poses, shapes and what we make of them: (pose, betas, translation, vertices, joints, gradient by pose, gradient by betas)."""
+    rng = np.random.default_rng(2)
+    pose = poses(rng, 24).astype(np.float32)
+    betas, translation = (rng.normal(size=(len(pose), n)).astype(np.float32) for n in (10, 3))
+    body = load_body(smpl_file)
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(pose, betas):
+        output = forward(body, axis_angle_to_matrix(pose), betas, translation)
+        return jnp.sum(output.vertices**2), output
+
+    (_, output), gradients = run(pose, betas)
+    return pose, betas, translation, *output, *gradients
+
+
+def test_against_smplx_model(smpl_file, posed):
+    """The module that people use, loaded from the same file; its first 24 of 45 joints are the kinematic ones."""
+    torch = pytest.importorskip("torch")
+    smplx = pytest.importorskip("smplx")
+    peer = smplx.SMPL(str(smpl_file), batch_size=len(posed[0]))
+    pose, betas, translation = (torch.tensor(x, requires_grad=True) for x in posed[:3])
+    output = peer(betas=betas, global_orient=pose[:, :1].flatten(1), body_pose=pose[:, 1:].flatten(1), transl=translation)
+    (output.vertices**2).sum().backward()
+    np.testing.assert_allclose(posed[3], output.vertices.detach(), atol=FLOAT32, rtol=0)
+    np.testing.assert_allclose(posed[4], output.joints[:, :24].detach(), atol=FLOAT32, rtol=0)
+    for ours, theirs in zip(posed[5:], (pose.grad, betas.grad)):
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, theirs, atol=5e-6 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_against_body_models(backend, smpl_file, posed):
+    module = pytest.importorskip(f"body_models.smpl.{backend}")
+    convert = jnp.asarray if backend == "jax" else pytest.importorskip("torch").tensor
+    peer = module.SMPL(model_path=smpl_file)
+    pose, betas, translation = (convert(x) for x in posed[:3])
+    keywords = {"pelvis_rotation": pose[:, 0], "shape": betas, "global_translation": translation}
+    vertices = peer.forward_vertices(pose[:, 1:], **keywords)
+    np.testing.assert_allclose(posed[3], vertices, atol=FLOAT32, rtol=0)
+    skeleton = peer.forward_skeleton(pose[:, 1:], **keywords)
+    np.testing.assert_allclose(posed[4], skeleton[..., :3, 3], atol=FLOAT32, rtol=0)
