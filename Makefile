@@ -2,6 +2,8 @@
 #   make demo PYTHON=python3.12        another interpreter        make test ARGS="-k rotations"        more for the command
 PYTHON ?= python3
 VENV   ?= .venv
+# bench/convert.py writes checkpoints of several gigabytes: run it by hand.
+BENCH  ?= body decode step
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check -qq
 # Tests of one file share compiled functions, so files are what workers take; more than four workers only take memory.
@@ -32,8 +34,8 @@ format: $(VENV)/.installed-dev  ## rewrite files in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-dev  ## ratios against PyTorch on this machine
-	$(BIN)/python -m bench $(ARGS)
+bench: $(VENV)/.installed-dev  ## ratios of times against PyTorch on this machine
+	@for name in $(BENCH); do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py $(ARGS) || exit 1; done
 
 clean:  ## remove what building and testing left behind; keeps .venv and out
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .venv-*

@@ -63,6 +63,7 @@ def test_the_wheel_holds_code_body_tokenizer_and_configs(wheel: Path) -> None:
     assert not strays, sorted(strays)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """Every module loads from the installed copy, and the body that it carries is found."""
     pytest.importorskip("jax")
@@ -106,3 +107,11 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
     broken = [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
     assert not broken, f"{page}: {broken}"
+
+
+def test_the_index_of_the_documentation_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    unnamed = [
+        path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md" and f"({path.name})" not in index
+    ]
+    assert not unnamed, f"docs/README.md does not name {unnamed}"
