@@ -169,3 +169,12 @@ def test_every_posture_has_words():
 def test_wrong_shape_is_told():
     with pytest.raises(UserError, match=r"\(24, 3, 3\), and was given \(22, 3, 3\)"):
         captions.describe(np.zeros((22, 3, 3)))
+
+
+def test_any_pose_can_be_described():
+    matrices = np.random.default_rng(0).normal(size=(60, 24, 3, 3))
+    rotations, _ = np.linalg.qr(matrices)
+    rotations *= np.linalg.det(rotations)[..., None, None]
+    for seed, pose in enumerate(rotations):
+        text = captions.describe(pose, seed=seed)
+        assert 8 < len(text.split()) <= captions.MAX_WORDS and text.endswith(".")

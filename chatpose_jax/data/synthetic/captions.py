@@ -81,6 +81,7 @@ HAND: dict[str, dict[str, str]] = {
     "hand_foot": {"close": "near the foot"},
     "hand_ground": {"touching": "on the ground"},
 }  # fmt: skip
+FOREARM = {"vertical": "upright", "level": "level"}
 UPPER_ARM = {"lifted": "half raised", "level": "level with the shoulder", "above": "above the shoulder"}
 LEG: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {  # kind: (part, category → (verb, rest))
     "thigh": ("thigh", {
@@ -91,6 +92,7 @@ LEG: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {  # kind: (part, categ
     "thigh_side": ("leg", {
         "crossed": ("cross", "to the other side"), "out": ("point", "outward"), "far_out": ("be", "spread far outward"),
     }),
+    "shin": ("shin", {"vertical": ("be", "upright"), "level": ("be", "level")}),
     "foot_lift": ("foot", {"lifted": ("be", "off the ground"), "high": ("be", "high off the ground")}),
     "knee_ground": ("knee", {"touching": ("touch", "the ground")}),
 }  # fmt: skip
@@ -112,10 +114,10 @@ WHOLE: dict[str, dict[str, str]] = {
     "head_turn": {"left": "the head turns left", "right": "the head turns right"},
     "head_nod": {"up": "the chin is up", "down": "the chin is down"},
 }
-ARM_KINDS = (*HAND, "elbow", "elbow_height")
+ARM_KINDS = (*HAND, "elbow", "elbow_height", "forearm")
 # Super-codes that say all there is to say of some kinds, or make them meaningless (support codes).
 _PLACED = tuple(kind for kind in ARM_KINDS if kind not in ("elbow", "hand_ground"))
-_LYING = ("trunk_lean", "knee_ground", "foot_lift", "hand_ground")
+_LYING = ("trunk_lean", "knee_ground", "foot_lift", "hand_ground", "forearm")
 SILENCED: dict[str, tuple[str, ...]] = {
     "hip": _PLACED,
     "head": _PLACED,
@@ -283,9 +285,9 @@ class _Writer:
         sides = ("left", "right") if side == "both" else (side,)
         shape = self.shapes[sides[0]]
         details: list[str] = []
-        for group in (("elbow",), ("elbow_height",), tuple(HAND)):
+        for group in (("elbow",), ("elbow_height",), ("forearm",), tuple(HAND)):
             found = {s: self._adjectives(group, s) for s in sides}
-            part = "hand" if group[0] in HAND else "elbow"
+            part = "hand" if group[0] in HAND else group[0].removesuffix("_height")
             if len(set(found.values())) == 1:
                 shared = next(iter(found.values()))
                 details += [f"the {plural(part) if side == 'both' else part} {shared}"] if shared else []
@@ -307,7 +309,7 @@ class _Writer:
         for kind in kinds:
             category = self.codes.get((kind, side))
             if category:
-                words.append({**HAND, "elbow": ELBOW, "elbow_height": UPPER_ARM}[kind][category])
+                words.append({**HAND, "elbow": ELBOW, "elbow_height": UPPER_ARM, "forearm": FOREARM}[kind][category])
         return _join(words)
 
     def legs(self) -> list[_Clause]:

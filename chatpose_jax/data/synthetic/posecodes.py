@@ -33,6 +33,7 @@ class Kind:
 
 
 _ANGLE = Kind((45, 75, 105, 135, 160), 4, ("folded", "sharply", "right_angle", "half", "slightly", "straight"))
+_UPRIGHT = Kind((12, 78), 4, ("vertical", "", "level"))
 _NEAR = Kind((0.20,), 0.02, ("close", ""))
 KINDS: dict[str, Kind] = {
     # degrees at the middle joint
@@ -45,6 +46,9 @@ KINDS: dict[str, Kind] = {
     "hand_depth": Kind((-0.10, 0.16, 0.36), 0.03, ("behind", "", "front", "far_front")),
     "hand_side": Kind((-0.12, 0.16, 0.36), 0.03, ("across", "", "out", "far_out")),
     "elbow_height": Kind((-0.17, -0.07, 0.09), 0.02, ("", "lifted", "level", "above")),
+    # degrees between a segment and the vertical, 0 to 90
+    "forearm": _UPRIGHT,
+    "shin": _UPRIGHT,
     # hand to another joint, metres
     "hand_hand": _NEAR,
     "hand_head": Kind((0.21,), 0.02, ("close", "")),
@@ -68,7 +72,7 @@ KINDS: dict[str, Kind] = {
 }
 SIDED = (
     "elbow", "knee", "hand_height", "hand_depth", "hand_side", "elbow_height", "hand_head", "hand_hip", "hand_knee",
-    "hand_foot", "hand_ground", "thigh", "thigh_side", "knee_ground", "foot_lift",
+    "hand_foot", "hand_ground", "forearm", "shin", "thigh", "thigh_side", "knee_ground", "foot_lift",
 )  # fmt: skip
 CODES: tuple[tuple[str, str], ...] = tuple(
     (kind, side) for kind in KINDS for side in (("left", "right") if kind in SIDED else ("",))
@@ -156,6 +160,8 @@ def measure(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
             _distance(joint("palm"), joint("ankle")), _distance(joint("palm"), at[f"{other}_ankle"])
         )
         out["hand_ground", side] = joint("palm")[:, 1] - ground
+        out["forearm", side] = _to_vertical(joint("wrist") - joint("elbow"))
+        out["shin", side] = _to_vertical(joint("ankle") - joint("knee"))
         thigh = _within(pelvis, joint("knee") - joint("hip"))
         out["thigh", side] = np.rad2deg(np.arctan2(thigh[:, 2], -thigh[:, 1]))
         length = np.linalg.norm(thigh, axis=-1)
@@ -274,6 +280,10 @@ def _within(frame: np.ndarray, vector: np.ndarray) -> np.ndarray:
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(a - b, axis=-1)
+
+
+def _to_vertical(segment: np.ndarray) -> np.ndarray:
+    return np.rad2deg(np.arccos(np.clip(np.abs(segment[:, 1]) / np.linalg.norm(segment, axis=-1), 0, 1)))
 
 
 def _angle(a: np.ndarray, middle: np.ndarray, b: np.ndarray) -> np.ndarray:
