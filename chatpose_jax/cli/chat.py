@@ -1,0 +1,161 @@
+"""``chatpose chat``: a conversation in the terminal, or one question from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chatpose_jax.chat import ChatPose, Reply, load
+from chatpose_jax.errors import UserError
+
+HELP = """Type a question. Commands:
+  /image FILE   show a picture with the next question
+  /pose         ask for a pose even if the model offers none, with the next question
+  /save FOLDER  write the poses of the last answer as PNG, GLB, OBJ and npz
+  /reset        start over
+  /quit         leave (also Ctrl-D)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose chat``."""
+    parser.add_argument("model", type=Path, help="model folder, as chatpose train, demo and convert write them")
+    parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="picture shown with the first prompt; may be repeated")
+    parser.add_argument("--out", type=Path, help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder")
+    parser.add_argument("--json", action="store_true", help="print the answers as JSON, one object a turn")
+    parser.add_argument("--force-pose", action="store_true", help="end an answer that offers no pose with one")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the folder says")
+    parser.add_argument("--body", type=Path, help="SMPL, SMPL-H or SMPL-X file (.npz, .pkl); default: the body that comes with the package")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Chat; returns the exit status."""
+    for image in args.image:
+        if not image.is_file():
+            raise UserError(f"--image {image}: no such file")
+    if args.image and not args.prompt:
+        raise UserError("--image needs --prompt; in a conversation, type /image FILE")
+    model = load(args.model, dtype=args.dtype, body=args.body)
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "force_pose")}
+    if not args.prompt:
+        return converse(model, settings)
+    messages: list[dict[str, Any]] = []
+    replies = []
+    for turn, prompt in enumerate(args.prompt):
+        images = args.image if turn == 0 else []
+        messages.append(question(prompt, images))
+        reply = answer(model, messages, settings, quiet=args.json)
+        messages.append(reply.message)
+        replies.append(reply)
+        if args.json:
+            print(json.dumps(reply_json(prompt, reply)), flush=True)
+    if args.out:
+        save(list(zip(args.prompt, replies)), args.out)
+        print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def question(prompt: str, images: Sequence[Path]) -> dict[str, Any]:
+    """A user message, pictures first."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": str(image)} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
+def answer(model: ChatPose, messages: list[dict[str, Any]], settings: dict[str, Any], *, quiet: bool = False) -> Reply:
+    """Stream an answer to the terminal."""
+    stream = model.stream(messages, **settings)
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            if not quiet:
+                print(flush=True)
+            return end.value
+        if not quiet:
+            print(piece, end="", flush=True)
+
+
+def reply_json(prompt: str, reply: Reply) -> dict[str, Any]:
+    """One turn as JSON values."""
+    return {
+        "prompt": prompt,
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "poses": [pose.to_json() for pose in reply.poses],
+    }
+
+
+def save(turns: Sequence[tuple[str, Reply]], out: Path) -> list[Path]:
+    """``reply.json`` and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    (out / "reply.json").write_text(json.dumps([reply_json(prompt, reply) for prompt, reply in turns], indent=1) + "\n")
+    written = [out / "reply.json"]
+    for t, (_, reply) in enumerate(turns, 1):
+        for p, pose in enumerate(reply.poses, 1):
+            written += [pose.save(out / f"turn-{t}-pose-{p}{suffix}") for suffix in (".png", ".glb", ".obj", ".npz")]
+    return written
+
+
+def converse(model: ChatPose, settings: dict[str, Any]) -> int:
+    """The interactive loop. A message that cannot be used is reported and the conversation goes on."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing for input())
+    print(f"ChatPose, body: {model.body.name}. /help lists the commands.")
+    messages: list[dict[str, Any]] = []
+    images: list[Path] = []
+    last: tuple[str, Reply] | None = None
+    force = False
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            continue
+        command, _, rest = line.partition(" ")
+        if not line:
+            continue
+        try:
+            if command == "/quit":
+                return 0
+            if command == "/help":
+                print(HELP)
+            elif command == "/reset":
+                messages, images, last, force = [], [], None, False
+            elif command == "/pose":
+                force = True
+            elif command == "/image":
+                if not Path(rest).is_file():
+                    raise UserError(f"/image {rest}: no such file")
+                images.append(Path(rest))
+            elif command == "/save":
+                if last is None or not rest:
+                    raise UserError("/save FOLDER writes the last answer; there must be one, and a folder")
+                print("\n".join(map(str, save([last], Path(rest)))))
+            elif command.startswith("/"):
+                raise UserError(f"no command {command}; /help lists them")
+            else:
+                asked = [*messages, question(line, images)]
+                reply = answer(model, asked, {**settings, "force_pose": force or settings["force_pose"]})
+                messages, images, force, last = [*asked, reply.message], [], False, (line, reply)
+                if reply.poses:
+                    print(f"[{len(reply.poses)} pose{'s' if len(reply.poses) > 1 else ''}: /save FOLDER writes it]")
+        except UserError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\n[stopped]")

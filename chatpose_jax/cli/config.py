@@ -1,0 +1,125 @@
+"""Configuration files: Python with ``get_config()``, overridden on the command line, turned once into typed frozen dataclasses."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chatpose_jax.data.config import DataConfig
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig, preset
+from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.trainable import Rule
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a training run is."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def run_config(model: str) -> Any:
+    """A ``ConfigDict`` with every setting at its default and the named model preset: what a file in ``configs/`` starts from."""
+    from ml_collections import ConfigDict
+
+    table = {"model": preset(model).to_json(), "data": dataclasses.asdict(DataConfig()), "train": dataclasses.asdict(TrainConfig())}
+    table["train"]["trainable"] = [list(row) for row in TrainConfig().trainable]
+    return ConfigDict(table)
+
+
+def config_names() -> list[str]:
+    """The configurations that come with the package."""
+    return sorted(path.stem for path in _folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def _folder() -> Path:
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration by its name in ``configs/`` or the path of a Python file, apply ``key=value`` overrides, check everything.
+
+    Raises UserError for an unknown configuration or key, and for a value of the wrong kind.
+    """
+    path = Path(name) if name.endswith(".py") else _folder() / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"no configuration {name!r}: expected {', '.join(config_names())}, or the path of a Python file with get_config()")
+    spec = importlib.util.spec_from_file_location(f"chatpose_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    config.lock()
+    for override in overrides:
+        _apply(config, override)
+    return freeze(config)
+
+
+def _apply(config: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected KEY=VALUE, such as train.steps=100")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    *parents, name = key.split(".")
+    table = config
+    for parent in parents:
+        table = table.get(parent) if hasattr(table, "get") else None
+    if not hasattr(table, "keys") or name not in table:
+        near = difflib.get_close_matches(key, list(_keys(config)), n=3, cutoff=0.5)
+        raise UserError(f"--set {key}: no such setting" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if hasattr(table[name], "keys") and value is not None:
+        raise UserError(f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them, or none to leave it out")
+    try:
+        table[name] = value
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"--set {override}: expected {type(table[name]).__name__}, such as {table[name]!r}, found {value!r}") from error
+
+
+def _keys(config: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if hasattr(value, "items"):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def freeze(config: Any) -> RunConfig:
+    """``ConfigDict`` -> dataclasses; raises UserError that names a wrong setting."""
+    table = config.to_dict()
+    if unknown := sorted(set(table) - {"model", "data", "train"}):
+        raise UserError(f"configuration: unknown table {unknown[0]!r}; the tables are model, data, train")
+    try:
+        rules = tuple(Rule(*row) for row in table["train"].pop("trainable"))
+        mixture = tuple((str(task), float(weight)) for task, weight in table["data"].pop("mixture"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight): {error}") from error
+    data, train = _typed(DataConfig, table["data"], "data"), _typed(TrainConfig, table["train"], "train")
+    return RunConfig(
+        ModelConfig.from_json(table["model"]),
+        dataclasses.replace(data, mixture=mixture),
+        dataclasses.replace(train, trainable=rules),
+    )
+
+
+def _typed(cls: Any, values: dict[str, Any], where: str) -> Any:
+    if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
+        raise UserError(f"{where}: unknown setting {unknown[0]!r}")
+    return cls(**values)

@@ -1,0 +1,58 @@
+"""The command line: ``chatpose COMMAND …``. Commands are a table; errors that the user can fix are one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from chatpose_jax import __version__
+from chatpose_jax.errors import UserError
+
+# name: (module, what it does). A module has add_arguments(parser) and run(args) -> exit status.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("chatpose_jax.cli.demo", "train a small ChatPose on generated data, evaluate it, ask it for poses"),
+    "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
+    "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
+    "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),
+    "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights holds"),
+    "render": ("chatpose_jax.cli.render", "draw a pose file, or export it as OBJ, GLB or npz"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # "no GPU found" is no news
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="chatpose", description="Language models that understand 3D human pose, in JAX.")
+    parser.add_argument("--version", action="version", version=f"chatpose-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((word for word in argv if word in COMMANDS), None)
+    for name, (module, about) in COMMANDS.items():
+        sub = commands.add_parser(name, help=about, description=about)
+        if name == asked:  # the others stay unread: `chatpose --help` starts at once
+            command = importlib.import_module(module)
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    from smpl_jax.errors import BodyFileError
+
+    try:
+        return args.run(args)
+    except (UserError, BodyFileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
