@@ -283,21 +283,30 @@ def clothing_colors(
     Each vertex takes the garment of the joint that moves it most; hair (`None`: none) grows behind and above a line
     through forehead and ears. Goes by joint names and the rest pose, so it works for any body of the family.
     """
-    names = body.joint_names
+    names, weights = body.joint_names, np.asarray(body.weights).T
+    rest, ids = np.asarray(body.template).T, dict(body.vertex_ids)
     palette = np.tile(np.asarray(skin, np.float32), (len(names), 1))
-    for part, color in _GARMENTS.items():
-        chosen = {"shirt": shirt, "trousers": trousers, "shoes": shoes}[color]
-        palette[[k for k, name in enumerate(names) if name.removeprefix("left_").removeprefix("right_") == part]] = (
-            chosen
-        )
-    owner = np.asarray(body.weights).argmax(0)
-    colors = palette[owner]
-    if hair is not None and "head" in names:
-        rest, head = np.asarray(body.template).T, names.index("head")
-        above = rest - np.asarray(body.joint_template)[head]
-        height = above[owner == head, 1].max(initial=1e-6)
-        _, y, z = above.T / height
-        colors[(owner == head) & (y > np.maximum(0.45 * z + 0.42, 1.6 * z - 0.02))] = np.asarray(hair, np.float32)
+    garments = {"shirt": shirt, "trousers": trousers, "shoes": shoes}
+    for k, name in enumerate(names):
+        part = name.removeprefix("left_").removeprefix("right_")
+        if part in _GARMENTS:
+            palette[k] = np.asarray(garments[_GARMENTS[part]], np.float32)
+    # A high power picks the leading joint, yet fades over a seam instead of following the triangles' edges.
+    share = weights**8
+    colors = ((share / share.sum(1, keepdims=True)) @ palette).astype(np.float32)
+    if "head" in names:
+        k = names.index("head")
+        above, owned = rest - np.asarray(body.joint_template)[k], weights.argmax(1) == k
+        x, y, z = above.T / above[owned, 1].max(initial=1e-6)
+        if hair is not None:
+            line = np.minimum(y - np.maximum(0.9 * z + 0.30, 1.6 * z - 0.02), 0.42 - np.abs(x))  # the ears stay free
+            mix = (line / 0.05 + 0.5).clip(0, 1)[:, None] * owned[:, None]
+            colors += mix * (np.asarray(hair, np.float32) - colors)
+        for name, radius, amount, tone in (("left_eye", 0.0085, 0.85, 0.1), ("right_eye", 0.0085, 0.85, 0.1)):
+            if name in ids:
+                near = np.linalg.norm((rest - rest[ids[name]]) * (0.75, 1.3, 1.0), axis=1)
+                mix = amount * (1.6 * (1 - near / radius)).clip(0, 1)[:, None]
+                colors += (mix * (tone - colors)).astype(np.float32)
     return colors
 
 

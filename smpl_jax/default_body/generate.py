@@ -40,6 +40,8 @@ _LANDMARKS: dict[str, tuple[str, tuple[float, float, float]]] = {
     "left_big_toe": ("left_foot", (-0.5, 0, 1)),
     "left_small_toe": ("left_foot", (1, 0, 0.5)),
 }
+# Landmarks that are no extremes: the vertex nearest to a place (floor frame).
+_PLACES = {"left_eye": (0.0315, 1.6105, 0.086), "mouth": (0.0, 1.549, 0.095)}
 
 
 def build() -> dict[str, NDArray[Any]]:
@@ -50,8 +52,11 @@ def build() -> dict[str, NDArray[Any]]:
     """
     _check_needs()
     half = mesh.half_surface(surface.body, (0.0, -0.02, -0.20), (0.90, 1.76, 0.24), _GRID_STEP)
-    vertices, faces, twin = mesh.mirror(*mesh.thin(*mesh.largest_piece(*half), mesh.FACES // 2))
-    vertices = mesh.relax(vertices, faces, surface.body, surface.normals, rounds=3, amount=0.5)
+    thinned = mesh.thin(*mesh.largest_piece(*half), surface.normals, mesh.FACES // 2)
+    vertices, faces, twin = mesh.mirror(*thinned)
+    # Features that the collapses have found stay where they are; trunk and limbs become even.
+    amount = np.where(mesh.detailed(vertices), 0.08, 0.5)
+    vertices = mesh.relax(vertices, faces, surface.body, surface.normals, 8, amount)
     joints = skeleton.joint_positions()
     weights = rig.skinning_weights(vertices, faces, twin)
     names, ids = landmarks(vertices, weights, twin)
@@ -83,6 +88,12 @@ def landmarks(
         if not name.startswith("left_"):
             candidates = candidates[twin[candidates] == candidates]
         vertex = int(candidates[(vertices[candidates] @ np.array(direction, np.float64)).argmax()])
+        found[name] = vertex
+        if name.startswith("left_"):
+            found[skeleton.swap_sides(name)] = int(twin[vertex])
+    for name, place in _PLACES.items():
+        distance = np.linalg.norm(vertices - place, axis=1)
+        vertex = int((distance + (0 if name.startswith("left_") else 1e3 * (twin != np.arange(len(twin))))).argmin())
         found[name] = vertex
         if name.startswith("left_"):
             found[skeleton.swap_sides(name)] = int(twin[vertex])

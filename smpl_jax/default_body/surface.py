@@ -258,38 +258,44 @@ def _tilt(degrees: float, axis: int) -> NDArray[np.float64]:
 
 
 def _head(p: Points) -> Field:
-    d = ellipsoid(p, (0, 1.627, -0.012), (0.075, 0.094, 0.094))
-    d = smooth_min(d, ellipsoid(p, (0, 1.600, 0.022), (0.066, 0.072, 0.068)), 0.03)
-    d = smooth_min(d, ellipsoid(p, (0, 1.552, 0.040), (0.051, 0.052, 0.046)), 0.03)
-    d = smooth_min(d, ellipsoid(p, (0, 1.519, 0.068), (0.024, 0.017, 0.020)), 0.03)
-    d = smooth_min(d, _both(lambda q: ellipsoid(q, (0.044, 1.548, 0.010), (0.014, 0.030, 0.034)), p, 0.01), 0.03)
-    # Cheek bones and brow frame the eyes.
-    d = smooth_min(d, _both(lambda q: ellipsoid(q, (0.041, 1.578, 0.060), (0.020, 0.016, 0.018)), p, 0.01), 0.025)
-    d = smooth_cut(d, _both(lambda q: ellipsoid(q, (0.031, 1.600, 0.096), (0.019, 0.011, 0.013)), p, 0.004), 0.014)
-    d = smooth_min(d, _both(lambda q: ellipsoid(q, (0.031, 1.600, 0.074), (0.0135, 0.0115, 0.0135)), p, 0.004), 0.004)
-    d = smooth_min(d, _both(lambda q: ellipsoid(q, (0.030, 1.619, 0.081), (0.024, 0.006, 0.010)), p, 0.012), 0.014)
-    nose = smooth_min(
-        round_cone(p, (0, 1.610, 0.086), (0, 1.574, 0.108), 0.0065, 0.0105),
-        ellipsoid(p, (0, 1.571, 0.100), (0.018, 0.009, 0.013)),
-        0.010,
+    def pair(
+        center: Sequence[float], radii: Sequence[float], k: float, tilt: NDArray[np.float64] | None = None
+    ) -> Field:
+        return _both(lambda q: ellipsoid(q, center, radii, tilt), p, k)
+
+    d = ellipsoid(p, (0, 1.629, -0.014), (0.0775, 0.093, 0.096))
+    d = smooth_min(d, ellipsoid(p, (0, 1.606, 0.022), (0.066, 0.074, 0.066)), 0.03)
+    # Jaw: a narrow lower face, its corners below the ears, the chin in front.
+    d = smooth_min(d, ellipsoid(p, (0, 1.555, 0.038), (0.048, 0.046, 0.047)), 0.03)
+    d = smooth_min(d, pair((0.041, 1.550, 0.008), (0.014, 0.030, 0.032), 0.01), 0.03)
+    d = smooth_min(d, ellipsoid(p, (0, 1.516, 0.068), (0.021, 0.015, 0.020)), 0.03)
+    # Cheek bones, sockets, eyes with their lids, brows.
+    d = smooth_min(d, pair((0.044, 1.588, 0.056), (0.020, 0.015, 0.020), 0.01), 0.025)
+    d = smooth_cut(d, pair((0.031, 1.611, 0.098), (0.017, 0.010, 0.014), 0.004), 0.016)
+    d = smooth_min(d, pair((0.0315, 1.6105, 0.0735), (0.0148, 0.0088, 0.0122), 0.004), 0.004)
+    d = smooth_min(d, pair((0.031, 1.6295, 0.0755), (0.019, 0.0040, 0.0085), 0.012, _tilt(7, 2)), 0.014)
+    nose = round_cone(p, (0, 1.618, 0.083), (0, 1.580, 0.1065), 0.0058, 0.0085)
+    nose = smooth_min(nose, pair((0.0105, 1.576, 0.0945), (0.0065, 0.0065, 0.0095), 0.004), 0.008)
+    d = smooth_min(d, nose, 0.009)
+    # Lips, and the crease between them.
+    d = smooth_min(d, ellipsoid(p, (0, 1.554, 0.0840), (0.022, 0.0058, 0.0100)), 0.006)
+    d = smooth_min(d, ellipsoid(p, (0, 1.544, 0.0825), (0.019, 0.0062, 0.0100)), 0.005)
+    d = smooth_cut(d, ellipsoid(p, (0, 1.5490, 0.0960), (0.022, 0.0016, 0.0060)), 0.003)
+    lean = _tilt(12, 0)
+    ear = smooth_cut(
+        pair((0.078, 1.600, -0.012), (0.0085, 0.031, 0.0175), 0.01, lean),
+        pair((0.089, 1.603, -0.009), (0.0080, 0.019, 0.0095), 0.004, lean),
+        0.005,
     )
-    d = smooth_min(d, nose, 0.010)
-    d = smooth_min(d, ellipsoid(p, (0, 1.5475, 0.0835), (0.022, 0.0055, 0.0115)), 0.008)
-    d = smooth_min(d, ellipsoid(p, (0, 1.5375, 0.0815), (0.019, 0.0060, 0.0115)), 0.006)
-    ear = lambda q: smooth_cut(  # noqa: E731
-        ellipsoid(q, (0.079, 1.592, -0.012), (0.009, 0.031, 0.018), _tilt(12, 0)),
-        ellipsoid(q, (0.090, 1.594, -0.009), (0.008, 0.018, 0.010), _tilt(12, 0)),
-        0.006,
-    )
-    return smooth_min(d, _both(ear, p, 0.01), 0.008)
+    return smooth_min(d, ear, 0.007)
 
 
 def _trunk(p: Points) -> Field:
     d = _lofts()["trunk"](p)
     pairs: list[tuple[tuple[float, ...], tuple[float, ...], float]] = [
-        ((0.078, 1.300, 0.068), (0.074, 0.052, 0.046), 0.035),  # pectorals
-        ((0.118, 1.270, -0.055), (0.050, 0.110, 0.056), 0.04),  # back
-        ((0.078, 0.898, -0.072), (0.078, 0.074, 0.066), 0.04),  # seat
+        ((0.076, 1.305, 0.064), (0.074, 0.060, 0.046), 0.05),  # pectorals
+        ((0.108, 1.275, -0.055), (0.052, 0.115, 0.056), 0.05),  # back
+        ((0.078, 0.898, -0.066), (0.078, 0.072, 0.062), 0.05),  # seat
     ]
     for center, radii, k in pairs:
         d = smooth_min(d, _both(lambda q, c=center, r=radii: ellipsoid(q, c, r), p, 0.02), k)
