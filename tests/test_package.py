@@ -23,8 +23,8 @@ seen = []
 for package in (smpl_jax, chatpose_jax):
     assert Path(package.__file__).is_relative_to(home), package.__file__
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        # The generator of the default body runs only in a checkout, with its optional packages.
-        if module.name.startswith(("smpl_jax.default_body.", "chatpose_jax.configs.")):
+        # The generator of the default body takes optional packages; a __main__ runs when imported.
+        if module.name.startswith("smpl_jax.default_body.") or module.name.endswith("__main__"):
             continue
         importlib.import_module(module.name)
         seen.append(module.name)
@@ -87,6 +87,11 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
     report = json.loads(done.stdout.splitlines()[-1])
     assert {"smpl_jax.rotations", "chatpose_jax.models.chatpose", "chatpose_jax.cli.main"} <= set(report["seen"])
     assert report["vertices"] == 6890
+    version = [sys.executable, "-m", "chatpose_jax.cli", "--version"]
+    assert (
+        b"chatpose-jax"
+        in subprocess.run(version, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
+    )
 
 
 def test_the_readme_holds_the_computed_memory_table() -> None:
