@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
-from chatpose_jax.models.layers import Linear, RMSNorm, attention, make_layers, scaled_normal
+from chatpose_jax.models.layers import Linear, RMSNorm, attention, make_layers, matmul, scaled_normal
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +156,7 @@ class LMHead(nnx.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> (..., V) float32 logits."""
         hidden = hidden.astype(self.dtype)
-        parts = [hidden @ weight[...].astype(self.dtype) for weight in (self.kernel, self.added)]
+        parts = [matmul(hidden, weight[...]) for weight in (self.kernel, self.added)]
         return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
 
 

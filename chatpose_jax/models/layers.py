@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,51 @@ Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 def scaled_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Normal with standard deviation 1/sqrt(fan_in), fan_in being the second last axis."""
     return (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype)
+
+
+def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``einsum(spec, a, b)`` of two arrays of one dtype, as float32; every index must stand in two of the three terms.
+
+    XLA's CPU backend multiplies bfloat16 natively only where the result is float32, and JAX's own gradient of such a
+    product would mix float32 with bfloat16, which is slow everywhere: here the gradient stays in the operands' dtype.
+    """
+    if a.dtype == jnp.float32:
+        return jnp.einsum(spec, a, b)
+    return _contract(spec, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _contract_forward(spec: str, a: Any, b: Any) -> tuple[jax.Array, Any]:
+    # A frozen operand needs no gradient, so the other one need not be kept for it.
+    return _contract(spec, a.value, b.value), (b.value if a.perturbed else None, a.value if b.perturbed else None)
+
+
+def _contract_backward(spec: str, kept: Any, gradient: Any) -> tuple[Any, Any]:
+    terms, out = spec.split("->")
+
+    def product(term: str, other: jax.Array | None, other_term: str) -> jax.Array | None:
+        if other is None or isinstance(gradient, jax.custom_derivatives.SymbolicZero):
+            return None
+        return _contract(f"{out},{other_term}->{term}", gradient.astype(other.dtype), other).astype(other.dtype)
+
+    first, second = terms.split(",")
+    return product(first, kept[0], second), product(second, kept[1], first)
+
+
+_contract.defvjp(_contract_forward, _contract_backward, symbolic_zeros=True)
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., in) @ (in, out) -> (..., out) in x's dtype, accumulated in float32; ``kernel`` is cast to x's dtype."""
+    # The CPU backend has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
+    lone = x.size == x.shape[-1] and x.dtype != jnp.float32 and jax.default_backend() == "cpu"
+    rows = "abcdef"[: x.ndim - 1]
+    y = contract(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel.astype(x.dtype)).astype(x.dtype)
+    return y[:1] if lone else y
 
 
 class Linear(nnx.Module):
@@ -48,14 +94,14 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """(..., in) -> (..., out) in ``dtype``. Dropout acts only on the adapter's input, and only when a key is given."""
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
+        y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = 1.0 - self.lora_dropout
                 x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
-            y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.lora_scale
+            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * self.lora_scale
         return y
 
 
@@ -102,13 +148,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
         (B, T, H*K) in q's dtype.
     """
     batch, length, heads, width = q.shape
-    groups = k.shape[1]
+    groups, dtype = k.shape[1], q.dtype
+    if jax.default_backend() == "cpu":  # batched bfloat16 products are slow there, and some layouts fail
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     q = q.reshape(batch, length, groups, heads // groups, width) * jnp.asarray(width**-0.5, q.dtype)
-    scores = jnp.einsum("btgrk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
+    scores = contract("btgrk,bgsk->bgrts", q, k)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bgsk->btgrk", weights, v).reshape(batch, length, heads * width)
+    return contract("bgrts,bgsk->btgrk", weights, v).astype(dtype).reshape(batch, length, heads * width)
 
 
 def make_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: bool, rngs: nnx.Rngs) -> Any:
