@@ -96,7 +96,9 @@ class Pose:
         elif path.suffix == ".png":
             render.save_png(path, self.render(views=("front", "side")))
         else:
-            raise UserError(f"{path}: a pose is saved as .glb, .obj, .npz or .png, not {path.suffix or 'without a suffix'!r}")
+            raise UserError(
+                f"{path}: a pose is saved as .glb, .obj, .npz or .png, not {path.suffix or 'without a suffix'!r}"
+            )
         return path
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +189,11 @@ class ChatPose:
             UserError for malformed messages, images that are none, and conversations that exceed the context.
         """
         batched = bool(messages) and not isinstance(messages[0], Mapping)
-        settings = {"max_new_tokens": max_new_tokens, "sampling": Sampling(temperature, top_p, seed), "force_pose": force_pose}
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "sampling": Sampling(temperature, top_p, seed),
+            "force_pose": force_pose,
+        }
         with self._lock:
             steps = self._answer(messages if batched else [messages], stream_every=max_new_tokens, **settings)  # type: ignore[arg-type, list-item]
             while True:
@@ -235,7 +241,9 @@ class ChatPose:
         keys = [self._keys(row) for row in encoded]
         cache, keep = self._reuse(keys)
         patches = self.config.vision.num_patches
-        skip = [int((row.input_ids[:n] == self.config.image_token_id).sum()) // patches for row, n in zip(encoded, keep)]
+        skip = [
+            int((row.input_ids[:n] == self.config.image_token_id).sum()) // patches for row, n in zip(encoded, keep)
+        ]
         steps = generate_stream(
             self.config,
             self.params,

@@ -24,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose chat``."""
     parser.add_argument("model", type=Path, help="model folder, as chatpose train, demo and convert write them")
     parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="picture shown with the first prompt; may be repeated")
-    parser.add_argument("--out", type=Path, help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder")
+    parser.add_argument(
+        "--image", action="append", default=[], type=Path, help="picture shown with the first prompt; may be repeated"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder"
+    )
     parser.add_argument("--json", action="store_true", help="print the answers as JSON, one object a turn")
     parser.add_argument("--force-pose", action="store_true", help="end an answer that offers no pose with one")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -33,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the folder says")
-    parser.add_argument("--body", type=Path, help="SMPL, SMPL-H or SMPL-X file (.npz, .pkl); default: the body that comes with the package")
+    parser.add_argument(
+        "--body",
+        type=Path,
+        help="SMPL, SMPL-H or SMPL-X file (.npz, .pkl); default: the body that comes with the package",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,7 +32,11 @@ def run_config(model: str) -> Any:
     """A ``ConfigDict`` with every setting at its default and the named model preset: what a file in ``configs/`` starts from."""
     from ml_collections import ConfigDict
 
-    table = {"model": preset(model).to_json(), "data": dataclasses.asdict(DataConfig()), "train": dataclasses.asdict(TrainConfig())}
+    table = {
+        "model": preset(model).to_json(),
+        "data": dataclasses.asdict(DataConfig()),
+        "train": dataclasses.asdict(TrainConfig()),
+    }
     table["train"]["trainable"] = [list(row) for row in TrainConfig().trainable]
     return ConfigDict(table)
 
@@ -54,7 +58,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(name) if name.endswith(".py") else _folder() / f"{name}.py"
     if not path.is_file():
-        raise UserError(f"no configuration {name!r}: expected {', '.join(config_names())}, or the path of a Python file with get_config()")
+        raise UserError(
+            f"no configuration {name!r}: expected {', '.join(config_names())}, or the path of a Python file with get_config()"
+        )
     spec = importlib.util.spec_from_file_location(f"chatpose_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -87,11 +93,15 @@ def _apply(config: Any, override: str) -> None:
         near = difflib.get_close_matches(key, list(_keys(config)), n=3, cutoff=0.5)
         raise UserError(f"--set {key}: no such setting" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     if hasattr(table[name], "keys") and value is not None:
-        raise UserError(f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them, or none to leave it out")
+        raise UserError(
+            f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them, or none to leave it out"
+        )
     try:
         table[name] = value
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"--set {override}: expected {type(table[name]).__name__}, such as {table[name]!r}, found {value!r}") from error
+        raise UserError(
+            f"--set {override}: expected {type(table[name]).__name__}, such as {table[name]!r}, found {value!r}"
+        ) from error
 
 
 def _keys(config: Any, prefix: str = "") -> Iterable[str]:
@@ -110,7 +120,9 @@ def freeze(config: Any) -> RunConfig:
         rules = tuple(Rule(*row) for row in table["train"].pop("trainable"))
         mixture = tuple((str(task), float(weight)) for task, weight in table["data"].pop("mixture"))
     except (TypeError, ValueError) as error:
-        raise UserError(f"train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight): {error}") from error
+        raise UserError(
+            f"train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight): {error}"
+        ) from error
     data, train = _typed(DataConfig, table["data"], "data"), _typed(TrainConfig, table["train"], "train")
     return RunConfig(
         ModelConfig.from_json(table["model"]),

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # "no GPU found" is no news
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="chatpose", description="Language models that understand 3D human pose, in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="chatpose", description="Language models that understand 3D human pose, in JAX."
+    )
     parser.add_argument("--version", action="version", version=f"chatpose-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if word in COMMANDS), None)

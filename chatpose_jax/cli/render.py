@@ -13,18 +13,28 @@ from smpl_jax import io, render, rotations
 
 VIEWS = ("front", "side", "back", "three_quarter")
 # What brings a root orientation into the camera frame (x right, y down, z away).
-FRAMES = {"camera": np.eye(3), "y-up": np.diag([1.0, -1.0, -1.0]), "z-up": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])}
+FRAMES = {
+    "camera": np.eye(3),
+    "y-up": np.diag([1.0, -1.0, -1.0]),
+    "z-up": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose render``."""
-    parser.add_argument("pose", type=Path, help="npz of chatpose (axis_angle, matrices), of AMASS (poses), or .npy of (24, 3), (72,) or (24, 3, 3)")
+    parser.add_argument(
+        "pose",
+        type=Path,
+        help="npz of chatpose (axis_angle, matrices), of AMASS (poses), or .npy of (24, 3), (72,) or (24, 3, 3)",
+    )
     parser.add_argument("--out", required=True, type=Path, help=".png, .glb, .obj or .npz")
     parser.add_argument("--frame", choices=FRAMES, help="of the root orientation; default: z-up for AMASS, else camera")
     parser.add_argument("--index", type=int, default=0, help="frame of a sequence")
     parser.add_argument("--views", nargs="+", choices=VIEWS, default=["front", "side"])
     parser.add_argument("--size", type=int, default=512, help="side of one view in pixels")
-    parser.add_argument("--body", type=Path, help="SMPL, SMPL-H or SMPL-X file; default: the body that comes with the package")
+    parser.add_argument(
+        "--body", type=Path, help="SMPL, SMPL-H or SMPL-X file; default: the body that comes with the package"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +71,9 @@ def read_pose(path: Path, index: int = 0, frame: str | None = None) -> np.ndarra
     else:
         width = array.shape[-1] if array.shape[-1:] != (3,) else 3 * (array.shape[-2] if array.ndim > 1 else 1)
         if array.size == 0 or width < 66 or width % 3:
-            raise UserError(f"{path}: expected rotations of at least 22 joints, found {name or 'an array'} of shape {array.shape}")
+            raise UserError(
+                f"{path}: expected rotations of at least 22 joints, found {name or 'an array'} of shape {array.shape}"
+            )
         matrices = np.asarray(rotations.axis_angle_to_matrix(array.reshape(-1, width // 3, 3).astype(np.float32)))
     if not 0 <= index < len(matrices):
         raise UserError(f"{path}: --index {index}, but there are {len(matrices)} poses")

@@ -30,10 +30,27 @@ VALIDATION_ROWS = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose train``."""
-    parser.add_argument("--config", default="tiny", help="a name in configs/ (tiny, chatpose_7b, chatpose_13b) or a Python file with get_config()")
-    parser.add_argument("--out", required=True, type=Path, help="run folder: checkpoints/, tensorboard/, metrics.jsonl, model/")
-    parser.add_argument("--init", type=Path, help="model folder to start from (chatpose convert makes one); its architecture wins over the configuration's")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a setting: --set train.steps=100")
+    parser.add_argument(
+        "--config",
+        default="tiny",
+        help="a name in configs/ (tiny, chatpose_7b, chatpose_13b) or a Python file with get_config()",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="run folder: checkpoints/, tensorboard/, metrics.jsonl, model/"
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="model folder to start from (chatpose convert makes one); its architecture wins over the configuration's",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a setting: --set train.steps=100",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 143
-    print(f"model folder: {out}\nask it: chatpose chat {out} --prompt \"Someone kneels. Can you give the SMPL pose?\"")
+    print(f'model folder: {out}\nask it: chatpose chat {out} --prompt "Someone kneels. Can you give the SMPL pose?"')
     return 0
 
 
-def run_training(config: RunConfig, out: Path, *, init: Path | None = None, data: Sequence[Example] | None = None) -> Path:
+def run_training(
+    config: RunConfig, out: Path, *, init: Path | None = None, data: Sequence[Example] | None = None
+) -> Path:
     """Data, weights, training, model folder; returns the latter. ``data`` replaces the training split that the configuration names."""
     if init is not None:
         config = adopt(config, init)
@@ -67,7 +86,10 @@ def run_training(config: RunConfig, out: Path, *, init: Path | None = None, data
         cache=len(rows) <= 50_000,
         prefetch=2,
     )
-    print(f"{len(rows)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}", flush=True)
+    print(
+        f"{len(rows)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}",
+        flush=True,
+    )
     validate = None
     if settings.eval_every:
         held_out = examples(config.data, "val", size)
@@ -79,7 +101,9 @@ def run_training(config: RunConfig, out: Path, *, init: Path | None = None, data
         model,
         params,
         processor=lambda path: processor.save(path / model_folder.TOKENIZER),
-        provenance={"trained": {"steps": settings.steps, "from": str(init) if init else "scratch", "data": config.data.source}},
+        provenance={
+            "trained": {"steps": settings.steps, "from": str(init) if init else "scratch", "data": config.data.source}
+        },
         overwrite=True,
     )
     return folder
@@ -96,7 +120,9 @@ def validation_batches(rows: Sequence[Example], processor: Processor, config: Ru
             break
     length = config.train.max_length
     return {
-        kind: list(BatchLoader(group, processor, min(32, len(group)), max_length=length, shuffle=False, epochs=1, buckets=1))
+        kind: list(
+            BatchLoader(group, processor, min(32, len(group)), max_length=length, shuffle=False, epochs=1, buckets=1)
+        )
         for kind, group in groups.items()
     }
 
@@ -134,15 +160,23 @@ def initial_params(config: RunConfig, init: Path | None) -> Params:
     wanted = flatten(abstract_params(config.model))
     held = flatten(abstract_params(model_folder.load_config(init)))
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
-        raise UserError(f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: set model.lora as the folder has it")
+        raise UserError(
+            f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: set model.lora as the folder has it"
+        )
     fresh = sorted(
         path
         for path, leaf in wanted.items()
-        if path not in held or held[path].shape != leaf.shape or (config.model.head.name != model_folder.load_config(init).head.name and path.startswith("pose_head/"))
+        if path not in held
+        or held[path].shape != leaf.shape
+        or (config.model.head.name != model_folder.load_config(init).head.name and path.startswith("pose_head/"))
     )
     if wrong := [path for path in fresh if not path.startswith("pose_head/") and "/lora_" not in path]:
         raise UserError(f"{init}: {wrong[0]} does not fit this configuration")
-    loaded = flatten(model_folder.load_params(init, unflatten({**held, **{path: wanted[path] for path in wanted if path not in fresh}})))
+    loaded = flatten(
+        model_folder.load_params(
+            init, unflatten({**held, **{path: wanted[path] for path in wanted if path not in fresh}})
+        )
+    )
     made = jax.jit(lambda key: {path: flatten(create(config.model, key))[path] for path in fresh})(key) if fresh else {}
     if fresh:
         print(f"starting from {init}; new: {', '.join(fresh)}", flush=True)

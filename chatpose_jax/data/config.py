@@ -53,7 +53,9 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
         return SOURCES[config.source](config, split, image_size)
     module, _, name = config.source.partition(":")
     if not name:
-        raise UserError(f"data.source={config.source!r}: expected one of {', '.join(SOURCES)}, or 'package.module:function'")
+        raise UserError(
+            f"data.source={config.source!r}: expected one of {', '.join(SOURCES)}, or 'package.module:function'"
+        )
     try:
         source: Source = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -44,7 +44,12 @@ def first_question(example: Example) -> list[dict]:
 
 
 def answer_poses(
-    model: ChatPose, examples: Sequence[Example], *, batch_size: int = 32, max_new_tokens: int = 32, label: str | None = None
+    model: ChatPose,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    label: str | None = None,
 ) -> tuple[list[Pose], float]:
     """Chat about the first question of each example; the first pose of each answer, and the share that offered one unasked.
 
@@ -68,7 +73,12 @@ def answer_poses(
 
 
 def evaluate_chat(
-    model: ChatPose, examples: Sequence[Example], baseline: np.ndarray, *, batch_size: int = 32, label: str | None = None
+    model: ChatPose,
+    examples: Sequence[Example],
+    baseline: np.ndarray,
+    *,
+    batch_size: int = 32,
+    label: str | None = None,
 ) -> dict[str, float]:
     """Errors of real answers, and of ``baseline`` (24, 3, 3) given as the answer to everything, with their ratios.
 
@@ -79,4 +89,10 @@ def evaluate_chat(
     errors = pose_errors(np.stack([pose.matrices for pose in poses]), targets, model.body)
     constant = pose_errors(np.broadcast_to(baseline, targets.shape), targets, model.body)
     ratios = {f"ratio_{name}": errors[name] / constant[name] for name in ("mpjpe", "pa_mpjpe", "mpjre")}
-    return {**errors, **{f"baseline_{k}": v for k, v in constant.items()}, **ratios, "pose_rate": rate, "count": len(examples)}
+    return {
+        **errors,
+        **{f"baseline_{k}": v for k, v in constant.items()},
+        **ratios,
+        "pose_rate": rate,
+        "count": len(examples),
+    }

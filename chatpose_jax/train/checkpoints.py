@@ -29,7 +29,10 @@ class Checkpoints:
         """Returns once the state is copied; ``wait`` says when it is on disk. A step that stands already is kept."""
         step = int(state.step)
         if step != self.latest():
-            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave({"data": data, "identity": self.identity})}
+            items = {
+                "state": ocp.args.StandardSave(state),
+                "run": ocp.args.JsonSave({"data": data, "identity": self.identity}),
+            }
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -42,7 +45,9 @@ class Checkpoints:
         try:
             run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         except Exception as error:
-            raise UserError(f"{self.folder / str(step)}: no readable checkpoint ({error}); delete this folder to resume from an older one") from error
+            raise UserError(
+                f"{self.folder / str(step)}: no readable checkpoint ({error}); delete this folder to resume from an older one"
+            ) from error
         if differing := [key for key, value in self.identity.items() if run["identity"].get(key) != value]:
             raise UserError(
                 f"{self.folder}: the checkpoint at step {step} was made with other settings of {', '.join(differing)}; "
@@ -51,7 +56,9 @@ class Checkpoints:
         try:
             state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
         except Exception as error:
-            raise UserError(f"{self.folder / str(step)}: the state cannot be read ({error}); delete this folder to resume from an older one") from error
+            raise UserError(
+                f"{self.folder / str(step)}: the state cannot be read ({error}); delete this folder to resume from an older one"
+            ) from error
         return state, run["data"]
 
     def wait(self) -> None:

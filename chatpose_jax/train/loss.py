@@ -33,7 +33,9 @@ def cross_entropy(model: ChatPoseModel, hidden: jax.Array, labels: jax.Array) ->
     size = (length + padding) // chunks
 
     @jax.checkpoint
-    def chunk(totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def chunk(
+        totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         states, target = part
         logits = model.logits(states)
         chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
@@ -42,7 +44,10 @@ def cross_entropy(model: ChatPoseModel, hidden: jax.Array, labels: jax.Array) ->
         right = counts & (jnp.argmax(logits, axis=-1) == target)
         return (totals[0] + nll.sum(), totals[1] + right.sum(dtype=jnp.float32)), None
 
-    parts = (hidden.reshape(batch, chunks, size, width).swapaxes(0, 1), targets.reshape(batch, chunks, size).swapaxes(0, 1))
+    parts = (
+        hidden.reshape(batch, chunks, size, width).swapaxes(0, 1),
+        targets.reshape(batch, chunks, size).swapaxes(0, 1),
+    )
     (nll, right), _ = jax.lax.scan(chunk, (jnp.float32(0), jnp.float32(0)), parts)
     count = jnp.maximum((targets >= 0).sum(), 1)
     return nll / count, right / count

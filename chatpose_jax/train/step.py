@@ -79,7 +79,9 @@ def make_step(
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def step(state: TrainState, frozen: table.Flat, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: table.Flat, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if config.accumulate == 1:
             grads, metrics = gradient(state.trainable, frozen, batch, key)

@@ -69,7 +69,9 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
     for path in flatten(params):
         row = next((row for regex, row in compiled if regex.fullmatch(path)), None)
         if row is None:
-            raise UserError(f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest")
+            raise UserError(
+                f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest"
+            )
         assigned[path] = row
     for regex, row in compiled:
         if row.lr is not None and not any(regex.fullmatch(path) for path in assigned):
@@ -114,7 +116,10 @@ def scale_by_rows(rows: Mapping[str, Rule], schedule: optax.Schedule) -> optax.G
     def update(updates: Flat, state: optax.ScaleByScheduleState, params: Flat | None = None) -> tuple[Flat, Any]:
         assert params is not None
         lr = schedule(state.count)
-        scaled = {path: -lr * (rows[path].lr or 0.0) * (u + rows[path].weight_decay * params[path]) for path, u in updates.items()}
+        scaled = {
+            path: -lr * (rows[path].lr or 0.0) * (u + rows[path].weight_decay * params[path])
+            for path, u in updates.items()
+        }
         return scaled, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

@@ -116,7 +116,9 @@ def train(
         stopping.append(signum)
 
     main = _set_handlers(stop)
-    bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True, mininterval=1.0)
+    bar = tqdm(
+        total=config.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True, mininterval=1.0
+    )
     try:
         stream = iter(batches)
         state = _loop(config, state, frozen, step_fn, stream, batches, checkpoints, log, bar, stopping, evaluate)
@@ -168,7 +170,9 @@ def _loop(
             now = time.perf_counter()
             scalars["samples_per_second"], rows, since = rows / (now - since), 0, now
             log(step, scalars)
-            bar.set_postfix({name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root")}, refresh=False)
+            bar.set_postfix(
+                {name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root")}, refresh=False
+            )
         if evaluate is not None and config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             log(step, dict(evaluate(table.merge(state.trainable, frozen))))
             since = time.perf_counter()

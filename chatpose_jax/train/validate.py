@@ -20,7 +20,10 @@ from smpl_jax.body import BodyModel
 
 
 def make_validation(
-    model_config: ModelConfig, config: TrainConfig, batches: Mapping[str, Iterable[Mapping[str, np.ndarray]]], body: BodyModel
+    model_config: ModelConfig,
+    config: TrainConfig,
+    batches: Mapping[str, Iterable[Mapping[str, np.ndarray]]],
+    body: BodyModel,
 ) -> Callable[[Mapping[str, Any]], dict[str, float]]:
     """A function of the parameters. ``batches``: for each name (such as "text", "image") a finite list of batches.
 
@@ -31,7 +34,9 @@ def make_validation(
     def run(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         model = bind(model_config, dict(params))
         _, parts = loss(model, batch, lambda_text=config.lambda_text, lambda_pose=config.lambda_pose)
-        hidden = model(batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch.get("pixel_values")).hidden
+        hidden = model(
+            batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch.get("pixel_values")
+        ).hidden
         states = jnp.take_along_axis(hidden, batch["pose_index"][:, :1, None], axis=1)[:, 0]
         matrices = jnp.stack([model.poses(states), batch["pose_targets"][:, 0]])
         joints = bodies.joints(body, bodies.from_smpl_pose(body, matrices))[..., :24, :]

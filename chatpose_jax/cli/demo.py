@@ -1,0 +1,238 @@
+"""``chatpose demo``: a small ChatPose learns from generated data, is measured on held-out rows, and answers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax import __version__
+from chatpose_jax.chat import ChatPose, Reply, load
+from chatpose_jax.cli import chat as chat_command
+from chatpose_jax.cli.config import RunConfig, load_config
+from chatpose_jax.cli.train import cpu_workers, run_training
+from chatpose_jax.data.example import Example
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.evaluation.poses import evaluate_chat, mean_pose
+from chatpose_jax.train.trainer import Interrupted
+from smpl_jax import render
+
+TEST_ROWS = 192
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose demo``."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder for the model, answers, pictures and report.json"
+    )
+    parser.add_argument("--config", default="tiny")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a setting of the training",
+    )
+    parser.add_argument("--rows", type=int, default=TEST_ROWS, help="held-out rows of each kind to evaluate")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, evaluate, answer, report."""
+    clock = Clock()
+    config = load_config(args.config, args.overrides)
+    out: Path = args.out
+    size = config.model.vision.image_size
+
+    print(f"1/4  Generating people in words and pictures ({size} × {size}) ...", flush=True)
+    data = config.data
+    rows = SyntheticDataset("train", data.train_size or None, data.seed, size, dict(data.mixture) or None)
+    rows.precompute(cpu_workers())
+    clock.lap("data")
+
+    print(
+        f"2/4  Training: {config.train.steps} steps (interrupt it if you like; the same command goes on) ...",
+        flush=True,
+    )
+    try:
+        folder = run_training(config, out / "run", data=rows)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 143
+    clock.lap("training")
+
+    print("3/4  Asking about people that it has never seen ...", flush=True)
+    model = load(folder)
+    results = evaluate(model, config, rows, args.rows)
+    clock.lap("evaluation")
+
+    print("4/4  Three conversations ...", flush=True)
+    answers = converse(model, config, out)
+    clock.lap("answers")
+
+    curve = learning_curve(out / "run" / "metrics.jsonl")
+    report = {
+        "chatpose_jax": __version__,
+        "machine": f"{platform.machine()}, {cpu_workers()} cores, Python {platform.python_version()}",
+        "config": {
+            "model": config.model.to_json(),
+            "data": dataclasses.asdict(data),
+            "train": dataclasses.asdict(config.train),
+        },
+        "body": model.body.name,
+        "seconds": clock.laps,
+        "evaluation": results,
+        "learning_curve": curve,
+        "answers": answers,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    if plot := draw_curve(curve, results, out / "learning-curve.png"):
+        answers.append({"files": [str(plot)]})
+    print_results(results, clock)
+    print(f"\nEverything is in {out}: report.json, the answers with PNG, GLB, OBJ and npz, and the model in {folder}.")
+    print(f"Go on: chatpose chat {folder}")
+    return 0
+
+
+class Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        self.laps[name] = round(time.perf_counter() - self.start - sum(self.laps.values()), 1)
+
+
+def evaluate(model: ChatPose, config: RunConfig, train: SyntheticDataset, count: int) -> dict[str, Any]:
+    """Real answers on the test split, text and pictures apart, beside the mean pose of the training split of the same kind."""
+    results = {}
+    size = config.model.vision.image_size
+    for kind, task in (("text", "text"), ("image", "image")):
+        test = SyntheticDataset("test", count, config.data.seed, size, {task: 1.0})
+        test.precompute(cpu_workers())
+        poses = [row.poses[0] for row in _first(train, kind, 1000)]
+        results[kind] = evaluate_chat(model, test[:count], mean_pose(np.stack(poses)), label=kind)
+    return results
+
+
+def _first(rows: SyntheticDataset, kind: str, count: int) -> list[Example]:
+    found: list[Example] = []
+    for index in range(len(rows)):
+        if rows.kind(index) == kind:
+            found.append(rows[index])
+        if len(found) == count:
+            break
+    return found
+
+
+def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
+    """A detailed description, a picture that it has never seen, and a follow-up turn; files of each in ``out``."""
+    size = config.model.vision.image_size
+    text = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text": 1.0})[7]
+    picture = SyntheticDataset("test", 400, config.data.seed + 1, size, {"image": 1.0})[11]
+    turns = SyntheticDataset("test", 400, config.data.seed + 1, size, {"image_turns": 1.0})
+    follow = next(row for row in (turns[i] for i in range(len(turns))) if len(row.poses) == 2)
+    answers = []
+    for name, row in (("description", text), ("picture", picture), ("follow-up", follow)):
+        folder, messages, replies = out / name, [], []
+        folder.mkdir(parents=True, exist_ok=True)
+        for message in row.messages:
+            if message["role"] != "user":
+                continue
+            messages.append(message)
+            reply = model.chat(messages, max_new_tokens=48, force_pose=True)
+            messages.append(reply.message)
+            replies.append((_words(message), reply))
+        files = chat_command.save(replies, folder)
+        files.append(_panel(model, row, replies, folder / "answer.png"))
+        for question, reply in replies:
+            print(f"\n  you>      {question}\n  chatpose> {reply.text}")
+        turns_json = [
+            {"question": question, "answer": reply.text, "poses": len(reply.poses)} for question, reply in replies
+        ]
+        answers.append({"name": name, "turns": turns_json, "files": [str(file) for file in files]})
+    return answers
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] if part["type"] == "text" else "[picture]" for part in content)
+
+
+def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path: Path) -> Path:
+    """The picture asked about, if any, then for each turn the true body and the answered one."""
+    from PIL import Image
+
+    panels, labels = [], []
+    first = row.messages[0]["content"]
+    if not isinstance(first, str):
+        picture = next(part["image"] for part in first if part["type"] == "image")
+        panels.append(np.asarray(Image.fromarray(picture).resize((384, 384), Image.Resampling.NEAREST)))
+        labels.append("picture")
+    poses = [pose for _, reply in replies for pose in reply.poses[:1]]
+    for number, (pose, truth) in enumerate(zip(poses, row.poses), 1):
+        turn = f" {number}" if len(poses) > 1 else ""
+        panels.append(render.render_body(model.body, truth, size=384))
+        panels.append(pose.render(384))
+        labels += [f"true{turn}", f"answer{turn}"]
+    render.save_png(path, render.contact_sheet(panels, len(panels), labels))
+    return path
+
+
+def learning_curve(path: Path) -> list[dict[str, float]]:
+    """The validation lines of a run's ``metrics.jsonl``."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if any(name.startswith("val_") for name in line)]
+
+
+def draw_curve(curve: list[dict[str, float]], results: Mapping[str, Any], path: Path) -> Path | None:
+    """PA-MPJPE of validation rows while training, with the baselines; None, and a word, without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("(install chatpose-jax[eval] for a picture of the learning curve)")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=150)
+    for kind, colour in (("text", "tab:blue"), ("image", "tab:orange")):
+        points = [(line["step"], line[f"val_{kind}_pa_mpjpe"]) for line in curve if f"val_{kind}_pa_mpjpe" in line]
+        if points:
+            axes.plot(*zip(*points), color=colour, marker="o", markersize=3, label=f"{kind} → pose")
+        axes.axhline(results[kind]["baseline_pa_mpjpe"], color=colour, linestyle=":", label=f"mean pose, {kind}")
+    axes.set(xlabel="step", ylabel="PA-MPJPE, mm (validation, teacher-forced)", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def print_results(results: Mapping[str, Any], clock: Clock) -> None:
+    """The table of the evaluation."""
+    print(
+        f"\n{'held-out answers':18} {'MPJPE':>9} {'PA-MPJPE':>9} {'MPJRE':>7}   {'PA-MPJPE / mean pose':>20}   offers a pose"
+    )
+    for kind, r in results.items():
+        print(
+            f"{kind + ' → pose':18} {r['mpjpe']:6.0f} mm {r['pa_mpjpe']:6.0f} mm {r['mpjre']:7.1f}   {r['ratio_pa_mpjpe']:20.2f}   {r['pose_rate']:.0%}"
+        )
+        print(
+            f"{'  mean pose':18} {r['baseline_mpjpe']:6.0f} mm {r['baseline_pa_mpjpe']:6.0f} mm {r['baseline_mpjre']:7.1f}"
+        )
+    print("\n" + ", ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in clock.laps.items()))
