@@ -274,8 +274,8 @@ def clothing_colors(
     *,
     skin: ArrayLike = SKIN,
     shirt: ArrayLike = (0.36, 0.52, 0.66),
-    trousers: ArrayLike = (0.27, 0.29, 0.36),
-    shoes: ArrayLike = (0.20, 0.19, 0.20),
+    trousers: ArrayLike = (0.30, 0.32, 0.40),
+    shoes: ArrayLike = (0.24, 0.22, 0.22),
     hair: ArrayLike | None = (0.24, 0.17, 0.13),
 ) -> NDArray[np.float32]:
     """Vertex colours (V, 3), sRGB, of a dressed person.
@@ -292,7 +292,7 @@ def clothing_colors(
         if part in _GARMENTS:
             palette[k] = np.asarray(garments[_GARMENTS[part]], np.float32)
     # A high power picks the leading joint, yet fades over a seam instead of following the triangles' edges.
-    share = weights**8
+    share = weights**5
     colors = ((share / share.sum(1, keepdims=True)) @ palette).astype(np.float32)
     if "head" in names:
         k = names.index("head")

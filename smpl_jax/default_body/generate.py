@@ -1,7 +1,7 @@
 """Make the default body: `python -m smpl_jax.default_body.generate body.npz`.
 
-Needs scikit-image, scipy and fast-simplification (`pip install 'chatpose-jax[body]'`), only to build; reading the result
-needs numpy alone. The same versions give the same file.
+Needs scikit-image, scipy and fast-simplification (`pip install 'chatpose-jax[body]'`), only to build; reading the
+result needs numpy alone. The same versions give the same file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = "chatpose-default"
 _GRID_STEP = 0.004
 _BUILD_NEEDS = {"skimage": "scikit-image", "scipy": "scipy", "fast_simplification": "fast-simplification"}
 
-# Landmarks: the vertex furthest along a direction among those that a joint moves most (left and midline; mirrored to the right).
+# Landmarks: the vertex furthest along a direction among those that a joint moves most; the right mirrors the left.
 _LANDMARKS: dict[str, tuple[str, tuple[float, float, float]]] = {
     "head_top": ("head", (0, 1, -0.1)),
     "nose": ("head", (0, -0.2, 1)),
@@ -45,7 +45,7 @@ _PLACES = {"left_eye": (0.0315, 1.6105, 0.086), "mouth": (0.0, 1.549, 0.095)}
 
 
 def build() -> dict[str, NDArray[Any]]:
-    """All arrays of the body in SMPL's names and shapes, float64, origin moved off the pelvis as in body files in the wild.
+    """All arrays of the body in SMPL's names and shapes, float64, with the origin off the pelvis as in published files.
 
     Raises:
         ImportError: a build-time package is missing.
@@ -116,7 +116,7 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         ("weights", np.float64(1 / 65535), np.uint16),
         ("posedirs", np.where(correctives > 0, correctives, 1) / 127, np.int8),
     ):
-        stored = scale.astype(np.float32)
+        stored = np.asarray(scale, np.float32)
         packed[name] = np.rint(arrays[name] / stored).astype(dtype)
         packed[f"{name}_scale"] = stored
     row, column = np.nonzero(arrays["J_regressor"])

@@ -1,7 +1,7 @@
 """From a signed distance to SMPL's 6 890 vertices and 13 776 faces, exactly symmetric.
 
-Half of the body is meshed by marching cubes with its cut at x = 0, thinned by quadric edge collapses, and mirrored. A closed
-mesh of genus 0 has V = F / 2 + 2, so asking for SMPL's number of faces gives its number of vertices.
+Half of the body is meshed by marching cubes with its cut at x = 0, thinned by quadric edge collapses, and mirrored. A
+closed mesh of genus 0 has V = F / 2 + 2, so asking for SMPL's number of faces gives its number of vertices.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def largest_piece(
 class Magnifier:
     """A one-to-one map of space that enlarges head, hands and feet, so that an even error there buys finer triangles.
 
-    Along one axis, whatever lies beyond a place is enlarged by a factor that grows over a short way; lengths across that axis,
-    about a centre line, grow alike. The plane x = 0 maps to itself.
+    Along one axis, whatever lies beyond a place is enlarged by a factor that grows over a short way; lengths across
+    that axis, about a centre line, grow alike. The plane x = 0 maps to itself.
     """
 
     # axis, direction, start, way, factor, centre line of the two other coordinates
@@ -121,8 +121,8 @@ def thin(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Quadric edge collapses down to exactly `count` faces, finer on head, hands and feet; the rim stays on x = 0.
 
-    Limbs are nearly cylinders, on which collapses leave triangles as long as the limb, and those bend badly. A ripple of 2 mm
-    on trunk and limbs makes long edges costly; `relax` takes it away again.
+    Limbs are nearly cylinders, on which collapses leave triangles as long as the limb, and those bend badly. A ripple
+    of 2 mm on trunk and limbs makes long edges costly; `relax` takes it away again.
     """
     import fast_simplification
 
@@ -186,8 +186,8 @@ def relax(
     rounds: int,
     amount: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Even out triangles: slide each vertex (by `amount`, (V,) in 0..1) along the skin towards the mean of its neighbours,
-    then back onto the field's zero.
+    """Even out triangles: slide each vertex by `amount` (V,), in 0..1, along the skin towards the mean of its
+    neighbours, then back onto the field's zero.
     """
     average = neighbours(faces, len(vertices))
     for _ in range(rounds):

@@ -1,7 +1,7 @@
 """Everything of the default body but its skin: skinning weights, joint regressor, shape directions, pose correctives.
 
-All functions take vertices in the floor frame of `skeleton` (floor at y = 0, x = body's left, y up, z forward, metres) and
-return exactly symmetric results. `twin` (V,) is the index of each vertex's mirror image.
+All functions take vertices in the floor frame of `skeleton` (floor at y = 0, x = body's left, y up, z forward, metres)
+and return exactly symmetric results. `twin` (V,) is the index of each vertex's mirror image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _ramp(t: Array, reach: float) -> Array:
 def skinning_weights(vertices: Array, faces: NDArray[np.int64], twin: NDArray[np.int64]) -> Array:
     """(V, 24) weights, multiples of 1/65535, at most four a vertex, summing to 1.
 
-    Written down joint by joint as cross-fades over planes that follow the creases of a body, then smoothed over the skin.
+    Written down joint by joint as cross-fades over planes that follow the creases of a body, then smoothed on the skin.
     """
     limbs = _left_limbs(vertices) + _left_limbs(vertices * _FLIP)[:, MIRROR_JOINTS]
     w = limbs + _trunk(vertices) * (1 - limbs.sum(1, keepdims=True))
@@ -103,8 +103,8 @@ def _trunk(p: Array) -> Array:
 def joint_regressor(vertices: Array, weights: Array, joints: Array, twin: NDArray[np.int64]) -> Array:
     """(24, V) non-negative weights, rows summing to 1, that place each joint among the vertices around it.
 
-    Non-negative least squares on the vertices that the joint and its parent share, as SMPL's regressor was learnt, with a
-    light pull towards equal weights so that many vertices take part.
+    Non-negative least squares on the vertices that the joint and its parent share, with a light pull towards equal
+    weights so that many vertices take part.
     """
     from scipy.optimize import nnls
 
@@ -133,7 +133,18 @@ def joint_regressor(vertices: Array, weights: Array, joints: Array, twin: NDArra
 
 # shape ---------------------------------------------------------------------------------------------------------------
 
-SHAPE_NAMES = "stature girth shoulders_over_hips leg_length arm_length belly chest hips muscle head_size".split()
+SHAPE_NAMES = (
+    "stature",
+    "girth",
+    "shoulders_over_hips",
+    "leg_length",
+    "arm_length",
+    "belly",
+    "chest",
+    "hips",
+    "muscle",
+    "head_size",
+)
 
 
 def shape_directions(vertices: Array, weights: Array, joints: Array) -> Array:
@@ -201,6 +212,9 @@ def _nearest_on_bones(vertices: Array, weights: Array, joints: Array) -> Array:
 # pose correctives ----------------------------------------------------------------------------------------------------
 
 
+_RIDGE = 2e-3
+
+
 def pose_correctives(
     vertices: Array,
     faces: NDArray[np.int64],
@@ -209,12 +223,12 @@ def pose_correctives(
     twin: NDArray[np.int64],
     samples: int = 160,
 ) -> Array:
-    """(V, 3, 207) rest-frame offsets, linear in R - I of joints 1 to 23 (row-major), that undo what plain skinning loses.
+    """(V, 3, 207) rest-frame offsets, linear in R - I of joints 1 to 23 (row-major), that undo what skinning loses.
 
-    One joint turns at a time, over the range that a person has. The target turns each vertex about the joint by a *part of the
-    rotation* instead of blending matrices, which keeps its distance from the joint: no collapse at the elbow and no candy
-    wrapper at the wrist. A ridge regression of the difference, brought back to the rest frame, gives the directions. It is
-    fitted inside that range because a linear map of R - I extrapolates badly: fitted on all rotations it bulges.
+    One joint turns at a time, over the range that a person has. The target turns each vertex about the joint by a *part
+    of the rotation* instead of blending matrices, which keeps its distance from the joint: no collapse at the elbow, no
+    candy wrapper at the wrist. Ridge regression of the posed difference gives the directions. It is fitted inside that
+    range because a linear map of R - I extrapolates badly: fitted on all rotations it bulges.
     """
     directions = np.zeros((len(vertices), 3, 23, 3, 3))
     descends = _descendants()
@@ -226,19 +240,17 @@ def pose_correctives(
         if not len(active):
             continue
         rotations = sample_rotations(JOINT_NAMES[j], samples)
-        arms = vertices[active] - joints[j]
-        s = share[active]
-        offsets = []
-        for rotation in rotations:
-            blend = np.eye(3) * (1 - s)[:, None, None] + rotation * s[:, None, None]
-            target = np.einsum("vab,vb->va", _power(rotation, s), arms)
-            skinned = np.einsum("vab,vb->va", blend, arms)
-            offsets.append(np.linalg.solve(blend + 0.05 * np.eye(3), (target - skinned)[:, :, None])[:, :, 0])
         features = (rotations - np.eye(3)).reshape(len(rotations), 9)
-        wanted = np.stack(offsets).reshape(len(rotations), -1)
-        gram = features.T @ features + 1e-2 * len(rotations) * np.eye(9)
-        found = np.linalg.solve(gram, features.T @ wanted).reshape(3, 3, len(active), 3)
-        directions[active, :, j - 1] = found.transpose(2, 3, 0, 1)
+        for part in np.array_split(active, max(1, len(active) // 400)):
+            arms, s = vertices[part] - joints[j], share[part]
+            blend = np.eye(3) + s[:, None, None] * (rotations[:, None] - np.eye(3))
+            target = np.stack([np.einsum("vab,vb->va", _power(r, s), arms) for r in rotations])
+            missing = target - np.einsum("kvab,vb->kva", blend, arms)
+            # A vertex's 27 unknowns d solve  blend_k (features_k · d) = missing_k  over the samples k.
+            rows = np.einsum("kvab,kf->vkabf", blend, features).reshape(len(part), -1, 27)
+            gram = np.swapaxes(rows, 1, 2) @ rows + _RIDGE * len(rotations) * np.eye(27)
+            found = np.linalg.solve(gram, np.swapaxes(rows, 1, 2) @ missing.swapaxes(0, 1).reshape(len(part), -1, 1))
+            directions[part, :, j - 1] = found.reshape(-1, 3, 3, 3)
     average = neighbours(faces, len(vertices))
     flat = directions.reshape(len(vertices), -1)
     for _ in range(2):
@@ -299,12 +311,12 @@ _RANGES = {
 
 
 def sample_rotations(joint: str, count: int) -> Array:
-    """(count, 3, 3) rotations of a left or midline joint over its range: twist, then swing, by a fixed low-discrepancy set."""
+    """(count, 3, 3) rotations of a left or midline joint over its range: a fixed even set of Euler angles."""
     ranges = np.radians(np.array(_RANGES[joint.removeprefix("left_")], np.float64))
     golden = np.array([0.8191725133961645, 0.6710436067037893, 0.5497004779019703])  # R3 sequence of M. Roberts
     unit = (0.5 + np.arange(1, count + 1)[:, None] * golden) % 1
     angles = ranges[:, 0] + unit * (ranges[:, 1] - ranges[:, 0])
-    # A half of the samples turn about one axis only: bending without twist is what bodies do most.
+    # Three quarters of the samples turn about one axis only: bending without twist is what bodies do most.
     angles[::4, [1, 2]] = 0
     angles[1::4, [0, 2]] = 0
     angles[2::4, [0, 1]] = 0

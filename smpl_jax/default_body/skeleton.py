@@ -1,8 +1,9 @@
 """The default body's skeleton: SMPL's 24 joints and tree, placed by published segment proportions.
 
-Heights and lengths follow the segment fractions of stature in Drillis & Contini (1966) as tabulated by Winter, "Biomechanics
-and Motor Control of Human Movement", for a stature of 1.72 m; joints are centres of rotation, not landmarks on the skin.
-Coordinates here have the floor at y = 0; `generate` moves the origin to `ORIGIN`, off the pelvis as in body files in the wild.
+Heights and lengths follow the segment fractions of stature in Drillis & Contini (1966) as tabulated by Winter,
+"Biomechanics and Motor Control of Human Movement", for a stature of 1.72 m; joints are centres of rotation, not
+landmarks on the skin. Coordinates here have the floor at y = 0; `generate` moves the origin to `ORIGIN`, off the pelvis
+as in published body files.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+# fmt: off
 JOINT_NAMES = (
-    "pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot right_foot neck "
-    "left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist "
-    "left_hand right_hand"
-).split()
+    "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle", "right_ankle",
+    "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar", "head", "left_shoulder",
+    "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hand", "right_hand",
+)
+# fmt: on
 PARENTS = np.array([-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21])
 ORIGIN = np.array([0.0, 1.170, -0.025])
 

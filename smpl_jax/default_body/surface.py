@@ -1,14 +1,14 @@
 """The default body's skin, as a signed distance: negative inside, metres, floor at y = 0, y up, z forward, T-pose.
 
-Trunk, limbs, feet and palms are lofts: an axis with stations that give a centre and four radii, joined by monotone cubics. The
-rest are ellipsoids and round cones. Parts are joined by polynomial smooth unions. All numbers are our own, chosen by eye and by
-girth (see `docs/body-default.md`).
+Trunk, limbs, feet and palms are lofts: an axis with stations that give a centre and four radii, joined by monotone
+cubics. The rest are ellipsoids and round cones. Parts are joined by polynomial smooth unions. All numbers are our own,
+chosen by eye and by girth (see `docs/body-default.md`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,8 @@ class Loft:
 
     Args:
         axis: 0, 1 or 2, the coordinate that runs along the tube.
-        stations: rows of (position, center u, center v, +u radius, -u radius, +v radius, -v radius); (u, v) are the other
-            two coordinates in order.
+        stations: rows of (position, center u, center v, +u radius, -u radius, +v radius, -v radius); (u, v) are the
+            other two coordinates in order.
         power: 2 for ellipses, more for boxier sections.
         caps: how far the rounded ends reach beyond the first and the last station.
     """
@@ -298,7 +298,7 @@ def _trunk(p: Points) -> Field:
         ((0.078, 0.898, -0.066), (0.078, 0.072, 0.062), 0.05),  # seat
     ]
     for center, radii, k in pairs:
-        d = smooth_min(d, _both(lambda q, c=center, r=radii: ellipsoid(q, c, r), p, 0.02), k)
+        d = smooth_min(d, _both(partial(ellipsoid, center=center, radii=radii), p, 0.02), k)
     trapezius = lambda q: round_cone(q, (0.030, 1.480, -0.042), (0.150, 1.412, -0.030), 0.034, 0.030)  # noqa: E731
     d = smooth_min(d, _both(trapezius, p, 0.02), 0.035)
     clavicle = lambda q: round_cone(q, (0.022, 1.410, 0.038), (0.150, 1.428, 0.004), 0.008, 0.010)  # noqa: E731
