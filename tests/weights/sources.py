@@ -1,6 +1,8 @@
-"""Small random checkpoints in every layout, made with transformers and torch, of natural scale (activations neither vanish nor blow up).
+"""Small random checkpoints in every layout, made with transformers and torch, of natural scale (activations neither
+vanish nor blow up).
 
-Each maker writes a folder with weights, ``config.json`` and the tiny tokenizer, and returns the torch model(s) to compare with.
+Each maker writes a folder with weights, ``config.json`` and the tiny tokenizer, and returns the torch model(s) to
+compare with.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def write_tokenizer(folder: Path, *, pose: str | None = "<POSE>") -> None:
-    """The package's tiny tokenizer: 1024 pieces, the pose token as 1024, ``<image>`` as 1025; or without the two (``pose=None``)."""
+    """The package's tiny tokenizer: 1024 pieces, the pose token as 1024, ``<image>`` as 1025; or without the two
+    (``pose=None``).
+    """
     data = json.loads((resources.files("chatpose_jax.processing") / "data/tiny_tokenizer/tokenizer.json").read_text())
     kept = [token for token in data["added_tokens"] if token["id"] < VOCAB or pose is not None]
     for token in kept:
@@ -281,7 +285,9 @@ def make_chatpose(
     shards: int = 2,
     seed: int = 0,
 ) -> FlatModels:
-    """CHATPOSE-V0: merged decoder, ``[SEG]``, ``text_hidden_fcs``, buffers of RoPE and SMPL-X, no vision tower; and CLIP in its own folder."""
+    """CHATPOSE-V0: merged decoder, ``[SEG]``, ``text_hidden_fcs``, buffers of RoPE and SMPL-X, no vision tower; and
+    CLIP in its own folder.
+    """
     _fresh(folder)
     models = _flat_models(sizes, dtype, seed)
     state = dict(models.llama.state_dict()) | {
