@@ -174,23 +174,21 @@ def render_mesh(
     seen = _fragments(points, triangles, fine, cull=True)
     if not len(seen.pixel):
         return picture
-    corners = triangles[seen.face]
-    weight = seen.barycentric[:, :, None]
-    normal = (vertex_normals(points, triangles)[corners] * weight).sum(1)
     base = np.asarray(SKIN if colors is None else colors, np.float32)
     if base.shape not in ((3,), (len(points), 3)):
         raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
     base = base * base  # sRGB to linear, near enough and several times quicker than a power of 2.2
-    albedo = base if base.ndim == 1 else (base[corners] * weight).sum(1)
-    position = (points[corners] * weight).sum(1)
-    lit = _shade(normal, position, albedo, np.asarray(light, np.float32))
+    per_vertex = [vertex_normals(points, triangles), points] + ([base] if base.ndim == 2 else [])
+    values = _interpolate(np.concatenate(per_vertex, 1), triangles[seen.face], seen.barycentric)
+    albedo = values[6:] if base.ndim == 2 else base[:, None]
+    lit = _shade(values[:3], values[3:6], albedo, np.asarray(light, np.float32))
 
     # Average the samples of each pixel in linear light; samples that miss the mesh show the background.
     row, column = np.divmod(seen.pixel, fine.width)
     target = (row // supersample) * view.width + column // supersample
     count = np.bincount(target, minlength=view.width * view.height)
     (covered,) = np.nonzero(count)
-    total = np.stack([np.bincount(target, lit[:, c], len(count))[covered] for c in range(3)], 1)
+    total = np.stack([np.bincount(target, lit[c], len(count))[covered] for c in range(3)], 1)
     flat = picture.reshape(-1, 3)
     behind = (flat[covered] / 255.0) ** 2
     samples = supersample * supersample
@@ -435,27 +433,40 @@ def vertex_normals(points: NDArray[np.float32], faces: NDArray[Any]) -> NDArray[
     return normal / np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), np.float32(1e-20))
 
 
+def _interpolate(
+    values: NDArray[np.float32], corners: NDArray[np.intp], barycentric: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Values (V, C) at N places given by their triangles' corners (N, 3) and weights (N, 3), as (C, N)."""
+    out = values[corners[:, 0]] * barycentric[:, :1]
+    out += values[corners[:, 1]] * barycentric[:, 1:2]
+    out += values[corners[:, 2]] * barycentric[:, 2:]
+    return np.ascontiguousarray(out.T)
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors (3, ...) made unit; zero stays zero."""
+    x, y, z = vectors
+    return vectors / np.maximum(np.sqrt(x * x + y * y + z * z), np.float32(1e-20))
+
+
 def _shade(
     normal: NDArray[np.float32], position: NDArray[np.float32], albedo: NDArray[np.float32], light: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Linear colour (N, 3): sky and floor light, a wrapped main light, a faint highlight and a cool rim."""
-    normal = normal / np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), np.float32(1e-20))
-    towards = -position / np.sqrt((position * position).sum(1, keepdims=True))
-    light = light / np.sqrt((light * light).sum())
-    facing = (normal * towards).sum(1).clip(0, 1)
-    key = ((normal @ light + np.float32(0.25)) / np.float32(1.25)).clip(0, 1)
-    sky = np.float32(0.5) - np.float32(0.5) * normal[:, 1]
-    half = towards + light
-    half /= np.sqrt((half * half).sum(1, keepdims=True))
-    gloss = (normal * half).sum(1).clip(0, 1)
-    gloss *= gloss
-    gloss *= gloss
-    gloss *= gloss
-    gloss *= gloss
+    """Linear colour (3, N) of (3, N) arrays: sky and floor light, a wrapped main light, a faint highlight and a rim."""
+    normal, towards, light = _unit(normal), _unit(-position), _unit(light)
+
+    def dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+        return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+    facing = dot(normal, towards).clip(0, 1)
+    key = ((dot(normal, light) + np.float32(0.25)) / np.float32(1.25)).clip(0, 1)
+    sky = np.float32(0.5) - np.float32(0.5) * normal[1]
+    gloss = dot(normal, _unit(towards + light[:, None])).clip(0, 1)
+    for _ in range(4):  # to the 16th power
+        gloss *= gloss
     edge = np.float32(1) - facing
-    edge *= edge
     diffuse = np.float32(0.16) + np.float32(0.24) * sky + np.float32(0.10) * facing + np.float32(0.85) * key
-    return albedo * diffuse[:, None] + (np.float32(0.05) * gloss + np.float32(0.05) * edge * sky)[:, None]
+    return albedo * diffuse + (np.float32(0.05) * gloss + np.float32(0.05) * edge * edge * sky)
 
 
 def _backdrop(background: ArrayLike | None, camera: Camera) -> NDArray[np.uint8]:
