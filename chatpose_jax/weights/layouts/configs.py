@@ -58,11 +58,12 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
         kv_out = shapes[f"{model}layers.0.self_attn.k_proj.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"no LLaMA decoder under {model!r}: tensor {error} is missing or misshaped") from None
-    layers = count_layers(shapes, f"{model}layers.")
+    # The config's count wins: layers that a lost shard held are then reported missing by name.
+    layers = int(config.get("num_hidden_layers", count_layers(shapes, f"{model}layers.")))
     _agree(
         config,
         where,
-        {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": rows},
+        {"hidden_size": width, "intermediate_size": mlp, "vocab_size": rows},
     )
     heads = int(config.get("num_attention_heads", 32))
     head_dim = int(config.get("head_dim") or q_out // heads)
@@ -105,7 +106,7 @@ def clip_settings(
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"no CLIP vision tower under {tower!r}: tensor {error} is missing or misshaped") from None
     side = round((positions - 1) ** 0.5)
-    layers = count_layers(shapes, f"{tower}encoder.layers.")
+    layers = int(config.get("num_hidden_layers", count_layers(shapes, f"{tower}encoder.layers.")))
     if side * side + 1 != positions:
         raise UserError(
             f"{tower}embeddings.position_embedding has {positions} rows; expected one more than a square number"
@@ -116,7 +117,6 @@ def clip_settings(
         {
             "hidden_size": width,
             "intermediate_size": mlp,
-            "num_hidden_layers": layers,
             "patch_size": patch,
             "image_size": side * patch,
         },

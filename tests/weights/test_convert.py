@@ -1,0 +1,334 @@
+"""What conversions refuse, how they end when interrupted, and where values land on eight devices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+torch = pytest.importorskip("torch")
+
+from chatpose_jax.errors import UserError  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params, create  # noqa: E402
+from chatpose_jax.models.config import preset  # noqa: E402
+from chatpose_jax.weights import arrays, cli  # noqa: E402
+from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
+from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
+from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
+
+from .sources import make_chatpose, make_llava_transformers, write_state, write_tokenizer  # noqa: E402
+
+State = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole LLaVA for transformers, one safetensors file; tests copy it before they break it."""
+    folder = tmp_path_factory.mktemp("llava") / "llava"
+    make_llava_transformers(folder, dtype=torch.bfloat16)
+    return folder
+
+
+def broken(llava: Path, folder: Path, change: Callable[[State], Any]) -> Path:
+    from safetensors.torch import load_file
+
+    shutil.copytree(llava, folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    write_state(folder, state)
+    return folder
+
+
+def test_all_problems_come_in_one_error_and_nothing_is_written(llava: Path, tmp_path: Path) -> None:
+    def change(state: State) -> None:
+        del state["language_model.model.layers.1.mlp.up_proj.weight"]
+        del state["multi_modal_projector.linear_1.bias"]
+        state["multi_modal_projector.linear_2.weight"] = torch.zeros(64, 63)
+        state["language_model.model.norm.weight"] = torch.zeros(64, dtype=torch.int8)
+        state["language_model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 64)
+        state["vision_tower.encoder.layers.9.mlp.fc3.weight"] = torch.zeros(1)
+
+    source = broken(llava, tmp_path / "src", change)
+    with pytest.raises(UserError) as caught:
+        convert(source, tmp_path / "out")
+    message = str(caught.value)
+    for part in (
+        "missing (2): ",
+        "language_model.model.layers.1.mlp.up_proj.weight",
+        "multi_modal_projector.linear_1.bias",
+        "misshaped (1): multi_modal_projector.linear_2.weight is (64, 63), expected (64, 64)",
+        "not floating point (1): language_model.model.norm.weight is int8",
+        "unknown (2): ",
+        "language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "vision_tower.encoder.layers.9.mlp.fc3.weight",
+        "nothing was written",
+    ):
+        assert part in message
+    assert "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_part_from_two_sources_is_an_error(llava: Path, tmp_path: Path) -> None:
+    make_chatpose(tmp_path / "chatpose", tmp_path / "clip")
+    with pytest.raises(
+        UserError, match=r"duplicate .*vision/patch_embed/kernel comes from clip and from another source"
+    ):
+        convert(llava, tmp_path / "out", vision=tmp_path / "clip")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full' is not supported"),
+        ({"vision_feature_layer": [-2, -5]}, "expected one negative number"),
+        ({"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act='gelu'"),
+        ({"text_config": {"rope_parameters": {"rope_type": "llama3"}}}, "RoPE of type 'llama3'"),
+        ({"text_config": {"num_attention_heads": 5}}, "num_attention_heads=5"),
+        ({"text_config": {"num_hidden_layers": 7}}, r"missing \(36\): language_model\.model\.layers\.3\."),
+        ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act='gelu'"),
+    ],
+)
+def test_settings_that_the_model_cannot_follow(
+    llava: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(llava, tmp_path / "src")
+    config = json.loads((tmp_path / "src/config.json").read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (tmp_path / "src/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
+def test_rope_theta_of_old_and_new_configs(llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava, tmp_path / "src")
+    config = json.loads((tmp_path / "src/config.json").read_text())
+    text = {key: value for key, value in config["text_config"].items() if key != "rope_parameters"}
+    for settings in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}):
+        (tmp_path / "src/config.json").write_text(json.dumps(config | {"text_config": text | settings}))
+        plan, _ = load_source(tmp_path / "src")
+        assert plan.config.text.rope_theta == 5e5
+
+
+def test_tokenizers_that_do_not_fit(llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava, tmp_path / "src")
+    (tmp_path / "src/tokenizer.json").unlink()
+    (tmp_path / "src/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer: expected tokenizer.model or tokenizer.json"):
+        convert(tmp_path / "src", tmp_path / "out")
+    (tmp_path / "large").mkdir()
+    write_tokenizer(tmp_path / "large")
+    (tmp_path / "large/added_tokens.json").write_text(json.dumps({"<extra>": 5000}))
+    with pytest.raises(UserError, match="5001 tokens, the embedding 1026 rows"):
+        convert(tmp_path / "src", tmp_path / "out", tokenizer=tmp_path / "large")
+
+
+def test_a_hostile_shard_stops_the_conversion(llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava, tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"w": torch.optim.SGD}, tmp_path / "src/pytorch_model.bin")
+    with pytest.raises(UserError, match=r"refused: the pickle asks for torch\.optim"):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, real = [], TensorEntry.read
+
+    def failing(self: TensorEntry, index: Any = None) -> np.ndarray:
+        reads.append(self.name)
+        if len(reads) > 20:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorEntry, "read", failing)
+        with pytest.raises(KeyboardInterrupt):
+            convert(llava, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+    # A killed process cannot clean up: its half folder does not load, and the next run replaces it.
+    half = tmp_path / ".out.partial"
+    (half / "params").mkdir(parents=True)
+    with pytest.raises(UserError, match="no model folder"):
+        read_folder(half)
+    convert(llava, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert load_config(tmp_path / "out").text.num_layers == 3
+
+
+def test_a_full_disk_is_one_clear_error(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("chatpose_jax.weights.convert.write_leaves", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        convert(llava, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="exists already"):
+        convert(llava, tmp_path / "out")
+    with pytest.raises(UserError, match="is no model folder"):
+        convert(llava, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/mine.txt").read_text() == "keep"
+
+
+def test_provenance_names_files_and_hashes(llava: Path, tmp_path: Path) -> None:
+    convert(llava, tmp_path / "out")
+    record = read_folder(tmp_path / "out")["provenance"]["sources"][0]
+    file = llava / "model.safetensors"
+    assert record["layout"] == "llava_transformers_5"
+    assert record["files"] == [{"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}]
+
+
+def shard(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Layers whole, input over fsdp and output over tp wherever they divide."""
+    axes: list[str | None] = [None] * len(shape)
+    for axis, name in zip(range(len(shape) - 1, max(len(shape) - 3, -1), -1), ("tp", "fsdp"), strict=False):
+        if shape[axis] % mesh.shape[name] == 0:
+            axes[axis] = name
+    return NamedSharding(mesh, P(*axes))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("fmt", ["safetensors", "bin"])
+def test_eight_devices_hold_what_one_holds(tmp_path: Path, shape: tuple[int, int], fmt: Any, monkeypatch: Any) -> None:
+    """Straight from the source, and through a folder; no device shard is read more than once."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    mesh = jax.make_mesh(shape, ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    make_llava_transformers(tmp_path / "src", "4", fmt)
+    plan, single = load_source(tmp_path / "src")
+    read, real = [], TensorEntry.read
+
+    def counting(self: TensorEntry, index: Any = None) -> np.ndarray:
+        values = real(self, index)
+        read.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(TensorEntry, "read", counting)
+    _, direct = load_source(tmp_path / "src", shardings=lambda path, size: shard(path, size, mesh))
+    assert sum(read) <= 1.05 * plan.nbytes + 8 * 2**20
+    convert(tmp_path / "src", tmp_path / "out")
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shard(str(path), leaf.shape, mesh)),
+        abstract_params(plan.config),
+    )
+    restored = load_params(tmp_path / "out", abstract)
+    q_proj = direct["decoder"]["layers"]["attn"]["q_proj"]["kernel"]
+    assert q_proj.addressable_shards[0].data.shape == (3, 64 // shape[0], 64 // shape[1])
+    for tree in (direct, restored):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), tree, single)
+
+
+class NoTokenizer:
+    """A processor that writes one file."""
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def test_folder_round_trip_and_its_errors(tmp_path: Path) -> None:
+    config = preset("tiny")
+    params = create(config, jax.random.key(0))
+    save_folder(tmp_path / "m", config, params, processor=NoTokenizer(), provenance={"by": "test"})
+    assert load_config(tmp_path / "m") == config
+    restored = load_params(tmp_path / "m", abstract_params(config))
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16"), abstract_params(config))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load_params(tmp_path / "m", half))} == {"bfloat16"}
+
+    other = flatten_dict(abstract_params(config.replace(lora=None)), sep="/")
+    other["decoder/norm/scale"] = jax.ShapeDtypeStruct((5,), "float32")
+    other["decoder/extra"] = jax.ShapeDtypeStruct((5,), "float32")
+    from flax.traverse_util import unflatten_dict
+
+    with pytest.raises(UserError) as caught:
+        load_params(tmp_path / "m", unflatten_dict(other, sep="/"))
+    for part in ("missing (1): decoder/extra", "extra (4): ", "lora_a", "decoder/norm/scale is (192,), expected (5,)"):
+        assert part in str(caught.value)
+
+
+def test_folders_that_do_not_load(llava: Path, tmp_path: Path) -> None:
+    config = preset("tiny")
+    good = save_folder(tmp_path / "m", config, create(config, jax.random.key(0)), processor=NoTokenizer())
+    with pytest.raises(UserError, match="no such folder"):
+        load_config(tmp_path / "absent")
+    with pytest.raises(UserError, match="convert it first: chatpose convert"):
+        load_config(llava)
+    with pytest.raises(UserError, match="no model folder"):
+        load_config(tmp_path)
+
+    shutil.copytree(good, tmp_path / "cut")
+    for file in (tmp_path / "cut/params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"not a whole Orbax checkpoint|are damaged"):
+        load_params(tmp_path / "cut", abstract_params(config))
+
+    shutil.copytree(good, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/params")
+    with pytest.raises(UserError, match="half a model folder: params missing"):
+        load_config(tmp_path / "half")
+
+    data = json.loads((good / "config.json").read_text())
+    (good / "config.json").write_text(json.dumps(data | {"version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        load_config(good)
+
+
+def test_small_blocks_and_compression_change_nothing(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves split into many chunks and blocks, as large models are."""
+    plan, whole = load_source(llava)
+    monkeypatch.setattr(arrays, "_CHUNK", 2000)
+    monkeypatch.setattr(arrays, "_BLOCK", 5000)
+    monkeypatch.setattr(arrays, "_IN_FLIGHT", 9000)
+    convert(llava, tmp_path / "out", compress=True)
+    split = load_params(tmp_path / "out", abstract_params(plan.config))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), split, whole)
+
+
+def run(command: str, *args: str) -> int:
+    parser = argparse.ArgumentParser()
+    add, go = getattr(cli, f"add_{command}_arguments"), getattr(cli, f"run_{command}")
+    add(parser)
+    return go(parser.parse_args(args))
+
+
+def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", str(llava)) == 0
+    found = capsys.readouterr().out
+    assert "LLaVA-1.5 for transformers, names of 5.x" in found
+    assert "1026 rows, 1024 of them base" in found
+    assert "initialised pose_head" in found
+
+    assert run("convert", str(llava), str(tmp_path / "out"), "--dtype", "float32") == 0
+    assert "16 tensors: follows the last block" in capsys.readouterr().out
+    assert run("inspect", str(tmp_path / "out"), "--tensors") == 0
+    found = capsys.readouterr().out
+    assert "decoder/layers/attn/q_proj/kernel  (3, 64, 64)  float32" in found
+    assert "from        llava (llava_transformers_5, 1 files)" in found
+
+
+def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_chatpose(tmp_path / "src", tmp_path / "clip")
+    assert run("inspect", str(tmp_path / "src")) == 1
+    found = capsys.readouterr().out
+    assert "has not     vision" in found
+    assert "--vision FOLDER" in found

@@ -1,0 +1,250 @@
+"""Files read by byte range against torch and safetensors; damaged and hostile files refused with one clear error each."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.readers import open_checkpoint, read_safetensors_header, read_torch_header
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402
+
+DTYPES = ["float32", "float16", "bfloat16", "float64", "int64", "int8", "uint8", "bool"]
+
+
+def as_numpy(tensor: Any) -> np.ndarray:
+    return (
+        tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", ["safetensors", "bin"])
+def test_boxes_of_tensors_equal_torch(tmp_path: Path, fmt: str, dtype: str) -> None:
+    tensors = {
+        "matrix": (torch.randn(17, 9) * 50).to(getattr(torch, dtype)),
+        "four": (torch.randn(4, 3, 2, 5) * 50).to(getattr(torch, dtype)),
+        "scalar": torch.tensor(3).to(getattr(torch, dtype)),
+        "empty": torch.zeros(0, 4).to(getattr(torch, dtype)),
+    }
+    file = tmp_path / f"model.{fmt}"
+    save_file(tensors, file) if fmt == "safetensors" else torch.save(tensors, file)
+    checkpoint = open_checkpoint(file)
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        found = checkpoint.read(name)
+        assert found.dtype == as_numpy(tensor).dtype
+        assert found.shape == tuple(tensor.shape)
+        assert found.tobytes() == as_numpy(tensor).tobytes()
+    box = (slice(3, 11), slice(2, 7))
+    assert checkpoint.read("matrix", box).tobytes() == as_numpy(tensors["matrix"])[box].tobytes()
+    box4 = (slice(1, 3), slice(0, 3), slice(1, 2), slice(2, 5))
+    assert checkpoint.read("four", box4).tobytes() == as_numpy(tensors["four"])[box4].tobytes()
+
+
+def test_views_and_shared_storages_of_torch_files(tmp_path: Path) -> None:
+    """Transposed, sliced and tied tensors are stored once, with strides and offsets."""
+    base = torch.arange(60.0).reshape(6, 10)
+    state = OrderedDict(
+        t=base.T, rows=base[2:4], columns=base[:, 3:5], tied=base, parameter=torch.nn.Parameter(base[1])
+    )
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(checkpoint.read(name), tensor.detach().numpy())
+    np.testing.assert_array_equal(checkpoint.read("t", (slice(2, 5), slice(1, 4))), base.T[2:5, 1:4].numpy())
+
+
+def test_wrappers_and_leaves_that_are_no_tensors(tmp_path: Path) -> None:
+    state = {"module": {"w": torch.ones(2, 2), "step": 7, "name": "x", "none": None}, "epoch": 3}
+    torch.save(state, tmp_path / "m.bin")
+    assert set(open_checkpoint(tmp_path / "m.bin").tensors) == {"w"}
+
+
+def test_reading_maps_only_what_is_asked(tmp_path: Path) -> None:
+    """A file that claims one terabyte (sparse) is read at its end without reading the rest."""
+    rows, columns = 1 << 20, 1 << 18
+    header = json.dumps(
+        {"w": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}}
+    ).encode()
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        try:
+            out.truncate(8 + len(header) + 4 * rows * columns)
+        except OSError:
+            pytest.skip("the file system has no sparse files of this size")
+        out.seek(-8, os.SEEK_END)
+        out.write(np.array([1.5, 2.5], np.float32).tobytes())
+    last = open_checkpoint(file).read("w", (slice(rows - 1, rows), slice(columns - 2, columns)))
+    np.testing.assert_array_equal(last, [[1.5, 2.5]])
+
+
+def safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "message"),
+    [
+        ({}, 1 << 60, "announce a header of 1152921504606846976 bytes"),
+        (b"{", None, "announce a header of 1 bytes|damaged"),
+        (b"not json", None, "header is damaged"),
+        (b'{"a": 1, "a": 2}', None, "a name stands twice"),
+        ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, None, "cut off: tensor 'w' ends at"),
+        ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, None, "cannot fill bytes 0..8"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, None, "cannot fill"),
+        ({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, None, "dtype 'F99'"),
+        ({"w": {"shape": [1]}}, None, "header is damaged"),
+        ({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4 << 40]}}, None, "cut off"),
+    ],
+)
+def test_damaged_safetensors(tmp_path: Path, header: Any, length: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_safetensors_header(safetensors(tmp_path / "m.safetensors", header, length=length))
+
+
+class Hostile:
+    """Unpickled naively, it would create the file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path: Path, nested: bool) -> None:
+    trap = Hostile(tmp_path / "owned")
+    torch.save({"w": torch.ones(2), "x": [trap] if nested else trap}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"refused: the pickle asks for \w+\.mkdir"):
+        open_checkpoint(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def archive(path: Path, data: bytes, *, compress: bool = False, byteorder: bytes = b"little") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as out:
+        out.writestr("m/data.pkl", data)
+        out.writestr("m/byteorder", byteorder)
+        out.writestr("m/data/0", b"\0" * 64)
+    return path
+
+
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__"])
+def test_builtins_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="refused"):
+        read_torch_header(archive(tmp_path / "m.bin", f"cbuiltins\n{name}\n.".encode()))
+
+
+def test_a_pickle_cannot_change_the_reader(tmp_path: Path) -> None:
+    """BUILD writes attributes; it must reach only objects made for this file."""
+    poison = b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeK\x01sb."
+    with pytest.raises(UserError):
+        checkpoint = open_checkpoint(archive(tmp_path / "poison.bin", poison))
+        assert not checkpoint.tensors
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "good.bin")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "good.bin").read("w"), [0, 1, 2, 3])
+
+
+def test_damaged_torch_files(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1000)}, tmp_path / "good.bin")
+    whole = (tmp_path / "good.bin").read_bytes()
+    bad = tmp_path / "bad.bin"
+    cases = {
+        "not a whole zip archive": whole[: len(whole) // 2],
+        "before PyTorch 1.6": pickle.dumps({"w": 1}),
+    }
+    for message, data in cases.items():
+        bad.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            open_checkpoint(bad)
+    with pytest.raises(UserError, match="the archive is damaged"):
+        open_checkpoint(archive(bad, b"\x80\x02garbage"))
+    with pytest.raises(UserError, match="big-endian"):
+        open_checkpoint(archive(bad, pickle.dumps({}), byteorder=b"big"))
+    torch.save({"w": torch.ones(4)}, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"before PyTorch 1.6"):
+        open_checkpoint(tmp_path / "legacy.bin")
+
+
+def test_tensors_outside_their_storage_are_refused(tmp_path: Path) -> None:
+    """A shape that claims more than the storage holds would read the neighbour's bytes."""
+    torch.save({"w": torch.ones(16), "secret": torch.full((16,), 7.0)}, tmp_path / "m.bin")
+    with zipfile.ZipFile(tmp_path / "m.bin") as source:
+        members = {info.filename: source.read(info) for info in source.infolist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    # BININT1 16 as the first size: claim 32 elements instead.
+    members[name] = members[name].replace(b"K\x10\x85", b"K\x20\x85", 1)
+    with zipfile.ZipFile(tmp_path / "bad.bin", "w") as out:
+        for member, data in members.items():
+            out.writestr(member, data)
+    with pytest.raises(UserError, match="does not fit its storage of 64 bytes"):
+        open_checkpoint(tmp_path / "bad.bin")
+
+
+def test_compressed_members_are_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(16)}, tmp_path / "m.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "m.bin") as source,
+        zipfile.ZipFile(tmp_path / "z.bin", "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for info in source.infolist():
+            out.writestr(info.filename, source.read(info))
+    with pytest.raises(UserError, match="compressed"):
+        open_checkpoint(tmp_path / "z.bin")
+
+
+def index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_folders_and_indices(tmp_path: Path) -> None:
+    one, two = torch.ones(2), torch.zeros(3)
+    save_file({"a": one}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": two, "a": one}, tmp_path / "model-00002-of-00002.safetensors")
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+    index(tmp_path, {"a": files[0], "b": files[1]})
+    with pytest.raises(UserError, match=f"'a' stands in both {files[0]} and {files[1]}"):
+        open_checkpoint(tmp_path)
+
+    save_file({"b": two}, tmp_path / files[1])
+    assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
+
+    index(tmp_path, {"a": files[0], "b": "model-00003-of-00003.safetensors"})
+    with pytest.raises(UserError, match=r"names 1 of 2 files that are not there: model-00003-of-00003.safetensors"):
+        open_checkpoint(tmp_path)
+    index(tmp_path, {"a": files[0], "b": files[1], "c": files[1]})
+    with pytest.raises(UserError, match="lists 1 tensors that its files do not hold: c"):
+        open_checkpoint(tmp_path)
+    index(tmp_path, {"a": "../outside.safetensors"})
+    with pytest.raises(UserError, match="outside its folder"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="expected a JSON object"):
+        open_checkpoint(tmp_path)
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no weights here"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_checkpoint(tmp_path / "absent")
+    (tmp_path / "model.txt").write_text("x")
+    with pytest.raises(UserError, match=r"expected one of .safetensors"):
+        open_checkpoint(tmp_path / "model.txt")
