@@ -1,9 +1,11 @@
-"""Body forward and forward + backward against smplx (PyTorch) and body-models (PyTorch and JAX), as paired ratios in one run.
+"""Body forward and forward + backward against smplx (PyTorch) and body-models (PyTorch and JAX), as paired ratios in
+one run.
 
     python bench/body.py [--batch 1 32 1024] [--json out.json]
 
-The model is random, in SMPL's exact format, made on the fly. Inputs are axis-angle poses (B, 24, 3) and shapes (B, 10); the gradient is that of a random
-projection of the vertices. A ratio is the peer's time over ours: above 1, we are faster. Peers that are not installed are named and left out.
+The model is random, in SMPL's exact format, made on the fly. Inputs are axis-angle poses (B, 24, 3) and shapes (B, 10);
+the gradient is that of a random projection of the vertices. A ratio is the peer's time over ours: above 1, we are
+faster. Peers that are not installed are named and left out.
 """
 
 import argparse
@@ -17,8 +19,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pairs import paired, repeat
 
-from bench.pairs import paired, repeat
 from smpl_jax import axis_angle_to_matrix, joints, load_body, vertices
 
 Timed = Callable[[], object]
@@ -39,16 +41,23 @@ def random_smpl(path: Path, num_vertices: int = 6890) -> None:
         "J_regressor": regressor / regressor.sum(1, keepdims=True),
     }
     content = {k: v.astype(np.float32) for k, v in arrays.items()}
-    content |= {"f": rng.integers(0, num_vertices, (13776, 3)).astype(np.uint32), "kintree_table": np.array([PARENTS, range(24)])}
+    content |= {
+        "f": rng.integers(0, num_vertices, (13776, 3)).astype(np.uint32),
+        "kintree_table": np.array([PARENTS, range(24)]),
+    }
     path.write_bytes(pickle.dumps(content))
 
 
-def jax_timed(function: Callable[..., jax.Array], pose: np.ndarray, betas: np.ndarray, g: np.ndarray) -> tuple[Timed, Timed]:
+def jax_timed(
+    function: Callable[..., jax.Array], pose: np.ndarray, betas: np.ndarray, g: np.ndarray
+) -> tuple[Timed, Timed]:
     arguments = jnp.asarray(pose), jnp.asarray(betas)
     weight = jnp.asarray(g)
     forward = jax.jit(function)
     backward = jax.jit(jax.grad(lambda p, b, w: jnp.vdot(function(p, b), w), argnums=(0, 1)))
-    return lambda: jax.block_until_ready(forward(*arguments)), lambda: jax.block_until_ready(backward(*arguments, weight))
+    return lambda: jax.block_until_ready(forward(*arguments)), lambda: jax.block_until_ready(
+        backward(*arguments, weight)
+    )
 
 
 def torch_timed(function: Callable, pose: np.ndarray, betas: np.ndarray, g: np.ndarray) -> tuple[Timed, Timed]:
@@ -64,7 +73,9 @@ def torch_timed(function: Callable, pose: np.ndarray, betas: np.ndarray, g: np.n
     return forward, lambda: torch.autograd.grad((function(*arguments) * weight).sum(), arguments)
 
 
-def peers(path: Path, pose: np.ndarray, betas: np.ndarray, g: np.ndarray) -> Iterator[tuple[str, tuple[Timed, Timed] | None]]:
+def peers(
+    path: Path, pose: np.ndarray, betas: np.ndarray, g: np.ndarray
+) -> Iterator[tuple[str, tuple[Timed, Timed] | None]]:
     """Each peer's name, and its forward and forward + backward; ``None`` where it is not installed."""
     name = "smplx (torch)"
     try:
@@ -77,7 +88,9 @@ def peers(path: Path, pose: np.ndarray, betas: np.ndarray, g: np.ndarray) -> Ite
         transl = torch.zeros(len(pose), 3)
 
         def smplx_vertices(p, b):  # type: ignore[no-untyped-def]
-            return layer(betas=b, global_orient=p[:, :1].flatten(1), body_pose=p[:, 1:].flatten(1), transl=transl).vertices
+            return layer(
+                betas=b, global_orient=p[:, :1].flatten(1), body_pose=p[:, 1:].flatten(1), transl=transl
+            ).vertices
 
         yield name, torch_timed(smplx_vertices, pose, betas, g)
     for backend, timed in (("torch", torch_timed), ("jax", jax_timed)):
@@ -88,13 +101,23 @@ def peers(path: Path, pose: np.ndarray, betas: np.ndarray, g: np.ndarray) -> Ite
             yield name, None
         else:
             peer = module.SMPL(model_path=path)
-            yield name, timed(lambda p, b, peer=peer: peer.forward_vertices(p[:, 1:], pelvis_rotation=p[:, 0], shape=b), pose, betas, g)  # type: ignore[misc]
+            yield (
+                name,
+                timed(
+                    lambda p, b, peer=peer: peer.forward_vertices(p[:, 1:], pelvis_rotation=p[:, 0], shape=b),
+                    pose,
+                    betas,
+                    g,
+                ),
+            )  # type: ignore[misc]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 1024])
     parser.add_argument("--want", type=int, default=5, help="quiet pairs for each figure")
+    parser.add_argument("--tries", type=int, default=25, help="pairs to time at most for each figure")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for a quiet moment")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
 
@@ -103,20 +126,30 @@ def main() -> None:
     random_smpl(path)
     body = load_body(path)
     rows = []
-    print(f"{platform.machine()}, {jax.default_backend()}, jax {jax.__version__}; ms a call (least), ratio = peer / ours (median of quiet pairs)")
+    print(
+        f"{platform.machine()}, {jax.default_backend()}, jax {jax.__version__}; "
+        "least ms a call, ratio = peer / ours (median of quiet pairs)"
+    )
     for batch in arguments.batch:
         rng = np.random.default_rng(batch)
-        inputs = tuple(rng.normal(0, s, (batch, *n)).astype(np.float32) for s, n in ((0.3, (24, 3)), (1, (10,)), (1, (6890, 3))))
+        inputs = tuple(
+            rng.normal(0, s, (batch, *n)).astype(np.float32) for s, n in ((0.3, (24, 3)), (1, (10,)), (1, (6890, 3)))
+        )
         ours = jax_timed(lambda p, b: vertices(body, axis_angle_to_matrix(p), b), *inputs)
         only_joints = jax_timed(lambda p, b: joints(body, axis_angle_to_matrix(p), b), *inputs[:2], inputs[2][:, :24])
-        rivals: list[tuple[str, tuple[Timed, Timed] | None]] = [*peers(path, *inputs), ("smpl_jax, joints only", only_joints)]
+        rivals: list[tuple[str, tuple[Timed, Timed] | None]] = [
+            *peers(path, *inputs),
+            ("smpl_jax, joints only", only_joints),
+        ]
         for name, timed in rivals:
             if timed is None:
                 print(f"{name} is not installed: left out")
                 continue
             for what, theirs, mine in zip(("forward", "forward + backward"), timed, ours):
                 (block_a, count_a), (block_b, count_b) = repeat(theirs), repeat(mine)
-                result = paired(block_a, block_b, want=arguments.want)
+                result = paired(
+                    block_a, block_b, want=arguments.want, tries=arguments.tries, patience=arguments.patience
+                )
                 scale = count_b / count_a
                 row = {
                     "batch": batch,

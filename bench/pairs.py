@@ -1,7 +1,8 @@
 """Timing two functions against each other on a machine that others use too.
 
-A lone timing on a shared machine measures its neighbours. Here the two functions alternate, each call is timed beside the processor time that other
-processes took meanwhile, and only pairs during which those took next to nothing count; the figure is the median of the pairs' ratios.
+A lone timing on a shared machine measures its neighbours. Here the two functions alternate, each call is timed beside
+the processor time that other processes took meanwhile, and only pairs during which those took next to nothing count;
+the figure is the median of the pairs' ratios.
 """
 
 import os
@@ -70,7 +71,10 @@ def paired(
 
 
 def repeat(function: Callable[[], object], seconds: float = 0.12) -> tuple[Callable[[], None], int]:
-    """A block of as many calls as fill ``seconds`` (processor accounting ticks are 10 ms), and that number; compiles and warms up."""
+    """A block of as many calls as fill ``seconds``, and their number; compiles and warms up.
+
+    Processor time is accounted in ticks of 10 ms, so a shorter block could not tell whether its neighbours were quiet.
+    """
     function()
     start = time.perf_counter()
     function()

@@ -97,8 +97,9 @@ class BodyModel:
 
         Args:
             arrays: ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)``,
-                ``posedirs (V, 3, P)``, ``J_regressor (J, V)``, ``weights (V, J)``, ``f (F, 3)``,
-                ``parents (J,)``, ``model_name ()``, ``joint_names (J,)``, and optionally ``vertex_id_names`` with ``vertex_ids``, and any ``regressor_<name> (K, V)``.
+                ``posedirs (V, 3, P)``, ``J_regressor (J, V)``, ``weights (V, J)``, ``f (F, 3)``, ``parents (J,)``,
+                ``model_name ()``, ``joint_names (J,)``, and optionally ``vertex_id_names`` with ``vertex_ids``, and any
+                ``regressor_<name> (K, V)``.
             num_betas: how many shape directions to keep; ``None`` keeps all.
             num_expression: how many expression directions to keep, of those that there are; ``None`` keeps all.
             dtype: of every floating leaf. float64 needs ``jax_enable_x64``.
@@ -302,6 +303,9 @@ class _Inputs(NamedTuple):
 @partial(jax.jit, static_argnames="chunk")
 def _forward(body: BodyModel, inputs: _Inputs, chunk: int | None) -> BodyOutput:
     size = len(inputs.rotations)
+    if size == 0:  # reshapes with -1 cannot tell what nothing is made of
+        empty = partial(jnp.zeros, dtype=body.dtype)
+        return BodyOutput(empty((0, body.num_vertices, 3)), empty((0, body.num_joints, 3)))
     if chunk is None or size <= chunk:
         return _pose(body, inputs)
     count = -(-size // chunk)
@@ -337,13 +341,11 @@ def _pose(body: BodyModel, inputs: _Inputs) -> BodyOutput:
 
     transforms = jnp.concatenate([orientation, from_rest[..., None]], axis=-1)  # (B, J, 3, 4)
     skin = jnp.matmul(transforms.transpose(0, 2, 3, 1).reshape(size * 12, -1), body.weights, precision=_HIGHEST)
-    skin = skin.reshape(size, 3, 4, -1)
-    posed = (
-        skin[:, :, 0] * shaped[:, None, 0]
-        + skin[:, :, 1] * shaped[:, None, 1]
-        + skin[:, :, 2] * shaped[:, None, 2]
-        + skin[:, :, 3]
-    )
+    # Written out by component for the gradient's sake: the transpose of a broadcast product is a sum over three rows,
+    # which XLA on CPU does not vectorise, and that of a slice pads where that of a split concatenates.
+    t = [row[:, 0] for row in jax.lax.split(skin.reshape(size, 12, -1), [1] * 12, axis=1)]
+    x, y, z = (plane[:, 0] for plane in jax.lax.split(shaped, [1] * 3, axis=1))
+    posed = jnp.stack([t[i] * x + t[i + 1] * y + t[i + 2] * z + t[i + 3] for i in (0, 4, 8)], axis=1)
     if translation is not None:
         posed, positions = posed + translation[:, :, None], positions + translation[:, None]
     return BodyOutput(posed.swapaxes(-1, -2), positions)

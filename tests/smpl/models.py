@@ -1,4 +1,6 @@
-"""Random body models in the formats of the real files, made by the tests: the real ones are licensed and not ours to ship."""
+"""Random body models in the formats of the real files, made by the tests: the real ones are licensed and not ours to
+ship.
+"""
 
 import io
 import pickle
@@ -10,17 +12,21 @@ SMPL_PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17
 
 
 def _fingers(left_wrist: int, right_wrist: int, first: int) -> list[int]:
-    return [w if k % 3 == 0 else first + 15 * s + k - 1 for s, w in enumerate((left_wrist, right_wrist)) for k in range(15)]
+    return [
+        w if k % 3 == 0 else first + 15 * s + k - 1 for s, w in enumerate((left_wrist, right_wrist)) for k in range(15)
+    ]
 
 
 PARENTS = {
     "smpl": SMPL_PARENTS,
-    "smplh": SMPL_PARENTS[:22] + _fingers(20, 21, 22),
+    "smplh": [*SMPL_PARENTS[:22], *_fingers(20, 21, 22)],
     "smplx": [*SMPL_PARENTS[:22], 15, 15, 15, *_fingers(20, 21, 25)],
 }
 
 
-def random_arrays(kind: str = "smpl", num_vertices: int = 200, num_shapes: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
+def random_arrays(
+    kind: str = "smpl", num_vertices: int = 200, num_shapes: int = 10, seed: int = 0
+) -> dict[str, np.ndarray]:
     """What a body file holds, float64, of a body's scale: metres, directions of centimetres, four weights a vertex."""
     rng = np.random.default_rng(seed)
     parents = PARENTS[kind]
@@ -32,7 +38,7 @@ def random_arrays(kind: str = "smpl", num_vertices: int = 200, num_shapes: int =
     for row in regressor:
         row[rng.integers(0, num_vertices, 12)] = rng.uniform(0.1, 1, 12)
     return {
-        "v_template": rng.normal(0, 0.4, (num_vertices, 3)) + [0.0, -0.2, 0.03],
+        "v_template": [*rng.normal(0, 0.4, (num_vertices, 3)), 0.0, -0.2, 0.03],
         "shapedirs": rng.normal(0, 0.01, (num_vertices, 3, num_shapes)),
         "posedirs": rng.normal(0, 0.002, (num_vertices, 3, 9 * (joints - 1))),
         "J_regressor": regressor / regressor.sum(1, keepdims=True),
@@ -45,7 +51,7 @@ def random_arrays(kind: str = "smpl", num_vertices: int = 200, num_shapes: int =
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
     """Writes what Python 2 wrote: byte strings for bytes and text alike, binary (protocol 2) or escaped (protocol 0)."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch = pickle._Pickler.dispatch.copy()  # type: ignore[attr-defined]
 
     def save_string(self, value):
         data = value.encode("latin1") if isinstance(value, str) else value

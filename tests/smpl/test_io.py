@@ -36,7 +36,9 @@ VARIANTS = {
     "coo regressor": lambda a: a | {"J_regressor": sparse.coo_matrix(a["J_regressor"])},
     "posedirs (3V, P)": lambda a: a | {"posedirs": a["posedirs"].reshape(-1, a["posedirs"].shape[-1])},
     "posedirs (P, 3V)": lambda a: a | {"posedirs": a["posedirs"].reshape(-1, a["posedirs"].shape[-1]).T},
-    "unsigned root": lambda a: a | {"kintree_table": np.where(a["kintree_table"] < 0, 2**32 - 1, a["kintree_table"]).astype(np.uint32)},
+    "unsigned root": lambda a: (
+        a | {"kintree_table": np.where(a["kintree_table"] < 0, 2**32 - 1, a["kintree_table"]).astype(np.uint32)}
+    ),
     "unsigned 64-bit root": lambda a: a | {"kintree_table": a["kintree_table"].astype(np.uint64)},
     "Fortran order": lambda a: a | {"shapedirs": np.asfortranarray(a["shapedirs"])},
     "big-endian": lambda a: a | {"v_template": a["v_template"].astype(">f8")},
@@ -53,7 +55,9 @@ def test_pickles(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_npz(variant, tmp_path):
-    """``np.savez`` pickles what is no array (scipy matrices, dictionaries): those are read by the allow-list, or not at all."""
+    """``np.savez`` pickles what is no array (scipy matrices, dictionaries): those are read by the allow-list, or not at
+    all.
+    """
     source = random_arrays()
     np.savez(tmp_path / "body.npz", **variant(source))
     assert_same(tmp_path / "body.npz", source)
@@ -67,7 +71,9 @@ def test_python2_pickle_with_chumpy_and_scipy(protocol, tmp_path, chumpy):
     content = source | {
         "v_template": chumpy.Ch(x=source["v_template"], _dirty=True),
         "shapedirs": chumpy.Ch(x=source["shapedirs"]),
-        "posedirs": chumpy.Select(a=chumpy.Ch(x=flat), idxs=np.arange(7, flat.size), preferred_shape=source["posedirs"].shape),
+        "posedirs": chumpy.Select(
+            a=chumpy.Ch(x=flat), idxs=np.arange(7, flat.size), preferred_shape=source["posedirs"].shape
+        ),
         "J_regressor": sparse.csc_matrix(source["J_regressor"]),
         "bs_type": "lrotmin",
     }
@@ -79,10 +85,12 @@ def test_python2_pickle_with_chumpy_and_scipy(protocol, tmp_path, chumpy):
 
 @pytest.mark.parametrize(("kind", "joints"), [("smpl", 24), ("smplh", 52), ("smplx", 55)])
 def test_kind_is_told_by_the_file(kind, joints, tmp_path):
-    body = load_body(dump(tmp_path / "renamed_by_its_owner.pkl", random_arrays(kind, num_shapes=20 if kind == "smplx" else 16)))
+    body = load_body(
+        dump(tmp_path / "renamed_by_its_owner.pkl", random_arrays(kind, num_shapes=20 if kind == "smplx" else 16))
+    )
     assert (body.name, body.num_joints, body.num_betas) == (kind, joints, 10)
     assert body.num_expression == (10 if kind == "smplx" else 0)
-    assert body.parents == tuple([-1, *PARENTS[kind][1:]])
+    assert body.parents == (-1, *PARENTS[kind][1:])
     assert body.joint_names[:3] == ("pelvis", "left_hip", "right_hip") and len(set(body.joint_names)) == joints
     assert body.joint_names[20:22] == ("left_wrist", "right_wrist")
 
@@ -92,7 +100,9 @@ def test_number_of_shape_directions(tmp_path):
     path = dump(tmp_path / "v1.1.0.pkl", source)
     assert load_body(path).num_betas == 10
     assert load_body(path, num_betas=None).num_betas == 300
-    np.testing.assert_allclose(load_body(path, num_betas=3).bases[:3], source["shapedirs"][..., :3].transpose(2, 1, 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        load_body(path, num_betas=3).bases[:3], source["shapedirs"][..., :3].transpose(2, 1, 0), rtol=1e-6
+    )
     with pytest.raises(ValueError, match="num_betas=301, but the body file holds 300"):
         load_body(path, num_betas=301)
 
@@ -162,7 +172,9 @@ class Attack:
 
 
 def hostile(name):
-    return random_arrays() | {"J_regressor": {"touch": Attack(touch), "system": Attack(os.system, "true"), "eval": Attack(eval, "1")}[name]}
+    return random_arrays() | {
+        "J_regressor": {"touch": Attack(touch), "system": Attack(os.system, "true"), "eval": Attack(eval, "1")}[name]
+    }
 
 
 @pytest.mark.parametrize(("attack", "asked"), [("touch", "test_io.touch"), ("system", "system"), ("eval", "eval")])
@@ -210,12 +222,14 @@ def test_hostile_opcodes(program, tmp_path):
 
 
 def test_array_states_are_checked(tmp_path):
-    """A pickled array whose shape promises more than its bytes, or whose type is a structure, never reaches numpy's own constructor."""
+    """A pickled array whose shape promises more than its bytes, or whose type is a structure, never reaches numpy's own
+    constructor.
+    """
     data = pickle.dumps(random_arrays(), 2)
     for honest, lie in ((b"K\xc8K\x03\x86", b"K\xffK\x03\x86"), (b"X\x02\x00\x00\x00f8", b"X\x02\x00\x00\x00V8")):
         assert honest in data
         (tmp_path / "body.pkl").write_bytes(data.replace(honest, lie))
-        with pytest.raises(BodyFileError, match="promises|neither numbers nor text"):
+        with pytest.raises(BodyFileError, match=r"promises|neither numbers nor text"):
             load_body(tmp_path / "body.pkl")
 
 
@@ -236,15 +250,26 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         load_body(tmp_path / "bomb.npz")
     with zipfile.ZipFile(tmp_path / "liar.npz", "w") as archive:
         archive.writestr("v_template.npy", npy((2**37,)))
-    with pytest.raises(BodyFileError, match="'v_template' in .*liar.npz promises 1,099,511,627,776 bytes .* and holds 0"):
+    with pytest.raises(
+        BodyFileError, match=r"'v_template' in .*liar.npz promises 1,099,511,627,776 bytes .* and holds 0"
+    ):
         load_body(tmp_path / "liar.npz")
 
 
 BROKEN = {
     "lacks": (lambda a: {k: v for k, v in a.items() if k not in ("weights", "f")}, "it lacks weights, f"),
-    "template": (lambda a: a | {"v_template": a["v_template"][:, :2]}, r"v_template must have shape \(200, 3\); got \(200, 2\)"),
-    "posedirs": (lambda a: a | {"posedirs": a["posedirs"][..., :200]}, r"posedirs must have shape \(200, 3, 207\); got \(200, 3, 200\)"),
-    "regressor": (lambda a: a | {"J_regressor": sparse.coo_matrix((10**9, 10**9))}, r"shape \(24, 200\); got \(1000000000, 1000000000\)"),
+    "template": (
+        lambda a: a | {"v_template": a["v_template"][:, :2]},
+        r"v_template must have shape \(200, 3\); got \(200, 2\)",
+    ),
+    "posedirs": (
+        lambda a: a | {"posedirs": a["posedirs"][..., :200]},
+        r"posedirs must have shape \(200, 3, 207\); got \(200, 3, 200\)",
+    ),
+    "regressor": (
+        lambda a: a | {"J_regressor": sparse.coo_matrix((10**9, 10**9))},
+        r"shape \(24, 200\); got \(1000000000, 1000000000\)",
+    ),
     "nan": (lambda a: a | {"weights": a["weights"] * np.nan}, "weights holds values that are not finite"),
     "text": (lambda a: a | {"weights": a["weights"].astype(str)}, "weights must hold numbers"),
     "integers": (lambda a: a | {"weights": a["weights"].astype(int)}, "they need weights_scale"),
@@ -253,7 +278,10 @@ BROKEN = {
     "tree": (lambda a: a | {"kintree_table": a["kintree_table"][0]}, r"kintree_table must have shape \(2, "),
     "names": (lambda a: a | {"joint_names": np.array(["pelvis"])}, "joint_names 24 of them"),
     "triple": (lambda a: a | {"J_regressor_indptr": np.zeros(25, int)}, "J_regressor is stored sparse and lacks"),
-    "ids": (lambda a: a | {"vertex_id_names": np.array(["nose"]), "vertex_ids": np.array([200])}, r"vertex_ids must lie in \[0, 200\)"),
+    "ids": (
+        lambda a: a | {"vertex_id_names": np.array(["nose"]), "vertex_ids": np.array([200])},
+        r"vertex_ids must lie in \[0, 200\)",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The body against smplx (PyTorch, Max Planck) and body-models (JAX and PyTorch), values and gradients, on random models of SMPL's formats."""
+"""The body against smplx (PyTorch, Max Planck) and body-models (JAX and PyTorch), values and gradients, on random
+models of SMPL's formats.
+"""
 
 import pickle
 from functools import partial
@@ -31,7 +33,9 @@ def directions(rng, shape):
 
 @pytest.fixture(scope="module")
 def smpl_file(tmp_path_factory):
-    """A random model with SMPL's 6 890 vertices (smplx picks keypoints by their numbers), rounded to float32 as smplx does on loading."""
+    """A random model with SMPL's 6 890 vertices (smplx picks keypoints by their numbers), rounded to float32 as smplx
+    does on loading.
+    """
     path = tmp_path_factory.mktemp("model") / "SMPL_NEUTRAL.pkl"
     arrays = random_arrays(num_vertices=6890)
     content = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in arrays.items()}
@@ -40,14 +44,20 @@ def smpl_file(tmp_path_factory):
 
 
 def lbs(arrays, pose, betas, gradient_of=None):
-    """smplx's skinning function in float64, which serves all of its models; with the gradient of <vertices, g> + <joints, h>.
+    """smplx's skinning function in float64, which serves all of its models; with the gradient of <vertices, g> +
+    <joints, h>.
 
-    Poses are axis-angle (N, J, 3) or matrices (N, J, 3, 3). Its axis-angle formula adds 1e-8 to the vector, which shows in float64.
+    Poses are axis-angle (N, J, 3) or matrices (N, J, 3, 3). Its axis-angle formula adds 1e-8 to the vector, which shows
+    in float64.
     """
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("smplx.lbs")
     pose, betas = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (pose, betas))
-    model = {k: torch.tensor(np.asarray(v, np.float64)) for k, v in arrays.items() if k not in ("f", "parents") and v.dtype.kind == "f"}
+    model = {
+        k: torch.tensor(np.asarray(v, np.float64))
+        for k, v in arrays.items()
+        if k not in ("f", "parents") and v.dtype.kind == "f"
+    }
     shapedirs = torch.cat([model["shapedirs"], model["expressiondirs"]], dim=-1)
     posedirs = model["posedirs"].reshape(-1, model["posedirs"].shape[-1]).T
     parents = torch.tensor(np.asarray(arrays["parents"], np.int64))
@@ -77,7 +87,9 @@ def poses(rng, joints):
 
 @pytest.mark.parametrize("kind", ["smpl", "smplh", "smplx"])
 def test_against_smplx_lbs(kind, tmp_path):
-    (tmp_path / "body.pkl").write_bytes(pickle.dumps(random_arrays(kind, num_vertices=300, num_shapes=20 if kind == "smplx" else 10)))
+    (tmp_path / "body.pkl").write_bytes(
+        pickle.dumps(random_arrays(kind, num_vertices=300, num_shapes=20 if kind == "smplx" else 10))
+    )
     arrays = load_body_arrays(tmp_path / "body.pkl")
     rng = np.random.default_rng(1)
     pose = poses(rng, len(arrays["parents"]))
@@ -95,7 +107,9 @@ def test_against_smplx_lbs(kind, tmp_path):
             output = forward(body, axis_angle_to_matrix(pose), betas, expression=expression)
             return sum(jnp.vdot(o, c.astype(dtype)) for o, c in zip(output, cotangents)), output
 
-        (_, output), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(pose.astype(dtype), betas.astype(dtype))
+        (_, output), gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(
+            pose.astype(dtype), betas.astype(dtype)
+        )
         np.testing.assert_allclose(output.vertices, expected[0], atol=tolerance, rtol=0)
         np.testing.assert_allclose(output.joints, expected[1], atol=tolerance, rtol=0)
         for ours, theirs in zip(gradients, (d_pose, d_betas)):
@@ -108,7 +122,7 @@ def test_against_smplx_lbs(kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def posed(smpl_file):
-    """Poses, shapes and what we make of them: (pose, betas, translation, vertices, joints, gradient by pose, gradient by betas)."""
+    """(pose, betas, translation, vertices, joints, gradient by pose, gradient by betas) as we compute them."""
     rng = np.random.default_rng(2)
     pose = poses(rng, 24).astype(np.float32)
     betas, translation = (rng.normal(size=(len(pose), n)).astype(np.float32) for n in (10, 3))
@@ -130,7 +144,9 @@ def test_against_smplx_model(smpl_file, posed):
     smplx = pytest.importorskip("smplx")
     peer = smplx.SMPL(str(smpl_file), batch_size=len(posed[0]))
     pose, betas, translation = (torch.tensor(x, requires_grad=True) for x in posed[:3])
-    output = peer(betas=betas, global_orient=pose[:, :1].flatten(1), body_pose=pose[:, 1:].flatten(1), transl=translation)
+    output = peer(
+        betas=betas, global_orient=pose[:, :1].flatten(1), body_pose=pose[:, 1:].flatten(1), transl=translation
+    )
     (output.vertices**2).sum().backward()
     np.testing.assert_allclose(posed[3], output.vertices.detach(), atol=FLOAT32, rtol=0)
     np.testing.assert_allclose(posed[4], output.joints[:, :24].detach(), atol=FLOAT32, rtol=0)

@@ -10,7 +10,16 @@ from smpl_jax import rotations as rot
 Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
 
 AXES = np.array([[1, 0, 0], [0, -1, 0], [0, 0, 1], [0.6, 0, 0.8], [-1 / 3, 2 / 3, 2 / 3]])
-ANGLES = {"zero": 0.0, "1e-8": 1e-8, "1e-3": 1e-3, "0.0632": 0.0632, "one": 1.0, "nearly pi": np.pi - 1e-4, "pi": np.pi, "2 pi": 2 * np.pi}
+ANGLES = {
+    "zero": 0.0,
+    "1e-8": 1e-8,
+    "1e-3": 1e-3,
+    "0.0632": 0.0632,
+    "one": 1.0,
+    "nearly pi": np.pi - 1e-4,
+    "pi": np.pi,
+    "2 pi": 2 * np.pi,
+}
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-14}
 
 
@@ -28,7 +37,9 @@ def rotvecs(dtype):
 
 
 def as_matrix(rotvecs):
-    return Rotation.from_rotvec(rotvecs.reshape(-1, 3).astype(np.float64)).as_matrix().reshape(*rotvecs.shape[:-1], 3, 3)
+    return (
+        Rotation.from_rotvec(rotvecs.reshape(-1, 3).astype(np.float64)).as_matrix().reshape(*rotvecs.shape[:-1], 3, 3)
+    )
 
 
 def test_axis_angle_against_scipy(rotvecs, dtype):
@@ -38,7 +49,9 @@ def test_axis_angle_against_scipy(rotvecs, dtype):
     assert matrix.dtype == dtype
     np.testing.assert_allclose(matrix, expected, atol=tolerance)
     quaternion = rot.axis_angle_to_quaternion(rotvecs)
-    expected_quaternion = Rotation.from_matrix(expected.reshape(-1, 3, 3)).as_quat(scalar_first=True).reshape(quaternion.shape)
+    expected_quaternion = (
+        Rotation.from_matrix(expected.reshape(-1, 3, 3)).as_quat(scalar_first=True).reshape(quaternion.shape)
+    )
     assert np.abs(np.sum(np.asarray(quaternion) * expected_quaternion, axis=-1)).min() > 1 - tolerance
     np.testing.assert_allclose(rot.quaternion_to_matrix(3 * quaternion), expected, atol=tolerance)
 
@@ -128,7 +141,9 @@ def test_geodesic_distance(dtype):
 
 
 def test_upright_root_in_three_frames():
-    """An upright person who faces the viewer, turned from AMASS (z up) and PoseScript (y up) into the camera frame (y down)."""
+    """An upright person who faces the viewer, turned from AMASS (z up) and PoseScript (y up) into the camera frame (y
+    down).
+    """
     up_in = {(np.pi / 2, 0, 0): [0, 0, 1], (0, 0, 0): [0, 1, 0], (np.pi, 0, 0): [0, -1, 0]}
     for root, up in up_in.items():
         np.testing.assert_allclose(rot.axis_angle_to_matrix(np.array(root)) @ np.array([0.0, 1, 0]), up, atol=1e-6)
@@ -141,8 +156,14 @@ def test_integers_and_lists_are_taken():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: rot.rotation_6d_to_matrix(np.zeros((2, 5))), r"6D rotations must have shape \(\.\.\., 6\); got \(2, 5\)"),
-        (lambda: rot.rotation_6d_to_matrix(np.zeros(6), "colums"), "unknown 6D order 'colums'; expected one of columns, interleaved, rows"),
+        (
+            lambda: rot.rotation_6d_to_matrix(np.zeros((2, 5))),
+            r"6D rotations must have shape \(\.\.\., 6\); got \(2, 5\)",
+        ),
+        (
+            lambda: rot.rotation_6d_to_matrix(np.zeros(6), "colums"),
+            "unknown 6D order 'colums'; expected one of columns, interleaved, rows",
+        ),
         (lambda: rot.matrix_to_rotation_6d(np.eye(3), "colums"), "unknown 6D order"),
         (lambda: rot.matrix_to_axis_angle(np.eye(4)), r"got \(4, 4\)"),
         (lambda: rot.quaternion_to_matrix(np.zeros(3)), r"must have shape \(\.\.\., 4\)"),
