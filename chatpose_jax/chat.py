@@ -327,13 +327,14 @@ def load(
     """
     from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params
 
+    folder = Path(folder)
     config = load_config(folder)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype must be float32, bfloat16 or float16, found {dtype!r}")
         config = config.replace(dtype=dtype, param_dtype=dtype)
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
-    processor = Processor.load(Path(folder) / TOKENIZER, config)
+    processor = Processor.load(folder / TOKENIZER, config)
     stacked = config.replace(scan_layers=True)
     params = load_params(folder, abstract_params(stacked))
     return ChatPose(config.replace(scan_layers=False), unstack_layers(params), processor, shape)

@@ -88,11 +88,18 @@ def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: ja
 
 
 def _emit(
-    config: ModelConfig, state: DecodeState, hidden: jax.Array, logits: jax.Array, settings: dict[str, jax.Array], greedy: bool
+    config: ModelConfig,
+    state: DecodeState,
+    hidden: jax.Array,
+    logits: jax.Array,
+    settings: dict[str, jax.Array],
+    greedy: bool,
 ) -> DecodeState:
     """Choose the next token from the states that predict it, (B, D), and record both."""
     tail, limit = settings["tail"], state.tokens.shape[1]
-    token = _choose(logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy)
+    token = _choose(
+        logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy
+    )
     late = (token == config.eos_token_id) | (state.step >= limit - tail.shape[0])
     begin = settings["force_pose"] & ~state.has_pose & (state.forced < 0) & late
     forced = jnp.where(begin, 0, state.forced)
@@ -102,7 +109,9 @@ def _emit(
         state,
         token=token,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-        hidden=jax.lax.dynamic_update_slice_in_dim(state.hidden, hidden[:, None].astype(jnp.float32), state.step, axis=1),
+        hidden=jax.lax.dynamic_update_slice_in_dim(
+            state.hidden, hidden[:, None].astype(jnp.float32), state.step, axis=1
+        ),
         step=state.step + 1,
         lengths=state.lengths + ~state.done,
         done=state.done | (token == config.eos_token_id),
@@ -155,7 +164,13 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="state")
 def decode(
-    config: ModelConfig, params: Params, state: DecodeState, until: jax.Array, settings: dict[str, jax.Array], *, greedy: bool
+    config: ModelConfig,
+    params: Params,
+    state: DecodeState,
+    until: jax.Array,
+    settings: dict[str, jax.Array],
+    *,
+    greedy: bool,
 ) -> DecodeState:
     """Emit tokens until every row is done or ``until`` tokens stand."""
     model = bind(config, params)
@@ -163,6 +178,7 @@ def decode(
     def body(state: DecodeState) -> DecodeState:
         output = model(state.token[:, None], attention_mask=~state.done[:, None], cache=state.cache)
         hidden = output.hidden[:, 0]
+        assert output.cache is not None
         state = dataclasses.replace(state, cache=output.cache)
         return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
 
@@ -222,7 +238,9 @@ def generate_stream(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     if force_tail is not None and max_new_tokens < len(force_tail):
-        raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a pose: at least {len(force_tail)} are needed")
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a pose: at least {len(force_tail)} are needed"
+        )
     held = np.zeros(batch, np.int32) if cache is None else np.asarray(cache.lengths)
     longest, context = int((held + lengths).max()), config.text.max_position_embeddings
     if longest + max_new_tokens > context:
@@ -259,7 +277,9 @@ def generate_stream(
         seen = step
         if step >= max_new_tokens or bool(state.done.all()):
             break
-        state = decode(config, params, state, jnp.int32(min(step + stream_every, max_new_tokens)), settings, greedy=greedy)
+        state = decode(
+            config, params, state, jnp.int32(min(step + stream_every, max_new_tokens)), settings, greedy=greedy
+        )
     counts, tokens, hidden = np.asarray(state.lengths), np.asarray(state.tokens), np.asarray(state.hidden)
     return Generated([t[:n] for t, n in zip(tokens, counts)], [h[:n] for h, n in zip(hidden, counts)], state.cache)
 
@@ -277,7 +297,9 @@ def generate(
 ) -> Generated:
     """``generate_stream`` to its end; ``on_tokens`` is called with what it yields, token by token unless ``stream_every`` says otherwise."""
     every = stream_every or (max_new_tokens if on_tokens is None else 1)
-    steps = generate_stream(config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings)
+    steps = generate_stream(
+        config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings
+    )
     while True:
         try:
             tokens, counts = next(steps)

@@ -230,7 +230,8 @@ def print_results(results: Mapping[str, Any], clock: Clock) -> None:
     )
     for kind, r in results.items():
         print(
-            f"{kind + ' → pose':18} {r['mpjpe']:6.0f} mm {r['pa_mpjpe']:6.0f} mm {r['mpjre']:7.1f}   {r['ratio_pa_mpjpe']:20.2f}   {r['pose_rate']:.0%}"
+            f"{kind + ' → pose':18} {r['mpjpe']:6.0f} mm {r['pa_mpjpe']:6.0f} mm {r['mpjre']:7.1f}   "
+            f"{r['ratio_pa_mpjpe']:20.2f}   {r['pose_rate']:.0%}"
         )
         print(
             f"{'  mean pose':18} {r['baseline_mpjpe']:6.0f} mm {r['baseline_pa_mpjpe']:6.0f} mm {r['baseline_mpjre']:7.1f}"

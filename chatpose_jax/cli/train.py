@@ -100,7 +100,7 @@ def run_training(
         out / "model",
         model,
         params,
-        processor=lambda path: processor.save(path / model_folder.TOKENIZER),
+        processor=processor,
         provenance={
             "trained": {"steps": settings.steps, "from": str(init) if init else "scratch", "data": config.data.source}
         },

@@ -82,7 +82,7 @@ def evaluate_chat(
 ) -> dict[str, float]:
     """Errors of real answers, and of ``baseline`` (24, 3, 3) given as the answer to everything, with their ratios.
 
-    Returns ``pose_errors`` of the answers, the same with prefix ``baseline_``, ``ratio_mpjpe``, ``ratio_pa_mpjpe``, ``ratio_mpjre``, ``pose_rate``, ``count``.
+    Returns ``pose_errors`` of the answers, the same with prefix ``baseline_``, ``ratio_…`` of both, ``pose_rate`` and ``count``.
     """
     poses, rate = answer_poses(model, examples, batch_size=batch_size, label=label)
     targets = np.stack([example.poses[0] for example in examples])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -23,8 +24,8 @@ from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
 
-Params = dict[str, Any]
-"""Nested dict of arrays; paths such as ``decoder/layers/attn/q_proj/kernel``."""
+Params = dict[Any, Any]
+"""Nested dict of arrays; paths such as ``decoder/layers/attn/q_proj/kernel``. Unrolled layers have integer keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,9 @@ def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
     return nnx.merge(graphdef, state)
 
 
-def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+def fake_batch(
+    config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0
+) -> dict[str, np.ndarray]:
     """A random training batch of the right shapes (see ``docs/architecture.md``): an image in front, one pose token near the end."""
     rng = np.random.default_rng(seed)
     patches, size = config.vision.num_patches * images, config.vision.image_size
@@ -161,7 +164,10 @@ def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: in
 
 
 def _map_layers(params: Params, change: Any) -> Params:
-    return {k: change(v) if k == "layers" else _map_layers(v, change) if isinstance(v, dict) else v for k, v in params.items()}
+    return {
+        k: change(v) if k == "layers" else _map_layers(v, change) if isinstance(v, dict) else v
+        for k, v in params.items()
+    }
 
 
 def unstack_layers(params: Params) -> Params:
@@ -169,7 +175,7 @@ def unstack_layers(params: Params) -> Params:
 
     def change(layers: Params) -> Params:
         count = jax.tree.leaves(layers)[0].shape[0]
-        return {i: jax.tree.map(lambda x: x[i], layers) for i in range(count)}
+        return {i: jax.tree.map(operator.itemgetter(i), layers) for i in range(count)}
 
     return _map_layers(params, change)
 

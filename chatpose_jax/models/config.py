@@ -109,7 +109,9 @@ class ModelConfig:
         if text.num_heads % text.num_kv_heads:
             raise UserError(f"text.num_kv_heads={text.num_kv_heads} must divide text.num_heads={text.num_heads}")
         if self.vision.image_size % self.vision.patch_size:
-            raise UserError(f"vision.patch_size={self.vision.patch_size} must divide vision.image_size={self.vision.image_size}")
+            raise UserError(
+                f"vision.patch_size={self.vision.patch_size} must divide vision.image_size={self.vision.image_size}"
+            )
         if not 0 <= self.pose_token_id < text.vocab_size:
             raise UserError(f"pose_token_id={self.pose_token_id} lies outside the vocabulary of {text.vocab_size} rows")
 
@@ -149,7 +151,9 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
 
 def _tiny() -> ModelConfig:
     return ModelConfig(
-        vision=VisionConfig(image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4),
+        vision=VisionConfig(
+            image_size=64, patch_size=8, hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4
+        ),
         text=TextConfig(
             vocab_size=1026,
             base_vocab_size=1024,

@@ -76,7 +76,9 @@ class DecoderAttention(nnx.Module):
         self.v_proj = Linear(text.hidden_size, kv, lora=projections["v_proj"], **kwargs)
         self.o_proj = Linear(inner, text.hidden_size, lora=projections["o_proj"], **kwargs)
 
-    def __call__(self, x: jax.Array, angles: Any, mask: jax.Array, cache: Any, cursor: Any, keys: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, angles: Any, mask: jax.Array, cache: Any, cursor: Any, keys: Any
+    ) -> tuple[jax.Array, Any]:
         def project(linear: Linear, key: int) -> jax.Array:
             y = linear(x, None if keys is None else keys[key])
             return y.reshape(*y.shape[:2], -1, self.head_dim)
@@ -110,7 +112,7 @@ class DecoderLayer(nnx.Module):
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         projections = {name: lora if lora is not None and name in lora.targets else None for name in names}
         kwargs = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        norm = {"eps": text.rms_norm_eps, "param_dtype": jnp.dtype(config.param_dtype)}
+        norm: dict[str, Any] = {"eps": text.rms_norm_eps, "param_dtype": jnp.dtype(config.param_dtype)}
         self.input_norm = RMSNorm(text.hidden_size, **norm)
         self.attn = DecoderAttention(text, projections, **kwargs)
         self.post_attention_norm = RMSNorm(text.hidden_size, **norm)
@@ -150,7 +152,9 @@ class LMHead(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text = config.text
         self.dtype = jnp.dtype(config.dtype)
-        self.kernel = nnx.Param(scaled_normal(rngs.params(), (text.hidden_size, text.base_vocab_size), config.param_dtype))
+        self.kernel = nnx.Param(
+            scaled_normal(rngs.params(), (text.hidden_size, text.base_vocab_size), config.param_dtype)
+        )
         self.added = nnx.Param(scaled_normal(rngs.params(), (text.hidden_size, text.num_added_tokens), jnp.float32))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -165,7 +169,9 @@ class Decoder(nnx.Module):
         text = self.config = config.text
         self.scan = config.scan_layers
         self.embed_tokens = Embedding(config, rngs=rngs)
-        self.layers = make_layers(lambda rngs: DecoderLayer(config, rngs=rngs), text.num_layers, scan=self.scan, rngs=rngs)
+        self.layers = make_layers(
+            lambda rngs: DecoderLayer(config, rngs=rngs), text.num_layers, scan=self.scan, rngs=rngs
+        )
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, param_dtype=jnp.dtype(config.param_dtype))
         self.lm_head = LMHead(config, rngs=rngs)
 

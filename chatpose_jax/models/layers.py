@@ -88,7 +88,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if bias else None
         self.lora_scale = lora.scale if lora else 0.0
         self.lora_dropout = lora.dropout if lora else 0.0
-        self.lora_a = nnx.LoRAParam(scaled_normal(rngs.params(), (in_features, lora.rank), jnp.float32)) if lora else None
+        self.lora_a = (
+            nnx.LoRAParam(scaled_normal(rngs.params(), (in_features, lora.rank), jnp.float32)) if lora else None
+        )
         self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, out_features), jnp.float32)) if lora else None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -11,7 +13,7 @@ from chatpose_jax.models.layers import Linear
 
 class Projector(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        kwargs = {"bias": True, "dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        kwargs: dict[str, Any] = {"bias": True, "dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         self.fc1 = Linear(config.vision.hidden_size, config.text.hidden_size, **kwargs)
         self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, **kwargs)
 

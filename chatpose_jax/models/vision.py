@@ -66,7 +66,7 @@ class VisionTower(nnx.Module):
         vision = self.config = config.vision
         self.dtype = jnp.dtype(config.dtype)
         self.scan = config.scan_layers
-        kwargs = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        kwargs: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         width, param_dtype = vision.hidden_size, jnp.dtype(config.param_dtype)
         self.patch_embed = Linear(vision.patch_size**2 * 3, width, rngs=rngs, **kwargs)
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,), param_dtype) * 0.02)

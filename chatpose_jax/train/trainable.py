@@ -67,12 +67,12 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
             raise UserError(f"train.trainable: {row.pattern!r} is no regular expression: {error}") from error
     assigned: dict[str, Rule] = {}
     for path in flatten(params):
-        row = next((row for regex, row in compiled if regex.fullmatch(path)), None)
-        if row is None:
+        found = next((row for regex, row in compiled if regex.fullmatch(path)), None)
+        if found is None:
             raise UserError(
                 f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest"
             )
-        assigned[path] = row
+        assigned[path] = found
     for regex, row in compiled:
         if row.lr is not None and not any(regex.fullmatch(path) for path in assigned):
             raise UserError(f"train.trainable: the row {row.pattern!r} matches no parameter of this model")

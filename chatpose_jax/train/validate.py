@@ -27,7 +27,7 @@ def make_validation(
 ) -> Callable[[Mapping[str, Any]], dict[str, float]]:
     """A function of the parameters. ``batches``: for each name (such as "text", "image") a finite list of batches.
 
-    Returns scalars ``val_{name}_{loss, text, pose_root, pose_body}`` and ``val_{name}_pa_mpjpe``, ``val_{name}_mpjpe`` in mm of each row's first pose.
+    Returns scalars ``val_{name}_…``: each part of the loss, and ``pa_mpjpe``, ``mpjpe`` in mm of each row's first pose.
     """
 
     @jax.jit

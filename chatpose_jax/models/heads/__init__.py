@@ -20,7 +20,9 @@ def register(name: str) -> Callable[[type[PoseHead]], type[PoseHead]]:
 
     def add(cls: type[PoseHead]) -> type[PoseHead]:
         if name in _REGISTRY:
-            raise ValueError(f"pose head {name!r} is registered twice: by {_REGISTRY[name].__module__} and {cls.__module__}")
+            raise ValueError(
+                f"pose head {name!r} is registered twice: by {_REGISTRY[name].__module__} and {cls.__module__}"
+            )
         _REGISTRY[name] = cls
         return cls
 
