@@ -66,7 +66,7 @@ def build() -> dict[str, NDArray[Any]]:
         "weights": weights,
         "J_regressor": rig.joint_regressor(vertices, weights, joints, twin),
         "kintree_table": np.stack([skeleton.PARENTS, np.arange(24)]),
-        "shapedirs": rig.shape_directions(vertices, weights, joints),
+        "shapedirs": rig.shape_directions(vertices, faces, weights, joints),
         "posedirs": rig.pose_correctives(vertices, faces, weights, joints, twin),
         "joint_names": np.array(skeleton.JOINT_NAMES),
         "shape_names": np.array(rig.SHAPE_NAMES),

@@ -147,11 +147,14 @@ SHAPE_NAMES = (
 )
 
 
-def shape_directions(vertices: Array, weights: Array, joints: Array) -> Array:
-    """(V, 3, 10) metres a unit, in the order of `SHAPE_NAMES`; smooth functions of place, hence exactly symmetric."""
+def shape_directions(vertices: Array, faces: NDArray[np.int64], weights: Array, joints: Array) -> Array:
+    """(V, 3, 10) metres a unit, in the order of `SHAPE_NAMES`; smooth functions of place, hence symmetric."""
     x, y, z = vertices.T
     side = np.sign(x)
     off_axis = vertices - _nearest_on_bones(vertices, weights, joints)
+    average = neighbours(faces, len(vertices))
+    for _ in range(12):  # the nearest bone changes abruptly where limbs meet the trunk
+        off_axis = average @ off_axis
     limbs = {n: weights[:, [_ID[f"left_{n}"], _ID[f"right_{n}"]]].sum(1) for n in ("wrist", "hand", "ankle", "foot")}
     soft = 1 - sum(limbs.values()) - 0.7 * weights[:, _ID["head"]]
 

@@ -257,6 +257,20 @@ def test_shape_directions_do_what_they_are_named(body, arrays, file):
         assert (np.linalg.norm(shift[:, 0] - shift[:, 1], axis=1) / length).max() < 0.6, name
 
 
+def test_joints_follow_the_shape(body, file):
+    still = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
+
+    def bone(a, b, **coefficients):
+        betas = np.array([coefficients.get(n, 0) for n in file["shape_names"].tolist()], np.float32)
+        joints = np.asarray(body_functions.joints(body, still, betas))
+        return np.linalg.norm(joints[body.joint_names.index(a)] - joints[body.joint_names.index(b)])
+
+    for a, b, name in (("left_elbow", "left_wrist", "arm_length"), ("left_knee", "left_ankle", "leg_length")):
+        assert bone(a, b, **{name: 2}) == pytest.approx(1.1 * bone(a, b), rel=0.02)
+    assert bone("pelvis", "head", stature=2) == pytest.approx(1.06 * bone("pelvis", "head"), rel=0.01)
+    assert bone("left_shoulder", "right_shoulder", belly=2) == pytest.approx(bone("left_shoulder", "right_shoulder"))
+
+
 def test_extreme_shapes_stay_turned_outwards(body, arrays):
     faces = arrays["f"]
     rest = arrays["v_template"].astype(np.float64)[faces]

@@ -106,13 +106,8 @@ def test_looking_at_fills_the_picture_and_cuts_nothing():
     points = rng.normal(size=(500, 3)) * [0.5, 1.0, 0.4] + [3, -2, 1]
     view = render.Camera.looking_at(points, (96, 64), margin=0.05)
     pixel = view.project(points)
-    assert (pixel >= [0.05 * 64 - 0.01, 0.05 * 96 - 0.01]).all()
-    assert (pixel <= [0.95 * 64 + 0.01, 0.95 * 96 + 0.01]).all()
-    assert (
-        np.isclose(pixel[:, 1].max(), 0.95 * 96, atol=0.1)
-        or np.isclose(pixel[:, 1].min(), 0.05 * 96, atol=0.1)
-        or (np.isclose(pixel[:, 0].max(), 0.95 * 64, atol=0.1) or np.isclose(pixel[:, 0].min(), 0.05 * 64, atol=0.1))
-    )
+    room = np.minimum(pixel - [0.05 * 64, 0.05 * 96], [0.95 * 64, 0.95 * 96] - pixel)
+    assert -0.01 < room.min() < 0.1
 
 
 def test_picture_keeps_its_background_and_blends_edges():
@@ -136,11 +131,9 @@ def test_vertex_colours_reach_their_pixels():
 
 
 def test_light_comes_from_where_it_is_said_to():
-    cube_like = np.array([[0, 0, -1], [-1, 0, 0], [0, -1, 0], [1, 0, 0], [0, 1, 0]], np.float32)
+    pyramid = np.array([[0, 0, -1], [-1, 0, 0], [0, -1, 0], [1, 0, 0], [0, 1, 0]], np.float32)
     faces = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 1]])[:, ::-1]
-    if (render.rasterize(cube_like, faces, camera()).face == -1).all():
-        faces = faces[:, ::-1]
-    left = render.render_mesh(cube_like, faces, camera=camera(), light=(-1, 0, -0.5)).astype(int)
+    left = render.render_mesh(pyramid, faces, camera=camera(), light=(-1, 0, -0.5)).astype(int)
     assert left[32, 26].sum() > left[32, 38].sum() + 20
 
 
@@ -233,7 +226,8 @@ def test_contact_sheet_and_png(tmp_path):
     np.testing.assert_array_equal(sheet[2:12, 2:10], tiles[0])
     np.testing.assert_array_equal(sheet[2:12, 12:20], tiles[1])
     labelled = render.contact_sheet(tiles, columns=3, labels=["a", "b", "c"], gap=2)
-    assert labelled.shape[0] > sheet.shape[0] - 12
+    assert labelled.shape == (10 + 16 + 2 * 2, 3 * 10 + 2, 3)
+    assert (labelled[12:28] < 128).any()  # text below the pictures
     path = render.save_png(tmp_path / "new" / "sheet.png", sheet)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), sheet)
     assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
