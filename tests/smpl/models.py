@@ -38,7 +38,7 @@ def random_arrays(
     for row in regressor:
         row[rng.integers(0, num_vertices, 12)] = rng.uniform(0.1, 1, 12)
     return {
-        "v_template": [*rng.normal(0, 0.4, (num_vertices, 3)), 0.0, -0.2, 0.03],
+        "v_template": rng.normal((0, -0.2, 0.03), 0.4, (num_vertices, 3)),
         "shapedirs": rng.normal(0, 0.01, (num_vertices, 3, num_shapes)),
         "posedirs": rng.normal(0, 0.002, (num_vertices, 3, 9 * (joints - 1))),
         "J_regressor": regressor / regressor.sum(1, keepdims=True),

@@ -136,12 +136,17 @@ def test_jit_vmap_grad(body):
     def height(body, pose):
         return smpl_jax.vertices(body, axis_angle_to_matrix(pose))[..., 1].max(-1)
 
-    together = height(body, pose)
-    np.testing.assert_allclose(jax.jit(height)(body, pose), together, atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(height, (None, 0))(body, pose), together, atol=1e-6)
+    together = jax.jit(height)(body, pose)
+    np.testing.assert_allclose(jax.jit(jax.vmap(height, (None, 0)))(body, pose), together, atol=1e-6)
     by_pose = jax.jit(jax.vmap(jax.grad(height, argnums=1), (None, 0)))(body, jnp.zeros((2, 24, 3)))
     assert jnp.isfinite(by_pose).all() and jnp.abs(by_pose).max() > 0
-    by_body = jax.grad(lambda b: height(b, pose[0]), allow_int=True)(body)  # the template is a parameter like any other
+    direction = random_pose(3, seed=1)
+    forward_mode = jax.jit(lambda p: jax.jvp(lambda p: height(body, p), (p,), (direction,))[1])(pose)
+    reverse_mode = jax.jit(jax.grad(lambda p: height(body, p).sum()))(pose)
+    np.testing.assert_allclose(forward_mode, (reverse_mode * direction).sum((1, 2)), rtol=1e-4, atol=1e-5)
+    by_body = jax.jit(jax.grad(lambda b: height(b, pose[0]), allow_int=True))(
+        body
+    )  # the template is a parameter like any other
     assert by_body.template.shape == (3, 200) and jnp.abs(by_body.template).max() > 0
 
 
