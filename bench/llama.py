@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -44,6 +45,11 @@ _LINEARS = {
     "self_attn": ("attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
     "mlp": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
+
+
+def cores() -> int:
+    """Cores that this process may use; torch is given as many threads, as XLA takes by itself."""
+    return len(os.sched_getaffinity(0))
 
 
 def our_config(text: TextConfig, dtype: str, *, scan: bool, lora: LoRAConfig | None = None) -> ModelConfig:

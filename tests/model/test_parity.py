@@ -16,7 +16,7 @@ import torch
 from chatpose_jax.models.chatpose import bind, stack_layers, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 
-from . import peers
+from . import peers, small
 
 TOLERANCE = 2e-5
 
@@ -59,12 +59,12 @@ BATCHES = {
     + [("ragged text", "left", 2), ("mixed", "left", 2), ("mixed", "right", 4), ("two images", "left", 4)],
 )
 def test_logits_match_transformers(name: str, side: str, kv_heads: int) -> None:
-    config = peers.config(kv_heads)
+    config = small.config(kv_heads)
     model = peers.llava(config)
-    rows = [peers.row(config, *parts, seed=i) for i, parts in enumerate(BATCHES[name])]
-    ids, mask = peers.pad(rows, side)
+    rows = [small.row(config, *parts, seed=i) for i, parts in enumerate(BATCHES[name])]
+    ids, mask = small.pad(rows, side)
     count = sum(parts.count(0) for parts in BATCHES[name])
-    images = peers.pixels(config, count) if count else None
+    images = small.pixels(config, count) if count else None
     expected = peers.torch_logits(model, ids, mask, images)
     found = our_logits(
         config, peers.to_tree(model, config), ids, mask, None if images is None else by_row(config, rows, images)
@@ -75,25 +75,22 @@ def test_logits_match_transformers(name: str, side: str, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("wrong", ["rms_norm_eps", "rope_theta", "select_layer", "image_order"])
 def test_the_comparison_sees_a_wrong_detail(wrong: str) -> None:
-    config = peers.config(2)
+    config = small.config(2)
     model = peers.llava(config)
-    rows = [peers.row(config, 4, 0, 3, 0, 6)]
-    ids, mask = peers.pad(rows)
-    images = peers.pixels(config, 2)
+    rows = [small.row(config, 4, 0, 3, 0, 6)]
+    ids, mask = small.pad(rows)
+    images = small.pixels(config, 2)
     expected = peers.torch_logits(model, ids, mask, images)
     params, given = peers.to_tree(model, config), by_row(config, rows, images)
     if wrong == "rms_norm_eps":
         # The embeddings' scale sets how much the epsilon shows; a released model's first norm sees rows of a like size.
-        config = peers.config(2, eps=1e-6)
-        small = {
-            "embedding": params["decoder"]["embed_tokens"]["embedding"] * 0.1,
-            "added": params["decoder"]["embed_tokens"]["added"] * 0.1,
-        }
-        params["decoder"]["embed_tokens"] = small
+        config = small.config(2, eps=1e-6)
+        embeddings = params["decoder"]["embed_tokens"]
+        params["decoder"]["embed_tokens"] = {name: table * 0.1 for name, table in embeddings.items()}
         with torch.no_grad():
             model.model.language_model.embed_tokens.weight.mul_(0.1)
         expected = peers.torch_logits(model, ids, mask, images)
-        assert np.abs(our_logits(peers.config(2), params, ids, mask, given) - expected).max() <= TOLERANCE
+        assert np.abs(our_logits(small.config(2), params, ids, mask, given) - expected).max() <= TOLERANCE
     elif wrong == "rope_theta":
         config = ModelConfig.from_json(config.to_json() | {"text": config.to_json()["text"] | {"rope_theta": 10100.0}})
     elif wrong == "select_layer":
@@ -105,15 +102,15 @@ def test_the_comparison_sees_a_wrong_detail(wrong: str) -> None:
 
 def test_poses_match_the_released_head() -> None:
     """CHATPOSE-V0: the normed state at p-1, Linear-ReLU-Linear, 6D columns, Gram–Schmidt: written here in torch."""
-    config = peers.config()
+    config = small.config()
     model, head = peers.llava(config), peers.pose_head(config)
     rows = [
-        [*peers.row(config, 0, 6), peers.POSE, 5],
-        [*peers.row(config, 4, seed=3), peers.POSE, *peers.row(config, 3), peers.POSE],
+        [*small.row(config, 0, 6), small.POSE, 5],
+        [*small.row(config, 4, seed=3), small.POSE, *small.row(config, 3), small.POSE],
     ]
-    ids, mask = peers.pad(rows)
-    images = peers.pixels(config, 1)
-    places = [(b, p - 1) for b, row in enumerate(rows) for p, token in enumerate(row) if token == peers.POSE]
+    ids, mask = small.pad(rows)
+    images = small.pixels(config, 1)
+    places = [(b, p - 1) for b, row in enumerate(rows) for p, token in enumerate(row) if token == small.POSE]
     with torch.no_grad():
         hidden = model.model(
             input_ids=torch.from_numpy(ids).long(),
@@ -138,11 +135,11 @@ def test_poses_match_the_released_head() -> None:
 
 
 def test_scanned_and_unrolled_layers_agree() -> None:
-    stacked, unrolled = peers.config(2), peers.config(2, scan=False)
+    stacked, unrolled = small.config(2), small.config(2, scan=False)
     model = peers.llava(stacked)
-    rows = [peers.row(stacked, 3, 0, 5)]
-    ids, mask = peers.pad(rows)
-    images = peers.pixels(stacked, 1)[None]
+    rows = [small.row(stacked, 3, 0, 5)]
+    ids, mask = small.pad(rows)
+    images = small.pixels(stacked, 1)[None]
     params = peers.to_tree(model, stacked)
     apart = unstack_layers(params)
     found = our_logits(stacked, params, ids, mask, images)

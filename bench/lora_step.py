@@ -1,0 +1,146 @@
+"""One LoRA training step (rank 16 on q and v, AdamW, cross-entropy) against torch + peft, with and without rematerialisation.
+
+Both train the same random LLaMA (322 M parameters) on the same batch; their losses over the first three steps must agree
+before anything is timed. The ratio is torch time / JAX time of interleaved pairs: above 1, JAX is faster. The JAX step is
+this project's model under plain ``jax.jit`` with optax; layers are unrolled or scanned as ``layers`` says.
+
+    python bench/lora_step.py [--preset small] [--want 3] [--only bfloat16-remat-scan] [--json lora.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import torch
+from llama import SIZES, cores, our_config, our_params, random_ids, torch_llama
+from pairs import paired
+
+from chatpose_jax.models.chatpose import bind
+from chatpose_jax.models.config import LoRAConfig
+
+RATE = 1e-3
+LORA = LoRAConfig(rank=16, alpha=32.0, dropout=0.0)
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+"""Largest difference of the losses of the first steps; bfloat16 rounds them to about 1 in 256."""
+
+
+def torch_step(text: Any, dtype: str, remat: bool, ids: np.ndarray) -> tuple[Any, Callable[[], float]]:
+    """The peft model, and a function that takes one step and returns its loss."""
+    base = torch_llama(text, dtype)
+    settings = peft.LoraConfig(
+        r=LORA.rank, lora_alpha=int(LORA.alpha), lora_dropout=0.0, target_modules=list(LORA.targets)
+    )
+    if remat:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = peft.get_peft_model(base, settings).train()
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
+    tokens = torch.from_numpy(ids).long()
+
+    def step() -> float:
+        optimizer.zero_grad()
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return model, step
+
+
+def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, model: Any) -> Callable[[], float]:
+    """The same for JAX, from the same weights."""
+    config = our_config(text, dtype, scan=scan, lora=LORA)
+    leaves, tree = jax.tree.flatten_with_path(our_params(model, config))
+    is_lora = ["lora_" in jax.tree_util.keystr(path) for path, _ in leaves]
+    optimizer = optax.adamw(RATE, weight_decay=0.0)
+    trainable = [leaf for (_, leaf), lora in zip(leaves, is_lora) if lora]
+    frozen = [leaf for (_, leaf), lora in zip(leaves, is_lora) if not lora]
+    tokens = jnp.asarray(ids)
+
+    def loss_of(trainable: list[jax.Array], frozen: list[jax.Array]) -> jax.Array:
+        parts = iter(trainable), iter(frozen)
+        network = bind(config, jax.tree.unflatten(tree, [next(parts[not lora]) for lora in is_lora]))
+        logits = network.logits(network(tokens, remat=remat).hidden[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(
+        trainable: list[jax.Array], state: Any, frozen: list[jax.Array]
+    ) -> tuple[list[jax.Array], Any, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_of)(trainable, frozen)
+        updates, state = optimizer.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    held: list[Any] = [trainable, optimizer.init(trainable)]
+
+    def step() -> float:
+        held[0], held[1], loss = update(held[0], held[1], frozen)
+        return float(loss)
+
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=tuple(SIZES), default="full")
+    parser.add_argument("--want", type=int, default=3, help="pairs to keep for each case")
+    parser.add_argument("--tries", type=int, default=12, help="pairs to time at most")
+    parser.add_argument(
+        "--patience", type=float, default=20, help="seconds to wait for a quiet moment before each pair"
+    )
+    parser.add_argument("--only", help="one case, such as bfloat16-remat-scan or float32-plain-loop")
+    parser.add_argument("--json", help="file to write the rows to")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(cores())
+    text, rows = SIZES[args.preset], []
+    ids = random_ids(2, 256 if args.preset == "full" else 32, text.vocab_size)
+    print("| dtype | remat | layers | JAX s | torch s | torch / JAX time | spread | pairs | losses of 3 steps |")
+    print("|" + "---|" * 9)
+    for dtype in ("float32", "bfloat16"):
+        for remat in (False, True):
+            for scan in (False, True):
+                name = f"{dtype}-{'remat' if remat else 'plain'}-{'scan' if scan else 'loop'}"
+                if args.only not in (None, name):
+                    continue
+                model, theirs = torch_step(text, dtype, remat, ids)
+                ours = jax_step(text, dtype, remat, scan, ids, model)
+                losses = [(ours(), theirs()) for _ in range(3)]
+                gap = max(abs(a - b) for a, b in losses)
+                if gap > TOLERANCE[dtype]:
+                    raise SystemExit(f"{name}: the losses differ by {gap:.2g}: {losses}")
+                result = paired(theirs, ours, want=args.want, tries=args.tries, patience=args.patience)
+                slow, fast = result.spread
+                row = {
+                    "dtype": dtype, "remat": remat, "scan": scan, "losses": losses,
+                    "torch_seconds": result.best[0], "jax_seconds": result.best[1],
+                    "ratio": result.ratio, "spread": [slow, fast], "pairs": len(result.pairs), "quiet": result.tried > 0,
+                }  # fmt: skip
+                rows.append(row)
+                quiet = "" if row["quiet"] else " (none quiet)"
+                print(
+                    f"| {dtype} | {'yes' if remat else 'no'} | {'scanned' if scan else 'unrolled'} "
+                    f"| {result.best[1]:.2f} | {result.best[0]:.2f} | **{result.ratio:.2f}** | {slow:.2f}–{fast:.2f} "
+                    f"| {row['pairs']}{quiet} | within {gap:.1g} |",
+                    flush=True,
+                )
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({"machine": platform.processor(), "cores": cores(), "rows": rows}, indent=2)
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Cached decoding against the cache-free forward, wherever a pose token stands; stops, sampling, streaming, forced poses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.generate import CAPACITY_STEP, Sampling, _choose, bucket, generate, init_cache, prefill, rewind
+from chatpose_jax.models.chatpose import Params, bind, create, unstack_layers
+from chatpose_jax.models.config import ModelConfig
+
+from . import small
+
+POSE, END = small.POSE, 2
+WIDTH = 64
+TAIL = (50, POSE, END)
+
+
+@cache
+def _base() -> Params:
+    """Random weights in which the newest token weighs most, so that ``script`` can steer, and context still moves the states."""
+    params = create(small.config(2), jax.random.key(0))
+    params["decoder"]["embed_tokens"] = {
+        name: jax.random.normal(jax.random.key(i), table.shape)
+        for i, (name, table) in enumerate(params["decoder"]["embed_tokens"].items())
+    }
+    layers = params["decoder"]["layers"]
+    for part, name in (("attn", "o_proj"), ("mlp", "down_proj")):
+        layers[part][name]["kernel"] = layers[part][name]["kernel"] * 0.3
+    # The fresh head ends near the identity; a livelier one makes a wrong state show in the pose.
+    head = params["pose_head"]["fc2"]
+    head["kernel"] = head["kernel"] * 10
+    return params
+
+
+def script(*chains: Sequence[int]) -> Params:
+    """Weights whose greedy answer follows these chains: each id is followed by the next."""
+    params = dict(_base(), decoder=dict(_base()["decoder"]))
+    tables, head = params["decoder"]["embed_tokens"], params["decoder"]["lm_head"]
+    rows = np.concatenate([tables["embedding"], tables["added"]])
+    columns = np.concatenate([head["kernel"], head["added"]], axis=1).copy()
+    for chain in chains:
+        for token, following in itertools.pairwise(chain):
+            columns[:, following] += rows[token]
+    base = head["kernel"].shape[1]
+    params["decoder"]["lm_head"] = {"kernel": jnp.asarray(columns[:, :base]), "added": jnp.asarray(columns[:, base:])}
+    return params
+
+
+@cache
+def _forward(config: ModelConfig) -> Any:
+    def run(params: Params, ids: jax.Array, mask: jax.Array, pixels: jax.Array | None) -> Any:
+        model = bind(config, params)
+        hidden = model(ids, attention_mask=mask, pixel_values=pixels).hidden
+        return hidden, model.logits(hidden).argmax(-1), model.poses(hidden)
+
+    return jax.jit(run)
+
+
+def check(
+    params: Params, prompt: Sequence[int], tokens: np.ndarray, hidden: np.ndarray, images: np.ndarray | None = None
+) -> None:
+    """One row's answer is what the forward without a cache says: the greedy token after every prefix, its state, its pose.
+
+    By induction over the answer, this is greedy decoding without a cache.
+    """
+    config = small.config(2)
+    whole = [*prompt, *tokens.tolist()]
+    ids, mask = np.zeros((1, WIDTH), np.int32), np.arange(WIDTH)[None] < len(whole)
+    ids[0, : len(whole)] = whole
+    states, greedy, poses = _forward(config)(params, ids, mask, None if images is None else images[None])
+    place = slice(len(prompt) - 1, len(whole) - 1)
+    np.testing.assert_array_equal(tokens, greedy[0, place])
+    assert np.abs(hidden - states[0, place]).max() <= 2e-5
+    found = bind(config, params).poses(jnp.asarray(hidden))
+    assert np.abs(np.asarray(found - poses[0, place])).max() <= 2e-5
+
+
+def run(
+    params: Params, prompts: Sequence[Sequence[int]], images: Any = None, *, scan: bool = False, **settings: Any
+) -> Any:
+    config = small.config(2, scan=scan)
+    rows = [np.asarray(ids, np.int32) for ids in prompts]
+    return generate(
+        config, params if scan else unstack_layers(params), rows, images, **{"max_new_tokens": 8, **settings}
+    )
+
+
+def prompt(*parts: int, last: int, seed: int = 0) -> list[int]:
+    return [*small.row(small.config(), *parts, seed=seed), last]
+
+
+PLACES = {
+    "first": ([10, POSE, 11, 12, END], [POSE, 11, 12, END]),
+    "middle": ([10, 11, POSE, 12, END], [11, POSE, 12, END]),
+    "last before the end": ([10, 11, 12, POSE, END], [11, 12, POSE, END]),
+    "last that fits": ([10, 11, 12, 13, 14, 15, 16, 17, POSE], [11, 12, 13, 14, 15, 16, 17, POSE]),
+    "several": ([10, POSE, 12, POSE], [POSE, 12] * 4),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_pose_token_at_any_place_has_the_state_of_the_cache_free_forward(place: str, scan: bool) -> None:
+    chain, expected = PLACES[place]
+    params = script(chain)
+    ids = prompt(6, last=10)
+    answer = run(params, [ids], scan=scan)
+    assert answer.tokens[0].tolist() == expected
+    check(params, ids, answer.tokens[0], answer.hidden[0])
+
+
+def test_states_of_different_contexts_differ() -> None:
+    """So that the comparisons above can see a state taken from the wrong place or row."""
+    params = script([10, 11, POSE, 12, END])
+    answer = run(params, [prompt(6, last=10), prompt(6, last=10, seed=1)])
+    assert np.abs(answer.hidden[0][1] - answer.hidden[1][1]).max() > 1e-2
+    with pytest.raises(AssertionError):
+        check(params, prompt(6, last=10, seed=1), answer.tokens[0], answer.hidden[0])
+
+
+def test_rows_of_different_lengths_stop_apart() -> None:
+    params = script([10, 11, 12, POSE, 13, END])
+    rows = [prompt(6, last=10), prompt(13, last=12, seed=1), prompt(2, last=11, seed=2), prompt(4, last=13, seed=3)]
+    answer = run(params, rows)
+    assert [tokens.tolist() for tokens in answer.tokens] == [
+        [11, 12, POSE, 13, END], [POSE, 13, END], [12, POSE, 13, END], [END],
+    ]  # fmt: skip
+    for ids, tokens, hidden in zip(rows, answer.tokens, answer.hidden):
+        check(params, ids, tokens, hidden)
+    np.testing.assert_array_equal(answer.cache.lengths, [len(r) + len(t) - 1 for r, t in zip(rows, answer.tokens)])
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_later_turns_reuse_the_cache(scan: bool) -> None:
+    """Three turns of two rows of different lengths, a picture in the first turn of one and in the second of the other."""
+    params = script([10, 11, POSE, END], [20, POSE, 21, END])
+    images = small.pixels(small.config(), 2)
+    turns = [
+        [prompt(2, 0, 3, last=10), prompt(5, last=20)],
+        [prompt(3, last=20), prompt(0, 2, last=10)],
+        [prompt(2, last=10)] * 2,
+    ]
+    pictures = [[[images[0]], []], [[], [images[1]]], None]
+    histories: list[list[int]] = [[], []]
+    cache = None
+    for new, shown in zip(turns, pictures):
+        # What the cache lacks of the last answer is its end of sequence: it opens the next prompt.
+        given = [
+            history[int(held) :] + ids
+            for history, held, ids in zip(histories, [0, 0] if cache is None else cache.lengths, new)
+        ]
+        answer = run(params, given, shown, scan=scan, cache=cache)
+        cache = answer.cache
+        for b in range(2):
+            before = histories[b] + new[b]
+            has_image = small.IMAGE in before
+            check(params, before, answer.tokens[b], answer.hidden[b], images[b : b + 1] if has_image else None)
+            assert POSE in answer.tokens[b]
+            histories[b] = before + answer.tokens[b].tolist()
+
+
+def test_rewind_forgets_the_end_of_a_conversation() -> None:
+    params = script([10, 11, POSE, END], [20, POSE, 21, END])
+    first = [prompt(6, last=10), prompt(3, last=20, seed=1)]
+    answer = run(params, first)
+    kept = rewind(answer.cache, jnp.array([4, 3]))
+    np.testing.assert_array_equal(kept.lengths, [4, 3])
+    assert int(kept.cursor) == 4
+    again = [prompt(5, last=20, seed=7), prompt(2, last=10, seed=8)]
+    second = run(params, again, cache=kept)
+    for b, keep in enumerate((4, 3)):
+        check(params, first[b][:keep] + again[b], second.tokens[b], second.hidden[b])
+
+
+def test_a_growing_cache_keeps_what_it_holds() -> None:
+    params = script([10, 11, POSE, END])
+    ids = prompt(6, last=10)
+    first = run(params, [ids])
+    before, history = first.cache.capacity, ids + first.tokens[0].tolist()
+    more = [history[int(first.cache.lengths[0]) :] + prompt(8, last=10)]
+    second = run(params, more, cache=first.cache, max_new_tokens=CAPACITY_STEP)
+    assert second.cache.capacity > before == CAPACITY_STEP
+    check(
+        params,
+        history + prompt(8, last=10),
+        second.tokens[0],
+        second.hidden[0],
+    )
+
+
+def test_force_pose_adds_a_tail_only_where_the_model_offers_none() -> None:
+    params = script([10, 11, END], [20, 21, POSE, 22, END], [30, 31, 30])
+    rows = [prompt(4, last=10), prompt(4, last=20), prompt(4, last=30)]
+    plain = run(params, rows)
+    assert plain.tokens[0].tolist() == [11, END] and plain.tokens[2].tolist() == [31, 30] * 4
+    forced = run(params, rows, force_tail=TAIL)
+    assert forced.tokens[0].tolist() == [11, *TAIL]
+    assert forced.tokens[1].tolist() == plain.tokens[1].tolist() == [21, POSE, 22, END]
+    assert forced.tokens[2].tolist() == [31, 30, 31, 30, 31, *TAIL]
+    # The forced pose's state is the one before its token, as for an offered one.
+    config = small.config(2)
+    whole = rows[0] + forced.tokens[0].tolist()
+    ids = np.zeros((1, WIDTH), np.int32)
+    ids[0, : len(whole)] = whole
+    states, *_ = _forward(config)(params, ids, np.arange(WIDTH)[None] < len(whole), None)
+    assert np.abs(forced.hidden[0][2] - states[0, len(rows[0]) + 1]).max() <= 2e-5
+
+
+def test_an_offered_pose_in_the_last_place_counts() -> None:
+    """The tail needs the last three places: a pose offered in the place before them makes it unnecessary."""
+    params = script([10, 11, 12, 13, 14, POSE, 15, 16, 17])
+    assert run(params, [prompt(4, last=10)], force_tail=TAIL).tokens[0].tolist() == [11, 12, 13, 14, POSE, 15, 16, 17]
+
+
+def test_streamed_pieces_join_to_the_answer() -> None:
+    params = script([10, 11, 12, POSE, 13, END], [20, END])
+    rows = [prompt(4, last=10), prompt(6, last=20)]
+    whole = run(params, rows)
+    for every in (1, 3):
+        pieces: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
+
+        def keep(tokens: np.ndarray, count: np.ndarray, pieces: Any = pieces, counts: Any = counts) -> None:
+            pieces.append(tokens)
+            counts.append(count)
+
+        streamed = run(params, rows, on_tokens=keep, stream_every=every)
+        joined = np.concatenate(pieces, axis=1)
+        for b, tokens in enumerate(whole.tokens):
+            np.testing.assert_array_equal(streamed.tokens[b], tokens)
+            np.testing.assert_array_equal(joined[b, : counts[-1][b]], tokens)
+            assert np.abs(streamed.hidden[b] - whole.hidden[b]).max() <= 1e-5
+        assert len(pieces) == {1: 5, 3: 3}[every]
+
+
+def test_sampling_is_reproducible_and_cools_to_greedy() -> None:
+    params, rows = _base(), [prompt(6, last=10), prompt(4, last=11, seed=1)]
+
+    def tokens(**settings: Any) -> list[list[int]]:
+        return [t.tolist() for t in run(params, rows, sampling=Sampling(**settings)).tokens]
+
+    assert tokens(temperature=3.0, seed=1) == tokens(temperature=3.0, seed=1)
+    assert tokens(temperature=3.0, seed=1) != tokens(temperature=3.0, seed=2)
+    assert tokens(temperature=1e-4, seed=1) == tokens()
+    assert tokens(temperature=3.0, top_p=1e-6, seed=1) == tokens()
+
+
+def test_top_p_draws_from_the_nucleus_in_proportion() -> None:
+    probabilities = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
+    logits = jnp.log(jnp.asarray(probabilities, jnp.float32))[None]
+
+    def frequencies(temperature: float, top_p: float) -> np.ndarray:
+        draw = jax.vmap(lambda key: _choose(logits, key, jnp.float32(temperature), jnp.float32(top_p), False)[0])
+        return np.bincount(jax.jit(draw)(jax.random.split(jax.random.key(0), 20000)), minlength=5) / 20000
+
+    def expect(found: np.ndarray, weights: Any) -> None:
+        expected = np.asarray(weights) / np.sum(weights)
+        assert ((found > 0) == (expected > 0)).all()
+        assert (np.abs(found - expected) < 5 * np.sqrt(0.25 / 20000)).all()
+
+    expect(frequencies(1.0, 1.0), probabilities)
+    expect(frequencies(1.0, 0.8), [0, 0.4, 0.15, 0.3, 0])  # 0.4 + 0.3 < 0.8 <= 0.4 + 0.3 + 0.15
+    expect(frequencies(1.0, 0.6), [0, 0.4, 0, 0.3, 0])
+    expect(frequencies(1.0, 0.3), [0, 1, 0, 0, 0])
+    expect(frequencies(0.5, 1.0), probabilities**2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 510}, "holds 7 tokens .* 510, but the context is 512"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 2, "force_tail": TAIL}, "at least 3"),
+    ],
+)
+def test_impossible_lengths_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(_base(), [prompt(6, last=10)], **settings)
+
+
+def test_a_conversation_longer_than_the_context_is_refused_in_a_later_turn() -> None:
+    full = dataclasses.replace(init_cache(small.config(2, scan=False), 1, 512), valid=jnp.arange(512)[None] < 500)
+    with pytest.raises(UserError, match="holds 507 tokens"):
+        run(_base(), [prompt(6, last=10)], cache=full)
+
+
+def test_bad_sampling_is_refused() -> None:
+    with pytest.raises(UserError, match="temperature"):
+        Sampling(temperature=-1)
+    with pytest.raises(UserError, match="top_p"):
+        Sampling(top_p=0)
+
+
+def test_prompts_of_one_bucket_compile_once() -> None:
+    params = unstack_layers(_base())
+    config = small.config(2, scan=False)
+    assert bucket(20) == bucket(31) == 32
+    generate(config, params, [np.full(20, 5, np.int32)], max_new_tokens=8)
+    size = prefill._cache_size()
+    generate(config, params, [np.full(31, 5, np.int32)], max_new_tokens=8)
+    assert prefill._cache_size() == size

@@ -1,0 +1,47 @@
+"""The registry of pose heads, and the paper's loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models import heads
+from chatpose_jax.models.config import HeadConfig
+
+
+def test_unknown_head_and_refused_option_are_named() -> None:
+    with pytest.raises(UserError, match=r"no pose head 'no_such'; the heads are .*mlp"):
+        heads.create_head(HeadConfig("no_such"), 8, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"'mlp' refuses its options .*depth"):
+        heads.create_head(HeadConfig("mlp", options=(("depth", 3),)), 8, rngs=nnx.Rngs(0))
+
+
+def test_a_name_taken_twice_is_an_error() -> None:
+    assert "mlp" in heads.head_names()
+    with pytest.raises(ValueError, match="registered twice"):
+        heads.register("mlp")(heads.PoseHead)
+
+
+def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:
+    head = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(head(jnp.zeros((1, 16))), np.broadcast_to(np.eye(3), (1, 24, 3, 3)))
+    hidden = jax.random.normal(jax.random.key(1), (2, 5, 16)) * 100
+    poses = head(hidden)
+    assert poses.shape == (2, 5, 24, 3, 3)
+    np.testing.assert_allclose(poses @ poses.swapaxes(-1, -2), np.broadcast_to(np.eye(3), poses.shape), atol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.det(poses), 1, atol=1e-5)
+
+
+def test_loss_is_the_papers_and_ignores_rows_without_a_pose() -> None:
+    head = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0))
+    hidden = jax.random.normal(jax.random.key(1), (3, 16))
+    target = jnp.asarray(np.random.default_rng(0).standard_normal((3, 24, 3, 3)), jnp.float32)
+    loss = head.loss(hidden, target, jnp.array([True, False, True]))
+    error = np.abs(np.asarray(head(hidden)) - np.asarray(target))[[0, 2]]
+    assert loss["pose_root"] == pytest.approx(error[:, 0].mean(), rel=1e-5)
+    assert loss["pose_body"] == pytest.approx(error[:, 1:].mean(), rel=1e-5)
+    assert all(value == 0 for value in head.loss(hidden, target, jnp.zeros(3, bool)).values())

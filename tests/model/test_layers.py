@@ -1,0 +1,98 @@
+"""Products in bfloat16, rematerialisation, attention's mask."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chatpose_jax.models.chatpose import bind, create, unstack_layers
+from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.models.layers import attention, contract, matmul
+
+from . import small
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 32), (2, 5, 32), (4, 32)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matmul_and_its_gradients_are_those_of_numpy(shape: tuple[int, ...], dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, weight = (
+        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, (shape, (32, 24), (*shape[:-1], 24)))
+    )
+    tolerance = 1e-5 if dtype == "float32" else 2**-8
+
+    def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sum((matmul(x, kernel) * weight).astype(jnp.float32))
+
+    y, (dx, dkernel) = jax.jit(matmul)(x, kernel), jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+    assert {str(z.dtype) for z in (y, dx, dkernel)} == {dtype}
+    a, b, w = (np.asarray(z, np.float64) for z in (x, kernel, weight))
+    rows, cotangents = a.reshape(-1, 32), w.reshape(-1, 24)
+    for found, expected in ((y, a @ b), (dx, w @ b.T), (dkernel, rows.T @ cotangents)):
+        assert np.abs(np.asarray(found, np.float64) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_a_frozen_operand_keeps_nothing_for_its_gradient() -> None:
+    x, kernel = jnp.ones((8, 4), jnp.bfloat16), jnp.ones((4, 2), jnp.bfloat16)
+    _, pullback = jax.vjp(lambda x: contract("ai,io->ao", x, kernel), x)
+    kept = {leaf.shape for leaf in jax.tree.leaves(pullback)}
+    assert kernel.shape in kept and x.shape not in kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
+    config = small.config(2, scan=scan, lora=LoRAConfig(rank=4, dropout=0.5)).replace(dtype=dtype, param_dtype=dtype)
+    params = create(config, jax.random.key(0))
+    ids = jnp.asarray([small.row(config, 8)] * 2)
+
+    def gradients(remat: bool) -> list[np.ndarray]:
+        def loss(decoder: dict) -> jax.Array:
+            hidden = bind(config, params | {"decoder": decoder})(ids, dropout_key=jax.random.key(1), remat=remat).hidden
+            return jnp.sum(hidden.astype(jnp.float32) ** 3)
+
+        return [np.asarray(g, np.float32) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params["decoder"]))]
+
+    for plain, again in zip(gradients(False), gradients(True)):
+        np.testing.assert_allclose(
+            again, plain, rtol=0, atol=(1e-5 if dtype == "float32" else 2e-2) * np.abs(plain).max()
+        )
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    exact = small.config(2)
+    config = exact.replace(dtype="bfloat16")
+    params = create(exact, jax.random.key(0))
+    ids = jnp.asarray([small.row(config, 12)])
+    expected = jax.jit(lambda params: bind(exact, params)(ids).hidden)(params)
+    found = jax.jit(lambda params: bind(config, params)(ids).hidden)(params)
+    assert found.dtype == jnp.bfloat16
+    assert jnp.abs(found - expected).max() < 0.1 * jnp.abs(expected).max()
+
+
+def test_attention_is_grouped_masked_and_finite_on_empty_rows() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = jax.random.normal(keys[0], (1, 3, 4, 8)), *(jax.random.normal(key, (1, 2, 5, 8)) for key in keys[1:])
+    mask = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], bool)
+    found = np.asarray(attention(q, k, v, mask[None])).reshape(3, 4, 8)
+    assert np.isfinite(found).all()
+    for head in range(4):
+        np.testing.assert_allclose(found[0, head], v[0, head // 2, 0], rtol=1e-6)
+        scores = np.asarray(k[0, head // 2]) @ np.asarray(q[0, 1, head]) / np.sqrt(8)
+        weights = np.where(mask[1], np.exp(scores), 0)
+        np.testing.assert_allclose(found[1, head], weights / weights.sum() @ np.asarray(v[0, head // 2]), atol=1e-6)
+
+
+def test_unrolled_layers_have_the_gradients_of_scanned_ones() -> None:
+    scanned, unrolled = small.config(2), small.config(2, scan=False)
+    params = create(scanned, jax.random.key(0))
+    ids = jnp.asarray([small.row(scanned, 8)])
+
+    def gradient(config, params):  # type: ignore[no-untyped-def]
+        return jax.jit(jax.grad(lambda params: jnp.sum(bind(config, params)(ids).hidden ** 3)))(params)["decoder"]
+
+    apart = unstack_layers(gradient(scanned, params))
+    for found, expected in zip(jax.tree.leaves(gradient(unrolled, unstack_layers(params))), jax.tree.leaves(apart)):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1.0))
