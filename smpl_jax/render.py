@@ -291,20 +291,21 @@ def clothing_colors(
             palette[k] = np.asarray(garments[_GARMENTS[part]], np.float32)
     # A high power picks the leading joint, yet fades over a seam instead of following the triangles' edges.
     share = weights**5
-    colors = ((share / share.sum(1, keepdims=True)) @ palette).astype(np.float32)
+    share = share / share.sum(1, keepdims=True)
+    colors = (share @ palette).astype(np.float32)
     if "head" in names:
         k = names.index("head")
         above, owned = rest - np.asarray(body.joint_template)[k], weights.argmax(1) == k
         x, y, z = above.T / above[owned, 1].max(initial=1e-6)
         if hair is not None:
             line = np.minimum(y - np.maximum(0.9 * z + 0.30, 1.6 * z - 0.02), 0.42 - np.abs(x))  # the ears stay free
-            mix = (line / 0.05 + 0.5).clip(0, 1)[:, None] * owned[:, None]
+            mix = (line / 0.05 + 0.5).clip(0, 1)[:, None] * share[:, k : k + 1]
             colors += mix * (np.asarray(hair, np.float32) - colors)
-        for name, radius, amount, tone in (("left_eye", 0.0085, 0.85, 0.1), ("right_eye", 0.0085, 0.85, 0.1)):
-            if name in ids:
-                near = np.linalg.norm((rest - rest[ids[name]]) * (0.75, 1.3, 1.0), axis=1)
-                mix = amount * (1.6 * (1 - near / radius)).clip(0, 1)[:, None]
-                colors += (mix * (tone - colors)).astype(np.float32)
+        for eye in ("left_eye", "right_eye"):
+            if eye in ids:
+                near = np.linalg.norm((rest - rest[ids[eye]]) * (0.75, 1.3, 1.0), axis=1)
+                mix = (1.36 - 160 * near).clip(0, 0.85)[:, None]  # dark within 3 mm, skin beyond 8.5 mm
+                colors += (mix * (0.1 - colors)).astype(np.float32)
     return colors
 
 
@@ -541,7 +542,7 @@ def _rotation_y(angle: float) -> NDArray[np.float32]:
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
 
 
-__all__: list[Any] = [
+__all__ = [
     "BACKDROP",
     "SKIN",
     "Camera",

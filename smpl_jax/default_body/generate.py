@@ -1,7 +1,7 @@
 """Make the default body: `python -m smpl_jax.default_body.generate body.npz`.
 
 Needs scikit-image, scipy and fast-simplification (`pip install 'chatpose-jax[body]'`), only to build; reading the
-result needs numpy alone. The same versions give the same file.
+result needs numpy alone. The same versions, which the file notes as `built_with`, give the same file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def build() -> dict[str, NDArray[Any]]:
         "vertex_ids": np.array(ids),
         "vert_sym_idxs": twin,
         "model_name": np.array(NAME),
+        "built_with": np.array([f"{package}=={version(package)}" for package in ("numpy", *_BUILD_NEEDS.values())]),
     }
 
 
@@ -107,7 +109,7 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         "kintree_table": arrays["kintree_table"].astype(np.int32),
         "vertex_ids": arrays["vertex_ids"].astype(np.int32),
         "vert_sym_idxs": arrays["vert_sym_idxs"].astype(np.uint16),
-        **{k: arrays[k] for k in ("joint_names", "shape_names", "vertex_id_names", "model_name")},
+        **{k: arrays[k] for k in ("joint_names", "shape_names", "vertex_id_names", "model_name", "built_with")},
     }
     correctives = np.abs(arrays["posedirs"]).max((0, 1), keepdims=True)
     for name, scale, dtype in (

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-VERTICES, FACES = 6890, 13776
+FACES = 13776
 
 
 def half_surface(

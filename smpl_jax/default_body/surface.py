@@ -279,8 +279,8 @@ def _head(p: Points) -> Field:
     d = smooth_min(d, nose, 0.009)
     # Lips, and the crease between them.
     d = smooth_min(d, ellipsoid(p, (0, 1.554, 0.0840), (0.022, 0.0058, 0.0100)), 0.006)
-    d = smooth_min(d, ellipsoid(p, (0, 1.544, 0.0825), (0.019, 0.0062, 0.0100)), 0.005)
-    d = smooth_cut(d, ellipsoid(p, (0, 1.5490, 0.0960), (0.022, 0.0016, 0.0060)), 0.003)
+    d = smooth_min(d, ellipsoid(p, (0, 1.5435, 0.0825), (0.019, 0.0066, 0.0100)), 0.005)
+    d = smooth_cut(d, ellipsoid(p, (0, 1.5490, 0.0965), (0.024, 0.0022, 0.0055)), 0.004)
     lean = _tilt(12, 0)
     ear = smooth_cut(
         pair((0.078, 1.600, -0.012), (0.0085, 0.031, 0.0175), 0.01, lean),

