@@ -164,6 +164,9 @@ def render_mesh(
         (H, W, 3) uint8, sRGB.
     """
     points, triangles = _mesh(vertices, faces)
+    base = np.asarray(SKIN if colors is None else colors, np.float32)
+    if base.shape not in ((3,), (len(points), 3)):
+        raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
     view = Camera.looking_at(points, size) if camera is None else camera
     points = points + np.asarray(view.translation, np.float32)
     picture = _backdrop(background, view)
@@ -174,9 +177,6 @@ def render_mesh(
     seen = _fragments(points, triangles, fine, cull=True)
     if not len(seen.pixel):
         return picture
-    base = np.asarray(SKIN if colors is None else colors, np.float32)
-    if base.shape not in ((3,), (len(points), 3)):
-        raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
     base = base * base  # sRGB to linear, near enough and several times quicker than a power of 2.2
     per_vertex = [vertex_normals(points, triangles), points] + ([base] if base.ndim == 2 else [])
     values = _interpolate(np.concatenate(per_vertex, 1), triangles[seen.face], seen.barycentric)
@@ -349,6 +349,8 @@ def _mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], N
     points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"vertices must be (V, 3), found {points.shape}")
+    if not np.isfinite(points).all():
+        raise ValueError("vertices must be finite; found NaN or infinity")
     if triangles.ndim != 2 or triangles.shape[1] != 3 or triangles.dtype.kind not in "iu":
         raise ValueError(f"faces must be integers (F, 3), found {triangles.dtype} {triangles.shape}")
     return points, triangles.astype(np.intp, copy=False)

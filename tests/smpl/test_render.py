@@ -141,6 +141,7 @@ def test_light_comes_from_where_it_is_said_to():
     ("change", "message"),
     [
         ({"vertices": np.zeros((4, 2))}, "vertices must be"),
+        ({"vertices": np.full((4, 3), np.nan)}, "vertices must be finite"),
         ({"faces": np.zeros((1, 3))}, "faces must be"),
         ({"colors": np.zeros((3, 3))}, "colors must have"),
         ({"background": np.zeros((5, 5, 3))}, "background must have"),
