@@ -1,10 +1,11 @@
-"""Conversion of a large random checkpoint: seconds and MB/s beside a plain copy of the same files, and peak resident memory.
+"""Conversion of a large random checkpoint: seconds and MB/s beside a plain copy of its files, and peak resident memory.
 
     python bench/convert.py --preset chatpose_7b --layers 4
     python bench/convert.py --preset chatpose_13b --devices 8 --format bin
 
-Writes a LLaVA-1.5 checkpoint of the preset's shapes (fewer layers, if asked) in shards, times a plain copy, then times conversions in fresh
-processes. ``--devices`` adds a direct load onto that many fake devices, sharded over the input axis of every kernel.
+Writes a LLaVA-1.5 checkpoint of the preset's shapes (fewer layers, if asked) in shards, times a plain copy, then times
+conversions in fresh processes. ``--devices`` adds a direct load onto that many fake devices, every matrix
+sharded over its input axis.
 """
 
 from __future__ import annotations
@@ -38,26 +39,30 @@ if task == "load":
     mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     def shardings(path, shape):
         axes = [None] * len(shape)
-        if "kernel" in path and shape[-2] % devices == 0:
+        if len(shape) > 1 and shape[-2] % devices == 0:
             axes[-2] = "fsdp"
         return jax.sharding.NamedSharding(mesh, jax.P(*axes))
     plan, params = load_source(source, shardings=shardings)
     arrays = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
 else:
     convert(source, out, hashes="hash" in task, compress="zstd" in task)
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "start_mb": before, "peak_mb": peak(), "arrays_mb": arrays / 1e6}))
+seconds, cpu = time.perf_counter() - start, time.process_time()
+print(json.dumps({"seconds": seconds, "cpu": cpu, "start_mb": before, "peak_mb": peak(), "arrays_mb": arrays / 1e6}))
 """
 
 
 def write_source(
     folder: Path, preset: str, layers: int | None, fmt: str, tokenizer: Path | None, shard_bytes: int
 ) -> int:
-    """Writes the checkpoint in float16, as LLaVA-1.5 is stored; returns its bytes. Values repeat every 64 MiB, which no step here notices."""
+    """Writes the checkpoint in float16, as LLaVA-1.5 is stored; returns its bytes.
+
+    Values repeat every 64 MiB, which no step here notices.
+    """
+    from flax.traverse_util import flatten_dict
+
     from chatpose_jax.models.chatpose import abstract_params
     from chatpose_jax.models.config import preset as named
     from chatpose_jax.weights.layouts import LAYOUTS
-    from flax.traverse_util import flatten_dict
 
     config = named(preset)
     text = dataclasses.replace(config.text, num_layers=layers or config.text.num_layers)
@@ -150,24 +155,23 @@ def main() -> None:
         size = write_source(source, args.preset, args.layers, args.format, args.tokenizer, 2 << 30)
         print(f"{args.preset}, {args.layers or 'all'} layers, {args.format}: {size / 1e9:.2f} GB")
         os.sync()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         shutil.copytree(source, copy)
         os.sync()
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         shutil.rmtree(copy)
-        print(f"{'task':<22}{'seconds':>9}{'MB/s':>8}{'x copy':>8}{'peak MB':>9}{'of it at start':>16}")
-        print(f"{'copy and sync':<22}{seconds:>9.1f}{size / seconds / 1e6:>8.0f}{1:>8.2f}")
+        print(
+            f"{'task':<18}{'seconds':>9}{'CPU s':>8}{'MB/s':>7}{'x copy':>8}{'peak MB':>9}{'at start':>10}{'arrays':>8}"
+        )
+        print(f"{'copy and sync':<18}{seconds:>9.1f}{cpu:>8.1f}{size / seconds / 1e6:>7.0f}{1:>8.2f}")
         tasks = [(f"convert, {task}", task, 1) for task in args.tasks]
         tasks += [(f"load onto {args.devices}", "load", args.devices)] if args.devices else []
         for title, task, devices in tasks:
-            start = time.perf_counter()
             result = child(task, source, out, devices)
-            os.sync()
             elapsed = result["seconds"]
-            note = f"  (arrays themselves: {result['arrays_mb']:.0f} MB)" if result["arrays_mb"] else ""
             print(
-                f"{title:<22}{elapsed:>9.1f}{size / elapsed / 1e6:>8.0f}{elapsed / seconds:>8.2f}"
-                f"{result['peak_mb']:>9.0f}{result['start_mb']:>16.0f}{note}"
+                f"{title:<18}{elapsed:>9.1f}{result['cpu']:>8.1f}{size / elapsed / 1e6:>7.0f}{elapsed / seconds:>8.2f}"
+                f"{result['peak_mb']:>9.0f}{result['start_mb']:>10.0f}{result['arrays_mb']:>8.0f}"
             )
             shutil.rmtree(out, ignore_errors=True)
 
