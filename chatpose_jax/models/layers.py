@@ -57,11 +57,15 @@ _contract.defvjp(_contract_forward, _contract_backward, symbolic_zeros=True)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(..., in) @ (in, out) -> (..., out) in x's dtype, accumulated in float32; ``kernel`` is cast to x's dtype."""
+    """(..., in) @ (in, out) -> (..., out) in x's dtype; ``kernel`` is cast to it."""
+    kernel = kernel.astype(x.dtype)
+    if x.dtype == jnp.float32 or jax.default_backend() != "cpu":
+        # Elsewhere a float32 result would only double what tensor parallelism has to sum over the network.
+        return x @ kernel
     # The CPU backend has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
-    lone = x.size == x.shape[-1] and x.dtype != jnp.float32 and jax.default_backend() == "cpu"
+    lone = x.size == x.shape[-1]
     rows = "abcdef"[: x.ndim - 1]
-    y = contract(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel.astype(x.dtype)).astype(x.dtype)
+    y = contract(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel).astype(x.dtype)
     return y[:1] if lone else y
 
 
