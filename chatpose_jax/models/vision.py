@@ -56,6 +56,18 @@ class VisionLayer(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def sincos_2d(side: int, width: int) -> jax.Array:
+    """(1 + side², width) position embeddings for a fresh tower: zeros for CLS, then sines and cosines of row and column (Beyer et al. 2022,
+    "Better plain ViT baselines"). CLIP's own start near zero and need far more pictures to become visible beside the patches.
+    """
+    frequencies = 1.0 / 10000 ** (jnp.arange(width // 4) / max(width // 4 - 1, 1))
+    angles = jnp.arange(side)[:, None] * frequencies
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    rows, columns = jnp.repeat(waves, side, axis=0), jnp.tile(waves, (side, 1))
+    grid = jnp.concatenate([rows, columns], axis=-1)
+    return jnp.pad(grid, ((1, 0), (0, width - grid.shape[-1])))
+
+
 class VisionTower(nnx.Module):
     """Pixels to patch features: the hidden states before the last ``-1 - select_layer`` blocks, CLS dropped, no post-LN (LLaVA-1.5).
 
@@ -71,7 +83,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = Linear(vision.patch_size**2 * 3, width, rngs=rngs, **kwargs)
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,), param_dtype) * 0.02)
         self.position_embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (vision.num_patches + 1, width), param_dtype) * 0.02
+            sincos_2d(vision.image_size // vision.patch_size, width).astype(param_dtype)
         )
         self.pre_norm = LayerNorm(width, eps=vision.layer_norm_eps, param_dtype=param_dtype)
         self.layers = make_layers(

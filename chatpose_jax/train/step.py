@@ -97,7 +97,7 @@ def make_step(
             grads, metrics = jax.tree.map(lambda x: x / config.accumulate, total)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

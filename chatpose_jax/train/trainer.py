@@ -90,7 +90,7 @@ def train(
     A checkpoint in ``out`` wins over ``params``: the same command resumes. The first interrupt or SIGTERM saves and raises ``Interrupted``.
 
     Args:
-        params: where to start; frozen arrays are used as they are.
+        params: where to start. Trainable arrays are consumed (donated to the first step), frozen ones used as they are.
         evaluate: called with the parameters every ``eval_every`` steps; its scalars are logged.
 
     Raises:

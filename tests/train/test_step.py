@@ -1,0 +1,177 @@
+"""Loss and step: against plain numpy and optax, frozen parameters, accumulation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from chatpose_jax.models.chatpose import bind, create, fake_batch
+from chatpose_jax.models.config import LoRAConfig, TextConfig, VisionConfig, preset
+from chatpose_jax.train import loss as losses
+from chatpose_jax.train import trainable as table
+from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.step import init_state, learning_rate, make_step
+
+CONFIG = preset("tiny").replace(
+    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2),
+    text=TextConfig(
+        vocab_size=66,
+        base_vocab_size=64,
+        hidden_size=24,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=12,
+    ),
+    lora=LoRAConfig(rank=2, alpha=4.0, dropout=0.5),
+    pose_token_id=64,
+    image_token_id=65,
+)
+SETTINGS = TrainConfig(steps=10, batch_size=4, accumulate=1, warmup_steps=2, learning_rate=1e-2, remat=False)
+
+
+@pytest.fixture(scope="module")
+def params():
+    fresh = create(CONFIG, jax.random.key(0))
+    # B = 0 would hide everything behind the adapters.
+    flat = {p: x + 0.1 if p.endswith("lora_b") else x for p, x in table.flatten(fresh).items()}
+    return table.unflatten(flat)
+
+
+def run(settings, params, batches):
+    state, frozen = init_state(settings, jax.tree.map(jnp.array, params))
+    step = make_step(CONFIG, settings, params)
+    metrics = []
+    for batch in batches:
+        state, values = step(state, frozen, batch)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return state, frozen, metrics
+
+
+def test_cross_entropy_is_the_mean_over_answers(params):
+    batch = fake_batch(CONFIG, batch=3, length=20)
+    model = bind(CONFIG, params)
+    hidden = model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
+    logits = np.asarray(model.logits(hidden), np.float64)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    expected, right = [], []
+    for b, t in zip(*np.nonzero(labels >= 0)):
+        row = logits[b, t]
+        expected.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[labels[b, t]])
+        right.append(row.argmax() == labels[b, t])
+    value, accuracy = losses.cross_entropy(model, hidden, jnp.asarray(batch["labels"]))
+    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, np.mean(right), rtol=1e-6)
+
+
+def test_chunks_change_nothing(params, monkeypatch):
+    batch = fake_batch(CONFIG, batch=2, length=21)
+    model = bind(CONFIG, params)
+    hidden = model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
+
+    def value_and_grad():
+        return jax.value_and_grad(lambda h: losses.cross_entropy(model, h, jnp.asarray(batch["labels"]))[0])(hidden)
+
+    whole = value_and_grad()
+    monkeypatch.setattr(losses, "CHUNK", 7)
+    np.testing.assert_allclose(value_and_grad()[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(value_and_grad()[1], whole[1], atol=1e-6)
+
+
+def test_pose_loss_is_the_papers(params):
+    """Mean |ΔR| of the root plus mean |ΔR| of the body, over poses that exist, read at the position before the pose token."""
+    batch = fake_batch(CONFIG, batch=3, length=12)
+    batch["pose_mask"][1] = False
+    model = bind(CONFIG, params)
+    hidden = np.asarray(model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden)
+    position = np.flatnonzero(batch["input_ids"][0] == CONFIG.pose_token_id)[-1]
+    assert batch["pose_index"][0, 0] == position - 1
+    errors = np.abs(np.asarray(model.poses(hidden[[0, 2], position - 1])) - np.eye(3))
+    total, parts = losses.loss(model, batch, lambda_text=2.0, lambda_pose=0.1)
+    np.testing.assert_allclose(parts["pose_root"], errors[:, 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(parts["pose_body"], errors[:, 1:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(total, 2 * parts["text"] + 0.1 * (parts["pose_root"] + parts["pose_body"]), rtol=1e-6)
+
+
+def test_a_batch_without_answers_or_poses_weighs_nothing(params):
+    batch = fake_batch(CONFIG, batch=2, length=12)
+    batch["labels"][:] = -100
+    batch["pose_mask"][:] = False
+    total, _ = losses.loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0)
+    assert float(total) == 0
+
+
+def test_frozen_parameters_stay_and_every_trainable_one_moves(params):
+    batches = [fake_batch(CONFIG, batch=4, length=16, seed=i) for i in range(3)]
+    state, frozen, metrics = run(SETTINGS, params, batches)
+    before = table.flatten(params)
+    for path, value in frozen.items():
+        np.testing.assert_array_equal(value, before[path], err_msg=path)
+    for path, value in state.trainable.items():
+        assert np.any(np.asarray(value) != np.asarray(before[path])), path
+    assert not any("vision" in path for path in state.trainable)
+    assert metrics[0]["learning_rate"] == pytest.approx(0.5e-2)
+
+
+def test_dropout_repeats_by_seed_and_step(params):
+    batches = [fake_batch(CONFIG, batch=4, length=16)] * 2
+    first, second, other = (run(dataclasses.replace(SETTINGS, seed=seed), params, batches)[2] for seed in (0, 0, 1))
+    assert first == second
+    assert first[0]["loss"] != other[0]["loss"]
+
+
+def test_accumulated_micro_batches_average(params):
+    settings = dataclasses.replace(SETTINGS, trainable=table.EVERYTHING, batch_size=2)
+    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=0.0))
+    halves = [fake_batch(config, batch=2, length=16, seed=i) for i in range(2)]
+    whole = {name: np.concatenate([h[name] for h in halves]) for name in halves[0]}
+    stacked = {name: np.stack([h[name] for h in halves]) for name in halves[0]}
+
+    def updated(accumulate, batch):
+        chosen = dataclasses.replace(settings, accumulate=accumulate)
+        state, frozen = init_state(chosen, jax.tree.map(jnp.array, params))
+        return make_step(config, chosen, params)(state, frozen, batch)
+
+    (one, metrics), (two, averaged) = updated(1, whole), updated(2, stacked)
+    np.testing.assert_allclose(averaged["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(averaged["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    for path, value in one.trainable.items():
+        np.testing.assert_allclose(value, two.trainable[path], atol=2e-4, err_msg=path)
+
+
+def test_rows_scale_rate_and_decay_as_adamw(params):
+    """One row with rate 1 and decay d is optax.adamw."""
+    settings = dataclasses.replace(SETTINGS, grad_clip=1e9, trainable=(table.Rule(".*", 1.0, 0.1),))
+    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=0.0))
+    batch = fake_batch(config, batch=2, length=16)
+    state, frozen = init_state(settings, jax.tree.map(jnp.array, params))
+    after, _ = make_step(config, settings, params)(state, frozen, batch)
+
+    flat = table.flatten(params)
+    grads = jax.grad(
+        lambda p: losses.loss(bind(config, table.unflatten(p)), batch, lambda_text=1.0, lambda_pose=0.1)[0]
+    )(flat)
+    tx = optax.adamw(learning_rate(settings), weight_decay=0.1)
+    updates, _ = tx.update(grads, tx.init(flat), flat)
+    for path, value in optax.apply_updates(flat, updates).items():
+        # Adam's first step is the sign of the gradient: where that is rounding noise, nothing can be compared.
+        clear = np.abs(grads[path]) > 1e-4
+        np.testing.assert_allclose(
+            np.asarray(after.trainable[path])[clear], np.asarray(value)[clear], atol=3e-5, err_msg=path
+        )
+
+
+def test_schedules():
+    linear = learning_rate(dataclasses.replace(SETTINGS, steps=100, warmup_steps=10))
+    cosine = learning_rate(
+        dataclasses.replace(SETTINGS, steps=100, warmup_steps=10, schedule="cosine", final_lr_ratio=0.1)
+    )
+    assert float(linear(0)) == pytest.approx(1e-3)
+    assert float(linear(9)) == float(linear(10)) == pytest.approx(1e-2)
+    assert float(linear(55)) == pytest.approx(0.5e-2)
+    assert float(linear(100)) == pytest.approx(0)
+    assert float(cosine(100)) == pytest.approx(1e-3)

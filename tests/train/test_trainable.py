@@ -1,0 +1,59 @@
+"""The table of what trains: assignment, counts, errors."""
+
+import jax
+import numpy as np
+import pytest
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.config import preset
+from chatpose_jax.train.trainable import EVERYTHING, PAPER, Rule, assign, describe, flatten, merge, split, unflatten
+
+
+def count(flat):
+    return sum(int(np.prod(leaf.shape)) for leaf in flat.values())
+
+
+def test_the_papers_table_on_13b_without_allocating_it():
+    trainable, frozen = split(abstract_params(preset("chatpose_13b")), PAPER)
+    lora = {path: leaf for path, leaf in trainable.items() if "/lora_" in path}
+    assert count(lora) == 40 * 2 * 2 * 5120 * 128 == 104_857_600
+    assert count({path: leaf for path, leaf in trainable.items() if path.startswith("pose_head/")}) == 26_956_944
+    assert count(trainable) == 104_857_600 + 26_956_944 + 2 * 5120
+    assert all("q_proj" in path or "v_proj" in path for path in lora)
+    assert not any(path.startswith("vision/") for path in trainable)
+    assert "decoder/lm_head/kernel" in frozen
+    assert "131,824,784 of 13,470,065,808 parameters train" in describe(abstract_params(preset("chatpose_13b")), PAPER)
+
+
+def test_split_and_merge_are_inverse():
+    params = abstract_params(preset("tiny"))
+    again = merge(*split(params, PAPER))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert jax.tree.structure(unflatten(flatten(params))) == jax.tree.structure(params)
+
+
+def test_the_first_row_that_matches_decides():
+    rows = assign(abstract_params(preset("tiny")), (Rule("pose_head/.*", 0.5, 0.1), *EVERYTHING))
+    assert rows["pose_head/fc1/kernel"] == Rule("pose_head/.*", 0.5, 0.1)
+    assert rows["projector/fc1/kernel"].weight_decay == 0.01
+    assert rows["projector/fc1/bias"].weight_decay == 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ((Rule("pose_head/.*", 1.0),), "no row matches"),
+        ((Rule("pose_heads/.*", 1.0), Rule(".*", None)), "matches no parameter"),
+        ((Rule("(", 1.0),), "no regular expression"),
+        ((Rule(".*", None),), "nothing would train"),
+    ],
+)
+def test_a_wrong_table_is_one_clear_error(rules, words):
+    with pytest.raises(UserError, match=words):
+        assign(abstract_params(preset("tiny")), rules)
+
+
+def test_a_pattern_must_match_the_whole_path():
+    with pytest.raises(UserError, match="matches no parameter"):
+        assign(abstract_params(preset("tiny")), (Rule("pose_head", 1.0), Rule(".*", None)))
