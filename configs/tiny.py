@@ -12,14 +12,16 @@ def get_config():
     config.data.train_size = 8000
 
     config.train.trainable = EVERYTHING
-    config.train.steps = 1200
-    config.train.batch_size = 32
+    config.train.optimizer = "muon"
+    config.train.steps = 3600
+    config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
-    config.train.learning_rate = 1e-3
-    config.train.schedule = "cosine"
-    config.train.lambda_pose = 5.0
+    config.train.learning_rate = 2e-3
+    config.train.warmup_steps = 50
+    # From nothing, the pose must outweigh the choice among answers that differ in words alone.
+    config.train.lambda_pose = 20.0
     config.train.remat = False
-    config.train.save_every = 200
-    config.train.eval_every = 200
+    config.train.save_every = 600
+    config.train.eval_every = 600
     return config

@@ -14,6 +14,7 @@ class TrainConfig:
 
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay); see ``train.trainable``.
     lambda_text, lambda_pose: weights of the cross-entropy over answers and of the L1 on rotation matrices.
+    optimizer: "adamw", or "muon" for the hidden matrices and AdamW for the rest: learns faster from nothing.
     schedule: "linear" or "cosine" decay to ``final_lr_ratio`` after a linear warm-up.
     accumulate: micro-batches whose gradients are averaged before one update.
     """
@@ -22,6 +23,7 @@ class TrainConfig:
     batch_size: int = 16
     accumulate: int = 2
     max_length: int = 1024
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     schedule: str = "linear"
@@ -43,5 +45,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "max_length", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, found {getattr(self, name)}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"train.optimizer must be 'adamw' or 'muon', found {self.optimizer!r}")
         if self.schedule not in ("linear", "cosine"):
             raise UserError(f"train.schedule must be 'linear' or 'cosine', found {self.schedule!r}")

@@ -15,6 +15,7 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.loss import loss
+from chatpose_jax.train.optimizer import learning_rate, optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -25,27 +26,6 @@ class TrainState:
     step: jax.Array
     trainable: table.Flat
     opt_state: Any
-
-
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then linear or cosine decay to ``final_lr_ratio``; a function of the update count."""
-    warmup = min(config.warmup_steps, config.steps)
-    peak, end, rest = config.learning_rate, config.learning_rate * config.final_lr_ratio, max(config.steps - warmup, 1)
-    if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_lr_ratio)
-    else:
-        decay = optax.linear_schedule(peak, end, rest)
-    return optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), decay], [warmup])
-
-
-def optimizer(config: TrainConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
-    """AdamW with clipping by global norm and the table's rates; ``params`` may be abstract."""
-    rows = table.assign(params, config.trainable)
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
-        table.scale_by_rows(rows, learning_rate(config)),
-    )
 
 
 def init_state(config: TrainConfig, params: Mapping[str, Any]) -> tuple[TrainState, table.Flat]:

@@ -13,7 +13,8 @@ from chatpose_jax.models.config import LoRAConfig, TextConfig, VisionConfig, pre
 from chatpose_jax.train import loss as losses
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.step import init_state, learning_rate, make_step
+from chatpose_jax.train.optimizer import learning_rate, scale_by_muon
+from chatpose_jax.train.step import init_state, make_step
 
 CONFIG = preset("tiny").replace(
     vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2),
@@ -175,3 +176,19 @@ def test_schedules():
     assert float(linear(55)) == pytest.approx(0.5e-2)
     assert float(linear(100)) == pytest.approx(0)
     assert float(cosine(100)) == pytest.approx(1e-3)
+
+
+def test_muon_orthogonalises_each_stacked_layer():
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 12)), jnp.float32)
+    tx = scale_by_muon()
+    updates, _ = tx.update({"w": grads}, tx.init({"w": grads}), {"w": grads})
+    singular = np.linalg.svd(np.asarray(updates["w"]), compute_uv=False) / (0.2 * 12**0.5)
+    assert ((singular > 0.6) & (singular < 1.3)).all()
+    alone, _ = tx.update({"w": grads[1:2]}, tx.init({"w": grads[1:2]}), {"w": grads[1:2]})
+    np.testing.assert_allclose(alone["w"][0], updates["w"][1], atol=1e-5)
+
+
+def test_muon_trains(params):
+    settings = dataclasses.replace(SETTINGS, optimizer="muon", trainable=table.EVERYTHING)
+    metrics = run(settings, params, [fake_batch(CONFIG, batch=4, length=16)] * 6)[2]
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]

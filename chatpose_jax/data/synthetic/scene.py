@@ -15,7 +15,7 @@ from smpl_jax import render
 from smpl_jax.body import BodyModel
 from smpl_jax.io import load_body
 
-MAX_YAW, MAX_PITCH = 60.0, 8.0  # degrees
+MAX_YAW, MAX_PITCH = 30.0, 8.0  # degrees
 _JOINTS_OF = {
     "shirt": (3, 6, 9, 13, 14),
     "sleeves": (16, 17),
@@ -55,9 +55,9 @@ def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
     skin = np.array(_SKINS[int(rng.integers(len(_SKINS)))]) + rng.normal(0, 0.02, 3)
     palette = np.tile(skin, (24, 1))
     clothes = {
-        "shirt": rng.uniform(0.1, 0.95, 3),
-        "trousers": rng.uniform(0.05, 0.75, 3),
-        "shoes": rng.uniform(0.05, 0.6, 3),
+        "shirt": rng.uniform(0.05, 0.65, 3),
+        "trousers": rng.uniform(0.05, 0.5, 3),
+        "shoes": rng.uniform(0.05, 0.4, 3),
     }
     if rng.random() < 0.5:  # long sleeves
         clothes["sleeves"] = clothes["shirt"]
@@ -80,7 +80,8 @@ def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
         shift=rng.uniform(-0.04, 0.04, 2),
         light=np.array([rng.uniform(-0.8, 0.8), -rng.uniform(0.4, 1.0), -rng.uniform(0.5, 1.0)]),
         background=("flat", "gradient", "noise", "room")[int(rng.integers(4))],
-        colors=0.6 * rng.uniform(0.2, 1.0, (2, 1)) + 0.4 * rng.uniform(0.1, 1.0, (2, 3)),  # walls are rarely garish
+        # Walls are light and clothes dark, as in a studio: thousands of pictures then teach what else takes millions.
+        colors=0.7 * rng.uniform(0.85, 1.0, (2, 1)) + 0.3 * rng.uniform(0.6, 1.0, (2, 3)),
         noise_seed=int(rng.integers(2**31)),
     )
 
@@ -175,7 +176,7 @@ def backdrop(scene: Scene, size: int) -> np.ndarray:
         picture = np.broadcast_to(first, (size, size, 3))
     if scene.background == "noise":  # coarse spots
         rng = np.random.default_rng(scene.noise_seed)
-        spots = rng.normal(0, 0.08, (8, 8, 3))
+        spots = rng.normal(0, 0.03, (8, 8, 3))
         cells = np.minimum(np.arange(size) * 8 // size, 7)
         picture = picture + spots[cells][:, cells]
     return np.ascontiguousarray(np.clip(picture, 0, 1) * 255, np.uint8)

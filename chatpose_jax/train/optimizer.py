@@ -1,0 +1,59 @@
+"""The optimiser: AdamW or Muon, clipping, warm-up and decay, and the rates of the table of what trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from chatpose_jax.train import trainable as table
+from chatpose_jax.train.config import TrainConfig
+
+HIDDEN_MATRIX = re.compile(r"(.*/layers|projector)/.*kernel")
+MUON_RMS = 0.2
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, then linear or cosine decay to ``final_lr_ratio``; a function of the update count."""
+    warmup = min(config.warmup_steps, config.steps)
+    peak, rest = config.learning_rate, max(config.steps - warmup, 1)
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_lr_ratio)
+    else:
+        decay = optax.linear_schedule(peak, peak * config.final_lr_ratio, rest)
+    return optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), decay], [warmup])
+
+
+def optimizer(config: TrainConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Clipping by global norm, AdamW or Muon, the table's rates; acts on trainable arrays by path. ``params`` may be abstract."""
+    rows = table.assign(params, config.trainable)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
+    scale = adam
+    if config.optimizer == "muon":
+        labels = {
+            path: "muon" if HIDDEN_MATRIX.fullmatch(path) else "adam"
+            for path, row in rows.items()
+            if row.lr is not None
+        }
+        scale = optax.partition({"muon": scale_by_muon(), "adam": adam}, labels)
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip), scale, table.scale_by_rows(rows, learning_rate(config))
+    )
+
+
+def scale_by_muon() -> optax.GradientTransformation:
+    """Orthogonalised momentum for (…, in, out) matrices, stacked layers each for itself (Jordan et al. 2024), as large as an Adam update
+    (Liu et al. 2025, "Muon is scalable for LLM training": RMS 0.2), so that both share a learning rate.
+    """
+
+    def dimensions(params: Any) -> Any:
+        return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+
+    def rms(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
+
+    return optax.chain(contrib.scale_by_muon(weight_dimension_numbers=dimensions), optax.stateless(rms))
