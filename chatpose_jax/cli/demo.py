@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     try:
-        folder = run_training(config, out / "run", data=rows)
+        folder = run_training(config, out / "run", data=rows, folder=out / "model")
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return 143

@@ -66,9 +66,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_training(
-    config: RunConfig, out: Path, *, init: Path | None = None, data: Sequence[Example] | None = None
+    config: RunConfig,
+    out: Path,
+    *,
+    init: Path | None = None,
+    data: Sequence[Example] | None = None,
+    folder: Path | None = None,
 ) -> Path:
-    """Data, weights, training, model folder; returns the latter. ``data`` replaces the training split that the configuration names."""
+    """Data, weights, training, model folder; returns the latter. ``data`` replaces the training split that the
+    configuration names, ``folder`` is where the model goes (``out/model``)."""
     if init is not None:
         config = adopt(config, init)
     model, settings = config.model, config.train
@@ -97,7 +103,7 @@ def run_training(
     params = initial_params(config, init)
     params = train(model, settings, params, loader, out, evaluate=validate)
     folder = model_folder.save_folder(
-        out / "model",
+        folder or out / "model",
         model,
         params,
         processor=processor,

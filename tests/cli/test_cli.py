@@ -1,0 +1,215 @@
+"""Commands as a user types them: files they leave, exit status, one clear line for bad input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from chatpose_jax.cli.config import config_names, load_config
+from chatpose_jax.cli.main import COMMANDS, main
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import create
+from chatpose_jax.models.config import preset
+from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.weights.folder import save_folder
+
+CONFIG = preset("tiny").replace(lora=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    return save_folder(path, CONFIG, create(CONFIG, jax.random.key(0)), processor=tiny_processor(CONFIG))
+
+
+def lines(capsys):
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert all(name in lines(capsys)[0] for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+
+
+def test_chat_answers_and_writes_every_format(folder, tmp_path, capsys):
+    Image.fromarray(np.full((90, 70, 3), 128, np.uint8)).save(tmp_path / "photo.jpg")
+    arguments = [
+        "--prompt",
+        "What pose is this?",
+        "--image",
+        str(tmp_path / "photo.jpg"),
+        "--prompt",
+        "And now?",
+        "--force-pose",
+    ]
+    status = main(
+        ["chat", str(folder), *arguments, "--max-new-tokens", "12", "--json", "--out", str(tmp_path / "answer")]
+    )
+    out, _ = lines(capsys)
+    turns = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [turn["prompt"] for turn in turns] == ["What pose is this?", "And now?"]
+    assert len(turns[0]["poses"][0]["axis_angle"]) == 24
+    assert json.loads((tmp_path / "answer/reply.json").read_text()) == turns
+    assert {f"turn-1-pose-1{s}" for s in (".png", ".obj", ".glb", ".npz")} <= {
+        file.name for file in (tmp_path / "answer").iterdir()
+    }
+    assert (
+        main(["render", str(tmp_path / "answer/turn-1-pose-1.npz"), "--out", str(tmp_path / "r.png"), "--size", "64"])
+        == 0
+    )
+    assert Image.open(tmp_path / "r.png").size == (128, 64)
+
+
+def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
+    typed = iter(
+        ["/help", "/image nowhere.png", "/pose", "Hello", f"/save {tmp_path / 'saved'}", "/reset", "/what", "/quit"]
+    )
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    assert main(["chat", str(folder), "--max-new-tokens", "12"]) == 0
+    out, _ = lines(capsys)
+    assert "no such file" in out
+    assert "no command /what" in out
+    assert (tmp_path / "saved/turn-1-pose-1.glb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chat", "nowhere", "--prompt", "x"], "nowhere: no such folder"),
+        (["chat", "{folder}", "--prompt", "x", "--image", "nowhere.jpg"], "--image nowhere.jpg: no such file"),
+        (["chat", "{folder}", "--image", "{text}"], "--image needs --prompt"),
+        (["chat", "{folder}", "--prompt", "x", "--image", "{text}"], "notes.txt"),
+        (["chat", "{folder}", "--prompt", "x", "--body", "{text}"], "notes.txt"),
+        (["chat", "{folder}", "--prompt", "word " * 1500], "context"),
+        (["chat", "{folder}", "--prompt", "x", "--top-p", "7"], "top_p"),
+        (["train", "--config", "nothing", "--out", "{tmp}/run"], "no configuration 'nothing'"),
+        (["train", "--out", "{tmp}/run", "--set", "train.stepz=3"], "did you mean train.steps"),
+        (["train", "--config", "chatpose_13b", "--out", "{tmp}/run"], "give --init"),
+        (["convert", "{tmp}", "{tmp}/out"], "{tmp}"),
+        (["render", "{text}", "--out", "{tmp}/x.png"], "notes.txt"),
+        (["render", "nowhere.npz", "--out", "{tmp}/x.png"], "no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("not a picture, not a body, not a pose")
+    names = {"folder": folder, "text": tmp_path / "notes.txt", "tmp": tmp_path}
+    status = main([argument.format(**names) for argument in arguments])
+    _, err = lines(capsys)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words.format(**names) in err
+
+
+@pytest.mark.parametrize(("shape", "index"), [((24, 3), 0), ((72,), 0), ((5, 156), 3), ((24, 3, 3), 0)])
+def test_render_reads_the_usual_shapes(shape, index, tmp_path):
+    from chatpose_jax.cli.render import read_pose
+
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.1, shape) if shape != (24, 3, 3) else np.tile(np.eye(3), (24, 1, 1))
+    np.save(tmp_path / "pose.npy", values)
+    pose = read_pose(tmp_path / "pose.npy", index)
+    np.testing.assert_allclose(pose @ pose.swapaxes(-1, -2), np.tile(np.eye(3), (24, 1, 1)), atol=1e-5)
+
+
+def test_upright_in_three_frames_is_one_picture(tmp_path):
+    """An upright person's root: (π/2, 0, 0) in AMASS (z up), (0, 0, 0) with y up, (π, 0, 0) in the camera frame."""
+    from chatpose_jax.cli.render import read_pose
+
+    for frame, angle in (("z-up", np.pi / 2), ("y-up", 0.0), ("camera", np.pi)):
+        pose = np.zeros((24, 3))
+        pose[0, 0] = angle
+        np.save(tmp_path / "pose.npy", pose)
+        np.testing.assert_allclose(read_pose(tmp_path / "pose.npy", 0, frame)[0], np.diag([1, -1, -1]), atol=1e-6)
+
+
+def test_amass_sequences_are_z_up_and_lose_their_fingers(tmp_path):
+    from chatpose_jax.cli.render import read_pose
+
+    poses = np.zeros((3, 156))
+    poses[:, 0], poses[:, 66:] = np.pi / 2, 1.0
+    np.savez(tmp_path / "walk_poses.npz", poses=poses, trans=np.zeros((3, 3)), mocap_framerate=np.float64(120))
+    pose = read_pose(tmp_path / "walk_poses.npz", 2)
+    np.testing.assert_allclose(pose[0], np.diag([1, -1, -1]), atol=1e-6)
+    np.testing.assert_array_equal(pose[22:], np.tile(np.eye(3), (2, 1, 1)))
+
+
+@pytest.mark.parametrize("name", ["tiny", "chatpose_7b", "chatpose_13b"])
+def test_configurations_load_and_train_something(name):
+    from chatpose_jax.models.chatpose import abstract_params
+    from chatpose_jax.train.trainable import describe
+
+    assert name in config_names()
+    config = load_config(name)
+    assert "parameters train" in describe(abstract_params(config.model), config.train.trainable)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "KEY=VALUE"),
+        ("train.steps=1.5", "expected int"),
+        ("train.steps=0", "at least 1"),
+        ("model=3", "table of settings"),
+        ("model.lora.rang=4", "did you mean model.lora.rank"),
+        ("train.schedule=step", "linear"),
+        ("train.optimizer=sgd", "adamw"),
+        ("train.trainable=[1]", "rows of"),
+        ("data.mixture=[3]", "pairs"),
+        ("model.text.num_kv_heads=3", "must divide"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_error(override, words):
+    with pytest.raises(UserError, match=words):
+        load_config("chatpose_7b", [override])
+
+
+def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        load_config(str(tmp_path / "mine.py"))
+    (tmp_path / "typo.py").write_text(
+        "from chatpose_jax.cli.config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.stepz = 3\n    return c\n"
+    )
+    with pytest.raises(UserError, match="unknown setting 'stepz'"):
+        load_config(str(tmp_path / "typo.py"))
+
+
+@pytest.mark.slow
+def test_train_from_a_model_folder_with_lora(folder, tmp_path, capsys):
+    settings = ["train.steps=2", "train.eval_every=0", "data.train_size=24", "train.batch_size=4"]
+    rows = "train.trainable=[['.*/lora_[ab]',1,0],['pose_head/.*',1,0],['.*',None,0]]"
+    (tmp_path / "lora.py").write_text(
+        "from chatpose_jax.cli.config import run_config\n"
+        "def get_config():\n    c = run_config('tiny')\n    c.train.accumulate = 1\n    c.train.max_length = 320\n    return c\n"
+    )
+    overrides = [word for setting in (*settings, rows) for word in ("--set", setting)]
+    command = [
+        "train",
+        "--config",
+        str(tmp_path / "lora.py"),
+        "--init",
+        str(folder),
+        "--out",
+        str(tmp_path / "run"),
+        *overrides,
+    ]
+    assert main(command) == 0
+    assert "new: decoder/layers/attn/q_proj/lora_a" in lines(capsys)[0]
+    assert (
+        main(["chat", str(tmp_path / "run/model"), "--prompt", "Kneel.", "--force-pose", "--max-new-tokens", "12"]) == 0
+    )
+    assert main(command) == 0, "a finished run can be run again"
