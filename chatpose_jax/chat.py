@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,13 @@ class ChatPose:
         Raises:
             UserError for malformed messages, images that are none, and conversations that exceed the context.
         """
-        batched = bool(messages) and not isinstance(messages[0], Mapping)
+        batched = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], Mapping)
         settings = {
             "max_new_tokens": max_new_tokens,
             "sampling": Sampling(temperature, top_p, seed),
             "force_pose": force_pose,
         }
-        with self._lock:
+        with self._alone():
             steps = self._answer(messages if batched else [messages], stream_every=max_new_tokens, **settings)  # type: ignore[arg-type, list-item]
             while True:
                 try:
@@ -215,7 +216,7 @@ class ChatPose:
     ) -> Generator[str, None, Reply]:
         """``chat`` for one conversation, yielding pieces of text as they come (every ``every`` tokens); the generator's value is the ``Reply``."""
         sampling = Sampling(temperature, top_p, seed)
-        with self._lock:
+        with self._alone():
             decoder = self.processor.stream()
             steps = self._answer(
                 [messages], max_new_tokens=max_new_tokens, sampling=sampling, force_pose=force_pose, stream_every=every
@@ -229,6 +230,17 @@ class ChatPose:
                     return end.value[0]
                 if piece := "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id):
                     yield piece
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise UserError(
+                "this model is still answering: finish or close the stream (or the other thread's call) first"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def forget(self) -> None:
         """Drop the cache of the last conversation."""
@@ -288,6 +300,8 @@ class ChatPose:
     def _keys(self, row: Encoded) -> np.ndarray:
         """(T,) int64 that are equal exactly where the cache would be: ids, with the digest of the picture at image tokens."""
         keys = row.input_ids.astype(np.int64)
+        if not row.images:
+            return keys
         places = np.flatnonzero(row.input_ids == self.config.image_token_id)
         for place, image in zip(places.reshape(len(row.images), -1), row.images):
             digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7).digest()
@@ -319,7 +333,7 @@ def load(
 
     Args:
         folder: holds ``config.json``, ``tokenizer/`` and ``params/``.
-        dtype: "float32" or "bfloat16" for storage and compute; by default what the folder says.
+        dtype: "float32", "bfloat16" or "float16" for storage and compute; by default what the folder says.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
 
     Raises:
@@ -336,5 +350,5 @@ def load(
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
     processor = Processor.load(folder / TOKENIZER, config)
     stacked = config.replace(scan_layers=True)
-    params = load_params(folder, abstract_params(stacked))
-    return ChatPose(config.replace(scan_layers=False), unstack_layers(params), processor, shape)
+    params = unstack_layers(load_params(folder, abstract_params(stacked)), consume=True)
+    return ChatPose(config.replace(scan_layers=False), params, processor, shape)

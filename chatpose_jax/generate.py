@@ -97,6 +97,8 @@ def _emit(
 ) -> DecodeState:
     """Choose the next token from the states that predict it, (B, D), and record both."""
     tail, limit = settings["tail"], state.tokens.shape[1]
+    if config.image_token_id >= 0:  # a placeholder is nothing to say
+        logits = logits.at[:, config.image_token_id].set(-jnp.inf)
     token = _choose(
         logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy
     )

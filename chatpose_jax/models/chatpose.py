@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -163,27 +162,40 @@ def fake_batch(
     return data
 
 
-def _map_layers(params: Params, change: Any) -> Params:
-    return {
-        k: change(v) if k == "layers" else _map_layers(v, change) if isinstance(v, dict) else v
-        for k, v in params.items()
-    }
+def unstack_layers(params: Params, *, consume: bool = False) -> Params:
+    """Stacked layers (leading axis L) -> ``{0: …, 1: …}``, the layout of ``scan_layers=False``.
 
-
-def unstack_layers(params: Params) -> Params:
-    """Stacked layers (leading axis L) -> ``{0: …, 1: …}``, the layout of ``scan_layers=False``."""
+    consume: free each stacked array once it is unstacked (``params`` is spent), so that a model never stands in memory twice.
+    """
 
     def change(layers: Params) -> Params:
         count = jax.tree.leaves(layers)[0].shape[0]
-        return {i: jax.tree.map(operator.itemgetter(i), layers) for i in range(count)}
+        out: Params = {i: {} for i in range(count)}
+        for name, value in layers.items():
+            if isinstance(value, dict):
+                pieces = [inner for _, inner in sorted(change(value).items())]
+            else:
+                pieces = [jax.block_until_ready(value[i]) for i in range(count)]
+                if consume:
+                    value.delete()
+            for i, piece in enumerate(pieces):
+                out[i][name] = piece
+        return out
 
     return _map_layers(params, change)
 
 
 def stack_layers(params: Params) -> Params:
-    """The inverse of ``unstack_layers``."""
+    """The inverse of ``unstack_layers``; keys may be integers or their digits."""
 
     def change(layers: Params) -> Params:
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[i] for i in sorted(layers)))
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[i] for i in sorted(layers, key=int)))
 
     return _map_layers(params, change)
+
+
+def _map_layers(params: Params, change: Any) -> Params:
+    return {
+        k: change(v) if k == "layers" else _map_layers(v, change) if isinstance(v, dict) else v
+        for k, v in params.items()
+    }

@@ -48,7 +48,14 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder / str(step)}: no readable checkpoint ({error}); delete this folder to resume from an older one"
             ) from error
-        if differing := [key for key, value in self.identity.items() if run["identity"].get(key) != value]:
+        saved = run["identity"]
+        differing = [
+            f"{table}.{key}"
+            for table, values in self.identity.items()
+            for key in sorted({*values, *saved.get(table, {})})
+            if saved.get(table, {}).get(key) != values.get(key)
+        ]
+        if differing:
             raise UserError(
                 f"{self.folder}: the checkpoint at step {step} was made with other settings of {', '.join(differing)}; "
                 "give --out another folder, or go back to those settings"

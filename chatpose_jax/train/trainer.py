@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -20,6 +21,10 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import TrainState, init_state, make_step
+
+
+CADENCE = ("log_every", "save_every", "eval_every", "keep")
+"""Settings that a resumed run may change; any other would make another run of it."""
 
 
 class Batches(Protocol):
@@ -99,7 +104,10 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     print(table.describe(params, config.trainable), flush=True)
     state, frozen = init_state(config, params)
-    identity = {"model": model_config.to_json(), "trainable": [list(row) for row in config.trainable]}
+    identity = {
+        "model": model_config.to_json(),
+        "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in CADENCE},
+    }
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, identity=json.loads(json.dumps(identity)))
     if checkpoints.latest() is not None:
         state, position = checkpoints.restore(state)
@@ -133,6 +141,15 @@ def train(
     return table.merge(state.trainable, frozen)
 
 
+def _check_finite(scalars: Mapping[str, float], step: int, latest: int | None) -> None:
+    """Raises UserError before a spoilt state is saved: a gradient may be spoilt while the loss still looks well."""
+    if spoilt := [name for name in ("loss", "grad_norm") if not math.isfinite(scalars[name])]:
+        kept = "nothing is saved yet" if latest is None else f"the last checkpoint is step {latest}"
+        raise UserError(
+            f"the {spoilt[0]} is {scalars[spoilt[0]]} at step {step}; {kept}: lower train.learning_rate or look at the data"
+        )
+
+
 def _set_handlers(stop: Callable[[int, Any], None]) -> dict[int, Any]:
     try:
         return {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -160,13 +177,11 @@ def _loop(
         state, metrics = step_fn(state, frozen, _micro_batches(batch, config.accumulate))
         bar.update()
         last = step == config.steps or bool(stopping)
-        if step % config.log_every == 0 or last:
+        logs, saves = (step % every == 0 or last for every in (config.log_every, config.save_every))
+        if logs or saves:
             scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not math.isfinite(scalars["loss"]):
-                raise UserError(
-                    f"the loss is {scalars['loss']} at step {step}; the last checkpoint is step {checkpoints.latest()}: "
-                    "lower train.learning_rate or look at the data"
-                )
+            _check_finite(scalars, step, checkpoints.latest())
+        if logs:
             now = time.perf_counter()
             scalars["samples_per_second"], rows, since = rows / (now - since), 0, now
             log(step, scalars)
@@ -176,9 +191,9 @@ def _loop(
         if evaluate is not None and config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             log(step, dict(evaluate(table.merge(state.trainable, frozen))))
             since = time.perf_counter()
-        if step % config.save_every == 0 or last:
+        if saves:
             checkpoints.save(state, batches.state())
-        if stopping:
+        if last:
             break
     checkpoints.wait()
     return state
