@@ -29,6 +29,7 @@ from chatpose_jax.generate import Generated, Sampling, generate_stream, rewind
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
+from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
 from smpl_jax import body as bodies
 from smpl_jax import io, rotations
@@ -327,7 +328,11 @@ class ChatPose:
 
 
 def load(
-    folder: str | os.PathLike[str], *, dtype: str | None = None, body: str | os.PathLike[str] | BodyModel | None = None
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    body: str | os.PathLike[str] | BodyModel | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> ChatPose:
     """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them.
 
@@ -335,6 +340,7 @@ def load(
         folder: holds ``config.json``, ``tokenizer/`` and ``params/``.
         dtype: "float32", "bfloat16" or "float16" for storage and compute; by default what the folder says.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
+        mesh: devices to spread the model over, by ``models.sharding``; each reads only its part. By default one device.
 
     Raises:
         UserError or ``smpl_jax.errors.BodyFileError`` that says what is missing or wrong, and what to do.
@@ -350,5 +356,6 @@ def load(
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
     processor = Processor.load(folder / TOKENIZER, config)
     stacked = config.replace(scan_layers=True)
-    params = unstack_layers(load_params(folder, abstract_params(stacked)), consume=True)
+    abstract = abstract_params(stacked)
+    params = unstack_layers(load_params(folder, abstract if mesh is None else place(abstract, mesh)), consume=True)
     return ChatPose(config.replace(scan_layers=False), params, processor, shape)

@@ -22,11 +22,13 @@ from chatpose_jax.cli.config import RunConfig, load_config
 from chatpose_jax.cli.train import cpu_workers, run_training
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, mean_pose
 from chatpose_jax.train.trainer import Interrupted
 from smpl_jax import render
 
 TEST_ROWS = 192
+BASELINE_ROWS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"1/4  Generating people in words and pictures ({size} × {size}) ...", flush=True)
     data = config.data
+    if data.source != "synthetic":
+        raise UserError("the demo generates its data: data.source must stay 'synthetic' (chatpose train takes any)")
     rows = SyntheticDataset("train", data.train_size or None, data.seed, size, dict(data.mixture) or None)
     rows.precompute(cpu_workers())
     clock.lap("data")
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     print("3/4  Asking about people that it has never seen ...", flush=True)
     model = load(folder)
-    results = evaluate(model, config, rows, args.rows)
+    results = evaluate(model, config, args.rows)
     clock.lap("evaluation")
 
     print("4/4  Three conversations ...", flush=True)
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         answers.append({"files": [str(plot)]})
     print_results(results, clock)
     print(f"\nEverything is in {out}: report.json, the answers with PNG, GLB, OBJ and npz, and the model in {folder}.")
-    print(f"Go on: chatpose chat {folder}")
+    print(f"Go on: {sys.argv[0]} chat {folder}")
     return 0
 
 
@@ -114,26 +118,18 @@ class Clock:
         self.laps[name] = round(time.perf_counter() - self.start - sum(self.laps.values()), 1)
 
 
-def evaluate(model: ChatPose, config: RunConfig, train: SyntheticDataset, count: int) -> dict[str, Any]:
-    """Real answers on the test split, text and pictures apart, beside the mean pose of the training split of the same kind."""
+def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
+    """Real answers on the test split, text and pictures apart, beside the mean pose of training rows of the same kind."""
     results = {}
-    size = config.model.vision.image_size
-    for kind, task in (("text", "text"), ("image", "image")):
-        test = SyntheticDataset("test", count, config.data.seed, size, {task: 1.0})
-        test.precompute(cpu_workers())
-        poses = [row.poses[0] for row in _first(train, kind, 1000)]
-        results[kind] = evaluate_chat(model, test[:count], mean_pose(np.stack(poses)), label=kind)
+    size, seed = config.model.vision.image_size, config.data.seed
+    for kind in ("text", "image"):
+        test, train = (
+            SyntheticDataset(split, rows, seed, size, {kind: 1.0}).precompute(cpu_workers())
+            for split, rows in (("test", count), ("train", BASELINE_ROWS))
+        )
+        mean = mean_pose(np.stack([row.poses[0] for row in train]))
+        results[kind] = evaluate_chat(model, test[:count], mean, label=kind)
     return results
-
-
-def _first(rows: SyntheticDataset, kind: str, count: int) -> list[Example]:
-    found: list[Example] = []
-    for index in range(len(rows)):
-        if rows.kind(index) == kind:
-            found.append(rows[index])
-        if len(found) == count:
-            break
-    return found
 
 
 def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
@@ -151,7 +147,7 @@ def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, An
             if message["role"] != "user":
                 continue
             messages.append(message)
-            reply = model.chat(messages, max_new_tokens=48, force_pose=True)
+            reply = model.chat(messages, max_new_tokens=48)
             messages.append(reply.message)
             replies.append((_words(message), reply))
         files = chat_command.save(replies, folder)
@@ -182,12 +178,13 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
         picture = next(part["image"] for part in first if part["type"] == "image")
         panels.append(np.asarray(Image.fromarray(picture).resize((384, 384), Image.Resampling.NEAREST)))
         labels.append("picture")
-    poses = [pose for _, reply in replies for pose in reply.poses[:1]]
-    for number, (pose, truth) in enumerate(zip(poses, row.poses), 1):
-        turn = f" {number}" if len(poses) > 1 else ""
+    for number, ((_, reply), truth) in enumerate(zip(replies, row.poses), 1):
+        turn = f" {number}" if len(row.poses) > 1 else ""
         panels.append(render.render_body(model.body, truth, size=384))
-        panels.append(pose.render(384))
-        labels += [f"true{turn}", f"answer{turn}"]
+        labels.append(f"true{turn}")
+        for pose in reply.poses[:1]:
+            panels.append(pose.render(384))
+            labels.append(f"answer{turn}")
     render.save_png(path, render.contact_sheet(panels, len(panels), labels))
     return path
 

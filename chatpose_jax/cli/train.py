@@ -78,6 +78,10 @@ def run_training(
     if init is not None:
         config = adopt(config, init)
     model, settings = config.model, config.train
+    if not model.scan_layers:
+        raise UserError(
+            "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
+        )
     processor = make_processor(config, init)
     size = model.vision.image_size
     rows = examples(config.data, "train", size) if data is None else data
@@ -163,27 +167,27 @@ def initial_params(config: RunConfig, init: Path | None) -> Params:
     key = jax.random.key(config.train.seed)
     if init is None:
         return create(config.model, key)
-    wanted = flatten(abstract_params(config.model))
-    held = flatten(abstract_params(model_folder.load_config(init)))
+    base = model_folder.load_config(init)
+    wanted, held = flatten(abstract_params(config.model)), flatten(abstract_params(base))
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
         raise UserError(
-            f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: set model.lora as the folder has it"
+            f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: "
+            "set model.lora as the folder has it"
         )
-    fresh = sorted(
-        path
-        for path, leaf in wanted.items()
-        if path not in held
-        or held[path].shape != leaf.shape
-        or (config.model.head.name != model_folder.load_config(init).head.name and path.startswith("pose_head/"))
-    )
-    if wrong := [path for path in fresh if not path.startswith("pose_head/") and "/lora_" not in path]:
-        raise UserError(f"{init}: {wrong[0]} does not fit this configuration")
-    loaded = flatten(
-        model_folder.load_params(
-            init, unflatten({**held, **{path: wanted[path] for path in wanted if path not in fresh}})
+    other_head = config.model.head != base.head
+    fresh = sorted(path for path in wanted if path not in held or (other_head and path.startswith("pose_head/")))
+    if wrong := [path for path in wanted if path not in fresh and held[path].shape != wanted[path].shape]:
+        raise UserError(
+            f"{init}: {wrong[0]} is {held[wrong[0]].shape}, this configuration needs {wanted[wrong[0]].shape}"
         )
-    )
-    made = jax.jit(lambda key: {path: flatten(create(config.model, key))[path] for path in fresh})(key) if fresh else {}
+    kept = {path: leaf for path, leaf in wanted.items() if path not in fresh}
+    loaded = flatten(model_folder.load_params(init, unflatten({**held, **kept})))
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        everything = flatten(create(config.model, key))
+        return {path: everything[path] for path in fresh}
+
+    made = jax.jit(make)(key) if fresh else {}
     if fresh:
         print(f"starting from {init}; new: {', '.join(fresh)}", flush=True)
     return unflatten({path: made[path] if path in made else loaded[path] for path in wanted})

@@ -48,13 +48,14 @@ football basketball swimming skating boxing archery guitar
 def build(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
     """Learn ``rows`` base rows from ``texts``, add the pose and image tokens. The same text gives the same tokenizer.
 
+    Merges may cross spaces, never punctuation (Liu et al. 2025, "SuperBPE"): sequences are shorter, and what belongs together is one token.
+
     Raises ValueError where the text is too little for that many rows.
     """
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split("\n", "removed"),  # a line's first word follows no space, as behind a picture
-            pre_tokenizers.Split(_SPACE, "merged_with_next"),
             pre_tokenizers.Punctuation(),
             pre_tokenizers.Digits(individual_digits=True),
         ]

@@ -22,9 +22,8 @@ from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import TrainState, init_state, make_step
 
-
-CADENCE = ("log_every", "save_every", "eval_every", "keep")
-"""Settings that a resumed run may change; any other would make another run of it."""
+CADENCE = ("steps", "log_every", "save_every", "eval_every", "keep")
+"""Settings that a resumed run may change: how long, how often. Any other would make another run of it."""
 
 
 class Batches(Protocol):
@@ -111,6 +110,10 @@ def train(
     checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, identity=json.loads(json.dumps(identity)))
     if checkpoints.latest() is not None:
         state, position = checkpoints.restore(state)
+        if int(state.step) > config.steps:
+            raise UserError(
+                f"{out} holds a run at step {int(state.step)}, beyond train.steps={config.steps}: choose another folder, or raise it"
+            )
         batches.restore(position)
         print(f"resuming from step {int(state.step)} in {out}", flush=True)
     step_fn = make_step(model_config, config, params)

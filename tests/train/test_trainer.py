@@ -103,3 +103,30 @@ def test_tensorboard_holds_the_scalars(tmp_path, params):
     files = list((tmp_path / "tensorboard").iterdir())
     assert len(files) == 1
     assert b"pose_body" in files[0].read_bytes()
+
+
+def test_a_signal_in_any_moment_of_a_step_saves(tmp_path, params):
+    """Here while it evaluates, after the step has decided whether it is the last."""
+
+    def evaluate(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    settings = dataclasses.replace(SETTINGS, save_every=100, eval_every=3)
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=evaluate, progress=False)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_spoilt_state_is_never_saved(tmp_path, params):
+    settings = dataclasses.replace(SETTINGS, save_every=1, log_every=4)
+    with pytest.raises(UserError, match="at step 3; the last checkpoint is step 2"):
+        train(CONFIG, settings, params(), Batches(spoil=3), tmp_path, progress=False)
+    after = train(CONFIG, settings, params(), Batches(), tmp_path, progress=False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+def test_a_run_longer_than_asked_for_is_not_passed_off_as_short(tmp_path, params):
+    train(CONFIG, SETTINGS, params(), Batches(), tmp_path, progress=False)
+    with pytest.raises(UserError, match="beyond train.steps=2"):
+        train(CONFIG, dataclasses.replace(SETTINGS, steps=2), params(), Batches(), tmp_path, progress=False)

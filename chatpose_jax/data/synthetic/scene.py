@@ -15,14 +15,11 @@ from smpl_jax import render
 from smpl_jax.body import BodyModel
 from smpl_jax.io import load_body
 
-MAX_YAW, MAX_PITCH = 30.0, 8.0  # degrees
+MAX_YAW, MAX_PITCH = 20.0, 6.0  # degrees
 _JOINTS_OF = {
-    "shirt": (3, 6, 9, 13, 14),
-    "sleeves": (16, 17),
-    "trousers": (0, 1, 2),
-    "legs": (4, 5),
+    "shirt": (3, 6, 9, 13, 14, 16, 17),
+    "trousers": (0, 1, 2, 4, 5),
     "shoes": (7, 8, 10, 11),
-    "hands": (20, 21, 22, 23),
 }
 
 
@@ -51,7 +48,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
-    """A random scene; the view's yaw is uniform within ±max_yaw degrees, its pitch within ±8°."""
+    """A random scene; the view's yaw is uniform within ±max_yaw degrees, its pitch within ±6°."""
     skin = np.array(_SKINS[int(rng.integers(len(_SKINS)))]) + rng.normal(0, 0.02, 3)
     palette = np.tile(skin, (24, 1))
     clothes = {
@@ -59,25 +56,17 @@ def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
         "trousers": rng.uniform(0.05, 0.5, 3),
         "shoes": rng.uniform(0.05, 0.4, 3),
     }
-    if rng.random() < 0.5:  # long sleeves
-        clothes["sleeves"] = clothes["shirt"]
-    if rng.random() < 0.75:  # long trousers
-        clothes["legs"] = clothes["trousers"]
     for name, color in clothes.items():
         palette[list(_JOINTS_OF[name])] = color
-    if "sleeves" in clothes:
-        palette[[18, 19]] = clothes["shirt"]
-    else:
-        palette[[16, 17]] = clothes["shirt"]
     return Scene(
         yaw=rng.uniform(-max_yaw, max_yaw),
         pitch=rng.uniform(-MAX_PITCH, MAX_PITCH),
         betas=rng.normal(0, 0.5, 10).clip(-1, 1),
         palette=palette.clip(0, 1),
         hair=np.array(_HAIR[int(rng.integers(len(_HAIR)))]),
-        fov=rng.uniform(18, 40),
-        margin=rng.uniform(0.03, 0.10),
-        shift=rng.uniform(-0.04, 0.04, 2),
+        fov=rng.uniform(20, 35),
+        margin=rng.uniform(0.03, 0.06),
+        shift=rng.uniform(-0.02, 0.02, 2),
         light=np.array([rng.uniform(-0.8, 0.8), -rng.uniform(0.4, 1.0), -rng.uniform(0.5, 1.0)]),
         background=("flat", "gradient", "noise", "room")[int(rng.integers(4))],
         # Walls are light and clothes dark, as in a studio: thousands of pictures then teach what else takes millions.

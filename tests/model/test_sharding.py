@@ -1,0 +1,50 @@
+"""The sharding table: 13B without allocating it, and a sharded model that computes what one device computes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch
+from chatpose_jax.models.config import preset
+from chatpose_jax.models.sharding import partition_specs, place
+
+
+def mesh(fsdp, tensor):
+    if jax.device_count() < fsdp * tensor:
+        pytest.skip(f"needs {fsdp * tensor} devices")
+    return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_13b_splits_every_large_array():
+    abstract = abstract_params(preset("chatpose_13b"))
+    on = mesh(4, 2)
+    layers = partition_specs(abstract, on)["decoder"]["layers"]
+    assert layers["attn"]["q_proj"]["kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert layers["mlp"]["down_proj"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert layers["input_norm"]["scale"] == PartitionSpec(None, None)
+    per_device = 0
+    for leaf in jax.tree.leaves(place(abstract, on)):
+        per_device += np.prod(leaf.sharding.shard_shape(leaf.shape))
+    total = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    assert total / 8 < per_device < 1.1 * total / 8
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_a_sharded_model_computes_the_same(shape):
+    config = preset("tiny")
+    params, batch = create(config, jax.random.key(0)), fake_batch(config, batch=8, length=12)
+
+    @jax.jit
+    def hidden(params):
+        return bind(config, params)(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
+
+    on = mesh(*shape)
+    shards = jax.tree.map(lambda leaf: leaf.sharding, place(abstract_params(config), on))
+    np.testing.assert_allclose(hidden(jax.device_put(params, shards)), hidden(params), atol=2e-5)
+
+
+def test_two_axes_on_one_mesh_axis_are_refused():
+    with pytest.raises(UserError, match="mesh axis 'fsdp'"):
+        partition_specs(abstract_params(preset("tiny")), mesh(4, 2), {"embed": "fsdp", "heads": "fsdp"})
