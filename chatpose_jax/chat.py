@@ -304,9 +304,9 @@ class ChatPose:
         if not row.images:
             return keys
         places = np.flatnonzero(row.input_ids == self.config.image_token_id)
-        for place, image in zip(places.reshape(len(row.images), -1), row.images):
+        for spots, image in zip(places.reshape(len(row.images), -1), row.images):
             digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7).digest()
-            keys[place] = -(1 << 32) - int.from_bytes(digest, "little")
+            keys[spots] = -(1 << 32) - int.from_bytes(digest, "little")
         return keys
 
     def _reuse(self, keys: list[np.ndarray]) -> tuple[KVCache | None, list[int]]:
