@@ -12,10 +12,9 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.convert import DTYPES, convert
-from chatpose_jax.weights.folder import CONFIG, FORMAT, PARAMS, TOKENIZER, load_config, read_folder
+from chatpose_jax.weights.folder import PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
 from chatpose_jax.weights.layouts import FAMILIES
 from chatpose_jax.weights.plan import PARTS, Plan, Source, make_plan, open_sources
-from chatpose_jax.weights.readers import read_json
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +91,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     cannot be read.
     """
     folder = Path(args.folder)
-    if folder.is_dir() and (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("format") == FORMAT:
+    if is_model_folder(folder):
         print("\n".join(_describe_model_folder(folder, args.tensors)))
         return 0
     sources = open_sources(folder, vision=args.vision, projector=args.projector, layout=args.layout)

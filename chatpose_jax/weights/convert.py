@@ -73,6 +73,7 @@ def convert(
     plan = make_plan(
         sources, tokenizer=tokenizer, dtype=_dtype(dtype), init_missing=init_missing, pose_head=pose_head, seed=seed
     )
+    _check_outside(Path(out), plan)
     primary = jax.process_index() == 0
     bar = tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="converting", disable=not (progress and primary))
     try:
@@ -127,6 +128,15 @@ def materialise(plan: Plan, shardings: Callable[[str, tuple[int, ...]], jax.shar
         sharding = shardings(path, leaf.shape) if shardings else default
         arrays[path] = jax.make_array_from_callback(leaf.shape, sharding, leaf.read, dtype=leaf.dtype)  # type: ignore
     return unflatten_dict(arrays, sep="/")
+
+
+def _check_outside(out: Path, plan: Plan) -> None:
+    """Raises UserError if replacing ``out`` would delete what is read."""
+    read = [plan.vocabulary.tokens.folder]
+    for source in plan.sources:
+        read += [source.checkpoint.folder, *source.checkpoint.files]
+    if inside := next((path for path in read if path.resolve().is_relative_to(out.resolve())), None):
+        raise UserError(f"{out} holds {inside}, which the conversion reads; choose another folder")
 
 
 def _dtype(name: str | None) -> str | None:

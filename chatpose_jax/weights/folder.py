@@ -69,14 +69,14 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     raises.
 
     What a killed run left under the temporary name is replaced. Raises UserError if ``path`` exists and ``overwrite``
-    is not set.
+    is not set, or if it is neither empty nor a model folder of ours: nothing else is ever deleted.
     """
     path = Path(path)
     primary = jax.process_index() == 0
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
-    if path.exists() and not (path.is_dir() and ((path / CONFIG).is_file() or not any(path.iterdir()))):
-        raise UserError(f"{path} exists and is no model folder; it is not overwritten")
+    if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
     partial = path.parent / f".{path.name}.partial"
     if primary:
         shutil.rmtree(partial, ignore_errors=True)
@@ -141,6 +141,12 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     raise UserError(
         f"{path}: no model folder: expected config.json with format {FORMAT!r}, beside tokenizer/ and params/"
     )
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether ``config.json`` says that this program wrote the folder; other programs write a ``config.json`` too."""
+    config = Path(path) / CONFIG
+    return config.is_file() and read_json(config).get("format") == FORMAT
 
 
 def is_source(path: str | Path) -> bool:

@@ -186,6 +186,30 @@ def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path) -> N
         convert(llava, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/mine.txt").read_text() == "keep"
 
+    # Every checkpoint of the Hugging Face world has a config.json: that alone makes no folder ours.
+    shutil.copytree(llava, tmp_path / "foreign")
+    with pytest.raises(UserError, match="is no model folder of this program"):
+        convert(llava, tmp_path / "foreign", overwrite=True)
+    assert sha256(tmp_path / "foreign/model.safetensors") == sha256(llava / "model.safetensors")
+
+    convert(llava, tmp_path / "model", dtype="float32")
+    convert(llava, tmp_path / "model", overwrite=True)
+    assert load_config(tmp_path / "model").param_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("out", ["src", "src/../src", "linked", "."])
+def test_a_conversion_never_replaces_its_own_source(llava: Path, tmp_path: Path, out: str) -> None:
+    """Neither the source, nor a folder around it, under whatever name; not even one that says that it is ours."""
+    folder = tmp_path / "work"
+    shutil.copytree(llava, folder / "src")
+    (folder / "linked").symlink_to("src")
+    (folder / "config.json").write_text(json.dumps({"format": "chatpose-jax"}))
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="which the conversion reads; choose another folder"):
+            convert(folder / "src", folder / out, overwrite=overwrite)
+    assert {path.name for path in folder.iterdir()} == {"src", "linked", "config.json"}
+    assert (folder / "src/model.safetensors").is_file()
+
 
 def test_provenance_names_files_and_hashes(llava: Path, tmp_path: Path) -> None:
     convert(llava, tmp_path / "out")
@@ -260,7 +284,8 @@ def test_folder_round_trip_and_its_errors(tmp_path: Path) -> None:
 
     with pytest.raises(UserError) as caught:
         load_params(tmp_path / "m", unflatten_dict(other, sep="/"))
-    for part in ("missing (1): decoder/extra", "extra (4): ", "lora_a", "decoder/norm/scale is (192,), expected (5,)"):
+    misshaped = f"decoder/norm/scale is ({config.text.hidden_size},), expected (5,)"
+    for part in ("missing (1): decoder/extra", "extra (4): ", "lora_a", misshaped):
         assert part in str(caught.value)
 
 
