@@ -356,13 +356,6 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """See ``TensorEntry.read``."""
-        return self.tensors[name].read(index)
-
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.tensors.values())

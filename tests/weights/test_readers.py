@@ -44,14 +44,14 @@ def test_boxes_of_tensors_equal_torch(tmp_path: Path, fmt: str, dtype: str) -> N
     checkpoint = open_checkpoint(file)
     assert set(checkpoint.tensors) == set(tensors)
     for name, tensor in tensors.items():
-        found = checkpoint.read(name)
+        found = checkpoint.tensors[name].read()
         assert found.dtype == as_numpy(tensor).dtype
         assert found.shape == tuple(tensor.shape)
         assert found.tobytes() == as_numpy(tensor).tobytes()
     box = (slice(3, 11), slice(2, 7))
-    assert checkpoint.read("matrix", box).tobytes() == as_numpy(tensors["matrix"])[box].tobytes()
+    assert checkpoint.tensors["matrix"].read(box).tobytes() == as_numpy(tensors["matrix"])[box].tobytes()
     box4 = (slice(1, 3), slice(0, 3), slice(1, 2), slice(2, 5))
-    assert checkpoint.read("four", box4).tobytes() == as_numpy(tensors["four"])[box4].tobytes()
+    assert checkpoint.tensors["four"].read(box4).tobytes() == as_numpy(tensors["four"])[box4].tobytes()
 
 
 def test_views_and_shared_storages_of_torch_files(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_views_and_shared_storages_of_torch_files(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "pytorch_model.bin")
     checkpoint = open_checkpoint(tmp_path)
     for name, tensor in state.items():
-        np.testing.assert_array_equal(checkpoint.read(name), tensor.detach().numpy())
-    np.testing.assert_array_equal(checkpoint.read("t", (slice(2, 5), slice(1, 4))), base.T[2:5, 1:4].numpy())
+        np.testing.assert_array_equal(checkpoint.tensors[name].read(), tensor.detach().numpy())
+    np.testing.assert_array_equal(checkpoint.tensors["t"].read((slice(2, 5), slice(1, 4))), base.T[2:5, 1:4].numpy())
 
 
 def test_wrappers_and_leaves_that_are_no_tensors(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_reading_maps_only_what_is_asked(tmp_path: Path) -> None:
             pytest.skip("the file system has no sparse files of this size")
         out.seek(-8, os.SEEK_END)
         out.write(np.array([1.5, 2.5], np.float32).tobytes())
-    last = open_checkpoint(file).read("w", (slice(rows - 1, rows), slice(columns - 2, columns)))
+    last = open_checkpoint(file).tensors["w"].read((slice(rows - 1, rows), slice(columns - 2, columns)))
     np.testing.assert_array_equal(last, [[1.5, 2.5]])
 
 
@@ -158,7 +158,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(archive(tmp_path / "poison.bin", poison))
         assert not checkpoint.tensors
     torch.save({"w": torch.arange(4.0)}, tmp_path / "good.bin")
-    np.testing.assert_array_equal(open_checkpoint(tmp_path / "good.bin").read("w"), [0, 1, 2, 3])
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "good.bin").tensors["w"].read(), [0, 1, 2, 3])
 
 
 def test_damaged_torch_files(tmp_path: Path) -> None:

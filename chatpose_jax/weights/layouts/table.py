@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from chatpose_jax.models.config import ModelConfig
-
 Shape = tuple[int, ...]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 
@@ -83,11 +81,6 @@ class Rule:
     def sources(self, num_layers: int) -> list[str]:
         """Source names in the order of the leaf's layer axis; one name where the leaf is not stacked."""
         return [self.source.replace("{i}", str(i)) for i in range(num_layers)] if self.stacked else [self.source]
-
-    def row_slice(self, config: ModelConfig) -> slice:
-        """The source rows (axis 0) that this leaf takes."""
-        base = config.text.base_vocab_size
-        return {"all": slice(None), "base": slice(0, base), "added": slice(base, None)}[self.rows]
 
 
 @dataclasses.dataclass(frozen=True)
