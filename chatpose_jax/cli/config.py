@@ -16,6 +16,8 @@ from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import Rule
 
+OPTIONAL = "model.lora"
+"""The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -83,7 +85,7 @@ def _apply(config: Any, override: str) -> None:
         raise UserError(f"--set {override}: expected KEY=VALUE, such as train.steps=100")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     *parents, name = key.split(".")
     table = config
@@ -92,9 +94,10 @@ def _apply(config: Any, override: str) -> None:
     if not hasattr(table, "keys") or name not in table:
         near = difflib.get_close_matches(key, list(_keys(config)), n=3, cutoff=0.5)
         raise UserError(f"--set {key}: no such setting" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    if hasattr(table[name], "keys") and value is not None:
+    if hasattr(table[name], "keys") and not (key == OPTIONAL and value is None):
         raise UserError(
-            f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them, or none to leave it out"
+            f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them"
+            + (", or none to leave it out" if key == OPTIONAL else "")
         )
     try:
         table[name] = value
@@ -116,10 +119,13 @@ def freeze(config: Any) -> RunConfig:
     table = config.to_dict()
     if unknown := sorted(set(table) - {"model", "data", "train"}):
         raise UserError(f"configuration: unknown table {unknown[0]!r}; the tables are model, data, train")
+    for name in ("model", "data", "train"):
+        if not isinstance(table.get(name), dict):
+            raise UserError(f"configuration: expected a table of settings {name!r}, found {table.get(name)!r:.100}")
     try:
         rules = tuple(Rule(*row) for row in table["train"].pop("trainable"))
         mixture = tuple((str(task), float(weight)) for task, weight in table["data"].pop("mixture"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight): {error}"
         ) from error

@@ -9,6 +9,7 @@ from typing import Literal
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import check_types, require
 
 Split = Literal["train", "val", "test"]
 
@@ -18,9 +19,11 @@ class DataConfig:
     """Where rows come from.
 
     source: a name of ``SOURCES``, or ``package.module:function`` of one's own with the same signature.
+    seed: of what the source draws.
     train_size, val_size, test_size: rows of each split; 0 is the source's own choice.
     mixture: pairs of (task, weight) where the source has tasks; empty is its own choice.
-    template: conversation template of ``processing.conversation``.
+    template: conversation template of ``processing.conversation``, for a model that starts from nothing; others keep their folder's.
+    buckets: padded lengths of batches with pictures, and as many of batches without: each compiles a step.
     """
 
     source: str = "synthetic"
@@ -31,6 +34,13 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...] = ()
     template: str = "vicuna_v1"
     buckets: int = 4
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        require(self, "data", "at least 0", lambda value: value >= 0, "seed", "train_size", "val_size", "test_size")
+        require(self, "data", "at least 1", lambda value: value >= 1, "buckets")
+        if any(weight < 0 for _, weight in self.mixture):
+            raise UserError(f"data.mixture: weights must not be negative, found {self.mixture}")
 
 
 Source = Callable[[DataConfig, Split, int], Sequence[Example]]

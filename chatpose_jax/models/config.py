@@ -10,13 +10,24 @@ import dataclasses
 from typing import Any, Literal
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import check_types, require
 
+DType = Literal["float32", "bfloat16", "float16"]
 LoRATarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower (pre-LN, quick GELU). Its features are the hidden states after ``num_layers + select_layer + 1`` blocks, CLS dropped."""
+    """CLIP vision tower (pre-LN, quick GELU). Its features are the hidden states after ``num_layers + select_layer + 1`` blocks, CLS dropped.
+
+    image_size: side of the square input, in pixels; ``patch_size``, the side of a patch, divides it.
+    hidden_size: width of the residual stream; ``num_heads`` divides it.
+    intermediate_size: width inside the MLP.
+    num_layers: blocks of the published tower, counting those behind ``select_layer`` that never run.
+    num_heads: attention heads of a block.
+    select_layer: whose output is taken, from the end: -1 the last block's, -2 the one before (LLaVA-1.5).
+    layer_norm_eps: added to the variance in LayerNorm.
+    """
 
     image_size: int = 336
     patch_size: int = 14
@@ -27,8 +38,27 @@ class VisionConfig:
     select_layer: int = -2
     layer_norm_eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.vision")
+        sizes = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        require(self, "model.vision", "at least 1", lambda value: value >= 1, *sizes)
+        require(self, "model.vision", "positive", lambda value: value > 0, "layer_norm_eps")
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"model.vision.patch_size={self.patch_size} must divide model.vision.image_size={self.image_size}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.vision.num_heads={self.num_heads} must divide model.vision.hidden_size={self.hidden_size}"
+            )
+        if not -self.num_layers <= self.select_layer <= -1:
+            raise UserError(
+                f"model.vision.select_layer={self.select_layer} must lie between -{self.num_layers} (the first block) and -1 (the last)"
+            )
+
     @property
     def num_patches(self) -> int:
+        """Tokens that a picture takes."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -39,7 +69,20 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """LLaMA decoder. ``vocab_size`` counts every row; rows from ``base_vocab_size`` on are kept apart, so that new tokens train alone."""
+    """LLaMA decoder (pre-RMSNorm, RoPE, SwiGLU, grouped-query attention).
+
+    vocab_size: rows of embedding and LM head, all counted.
+    base_vocab_size: rows from here on are kept apart, so that new tokens train alone.
+    hidden_size: width of the residual stream.
+    intermediate_size: width inside the MLP.
+    num_layers: decoder blocks.
+    num_heads: query heads of a block; ``num_kv_heads``, of keys and values, divides it.
+    num_kv_heads: equal to ``num_heads`` in LLaMA-1 and -2 of 7B and 13B; fewer share keys and values.
+    head_dim: width of a head, even (RoPE turns pairs).
+    rms_norm_eps: added to the mean square in RMSNorm.
+    rope_theta: base of RoPE's wavelengths.
+    max_position_embeddings: the longest conversation in tokens, pictures and answer included.
+    """
 
     vocab_size: int = 32001
     base_vocab_size: int = 32000
@@ -53,32 +96,66 @@ class TextConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 4096
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.text")
+        sizes = ("base_vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        require(
+            self, "model.text", "at least 1", lambda value: value >= 1, *sizes, "vocab_size", "max_position_embeddings"
+        )
+        require(self, "model.text", "positive", lambda value: value > 0, "rms_norm_eps", "rope_theta")
+        require(self, "model.text", "even and at least 2", lambda value: value >= 2 and value % 2 == 0, "head_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.text.num_kv_heads={self.num_kv_heads} must divide model.text.num_heads={self.num_heads}"
+            )
+        if self.base_vocab_size > self.vocab_size:
+            raise UserError(
+                f"model.text.base_vocab_size={self.base_vocab_size} must not exceed model.text.vocab_size={self.vocab_size}"
+            )
+
     @property
     def num_added_tokens(self) -> int:
+        """Rows that are kept apart."""
         return self.vocab_size - self.base_vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on decoder projections; output is scaled by ``alpha / rank`` (Hu et al. 2021, section 4.1)."""
+    """Low-rank adapters on decoder projections; output is scaled by ``alpha / rank`` (Hu et al. 2021, section 4.1).
+
+    rank, alpha: r and α of the paper.
+    dropout: on the adapters' input, while training.
+    targets: the projections of every block that have adapters.
+    """
 
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.05
     targets: tuple[LoRATarget, ...] = ("q_proj", "v_proj")
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.lora")
+        require(self, "model.lora", "at least 1", lambda value: value >= 1, "rank")
+        require(self, "model.lora", "positive", lambda value: value > 0, "alpha")
+        require(self, "model.lora", "at least 0 and less than 1", lambda value: 0 <= value < 1, "dropout")
+
     @property
     def scale(self) -> float:
+        """α / r."""
         return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Pose head: ``name`` is looked up in ``models.heads``; ``options`` go to its constructor unread."""
+    """Pose head: ``name`` is looked up in ``models.heads``; ``options`` go to its constructor unread. ``num_joints`` rotations come out."""
 
     name: str = "mlp"
     num_joints: int = 24
     options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.head")
+        require(self, "model.head", "at least 1", lambda value: value >= 1, "num_joints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +176,17 @@ class ModelConfig:
     eos_token_id: int = 2
     pad_token_id: int = 0
     scan_layers: bool = True
-    dtype: str = "bfloat16"
+    dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; norms, softmax, RoPE and the pose head run in float32."""
-    param_dtype: str = "bfloat16"
+    param_dtype: DType = "bfloat16"
     """Storage dtype of the base; LoRA, the added token rows and the head are always float32."""
 
     def __post_init__(self) -> None:
-        text = self.text
-        if text.num_heads % text.num_kv_heads:
-            raise UserError(f"text.num_kv_heads={text.num_kv_heads} must divide text.num_heads={text.num_heads}")
-        if self.vision.image_size % self.vision.patch_size:
-            raise UserError(
-                f"vision.patch_size={self.vision.patch_size} must divide vision.image_size={self.vision.image_size}"
-            )
-        if not 0 <= self.pose_token_id < text.vocab_size:
-            raise UserError(f"pose_token_id={self.pose_token_id} lies outside the vocabulary of {text.vocab_size} rows")
+        check_types(self, "model")
+        rows = self.text.vocab_size
+        ids = ("pose_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        require(self, "model", f"an id of the vocabulary of {rows} rows", lambda value: 0 <= value < rows, *ids)
+        require(self, "model", f"negative or less than {rows}", lambda value: value < rows, "image_token_id")
 
     def to_json(self) -> dict[str, Any]:
         """Nested dict of JSON values; ``from_json`` is its inverse."""
@@ -121,7 +194,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
-        """Raises UserError that names an unknown key."""
+        """Raises UserError that names an unknown key, or a value of the wrong type or range."""
         return _from_dict(cls, data, "model")
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -141,10 +214,8 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key in _NESTED and value is not None and cls is ModelConfig:
             value = _from_dict(_NESTED[key], value, f"{where}.{key}")
-        elif key == "targets":
-            value = tuple(value)
-        elif key == "options":
-            value = tuple((str(name), option) for name, option in value)
+        elif isinstance(value, list):  # JSON has no tuples; what is in them is checked by the dataclass
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values[key] = value
     return cls(**values)
 

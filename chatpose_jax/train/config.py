@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import check_types, require
 from chatpose_jax.train.trainable import PAPER, Rule
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment).
+    """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment) on
+    whatever data is named: they neither choose its data nor fit a model that starts from nothing.
 
-    trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay); see ``train.trainable``.
-    lambda_text, lambda_pose: weights of the cross-entropy over answers and of the L1 on rotation matrices.
-    optimizer: "adamw", or "muon" for the hidden matrices and AdamW for the rest: learns faster from nothing.
-    schedule: "linear" or "cosine" decay to ``final_lr_ratio`` after a linear warm-up.
+    steps: updates in all. batch_size: rows of a micro-batch, over all devices.
     accumulate: micro-batches whose gradients are averaged before one update.
+    max_length: tokens of a row, pictures included; what is longer is cut.
+    optimizer: "adamw", or "muon" for the hidden matrices and AdamW for the rest: learns faster from nothing.
+    learning_rate: the peak, reached after ``warmup_steps`` updates of linear rise.
+    schedule: "linear" or "cosine" decay from there to ``final_lr_ratio`` × the peak at the last step.
+    b1, b2: decay of Adam's first and second moments.
+    grad_clip: longest gradient, as the norm over all that trains; longer ones are scaled down.
+    lambda_text, lambda_pose: weights of the cross-entropy over answers and of the L1 on rotation matrices.
+    trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay); see ``train.trainable``.
+    remat: compute the layers' activations again in the backward pass: less memory, more time.
+    seed: of fresh weights, the order of rows, and dropout.
+    log_every, save_every: updates between two lines of metrics, two checkpoints.
+    eval_every: updates between two validations; 0 is none.
+    keep: newest checkpoints that stay.
     """
 
     steps: int = 15_000
     batch_size: int = 16
     accumulate: int = 2
     max_length: int = 1024
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 100
-    schedule: str = "linear"
+    schedule: Literal["linear", "cosine"] = "linear"
     final_lr_ratio: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -42,10 +55,15 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "max_length", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} must be at least 1, found {getattr(self, name)}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"train.optimizer must be 'adamw' or 'muon', found {self.optimizer!r}")
-        if self.schedule not in ("linear", "cosine"):
-            raise UserError(f"train.schedule must be 'linear' or 'cosine', found {self.schedule!r}")
+        check_types(self, "train")
+        counts = ("steps", "batch_size", "accumulate", "max_length", "log_every", "save_every", "keep")
+        require(self, "train", "at least 1", lambda value: value >= 1, *counts)
+        weights = ("warmup_steps", "eval_every", "lambda_text", "lambda_pose")
+        require(self, "train", "at least 0", lambda value: value >= 0, *weights)
+        require(self, "train", "positive", lambda value: value > 0, "learning_rate", "grad_clip")
+        require(self, "train", "at least 0 and less than 1", lambda value: 0 <= value < 1, "b1", "b2")
+        require(self, "train", "at least 0 and at most 1", lambda value: 0 <= value <= 1, "final_lr_ratio")
+        require(self, "train", "at least 0 and less than 2**32", lambda value: 0 <= value < 2**32, "seed")
+        for row in self.trainable:
+            if (row.lr or 0) < 0 or row.weight_decay < 0:
+                raise UserError(f"train.trainable: the row {tuple(row)} has a negative rate or decay")

@@ -11,7 +11,7 @@ from chatpose_jax.cli.config import config_names, load_config
 from chatpose_jax.cli.main import COMMANDS, main
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create
-from chatpose_jax.models.config import preset
+from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
 
@@ -147,14 +147,24 @@ def test_amass_sequences_are_z_up_and_lose_their_fingers(tmp_path):
     np.testing.assert_array_equal(pose[22:], np.tile(np.eye(3), (2, 1, 1)))
 
 
-@pytest.mark.parametrize("name", ["tiny", "chatpose_7b", "chatpose_13b"])
-def test_configurations_load_and_train_something(name):
+@pytest.mark.parametrize(
+    ("name", "layers", "width"), [("tiny", None, None), ("chatpose_7b", 32, 4096), ("chatpose_13b", 40, 5120)]
+)
+def test_configurations_load_and_train_what_they_say(name, layers, width):
+    """The paper's: LoRA of rank 128 on q and v, the head's two matrices and biases, one added row of two tables."""
     from chatpose_jax.models.chatpose import abstract_params
-    from chatpose_jax.train.trainable import describe
+    from chatpose_jax.train.trainable import describe, flatten
 
     assert name in config_names()
     config = load_config(name)
-    assert "parameters train" in describe(abstract_params(config.model), config.train.trainable)
+    params = abstract_params(config.model)
+    total = sum(leaf.size for leaf in flatten(params).values())
+    if layers is None:
+        trains = total
+    else:
+        trains = layers * 2 * 2 * width * 128 + (width + 1) * width + (width + 1) * 24 * 6 + 2 * width
+        assert trains < total / 50
+    assert f"\n{trains:,d} of {total:,d} parameters train" in describe(params, config.train.trainable)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +179,68 @@ def test_configurations_load_and_train_something(name):
         ("train.optimizer=sgd", "adamw"),
         ("train.trainable=[1]", "rows of"),
         ("data.mixture=[3]", "pairs"),
+        ("train.steps=none", "train.steps: expected int, found None"),
+        ("train.steps={[]:1}", "expected int"),
+        ("train.learning_rate=none", "train.learning_rate: expected a finite float, found None"),
+        ("train.learning_rate=1e999", "expected a finite float, found inf"),
+        ("train.remat=none", "expected bool"),
+        ("train.warmup_steps=-1", "train.warmup_steps must be at least 0, found -1"),
+        ("train.b2=1.0", "less than 1"),
+        ("train.seed=-1", "train.seed must be at least 0"),
+        ("train.trainable=none", "rows of"),
+        ("train.trainable=[['.*','x',0]]", "each Rule"),
+        ("train.trainable=[['.*',-1.0,0]]", "negative rate"),
+        ("train=none", "table of settings"),
+        ("data.train_size=-3", "data.train_size must be at least 0, found -3"),
+        ("data.buckets=0", "data.buckets must be at least 1"),
+        ("data.mixture=none", "pairs"),
+        ("data.mixture=[['text',-1]]", "must not be negative"),
+        ("model.dtype=float33", "'float32' or 'bfloat16' or 'float16', found 'float33'"),
+        ("model.text=none", "model.text: this is a table of settings"),
+        ("model.text.num_heads=0", "model.text.num_heads must be at least 1"),
+        ("model.text.head_dim=7", "even"),
         ("model.text.num_kv_heads=3", "must divide"),
+        ("model.text.vocab_size=9", "must not exceed"),
+        ("model.vision.patch_size=0", "model.vision.patch_size must be at least 1"),
+        ("model.vision.num_heads=3", "must divide model.vision.hidden_size"),
+        ("model.vision.select_layer=-99", "must lie between"),
+        ("model.lora.rank=0", "model.lora.rank must be at least 1"),
+        ("model.lora.targets=['q']", "'q_proj' or"),
+        ("model.head=none", "table of settings"),
+        ("model.pose_token_id=99999", "vocabulary of 32001 rows"),
     ],
 )
 def test_a_wrong_override_is_one_clear_error(override, words):
     with pytest.raises(UserError, match=words):
         load_config("chatpose_7b", [override])
+
+
+def test_the_adapters_may_be_left_out():
+    assert load_config("chatpose_7b", ["model.lora=none"]).model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": 7}, "model.dtype"),
+        ({"text": None}, "model.text: expected TextConfig, found None"),
+        ({"text": {"num_layers": "3"}}, "model.text.num_layers: expected int, found '3'"),
+        ({"vision": {"patch_size": 0}}, "model.vision.patch_size must be at least 1"),
+        ({"vision": []}, "model.vision: expected a table"),
+        ({"lora": {"targets": 3}}, "model.lora.targets: expected a list"),
+        ({"head": {"options": [3]}}, "model.head.options"),
+        ({"scan_layers": 1}, "model.scan_layers: expected bool"),
+        ({"pose_token_id": True}, "model.pose_token_id: expected int"),
+    ],
+)
+def test_a_strangers_config_json_is_checked(change, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig.from_json({**preset("tiny").to_json(), **change})
+
+
+def test_json_is_an_inverse():
+    for name in ("tiny", "chatpose_13b"):
+        assert ModelConfig.from_json(json.loads(json.dumps(preset(name).to_json()))) == preset(name)
 
 
 def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
