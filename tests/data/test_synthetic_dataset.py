@@ -11,7 +11,7 @@ from chatpose_jax.data.synthetic import preview, questions
 from chatpose_jax.data.synthetic.dataset import DEFAULT_MIXTURE, TASKS, SyntheticDataset, to_camera
 from chatpose_jax.data.synthetic.families import POSTURES, sample_poses
 from chatpose_jax.data.synthetic.report import report
-from chatpose_jax.data.synthetic.scene import Studio, backdrop, draw_scene
+from chatpose_jax.data.synthetic.scene import MAX_YAW, Studio, backdrop, draw_scene
 from chatpose_jax.data.synthetic.situations import SITUATIONS
 from chatpose_jax.errors import UserError
 
@@ -115,10 +115,15 @@ def test_to_camera_turns_the_root_only_and_keeps_up_down():
 
 
 def test_picture_targets_are_seen_from_the_scene():
-    data = SyntheticDataset("val", 30, image_size=24, mixture={"image": 1})
-    roots = np.stack([row.poses[0, 0] for row in data])
-    facing = roots[:, :, 2]
-    assert facing[:, 0].std() > 0.3  # views differ in yaw
+    def sideways(max_yaw):
+        """How far each person looks to the side: the camera's x of the direction that the body faces."""
+        data = SyntheticDataset("val", 30, image_size=24, mixture={"image": 1}, max_yaw=max_yaw)
+        return np.stack([row.poses[0, 0, 0, 2] for row in data])
+
+    turned = np.abs(sideways(40.0) - sideways(0.0))
+    assert turned.std() > 0.1, "views differ in yaw"
+    assert 0.4 < turned.max() < np.sin(np.radians(40)) + 0.05
+    assert sideways(MAX_YAW).std() > MAX_YAW * np.pi / 180 / 3
 
 
 def test_edits_change_what_they_say():

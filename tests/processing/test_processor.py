@@ -166,8 +166,10 @@ def test_nothing_to_answer(tiny):
 def test_too_long_a_prompt_names_both_lengths(tiny):
     with pytest.raises(UserError, match=r"has \d{4} tokens, but .* holds 1024;"):
         tiny.encode([user("word " * 1100)])
-    with pytest.raises(UserError, match=r"17 × 64 of them for pictures"):
-        tiny.encode([user("Who?", *[GREY] * 17)])
+    patches = tiny.ids.num_patches
+    pictures = 1024 // patches + 1
+    with pytest.raises(UserError, match=rf"{pictures} × {patches} of them for pictures"):
+        tiny.encode([user("Who?", *[GREY] * pictures)])
 
 
 def test_truncation_never_cuts_a_picture(tiny):
@@ -178,8 +180,8 @@ def test_truncation_never_cuts_a_picture(tiny):
         cut = tiny.encode(messages, False, max_length=length)
         held = np.count_nonzero(cut.input_ids == tiny.ids.image_token_id)
         assert len(cut.input_ids) <= length
-        assert held % 64 == 0
-        assert len(cut.images) == held // 64
+        assert held % tiny.ids.num_patches == 0
+        assert len(cut.images) == held // tiny.ids.num_patches
         np.testing.assert_array_equal(cut.input_ids, full.input_ids[: len(cut.input_ids)])
         np.testing.assert_array_equal(cut.pose_positions, full.pose_positions[full.pose_positions < length])
         assert cut.truncated == (length < len(full.input_ids))
@@ -251,4 +253,4 @@ def test_preset_ids_are_the_embedded_tokenizers():
     processor = tiny_processor(config)
     assert processor.tokenizer.size == config.text.vocab_size
     assert processor.tokenizer.image_token_id == config.image_token_id
-    assert ModelIds.of(config).num_patches == 64
+    assert ModelIds.of(config).num_patches == (64 // 16) ** 2
