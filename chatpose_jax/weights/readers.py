@@ -6,14 +6,13 @@ with the file.
 
 Formats: safetensors (8-byte header length, JSON header, raw data) and the zip archives of ``torch.save`` since
 PyTorch 1.6 (``data.pkl`` beside one uncompressed member per storage). The pickle is interpreted by an unpickler that
-knows a dozen inert names and refuses any other.
+knows a dozen inert names and refuses any other, and that cannot be made to allocate more than the file is worth.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -23,12 +22,13 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
+from smpl_jax.unpickle import ForbiddenGlobal, RestrictedUnpickler, sealed
 
 Index = tuple[slice, ...]
 
@@ -63,7 +63,8 @@ _TORCH_STORAGES: dict[str, Any] = {
 }
 # The format's own limit for the header; a data.pkl of the largest model has a few hundred kB.
 _MAX_HEADER = 100_000_000
-_MAX_PICKLE = 100_000_000
+_MAX_PICKLE = 16_000_000
+_MAX_BYTEORDER = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,20 +187,13 @@ def _check_extent(path: Path, entries: Any, size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------- .bin
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+# Tuples, whose fields no opcode of a pickle can change.
+class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    numel: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _StorageType:
-    dtype: np.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
@@ -216,37 +210,27 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-_PICKLE_CALLABLES: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch", "Size"): tuple,
+_PICKLE_TABLE: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": sealed(_rebuild_tensor),
+    "torch._utils._rebuild_parameter": sealed(_rebuild_parameter),
+    "collections.OrderedDict": sealed(collections.OrderedDict),
+    "torch.Size": sealed(tuple),
+    # Only ever passed on in a persistent id, so their names will do.
+    **{f"torch.{name}": name for name in _TORCH_STORAGES},
 }
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Builds placeholders for tensors. Any global outside the two tables is refused before it is looked up."""
+class _TensorUnpickler(RestrictedUnpickler):
+    # BYTEARRAY8 allocates what it announces before it reads; torch.save, which writes protocol 2, has no such opcode.
+    dispatch: ClassVar = {k: load for k, load in RestrictedUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
 
-    def __init__(self, data: bytes, path: Path):
-        super().__init__(io.BytesIO(data))
-        self.path = path
 
-    def find_class(self, module: str, name: str) -> Any:
-        # Fresh objects each time: the BUILD opcode may write attributes, and must not reach ours.
-        if module == "torch" and name in _TORCH_STORAGES:
-            return _StorageType(np.dtype(_TORCH_STORAGES[name]))
-        if (module, name) in _PICKLE_CALLABLES:
-            return functools.partial(_PICKLE_CALLABLES[module, name])
-        raise UserError(
-            f"{self.path}: refused: the pickle asks for {module}.{name}, which a file of weights has no need of; it "
-            f"was not run. "
-            "If you trust the file, re-save its state_dict as safetensors where it came from"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
-            raise pickle.UnpicklingError("an unknown persistent id")
-        return _Storage(str(pid[2]), pid[1].dtype, int(pid[4]))
+def _storage(pid: Any) -> _Storage:
+    if isinstance(pid, tuple) and len(pid) == 5:
+        tag, kind, key = pid[:3]
+        if tag == "storage" and isinstance(kind, str) and kind in _TORCH_STORAGES and isinstance(key, str):
+            return _Storage(key, np.dtype(_TORCH_STORAGES[kind]))
+    raise pickle.UnpicklingError("an unknown persistent id")
 
 
 def read_torch_header(path: Path) -> dict[str, TensorEntry]:
@@ -272,11 +256,18 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
                 raise UserError(
                     f"{path}: data.pkl of {members[pickles[0]].file_size} bytes is too large to be a list of tensors"
                 )
-            if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+            order = members.get(root + "byteorder")
+            if order and (order.file_size > _MAX_BYTEORDER or archive.read(order) != b"little"):
                 raise UserError(f"{path}: written on a big-endian machine; re-save it as safetensors")
-            state = _TensorUnpickler(archive.read(pickles[0]), path).load()
+            data = io.BytesIO(archive.read(pickles[0]))
+            state = _TensorUnpickler(data, _PICKLE_TABLE, persistent_load=_storage).load()
     except UserError:
         raise
+    except ForbiddenGlobal as error:
+        raise UserError(
+            f"{path}: refused: {error}, which a file of weights has no need of; it was not run. "
+            "If you trust the file, re-save its state_dict as safetensors where it came from"
+        ) from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: the archive is damaged ({type(error).__name__}: {error}); fetch it again") from None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -159,6 +161,46 @@ def test_a_pickle_cannot_change_the_reader(tmp_path: Path) -> None:
         assert not checkpoint.tensors
     torch.save({"w": torch.arange(4.0)}, tmp_path / "good.bin")
     np.testing.assert_array_equal(open_checkpoint(tmp_path / "good.bin").tensors["w"].read(), [0, 1, 2, 3])
+
+
+BOMBS = {
+    "LONG_BINPUT of a memo of 2**26 slots": b"\x80\x02}r" + struct.pack("<I", 1 << 26) + b".",
+    "BYTEARRAY8 of 1 GiB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 30) + b".",
+    "BINBYTES8 of 1 GiB": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 30) + b".",
+    "FRAME of 1 GiB": b"\x80\x04\x95" + struct.pack("<Q", 1 << 30) + b"}.",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_pickle_cannot_allocate_more_than_it_holds(tmp_path: Path, bomb: bytes) -> None:
+    file = archive(tmp_path / "m.bin", bomb)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(UserError):
+            assert not read_torch_header(file)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_byteorder_is_not_read(tmp_path: Path) -> None:
+    """64 MiB of zeros, deflated to 64 kB."""
+    file = archive(tmp_path / "m.bin", pickle.dumps({}), compress=True, byteorder=bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="big-endian"):
+            read_torch_header(file)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_persistent_ids_are_checked(tmp_path: Path) -> None:
+    """Each is ("storage", type, key, device, count): a type that is none, a key that is no text."""
+    for kind, key in ((b"ctorch\nSize\n", b"X\x01\0\0\x000"), (b"ctorch\nFloatStorage\n", b"]")):
+        pid = b"(X\x07\0\0\0storage" + kind + key + b"X\x03\0\0\0cpuK\x01tQ"
+        with pytest.raises(UserError, match="an unknown persistent id"):
+            read_torch_header(archive(tmp_path / "m.bin", b"\x80\x02" + pid + b"."))
 
 
 def test_damaged_torch_files(tmp_path: Path) -> None:
