@@ -96,7 +96,7 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
     from transformers import AddedToken, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(out), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(out), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UserError(
             f"{tokens.folder}: transformers cannot read this tokenizer ({type(error).__name__}: {error})"

@@ -133,6 +133,22 @@ def test_tokenizers_that_do_not_fit(llava: Path, tmp_path: Path) -> None:
         convert(tmp_path / "src", tmp_path / "out", tokenizer=tmp_path / "large")
 
 
+def test_a_tokenizer_that_brings_code_is_refused_unasked(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal whether to run it."""
+    shutil.copytree(llava, tmp_path / "src")
+    (tmp_path / "src/tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Hostile", "auto_map": {"AutoTokenizer": ["hostile.Hostile", None]}})
+    )
+    (tmp_path / "src/hostile.py").write_text("class Hostile: pass\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    with pytest.raises(UserError, match="transformers cannot read this tokenizer"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert not asked
+
+
 def test_a_hostile_shard_stops_the_conversion(llava: Path, tmp_path: Path) -> None:
     shutil.copytree(llava, tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"w": torch.optim.SGD}, tmp_path / "src/pytorch_model.bin")
