@@ -1,0 +1,64 @@
+"""The demo end to end with a handful of steps, and the pose head of docs/extending.md in it."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import chatpose_jax.models.heads as heads
+from chatpose_jax.cli.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["train.steps=3", "train.eval_every=3", "data.train_size=48", "data.val_size=48", "train.batch_size=4"]
+
+
+def sets(*settings):
+    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_answers_and_a_report(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--rows", "8", *sets()]) == 0
+    report = json.loads((out / "report.json").read_text())
+    for kind in ("text", "image"):
+        assert report["evaluation"][kind]["count"] == 8
+        assert 100 < report["evaluation"][kind]["baseline_pa_mpjpe"] < 300
+    assert report["learning_curve"][-1]["step"] == 3
+    assert [answer["name"] for answer in report["answers"][:3]] == ["description", "picture", "follow-up"]
+    assert len(report["answers"][2]["turns"]) == 2
+    for answer in report["answers"]:
+        assert all(Path(file).stat().st_size > 0 for file in answer["files"])
+    assert (out / "learning-curve.png").exists()
+    assert (
+        main(["chat", str(out / "model"), "--prompt", "Kneel.", "--force-pose", "--out", str(tmp_path / "answer")]) == 0
+    )
+    assert (tmp_path / "answer/turn-1-pose-1.glb").exists()
+    printed = capsys.readouterr().out
+    assert "PA-MPJPE" in printed
+    assert main(["demo", "--out", str(out), "--rows", "8", *sets()]) == 0, "a finished demo goes on from its checkpoint"
+
+
+@pytest.mark.slow
+def test_the_head_of_the_docs_is_one_file_and_trains(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads/deep.py").write_text(next(block for block in blocks if "DeepHead" in block))
+    monkeypatch.setattr(heads, "__path__", [*heads.__path__, str(tmp_path / "heads")])
+    try:
+        options = ("model.head.name=deep", "model.head.options=(('hidden', 48),)", "train.eval_every=0")
+        assert main(["train", "--out", str(tmp_path / "run"), *sets(*options)]) == 0
+        assert main(["chat", str(tmp_path / "run/model"), "--prompt", "Kneel.", "--force-pose"]) == 0
+    finally:
+        heads._REGISTRY.pop("deep", None)
+        sys.modules.pop("chatpose_jax.models.heads.deep", None)
+
+
+@pytest.mark.slow
+def test_the_data_set_of_the_docs_trains(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
+    (tmp_path / "mydata.py").write_text(next(block for block in blocks if "class Waves" in block))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["train", "--out", str(tmp_path / "run"), *sets("data.source=mydata:make")]) == 0
