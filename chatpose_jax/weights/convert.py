@@ -51,8 +51,9 @@ def convert(
         out: the model folder to write.
         vision, projector, tokenizer: where CLIP, the projector or the tokenizer stand, if not in ``source``.
         layout: one of ``layouts.FAMILIES``; default: recognised by tensor names.
-        dtype: storage dtype of the base (``float32``, ``bfloat16``, ``float16``); default: as stored, which loses
-            nothing. Added token rows and the pose head are always float32.
+        dtype: of the base (``float32``, ``bfloat16``, ``float16``), stored and computed in; default: as stored, which
+            loses nothing and computes as PyTorch does with the same file. Added token rows and the pose head are
+            always float32.
         init_missing: parts (``vision``, ``projector``) to initialise at random where no source has them.
         pose_head: ``"auto"`` takes the source's, or starts a new one where it has none; ``"init"`` always starts one.
         seed: of whatever is initialised.

@@ -118,7 +118,8 @@ def infer_config(
     Args:
         sources: from ``open_sources``.
         tokenizer: folder with the tokenizer; default the main source's.
-        dtype: storage dtype of the base; default the one that the decoder is stored in.
+        dtype: dtype of the base, stored and computed in; default the one that most of the main source is stored in
+            (float64 becomes float32).
 
     Raises:
         UserError: a setting that the model cannot follow, or files that contradict each other.
@@ -145,7 +146,7 @@ def infer_config(
     ids = {name: id for name, id in ids.items() if id >= 0}
     image_token_id = settings.get("image_token_id", -200)
     vocabulary = _vocabulary(read_tokens(tokenizer or main.folder), rows, image_token_id, ids.get("pad_token_id", 0))
-    param_dtype = dtype or main.dtype.name
+    param_dtype = dtype or ("float32" if main.dtype == np.float64 else main.dtype.name)
     vision = settings.get("vision", VisionConfig())
     config = ModelConfig(
         vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
@@ -153,7 +154,7 @@ def infer_config(
         lora=None,
         pose_token_id=vocabulary.pose_token_id,
         image_token_id=image_token_id,
-        dtype="float32" if param_dtype == "float32" else "bfloat16",
+        dtype=param_dtype,
         param_dtype=param_dtype,
         **ids,
     )

@@ -128,5 +128,5 @@ def test_a_spoilt_state_is_never_saved(tmp_path, params):
 
 def test_a_run_longer_than_asked_for_is_not_passed_off_as_short(tmp_path, params):
     train(CONFIG, SETTINGS, params(), Batches(), tmp_path, progress=False)
-    with pytest.raises(UserError, match="beyond train.steps=2"):
+    with pytest.raises(UserError, match=r"beyond train\.steps=2"):
         train(CONFIG, dataclasses.replace(SETTINGS, steps=2), params(), Batches(), tmp_path, progress=False)

@@ -162,7 +162,7 @@ def test_llava_for_transformers(tmp_path: Path, names: Names, fmt: Format, dtype
     model = make_llava_transformers(tmp_path / "src", names, fmt, dtype=getattr(torch, dtype), shards=2)
     config, params = converted(tmp_path / "src", tmp_path / "out")
     assert_same(params, transformers_tree(model))
-    assert (config.param_dtype, config.dtype) == (dtype, "bfloat16")
+    assert (config.param_dtype, config.dtype) == (dtype, dtype)
     assert (config.pose_token_id, config.image_token_id) == (POSE_ID, IMAGE_ID)
     assert (config.text.num_heads, config.text.num_kv_heads, config.text.rms_norm_eps) == (4, 2, 1e-5)
     assert (config.vision.image_size, config.vision.patch_size, config.vision.num_heads) == (28, 7, 2)
@@ -232,7 +232,7 @@ def test_a_decoder_alone_says_what_it_lacks(tmp_path: Path) -> None:
 def test_casting_rounds_as_numpy_does(tmp_path: Path, dtype: str) -> None:
     model = make_llava_transformers(tmp_path / "src", dtype=torch.float16)
     config, params = converted(tmp_path / "src", tmp_path / "out", dtype=dtype)
-    assert config.param_dtype == dtype
+    assert config.param_dtype == config.dtype == dtype
     for path, leaf in transformers_tree(model).items():
         wanted = leaf if path.endswith("added") else leaf.astype(jax.numpy.dtype(dtype))
         np.testing.assert_array_equal(params[path], wanted, err_msg=path)
