@@ -140,6 +140,7 @@ def make_llava_transformers(
     dtype: torch.dtype = torch.float32,
     pose: str | None = "<POSE>",
     shards: int = 1,
+    image_token_id: int = IMAGE_ID,
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:
     """LLaVA-1.5 for transformers; with ``names="5"`` and safetensors, ``save_pretrained`` itself writes it."""
@@ -147,7 +148,7 @@ def make_llava_transformers(
     config = LlavaConfig(
         text_config=llama_config(sizes),
         vision_config=clip_config(sizes),
-        image_token_index=IMAGE_ID,
+        image_token_index=image_token_id,
         vision_feature_layer=-2,
     )
     model = LlavaForConditionalGeneration(config)
