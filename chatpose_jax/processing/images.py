@@ -85,9 +85,16 @@ def load_image(source: Any, where: str = "") -> Image.Image:
         )
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if not path.is_file():
-            raise UserError(f"{prefix}no picture file at {str(path)!r}")
-        return _open(path, f"{prefix}{str(path)!r}")
+        name = f"{prefix}{str(path)!r:.120}"
+        # A file system takes 255 characters a name; what comes as a longer text is a picture in base64 more often than a path.
+        hint = "; a picture as text must be a URI: 'data:image/png;base64,…'" if len(str(path)) > 255 else ""
+        try:
+            found = path.is_file()
+        except OSError as error:
+            raise UserError(f"{name} cannot be opened: {error.strerror}{hint}") from None
+        if not found:
+            raise UserError(f"{prefix}no picture file at {str(path)!r:.120}{hint}")
+        return _open(path, name)
     if hasattr(source, "__array__"):
         return _from_array(np.asarray(source), f"{prefix}the array")
     raise UserError(f"{prefix}expected a picture as path, bytes, PIL image or array, found {type(source).__name__}")

@@ -147,6 +147,8 @@ def test_hostile_files(tmp_path, name, data, error):
         ("https://example.org/a.png", "never fetched"),
         ("file:///etc/hostname", "never fetched"),
         ("data:image/png;base64,%%%", "no valid base64"),
+        ("iVBORw0KGgo" * 400, "File name too long; a picture as text must be a URI: 'data:"),
+        ("iVBORw0KGgo/" * 100, "no picture file at .*a picture as text must be a URI: 'data:"),
         ("data:image/png,abc", "expected 'data:image"),
         (3, "found int"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
