@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--image {image}: no such file")
     if args.image and not args.prompt:
         raise UserError("--image needs --prompt; in a conversation, type /image FILE")
+    if args.out:
+        if not args.prompt:
+            raise UserError("--out needs --prompt; in a conversation, type /save FOLDER")
+        make_writable(args.out)
     model = load(args.model, dtype=args.dtype, body=args.body)
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "force_pose")}
     if not args.prompt:
@@ -103,16 +109,23 @@ def reply_json(prompt: str, reply: Reply) -> dict[str, Any]:
 
 def save(turns: Sequence[tuple[str, Reply]], out: Path) -> list[Path]:
     """``reply.json`` and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    make_writable(out)
     (out / "reply.json").write_text(json.dumps([reply_json(prompt, reply) for prompt, reply in turns], indent=1) + "\n")
     written = [out / "reply.json"]
     for t, (_, reply) in enumerate(turns, 1):
         for p, pose in enumerate(reply.poses, 1):
             written += [pose.save(out / f"turn-{t}-pose-{p}{suffix}") for suffix in (".png", ".glb", ".obj", ".npz")]
     return written
+
+
+def make_writable(out: Path) -> None:
+    """Create a folder and try to write into it: minutes of answering must not end in an error."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 def converse(model: ChatPose, settings: dict[str, Any]) -> int:
@@ -148,13 +161,14 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
             elif command == "/pose":
                 force = True
             elif command == "/image":
-                if not Path(rest).is_file():
+                image = Path(os.path.expanduser(rest.strip()))
+                if not image.is_file():
                     raise UserError(f"/image {rest}: no such file")
-                images.append(Path(rest))
+                images.append(image)
             elif command == "/save":
                 if last is None or not rest:
                     raise UserError("/save FOLDER writes the last answer; there must be one, and a folder")
-                print("\n".join(map(str, save([last], Path(rest)))))
+                print("\n".join(map(str, save([last], Path(os.path.expanduser(rest.strip()))))))
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")
             else:
@@ -163,7 +177,9 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
                 messages, images, force, last = [*asked, reply.message], [], False, (line, reply)
                 if reply.poses:
                     print(f"[{len(reply.poses)} pose{'s' if len(reply.poses) > 1 else ''}: /save FOLDER writes it]")
-        except UserError as error:
+        except BrokenPipeError:
+            raise
+        except (UserError, OSError) as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
             print("\n[stopped]")

@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:  # no permission, no space: nothing that a traceback would explain
+        name = error.filename2 or error.filename  # of a renaming, the file that the user named
+        where = f"{name}: " if name else ""
+        print(f"error: {where}{error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from PIL import Image
 
 from chatpose_jax.cli.config import config_names, load_config
 from chatpose_jax.cli.main import COMMANDS, main
+from chatpose_jax.cli.render import read_pose
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create
 from chatpose_jax.models.config import ModelConfig, preset
@@ -33,7 +34,8 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert all(name in lines(capsys)[0] for name in COMMANDS)
+    out, _ = lines(capsys)
+    assert [name for name in COMMANDS if f"    {name} " not in out] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -74,15 +76,32 @@ def test_chat_answers_and_writes_every_format(folder, tmp_path, capsys):
 
 
 def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
-    typed = iter(
-        ["/help", "/image nowhere.png", "/pose", "Hello", f"/save {tmp_path / 'saved'}", "/reset", "/what", "/quit"]
-    )
+    Image.fromarray(np.full((90, 70, 3), 128, np.uint8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wrong = ["/image nowhere.png", f"/image {'long' * 99}", "/save early", "/what"]
+    first = [
+        "/help",
+        *wrong,
+        "/image ~/photo.jpg",
+        "/pose",
+        "Hello",
+        "/save ~/saved",
+        "/save ~/file",
+        "/image ~/photo.jpg",
+    ]
+    typed = iter([*first, "/reset", "/pose", "Again", "/save ~/second", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     assert main(["chat", str(folder), "--max-new-tokens", "12"]) == 0
     out, _ = lines(capsys)
-    assert "no such file" in out
+    assert out.count("error: ") == len(wrong) + 1
+    assert "/image nowhere.png: no such file" in out
+    assert "File name too long" in out
+    assert "there must be one" in out
     assert "no command /what" in out
-    assert (tmp_path / "saved/turn-1-pose-1.glb").exists()
+    assert f"{tmp_path / 'file'}: cannot be written" in out
+    for folder in ("saved", "second"):
+        assert (tmp_path / folder / "turn-1-pose-1.glb").exists()
 
 
 @pytest.mark.parametrize(
@@ -95,6 +114,11 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
         (["chat", "{folder}", "--prompt", "x", "--body", "{text}"], "notes.txt"),
         (["chat", "{folder}", "--prompt", "word " * 1500], "context"),
         (["chat", "{folder}", "--prompt", "x", "--top-p", "7"], "top_p"),
+        (["chat", "{folder}", "--prompt", "x", "--out", "{text}/answer"], "notes.txt/answer: cannot be written"),
+        (["chat", "{folder}", "--out", "{tmp}/answer"], "--out needs --prompt"),
+        (["chat", "{folder}", "--prompt", "x", "--image", "long" * 99], "File name too long"),
+        (["render", "{pose}", "--out", "{text}/x.png"], "notes.txt"),
+        (["render", "{pose}", "--out", "{tmp}/folder.png"], "folder.png: Is a directory"),
         (["train", "--config", "nothing", "--out", "{tmp}/run"], "no configuration 'nothing'"),
         (["train", "--out", "{tmp}/run", "--set", "train.stepz=3"], "did you mean train.steps"),
         (["train", "--config", "chatpose_13b", "--out", "{tmp}/run"], "give --init"),
@@ -105,7 +129,9 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
 )
 def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a picture, not a body, not a pose")
-    names = {"folder": folder, "text": tmp_path / "notes.txt", "tmp": tmp_path}
+    (tmp_path / "folder.png").mkdir()
+    np.save(tmp_path / "pose.npy", np.zeros((24, 3)))
+    names = {"folder": folder, "pose": tmp_path / "pose.npy", "text": tmp_path / "notes.txt", "tmp": tmp_path}
     status = main([argument.format(**names) for argument in arguments])
     _, err = lines(capsys)
     assert status == 2
@@ -116,8 +142,6 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
 
 @pytest.mark.parametrize(("shape", "index"), [((24, 3), 0), ((72,), 0), ((5, 156), 3), ((24, 3, 3), 0)])
 def test_render_reads_the_usual_shapes(shape, index, tmp_path):
-    from chatpose_jax.cli.render import read_pose
-
     rng = np.random.default_rng(0)
     values = rng.normal(0, 0.1, shape) if shape != (24, 3, 3) else np.tile(np.eye(3), (24, 1, 1))
     np.save(tmp_path / "pose.npy", values)
@@ -125,10 +149,71 @@ def test_render_reads_the_usual_shapes(shape, index, tmp_path):
     np.testing.assert_allclose(pose @ pose.swapaxes(-1, -2), np.tile(np.eye(3), (24, 1, 1)), atol=1e-5)
 
 
+def _cut(path):
+    np.savez(path, poses=np.zeros((4, 72)))
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _damaged(path):
+    np.savez_compressed(path, poses=np.random.default_rng(0).normal(size=(40, 72)))
+    data = bytearray(path.read_bytes())
+    data[300:400] = bytes(100)
+    path.write_bytes(data)
+
+
+def _lying(path):
+    """A header that promises 2⁵⁰ bytes."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**44, 8)})
+        file.write(bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (_cut, "cut off"),
+        (_damaged, "cut off"),
+        (_lying, "cut off"),
+        (lambda path: np.savez(path, poses=np.array([{}])), "plain arrays"),
+        (lambda path: np.savez(path, trans=np.zeros(3)), "found trans"),
+        (lambda path: np.savez(path, poses=np.array(3.0)), r"shape \(\)"),
+        (lambda path: np.savez(path, poses=np.zeros((0, 72))), r"shape \(0, 72\)"),
+        (lambda path: np.savez(path, poses=np.array(["a"])), "numbers"),
+        (lambda path: np.savez(path, poses=np.full((2, 72), np.nan)), "finite"),
+        (lambda path: np.savez(path, matrices=np.zeros((24, 3, 3))), "must be rotations .* joint 0 "),
+        (lambda path: np.savez(path, matrices=np.tile(np.diag([1, 1, -1.0]), (24, 1, 1))), "must be rotations"),
+        (lambda path: np.savez(path, matrices=1.001 * np.tile(np.eye(3), (24, 1, 1))), "must be rotations"),
+    ],
+)
+def test_a_bad_pose_file_is_one_clear_error(write, words, tmp_path):
+    with (path := tmp_path / "pose.npz").open("wb"):
+        write(path)
+    with pytest.raises(UserError, match=words) as caught:
+        read_pose(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_array_without_axes_is_no_pose(tmp_path):
+    np.save(tmp_path / "pose.npy", np.float32(3))
+    with pytest.raises(UserError, match=r"shape \(\)"):
+        read_pose(tmp_path / "pose.npy")
+
+
+def test_a_pose_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("smpl_jax.io.MAX_BYTES", 2**20)
+    np.savez_compressed(tmp_path / "bomb.npz", poses=np.zeros((2000, 72)))
+    with pytest.raises(UserError, match=r"poses would unpack to 1,152,\d{3} bytes"):
+        read_pose(tmp_path / "bomb.npz")
+
+
+def test_only_the_pose_of_a_file_is_read(tmp_path):
+    """Files in the wild hold pickled odds and ends beside the pose."""
+    np.savez(tmp_path / "pose.npz", poses=np.zeros((1, 72)), meta=np.array([{"gender": "x"}]))
+    np.testing.assert_array_equal(read_pose(tmp_path / "pose.npz"), np.tile(np.eye(3), (24, 1, 1)))
+
+
 def test_upright_in_three_frames_is_one_picture(tmp_path):
     """An upright person's root: (π/2, 0, 0) in AMASS (z up), (0, 0, 0) with y up, (π, 0, 0) in the camera frame."""
-    from chatpose_jax.cli.render import read_pose
-
     for frame, angle in (("z-up", np.pi / 2), ("y-up", 0.0), ("camera", np.pi)):
         pose = np.zeros((24, 3))
         pose[0, 0] = angle
@@ -137,8 +222,6 @@ def test_upright_in_three_frames_is_one_picture(tmp_path):
 
 
 def test_amass_sequences_are_z_up_and_lose_their_fingers(tmp_path):
-    from chatpose_jax.cli.render import read_pose
-
     poses = np.zeros((3, 156))
     poses[:, 0], poses[:, 66:] = np.pi / 2, 1.0
     np.savez(tmp_path / "walk_poses.npz", poses=poses, trans=np.zeros((3, 3)), mocap_framerate=np.float64(120))
