@@ -6,21 +6,21 @@ import concurrent.futures
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.config import DType, ModelConfig
 from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import PARAMS, TOKENIZER, new_folder, write_config
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
 from chatpose_jax.weights.readers import sha256
 from chatpose_jax.weights.tokens import write_tokenizer
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES: tuple[DType, ...] = get_args(DType)
 
 
 def convert(
@@ -140,10 +140,10 @@ def _check_outside(out: Path, plan: Plan) -> None:
         raise UserError(f"{out} holds {inside}, which the conversion reads; choose another folder")
 
 
-def _dtype(name: str | None) -> str | None:
+def _dtype(name: str | None) -> DType | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}, or none to keep the stored one")
-    return name
+    return cast(DType | None, name)
 
 
 def _provenance(plan: Plan, hashes: bool) -> dict[str, Any]:

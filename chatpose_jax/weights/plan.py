@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import ml_dtypes
@@ -21,13 +21,14 @@ from flax.traverse_util import flatten_dict
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from chatpose_jax.models.config import DType, ModelConfig, TextConfig, VisionConfig
 from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
+from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.weights.layouts import Layout, Rule, Transform, recognise
 from chatpose_jax.weights.readers import PROJECTOR_FILES, Checkpoint, Index, TensorEntry, open_checkpoint
-from chatpose_jax.weights.tokens import POSE_TOKENS, Tokens, new_tokens, read_tokens
+from chatpose_jax.weights.tokens import Tokens, new_tokens, read_tokens
 
 _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _SHOWN = 8
@@ -111,7 +112,7 @@ class Vocabulary:
 
 
 def infer_config(
-    sources: Sequence[Source], tokenizer: str | Path | None = None, *, dtype: str | None = None
+    sources: Sequence[Source], tokenizer: str | Path | None = None, *, dtype: DType | None = None
 ) -> tuple[ModelConfig, Vocabulary]:
     """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply.
 
@@ -146,7 +147,7 @@ def infer_config(
     ids = {name: id for name, id in ids.items() if id >= 0}
     image_token_id = settings.get("image_token_id", -200)
     vocabulary = _vocabulary(read_tokens(tokenizer or main.folder), rows, image_token_id, ids.get("pad_token_id", 0))
-    param_dtype = dtype or ("float32" if main.dtype == np.float64 else main.dtype.name)
+    param_dtype = dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
     vision = settings.get("vision", VisionConfig())
     config = ModelConfig(
         vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
@@ -174,7 +175,7 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
     }
     first_free = max([tokens.size, *(id + 1 for id in special)])
     pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
-    added = new_tokens(tokens, special | {pose: POSE_TOKENS[0]}, max([pose, first_free - 1]))
+    added = new_tokens(tokens, special | {pose: POSE}, max([pose, first_free - 1]))
     return Vocabulary(tokens, tuple(added), pose, max(rows, pose + 1))
 
 
@@ -285,7 +286,7 @@ def make_plan(
     sources: Sequence[Source],
     *,
     tokenizer: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: DType | None = None,
     init_missing: Sequence[str] = (),
     pose_head: str = "auto",
     seed: int = 0,

@@ -238,6 +238,14 @@ def test_casting_rounds_as_numpy_does(tmp_path: Path, dtype: str) -> None:
         np.testing.assert_array_equal(params[path], wanted, err_msg=path)
 
 
+def test_float64_becomes_float32(tmp_path: Path) -> None:
+    model = make_llava_transformers(tmp_path / "src", dtype=torch.float64)
+    plan, params = load_source(tmp_path / "src")
+    assert plan.config.param_dtype == plan.config.dtype == "float32"
+    found = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    assert_same(found, {path: leaf.astype(np.float32) for path, leaf in transformers_tree(model).items()})
+
+
 def test_loading_a_source_directly_gives_the_same(tmp_path: Path) -> None:
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
     plan, params = load_source(tmp_path / "src", vision=tmp_path / "clip")
