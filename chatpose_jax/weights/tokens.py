@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.tokenizer import POSE_LITERALS
 from chatpose_jax.weights.readers import read_json
 
-POSE_TOKENS = ("<POSE>", "[SEG]")
-"""Literals of the pose token: the paper's, and the one that the released checkpoint's vocabulary holds."""
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -39,7 +38,7 @@ class Tokens:
     @property
     def pose_token_id(self) -> int | None:
         """Id of the pose token, None where the vocabulary has none."""
-        return next((self.added[literal] for literal in POSE_TOKENS if literal in self.added), None)
+        return next((self.added[literal] for literal in POSE_LITERALS if literal in self.added), None)
 
 
 def read_tokens(folder: str | Path) -> Tokens:
