@@ -6,7 +6,7 @@ import concurrent.futures
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import jax
 from flax.traverse_util import unflatten_dict
@@ -143,7 +143,7 @@ def _check_outside(out: Path, plan: Plan) -> None:
 def _dtype(name: str | None) -> DType | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}, or none to keep the stored one")
-    return cast(DType | None, name)
+    return name
 
 
 def _provenance(plan: Plan, hashes: bool) -> dict[str, Any]:
