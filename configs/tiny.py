@@ -16,7 +16,7 @@ def get_config():
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 4200
+    config.train.steps = 4600
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320

@@ -57,7 +57,7 @@ def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
 
     for plain, again in zip(gradients(False), gradients(True)):
         np.testing.assert_allclose(
-            again, plain, rtol=0, atol=(1e-5 if dtype == "float32" else 2e-2) * np.abs(plain).max()
+            again, plain, rtol=0, atol=(1e-5 if dtype == "float32" else 5e-2) * np.abs(plain).max()
         )
 
 
