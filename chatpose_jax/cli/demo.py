@@ -20,6 +20,7 @@ from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.config import RunConfig, load_config
 from chatpose_jax.cli.train import cpu_workers, run_training
+from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
@@ -122,10 +123,10 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
     """Real answers on the test split, text and pictures apart, beside the mean pose of training rows of the same kind."""
     results = {}
     size, seed = config.model.vision.image_size, config.data.seed
+    splits: tuple[tuple[Split, int], ...] = (("test", count), ("train", BASELINE_ROWS))
     for kind in ("text", "image"):
         test, train = (
-            SyntheticDataset(split, rows, seed, size, {kind: 1.0}).precompute(cpu_workers())
-            for split, rows in (("test", count), ("train", BASELINE_ROWS))
+            SyntheticDataset(split, rows, seed, size, {kind: 1.0}).precompute(cpu_workers()) for split, rows in splits
         )
         mean = mean_pose(np.stack([row.poses[0] for row in train]))
         results[kind] = evaluate_chat(model, test[:count], mean, label=kind)

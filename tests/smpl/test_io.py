@@ -332,3 +332,23 @@ def test_saving_checks_first(tmp_path):
 
 def test_dtype(tmp_path):
     assert load_body(dump(tmp_path / "body.pkl", random_arrays()), dtype=jnp.bfloat16).bases.dtype == jnp.bfloat16
+
+
+def test_a_byte_array_is_read_before_it_is_allocated(tmp_path) -> None:
+    """BYTEARRAY8 with a size of 2 GiB in a file of a few bytes; an honest one still arrives."""
+    import io as stdlib_io
+    import pickle
+    import tracemalloc
+
+    from smpl_jax.unpickle import RestrictedUnpickler
+
+    assert RestrictedUnpickler(stdlib_io.BytesIO(pickle.dumps(bytearray(b"abc"), protocol=5)), {}).load() == bytearray(
+        b"abc"
+    )
+    hostile = b"\x80\x05\x96" + (2**31).to_bytes(8, "little") + b"abc."
+    tracemalloc.start()
+    with pytest.raises(pickle.UnpicklingError, match="cut off"):
+        RestrictedUnpickler(stdlib_io.BytesIO(hostile), {}).load()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
