@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # bench/convert.py writes checkpoints of several gigabytes: run it by hand.
-BENCH  ?= body decode step
+BENCH  ?= body decode lora_step
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check -qq
 # Tests of one file share compiled functions, so files are what workers take; more than four workers only take memory.

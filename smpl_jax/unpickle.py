@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, IO
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._table = table
         self._persistent_load = persistent_load
 
-    def _bytearray8(self) -> None:
+    def _bytearray8(self: Any) -> None:
         # The base class allocates what the file announces before it reads it.
         size = int.from_bytes(self.read(8), "little")
         data = self.read(size)
@@ -57,7 +57,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise pickle.UnpicklingError("the pickle is cut off")
         self.append(bytearray(data))
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _bytearray8}  # type: ignore[attr-defined]
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _bytearray8}  # type: ignore[attr-defined, dict-item]
 
     def find_class(self, module: str, name: str) -> Any:
         try:
