@@ -10,14 +10,13 @@ def get_config():
 
     config.data.template = "plain"
     config.data.train_size = 8000
-    config.data.buckets = 2  # each shape compiles for some seconds
     config.data.mixture = (
-        ("text", 16), ("text_short", 3), ("situation", 4), ("text_turns", 5), ("image", 50), ("image_turns", 8), ("image_words", 9), ("words", 5),
+        ("text", 22), ("text_short", 2), ("situation", 4), ("text_turns", 4), ("image", 50), ("image_turns", 8), ("image_words", 8), ("words", 2),
     )  # fmt: skip
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 3700
+    config.train.steps = 4000
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
@@ -26,6 +25,6 @@ def get_config():
     # From nothing, the pose must outweigh the choice among answers that differ in words alone.
     config.train.lambda_pose = 20.0
     config.train.remat = False
-    config.train.save_every = 740
-    config.train.eval_every = 740
+    config.train.save_every = 800
+    config.train.eval_every = 800
     return config
