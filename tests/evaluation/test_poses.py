@@ -37,7 +37,7 @@ def test_errors_of_known_differences(body):
 
 
 def test_mean_pose_is_a_rotation_between():
-    turns = Rotation.from_euler("x", [-20, 40], degrees=True).as_matrix()
+    turns = Rotation.from_euler("x", [[-20], [40]], degrees=True).as_matrix()
     poses = rest(2)
     poses[:, 3] = turns
     mean = mean_pose(poses)
