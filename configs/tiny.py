@@ -16,7 +16,7 @@ def get_config():
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 4000
+    config.train.steps = 3400
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
@@ -25,6 +25,6 @@ def get_config():
     # From nothing, the pose must outweigh the choice among answers that differ in words alone.
     config.train.lambda_pose = 20.0
     config.train.remat = False
-    config.train.save_every = 800
-    config.train.eval_every = 800
+    config.train.save_every = 850
+    config.train.eval_every = 850
     return config
