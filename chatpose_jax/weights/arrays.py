@@ -36,6 +36,11 @@ _CHUNK = 16 << 20
 _SHOWN = 8
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """Nested dicts -> ``{"a/0/b": leaf}``; the integer keys of module lists become their digits."""
+    return {"/".join(map(str, keys)): leaf for keys, leaf in flatten_dict(tree).items()}
+
+
 class _LeafHandler(ocp.type_handlers.TypeHandler):
     """Saves ``Leaf``s. Each process writes every n-th block; restoring is the business of Orbax's own array handler."""
 
@@ -112,7 +117,7 @@ def write_leaves(
 
 def write_arrays(folder: Path, params: Params) -> None:
     """Writes arrays (numpy or jax, on any mesh, one process or many) as a new Orbax checkpoint ``folder``."""
-    flat = {path: array for path, array in flatten_dict(params, sep="/").items() if array.size}
+    flat = {path: array for path, array in by_path(params).items() if array.size}
     _save(folder, unflatten_dict(flat, sep="/"), None)
 
 
@@ -127,9 +132,7 @@ def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
-        return {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten_dict(tree, sep="/").items()
-        }
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in by_path(tree).items()}
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise UserError(
             f"{folder}: not a whole Orbax checkpoint ({_first_line(error)}); convert or copy it again"
@@ -146,7 +149,7 @@ def read_arrays(folder: Path, abstract: Params) -> Params:
     Raises:
         UserError: one error that lists missing, extra and misshaped leaves; or damaged data.
     """
-    wanted = flatten_dict(abstract, sep="/")
+    wanted = by_path(abstract)
     empty = {path: leaf for path, leaf in wanted.items() if not math.prod(leaf.shape)}
     stored = read_metadata(folder)
     problems = {
