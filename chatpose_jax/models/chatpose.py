@@ -195,7 +195,10 @@ def stack_layers(params: Params) -> Params:
 
 
 def _map_layers(params: Params, change: Any) -> Params:
-    return {
-        k: change(v) if k == "layers" else _map_layers(v, change) if isinstance(v, dict) else v
-        for k, v in params.items()
+    """Only the towers' layers are stacked; a pose head may call a list of its own ``layers``."""
+    towers = {
+        name: {**params[name], "layers": change(params[name]["layers"])}
+        for name in ("vision", "decoder")
+        if name in params
     }
+    return {**params, **towers}
