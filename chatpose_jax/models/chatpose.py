@@ -196,9 +196,5 @@ def stack_layers(params: Params) -> Params:
 
 def _map_layers(params: Params, change: Any) -> Params:
     """Only the towers' layers are stacked; a pose head may call a list of its own ``layers``."""
-    towers = {
-        name: {**params[name], "layers": change(params[name]["layers"])}
-        for name in ("vision", "decoder")
-        if name in params
-    }
+    towers = {name: {**params[name], "layers": change(params[name]["layers"])} for name in ("vision", "decoder")}
     return {**params, **towers}

@@ -91,8 +91,9 @@ def test_unrolled_layers_have_the_gradients_of_scanned_ones() -> None:
     ids = jnp.asarray([small.row(scanned, 8)])
 
     def gradient(config, params):  # type: ignore[no-untyped-def]
-        return jax.jit(jax.grad(lambda params: jnp.sum(bind(config, params)(ids).hidden ** 3)))(params)["decoder"]
+        return jax.jit(jax.grad(lambda params: jnp.sum(bind(config, params)(ids).hidden ** 3)))(params)
 
-    apart = unstack_layers(gradient(scanned, params))
-    for found, expected in zip(jax.tree.leaves(gradient(unrolled, unstack_layers(params))), jax.tree.leaves(apart)):
+    apart = unstack_layers(gradient(scanned, params))["decoder"]
+    alone = gradient(unrolled, unstack_layers(params))["decoder"]
+    for found, expected in zip(jax.tree.leaves(alone), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1.0))
