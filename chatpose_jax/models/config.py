@@ -162,7 +162,8 @@ class HeadConfig:
 class ModelConfig:
     """The whole ChatPose: vision tower, projector, decoder, adapters, pose head, and the ids that the model itself must know.
 
-    ``image_token_id`` may be negative: some vocabularies (CHATPOSE-V0) have no row for the image placeholder.
+    ``image_token_id`` may be negative: some vocabularies (CHATPOSE-V0) have no row for the image placeholder. So may ``eos_token_id``: answers
+    then end at their length alone.
     ``scan_layers`` stacks the layers of both towers and scans over them (training); unrolled layers decode faster.
     """
 
@@ -184,9 +185,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self, "model")
         rows = self.text.vocab_size
-        ids = ("pose_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+        ids = ("pose_token_id", "bos_token_id", "pad_token_id")
         require(self, "model", f"an id of the vocabulary of {rows} rows", lambda value: 0 <= value < rows, *ids)
-        require(self, "model", f"negative or less than {rows}", lambda value: value < rows, "image_token_id")
+        require(
+            self, "model", f"negative or less than {rows}", lambda value: value < rows, "image_token_id", "eos_token_id"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Nested dict of JSON values; ``from_json`` is its inverse."""
