@@ -24,7 +24,8 @@ def get_config():
     config.train.warmup_steps = 50
     # From nothing, the pose must outweigh the choice among answers that differ in words alone.
     config.train.lambda_pose = 20.0
-    config.train.remat = False
+    config.train.mesh.fsdp = 1  # too small to be worth splitting
+    config.train.remat = "none"
     config.train.save_every = 850
     config.train.eval_every = 850
     return config

@@ -13,7 +13,7 @@ from typing import Any
 from chatpose_jax.data.config import DataConfig
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, preset
-from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
 
 OPTIONAL = "model.lora"
@@ -99,6 +99,8 @@ def _apply(config: Any, override: str) -> None:
             f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them"
             + (", or none to leave it out" if key == OPTIONAL else "")
         )
+    if isinstance(table[name], str) and value is None:  # a setting whose choices have one that is called "none"
+        value = text
     try:
         table[name] = value
     except (TypeError, ValueError, KeyError) as error:
@@ -129,7 +131,9 @@ def freeze(config: Any) -> RunConfig:
         raise UserError(
             f"train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight): {error}"
         ) from error
-    data, train = _typed(DataConfig, table["data"], "data"), _typed(TrainConfig, table["train"], "train")
+    data = _typed(DataConfig, table["data"], "data")
+    mesh = _typed(MeshConfig, table["train"].pop("mesh", {}), "train.mesh")
+    train = _typed(TrainConfig, {**table["train"], "mesh": mesh}, "train")
     return RunConfig(
         ModelConfig.from_json(table["model"]),
         dataclasses.replace(data, mixture=mixture),

@@ -11,6 +11,26 @@ from chatpose_jax.train.trainable import PAPER, Rule
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices stand along each axis of the mesh; -1, on one axis at most, takes those that are left.
+
+    data: whole copies of the model, each with rows of its own.
+    fsdp: the model's arrays are split over these devices and gathered layer by layer; rows are split as over ``data``.
+    tensor: every product is split over these devices.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self, "train.mesh")
+        require(self, "train.mesh", "-1 or at least 1", lambda size: size == -1 or size >= 1, "data", "fsdp", "tensor")
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
+            raise UserError(f"train.mesh: one axis at most can take the devices that are left, found {self}")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment) on
     whatever data is named: they neither choose its data nor fit a model that starts from nothing.
@@ -25,7 +45,10 @@ class TrainConfig:
     grad_clip: longest gradient, as the norm over all that trains; longer ones are scaled down.
     lambda_text, lambda_pose: weights of the cross-entropy over answers and of the L1 on rotation matrices.
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay); see ``train.trainable``.
-    remat: compute the layers' activations again in the backward pass: less memory, more time.
+    mesh: how devices are arranged; ``batch_size`` is a multiple of data × fsdp.
+    remat: what of a layer is kept for the backward pass, the rest being computed again ("none" computes nothing again,
+        "full" everything); see ``models.remat``.
+    max_skipped: updates in a row that may be dropped because loss or gradient is not finite, before the run stops.
     seed: of fresh weights, the order of rows, and dropout.
     log_every, save_every: updates between two lines of metrics, two checkpoints.
     eval_every: updates between two validations; 0 is none.
@@ -47,7 +70,9 @@ class TrainConfig:
     lambda_text: float = 1.0
     lambda_pose: float = 0.1
     trainable: tuple[Rule, ...] = PAPER
-    remat: bool = True
+    mesh: MeshConfig = MeshConfig()
+    remat: Literal["none", "dots", "save_qkv", "save_attention", "full"] = "full"
+    max_skipped: int = 10
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -56,7 +81,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        counts = ("steps", "batch_size", "accumulate", "max_length", "log_every", "save_every", "keep")
+        counts = ("steps", "batch_size", "accumulate", "max_length", "max_skipped", "log_every", "save_every", "keep")
         require(self, "train", "at least 1", lambda value: value >= 1, *counts)
         weights = ("warmup_steps", "eval_every", "lambda_text", "lambda_pose")
         require(self, "train", "at least 0", lambda value: value >= 0, *weights)

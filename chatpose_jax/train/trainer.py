@@ -22,8 +22,8 @@ from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import TrainState, init_state, make_step
 
-CADENCE = ("steps", "log_every", "save_every", "eval_every", "keep")
-"""Settings that a resumed run may change: how long, how often. Any other would make another run of it."""
+CADENCE = ("steps", "log_every", "save_every", "eval_every", "keep", "mesh", "max_skipped")
+"""Settings that a resumed run may change: how long, how often, on which devices. Any other would make another run of it."""
 
 
 class Batches(Protocol):

@@ -266,7 +266,7 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("train.steps={[]:1}", "expected int"),
         ("train.learning_rate=none", "train.learning_rate: expected a finite float, found None"),
         ("train.learning_rate=1e999", "expected a finite float, found inf"),
-        ("train.remat=none", "expected bool"),
+        ("train.remat=none of it", "expected 'none' or"),
         ("train.warmup_steps=-1", "train.warmup_steps must be at least 0, found -1"),
         ("train.b2=1.0", "less than 1"),
         ("train.seed=-1", "train.seed must be at least 0"),

@@ -32,7 +32,7 @@ CONFIG = preset("tiny").replace(
     pose_token_id=64,
     image_token_id=65,
 )
-SETTINGS = TrainConfig(steps=10, batch_size=4, accumulate=1, warmup_steps=2, learning_rate=1e-2, remat=False)
+SETTINGS = TrainConfig(steps=10, batch_size=4, accumulate=1, warmup_steps=2, learning_rate=1e-2, remat="none")
 
 
 @pytest.fixture(scope="module")
