@@ -194,6 +194,8 @@ class Leaf:
     split_axis: int = 0
     """The axis along which boxes are contiguous in the source file."""
     stacked: bool = False
+    origin: Callable[[Index], tuple[str, int]] = dataclasses.field(default=lambda index: ("", 0), repr=False)
+    """Where a box begins: file and byte."""
 
     @property
     def nbytes(self) -> int:
@@ -240,7 +242,12 @@ def _source_leaf(
         return out
 
     axis = -1 if rule.transform is not Transform.SAME else int(rule.stacked)
-    return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked)
+
+    def origin(index: Index) -> tuple[str, int]:
+        entry = entries[index[0].start if rule.stacked else 0]
+        return str(entry.file), entry.offset + (index[axis].start + row_start) * (entry.nbytes // entry.shape[0])
+
+    return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, origin)
 
 
 def _array_leaf(path: str, array: np.ndarray) -> Leaf:
