@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
 from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
+from chatpose_jax.models.sharding import constrain, shardings
 from chatpose_jax.models.vision import VisionTower
 
 Params = dict[Any, Any]
@@ -45,10 +48,10 @@ class ChatPoseModel(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         self.pose_head = create_head(config.head, config.text.hidden_size, rngs=rngs)
 
-    def encode_images(self, pixel_values: jax.Array) -> jax.Array:
+    def encode_images(self, pixel_values: jax.Array, remat: str = "none") -> jax.Array:
         """(B, I, S, S, 3) normalised pixels -> (B, I*N, D) decoder embeddings."""
         batch, images = pixel_values.shape[:2]
-        features = self.projector(self.vision(pixel_values.reshape(batch * images, *pixel_values.shape[2:])))
+        features = self.projector(self.vision(pixel_values.reshape(batch * images, *pixel_values.shape[2:]), remat))
         return features.reshape(batch, images * features.shape[1], -1)
 
     def embed(self, input_ids: jax.Array, image_features: jax.Array | None) -> jax.Array:
@@ -58,17 +61,19 @@ class ChatPoseModel(nnx.Module):
         if image_features is None:
             return x
         index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_features.shape[1] - 1)
-        return jnp.where(is_image[..., None], jnp.take_along_axis(image_features, index[..., None], axis=1), x)
+        x = jnp.where(is_image[..., None], jnp.take_along_axis(image_features, index[..., None], axis=1), x)
+        return constrain(x, "batch", None, None)
 
     def __call__(
         self,
         input_ids: jax.Array,
         *,
         attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         pixel_values: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> Output:
         """Forward pass, whole (no cache) or continuing one.
 
@@ -76,27 +81,35 @@ class ChatPoseModel(nnx.Module):
             input_ids: (B, T) int32; each image is ``num_patches`` copies of ``image_token_id``. Rows may hold no, one or several images.
             attention_mask: (B, T), nonzero where a token is; None means everywhere. Padding may stand on either side. With a cache,
                 padding must stand on the right.
+            segment_ids: (B, T) int32 for rows that hold several conversations one after another: 1, 2, … in turn, 0 for padding. None of them sees
+                another, and positions start anew in each. Takes the place of ``attention_mask``; not with a cache.
             pixel_values: (B, I, S, S, 3) images in order of appearance; rows with fewer than I leave the rest unread. May be None.
             cache: new tokens are written from ``cache.cursor`` on. ``cursor + T`` must not exceed the capacity.
             dropout_key: turns adapter dropout on.
-            remat: recompute layers in the backward pass.
+            remat: what of each layer is kept for the backward pass, see ``models.remat``.
 
         Returns:
             Output; with a cache, ``output.cache`` has its ``cursor`` past the longest row.
         """
         batch, length = input_ids.shape
-        features = None if pixel_values is None else self.encode_images(pixel_values)
+        features = None if pixel_values is None else self.encode_images(pixel_values, remat)
         x = self.embed(input_ids, features)
         present = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, 0)
         if cache is None:
-            mask = jnp.tri(length, dtype=bool)[None] & present[:, None, :]
+            segments = segment_ids
+            if segments is not None:
+                positions = _positions(segments)
+            elif attention_mask is not None:
+                segments = present.astype(jnp.int32)
+            attend = causal_attention(self.config.attention, length, self.config.text.head_dim, x.dtype, segments)
         else:
             positions = positions + cache.lengths[:, None]
             valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, present, cache.cursor, axis=1)
             slots = cache.cursor + jnp.arange(length)
             mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= slots[:, None])
-        hidden, new_cache = self.decoder(x, positions, mask, cache, dropout_key=dropout_key, remat=remat)
+            attend = functools.partial(attention, mask=mask)
+        hidden, new_cache = self.decoder(x, positions, attend, cache, dropout_key=dropout_key, remat=remat)
         if cache is not None and new_cache is not None:
             cursor = cache.cursor + jnp.max(jnp.sum(present, axis=1, dtype=jnp.int32))
             new_cache = dataclasses.replace(new_cache, valid=valid, cursor=cursor)
@@ -111,6 +124,13 @@ class ChatPoseModel(nnx.Module):
         return self.pose_head(hidden.astype(jnp.float32))
 
 
+def _positions(segments: jax.Array) -> jax.Array:
+    """(B, T) numbers of conversations -> each token's place in its own."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
 @functools.lru_cache(maxsize=32)
 def _split(config: ModelConfig) -> tuple[Any, Any]:
     with nnx.use_eager_sharding(False):
@@ -122,13 +142,13 @@ def abstract_params(config: ModelConfig) -> Params:
     return nnx.to_pure_dict(_split(config)[1])
 
 
-def create(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh random weights. Wrap in ``jax.jit`` with ``out_shardings`` to create them in place on a mesh."""
+def create(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
+    """Fresh random weights, the same on every mesh; each device makes its part of them."""
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(ChatPoseModel(config, rngs=nnx.Rngs(key))))
 
-    return jax.jit(init)(key)
+    return jax.jit(init, out_shardings=None if mesh is None else shardings(abstract_params(config), mesh))(key)
 
 
 def bind(config: ModelConfig, params: Params) -> ChatPoseModel:

@@ -181,6 +181,10 @@ class ModelConfig:
     """Compute dtype of matmuls and activations; norms, softmax, RoPE and the pose head run in float32."""
     param_dtype: DType = "bfloat16"
     """Storage dtype of the base; LoRA, the added token rows and the head are always float32."""
+    quantize: Literal["none", "int8"] = "none"
+    """"int8": the decoder layers' projections, adapters apart, are kept in int8 with a scale an output channel, and never train."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """How the decoder's attention is computed; see ``models.attention``."""
 
     def __post_init__(self) -> None:
         check_types(self, "model")

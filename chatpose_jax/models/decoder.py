@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from chatpose_jax.models.attention import Attend
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
-from chatpose_jax.models.layers import Linear, RMSNorm, attention, make_layers, matmul, scaled_normal
+from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
+from chatpose_jax.models.remat import checkpoint
+from chatpose_jax.models.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -71,13 +75,14 @@ class DecoderAttention(nnx.Module):
     def __init__(self, text: TextConfig, projections: dict[str, LoRAConfig | None], **kwargs: Any):
         self.head_dim = text.head_dim
         inner, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        self.q_proj = Linear(text.hidden_size, inner, lora=projections["q_proj"], **kwargs)
-        self.k_proj = Linear(text.hidden_size, kv, lora=projections["k_proj"], **kwargs)
-        self.v_proj = Linear(text.hidden_size, kv, lora=projections["v_proj"], **kwargs)
-        self.o_proj = Linear(inner, text.hidden_size, lora=projections["o_proj"], **kwargs)
+        read, write = {**kwargs, "axes": ("embed", "heads")}, {**kwargs, "axes": ("heads", "embed")}
+        self.q_proj = Linear(text.hidden_size, inner, lora=projections["q_proj"], **read)
+        self.k_proj = Linear(text.hidden_size, kv, lora=projections["k_proj"], **read)
+        self.v_proj = Linear(text.hidden_size, kv, lora=projections["v_proj"], **read)
+        self.o_proj = Linear(inner, text.hidden_size, lora=projections["o_proj"], **write)
 
     def __call__(
-        self, x: jax.Array, angles: Any, mask: jax.Array, cache: Any, cursor: Any, keys: Any
+        self, x: jax.Array, angles: Any, attend: Attend, cache: Any, cursor: Any, keys: Any
     ) -> tuple[jax.Array, Any]:
         def project(linear: Linear, key: int) -> jax.Array:
             y = linear(x, None if keys is None else keys[key])
@@ -86,22 +91,26 @@ class DecoderAttention(nnx.Module):
         q = rotate(project(self.q_proj, 0), angles)
         k = rotate(project(self.k_proj, 1), angles).swapaxes(1, 2)
         v = project(self.v_proj, 2).swapaxes(1, 2)
+        q, k, v = (checkpoint_name(part, "qkv") for part in (q, k, v))
         if cache is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis=2) for old, new in zip(cache, (k, v)))
             cache = (k, v)
-        y = attention(q, k, v, mask)
-        return self.o_proj(y, None if keys is None else keys[3]), cache
+        y = checkpoint_name(attend(q, k, v), "attention")
+        return checkpoint_name(self.o_proj(y, None if keys is None else keys[3]), "out"), cache
 
 
 class DecoderMLP(nnx.Module):
     def __init__(self, text: TextConfig, projections: dict[str, LoRAConfig | None], **kwargs: Any):
-        self.gate_proj = Linear(text.hidden_size, text.intermediate_size, lora=projections["gate_proj"], **kwargs)
-        self.up_proj = Linear(text.hidden_size, text.intermediate_size, lora=projections["up_proj"], **kwargs)
-        self.down_proj = Linear(text.intermediate_size, text.hidden_size, lora=projections["down_proj"], **kwargs)
+        width, inner = text.hidden_size, text.intermediate_size
+        read, write = {**kwargs, "axes": ("embed", "mlp")}, {**kwargs, "axes": ("mlp", "embed")}
+        self.gate_proj = Linear(width, inner, lora=projections["gate_proj"], **read)
+        self.up_proj = Linear(width, inner, lora=projections["up_proj"], **read)
+        self.down_proj = Linear(inner, width, lora=projections["down_proj"], **write)
 
     def __call__(self, x: jax.Array, keys: Any) -> jax.Array:
         gate, up, down = (None, None, None) if keys is None else keys[4:]
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, gate)) * self.up_proj(x, up), down)
+        inner = checkpoint_name(self.gate_proj(x, gate), "mlp"), checkpoint_name(self.up_proj(x, up), "mlp")
+        return self.down_proj(jax.nn.silu(inner[0]) * inner[1], down)
 
 
 class DecoderLayer(nnx.Module):
@@ -111,7 +120,8 @@ class DecoderLayer(nnx.Module):
         text, lora = config.text, config.lora
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         projections = {name: lora if lora is not None and name in lora.targets else None for name in names}
-        kwargs = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        kwargs["quantize"] = config.quantize == "int8"
         norm: dict[str, Any] = {"eps": text.rms_norm_eps, "param_dtype": jnp.dtype(config.param_dtype)}
         self.input_norm = RMSNorm(text.hidden_size, **norm)
         self.attn = DecoderAttention(text, projections, **kwargs)
@@ -119,12 +129,12 @@ class DecoderLayer(nnx.Module):
         self.mlp = DecoderMLP(text, projections, **kwargs)
 
     def __call__(
-        self, x: jax.Array, angles: Any, mask: jax.Array, cache: Any = None, cursor: Any = None, dropout_key: Any = None
+        self, x: jax.Array, angles: Any, attend: Attend, cache: Any = None, cursor: Any = None, dropout_key: Any = None
     ) -> tuple[jax.Array, Any]:
         keys = None if dropout_key is None else jax.random.split(dropout_key, 7)
-        y, cache = self.attn(self.input_norm(x), angles, mask, cache, cursor, keys)
+        y, cache = self.attn(self.input_norm(x), angles, attend, cache, cursor, keys)
         x = x + y
-        return x + self.mlp(self.post_attention_norm(x), keys), cache
+        return constrain(x + self.mlp(self.post_attention_norm(x), keys), "batch", None, None), cache
 
 
 class Embedding(nnx.Module):
@@ -140,6 +150,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """(B, T) ids inside the vocabulary -> (B, T, D)."""
         rows = self.embedding[...][jnp.clip(ids, 0, self.base - 1)].astype(self.dtype)
+        rows = constrain(rows, "batch", None, None)
         if self.added.shape[0] == 0:
             return rows
         added = self.added[...][jnp.clip(ids - self.base, 0, self.added.shape[0] - 1)].astype(self.dtype)
@@ -179,21 +190,21 @@ class Decoder(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        attend: Attend,
         cache: KVCache | None = None,
         *,
         dropout_key: jax.Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[jax.Array, KVCache | None]:
         """Run all layers and the final norm.
 
         Args:
             x: (B, T, D) embeddings.
             positions: (B, T) rotary positions.
-            mask: (B, T, S) bool; S = T without a cache, the cache's capacity with one.
+            attend: attention of T queries to S keys; S = T without a cache, the cache's capacity with one.
             cache: written at ``cache.cursor``; ``valid`` and ``cursor`` are the caller's to advance.
             dropout_key: turns adapter dropout on.
-            remat: recompute each layer in the backward pass.
+            remat: what of each layer is kept for the backward pass, see ``models.remat``.
 
         Returns:
             hidden (B, T, D) after the final RMSNorm, and the cache with new keys and values.
@@ -203,10 +214,9 @@ class Decoder(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def run(layer: DecoderLayer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
-            return layer(x, angles, mask, kv, cursor, key)
+            return layer(x, angles, attend, kv, cursor, key)
 
-        if remat:
-            run = jax.checkpoint(run, prevent_cse=not self.scan)
+        run = checkpoint(run, remat, scanned=self.scan)
         pairs: Any = None
         if self.scan:
             kv = None if cache is None else (cache.keys, cache.values)

@@ -1,4 +1,4 @@
-"""The parts that both towers share: Linear with an optional low-rank adapter, norms, attention, stacked layers."""
+"""The parts that both towers share: Linear with an optional low-rank adapter, norms, stacked layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.models.quantize import quantize_int8
+from chatpose_jax.models.sharding import Logical, constrain, platform
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -56,16 +59,20 @@ def _contract_backward(spec: str, kept: Any, gradient: Any) -> tuple[Any, Any]:
 _contract.defvjp(_contract_forward, _contract_backward, symbolic_zeros=True)
 
 
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``einsum(spec, a, b)`` of two arrays of one dtype, in that dtype; see ``contract``."""
+    if a.dtype == jnp.float32 or platform() != "cpu":
+        # Elsewhere a float32 result would only double what tensor parallelism has to sum over the network.
+        return jnp.einsum(spec, a, b)
+    return contract(spec, a, b).astype(a.dtype)
+
+
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., in) @ (in, out) -> (..., out) in x's dtype; ``kernel`` is cast to it."""
-    kernel = kernel.astype(x.dtype)
-    if x.dtype == jnp.float32 or jax.default_backend() != "cpu":
-        # Elsewhere a float32 result would only double what tensor parallelism has to sum over the network.
-        return x @ kernel
     # The CPU backend has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
-    lone = x.size == x.shape[-1]
+    lone = x.size == x.shape[-1] and x.dtype != jnp.float32 and platform() == "cpu"
     rows = "abcdef"[: x.ndim - 1]
-    y = contract(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel).astype(x.dtype)
+    y = product(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel.astype(x.dtype))
     return y[:1] if lone else y
 
 
@@ -73,6 +80,9 @@ class Linear(nnx.Module):
     """``x @ kernel + bias``, plus ``(alpha/rank) · dropout(x) @ lora_a @ lora_b`` where the layer is adapted (Hu et al. 2021).
 
     The kernel is (in, out). ``lora_b`` starts at zero, so an adapted layer begins as its base. Adapters are float32, cast at use.
+
+    quantize: keep the kernel as int8 beside ``kernel_scale`` (out,) float32, see ``quantize_int8``; axes: its logical axes, for it to be
+    gathered over a mesh before it is cast, at half the traffic.
     """
 
     def __init__(
@@ -85,10 +95,16 @@ class Linear(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         kernel_init: Init = scaled_normal,
+        quantize: bool = False,
+        axes: tuple[Logical, Logical] = (None, None),
         rngs: nnx.Rngs,
     ):
         self.dtype = jnp.dtype(dtype)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.axes = axes
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        kernel, scale = quantize_int8(kernel) if quantize else (kernel, None)
+        self.kernel = nnx.Param(kernel)
+        self.kernel_scale = None if scale is None else nnx.Param(scale)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if bias else None
         self.lora_scale = lora.scale if lora else 0.0
         self.lora_dropout = lora.dropout if lora else 0.0
@@ -100,14 +116,19 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """(..., in) -> (..., out) in ``dtype``. Dropout acts only on the adapter's input, and only when a key is given."""
         x = x.astype(self.dtype)
-        y = matmul(x, self.kernel[...])
+        if self.kernel_scale is None:
+            y = matmul(x, self.kernel[...])
+        else:
+            kernel = constrain(self.kernel[...], *(None if axis == "embed" else axis for axis in self.axes))
+            y = (matmul(x, kernel) * self.kernel_scale[...]).astype(self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = 1.0 - self.lora_dropout
                 x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
-            y = y + matmul(matmul(x, self.lora_a[...]), self.lora_b[...]) * self.lora_scale
+            inner = checkpoint_name(matmul(x, self.lora_a[...]), "lora")
+            y = y + matmul(inner, self.lora_b[...]) * self.lora_scale
         return y
 
 
@@ -139,30 +160,6 @@ class LayerNorm(nnx.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Scaled dot-product attention with grouped key/value heads; softmax in float32.
-
-    Args:
-        q: (B, T, H, K).
-        k, v: (B, G, S, K), G dividing H: query head h reads key/value head h // (H/G).
-        mask: bool, broadcastable to (B, T, S), True where attended; None attends everywhere. Masked scores are the dtype's minimum rather
-            than -inf, so rows that attend nowhere stay finite.
-
-    Returns:
-        (B, T, H*K) in q's dtype.
-    """
-    batch, length, heads, width = q.shape
-    groups, dtype = k.shape[1], q.dtype
-    if jax.default_backend() == "cpu":  # batched bfloat16 products are slow there, and some layouts fail
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    q = q.reshape(batch, length, groups, heads // groups, width) * jnp.asarray(width**-0.5, q.dtype)
-    scores = contract("btgrk,bgsk->bgrts", q, k)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return contract("bgrts,bgsk->btgrk", weights, v).astype(dtype).reshape(batch, length, heads * width)
 
 
 def make_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: bool, rngs: nnx.Rngs) -> Any:

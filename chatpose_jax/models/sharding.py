@@ -1,51 +1,124 @@
-"""How parameters lie on a device mesh: a table from paths to logical axes, and one from logical axes to mesh axes."""
+"""How arrays lie on a device mesh ``data × fsdp × tensor``: a table from paths to logical axes, and rules from those to mesh axes.
+
+Parameters and batches are placed by it (``place``, ``batch_sharding``); inside a traced function ``on_mesh`` says where it will run, and
+``constrain`` pins an activation there.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Logical = str | tuple[str, ...] | None
+"""A logical axis, several that one dimension is split over in turn, or none."""
+
 # The first row that matches a path decides. Axes are named from the last one backwards: a leading layer axis is never split.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", ("embed", "heads")),
-    (r".*/(o_proj|down_proj|fc2)/kernel", ("heads", "embed")),
+# An adapter's factor is as thin as its rank: its long side is split over whatever its kernel is split over.
+PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
+    (r".*/(q_proj|k_proj|v_proj)/kernel", ("embed", "heads")),
+    (r".*/(gate_proj|up_proj|fc1)/kernel", ("embed", "mlp")),
+    (r".*/o_proj/kernel", ("heads", "embed")),
+    (r".*/(down_proj|fc2)/kernel", ("mlp", "embed")),
+    (r".*/(q_proj|k_proj|v_proj)/kernel_scale", ("heads",)),
+    (r".*/(gate_proj|up_proj)/kernel_scale", ("mlp",)),
+    (r".*/(o_proj|down_proj)/lora_a", (("heads", "embed"), None)),
+    (r".*/(o_proj|down_proj)/lora_b", (None, "embed")),
     (r".*/lora_a", ("embed", None)),
-    (r".*/lora_b", (None, "embed")),
+    (r".*/lora_b", (None, ("heads", "embed"))),
     (r"decoder/embed_tokens/embedding", ("vocabulary", "embed")),
     (r"decoder/lm_head/kernel", ("embed", "vocabulary")),
     (r".*", ()),
 )
 
-# Weights are gathered over "fsdp" where they are used, and split over "tensor" for good. Axes that a mesh lacks split nothing.
-AXES: dict[str, str] = {"embed": "fsdp", "heads": "tensor", "vocabulary": "tensor"}
 
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axes split each logical axis. Mesh axes that a mesh lacks split nothing.
 
-def partition_specs(params: Mapping[Any, Any], mesh: Mesh, axes: Mapping[str, str] = AXES) -> dict[Any, Any]:
-    """A ``PartitionSpec`` for every parameter (arrays or abstract shapes), in the same nested dict.
-
-    An axis whose size its mesh axis does not divide stays whole. Raises UserError when two axes of one array claim the same mesh axis.
+    batch: rows of a batch.
+    embed: the residual stream's width in weights, which are gathered over "fsdp" where they are used.
+    heads, mlp, vocabulary: split over "tensor" for good, weights and activations.
     """
-    compiled = [(re.compile(pattern), names) for pattern, names in RULES]
 
-    def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        names = next(names for pattern, names in compiled if pattern.fullmatch(path))
-        placed: list[str | None] = [None] * len(shape)
-        for dimension, name in zip(range(len(shape) - len(names), len(shape)), names):
-            axis = axes.get(name) if name is not None else None
-            if axis in mesh.shape and shape[dimension] % mesh.shape[axis] == 0:
-                placed[dimension] = axis
-        used = [axis for axis in placed if axis is not None]
-        if len(used) != len(set(used)):
+    batch: tuple[str, ...] = ("data", "fsdp")
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocabulary: tuple[str, ...] = ("tensor",)
+
+    def axes(self, logical: Logical, mesh: Any) -> tuple[str, ...]:
+        """The mesh axes of one dimension."""
+        names = (logical,) if isinstance(logical, str) else logical or ()
+        return tuple(axis for name in names for axis in getattr(self, name) if axis in mesh.shape)
+
+    def spec(self, logical: Sequence[Logical], shape: Sequence[int], mesh: Any, what: str = "array") -> PartitionSpec:
+        """The spec of an array whose last dimensions have these logical axes.
+
+        A dimension that its mesh axes do not divide stays whole. Raises UserError when two dimensions claim one mesh axis.
+        """
+        placed: list[Any] = [None] * len(shape)
+        claimed: list[str] = []
+        for dimension, name in zip(range(len(shape) - len(logical), len(shape)), logical):
+            axes = self.axes(name, mesh)
+            if axes and shape[dimension] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+                placed[dimension] = axes if len(axes) > 1 else axes[0]
+                claimed += axes
+        if twice := sorted({axis for axis in claimed if claimed.count(axis) > 1}):
             raise UserError(
-                f"{path}: two axes of {shape} are mapped to the mesh axis {used[0]!r}; see models/sharding.py"
+                f"{what}: two axes of {tuple(shape)} are mapped to the mesh axis {twice[0]!r}; see models/sharding.py"
             )
         return PartitionSpec(*placed)
+
+
+RULES = ShardingRules()
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of automatic axes over ``devices`` (all by default), laid out as their network is.
+
+    Args:
+        data, fsdp, tensor: devices along each axis; -1 on one of them takes what is left.
+
+    Raises UserError when the sizes do not multiply to the number of devices; one process alone may leave devices unused.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    total = math.prod(sizes)
+    alone = len({device.process_index for device in devices}) == 1
+    if -1 in sizes or total > len(devices) or (total < len(devices) and not alone):
+        asked = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, (data, fsdp, tensor)))
+        raise UserError(f"a mesh of {asked} does not fit {len(devices)} devices: change train.mesh")
+    grid = mesh_utils.create_device_mesh(sizes, devices=devices[:total], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_specs(params: Mapping[Any, Any], mesh: Any, rules: ShardingRules = RULES) -> dict[Any, Any]:
+    """A ``PartitionSpec`` for every parameter (arrays or abstract shapes), in the same nested dict, or dict of paths.
+
+    mesh: a ``Mesh`` or an ``AbstractMesh``. Raises UserError when two axes of one array claim the same mesh axis.
+    """
+    compiled = [(re.compile(pattern), names) for pattern, names in PARAMETERS]
+
+    def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        logical = next(names for pattern, names in compiled if pattern.fullmatch(path))
+        return rules.spec(logical, shape, mesh, path)
 
     def walk(node: Mapping[Any, Any], prefix: str) -> dict[Any, Any]:
         return {
@@ -56,11 +129,78 @@ def partition_specs(params: Mapping[Any, Any], mesh: Mesh, axes: Mapping[str, st
     return walk(params, "")
 
 
-def place(abstract: Mapping[Any, Any], mesh: Mesh) -> dict[Any, Any]:
+def shardings(params: Mapping[Any, Any], mesh: Mesh, rules: ShardingRules = RULES) -> dict[Any, Any]:
+    """A ``NamedSharding`` for every parameter, in the same nested dict."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(params, mesh, rules))
+
+
+def place(abstract: Mapping[Any, Any], mesh: Mesh, rules: ShardingRules = RULES) -> dict[Any, Any]:
     """The same abstract shapes with a ``NamedSharding`` on each: what ``weights.folder.load_params`` reads straight onto the mesh."""
-    specs = partition_specs(abstract, mesh)
     return jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         dict(abstract),
-        specs,
+        shardings(abstract, mesh, rules),
     )
+
+
+def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES, *, stacked: bool = False) -> NamedSharding:
+    """Rows over all devices that do not share a product. stacked: behind a leading axis of micro-batches."""
+    rows = rules.axes("batch", mesh)
+    return NamedSharding(mesh, PartitionSpec(None, rows) if stacked else PartitionSpec(rows))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, stacked: bool = False) -> dict[str, jax.Array]:
+    """Each process's own rows -> global arrays on the mesh, without a copy of other processes' rows.
+
+    Args:
+        batch: arrays (B_local, …), or (accumulate, B_local, …) with ``stacked``.
+
+    Raises UserError when the rows do not divide among the devices.
+    """
+    sharding = batch_sharding(mesh, stacked=stacked)
+    ways = math.prod(mesh.shape[axis] for axis in RULES.axes("batch", mesh))
+    local = max(1, ways // len({device.process_index for device in mesh.devices.flat}))
+    rows = {name: x.shape[int(stacked)] for name, x in batch.items()}
+    if wrong := [name for name, count in rows.items() if count % local]:
+        raise UserError(
+            f"{rows[wrong[0]]} rows of {wrong[0]} do not divide among {local} devices of this process: "
+            "make train.batch_size a multiple of data × fsdp of train.mesh"
+        )
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Inside a traced function: what is traced in this block will run on ``mesh``, which may be of another machine than this one.
+
+    ``None`` is this process's default device. Enter it within the function that is traced, never around a call of a jitted one.
+    """
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh that is being traced for, when it has more than one device."""
+    mesh = _MESH.get()
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
+def platform() -> str:
+    """``cpu``, ``gpu`` or ``tpu``: what is being traced for, which on a planning machine is not what runs here."""
+    mesh = _MESH.get()
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
+    """Pin an activation to the mesh that is being traced for: one logical axis or None a dimension. Without a mesh, nothing."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(logical, x.shape, mesh)))

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from chatpose_jax.models.attention import attention
 from chatpose_jax.models.config import ModelConfig, VisionConfig
-from chatpose_jax.models.layers import LayerNorm, Linear, attention, make_layers
+from chatpose_jax.models.layers import LayerNorm, Linear, make_layers
+from chatpose_jax.models.remat import checkpoint
+from chatpose_jax.models.sharding import constrain
 
 
 class VisionAttention(nnx.Module):
@@ -90,18 +93,23 @@ class VisionTower(nnx.Module):
             lambda rngs: VisionLayer(vision, rngs=rngs, **kwargs), vision.num_used_layers, scan=self.scan, rngs=rngs
         )
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """(B, S, S, 3) normalised pixels -> (B, N, D), N = (S / patch)²."""
+    def __call__(self, pixels: jax.Array, remat: str = "none") -> jax.Array:
+        """(B, S, S, 3) normalised pixels -> (B, N, D), N = (S / patch)². remat: where the tower trains, see ``models.remat``."""
         size = self.config.patch_size
         batch, height, width, _ = pixels.shape
         patches = pixels.astype(self.dtype).reshape(batch, height // size, size, width // size, size, 3)
         x = self.patch_embed(patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * 3))
         cls = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding[...].astype(self.dtype)
-        x = self.pre_norm(x)
+        x = constrain(self.pre_norm(x), "batch", None, None)
+
+        def step(layer: VisionLayer, x: jax.Array) -> jax.Array:
+            return constrain(layer(x), "batch", None, None)
+
+        run = checkpoint(step, remat, scanned=self.scan)
         if self.scan:
-            x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
+            x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers)
         else:
             for layer in self.layers:
-                x = layer(x)
+                x = run(layer, x)
         return x[:, 1:]

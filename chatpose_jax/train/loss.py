@@ -60,7 +60,7 @@ def loss(
     lambda_text: float,
     lambda_pose: float,
     dropout_key: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total loss of a batch (``docs/architecture.md`` names its arrays) and every part of it, unweighted."""
     hidden = model(

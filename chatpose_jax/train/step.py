@@ -54,7 +54,7 @@ def make_step(
             lambda_text=config.lambda_text,
             lambda_pose=config.lambda_pose,
             dropout_key=key if drop else None,
-            remat=config.remat != "none",
+            remat=config.remat,
         )
 
     gradient = jax.grad(objective, has_aux=True)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chatpose_jax.models.attention import attention
 from chatpose_jax.models.chatpose import bind, create, unstack_layers
 from chatpose_jax.models.config import LoRAConfig
-from chatpose_jax.models.layers import attention, contract, matmul
+from chatpose_jax.models.layers import contract, matmul
+from chatpose_jax.models.remat import POLICIES
 
 from . import small
 
@@ -48,17 +50,18 @@ def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
     params = create(config, jax.random.key(0))
     ids = jnp.asarray([small.row(config, 8)] * 2)
 
-    def gradients(remat: bool) -> list[np.ndarray]:
+    def gradients(remat: str) -> list[np.ndarray]:
         def loss(decoder: dict) -> jax.Array:
             hidden = bind(config, params | {"decoder": decoder})(ids, dropout_key=jax.random.key(1), remat=remat).hidden
             return jnp.sum(hidden.astype(jnp.float32) ** 3)
 
         return [np.asarray(g, np.float32) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params["decoder"]))]
 
-    for plain, again in zip(gradients(False), gradients(True)):
-        np.testing.assert_allclose(
-            again, plain, rtol=0, atol=(1e-5 if dtype == "float32" else 5e-2) * np.abs(plain).max()
-        )
+    plain = gradients("none")
+    for policy in sorted(set(POLICIES) - {"none"}):
+        for expected, found in zip(plain, gradients(policy), strict=True):
+            largest = (1e-5 if dtype == "float32" else 5e-2) * np.abs(expected).max()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=largest, err_msg=policy)
 
 
 def test_bfloat16_stays_near_float32() -> None:

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, PartitionSpec
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch
 from chatpose_jax.models.config import preset
-from chatpose_jax.models.sharding import partition_specs, place
+from chatpose_jax.models.sharding import ShardingRules, partition_specs, place
 
 
 def mesh(fsdp, tensor):
@@ -47,4 +47,4 @@ def test_a_sharded_model_computes_the_same(shape):
 
 def test_two_axes_on_one_mesh_axis_are_refused():
     with pytest.raises(UserError, match="mesh axis 'fsdp'"):
-        partition_specs(abstract_params(preset("tiny")), mesh(4, 2), {"embed": "fsdp", "heads": "fsdp"})
+        partition_specs(abstract_params(preset("tiny")), mesh(4, 2), ShardingRules(heads=("fsdp",)))

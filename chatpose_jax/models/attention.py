@@ -1,0 +1,145 @@
+"""Attention behind one function: portable, cuDNN's (GPU) and splash attention (TPU)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.layers import contract
+from chatpose_jax.models.sharding import RULES, current_mesh, platform
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(q, k, v) -> (B, T, H*K), see ``attention``."""
+
+LANES = 128
+"""Splash attention works on blocks of so many tokens, and heads of a multiple of it."""
+LARGEST_BLOCK = 512
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads; softmax in float32.
+
+    Args:
+        q: (B, T, H, K).
+        k, v: (B, G, S, K), G dividing H: query head h reads key/value head h // (H/G).
+        mask: bool, broadcastable to (B, T, S), True where attended; None attends everywhere. Masked scores are the dtype's minimum rather
+            than -inf, so rows that attend nowhere stay finite.
+
+    Returns:
+        (B, T, H*K) in q's dtype.
+    """
+    batch, length, heads, width = q.shape
+    groups, dtype = k.shape[1], q.dtype
+    if platform() == "cpu":  # batched bfloat16 products are slow there, and some layouts fail
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q = q.reshape(batch, length, groups, heads // groups, width) * jnp.asarray(width**-0.5, q.dtype)
+    scores = contract("btgrk,bgsk->bgrts", q, k)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return contract("bgrts,bgsk->btgrk", weights, v).astype(dtype).reshape(batch, length, heads * width)
+
+
+def causal_attention(setting: str, length: int, head_dim: int, dtype: Any, segments: jax.Array | None) -> Attend:
+    """Attention of whole sequences: each token sees itself and those before it in its segment.
+
+    Args:
+        setting: ``ModelConfig.attention``. "auto" is splash on TPU, cuDNN on GPU, where they take these heads and this dtype, and else the
+            portable one. Splash runs interpreted on CPU: slow, for tests.
+        segments: (B, T) int32, tokens of equal number see each other; 0 marks padding, which no other token sees. None is one segment.
+
+    Raises UserError for a setting that the platform or the dtype cannot serve.
+    """
+    kernel = _choose(setting, head_dim, jnp.dtype(dtype))
+    if kernel == "splash":
+        return _splash(length, segments)
+    same = None if segments is None else segments[:, :, None] == segments[:, None, :]
+    if kernel == "cudnn":
+        return lambda q, k, v: _cudnn(q, k, v, None if same is None else same[:, None])
+    causal = jnp.tri(length, dtype=bool)[None]
+    if segments is None:
+        return lambda q, k, v: attention(q, k, v, causal)
+    query, key = segments[:, :, None], segments[:, None, :]
+    mask = causal & (key > 0) & ((query == key) | (query == 0))
+    return lambda q, k, v: attention(q, k, v, mask)
+
+
+def _choose(setting: str, head_dim: int, dtype: Any) -> str:
+    where, half = platform(), dtype in (jnp.bfloat16, jnp.float16)
+    fits = {"cudnn": half and head_dim % 8 == 0 and head_dim <= 128, "splash": head_dim % LANES == 0}
+    if setting == "auto":
+        best = {"gpu": "cudnn", "tpu": "splash"}.get(where, "xla")
+        return best if fits.get(best) else "xla"
+    if setting == "cudnn" and (where != "gpu" or not fits["cudnn"]):
+        raise UserError(
+            f"model.attention='cudnn' needs a GPU, bfloat16 or float16 and heads of a multiple of 8 up to 128; "
+            f"found {where}, {dtype}, {head_dim}: set model.attention=auto"
+        )
+    if setting == "splash" and (where == "gpu" or (where == "tpu" and not fits["splash"])):
+        raise UserError(
+            f"model.attention='splash' needs a TPU and heads of a multiple of {LANES}; found {where}, {head_dim}: set model.attention=auto"
+        )
+    return setting
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Flash attention (Dao et al. 2022) of NVIDIA's cuDNN; the mask is (B, 1, T, T), beside the causal one."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    return y.reshape(*q.shape[:2], -1)
+
+
+def _splash(length: int, segments: jax.Array | None) -> Attend:
+    """Splash attention of ``jax.experimental.pallas``: the blocks above the diagonal are never computed.
+
+    A length that blocks do not divide is padded with tokens of a segment of their own. On a mesh each device computes its rows and heads.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    padded = -(-length // LANES) * LANES
+    block = math.gcd(padded, LARGEST_BLOCK)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
+
+    def pad(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
+        widths = [(0, padded - length if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, widths, constant_values=value) if padded > length else x
+
+    ids = None if segments is None else pad(segments, 1, -1)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+        mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * q.shape[1])
+        kernel = splash.make_splash_mha(
+            mask,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name="attention",
+            interpret=platform() == "cpu",
+        )
+        if ids is None:
+            return jax.vmap(kernel)(q, k, v)
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, ids)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        batch, _, heads, width = q.shape
+        q = pad((q * jnp.asarray(width**-0.5, q.dtype)).swapaxes(1, 2), 2)
+        k, v = pad(k, 2), pad(v, 2)
+        mesh = current_mesh()
+        if mesh is None:
+            y = local(q, k, v, ids)
+        else:
+            rows, split, _, _ = RULES.spec(("batch", "heads", None, None), k.shape, mesh)
+            spec = PartitionSpec(rows, split)
+            y = jax.shard_map(
+                local, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False
+            )(q, k, v, ids)
+        return y[:, :, :length].swapaxes(1, 2).reshape(batch, length, heads * width)
+
+    return attend
