@@ -104,8 +104,9 @@ def _splash(length: int, segments: jax.Array | None) -> Attend:
 
     padded = -(-length // LANES) * LANES
     block = math.gcd(padded, LARGEST_BLOCK)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
 
     def pad(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
         widths = [(0, padded - length if i == axis else 0) for i in range(x.ndim)]

@@ -3,54 +3,133 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from chatpose_jax.models.chatpose import ChatPoseModel
+from chatpose_jax.models.layers import matmul, product
+from chatpose_jax.models.sharding import constrain
 
 CHUNK = 256
+"""Positions whose logits exist at a time."""
+IGNORED = -100
 
 
-def cross_entropy(model: ChatPoseModel, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def targets(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """(B, T) labels -> (B, T) the label that each position predicts, −100 where there is none: its successor's, in the same conversation."""
+    shifted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    if segment_ids is None:
+        return shifted
+    return jnp.where(segment_ids == jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1))), shifted, IGNORED)
+
+
+def cross_entropy(
+    model: ChatPoseModel, hidden: jax.Array, labels: jax.Array, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Mean next-token cross-entropy and accuracy over the positions whose label is not −100.
 
-    Logits are made and remade a chunk of positions at a time, so (B, T, V) never exists.
+    Logits are made a chunk of positions at a time, and their gradient is taken at once where one is wanted: neither (B, T, V) ever exists, and
+    nothing is computed twice. The vocabulary may be split over a mesh.
 
     Args:
         hidden: (B, T, D); position t predicts ``labels[:, t + 1]``.
         labels: (B, T) int32.
+        segment_ids: (B, T) int32, for rows of several conversations: the last token of one predicts nothing of the next.
 
     Returns:
         Two () float32: cross-entropy in nats, and the share of tokens that greedy decoding would get right.
     """
+    head = model.decoder.lm_head
+    kernel = constrain(head.kernel[...], None, "vocabulary")  # gathered once, not for every chunk
+    predicted = targets(labels, segment_ids)
+    nll, right = _total(hidden.astype(head.dtype), kernel, head.added[...], predicted)
+    count = jnp.maximum((predicted >= 0).sum(), 1)
+    return nll / count, right / count
+
+
+@jax.custom_vjp
+def _total(hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over all positions of −log p(predicted) and of right guesses. kernel: (D, V); added: (D, n), the tokens from V on."""
+    return _scan(hidden, kernel, added, predicted, (False, False, False))[0]
+
+
+def _forward(*arguments: Any) -> tuple[Any, Any]:
+    hidden, kernel, added, predicted = (argument.value for argument in arguments)
+    wanted = tuple(argument.perturbed for argument in arguments[:3])
+    totals, gradients = _scan(hidden, kernel, added, predicted, wanted)
+    kept = [jnp.zeros((), x.dtype) for x in (hidden, kernel, added)]  # the dtypes of what the gradients belong to
+    return totals, (gradients, kept)
+
+
+def _backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    gradients, kept = residuals
+    scale = cotangents[0]
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    scaled = (None if x is None else (scale * x).astype(like.dtype) for x, like in zip(gradients, kept))
+    return *scaled, None
+
+
+_total.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _scan(
+    hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array, wanted: tuple[bool, bool, bool]
+) -> tuple[tuple[jax.Array, jax.Array], list[jax.Array | None]]:
+    """The sums of ``_total``, and of the first its gradients by hidden, kernel and added where they are wanted."""
     batch, length, width = hidden.shape
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    base, dtype = kernel.shape[1], hidden.dtype
     chunks = -(-length // CHUNK)
     padding = chunks * CHUNK - length if chunks > 1 else 0
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=-100)
     size = (length + padding) // chunks
+    states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
+    ids = jnp.pad(predicted, ((0, 0), (0, padding)), constant_values=IGNORED).reshape(batch, chunks, size)
+    # The tokens and their first ids. Two products instead of one of joined weights keep the vocabulary splittable.
+    parts = [(kernel.astype(dtype), 0)] + ([(added.astype(dtype), base)] if added.shape[1] else [])
 
-    @jax.checkpoint
-    def chunk(
-        totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        states, target = part
-        logits = model.logits(states)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
+    def chunk(totals: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
+        x, target = part
+        scores = [matmul(x, weight).astype(jnp.float32) for weight, _ in parts]
+        hits = [target[..., None] == first + jnp.arange(s.shape[-1]) for s, (_, first) in zip(scores, parts)]
+        largest = _join(jnp.maximum, [s.max(axis=-1) for s in scores])
+        powers = [jnp.exp(s - largest[..., None]) for s in scores]
+        partition = _join(jnp.add, [p.sum(axis=-1) for p in powers])
+        chosen = _join(jnp.add, [jnp.where(hit, s, 0).sum(axis=-1) for hit, s in zip(hits, scores)])
         counts = target >= 0
-        nll = jnp.where(counts, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-        right = counts & (jnp.argmax(logits, axis=-1) == target)
-        return (totals[0] + nll.sum(), totals[1] + right.sum(dtype=jnp.float32)), None
+        nll = jnp.where(counts, largest + jnp.log(partition) - chosen, 0)
+        # Of equal scores the first counts, as in argmax.
+        earlier = [
+            (s == largest[..., None]) & (first + jnp.arange(s.shape[-1]) < target[..., None])
+            for s, (_, first) in zip(scores, parts)
+        ]
+        right = counts & (chosen == largest) & ~_join(jnp.logical_or, [e.any(axis=-1) for e in earlier])
+        slopes = [
+            (jnp.where(counts[..., None], p / partition[..., None] - hit, 0)).astype(dtype)
+            for p, hit in zip(powers, hits)
+        ]
+        dx = None
+        if wanted[0]:
+            dx = _join(jnp.add, [product("btv,dv->btd", d, weight) for d, (weight, _) in zip(slopes, parts)])
+        dweights = [
+            None if total is None else total + product("btd,btv->dv", x, d).astype(jnp.float32)
+            for total, d in zip(totals[2], slopes)
+        ]
+        return (totals[0] + nll.sum(), totals[1] + right.sum(dtype=jnp.float32), dweights), dx
 
-    parts = (
-        hidden.reshape(batch, chunks, size, width).swapaxes(0, 1),
-        targets.reshape(batch, chunks, size).swapaxes(0, 1),
-    )
-    (nll, right), _ = jax.lax.scan(chunk, (jnp.float32(0), jnp.float32(0)), parts)
-    count = jnp.maximum((targets >= 0).sum(), 1)
-    return nll / count, right / count
+    weights = [jnp.zeros(w.shape, jnp.float32) if want else None for want, (w, _) in zip(wanted[1:], parts)]
+    start = (jnp.float32(0), jnp.float32(0), weights)
+    (nll, right, dweights), dx = jax.lax.scan(chunk, start, (states, ids.swapaxes(0, 1)))
+    if dx is not None:
+        dx = dx.swapaxes(0, 1).reshape(batch, length + padding, width)[:, :length]
+    if len(parts) == 1:
+        dweights.append(jnp.zeros(added.shape, jnp.float32) if wanted[2] else None)
+    return (nll, right), [dx, *dweights]
+
+
+def _join(function: Any, parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else function(*parts)
 
 
 def loss(
@@ -59,24 +138,32 @@ def loss(
     *,
     lambda_text: float,
     lambda_pose: float,
+    weights: tuple[Any, Any] = (1.0, 1.0),
     dropout_key: jax.Array | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total loss of a batch (``docs/architecture.md`` names its arrays) and every part of it, unweighted."""
+    """Total loss of a batch (``docs/architecture.md`` names its arrays) and every part of it, without λ.
+
+    weights: of all that concerns text, of all that concerns poses: this batch's shares, where it is a part of a larger one.
+    """
+    segments = batch.get("segment_ids")
+    # Rows are padded on the right, so no token that counts ever looks at padding: attention needs no mask but the causal one.
     hidden = model(
         batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        segment_ids=segments,
         pixel_values=batch.get("pixel_values"),
         dropout_key=dropout_key,
         remat=remat,
     ).hidden
-    text, accuracy = cross_entropy(model, hidden, batch["labels"])
+    text, accuracy = cross_entropy(model, hidden, batch["labels"], segments)
     states = jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1)
-    targets = batch["pose_targets"]
+    wanted = batch["pose_targets"]
     pose = model.pose_head.loss(
         states.reshape(-1, states.shape[-1]).astype(jnp.float32),
-        targets.reshape(-1, *targets.shape[2:]),
+        wanted.reshape(-1, *wanted.shape[2:]),
         batch["pose_mask"].reshape(-1),
     )
+    text, accuracy = weights[0] * text, weights[0] * accuracy
+    pose = {name: weights[1] * value for name, value in pose.items()}
     total = lambda_text * text + lambda_pose * sum(pose.values())
     return total, {"loss": total, "text": text, "token_accuracy": accuracy, **pose}

@@ -1,4 +1,4 @@
-"""One optimiser step as one jitted function of plain pytrees."""
+"""One optimiser step as one jitted function of plain pytrees, on one device or a mesh of many."""
 
 from __future__ import annotations
 
@@ -9,43 +9,108 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chatpose_jax.models.chatpose import bind
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.sharding import batch_sharding, on_mesh, shardings
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.loss import loss
+from chatpose_jax.train.loss import loss, targets
 from chatpose_jax.train.optimizer import learning_rate, optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: () int32, updates done. trainable: arrays by path. opt_state: optax's, for the trainable ones only."""
+    """step: () int32, batches seen. trainable: arrays by path. opt_state: optax's, for the trainable ones only.
+
+    skipped: (2,) int32, updates dropped because loss or gradient was not finite: in all, and the latest ones in a row.
+    """
 
     step: jax.Array
     trainable: table.Flat
     opt_state: Any
+    skipped: jax.Array
 
 
-def init_state(config: TrainConfig, params: Mapping[str, Any]) -> tuple[TrainState, table.Flat]:
-    """The state at step 0, and the frozen arrays that stay outside it."""
+Step = Callable[[TrainState, table.Flat, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def _initial(config: TrainConfig, params: Mapping[str, Any], trainable: table.Flat) -> TrainState:
+    opt_state = optimizer(config, params).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.zeros((2,), jnp.int32))
+
+
+def state_shardings(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -> tuple[TrainState, table.Flat]:
+    """Where state and frozen arrays lie: the optimiser's moments like their parameter, all else on every device.
+
+    params: arrays or abstract shapes.
+    """
     trainable, frozen = table.split(params, config.trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer(config, params).init(trainable)), frozen
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in trainable.items()}
+    places = shardings(shapes, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = next((key.key for key in path if getattr(key, "key", None) in places), None)
+        return places[name] if name is not None and leaf.shape == shapes[name].shape else whole
+
+    abstract = jax.eval_shape(lambda trainable: _initial(config, params, trainable), shapes)
+    return jax.tree_util.tree_map_with_path(place, abstract), shardings(frozen, mesh)
+
+
+def abstract_state(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -> tuple[TrainState, table.Flat]:
+    """Shapes and shardings of what ``init_state`` returns; nothing is allocated, and the mesh may be of another machine."""
+    trainable, frozen = table.split(params, config.trainable)
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in trainable.items()}
+    state = jax.eval_shape(lambda trainable: _initial(config, params, trainable), shapes)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (state, frozen),
+        state_shardings(config, params, mesh),
+    )
+
+
+def init_state(
+    config: TrainConfig, params: Mapping[str, Any], mesh: Mesh | None = None
+) -> tuple[TrainState, table.Flat]:
+    """The state at step 0, and the frozen arrays that stay outside it.
+
+    mesh: where both go; arrays that lie there already stay where they are. None leaves everything in place.
+    """
+    trainable, frozen = table.split(params, config.trainable)
+    if mesh is None:
+        return _initial(config, params, trainable), frozen
+    state_places, frozen_places = state_shardings(config, params, mesh)
+    trainable, frozen = jax.device_put((trainable, frozen), (state_places.trainable, frozen_places))
+    rest = jax.jit(
+        lambda trainable: dataclasses.replace(_initial(config, params, trainable), trainable={}),
+        out_shardings=dataclasses.replace(state_places, trainable={}),
+    )(trainable)
+    return dataclasses.replace(rest, trainable=trainable), frozen
 
 
 def make_step(
-    model_config: ModelConfig, config: TrainConfig, params: Mapping[str, Any]
-) -> Callable[[TrainState, table.Flat, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    model_config: ModelConfig, config: TrainConfig, params: Mapping[str, Any], mesh: Mesh | None = None
+) -> Step:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``. The state is donated; frozen arrays are only read.
 
-    With ``accumulate`` > 1 every array of the batch has that many micro-batches on a further leading axis. Dropout draws from (seed, step), so
-    a resumed run repeats an unbroken one.
+    With ``accumulate`` > 1 every array of the batch has that many micro-batches on a further leading axis; each weighs what it holds of the
+    tokens and poses that count, so the update is that of one batch of all of them. Dropout draws from (seed, step), so a resumed run repeats
+    an unbroken one. Where loss or gradient is not finite the update is dropped and counted: metrics ``skipped``, in all, and
+    ``skipped_in_a_row``.
+
+    Args:
+        params: arrays or abstract shapes.
+        mesh: of ``init_state``; batches come from ``models.sharding.shard_batch``.
     """
     tx = optimizer(config, params)
     schedule = learning_rate(config)
 
-    def objective(trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+    def objective(
+        trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, jax.Array], key: jax.Array, weights: Any
+    ) -> Any:
         model = bind(model_config, table.merge(trainable, frozen))
         drop = model_config.lora is not None and model_config.lora.dropout > 0
         return loss(
@@ -53,31 +118,62 @@ def make_step(
             batch,
             lambda_text=config.lambda_text,
             lambda_pose=config.lambda_pose,
+            weights=weights,
             dropout_key=key if drop else None,
             remat=config.remat,
         )
 
     gradient = jax.grad(objective, has_aux=True)
 
+    def gradients(trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+        if config.accumulate == 1:
+            return gradient(trainable, frozen, batch, key, (1.0, 1.0))
+
+        def micro(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part)), None
+
+        keys = jax.random.split(key, config.accumulate)
+        parts = (batch, keys, _shares(batch))
+        shapes = jax.eval_shape(gradient, trainable, frozen, *jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(micro, zeros, parts)[0]
+
     def step(
         state: TrainState, frozen: table.Flat, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if config.accumulate == 1:
-            grads, metrics = gradient(state.trainable, frozen, batch, key)
-        else:
+        with on_mesh(mesh):
+            if mesh is not None:
+                rows = batch_sharding(mesh, stacked=config.accumulate > 1)
+                batch = {name: jax.lax.with_sharding_constraint(x, rows) for name, x in batch.items()}
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            grads, metrics = gradients(state.trainable, frozen, batch, key)
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+            updated = (optax.apply_updates(state.trainable, updates), opt_state)
+            trainable, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), updated, (state.trainable, state.opt_state)
+            )
+            skipped = jnp.where(finite, state.skipped.at[1].set(0), state.skipped + 1)
+        metrics = {
+            **metrics,
+            "grad_norm": norm,
+            "learning_rate": schedule(state.step - state.skipped[0]),
+            "skipped": skipped[0],
+            "skipped_in_a_row": skipped[1],
+        }
+        return TrainState(state.step + 1, trainable, opt_state, skipped), metrics
 
-            def micro(total: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient(state.trainable, frozen, part[0], part[1])), None
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    places = state_shardings(config, params, mesh)[0]
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec())))
 
-            keys = jax.random.split(key, config.accumulate)
-            shapes = jax.eval_shape(gradient, state.trainable, frozen, jax.tree.map(lambda x: x[0], batch), keys[0])
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            total, _ = jax.lax.scan(micro, zeros, (batch, keys))
-            grads, metrics = jax.tree.map(lambda x: x / config.accumulate, total)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, trainable, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+def _shares(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(accumulate,) each: what share of the tokens with a label, and of the poses, every micro-batch holds."""
+    segments = batch.get("segment_ids")
+    tokens = jnp.sum(jax.vmap(targets)(batch["labels"], segments) >= 0, axis=(1, 2))
+    poses = jnp.sum(batch["pose_mask"], axis=(1, 2))
+    text, pose = (count / jnp.maximum(count.sum(), 1) for count in (tokens, poses))
+    return text, pose
