@@ -126,17 +126,21 @@ def freeze(config: Any) -> RunConfig:
             raise UserError(f"configuration: expected a table of settings {name!r}, found {table.get(name)!r:.100}")
     try:
         rules = tuple(Rule(*row) for row in table["train"].pop("trainable"))
-        mixture = tuple((str(task), float(weight)) for task, weight in table["data"].pop("mixture"))
+        weights = {
+            name: tuple((str(part), float(weight)) for part, weight in table["data"].pop(name))
+            for name in ("mixture", "sources")
+        }
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight): {error}"
+            "train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight), "
+            f"data.sources pairs of (source, weight): {error}"
         ) from error
     data = _typed(DataConfig, table["data"], "data")
     mesh = _typed(MeshConfig, table["train"].pop("mesh", {}), "train.mesh")
     train = _typed(TrainConfig, {**table["train"], "mesh": mesh}, "train")
     return RunConfig(
         ModelConfig.from_json(table["model"]),
-        dataclasses.replace(data, mixture=mixture),
+        dataclasses.replace(data, **weights),
         dataclasses.replace(train, trainable=rules),
     )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, Kind
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_types, require
 
@@ -16,17 +17,26 @@ Split = Literal["train", "val", "test"]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from.
+    """Where rows come from and how they become batches.
 
     source: a name of ``SOURCES``, or ``package.module:function`` of one's own with the same signature.
+    sources: pairs of (source, weight) that the source "mixture" draws from; the paper's proportions by default (Feng et
+        al. 2024, section 3.3: text, instructions and pictures as 1 : 1 : 2).
     seed: of what the source draws.
-    train_size, val_size, test_size: rows of each split; 0 is the source's own choice.
+    train_size, val_size, test_size: rows of each split (of each of ``sources``); 0 is the source's own choice.
     mixture: pairs of (task, weight) where the source has tasks; empty is its own choice.
     template: conversation template of ``processing.conversation``, for a model that starts from nothing; others keep their folder's.
     buckets: padded lengths of batches with pictures, and as many of batches without: each compiles a step.
+    packing: several conversations in each row of ``train.max_length`` tokens, instead of padded lengths.
+    threads, workers: Grain's threads (from two on) and processes that prepare batches; 0 workers is threads alone.
     """
 
     source: str = "synthetic"
+    sources: tuple[tuple[str, float], ...] = (
+        ("synthetic-text", 1.0),
+        ("synthetic-instruction", 1.0),
+        ("synthetic-image", 2.0),
+    )
     seed: int = 0
     train_size: int = 0
     val_size: int = 0
@@ -34,27 +44,54 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...] = ()
     template: str = "vicuna_v1"
     buckets: int = 4
+    packing: bool = False
+    threads: int = 1
+    workers: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        require(self, "data", "at least 0", lambda value: value >= 0, "seed", "train_size", "val_size", "test_size")
-        require(self, "data", "at least 1", lambda value: value >= 1, "buckets")
+        sizes = ("seed", "train_size", "val_size", "test_size", "workers")
+        require(self, "data", "at least 0", lambda value: value >= 0, *sizes)
+        require(self, "data", "at least 1", lambda value: value >= 1, "buckets", "threads")
         if any(weight < 0 for _, weight in self.mixture):
             raise UserError(f"data.mixture: weights must not be negative, found {self.mixture}")
+        if any(weight <= 0 for _, weight in self.sources):
+            raise UserError(f"data.sources: weights must be positive, found {self.sources}")
 
 
 Source = Callable[[DataConfig, Split, int], Sequence[Example]]
 """(settings, split, picture size in pixels) -> rows by index."""
 
 
-def _synthetic(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
-    from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+def _synthetic(config: DataConfig, split: Split, image_size: int, kind: Kind | None = None) -> Sequence[Example]:
+    from chatpose_jax.data.synthetic.dataset import DEFAULT_MIXTURE, TASKS, SyntheticDataset
 
-    size = {"train": config.train_size, "val": config.val_size, "test": config.test_size}[split]
-    return SyntheticDataset(split, size or None, config.seed, image_size, dict(config.mixture) or None)
+    mixture = dict(config.mixture) or DEFAULT_MIXTURE
+    if kind is not None:
+        mixture = {task: weight for task, weight in mixture.items() if task not in TASKS or TASKS[task][0] == kind}
+    return SyntheticDataset(split, _size(config, split) or None, config.seed, image_size, mixture)
 
 
-SOURCES: dict[str, Source] = {"synthetic": _synthetic}
+def _mixture(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
+    from chatpose_jax.data.mixture import Mixture
+
+    parts = [dataclasses.replace(config, source=source) for source, _ in config.sources]
+    if any(part.source == "mixture" for part in parts):
+        raise UserError("data.sources: a mixture cannot be one of its own sources")
+    return Mixture([examples(part, split, image_size) for part in parts], [weight for _, weight in config.sources])
+
+
+def _size(config: DataConfig, split: Split) -> int:
+    return {"train": config.train_size, "val": config.val_size, "test": config.test_size}[split]
+
+
+SOURCES: dict[str, Source] = {
+    "synthetic": _synthetic,
+    "synthetic-text": functools.partial(_synthetic, kind="text"),
+    "synthetic-instruction": functools.partial(_synthetic, kind="instruction"),
+    "synthetic-image": functools.partial(_synthetic, kind="image"),
+    "mixture": _mixture,
+}
 
 
 def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
