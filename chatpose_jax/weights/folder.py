@@ -5,6 +5,7 @@
     config.json    {"format": "chatpose-jax", "version": 1, "model": {...}, "provenance": {...}}
     tokenizer/     a complete tokenizer, the pose token in its vocabulary, and the processor's settings
     params/        Orbax checkpoint (OCDBT) of the parameter tree
+    passengers/    what the model does not use of its sources, for export: a safetensors file for each layout; may be absent
 
 A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads.
 """
@@ -28,7 +29,7 @@ from chatpose_jax.weights.readers import read_json
 
 FORMAT = "chatpose-jax"
 VERSION = 1
-CONFIG, PARAMS, TOKENIZER = "config.json", "params", "tokenizer"
+CONFIG, PARAMS, TOKENIZER, PASSENGERS = "config.json", "params", "tokenizer", "passengers"
 
 
 class Savable(Protocol):
@@ -44,6 +45,7 @@ def save_folder(
     *,
     processor: Savable,
     provenance: Mapping[str, Any] | None = None,
+    passengers: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a whole model folder, atomically. Every process of a multi-process run calls it.
@@ -53,10 +55,13 @@ def save_folder(
         params: nested dict of arrays on any mesh, layers stacked.
         processor: its ``save`` writes ``tokenizer/``.
         provenance: anything JSON: where the weights come from.
+        passengers: the model folder that the weights started from; what it carries along is copied.
     """
     with new_folder(path, overwrite=overwrite) as partial:
         if jax.process_index() == 0:
             processor.save(partial / TOKENIZER)
+            if passengers is not None and (passengers / PASSENGERS).is_dir():
+                shutil.copytree(passengers / PASSENGERS, partial / PASSENGERS)
         write_arrays(partial / PARAMS, params)
         if jax.process_index() == 0:
             write_config(partial, config, provenance=provenance)

@@ -21,75 +21,23 @@ from flax.traverse_util import flatten_dict
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.config import DType, ModelConfig, TextConfig, VisionConfig
+from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
 from chatpose_jax.processing.conversation import POSE
-from chatpose_jax.weights.layouts import Layout, Rule, Transform, recognise
-from chatpose_jax.weights.readers import PROJECTOR_FILES, Checkpoint, Index, TensorEntry, open_checkpoint
-from chatpose_jax.weights.tokens import Tokens, new_tokens, read_tokens
+from chatpose_jax.weights.adapters import TOKEN_ROWS
+from chatpose_jax.weights.layouts import Rule, Transform
+from chatpose_jax.weights.readers import Index, TensorEntry
+from chatpose_jax.weights.sources import Source, open_adapter, open_sources
+from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, read_tokens
+
+__all__ = ["PARTS", "Leaf", "Plan", "Source", "initial", "make_plan", "open_adapter", "open_sources"]
 
 _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _SHOWN = 8
 """How many names of each kind of problem an error shows."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One checkpoint and what it is."""
-
-    checkpoint: Checkpoint
-    layout: Layout
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self.checkpoint.tensors.items()}
-
-    @property
-    def title(self) -> str:
-        """How errors and reports call it."""
-        return self.checkpoint.folder.name or str(self.checkpoint.folder)
-
-
-def open_sources(
-    path: str | Path,
-    *,
-    vision: str | Path | None = None,
-    projector: str | Path | None = None,
-    layout: str | None = None,
-) -> list[Source]:
-    """The main checkpoint first, then what stands beside it: a projector of its own (found in the folder, or given),
-    CLIP (given).
-
-    Args:
-        path: folder or file of the main checkpoint.
-        vision: folder or file of CLIP, for layouts without a vision tower.
-        projector: file of the projector, for layouts without one.
-        layout: one of ``layouts.FAMILIES``; ``None`` recognises it by tensor names.
-
-    Raises:
-        UserError: what ``open_checkpoint`` raises, or tensors of no known layout.
-    """
-    path = Path(path)
-    sources = [_source(path, layout)]
-    if projector is None and "projector" not in sources[0].layout.parts and path.is_dir():
-        projector = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
-    if projector is not None:
-        sources.append(_source(Path(projector), "llava_projector"))
-    if vision is not None:
-        sources.append(_source(Path(vision), "clip"))
-    return sources
-
-
-def _source(path: Path, family: str | None) -> Source:
-    checkpoint = open_checkpoint(path)
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    try:
-        return Source(checkpoint, recognise(shapes, family))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -131,13 +79,13 @@ def infer_config(
             found = source.layout.settings(source.checkpoint.config(), source.shapes)
         except UserError as error:
             raise UserError(f"{source.checkpoint.folder}: {error}") from None
-        settings = found | settings
+        settings = settings | found if source.is_adapter else found | settings
     main = sources[0].checkpoint
     if "text" not in settings:
         raise UserError(
             f"{main.folder}: {sources[0].layout.title}: no language model in it; give the checkpoint that has one first"
         )
-    rows = embedding_rows(sources[0])
+    rows = embedding_rows(sources)
     flat = main.config() | (main.config().get("text_config") or {})
     ids: dict[str, Any] = {
         name: int(flat[name])
@@ -146,13 +94,20 @@ def infer_config(
     }
     ids = {name: id for name, id in ids.items() if id >= 0}
     image_token_id = settings.get("image_token_id", -200)
-    vocabulary = _vocabulary(read_tokens(tokenizer or main.folder), rows, image_token_id, ids.get("pad_token_id", 0))
+    listed = [id for source in sources for ids in source.token_rows.values() for id in ids]
+    vocabulary = _vocabulary(
+        read_tokens(tokenizer or _tokenizer_folder(sources)),
+        max([rows, *(id + 1 for id in listed)]),
+        image_token_id,
+        ids.get("pad_token_id", 0),
+    )
     param_dtype = dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
     vision = settings.get("vision", VisionConfig())
     config = ModelConfig(
         vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
         text=TextConfig(vocab_size=vocabulary.rows, base_vocab_size=vocabulary.tokens.base_size, **settings["text"]),
-        lora=None,
+        lora=_lora(sources),
+        head=settings.get("head", HeadConfig()),
         pose_token_id=vocabulary.pose_token_id,
         image_token_id=image_token_id,
         dtype=param_dtype,
@@ -160,6 +115,23 @@ def infer_config(
         **ids,
     )
     return config, vocabulary
+
+
+def _lora(sources: Sequence[Source]) -> LoRAConfig | None:
+    found = [source for source in sources if source.lora is not None]
+    if len(found) > 1:
+        raise UserError(
+            f"{found[0].title} and {found[1].title} both hold adapters, this model holds one set; "
+            "merge one of them in PyTorch first (merge_and_unload)"
+        )
+    return found[0].lora if found else None
+
+
+def _tokenizer_folder(sources: Sequence[Source]) -> Path:
+    """An adapter's where it has one: it knows the tokens that were added for it."""
+    folders = [source.checkpoint.folder for source in sources if source.is_adapter]
+    has = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
+    return next(has, sources[0].checkpoint.folder)
 
 
 def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: int) -> Vocabulary:
@@ -229,7 +201,7 @@ def _source_leaf(
             rows = slice(box[0].start + row_start, box[0].stop + row_start) if row_start else box[0]
             return entry.read((rows, *box[1:]))
 
-        _copy(out, rule.transform.read(read, shape, index))
+        copy_array(out, rule.transform.read(read, shape, index))
 
     def read(index: Index) -> np.ndarray:
         index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, target.shape, strict=True))
@@ -254,7 +226,7 @@ def _array_leaf(path: str, array: np.ndarray) -> Leaf:
     return Leaf(path, array.shape, array.dtype, lambda index: array[index])
 
 
-def _copy(out: np.ndarray, source: np.ndarray) -> None:
+def copy_array(out: np.ndarray, source: np.ndarray) -> None:
     """``out[...] = source``; a transposed matrix in blocks that stay in the cache, up to nine times as fast as whole, and no
     copying through the slow loops of custom float types."""
     if out.dtype == source.dtype:
@@ -274,7 +246,7 @@ def _copy(out: np.ndarray, source: np.ndarray) -> None:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything that a conversion will do. ``ignored`` maps source tensors to the reason; ``fresh`` names what no
-    source gave."""
+    source gave; ``passengers`` are the ignored tensors that ride along, by layout."""
 
     config: ModelConfig
     sources: tuple[Source, ...]
@@ -282,6 +254,7 @@ class Plan:
     leaves: Mapping[str, Leaf]
     ignored: Mapping[str, str]
     fresh: tuple[str, ...]
+    passengers: Mapping[str, Mapping[str, TensorEntry]] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -312,8 +285,20 @@ def make_plan(
     problems = _Problems()
     leaves: dict[str, Leaf] = {}
     ignored: dict[str, str] = {}
+    passengers: dict[str, dict[str, TensorEntry]] = {}
+    replaced = {path for source in sources if source.is_adapter for path in source.targets}
+    if any(path.startswith("pose_head/") for path in replaced):  # whatever kind of head the base has
+        replaced |= {path for source in sources for path in source.targets if path.startswith("pose_head/")}
     for source in sources:
-        _plan_source(source, config, tree, fresh_parts, leaves, ignored, problems)
+        skipped = dict.fromkeys(() if source.is_adapter else replaced, "the adapter brings its own")
+        skipped |= {
+            path: f"{path.split('/')[0]} is initialised afresh" for path in tree if path.split("/")[0] in fresh_parts
+        }
+        riders = _plan_source(source, config, tree, skipped, embedding_rows(sources), leaves, ignored, problems)
+        # Of what stands beside the main checkpoint, only tensors that other layouts know.
+        riders = [name for name in riders if source is sources[0] or source.layout.locate(name)]
+        if riders and not source.is_adapter:
+            passengers[source.layout.name] = {name: source.checkpoint.tensors[name] for name in riders}
     for part in sorted(fresh_parts):
         for path, array in initial(part, config, seed).items():
             leaves[path] = _array_leaf(path, array)
@@ -324,16 +309,25 @@ def make_plan(
     problems.raise_if_any(sources)
 
     fresh = sorted(fresh_parts)
-    if vocabulary.rows > embedding_rows(sources[0]):
-        fresh.append("pose token rows: mean of the others")
-        _append_rows(leaves, tree, sources[0], config.text.base_vocab_size)
-    return Plan(config, tuple(sources), vocabulary, {path: leaves[path] for path in tree}, ignored, tuple(fresh))
+    if vocabulary.rows > embedding_rows(sources):
+        if vocabulary.pose_is_new:
+            fresh.append("pose token rows: mean of the others")
+        _append_rows(leaves, tree, sources, config.text.base_vocab_size)
+    for source in sources:
+        _replace_rows(leaves, source, config.text)
+    leaves = {path: leaves[path] for path in tree}
+    return Plan(config, tuple(sources), vocabulary, leaves, ignored, tuple(fresh), passengers)
 
 
-def embedding_rows(source: Source) -> int:
-    """Rows of the embedding that the source holds."""
-    rule = next(rule for rule in source.layout.rules if rule.target == "decoder/embed_tokens/embedding")
-    return source.checkpoint.tensors[rule.source].shape[0]
+def embedding_rows(sources: Sequence[Source]) -> int:
+    """Rows of the embedding that the sources hold; an adapter's embedding replaces the base's."""
+    held = [
+        source.checkpoint.tensors[rule.source].shape[0]
+        for source in sources
+        for rule in source.layout.rules
+        if rule.target == "decoder/embed_tokens/embedding" and rule.source in source.checkpoint.tensors
+    ]
+    return held[-1]
 
 
 def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -371,13 +365,21 @@ def _plan_source(
     source: Source,
     config: ModelConfig,
     tree: Mapping[str, jax.ShapeDtypeStruct],
-    fresh_parts: set[str],
+    skipped: Mapping[str, str],
+    rows: int,
     leaves: dict[str, Leaf],
     ignored: dict[str, str],
     problems: _Problems,
-) -> None:
+) -> list[str]:
+    """Adds the leaves that a source feeds, except those ``skipped`` (path → why). Returns the tensors that feed nothing
+    in this model."""
     tensors = source.checkpoint.tensors
-    known: set[str] = set()
+    riders: dict[str, str] = {}
+    known: set[str] = set(source.token_rows)
+    for rule in source.layout.unused:
+        known.add(rule.source)
+        if rule.source in tensors:
+            riders[rule.source] = "follows the last block, which feeds nothing"
     for rule in source.layout.rules:
         part = rule.target.split("/")[0]
         layers = config.vision.num_used_layers if part == "vision" else config.text.num_layers
@@ -386,10 +388,10 @@ def _plan_source(
             for name in rule.sources(config.vision.num_layers)[layers:]:
                 known.add(name)
                 if name in tensors:
-                    ignored[name] = "follows the last block that feeds the projector"
+                    riders[name] = "follows the last block that feeds the projector"
         known.update(names)
-        if part in fresh_parts:
-            ignored.update({name: f"{part} is initialised afresh" for name in names if name in tensors})
+        if rule.target in skipped:
+            ignored.update({name: skipped[rule.target] for name in names if name in tensors})
             continue
         absent = [name for name in names if name not in tensors]
         target = tree.get(rule.target)
@@ -397,11 +399,13 @@ def _plan_source(
             for name in absent:
                 if name not in problems.found.get("missing", ()):
                     problems.add("missing", name)
+            if not absent:
+                problems.add("without a place in the model", names[0])
             continue
         if rule.target in leaves:
             problems.add("duplicate", f"{rule.target} comes from {source.title} and from another source")
             continue
-        fits = [_fits(rule, target, tensors[name], source, problems) for name in names if rule.rows != "added"]
+        fits = [_fits(rule, target, tensors[name], rows, problems) for name in names if rule.rows != "added"]
         if all(fits):
             start = config.text.base_vocab_size if rule.rows == "added" else 0
             leaves[rule.target] = _source_leaf(rule.target, target, rule, [tensors[name] for name in names], start)
@@ -412,13 +416,15 @@ def _plan_source(
         if reason is None:
             problems.add("unknown", name)
         else:
-            ignored[name] = reason
+            riders[name] = reason
+    ignored.update(riders)
+    return list(riders)
 
 
-def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, source: Source, problems: _Problems) -> bool:
+def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, rows: int, problems: _Problems) -> bool:
     expected = rule.transform.source_shape(tuple(target.shape[1:] if rule.stacked else target.shape))
     if rule.rows == "base":
-        expected = (embedding_rows(source), *expected[1:])
+        expected = (rows, *expected[1:])
     if entry.shape != expected:
         problems.add("misshaped", f"{entry.name} is {entry.shape}, expected {expected}")
     elif entry.dtype not in _FLOATING:
@@ -428,13 +434,18 @@ def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, source: 
     return False
 
 
-def _append_rows(leaves: dict[str, Leaf], tree: Mapping[str, jax.ShapeDtypeStruct], source: Source, base: int) -> None:
+def _append_rows(
+    leaves: dict[str, Leaf], tree: Mapping[str, jax.ShapeDtypeStruct], sources: Sequence[Source], base: int
+) -> None:
     """Gives the new token rows their values: the mean over the source's rows, the neutral start for a token that
     nothing has trained."""
-    for rule in source.layout.rules:
-        if rule.rows != "added":
-            continue
-        entry = source.checkpoint.tensors[rule.source]
+    added = {
+        rule.target: (rule, source.checkpoint.tensors[rule.source])
+        for source in sources
+        for rule in source.layout.rules
+        if rule.rows == "added" and rule.source in source.checkpoint.tensors
+    }
+    for rule, entry in added.values():
         rows, width = entry.shape
         total = np.zeros(width, np.float64)
         for row in range(0, rows, 4096):
@@ -445,3 +456,37 @@ def _append_rows(leaves: dict[str, Leaf], tree: Mapping[str, jax.ShapeDtypeStruc
         mean = np.repeat((total / rows).astype(np.float32)[None], count, axis=0)
         array = rule.transform.forward(np.concatenate([stored, mean]))
         leaves[rule.target] = _array_leaf(rule.target, np.ascontiguousarray(array))
+
+
+def _replace_rows(leaves: dict[str, Leaf], source: Source, text: TextConfig) -> None:
+    """Lays the rows that an adapter has trained over those of the vocabulary, base and added."""
+    for name, ids in source.token_rows.items():
+        entry = source.checkpoint.tensors[name]
+        module = name.removesuffix(TOKEN_ROWS).rsplit(".", 1)[-1]
+        if module not in ("embed_tokens", "lm_head") or entry.shape[1:] != (text.hidden_size,):
+            raise UserError(
+                f"{source.title}: {name} is {entry.shape}; expected rows of {text.hidden_size} for embed_tokens or lm_head: "
+                "the adapter belongs to another base"
+            )
+        axis = 0 if module == "embed_tokens" else 1
+        for kind, first in (("embedding" if axis == 0 else "kernel", 0), ("added", text.base_vocab_size)):
+            path = f"decoder/{module}/{kind}"
+            rows = {id - first: row for row, id in enumerate(ids) if 0 <= id - first < leaves[path].shape[axis]}
+            if rows:
+                leaves[path] = _overlaid(leaves[path], entry.read(), rows, axis)
+
+
+def _overlaid(leaf: Leaf, values: np.ndarray, rows: Mapping[int, int], axis: int) -> Leaf:
+    """The leaf with ``values[row]`` at position ``place`` of ``axis``, for each place and row of ``rows``."""
+
+    def read(index: Index) -> np.ndarray:
+        out = np.array(leaf.read(index))
+        bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
+        across = slice(*bounds[1 - axis])
+        for place, row in rows.items():
+            if bounds[axis][0] <= place < bounds[axis][1]:
+                at = place - bounds[axis][0]
+                out[(at, slice(None)) if axis == 0 else (slice(None), at)] = values[row, across].astype(leaf.dtype)
+        return out
+
+    return dataclasses.replace(leaf, read=read)

@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "processor.json",  # ours, which export lays beside the weights
 )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.layouts import chatpose, clip, llava_original, llava_transformers, vicuna
+from chatpose_jax.weights.layouts import chatpose, clip, llava_original, llava_transformers, parts, vicuna
 from chatpose_jax.weights.layouts.table import Ignored, Layout, Rule, Shape, Transform
 
 MODULES = (chatpose, llava_transformers, llava_original, clip, vicuna)
 LAYOUTS: tuple[Layout, ...] = tuple(layout for module in MODULES for layout in module.LAYOUTS)
 FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(layout.family for layout in LAYOUTS))
 
-__all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "Rule", "Shape", "Transform", "recognise"]
+__all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "Rule", "Shape", "Transform", "parts", "recognise"]
 
 
 def recognise(shapes: Mapping[str, Shape], family: str | None = None) -> Layout:

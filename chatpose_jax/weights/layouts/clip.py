@@ -22,10 +22,10 @@ def _layout(name: str, title: str, tower: str) -> Layout:
         rules=parts.clip(tower),
         ignored=(
             *parts.BUFFERS,
-            *parts.CLIP_UNUSED,
             Ignored(r"text_model\..*|text_projection\.weight|logit_scale", "CLIP's text half"),
             Ignored(r"visual_projection\.weight", "maps into CLIP's joint space, which nothing reads"),
         ),
+        unused=parts.clip_unused(tower),
         recognise=lambda shapes: f"{tower}embeddings.class_embedding" in shapes,
         settings=settings,
     )

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatpose_jax.weights.layouts import parts
-from chatpose_jax.weights.layouts.configs import llava_flat_settings
+from chatpose_jax.weights.layouts.configs import llava_flat_json, llava_flat_settings
 from chatpose_jax.weights.layouts.table import Layout, Settings, Shape
 
-_TOWER = "model.vision_tower.vision_tower.vision_model."
+TOWER = "model.vision_tower.vision_tower.vision_model."
 _PROJECTORS = ("model.mm_projector.", "mm_projector.", "")
 
 
@@ -21,15 +21,17 @@ def _layout(name: str, title: str, *, tower: bool, projector: bool) -> Layout:
         rules=(
             *parts.llama("model.", "lm_head."),
             *(parts.projector("model.mm_projector.0", "model.mm_projector.2") if projector else ()),
-            *(parts.clip(_TOWER) if tower else ()),
+            *(parts.clip(TOWER) if tower else ()),
         ),
-        ignored=(*parts.BUFFERS, *parts.CLIP_UNUSED),
+        ignored=parts.BUFFERS,
+        unused=parts.clip_unused(TOWER) if tower else (),
         recognise=lambda shapes: (
             "model.embed_tokens.weight" in shapes
             and ("model.mm_projector.0.weight" in shapes) == projector
-            and (f"{_TOWER}embeddings.class_embedding" in shapes) == tower
+            and (f"{TOWER}embeddings.class_embedding" in shapes) == tower
         ),
-        settings=lambda config, shapes: llava_flat_settings(config, shapes, _TOWER if tower else None),
+        settings=lambda config, shapes: llava_flat_settings(config, shapes, TOWER if tower else None),
+        config_json=lambda config: llava_flat_json(config, "llava_llama", "LlavaLlamaForCausalLM"),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.layouts import parts
-from chatpose_jax.weights.layouts.configs import clip_settings, llama_settings
+from chatpose_jax.weights.layouts.configs import clip_settings, llama_settings, llava_json
 from chatpose_jax.weights.layouts.table import Layout, Settings, Shape
 
 
@@ -38,7 +38,9 @@ def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tow
             *parts.projector(f"{projector}linear_1", f"{projector}linear_2"),
             *parts.clip(tower),
         ),
-        ignored=(*parts.BUFFERS, *parts.CLIP_UNUSED),
+        ignored=parts.BUFFERS,
+        unused=parts.clip_unused(tower),
+        config_json=llava_json,
         recognise=lambda shapes: (
             f"{model}embed_tokens.weight" in shapes and f"{tower}embeddings.class_embedding" in shapes
         ),

@@ -53,6 +53,11 @@ def clip(tower: str) -> tuple[Rule, ...]:
     )
 
 
+def clip_unused(tower: str) -> tuple[Rule, Rule]:
+    """What follows CLIP's last block, which feeds nothing here."""
+    return _norm(f"{tower}post_layernorm", "vision/post_norm")
+
+
 def projector(first: str, second: str) -> tuple[Rule, ...]:
     """The two linears between vision tower and decoder."""
     return (*_linear(first, "projector/fc1"), *_linear(second, "projector/fc2"))
@@ -68,4 +73,3 @@ BUFFERS = (
     Ignored(r".*rotary_emb\.inv_freq", "computed from rope_theta"),
     Ignored(r".*embeddings\.position_ids", "a constant range"),
 )
-CLIP_UNUSED = (Ignored(r".*post_layernorm\.(weight|bias)", "follows the last block, which feeds nothing"),)

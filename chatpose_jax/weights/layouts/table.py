@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from chatpose_jax.models.config import ModelConfig
+
 Shape = tuple[int, ...]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 
@@ -36,6 +38,11 @@ class Transform(enum.Enum):
             side = round((shape[0] / 3) ** 0.5)
             return (shape[1], 3, side, side)
         return shape
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of a leaf (or layer) that the rows of the source, its first axis, run along."""
+        return 0 if self is Transform.SAME else -1
 
     def read(self, read: Read, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
         """The part ``index`` of a leaf (or layer) of ``shape``; ``read`` takes an index into the source. May return a
@@ -95,16 +102,18 @@ class Ignored:
 
 
 Settings = dict[str, Any]
+_T = Transform.TRANSPOSE
+_ADAPTED = r"decoder/layers/(attn|mlp)/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A kind of checkpoint. ``recognise`` looks at tensor names only; ``settings`` turns ``config.json`` and tensor
-    shapes into config parts.
+    shapes into config parts, and ``config_json`` turns the configuration back.
 
     ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields
-    without the vocabulary split) and ``image_token_id``; it raises UserError for a setting that the model cannot
-    follow.
+    without the vocabulary split), ``head`` (HeadConfig) and ``image_token_id``; it raises UserError for a setting that
+    the model cannot follow.
     """
 
     name: str
@@ -115,8 +124,43 @@ class Layout:
     settings: Callable[[Mapping[str, Any], Mapping[str, Shape]], Settings]
     family: str = ""
     """Layouts that a user would call by one name (``--layout``)."""
+    unused: tuple[Rule, ...] = ()
+    """Tensors that feed nothing here, under paths of their own: they ride along, and other layouts have a name for
+    them."""
+    config_json: Callable[[ModelConfig], dict[str, Any]] | None = None
+    """``config.json`` of a folder that export writes; ``None`` where nothing is written in this layout."""
 
     @property
     def parts(self) -> frozenset[str]:
         """The parts of the model that it fills: of ``vision``, ``projector``, ``decoder``, ``pose_head``."""
         return frozenset(rule.target.split("/")[0] for rule in self.rules)
+
+    @property
+    def lora(self) -> tuple[Rule, ...]:
+        """Where PEFT puts the adapters of the decoder's projections: beside their weights."""
+        return tuple(
+            Rule(f"{rule.source.removesuffix('weight')}lora_{name}.weight", f"{parent}/lora_{name.lower()}", _T)
+            for rule in self.rules
+            if (parent := rule.target.removesuffix("/kernel")) != rule.target and re.match(_ADAPTED, rule.target)
+            for name in "AB"
+        )
+
+    def locate(self, name: str) -> tuple[Rule, int] | None:
+        """The row that a source tensor stands in, and its layer (0 where the leaf is not stacked); ``None`` for a name
+        of no row."""
+        for rule in (*self.rules, *self.unused):
+            before, _, after = rule.source.partition("{i}")
+            if rule.stacked and name.startswith(before) and name.endswith(after):
+                if (layer := name[len(before) : len(name) - len(after)]).isdecimal():
+                    return rule, int(layer)
+            elif name == rule.source:
+                return rule, 0
+        return None
+
+    def translate(self, name: str, other: Layout) -> str | None:
+        """The name that ``other`` has for a tensor of this layout, ``None`` where it has none."""
+        if found := self.locate(name):
+            rule, layer = found
+            rows = (match for match in (*other.rules, *other.unused) if match.target == rule.target)
+            return next((match.source.replace("{i}", str(layer)) for match in rows), None)
+        return name if self.family == other.family else None

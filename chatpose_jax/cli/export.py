@@ -1,0 +1,76 @@
+"""``chatpose export``."""
+
+from __future__ import annotations
+
+import argparse
+
+from chatpose_jax.weights.convert import DTYPES
+from chatpose_jax.weights.export import BASE_CLASSES, FORMATS, export
+
+__all__ = ["add_arguments", "run"]
+
+EXAMPLES = """examples:
+  chatpose export out/model llava-hf --format transformers        LlavaForConditionalGeneration.from_pretrained("llava-hf")
+  chatpose export out/model llava    --format llava --dtype float16
+  chatpose export out/model CHATPOSE --format chatpose
+  chatpose export out/model adapter  --format peft --base-name llava-hf/llava-1.5-13b-hf
+  chatpose convert llava-1.5-13b-hf out/again --adapter adapter   and back
+
+docs/weights.md has the table of all layouts."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose export``."""
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", help="model folder, as chatpose convert and chatpose train write it")
+    parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="transformers: LlavaForConditionalGeneration; llava: LLaVA-1.5's own names; chatpose: CHATPOSE-V0's names, the "
+        "pose head among them; peft: adapters, token rows and head, without the base",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: the base's, as stored; for peft float32, which adapters are stored in"
+    )
+    parser.add_argument(
+        "--no-merge",
+        action="store_true",
+        help="leave the adapters out instead of merging them: the base that --format peft goes onto",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, such as 500MB (default 5GB)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+    peft = parser.add_argument_group("--format peft")
+    peft.add_argument("--base-name", metavar="NAME", help="base_model_name_or_path: what the adapter goes onto")
+    peft.add_argument(
+        "--base-class",
+        choices=BASE_CLASSES,
+        default="llava",
+        help="what the base is loaded as: llava (default) LlavaForConditionalGeneration, llama LlamaForCausalLM",
+    )
+    peft.add_argument(
+        "--with-projector", action="store_true", help="the projector too (modules_to_save), where it was trained"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out ``chatpose export``; returns the exit status. Raises UserError."""
+    result = export(
+        args.folder,
+        args.out,
+        args.format,
+        merge=not args.no_merge,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        base_name=args.base_name,
+        base_class=args.base_class,
+        with_projector=args.with_projector,
+        progress=not args.quiet,
+    )
+    if not args.quiet:
+        print("\n".join(f"  {note}" for note in result.notes))
+        print(f"wrote {args.out}: {', '.join(result.files)} ({result.nbytes / 1e9:.2f} GB)")
+    return 0

@@ -1,0 +1,176 @@
+"""LoRA adapters as PEFT stores them: in a folder of their own, or inside a checkpoint that was put together from a
+training run.
+
+Their names are the base's, with ``base_model.model.`` in front and a little around the module that PEFT wrapped;
+``unwrapped`` takes that off. What is left stands in the table of the base's layout: an adapter as ``Layout.lora`` says,
+a module of ``modules_to_save`` under the name that it has in the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import LoRAConfig, LoRATarget
+from chatpose_jax.weights.layouts import Layout, Shape
+from chatpose_jax.weights.readers import Checkpoint, TensorEntry
+
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+
+# What PEFT puts around a wrapped module. An adapter's own name stands in memory and in merged runs, not in its folder.
+_WRAPPING = (
+    (re.compile(r"^base_model\.model\."), ""),
+    (re.compile(r"\.(token_adapter\.)?base_layer\.(weight|bias)$"), r".\2"),
+    (re.compile(r"\.modules_to_save\.[^.]+\."), "."),
+    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
+    (re.compile(r"(\.token_adapter\.trainable_tokens_delta)\.[^.]+$"), r"\1"),
+)
+_COPIES = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
+_LORA = re.compile(r"\.(\w+)\.lora_([AB])\.weight$")
+# Settings of PEFT that change what an adapter computes, and the values under which it is plain LoRA.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+}
+# Initialisations that also change the base's weights.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under the base's own names; itself where PEFT has wrapped nothing.
+
+    Raises UserError where two tensors get one name: a file of several adapters.
+    """
+    if not any(name.startswith(PREFIX) or _LORA.search(name) for name in checkpoint.tensors):
+        return checkpoint
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.tensors.items():
+        if _COPIES.search(name):
+            continue
+        plain = name
+        for pattern, replacement in _WRAPPING:
+            plain = pattern.sub(replacement, plain)
+        if plain in tensors:
+            raise UserError(
+                f"{checkpoint.folder}: {name!r} and {tensors[plain].name!r} are both {plain!r}; expected one adapter, "
+                "keep one of them"
+            )
+        tensors[plain] = entry
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def with_adapters(layout: Layout, names: Mapping[str, Shape]) -> Layout:
+    """The layout with rows for the adapters that are there."""
+    everything = dataclasses.replace(layout, rules=layout.lora)
+    found = {place[0].target for name in names if (place := everything.locate(name))}
+    return dataclasses.replace(layout, rules=layout.rules + tuple(r for r in layout.lora if r.target in found))
+
+
+def alone(layout: Layout, names: Mapping[str, Shape]) -> Layout:
+    """The layout of an adapter by itself, over a base of ``layout``: only rows that something is there for."""
+    full = dataclasses.replace(layout, rules=layout.rules + layout.lora)
+    found = {place[0].source for name in names if (place := full.locate(name))}
+    return dataclasses.replace(
+        full,
+        name=f"peft over {layout.name}",
+        title="PEFT adapter",
+        family="peft",
+        rules=tuple(rule for rule in full.rules if rule.source in found),
+        settings=lambda config, shapes: {},
+        config_json=None,
+    )
+
+
+def lora_config(
+    names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path, alpha: float | None
+) -> LoRAConfig | None:
+    """The adapters of a checkpoint; ``None`` where it has none.
+
+    Args:
+        names: unwrapped names and shapes.
+        settings: ``adapter_config.json``, ``{}`` where there is none.
+        where: for errors.
+        alpha: replaces what ``settings`` say; needed where they are missing.
+
+    Raises:
+        UserError: an adapter that is not plain LoRA of one rank and one alpha over all targets, or no alpha. Rank-
+        stabilised LoRA (Kalajdzievski 2023) is plain LoRA of ``alpha * sqrt(rank)``.
+    """
+    parts = [(match[1], match[2], shape) for name, shape in names.items() if (match := _LORA.search(name))]
+    if not parts:
+        return None
+    targets = {target for target, _, _ in parts}
+    if foreign := sorted(targets - set(get_args(LoRATarget))):
+        raise UserError(
+            f"{where}: adapters on {', '.join(foreign)}; this model has them on {', '.join(get_args(LoRATarget))} of the "
+            "decoder: merge the adapter in PyTorch first (merge_and_unload)"
+        )
+    _demand_plain(settings, where)
+    ranks = {shape[0 if side == "A" else -1] for _, side, shape in parts if len(shape) == 2}
+    if len(ranks) != 1 or settings.get("r", min(ranks)) not in ranks:
+        said = f" and r={settings['r']} in {ADAPTER_CONFIG}" if "r" in settings else ""
+        raise UserError(
+            f"{where}: adapters of rank {', '.join(map(str, sorted(ranks)))}{said}; expected one rank for all"
+        )
+    (rank,) = ranks
+    if alpha is None and "lora_alpha" not in settings:
+        raise UserError(
+            f"{where}: adapters of rank {rank}, and no {ADAPTER_CONFIG} that says their alpha; give it with --lora-alpha "
+            "(it stands in the training command)"
+        )
+    alpha = float(settings["lora_alpha"] if alpha is None else alpha)
+    return LoRAConfig(
+        rank=rank,
+        alpha=alpha * rank**0.5 if settings.get("use_rslora") else alpha,
+        dropout=float(settings.get("lora_dropout") or 0.0),
+        targets=tuple(target for target in get_args(LoRATarget) if target in targets),
+    )
+
+
+def _demand_plain(settings: Mapping[str, Any], where: Path) -> None:
+    odd = [key for key, plain in _PLAIN.items() if key in settings and settings[key] not in plain]
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+        odd.append("init_lora_weights")
+    if odd:
+        raise UserError(
+            f"{where / ADAPTER_CONFIG}: {', '.join(f'{key}={settings[key]!r}' for key in odd)}: this model holds plain LoRA "
+            "of one rank and one alpha; merge the adapter into its base in PyTorch first (merge_and_unload)"
+        )
+
+
+def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name → the vocabulary rows that it replaces (``trainable_token_indices``).
+
+    Raises UserError where the settings do not name as many rows as the tensor has.
+    """
+    listed = settings.get("trainable_token_indices") or {}
+    if isinstance(listed, list):
+        listed = {"embed_tokens": listed}
+    rows = {}
+    for name, shape in names.items():
+        if not name.endswith(TOKEN_ROWS):
+            continue
+        module = name.removesuffix(TOKEN_ROWS)
+        ids: list[Any] = next((ids for key, ids in listed.items() if module == key or module.endswith(f".{key}")), [])
+        if len(ids) != shape[0] or not all(isinstance(id, int) and id >= 0 for id in ids):
+            raise UserError(
+                f"{where}: {name} has {shape[0]} rows, trainable_token_indices in {ADAPTER_CONFIG} names {len(ids)} for it; "
+                "the two files do not belong together"
+            )
+        rows[name] = tuple(ids)
+    return rows

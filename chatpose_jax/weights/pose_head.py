@@ -1,0 +1,95 @@
+"""The pose head on its own: ``pose_head.safetensors`` and, in ``pose_head.json``, what it is.
+
+It stands beside checkpoints whose layout has no place for a head. The head ``mlp`` has the names of a torch
+``Sequential(Linear, ReLU, Linear)``, any other head those of its own parameters, as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import HeadConfig, ModelConfig
+from chatpose_jax.weights.layouts import Layout, Rule, parts
+from chatpose_jax.weights.readers import read_json
+
+WEIGHTS, DESCRIPTION = "pose_head.safetensors", "pose_head.json"
+FORMAT = "chatpose-pose-head"
+
+
+def rules(head: HeadConfig, paths: Iterable[str]) -> tuple[Rule, ...]:
+    """Name in the file → leaf. paths: the leaves ``pose_head/…`` of such a head."""
+    if head.name == "mlp":
+        return parts.pose_head("0", "2")
+    return tuple(Rule(path.removeprefix("pose_head/").replace("/", "."), path) for path in paths)
+
+
+def describe(config: ModelConfig, pose_token: str) -> dict[str, Any]:
+    """The description: all that a program in another framework needs to use the weights."""
+    head, width = config.head, config.text.hidden_size
+    layers = {
+        "layers": ["Linear", "ReLU", "Linear"],
+        "sizes": [width, width, 6 * head.num_joints],
+        "output": "6 numbers a joint: the first column of its rotation matrix, then the second, before Gram-Schmidt",
+    }
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "name": head.name,
+        "num_joints": head.num_joints,
+        "options": dict(head.options),
+        **(layers if head.name == "mlp" else {}),
+        "input": "hidden state after the final norm, at the position before the pose token",
+        "joints": "SMPL's order; joint 0 is the global orientation in the camera frame: x right, y down, z away",
+        "pose_token": pose_token,
+        "pose_token_id": config.pose_token_id,
+    }
+
+
+def write_description(folder: Path, config: ModelConfig, pose_token: str) -> None:
+    """Writes ``pose_head.json``."""
+    text = json.dumps(describe(config, pose_token), indent=2, ensure_ascii=False)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+def layout(folder: Path) -> Layout:
+    """How to read the head in ``folder``. Raises UserError where its description is missing or another program's."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise UserError(f"{folder}: {WEIGHTS} without {DESCRIPTION}, which says what head it is; copy that too")
+    data = read_json(file)
+    try:
+        if data["format"] != FORMAT or data["version"] != 1:
+            raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
+        options = tuple((str(key), _frozen(value)) for key, value in dict(data["options"]).items())
+        head = HeadConfig(str(data["name"]), int(data["num_joints"]), options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a description of a pose head ({type(error).__name__}: {error})") from None
+    return Layout(
+        name="pose_head",
+        title="pose head on its own",
+        family="pose_head",
+        rules=rules(head, head_paths(head)),
+        ignored=(),
+        recognise=lambda shapes: True,
+        settings=lambda config, shapes: {"head": head},
+    )
+
+
+def head_paths(head: HeadConfig) -> list[str]:
+    """The leaves of a head, ``pose_head/…``."""
+    from flax import nnx
+
+    from chatpose_jax.models.heads import create_head
+    from chatpose_jax.weights.arrays import by_path
+
+    # The names do not depend on the width.
+    state = nnx.eval_shape(lambda: nnx.state(create_head(head, 8, rngs=nnx.Rngs(0))))
+    return [f"pose_head/{path}" for path in by_path(nnx.to_pure_dict(state))]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

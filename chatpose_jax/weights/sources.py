@@ -1,0 +1,165 @@
+"""What a conversion reads: the main checkpoint, and what stands beside it. Headers only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.weights import adapters, pose_head
+from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
+from chatpose_jax.weights.readers import PROJECTOR_FILES, Checkpoint, open_checkpoint, read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One checkpoint and what it is.
+
+    lora: of the adapters in it. token_rows: tensors that replace rows of the vocabulary, and which.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    lora: LoRAConfig | None = None
+    token_rows: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return shapes_of(self.checkpoint)
+
+    @property
+    def title(self) -> str:
+        """How errors and reports call it."""
+        return self.checkpoint.folder.name or str(self.checkpoint.folder)
+
+    @property
+    def targets(self) -> set[str]:
+        """The leaves that it feeds."""
+        return {rule.target for rule in self.layout.rules}
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter alone: what it holds replaces what other sources hold."""
+        return self.layout.family == "peft"
+
+
+def open_sources(
+    path: str | Path,
+    *,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    adapter: str | Path | None = None,
+    lora_alpha: float | None = None,
+    layout: str | None = None,
+) -> list[Source]:
+    """The main checkpoint first, then what stands beside it: a projector of its own (found in the folder, or given),
+    a pose head of its own (found), CLIP (given), an adapter (given) with its pose head.
+
+    Args:
+        path: folder or file of the main checkpoint.
+        vision: folder or file of CLIP, for layouts without a vision tower.
+        projector: file of the projector, for layouts without one.
+        adapter: PEFT folder.
+        lora_alpha: alpha of adapters that no ``adapter_config.json`` describes.
+        layout: one of ``layouts.FAMILIES``; ``None`` recognises it by tensor names.
+
+    Raises:
+        UserError: what ``open_checkpoint`` raises, tensors of no known layout, an adapter that cannot be held.
+    """
+    path = Path(path)
+    main = _source(path, layout, lora_alpha)
+    if main.is_adapter:
+        raise UserError(
+            f"{path}: a PEFT adapter ({describe_adapters(main)}), which needs its base: chatpose convert BASE OUT --adapter {path}"
+        )
+    sources = [main]
+    if projector is None and "projector" not in main.layout.parts and path.is_dir():
+        projector = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
+    if projector is not None:
+        sources.append(_source(Path(projector), "llava_projector"))
+    if "pose_head" not in main.layout.parts:
+        sources += _pose_head(path)
+    if vision is not None:
+        sources.append(_source(Path(vision), "clip"))
+    if adapter is not None:
+        sources += open_adapter(adapter, lora_alpha)
+    return sources
+
+
+def open_adapter(path: str | Path, lora_alpha: float | None = None) -> list[Source]:
+    """A PEFT folder: the adapter, and the pose head beside it. Raises UserError if it is none."""
+    path = Path(path)
+    source = _source(path, None, lora_alpha)
+    if not source.is_adapter:
+        raise UserError(f"{path}: {source.layout.title}, not a PEFT adapter; give it as the source, not as --adapter")
+    heads = [] if "pose_head" in source.layout.parts else _pose_head(path)
+    # The head of an adapter belongs to it, and like it replaces the base's.
+    return [
+        source,
+        *(dataclasses.replace(head, layout=dataclasses.replace(head.layout, family="peft")) for head in heads),
+    ]
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder or file holds an adapter alone. Raises what ``open_checkpoint`` raises."""
+    checkpoint = adapters.unwrapped(open_checkpoint(path))
+    return _base_of_adapter(shapes_of(checkpoint)) is not None
+
+
+def describe_adapters(source: Source) -> str:
+    """Adapters of a source in a few words."""
+    lora = source.lora
+    if lora is None:
+        return "no LoRA"
+    over = _adapter_config(source.checkpoint).get("base_model_name_or_path")
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{f', made for {over}' if over else ''}"
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
+    """Shapes by tensor name."""
+    return {name: entry.shape for name, entry in checkpoint.tensors.items()}
+
+
+def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> Source:
+    checkpoint = adapters.unwrapped(open_checkpoint(path))
+    shapes = shapes_of(checkpoint)
+    settings = _adapter_config(checkpoint)
+    lora = adapters.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
+    rows = adapters.token_ids(shapes, settings, checkpoint.folder)
+    if lora is not None and family is None:
+        over = _base_of_adapter(shapes)
+        if over is not None:
+            return Source(checkpoint, adapters.alone(over, shapes), lora, rows)
+    try:
+        layout = recognise(shapes, family)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Source(checkpoint, adapters.with_adapters(layout, shapes), lora, rows)
+
+
+def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:
+    """The layout that an adapter's modules are named in; ``None`` where the adapted weights themselves are there too.
+
+    Of layouts that share names the one with most parts is taken: ``modules_to_save`` may hold any of them.
+    """
+    if any(name.endswith(".q_proj.weight") for name in shapes):
+        return None
+    fitting = []
+    for layout in LAYOUTS:
+        lora = dataclasses.replace(layout, rules=layout.lora)
+        if any(lora.locate(name) for name in shapes):
+            fitting.append(layout)
+    return max(fitting, key=lambda layout: len(layout.rules), default=None)
+
+
+def _pose_head(folder: Path) -> list[Source]:
+    file = folder / pose_head.WEIGHTS
+    return [Source(open_checkpoint(file), pose_head.layout(folder))] if file.is_file() else []
+
+
+def _adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.folder / adapters.ADAPTER_CONFIG
+    return read_json(file) if file.is_file() else {}

@@ -1,0 +1,346 @@
+"""Adapters out and in: what peft loads gives our logits, and what peft writes gives peft's.
+
+The peer is peft over transformers' LLaVA-1.5 and LLaMA.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration  # noqa: E402
+
+from chatpose_jax.cli.main import main  # noqa: E402
+from chatpose_jax.errors import UserError  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.models.config import LoRAConfig  # noqa: E402
+from chatpose_jax.weights.arrays import by_path  # noqa: E402
+from chatpose_jax.weights.convert import convert  # noqa: E402
+from chatpose_jax.weights.export import export  # noqa: E402
+from chatpose_jax.weights.folder import load_config, load_params  # noqa: E402
+from chatpose_jax.weights.sources import open_adapter  # noqa: E402
+
+from .sources import (  # noqa: E402
+    POSE_ID,
+    VOCAB,
+    PoseProjection,
+    Sizes,
+    make_chatpose,
+    make_clip,
+    make_llava_original,
+    make_llava_transformers,
+    make_vicuna,
+    randomise,
+    write_config,
+    write_tokenizer,
+)
+from .test_export import answers, head_on_its_own, llava_answers, model_folder, trained  # noqa: E402
+from .test_parity import TOLERANCE, flat_forward, gram_schmidt, poses_of, user  # noqa: E402
+
+TEXT = [user("Who kneels?"), {"role": "assistant", "content": "It is <POSE>."}]
+
+
+def params_of(folder: Path) -> dict[str, np.ndarray]:
+    loaded = load_params(folder, abstract_params(load_config(folder)))
+    return {path: np.asarray(leaf) for path, leaf in by_path(loaded).items()}
+
+
+def move(model: Any, seed: int = 3) -> Any:
+    """Adapters, token rows and saved modules as training leaves them: nothing zero, nothing the base's."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = (0.2 if "lora_B" in name else 1.0) * (parameter.shape[-1] if parameter.ndim == 2 else 400) ** -0.5
+            parameter.data += torch.randn(parameter.shape, generator=generator) * scale
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------------ out
+
+
+def test_peft_loads_the_adapter_onto_the_original_base(tmp_path: Path) -> None:
+    """And convert reads it back over the same base: rank, alpha, dropout, targets, token rows and head, bit by bit."""
+    make_llava_transformers(tmp_path / "base")
+    folder = trained(model_folder(tmp_path / "base", tmp_path / "jax"), tmp_path / "lora")
+    result = export(folder, tmp_path / "adapter", "peft", base_name=str(tmp_path / "base"))
+    assert "adapters: rank 4, alpha 12, on q_proj, v_proj, down_proj" in result.notes
+    config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 12, 0.1)
+    assert config.base_model_name_or_path == str(tmp_path / "base")
+    assert config.trainable_token_indices == {"embed_tokens": [1024, 1025], "lm_head": [1024, 1025]}
+
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    held = {name for name, _ in model.named_parameters() if "lora_" in name or "trainable_tokens" in name}
+    assert len(held) == 3 * 3 * 2 + 2  # none in CLIP, whose projections have the same names
+    encoded, logits, matrices = answers(folder)
+    expected, poses = llava_answers(model, encoded, -1, head_on_its_own(tmp_path / "adapter"))
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    with model.disable_adapter():
+        plain, _ = llava_answers(model, encoded, -1, head_on_its_own(tmp_path / "adapter"))
+    assert np.abs(plain - expected).max() > 0.1
+
+    model_folder(tmp_path / "base", tmp_path / "back", adapter=tmp_path / "adapter")
+    assert load_config(tmp_path / "back") == load_config(folder)
+    back, there = params_of(tmp_path / "back"), params_of(folder)
+    for path, leaf in there.items():
+        assert back[path].tobytes() == leaf.tobytes(), path
+
+
+def test_a_base_with_fewer_rows_is_resized_first(tmp_path: Path) -> None:
+    """Vicuna as a LlamaForCausalLM: ``<POSE>`` is a new row, which the adapter brings."""
+    vicuna = make_vicuna(tmp_path / "base")
+    clip = make_llava_original(tmp_path / "llava").clip
+    make_clip(tmp_path / "clip", clip)
+    converted = model_folder(tmp_path / "base", tmp_path / "jax", vision=tmp_path / "clip", init_missing=["projector"])
+    folder = trained(converted, tmp_path / "lora")
+    result = export(folder, tmp_path / "adapter", "peft", base_class="llama")
+    assert any("needs resize_token_embeddings(1025) first" in note for note in result.notes)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(VOCAB + 1)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    encoded, logits, _ = answers(folder, TEXT)
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(encoded.input_ids).long()[None]).logits[0].numpy()
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    assert vicuna.lm_head.weight.shape[0] == VOCAB
+
+    options: dict[str, Any] = {"vision": tmp_path / "clip", "init_missing": ["projector"]}
+    model_folder(tmp_path / "base", tmp_path / "back", adapter=tmp_path / "adapter", **options)
+    back, there = params_of(tmp_path / "back"), params_of(folder)
+    assert all(back[path].tobytes() == leaf.tobytes() for path, leaf in there.items())
+
+
+def test_a_trained_projector_goes_along(tmp_path: Path) -> None:
+    make_llava_transformers(tmp_path / "base", seed=0)
+    make_llava_transformers(tmp_path / "other", seed=9)
+    folder = trained(model_folder(tmp_path / "other", tmp_path / "jax"), tmp_path / "lora")
+    export(folder, tmp_path / "adapter", "peft", with_projector=True)
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    found = model.base_model.model.model.multi_modal_projector.modules_to_save["default"].linear_1.weight
+    there = params_of(folder)
+    np.testing.assert_array_equal(found.detach().numpy(), there["projector/fc1/kernel"].T)
+    model_folder(tmp_path / "base", tmp_path / "back", adapter=tmp_path / "adapter")
+    back = params_of(tmp_path / "back")
+    np.testing.assert_array_equal(back["projector/fc2/bias"], there["projector/fc2/bias"])
+    assert not np.array_equal(back["decoder/norm/scale"], there["decoder/norm/scale"])
+    with pytest.raises(UserError, match="a LlamaForCausalLM has no projector"):
+        export(folder, tmp_path / "x", "peft", base_class="llama", with_projector=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------- in
+
+
+def peft_over_llava(folder: Path, **settings: Any) -> Any:
+    """An adapter that peft trains (as it were) and writes, over the LLaVA in ``folder / "base"``."""
+    if not (folder / "base").exists():
+        make_llava_transformers(folder / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+    options = {"r": 8, "lora_alpha": 4, "lora_dropout": 0.05, "init_lora_weights": "gaussian"}
+    options["target_modules"] = r".*language_model.*\.(q_proj|k_proj|gate_proj)"
+    model = move(peft.get_peft_model(base, peft.LoraConfig(**options | settings)))
+    model.save_pretrained(folder / "adapter")
+    write_tokenizer(folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["token rows", "modules_to_save", "rslora"])
+def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
+    settings: dict[str, Any] = {
+        "token rows": {"trainable_token_indices": {"embed_tokens": [5, POSE_ID], "lm_head": [POSE_ID]}},
+        "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head", "multi_modal_projector"]},
+        "rslora": {"use_rslora": True},
+    }[kind]
+    model = peft_over_llava(tmp_path, **settings)
+    model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
+    lora = load_config(tmp_path / "jax").lora
+    alpha = 4 * 8**0.5 if kind == "rslora" else 4.0
+    assert lora == LoRAConfig(8, alpha, 0.05, ("q_proj", "k_proj", "gate_proj"))
+    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 144))
+    encoded, logits, _ = answers(tmp_path / "jax")
+    expected, _ = llava_answers(model, encoded, -1, head)
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    with model.disable_adapter():
+        assert np.abs(llava_answers(model, encoded, -1, head)[0] - expected).max() > 0.05
+
+    # What comes in goes out: the same adapters, bit by bit, and merged the same logits.
+    export(tmp_path / "jax", tmp_path / "out", "peft")
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
+    adapted = {name for name in theirs if "lora_" in name}
+    assert len(adapted) == 18
+    assert all(torch.equal(ours[name], theirs[name]) for name in adapted)
+
+
+def test_new_tokens_of_an_adapter(tmp_path: Path) -> None:
+    """A base without ``<POSE>``, resized; the adapter brings tokenizer, embedding, LM head and text_hidden_fcs."""
+    vicuna = make_vicuna(tmp_path / "base")
+    make_clip(tmp_path / "clip", make_llava_original(tmp_path / "llava").clip)
+    vicuna.resize_token_embeddings(VOCAB + 2)
+    extra = randomise(PoseProjection(Sizes()), 5)
+    vicuna.model.mm_projector, vicuna.model.text_hidden_fcs = extra.mm_projector, extra.text_hidden_fcs
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["embed_tokens", "lm_head", "mm_projector", "text_hidden_fcs.0"],
+    )
+    model = move(peft.get_peft_model(vicuna, config))
+    model.save_pretrained(tmp_path / "adapter")
+    write_tokenizer(tmp_path / "adapter")
+    model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", vision=tmp_path / "clip")
+    assert load_config(tmp_path / "jax").pose_token_id == POSE_ID
+    encoded, logits, matrices = answers(tmp_path / "jax", TEXT)
+    ids = torch.from_numpy(encoded.input_ids).long()[None]
+    with torch.no_grad():
+        out = model(input_ids=ids, output_hidden_states=True)
+        hidden = out.hidden_states[-1][0, encoded.pose_positions - 1]
+        first, _, second = vicuna.model.text_hidden_fcs[0].modules_to_save["default"]
+        poses = gram_schmidt(second(torch.relu(first(hidden))).reshape(-1, 24, 6))
+    np.testing.assert_allclose(logits, out.logits[0].numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+
+
+def test_a_training_run_put_together_by_deepspeed(tmp_path: Path) -> None:
+    """One ``pytorch_model.bin`` with peft's names, adapters unmerged, CLIP inside; alpha is in no file."""
+    models = make_chatpose(tmp_path / "src", tmp_path / "clip")
+    llama = models.llama
+    llama.model.mm_projector, llama.model.text_hidden_fcs = models.extra.mm_projector, models.extra.text_hidden_fcs
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    wrapped = move(peft.get_peft_model(llama, config))
+    state = dict(wrapped.state_dict())
+    tower = "base_model.model.model.vision_tower.vision_tower.vision_model."
+    state |= {tower + name.removeprefix("vision_model."): t for name, t in models.clip.state_dict().items()}
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    shutil.copy(tmp_path / "src" / "config.json", folder)
+    write_tokenizer(folder, pose="[SEG]")
+    with pytest.raises(UserError, match=r"adapters of rank 4, and no adapter_config\.json .* --lora-alpha"):
+        convert(folder, tmp_path / "jax")
+    model_folder(folder, tmp_path / "jax", lora_alpha=8)
+    assert load_config(tmp_path / "jax").lora == LoRAConfig(4, 8.0, 0.0, ("q_proj", "v_proj"))
+    encoded, logits, matrices = answers(tmp_path / "jax")
+    expected, hidden = flat_forward(models, encoded, -200)  # peft has changed the modules in place
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    with torch.no_grad():
+        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=TOLERANCE)
+    # Old releases of peft keep the adapted weight's own name.
+    old = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    torch.save(old, folder / "pytorch_model.bin")
+    model_folder(folder, tmp_path / "old", lora_alpha=8)
+    there, found = params_of(tmp_path / "jax"), params_of(tmp_path / "old")
+    assert all(found[path].tobytes() == leaf.tobytes() for path, leaf in there.items())
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    peft_over_llava(folder)
+    return folder
+
+
+def changed(written: Path, folder: Path, **settings: Any) -> Path:
+    shutil.copytree(written / "adapter", folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 16}, r"adapters of rank 8 and r=16 in adapter_config\.json; expected one rank for all"),
+        ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}: this model holds plain LoRA"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'"),
+    ],
+)
+def test_adapters_that_cannot_be_held(written: Path, tmp_path: Path, settings: Any, message: str) -> None:
+    adapter = changed(written, tmp_path / "adapter", **settings)
+    with pytest.raises(UserError, match=message):
+        convert(written / "base", tmp_path / "out", adapter=adapter)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base(written: Path, tmp_path: Path) -> None:
+    for name, sizes, message in (
+        ("wider", Sizes(width=128), r"misshaped \(15\).*q_proj.lora_A.weight is \(8, 64\), expected \(8, 128\)"),
+        ("deeper", Sizes(layers=4), r"missing \(6\): model.language_model.layers.3.self_attn.q_proj.lora_A.weight"),
+        ("shallower", Sizes(layers=2), r"unknown \(6\): .*layers.2."),
+    ):
+        make_llava_transformers(tmp_path / name, sizes=sizes)
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / name, tmp_path / "out", adapter=written / "adapter")
+
+
+def test_an_adapter_of_the_vision_tower_is_not_dropped(tmp_path: Path) -> None:
+    """A list of target names takes CLIP's projections along; this model has no adapters there, and says so."""
+    peft_over_llava(tmp_path, target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"unknown \(8\): model.vision_tower.encoder"):
+        convert(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_is_told_from_its_base(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        UserError, match=r"a PEFT adapter \(rank 8, alpha 4, on q_proj, k_proj, gate_proj, made for .*base"
+    ):
+        convert(written / "adapter", tmp_path / "out")
+    with pytest.raises(UserError, match="not a PEFT adapter; give it as the source"):
+        convert(written / "base", tmp_path / "out", adapter=written / "base")
+    assert main(["inspect", str(written / "adapter")]) == 1
+    said = capsys.readouterr().out
+    assert "rank 8, alpha 4, on q_proj, k_proj, gate_proj" in said
+    assert f"chatpose convert BASE OUT --adapter {written / 'adapter'}" in said
+    command = ["convert", str(written / "base"), str(tmp_path / "out"), "--adapter", str(written / "adapter")]
+    assert main([*command, "--no-hash"]) == 0
+    assert "rank 8, alpha 4" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "hf"), "--format", "transformers"]) == 0
+    assert "adapters merged: rank 8, alpha 4" in capsys.readouterr().out
+
+
+def test_token_rows_and_their_ids_belong_together(tmp_path: Path) -> None:
+    make_llava_transformers(tmp_path / "base")
+    folder = trained(model_folder(tmp_path / "base", tmp_path / "jax"), tmp_path / "lora")
+    export(folder, tmp_path / "adapter", "peft")
+    adapter = changed(tmp_path, tmp_path / "short", trainable_token_indices={"embed_tokens": [1024]})
+    with pytest.raises(UserError, match=r"embed_tokens.* has 2 rows, trainable_token_indices .* names 1 for it"):
+        open_adapter(adapter)
+
+
+def test_two_adapters_in_one_file(written: Path, tmp_path: Path) -> None:
+    adapter = changed(written, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace("lora_A.", "lora_A.second.").replace("lora_B.", "lora_B.second.")] = tensors[name].clone()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="expected one adapter"):
+        open_adapter(adapter)
+
+
+def test_one_set_of_adapters(written: Path, tmp_path: Path) -> None:
+    """Adapters inside the base, and others over it."""
+    base = LlavaForConditionalGeneration.from_pretrained(written / "base")
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"))
+    shutil.copytree(written / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(dict(wrapped.state_dict()), tmp_path / "base" / "pytorch_model.bin")
+    write_config(tmp_path / "base", base.config.to_dict())
+    with pytest.raises(UserError, match="both hold adapters, this model holds one set"):
+        convert(tmp_path / "base", tmp_path / "out", adapter=written / "adapter", lora_alpha=4)
