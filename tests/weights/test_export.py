@@ -6,12 +6,14 @@ The peers are transformers (LLaVA-1.5, LLaMA, CLIP), peft, and plain torch for C
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,11 +23,10 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration  # noqa: E402
 
-import chatpose_jax  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
-from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
-from chatpose_jax.models.config import LoRAConfig  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params, bind  # noqa: E402
+from chatpose_jax.models.config import LoRAConfig, ModelConfig  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
 from chatpose_jax.weights.arrays import by_path  # noqa: E402
@@ -48,7 +49,6 @@ from .test_parity import (  # noqa: E402
     TOLERANCE,
     flat_forward,
     gram_schmidt,
-    ours,
     poses_of,
     torch_pixels,
     user,
@@ -113,9 +113,25 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 def answers(folder: Path, messages: Any = CONVERSATION) -> tuple[Encoded, np.ndarray, np.ndarray]:
     """(the encoded conversation, our logits, our matrices) of a model folder, in float32."""
-    model = chatpose_jax.load(folder, dtype="float32")
-    encoded = model.processor.encode(messages, add_generation_prompt=False)
-    return encoded, *ours(model, encoded)
+    config = load_config(folder).replace(dtype="float32", param_dtype="float32")
+    encoded = Processor.load(folder / TOKENIZER, config).encode(messages, add_generation_prompt=False)
+    pixels = np.stack(encoded.images)[None] if encoded.images else None
+    params = load_params(folder, abstract_params(config))
+    with jax.default_matmul_precision("highest"):
+        logits, matrices = forward(config)(params, encoded.input_ids[None], pixels, encoded.pose_positions - 1)
+    return encoded, np.asarray(logits), np.asarray(matrices)
+
+
+@functools.lru_cache
+def forward(config: ModelConfig) -> Any:
+    """Compiled once for all folders of a configuration."""
+
+    def run(params: Any, ids: Any, pixels: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
+        model = bind(config, params)
+        hidden = model(ids, pixel_values=pixels).hidden[0]
+        return model.logits(hidden), model.poses(hidden[positions])
+
+    return jax.jit(run)
 
 
 def head_on_its_own(folder: Path) -> Any:
@@ -196,8 +212,8 @@ def test_layouts_change_hands_bit_by_bit(tmp_path: Path) -> None:
     expected = {transformers_name(name, "4"): tensor for name, tensor in model.state_dict().items()}
     found = weights(tmp_path / "back")
     assert_same(found, expected)
-    ours, theirs = load_config(tmp_path / "jax"), load_config(tmp_path / "again")
-    assert theirs == ours.replace(image_token_id=-200)
+    mine, theirs = load_config(tmp_path / "jax"), load_config(tmp_path / "again")
+    assert theirs == mine.replace(image_token_id=-200)
     head = (load_file(tmp_path / name / "pose_head.safetensors") for name in ("llava", "back"))
     assert_same(next(head), next(head))
 
