@@ -1,8 +1,9 @@
 """Rows to arrays: encode an ``Example``, pad rows to one shape, and a loader whose every batch is a pure function of
 its step.
 
-The order of an epoch is planned from the seed alone, so the position of a loader is one number, resuming is exact, and
-each process of a multi-host run can build its own slice of the same global batch.
+The order of an epoch is planned from the seed alone, so the position of a loader is one number, resuming is exact in any
+number of processes, and each of them builds its own slice of the same global batch. Reading ahead is a detail on top of
+that: by one thread, or by Grain's threads or processes, which read batches by number.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import IGNORE, Processor
 
 Batch = dict[str, np.ndarray]
+
+TEXT_BESIDE_A_PICTURE = 64
+"""Tokens that a conversation about a picture has at least, about: decides how many pictures a packed row has room for."""
+TOKENS_BETWEEN_POSES = 64
+"""Likewise for the poses of a packed row."""
+ENDLESS = 1 << 40
 
 
 def encode_example(
@@ -55,13 +62,23 @@ def encode_example(
     }
 
 
-def collate(rows: Sequence[Mapping[str, Any]], length: int, *, max_images: int, max_poses: int, pad_id: int) -> Batch:
-    """Pad rows of ``encode_example`` on the right to one shape.
+def collate(
+    rows: Sequence[Mapping[str, Any]],
+    length: int,
+    *,
+    max_images: int,
+    max_poses: int,
+    pad_id: int,
+    image_size: int | None = None,
+) -> Batch:
+    """Pad rows of ``encode_example`` or ``pack`` on the right to one shape.
 
     Returns ``input_ids`` (B, T) int32, ``attention_mask`` (B, T) bool, ``labels`` (B, T) int32 (-100: no loss; not
-    shifted), ``pixel_values`` (B, I, S, S, 3) float32 (absent where no row has a picture; a row with fewer than I has
-    zeros behind), ``pose_index`` (B, P) int32, the position p - 1 of the hidden state that predicts the pose token at
-    p (0 where unused), ``pose_targets`` (B, P, 24, 3, 3) float32 (identity where unused), ``pose_mask`` (B, P) bool.
+    shifted), ``pixel_values`` (B, I, S, S, 3) float32 (absent where no row has a picture and no ``image_size`` S says
+    that there should be one; a row with fewer than I has zeros behind), ``pose_index`` (B, P) int32, the position p - 1
+    of the hidden state that predicts the pose token at p (0 where unused), ``pose_targets`` (B, P, 24, 3, 3) float32
+    (identity where unused), ``pose_mask`` (B, P) bool; of packed rows also ``segment_ids`` (B, T) int32, which number
+    the conversations of a row from 1 on and are 0 in the padding.
     """
     for row in rows:
         for name, size, limit in (
@@ -81,8 +98,12 @@ def collate(rows: Sequence[Mapping[str, Any]], length: int, *, max_images: int, 
         "pose_mask": np.zeros((count, max_poses), bool),
     }
     shape = next((image.shape for row in rows for image in row["images"]), None)
+    if shape is None and image_size is not None and max_images:
+        shape = (image_size, image_size, 3)
     if shape is not None:
         batch["pixel_values"] = np.zeros((count, max_images, *shape), np.float32)
+    if any("segment_ids" in row for row in rows):
+        batch["segment_ids"] = np.zeros((count, length), np.int32)
     for i, row in enumerate(rows):
         tokens, poses = len(row["input_ids"]), len(row["pose_positions"])
         batch["input_ids"][i, :tokens] = row["input_ids"]
@@ -93,34 +114,92 @@ def collate(rows: Sequence[Mapping[str, Any]], length: int, *, max_images: int, 
         batch["pose_mask"][i, :poses] = True
         for j, image in enumerate(row["images"]):
             batch["pixel_values"][i, j] = image
+        if "segment_ids" in batch:
+            batch["segment_ids"][i, :tokens] = row["segment_ids"]
     return batch
+
+
+def pack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several rows of ``encode_example``, one after another in one row, with ``segment_ids`` (T,) int32 from 1 on.
+
+    The first token of each is never a target: the token before it belongs to another conversation.
+    """
+    starts = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
+    labels = np.concatenate([row["labels"] for row in rows])
+    labels[starts[:-1]] = IGNORE
+    return {
+        "input_ids": np.concatenate([row["input_ids"] for row in rows]),
+        "labels": labels,
+        "images": [image for row in rows for image in row["images"]],
+        "pose_positions": np.concatenate([row["pose_positions"] + start for row, start in zip(rows, starts)]),
+        "pose_targets": np.concatenate([row["pose_targets"] for row in rows]),
+        "segment_ids": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), np.diff(starts)),
+    }
+
+
+def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> list[list[int]]:
+    """Rows into packs, by best fit in their order: each goes where it leaves least room, among ``open_packs``.
+
+    sizes: (N, K) of each row in K measures (tokens, pictures, poses), the first deciding what fits best; no row is
+    larger than ``limits`` (K,).
+    """
+    done: list[list[int]] = []
+    packs: list[list[int]] = []
+    room = np.empty((0, sizes.shape[1]), np.int64)
+    for row, size in enumerate(sizes):
+        fits = np.flatnonzero((room >= size).all(axis=1))
+        if fits.size:
+            best = fits[np.argmin(room[fits, 0])]
+        else:
+            if len(packs) == open_packs:  # the fullest has the least chance of another row
+                full = int(np.argmin(room[:, 0]))
+                done.append(packs.pop(full))
+                room = np.delete(room, full, axis=0)
+            best = len(packs)
+            packs.append([])
+            room = np.concatenate([room, limits[None]])
+        packs[best].append(row)
+        room[best] -= size
+    return done + packs
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What the rows of one batch share, hence what ``jit`` compiles for: padded length, and pictures in a row (0 or
-    the data set's most).
+    the most of any row).
     """
 
     length: int
     images: int
 
 
+Plan = list[tuple[Shape, list[list[int]]]]
+
+
+class Drawn(Protocol):
+    """A data set that says itself which of its rows an epoch holds, and how often: ``data.mixture.Mixture``."""
+
+    def epoch(self, number: int, seed: int) -> np.ndarray: ...
+
+
 class BatchLoader:
-    """Batches of fixed shapes from a sequence of examples; an iterator over ``len(self)`` batches of each epoch.
+    """Batches of fixed shapes from a sequence of examples; an iterator over the batches of each epoch.
 
     Rows are shuffled by ``seed`` and epoch, and grouped so that a batch holds only rows with pictures or only rows
     without, of like length. What is left of a group at the end of an epoch is filled up with copies that weigh nothing
-    (no label, no pose), so every row counts exactly once an epoch.
+    (no label, no pose), so every row counts exactly once an epoch, or as often as a mixture (``Drawn``) says.
 
     dataset: any sequence of ``Example``; ``dataset[i]`` must always give the same row.
-    batch_size: rows of a global batch; ``shard=(index, count)`` gives the rows ``index::count`` of it, for one of
-        ``count`` processes.
+    batch_size: rows of a global batch.
+    rows: which of them this process makes (``train.feed.local_rows``); None makes all.
     epochs: how many to run; None never ends.
     lengths: padded lengths to choose from; by default the ``buckets`` lengths for each kind that leave the least
         padding.
+    packing: put several conversations into each row of ``max_length`` tokens (``pack``) instead of padding them.
     cache: keep encoded rows, pictures as uint8, so that each is encoded once. For data sets that fit into memory.
-    prefetch: batches that one thread prepares ahead; 0 prepares them when asked for.
+    prefetch: batches that are prepared ahead; 0 prepares them when asked for.
+    threads: of Grain's, that prepare batches ahead; 1 is a thread without Grain. Decoding pictures runs in parallel.
+    workers: processes of Grain's, that prepare batches ahead: for rows made by Python code, which threads take in turn.
     """
 
     def __init__(
@@ -135,26 +214,33 @@ class BatchLoader:
         epochs: int | None = None,
         lengths: Sequence[int] | None = None,
         buckets: int = 2,
+        packing: bool = False,
         cache: bool = False,
         prefetch: int = 0,
-        shard: tuple[int, int] = (0, 1),
+        threads: int = 1,
+        workers: int = 0,
+        rows: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         if not len(dataset):
             raise UserError("the data set is empty; expected at least one example")
-        if batch_size < 1 or batch_size % shard[1]:
-            raise UserError(f"batch_size={batch_size} must be positive and divide evenly among {shard[1]} processes")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be positive")
         self.dataset, self.processor, self.batch_size = dataset, processor, batch_size
         self.max_length = min(max_length, processor.ids.context)
-        self.seed, self.shuffle, self.epochs, self.shard = seed, shuffle, epochs, shard
+        self.seed, self.shuffle, self.epochs, self.packing = seed, shuffle, epochs, packing
+        self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if self.rows.size and not 0 <= self.rows.min() <= self.rows.max() < batch_size:
+            raise UserError(f"rows {self.rows.min()} to {self.rows.max()} of a batch of {batch_size}")
         self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
-        self._prefetch = prefetch
+        self._prefetch, self._threads, self._workers = prefetch, threads, workers
         self._step = 0
-        self._plans: tuple[int, list[tuple[Shape, np.ndarray]]] | None = None
+        self._plans: dict[int, Plan] = {}
+        self._starts = {0: 0}  # epoch -> its first step, for epochs that are known
         self._measure(lengths, buckets)
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
-        return sum(-(-len(rows) // self.batch_size) for rows in self._groups.values())
+        """Batches in the first epoch."""
+        return self._count(0)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -163,27 +249,31 @@ class BatchLoader:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step counted from the very first: a pure function of the loader's arguments and ``step``."""
-        epoch, index = divmod(step, len(self))
-        shape, rows = self._plan(epoch)[index]
-        encoded = [
-            self._row(int(row)) if row >= 0 else _weightless(self._row(int(~row)))
-            for row in rows[self.shard[0] :: self.shard[1]]
-        ]
+        epoch, index = self._locate(step)
+        shape, packs = self._plan(epoch)[index]
         return collate(
-            encoded,
+            [self._packed(packs[row]) for row in self.rows],
             shape.length,
             max_images=shape.images,
             max_poses=self.max_poses,
             pad_id=self.processor.ids.pad_token_id,
+            image_size=self.processor.images.size,
         )
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present state on; ``state`` counts those that were handed out."""
-        if self._prefetch < 1:
-            while not self._finished(self._step):
-                self._step += 1
-                yield self.batch(self._step - 1)
-            return
+        ahead = self._inline() if self._prefetch < 1 else self._in_thread()
+        if self._threads > 1 or self._workers:
+            ahead = self._by_grain()
+        for batch in ahead:
+            self._step += 1
+            yield batch
+
+    def _inline(self) -> Iterator[Batch]:
+        while not self._finished(self._step):
+            yield self.batch(self._step)
+
+    def _in_thread(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead: collections.deque[Future[Batch]] = collections.deque()
             step = self._step
@@ -193,30 +283,59 @@ class BatchLoader:
                     step += 1
                 if not ahead:
                     return
-                self._step += 1
                 yield ahead.popleft().result()
 
+    def _by_grain(self) -> Iterator[Batch]:
+        import grain
+        from absl import flags
+
+        source = grain.MapDataset.source(_Steps(self, self._step))
+        options = grain.ReadOptions(num_threads=max(self._threads, 1), prefetch_buffer_size=max(self._prefetch, 1))
+        batches = source.to_iter_dataset(options)
+        if self._workers:
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags of a program that parses them by absl
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(self._workers))
+        return iter(batches)
+
     def state(self) -> dict[str, int]:
-        """Where the loader stands, as JSON; after ``restore`` a loader made alike goes on with the very next batch."""
-        return {"step": self._step, "seed": self.seed, "batch_size": self.batch_size, "rows": len(self.dataset)}
+        """Where the loader stands, as JSON; after ``restore`` a loader made alike goes on with the very next batch, in
+        any number of processes.
+        """
+        epoch, index = self._locate(self._step)
+        place = {"step": self._step, "epoch": epoch, "index": index}
+        return {**place, "seed": self.seed, "batch_size": self.batch_size, "rows": len(self.dataset)}
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Go to a saved state. Raises UserError where it belongs to another data set, seed or batch size: its batches
         would be others.
         """
         for name, value in self.state().items():
-            if name != "step" and state.get(name) != value:
+            if name not in ("step", "epoch", "index") and state.get(name) != value:
                 raise UserError(
                     f"the saved data position has {name}={state.get(name)!r}, this run has {value!r}; "
                     "resume with the same data settings"
                 )
         self._step = int(state["step"])
+        self._starts[int(state["epoch"])] = self._step - int(state["index"])
 
     def _finished(self, step: int) -> bool:
-        return self.epochs is not None and step >= self.epochs * len(self)
+        return self.epochs is not None and self._locate(step)[0] >= self.epochs
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """(epoch, place in it) of a step; epochs of packs or of a mixture differ in length."""
+        if self._fixed is not None:
+            return divmod(step, self._fixed)
+        epoch = max(number for number, start in list(self._starts.items()) if start <= step)
+        while step >= (end := self._starts[epoch] + self._count(epoch)):
+            epoch += 1
+            self._starts[epoch] = end
+        return epoch, step - self._starts[epoch]
+
+    def _count(self, epoch: int) -> int:
+        return len(self._plan(epoch)) if self._fixed is None else self._fixed
 
     def _measure(self, lengths: Sequence[int] | None, buckets: int) -> None:
-        sizes = np.empty((len(self.dataset), 3), np.int64)  # tokens, pictures, poses
+        self._sizes = sizes = np.empty((len(self.dataset), 3), np.int64)  # tokens, pictures, poses
         for index in range(len(self.dataset)):
             if self._cache is not None:
                 row = self._cache[index] = self._encode(index, normalise=False)
@@ -227,6 +346,15 @@ class BatchLoader:
                 sizes[index] = min(tokens, self.max_length), images, len(example.poses)
         self.max_images, self.max_poses = int(sizes[:, 1].max()), max(1, int(sizes[:, 2].max()))
         self._groups: dict[Shape, np.ndarray] = {}
+        self._fixed: int | None = None
+        if self.packing:
+            if self.max_images:
+                room = self.max_length // (self.processor.ids.num_patches + TEXT_BESIDE_A_PICTURE)
+                self.max_images = max(self.max_images, room)
+            self.max_poses = max(self.max_poses, self.max_length // TOKENS_BETWEEN_POSES)
+            for images in np.unique([0 if (sizes[:, 1] == 0).any() else self.max_images, self.max_images]):
+                self._groups[Shape(self.max_length, int(images))] = np.arange(len(sizes))
+            return
         for images in (0, self.max_images) if self.max_images else (0,):
             rows = np.flatnonzero((sizes[:, 1] > 0) == (images > 0))
             if not rows.size:
@@ -240,20 +368,54 @@ class BatchLoader:
             slots = np.searchsorted(chosen, sizes[rows, 0])
             for slot in np.unique(slots):
                 self._groups[Shape(int(chosen[slot]), images)] = rows[slots == slot]
+        if not hasattr(self.dataset, "epoch"):
+            self._fixed = sum(-(-len(rows) // self.batch_size) for rows in self._groups.values())
 
-    def _plan(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
-        """Batches of an epoch: shape and (batch_size,) rows; ``~row`` is a copy of ``row`` that weighs nothing."""
-        if self._plans is None or self._plans[0] != epoch:
-            random = np.random.default_rng((self.seed, epoch))
-            plan = []
-            for shape, rows in self._groups.items():
-                order = random.permutation(rows) if self.shuffle else rows
-                fill = np.resize(order, -len(order) % self.batch_size)
-                plan += [(shape, chunk) for chunk in np.concatenate([order, ~fill]).reshape(-1, self.batch_size)]
-            if self.shuffle:
-                plan = [plan[i] for i in random.permutation(len(plan))]
-            self._plans = epoch, plan
-        return self._plans[1]
+    def _plan(self, epoch: int) -> Plan:
+        """Batches of an epoch: shape, and for each of ``batch_size`` rows the rows of the data set in it; ``~row`` is a
+        copy of ``row`` that weighs nothing.
+        """
+        if (found := self._plans.get(epoch)) is not None:
+            return found
+        random = np.random.default_rng((self.seed, epoch))
+        plan: Plan = []
+        for shape, packs in self._packs(epoch, random):
+            fill = [[~row for row in packs[i % len(packs)]] for i in range(-len(packs) % self.batch_size)]
+            packs = [*packs, *fill]
+            plan += [(shape, packs[i : i + self.batch_size]) for i in range(0, len(packs), self.batch_size)]
+        if self.shuffle:
+            plan = [plan[i] for i in random.permutation(len(plan))]
+        self._plans = {number: known for number, known in self._plans.items() if abs(number - epoch) == 1}
+        self._plans[epoch] = plan  # what is read ahead may belong to the next epoch
+        return plan
+
+    def _packs(self, epoch: int, random: np.random.Generator) -> Iterator[tuple[Shape, list[list[int]]]]:
+        """All rows of an epoch by shape, in their order."""
+        times = None
+        if hasattr(self.dataset, "epoch"):
+            times = np.bincount(self.dataset.epoch(epoch, self.seed), minlength=len(self.dataset))
+        groups: list[tuple[Shape | None, np.ndarray]] = list(self._groups.items())
+        if self.packing:
+            groups = [(None, np.arange(len(self.dataset)))]
+        for shape, rows in groups:
+            drawn = rows if times is None else np.repeat(rows, times[rows])
+            order = random.permutation(drawn) if self.shuffle else drawn
+            if shape is not None:
+                if order.size:
+                    yield shape, [[int(row)] for row in order]
+                continue
+            limits = np.array([self.max_length, self.max_images, self.max_poses])
+            packs = [[int(order[i]) for i in pack] for pack in fit_packs(self._sizes[order], limits)]
+            for packed in self._groups:
+                some = [rows for rows in packs if bool(self._sizes[rows, 1].any()) == bool(packed.images)]
+                if some:
+                    yield packed, some
+
+    def _packed(self, numbers: list[int]) -> dict[str, Any]:
+        """One row of a batch."""
+        rows = [self._row(number if number >= 0 else ~number) for number in numbers]
+        row = pack(rows) if self.packing else rows[0]
+        return row if numbers[0] >= 0 else _weightless(row)
 
     def _row(self, index: int) -> dict[str, Any]:
         if self._cache is None:
@@ -263,6 +425,21 @@ class BatchLoader:
 
     def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
         return encode_example(self.processor, self.dataset[index], self.max_length, normalise=normalise)
+
+
+class _Steps:
+    """Batches by number from a first one on: what Grain reads from, by random access."""
+
+    def __init__(self, loader: BatchLoader, first: int) -> None:
+        self.loader, self.first = loader, first
+        end = ENDLESS if loader.epochs is None else sum(map(loader._count, range(loader.epochs)))
+        self.length = max(end - first, 0)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.loader.batch(self.first + index)
 
 
 def fit_buckets(lengths: np.ndarray, count: int, limit: int, multiple: int = 16) -> list[int]:

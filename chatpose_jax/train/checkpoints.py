@@ -1,46 +1,69 @@
-"""Checkpoints of a run: trainable state, optimiser, step, data position, and the settings that they belong to."""
+"""Checkpoints of a run: trainable state, optimiser, step, data position, and what they belong to: the settings and the
+frozen base.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.train.step import TrainState
 
+METRIC = "metric"
+
 
 class Checkpoints:
-    """Orbax checkpoints in ``folder/<step>``, written in the background; a step is visible only when it is whole."""
+    """Orbax checkpoints in ``folder/<step>``, written in the background; a step is visible only when it is whole.
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any]):
-        """identity: JSON that a resumed run must share, such as the model's configuration and the table of what trains."""
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        self.folder, self.identity = folder, identity
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    Every process of a run makes one, over the same folder, and calls the same methods in the same order. The newest
+    ``keep`` stay, and the one with the least metric.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str]):
+        """identity: JSON that a resumed run must share, such as the model's configuration and the table of what trains.
+        frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
+        """
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder, self.identity, self.frozen = folder, identity, dict(frozen)
+        best = policies.BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), best_fn=_merit
+        )
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Returns once the state is copied; ``wait`` says when it is on disk. A step that stands already is kept."""
+    def best(self) -> int | None:
+        """The step with the least metric; None where none was saved with one."""
+        return self.manager.best_step()
+
+    def save(self, state: TrainState, data: dict[str, Any], metric: float | None = None) -> None:
+        """Returns once the state is copied; ``wait`` says when it is on disk. A step that stands already is kept.
+
+        metric: of this state, less is better; None where it was not measured.
+        """
         step = int(state.step)
         if step != self.latest():
-            items = {
-                "state": ocp.args.StandardSave(state),
-                "run": ocp.args.JsonSave({"data": data, "identity": self.identity}),
-            }
-            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+            run = {"data": data, "identity": self.identity, "frozen": self.frozen}
+            items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
+            metrics = None if metric is None else {METRIC: metric}
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, placed as ``like`` is (arrays or abstract shapes with shardings).
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, or that of ``step``, placed as ``like`` is (arrays or abstract shapes with shardings):
+        on any mesh, by any number of processes.
 
-        Raises UserError when it belongs to another model or table, or cannot be read.
+        Raises UserError when it belongs to another model, table or base, or cannot be read.
         """
-        step = self.latest()
+        step = self.latest() if step is None else step
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
             run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
@@ -60,6 +83,7 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint at step {step} was made with other settings of {', '.join(differing)}; "
                 "give --out another folder, or go back to those settings"
             )
+        self._check_base(step, run.get("frozen"))
         try:
             state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
         except Exception as error:
@@ -68,8 +92,28 @@ class Checkpoints:
             ) from error
         return state, run["data"]
 
+    def _check_base(self, step: int | None, saved: Mapping[str, str] | None) -> None:
+        if saved is None:
+            raise UserError(
+                f"{self.folder}: the checkpoint at step {step} does not say which frozen base it belongs to: an older "
+                "version of this program wrote it; finish the run with that version, or give --out another folder"
+            )
+        wrong = sorted(path for path in {*saved, *self.frozen} if saved.get(path) != self.frozen.get(path))
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise UserError(
+                f"{self.folder}: the checkpoint at step {step} was trained beside another frozen base: "
+                f"{', '.join(wrong[:5])}{more} of {len(self.frozen)} arrays differ; "
+                "give the --init that this run started from, or --out another folder"
+            )
+
     def wait(self) -> None:
         self.manager.wait_until_finished()
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _merit(metrics: Mapping[str, float]) -> float:
+    """Orbax keeps the greatest."""
+    return -metrics[METRIC]

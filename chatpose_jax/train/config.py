@@ -53,6 +53,8 @@ class TrainConfig:
     log_every, save_every: updates between two lines of metrics, two checkpoints.
     eval_every: updates between two validations; 0 is none.
     keep: newest checkpoints that stay.
+    best: the checkpoint whose validation has the least mean of this error stays too: ``val_{kind}_{best}`` of ``metrics.jsonl``.
+    wandb: project of Weights & Biases to log to as well, if that is installed; "" is none.
     """
 
     steps: int = 15_000
@@ -78,6 +80,8 @@ class TrainConfig:
     save_every: int = 500
     eval_every: int = 0
     keep: int = 3
+    best: str = "pa_mpjpe"
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         check_types(self, "train")

@@ -1,39 +1,58 @@
-"""The training loop: resume, step, log, save, stop cleanly."""
+"""The training loop: resume, step, log, save, stop cleanly; alone or as one of many processes."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
-import signal
-import time
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.train import feed, hosts
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState, init_state, make_step
+from chatpose_jax.train.telemetry import Meter
 
-CADENCE = ("steps", "log_every", "save_every", "eval_every", "keep", "mesh", "max_skipped")
+HOW = (
+    "steps", "log_every", "save_every", "eval_every", "keep", "best", "wandb", "mesh", "remat", "max_skipped", "attention",
+)  # fmt: skip
 """Settings that a resumed run may change: how long, how often, on which devices. Any other would make another run of it."""
+
+AHEAD = 2
+"""Steps that may be under way while the next one is prepared: enough to keep a device busy, few enough to time each."""
+
+PROFILE_AFTER = 3
+"""Steps before a profile begins: compilation is not what one looks for."""
 
 
 class Batches(Protocol):
-    """An endless, resumable stream of batches of ``batch_size * accumulate`` rows."""
+    """An endless, resumable stream of batches of ``batch_size * accumulate`` rows (this process's rows of them)."""
 
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
 
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+
+Flops = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
+"""Rows of a batch -> floating-point operations of a step on them, by the name under which their share of the peak is logged."""
+
+Evaluation = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Parameters -> scalars, and pictures as (H, W, 3) uint8 arrays."""
 
 
 class Interrupted(Exception):
@@ -45,38 +64,80 @@ class Interrupted(Exception):
 
 
 class Log:
-    """Scalars to ``metrics.jsonl`` and TensorBoard. After a resume the lines of lost steps are dropped."""
+    """``metrics.jsonl``, a line for each step with its losses to the last bit; TensorBoard and, if asked for, Weights &
+    Biases every now and then. After a resume the lines of lost steps are dropped. Only process 0 writes.
+    """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, wandb: str = "", settings: Mapping[str, Any] | None = None):
+        self.writer: Any = None
+        self.run: Any = None
+        if not hosts.primary():
+            return
         from tensorboardX import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        path = folder / "metrics.jsonl"
+        path.touch()
+        os.truncate(path, _length_up_to(path, step))  # in one go: a kill leaves all of the kept lines or more
+        self.file = path.open("a")
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if wandb:
+            self.run = _wandb_run(wandb, folder, settings or {})
 
-    def __call__(self, step: int, scalars: Mapping[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    def __call__(self, step: int, values: Mapping[str, Any], *, chart: bool = True) -> None:
+        """Scalars, and pictures where values are arrays. chart: also for TensorBoard, which need not have every step."""
+        if self.writer is None:
+            return
+        scalars = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+        if not chart:
+            return
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                self.writer.add_image(name, value, step, dataformats="HWC")
+            else:
+                self.writer.add_scalar(name, value, step)
+        if self.run is not None:
+            from wandb import Image
+
+            self.run.log({n: Image(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}, step=step)
+
+    def flush(self) -> None:
+        """All lines to the disk: before a checkpoint is made of what they tell."""
+        if self.writer is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.file.close()
+            self.writer.close()
+        if self.run is not None:
+            self.run.finish()
 
 
-def _step_of(line: str) -> float:
+def _length_up_to(path: Path, step: int) -> int:
+    """Bytes of the lines up to a step; what follows is lost steps, or a line that was cut off by a kill."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            length += len(line)
+    return length
+
+
+def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # the run was killed while it wrote this line
-        return math.inf
-
-
-def _micro_batches(batch: Mapping[str, np.ndarray], accumulate: int) -> dict[str, np.ndarray]:
-    if accumulate == 1:
-        return dict(batch)
-    return {name: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]) for name, x in batch.items()}
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb is set, but wandb is not installed: pip install wandb") from None
+    return wandb.init(
+        project=project, name=folder.name, id=folder.name, dir=str(folder), config=dict(settings), resume="allow"
+    )
 
 
 def train(
@@ -86,28 +147,42 @@ def train(
     batches: Batches,
     out: Path,
     *,
-    evaluate: Callable[[dict[str, Any]], Mapping[str, float]] | None = None,
+    mesh: Mesh | None = None,
+    evaluate: Evaluation | None = None,
+    flops: Flops | None = None,
+    peak: float | None = None,
+    profile: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train until ``config.steps`` and return the parameters. ``out`` holds ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
 
-    A checkpoint in ``out`` wins over ``params``: the same command resumes. The first interrupt or SIGTERM saves and raises ``Interrupted``.
+    A checkpoint in ``out`` wins over ``params``: the same command resumes, on any mesh, with any number of processes. The first
+    interrupt or SIGTERM saves and raises ``Interrupted``.
 
     Args:
-        params: where to start. Trainable arrays are consumed (donated to the first step), frozen ones used as they are.
-        evaluate: called with the parameters every ``eval_every`` steps; its scalars are logged.
+        params: where to start, placed on the mesh. Trainable arrays are consumed (donated to the first step), frozen ones used as they are.
+        batches: gives the rows ``feed.local_rows(mesh, …)`` of each global batch.
+        mesh: the devices of all processes; None is this process's first device.
+        evaluate: called with the parameters every ``eval_every`` steps; its scalars and pictures are logged.
+        flops: counts the operations of a step; what they are of ``peak``, the operations per second of a device, is logged.
+        profile: write a trace of that many steps to ``out/profile``.
 
     Raises:
-        Interrupted, or UserError when the loss is not finite.
+        Interrupted, or UserError when loss or gradient were not finite for more than ``config.max_skipped`` steps in a row.
     """
     out.mkdir(parents=True, exist_ok=True)
-    print(table.describe(params, config.trainable), flush=True)
-    state, frozen = init_state(config, params)
-    identity = {
-        "model": model_config.to_json(),
-        "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in CADENCE},
+    hosts.say(table.describe(params, config.trainable))
+    state, frozen = init_state(config, params, mesh)
+    settings = {
+        "model": {k: v for k, v in model_config.to_json().items() if k not in HOW},
+        "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW},
     }
-    checkpoints = Checkpoints(out / "checkpoints", keep=config.keep, identity=json.loads(json.dumps(identity)))
+    checkpoints = Checkpoints(
+        out / "checkpoints",
+        keep=config.keep,
+        identity=json.loads(json.dumps(settings)),
+        frozen=fingerprint(frozen),
+    )
     if checkpoints.latest() is not None:
         state, position = checkpoints.restore(state)
         if int(state.step) > config.steps:
@@ -115,88 +190,134 @@ def train(
                 f"{out} holds a run at step {int(state.step)}, beyond train.steps={config.steps}: choose another folder, or raise it"
             )
         batches.restore(position)
-        print(f"resuming from step {int(state.step)} in {out}", flush=True)
-    step_fn = make_step(model_config, config, params)
+        hosts.say(f"resuming from step {int(state.step)} in {out}")
     first = int(state.step)
-    log = Log(out, first)
-    stopping: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        if stopping:
-            raise KeyboardInterrupt
-        stopping.append(signum)
-
-    main = _set_handlers(stop)
+    log = Log(out, first, config.wandb, settings)
     bar = tqdm(
-        total=config.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True, mininterval=1.0
+        total=config.steps,
+        initial=first,
+        unit="step",
+        disable=not (progress and hosts.primary()),
+        dynamic_ncols=True,
+        mininterval=1.0,
     )
+    loop = _Loop(
+        config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
+        evaluate, flops, peak, profile, out,
+    )  # fmt: skip
     try:
-        stream = iter(batches)
-        state = _loop(config, state, frozen, step_fn, stream, batches, checkpoints, log, bar, stopping, evaluate)
+        with hosts.together(out), hosts.Stop().listen() as stop:
+            state = loop.run(state, stop)
     finally:
         bar.close()
         log.close()
         checkpoints.close()
-        for signum, handler in main.items():
-            signal.signal(signum, handler)
-    if stopping and int(state.step) < config.steps:
+    if stop.asked and int(state.step) < config.steps:
         raise Interrupted(int(state.step))
     return table.merge(state.trainable, frozen)
 
 
-def _check_finite(scalars: Mapping[str, float], step: int, latest: int | None) -> None:
-    """Raises UserError before a spoilt state is saved: a gradient may be spoilt while the loss still looks well."""
-    if spoilt := [name for name in ("loss", "grad_norm") if not math.isfinite(scalars[name])]:
-        kept = "nothing is saved yet" if latest is None else f"the last checkpoint is step {latest}"
-        raise UserError(
-            f"the {spoilt[0]} is {scalars[spoilt[0]]} at step {step}; {kept}: lower train.learning_rate or look at the data"
-        )
+@dataclasses.dataclass
+class _Loop:
+    """What does not change from step to step."""
+
+    config: TrainConfig
+    mesh: Mesh | None
+    frozen: table.Flat
+    step_fn: Any
+    batches: Batches
+    checkpoints: Checkpoints
+    log: Log
+    bar: tqdm
+    evaluate: Evaluation | None
+    flops: Flops | None
+    peak: float | None
+    profile: int
+    out: Path
+
+    def run(self, state: TrainState, stop: hosts.Stop) -> TrainState:
+        config, meter = self.config, Meter(self.peak if self.flops else None)
+        under_way: collections.deque[tuple[int, Mapping[str, jax.Array], tuple[Any, ...]]] = collections.deque()
+        stream = iter(self.batches)
+        first = int(state.step)
+        for step in range(first + 1, config.steps + 1):
+            with meter.waiting():
+                batch = next(stream)
+            self._trace(step - first, state)
+            placed = feed.put(batch, self.mesh, config.batch_size, config.accumulate)
+            state, metrics = self.step_fn(state, self.frozen, placed)
+            under_way.append((step, metrics, self._sizes(batch)))
+            self.bar.update()
+            last = stop.after(step) or step == config.steps
+            logs, saves = (step % every == 0 or last for every in (config.log_every, config.save_every))
+            evaluates = config.eval_every and (step % config.eval_every == 0 or step == config.steps)
+            while len(under_way) > (0 if logs or saves or evaluates else AHEAD):
+                self._arrived(*under_way.popleft(), meter, chart=logs and not under_way)
+            metric = None
+            if self.evaluate is not None and evaluates:
+                values = self.evaluate(table.merge(state.trainable, self.frozen))
+                self.log(step, values)
+                metric = best_metric(values, config.best)
+            if saves:
+                self.log.flush()
+                self.checkpoints.save(state, self.batches.state(), metric)
+            if saves or evaluates:
+                meter.restart()
+            if last:
+                break
+        self.checkpoints.wait()
+        return state
+
+    def _arrived(
+        self, step: int, metrics: Mapping[str, jax.Array], sizes: tuple[Any, ...], meter: Meter, *, chart: bool
+    ) -> None:
+        """Wait for a step, log it, and stop where too many in a row were of no use."""
+        scalars = {name: shortest(value) for name, value in jax.device_get(metrics).items()}
+        meter.done(*sizes)
+        self.log(step, {**scalars, **(meter.report() if chart else {})}, chart=chart)
+        check_skipped(scalars, step, self.config.max_skipped, self.checkpoints.latest())
+        if chart:
+            shown = {name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root") if name in scalars}
+            if scalars["skipped"]:
+                shown["skipped"] = f"{scalars['skipped']}"
+            self.bar.set_postfix(shown, refresh=False)
+
+    def _sizes(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int, Mapping[str, float]]:
+        """Rows, tokens and operations of the global batch, of which this process holds its share."""
+        config = self.config
+        rows = config.batch_size * config.accumulate
+        share = rows / len(batch["input_ids"])
+        tokens = int(np.count_nonzero(batch["attention_mask"]) * share)
+        return rows, tokens, {} if self.flops is None else {k: v * share for k, v in self.flops(batch).items()}
+
+    def _trace(self, number: int, state: TrainState) -> None:
+        """Begin and end the profile, by the number of the step in this process."""
+        if self.profile and number == PROFILE_AFTER:
+            jax.profiler.start_trace(str(self.out / "profile"))
+        if self.profile and number == PROFILE_AFTER + self.profile:
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+            hosts.say(f"a profile of {self.profile} steps is in {self.out / 'profile'}: open it with xprof or Perfetto")
 
 
-def _set_handlers(stop: Callable[[int, Any], None]) -> dict[int, Any]:
-    try:
-        return {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        return {}
+def shortest(value: Any) -> float | int:
+    """A float32 as the number of fewest digits that is still that float32; a whole number as it is."""
+    return int(value) if np.issubdtype(value.dtype, np.integer) else float(str(np.float32(value)))
 
 
-def _loop(
-    config: TrainConfig,
-    state: TrainState,
-    frozen: table.Flat,
-    step_fn: Any,
-    stream: Iterator[Mapping[str, np.ndarray]],
-    batches: Batches,
-    checkpoints: Checkpoints,
-    log: Log,
-    bar: tqdm,
-    stopping: list[int],
-    evaluate: Callable[[dict[str, Any]], Mapping[str, float]] | None,
-) -> TrainState:
-    rows, since = 0, time.perf_counter()
-    for step in range(int(state.step) + 1, config.steps + 1):
-        batch = next(stream)
-        rows += len(batch["input_ids"])
-        state, metrics = step_fn(state, frozen, _micro_batches(batch, config.accumulate))
-        bar.update()
-        last = step == config.steps or bool(stopping)
-        logs, saves = (step % every == 0 or last for every in (config.log_every, config.save_every))
-        if logs or saves:
-            scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            _check_finite(scalars, step, checkpoints.latest())
-        if logs:
-            now = time.perf_counter()
-            scalars["samples_per_second"], rows, since = rows / (now - since), 0, now
-            log(step, scalars)
-            bar.set_postfix(
-                {name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root")}, refresh=False
-            )
-        if evaluate is not None and config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-            log(step, dict(evaluate(table.merge(state.trainable, frozen))))
-            since = time.perf_counter()
-        if saves:
-            checkpoints.save(state, batches.state())
-        if last:
-            break
-    checkpoints.wait()
-    return state
+def best_metric(values: Mapping[str, Any], name: str) -> float | None:
+    """The mean of ``val_…_{name}`` over the kinds of held-out rows; None without one."""
+    found = [value for key, value in values.items() if key.split("_", 2)[::2] == ["val", name]]
+    return float(np.mean(found)) if found else None
+
+
+def check_skipped(scalars: Mapping[str, float], step: int, limit: int, latest: int | None) -> None:
+    """Raises UserError when more than ``limit`` updates in a row were dropped because loss or gradient was not finite."""
+    if (row := scalars["skipped_in_a_row"]) <= limit:
+        return
+    name = "loss" if not math.isfinite(scalars["loss"]) else "grad_norm"
+    kept = "nothing is saved yet" if latest is None else f"the last checkpoint is step {latest}"
+    raise UserError(
+        f"the {name} is {scalars[name]} at step {step}, and {row} updates in a row were dropped for such a reason "
+        f"(train.max_skipped={limit}); {kept}: lower train.learning_rate or look at the data"
+    )

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from chatpose_jax.data.batches import BatchLoader, collate, encode_example, fit_buckets
+from chatpose_jax.data.batches import BatchLoader, collate, encode_example, fit_buckets, fit_packs, pack
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
@@ -198,13 +198,16 @@ def test_state_of_other_data_is_refused(processor, dataset):
             loader.restore(state)
 
 
-def test_shards_are_slices_of_the_global_batch(processor, dataset):
-    whole = BatchLoader(dataset, processor, 4)
-    parts = [BatchLoader(dataset, processor, 4, shard=(index, 2)) for index in range(2)]
+@pytest.mark.parametrize("packing", [False, True])
+def test_processes_make_their_rows_of_the_global_batch(processor, dataset, packing):
+    whole = BatchLoader(dataset, processor, 4, packing=packing, max_length=400)
+    parts = [
+        BatchLoader(dataset, processor, 4, rows=rows, packing=packing, max_length=400) for rows in ([0, 1], [3], [0, 2])
+    ]
     for step in range(5):
         batch = whole.batch(step)
-        for index, part in enumerate(parts):
-            assert same(part.batch(step), {name: value[index::2] for name, value in batch.items()})
+        for part in parts:
+            assert same(part.batch(step), {name: value[part.rows] for name, value in batch.items()})
 
 
 def test_cached_pictures_are_the_same(processor, dataset):
@@ -222,6 +225,80 @@ def test_cache_takes_each_row_once(processor, dataset):
 
     list(BatchLoader(Counting(dataset), processor, 4, epochs=3, cache=True))
     assert Counting.taken == len(dataset)
+
+
+@pytest.mark.parametrize("options", [{"threads": 3}, {"threads": 2, "epochs": 1}])
+def test_grain_reads_ahead_what_would_come_anyway(processor, dataset, options):
+    plain = BatchLoader(dataset, processor, 4, epochs=options.get("epochs"))
+    ahead = BatchLoader(dataset, processor, 4, prefetch=4, **options)
+    for loader in (plain, ahead):
+        loader.restore({**loader.state(), "step": 5})
+    found = list(itertools.islice(ahead, 12))
+    assert all(same(a, b) for a, b in zip(itertools.islice(plain, 12), found, strict=True))
+    assert ahead.state() == plain.state()
+
+
+@pytest.mark.slow
+def test_grains_processes_read_ahead_what_would_come_anyway(processor, dataset):
+    plain, ahead = BatchLoader(dataset, processor, 4), BatchLoader(dataset, processor, 4, prefetch=2, workers=2)
+    assert all(same(a, b) for a, b in zip(itertools.islice(plain, 6), itertools.islice(ahead, 6), strict=True))
+
+
+def test_packs_hold_every_row_once_and_leave_little_room(processor, dataset):
+    padded = BatchLoader(dataset, processor, 4, epochs=1, max_length=320, buckets=1)
+    packed = BatchLoader(dataset, processor, 4, epochs=1, max_length=320, packing=True)
+    batches = list(packed)
+    assert len(batches) == len(packed) < len(padded)
+    assert {(b["input_ids"].shape[1], "pixel_values" in b) for b in batches} == {
+        (shape.length, shape.images > 0) for shape in packed.shapes
+    }
+    seen = []
+    for batch in batches:
+        for ids, segments, labels in zip(batch["input_ids"], batch["segment_ids"], batch["labels"]):
+            assert (np.diff(segments[segments > 0]) >= 0).all()
+            for number in range(1, segments.max() + 1):
+                if (labels[segments == number] != IGNORE).any():
+                    seen.append(processor.decode(ids[segments == number]).split("row ")[1].split(".")[0])
+        np.testing.assert_array_equal(batch["segment_ids"] > 0, batch["attention_mask"])
+        row, slot = np.nonzero(batch["pose_mask"])
+        assert (batch["input_ids"][row, batch["pose_index"][row, slot] + 1] == POSE_ID).all()
+    assert sorted(seen, key=int) == [str(i) for i in range(53)]
+    assert sum(batch["pose_mask"].sum() for batch in batches) == sum(len(row.poses) for row in dataset)
+
+
+def test_a_pack_predicts_nothing_across_its_borders(processor):
+    rows = [encode_example(processor, example(i), 256) for i in range(3)]
+    rows[1] = {**rows[1], "labels": rows[1]["input_ids"].copy()}  # a row whose first token has a label
+    packed = pack(rows)
+    first = np.flatnonzero(np.diff(packed["segment_ids"], prepend=0))
+    assert (packed["labels"][first] == IGNORE).all()
+    assert (
+        np.count_nonzero(packed["labels"] != IGNORE) == sum(np.count_nonzero(r["labels"] != IGNORE) for r in rows) - 1
+    )
+
+
+def test_packs_resume_across_epochs_of_different_length(processor, dataset):
+    def loader():
+        return BatchLoader(dataset, processor, 2, max_length=320, packing=True)
+
+    first = loader()
+    lengths = {first._count(epoch) for epoch in range(12)}
+    assert len(lengths) > 1, "else this shows nothing"
+    stop = sum(first._count(epoch) for epoch in range(3)) + 1
+    taken = loader()
+    for _ in itertools.islice(taken, stop):
+        pass
+    second = loader()
+    second.restore(json.loads(json.dumps(taken.state())))
+    assert second.state()["epoch"] == 3
+    assert all(same(batch, first.batch(stop + i)) for i, batch in enumerate(itertools.islice(second, 4)))
+
+
+def test_best_fit():
+    sizes = np.array([[6, 1, 0], [5, 0, 0], [4, 0, 0], [3, 1, 0], [1, 0, 0]])
+    assert fit_packs(sizes, np.array([10, 2, 2])) == [[0, 2], [1, 3, 4]]
+    assert fit_packs(sizes, np.array([10, 1, 2])) == [[0, 2], [1, 3, 4]]
+    assert fit_packs(sizes[:4], np.array([10, 1, 2]), open_packs=1) == [[0], [1, 2], [3]]
 
 
 def test_broken_row_is_raised_through_the_thread(processor, dataset):
@@ -254,7 +331,7 @@ def test_buckets_pad_least():
     [
         ({"dataset": []}, "data set is empty"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 3, "shard": (0, 2)}, "divide evenly"),
+        ({"rows": [1, 4]}, "rows 1 to 4 of a batch of 4"),
         ({"lengths": (16,)}, "hold no row of"),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create, fake_batch
-from chatpose_jax.train.trainer import Interrupted, train
+from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.train.trainer import Interrupted, best_metric, shortest, train
 from tests.train.test_step import CONFIG, SETTINGS
 
 SETTINGS = dataclasses.replace(SETTINGS, steps=6, save_every=2, log_every=1)
@@ -21,7 +22,7 @@ SETTINGS = dataclasses.replace(SETTINGS, steps=6, save_every=2, log_every=1)
 class Batches:
     """An endless stream that can stop itself: ``at`` sends a signal before that batch."""
 
-    def __init__(self, at=None, spoil=None):
+    def __init__(self, at=None, spoil=()):
         self.step, self.at, self.spoil = 0, at, spoil
 
     def __iter__(self):
@@ -30,7 +31,7 @@ class Batches:
             if self.step == self.at:
                 os.kill(os.getpid(), signal.SIGTERM)
             batch = fake_batch(CONFIG, batch=4, length=16, seed=self.step)
-            if self.step == self.spoil:
+            if self.step in self.spoil:
                 batch["pixel_values"][:] = np.nan
             yield batch
 
@@ -93,9 +94,76 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, params):
         train(wider, SETTINGS, params(), Batches(), tmp_path, progress=False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, params):
-    with pytest.raises(UserError, match="the loss is nan at step 3; the last checkpoint is step 2"):
-        train(CONFIG, SETTINGS, params(), Batches(spoil=3), tmp_path, progress=False)
+def test_spoilt_updates_are_dropped_counted_and_too_many_stop_the_run(tmp_path, params):
+    settings = dataclasses.replace(SETTINGS, max_skipped=2)
+    train(CONFIG, settings, params(), Batches(spoil=(3, 4)), tmp_path / "some", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "some" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step 5, and 3 updates in a row .*last checkpoint is step 4"
+    ):
+        train(CONFIG, settings, params(), Batches(spoil=(3, 4, 5)), tmp_path / "many", progress=False)
+    after = train(CONFIG, settings, params(), Batches(), tmp_path / "many", progress=False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+def test_every_step_has_a_line_whatever_is_charted(tmp_path, params):
+    train(CONFIG, SETTINGS, params(), Batches(), tmp_path / "one", progress=False)
+    train(CONFIG, dataclasses.replace(SETTINGS, log_every=4), params(), Batches(), tmp_path / "four", progress=False)
+    one, four = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "four")
+    )
+    assert [line["step"] for line in four] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in one] == [line["loss"] for line in four]
+    assert all(np.float32(line["loss"]) == line["loss"] or len(repr(line["loss"])) < 12 for line in four)
+    assert [("step_p50" in line) for line in four] == [False, False, False, True, False, True]
+    assert four[3]["samples_per_second"] > 0
+    assert four[3]["step_p90"] >= four[3]["step_p50"] > 0
+
+
+def test_a_float32_survives_its_line():
+    values = np.random.default_rng(0).normal(size=500).astype(np.float32) * np.float32(10) ** np.arange(-20, 30, 0.1)
+    for value in np.float32(values):
+        assert np.float32(json.loads(json.dumps(shortest(value)))) == value
+    assert shortest(np.int32(7)) == 7
+
+
+def test_a_mesh_trains_to_the_same_losses_and_resumes_on_another(tmp_path, params):
+    train(CONFIG, SETTINGS, params(), Batches(), tmp_path / "one", progress=False)
+    settings = dataclasses.replace(SETTINGS, steps=4)
+    for steps, sizes in ((4, (4, 1, 1)), (6, (2, 2, 2))):
+        mesh = make_mesh(*sizes)
+        there = create(CONFIG, jax.random.key(0), mesh)
+        settings = dataclasses.replace(SETTINGS, steps=steps, save_every=4)
+        train(CONFIG, settings, there, Batches(), tmp_path / "meshes", mesh=mesh, progress=False)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "meshes"), rtol=2e-5)
+
+
+def test_pictures_and_the_best_are_kept(tmp_path, params):
+    errors = iter((3.0, 1.0, 2.0))
+
+    def evaluate(_):
+        return {"val_text_pa_mpjpe": next(errors), "val_text_poses": np.zeros((8, 8, 3), np.uint8)}
+
+    settings = dataclasses.replace(SETTINGS, eval_every=2, keep=1)
+    train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=evaluate, progress=False)
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    assert b"val_text_poses" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_text_pa_mpjpe"] for line in lines if "loss" not in line] == [3.0, 1.0, 2.0]
+
+
+def test_the_mean_over_kinds_decides_what_is_best():
+    values = {"val_text_pa_mpjpe": 1.0, "val_image_pa_mpjpe": 3.0, "val_text_mpjpe": 50.0, "loss": 1.0}
+    assert best_metric(values, "pa_mpjpe") == 2.0
+    assert best_metric(values, "mpjpe") == 50.0
+    assert best_metric(values, "mpjre") is None
+
+
+def test_a_profile_is_written(tmp_path, params):
+    train(CONFIG, SETTINGS, params(), Batches(), tmp_path, profile=2, progress=False)
+    assert any(file.stat().st_size for file in (tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_tensorboard_holds_the_scalars(tmp_path, params):
@@ -116,14 +184,6 @@ def test_a_signal_in_any_moment_of_a_step_saves(tmp_path, params):
     with pytest.raises(Interrupted, match="stopped at step 4"):
         train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=evaluate, progress=False)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["4"]
-
-
-def test_a_spoilt_state_is_never_saved(tmp_path, params):
-    settings = dataclasses.replace(SETTINGS, save_every=1, log_every=4)
-    with pytest.raises(UserError, match="at step 3; the last checkpoint is step 2"):
-        train(CONFIG, settings, params(), Batches(spoil=3), tmp_path, progress=False)
-    after = train(CONFIG, settings, params(), Batches(), tmp_path, progress=False)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
 def test_a_run_longer_than_asked_for_is_not_passed_off_as_short(tmp_path, params):

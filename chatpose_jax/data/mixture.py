@@ -1,0 +1,58 @@
+"""Several data sets as one, in fixed proportions."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+
+
+class Mixture(Sequence[Example]):
+    """Rows of all sources by index, one source after another; an epoch draws from each by its weight.
+
+    An epoch has as many rows as all sources together (about: each share is rounded). A source whose share is larger than
+    itself is repeated, in a new order each time; one whose share is smaller goes on in the next epoch where it stopped.
+    Which rows an epoch holds is a pure function of its number and the seed.
+
+    sources: sequences of ``Example``. weights: one for each, positive; only their proportions matter.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Example]], weights: Sequence[float]) -> None:
+        if not sources or len(sources) != len(weights) or any(weight <= 0 for weight in weights):
+            raise UserError(
+                f"a mixture needs a positive weight for each of its sources, found {list(weights)} for {len(sources)}"
+            )
+        if empty := [index for index, source in enumerate(sources) if not len(source)]:
+            raise UserError(f"source {empty[0]} of the mixture is empty")
+        self.sources = list(sources)
+        self._ends = list(itertools.accumulate(map(len, sources)))
+        self.shares = [max(1, round(self._ends[-1] * weight / sum(weights))) for weight in weights]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        source = bisect.bisect_right(self._ends, index)
+        return self.sources[source][index - (self._ends[source] - len(self.sources[source]))]
+
+    def epoch(self, number: int, seed: int) -> np.ndarray:
+        """The rows of an epoch, source by source; a row that is drawn twice stands there twice."""
+        drawn = []
+        for index, (source, end, share) in enumerate(zip(self.sources, self._ends, self.shares)):
+            size = len(source)
+            rounds = range(number * share // size, -(-(number + 1) * share // size))
+            orders = [np.random.default_rng((seed, 1, index, turn)).permutation(size) for turn in rounds]
+            start = number * share - rounds[0] * size
+            drawn.append(np.concatenate(orders)[start : start + share] + (end - size))
+        return np.concatenate(drawn)

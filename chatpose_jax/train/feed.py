@@ -1,0 +1,64 @@
+"""Batches from the host to a mesh: which rows this process makes, and one global array of everybody's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.sharding import RULES, batch_sharding
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Parts into which the mesh splits the rows of a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.axes("batch", mesh))
+
+
+def local_rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> np.ndarray | None:
+    """The rows that the devices of this process need of a global batch, which is ``accumulate`` micro-batches of
+    ``batch_size`` after one another; None means all.
+
+    Raises UserError when a micro-batch cannot be split evenly.
+    """
+    if mesh is None:
+        return None
+    if batch_size % row_shards(mesh):
+        raise UserError(
+            f"train.batch_size={batch_size} must be a multiple of data × fsdp = {row_shards(mesh)}, the parts into "
+            "which train.mesh splits the rows of a batch"
+        )
+    micro = np.arange(batch_size)
+    wanted = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    mine = np.unique(np.concatenate([micro[index] for index in wanted if index is not None]))
+    return (np.arange(accumulate)[:, None] * batch_size + mine).reshape(-1)
+
+
+def put(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, batch_size: int, accumulate: int = 1
+) -> dict[str, np.ndarray | jax.Array]:
+    """What a step takes: micro-batches on a leading axis where there are several, rows split over the mesh.
+
+    batch: the ``local_rows`` of a global batch, in their order. Processes may hold any rows, in any number: devices that
+    stand side by side in a mesh need not belong to the same process.
+    """
+    leading = int(accumulate > 1)
+    local = {
+        name: x.reshape(accumulate, len(x) // accumulate, *x.shape[1:]) if leading else x for name, x in batch.items()
+    }
+    rows = local_rows(mesh, batch_size)
+    if mesh is None or rows is None:
+        return dict(local)
+    sharding = batch_sharding(mesh, stacked=bool(leading))
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return np.take(x, np.searchsorted(rows, np.arange(batch_size)[index[leading]]), axis=leading)
+
+        return jax.make_array_from_callback((*x.shape[:leading], batch_size, *x.shape[leading + 1 :]), sharding, part)
+
+    return {name: place(x) for name, x in local.items()}

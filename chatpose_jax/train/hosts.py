@@ -1,0 +1,192 @@
+"""Many processes, one run: finding each other, stopping together, and stopping when one is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+from chatpose_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 20
+"""Silence after which JAX gives a process up and ends the others. Its default of 100 lets a broken job burn money."""
+
+LOST = 75
+"""Exit status of a process that lost another one (EX_TEMPFAIL of sysexits.h): start all again, the run resumes."""
+
+STOPPED = 143
+"""Exit status after a signal was obeyed and everything saved (128 + SIGTERM)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """How the processes of a run find each other.
+
+    coordinator: HOST:PORT of process 0, reachable by all. num_processes: how many. process_id: which this one is.
+    All three None: the cluster knows (Cloud TPU, SLURM, MPI), and JAX asks it.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def find(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    environ: Mapping[str, str] = os.environ,
+    dev: Path = Path("/dev"),
+) -> Hosts | None:
+    """What the flags say, else the environment; None for a run of one process.
+
+    In this order: flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as the manifests in ``launch/``
+    set them; a SLURM step of several tasks; a TPU slice on GKE (TPU_WORKER_HOSTNAMES) or a Cloud TPU VM.
+    Raises UserError where only some of the three are given or they contradict each other.
+    """
+    flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    if any(value is not None for value in flags.values()):
+        return _explicit(flags)
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if any(environ.get(name) for name in names[1:]):
+        return _explicit({name: environ.get(name) or None for name in names})
+    # Within `sbatch` alone, outside `srun`, SLURM_NTASKS counts tasks that nobody started.
+    if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        return Hosts()
+    if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return Hosts()
+    chips = any(dev.glob("accel[0-9]*")) or any(dev.glob("vfio/[0-9]*"))
+    if chips and importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in environ:
+        return Hosts()
+    return None
+
+
+def _explicit(given: Mapping[str, Any]) -> Hosts:
+    if missing := [name for name, value in given.items() if value is None]:
+        said = ", ".join(name for name in given if name not in missing)
+        raise UserError(f"{said} without {' and '.join(missing)}: a run of several processes needs all three")
+    (coordinator, *numbers), (_, *names) = given.values(), given
+    try:
+        count, index = (int(number) for number in numbers)
+    except ValueError:
+        raise UserError(f"{' and '.join(names)} must be numbers, found {', '.join(map(repr, numbers))}") from None
+    if not 0 <= index < count:
+        raise UserError(f"{names[1]} must be at least 0 and less than {names[0]}, found {index} of {count}")
+    if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"{next(iter(given))}: expected HOST:PORT, found {coordinator!r}")
+    return Hosts(coordinator, count, index)
+
+
+def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
+    """Join the other processes; must come before the first use of any device. None is a run of one process.
+
+    heartbeat: seconds of silence after which a process counts as lost.
+    Raises UserError when they cannot be reached.
+    """
+    if hosts is None:
+        return
+    try:
+        jax.distributed.initialize(
+            **_arguments(hosts), heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
+        )
+    except (RuntimeError, ValueError) as error:
+        where = hosts.coordinator or "the cluster"
+        raise UserError(
+            f"the processes of this run did not find each other through {where}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _arguments(hosts: Hosts) -> dict[str, Any]:
+    if hosts.coordinator is None:
+        return {}
+    return {
+        "coordinator_address": hosts.coordinator,
+        "num_processes": hosts.num_processes,
+        "process_id": hosts.process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def primary() -> bool:
+    """Whether this process speaks for all: it alone prints and writes what is not sharded."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Print, once for the whole run."""
+    if primary():
+        print(text, flush=True)
+
+
+class Stop:
+    """The first SIGTERM or Ctrl-C asks the run to stop; the second one ends it.
+
+    With several processes, a signal to any of them stops all, and all after the same step: they agree through JAX's
+    preemption service, which listens to SIGTERM by itself.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def after(self, step: int) -> bool:
+        """Whether this step is the last. Every process asks after every step."""
+        if jax.process_count() > 1:
+            self.asked = self.asked or multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+    def _signal(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        if jax.process_count() > 1:  # a Ctrl-C becomes what the preemption service listens to; the next one interrupts
+            signal.signal(signum, signal.default_int_handler)
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.asked = True
+
+    @contextmanager
+    def listen(self) -> Iterator[Stop]:
+        """Obey signals within the block; outside the main thread, whoever owns it handles them."""
+        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        try:
+            before = {number: signal.signal(number, self._signal) for number in signals}
+        except ValueError:
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def together(folder: Path) -> Iterator[None]:
+    """Turns the failure of a collective operation, in a run of several processes, into one clear line and exit status
+    ``LOST``: another process is gone, and waiting for it at exit would only hang.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        _give_up(folder, error)
+
+
+def _give_up(folder: Path, error: Exception) -> NoReturn:
+    first = str(error).strip().splitlines()[0][:300]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} lost another one: {first}\n"
+        f"Start all of them again with the same command, any number of processes: the run resumes from {folder}.",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(LOST)

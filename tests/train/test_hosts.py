@@ -1,0 +1,60 @@
+"""How a process learns of the others: flags, then variables, then the cluster."""
+
+import signal
+
+import pytest
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.train.hosts import Hosts, Stop, find
+
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (EXPLICIT, Hosts("run-0.run:1234", 4, 3)),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, Hosts()),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, Hosts()),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, Hosts()),
+    ],
+)
+def test_the_environment_says(environment, expected, tmp_path):
+    assert find(environ=environment, dev=tmp_path) == expected
+
+
+def test_flags_win(tmp_path):
+    assert find("localhost:99", 2, 0, environ=EXPLICIT, dev=tmp_path) == Hosts("localhost:99", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        (("localhost:99", None, None), {}, "--coordinator without --num-processes and --process-id"),
+        ((None, 2, 0), {}, "--num-processes, --process-id without --coordinator"),
+        (("localhost:99", 2, 2), {}, "--process-id must be at least 0 and less than --num-processes, found 2 of 2"),
+        (("localhost", 2, 1), {}, "--coordinator: expected HOST:PORT, found 'localhost'"),
+        ((None, None, None), {**EXPLICIT, "JAX_PROCESS_ID": ""}, "without JAX_PROCESS_ID"),
+        ((None, None, None), {**EXPLICIT, "JAX_NUM_PROCESSES": "many"}, "must be numbers, found 'many', '3'"),
+    ],
+)
+def test_half_an_answer_is_an_error(flags, environment, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        find(*flags, environ=environment, dev=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_the_second_ends(number):
+    before = signal.getsignal(number)
+    with Stop().listen() as stop:
+        assert not stop.after(1)
+        signal.raise_signal(number)
+        assert stop.after(2)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
