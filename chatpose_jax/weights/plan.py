@@ -8,6 +8,7 @@ rule with a reason, and every leaf has exactly one origin of the right shape.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -332,13 +333,18 @@ def embedding_rows(sources: Sequence[Source]) -> int:
 
 def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Fresh weights of one part, by path, as training would start it."""
+    state = _initialiser(part, config)(jax.random.key(seed))
+    return {f"{part}/{path}": np.asarray(leaf) for path, leaf in flatten_dict(state, sep="/").items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _initialiser(part: str, config: ModelConfig) -> Callable[[jax.Array], dict[str, Any]]:
     makers: dict[str, Callable[[nnx.Rngs], Any]] = {
         "vision": lambda rngs: VisionTower(config, rngs=rngs),
         "projector": lambda rngs: Projector(config, rngs=rngs),
         "pose_head": lambda rngs: create_head(config.head, config.text.hidden_size, rngs=rngs),
     }
-    state = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(makers[part](nnx.Rngs(key)))))(jax.random.key(seed))
-    return {f"{part}/{path}": np.asarray(leaf) for path, leaf in flatten_dict(state, sep="/").items()}
+    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(makers[part](nnx.Rngs(key)))))
 
 
 class _Problems:
