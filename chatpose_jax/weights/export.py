@@ -23,9 +23,10 @@ from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import SETTINGS_FILE, Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL
 from chatpose_jax.weights import adapters, pose_head
-from chatpose_jax.weights.arrays import Stored, by_path
+from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, load_config, new_folder
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Rule, Shape
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import copy_array
 from chatpose_jax.weights.readers import TensorEntry, read_safetensors_header
 from chatpose_jax.weights.tokens import Tokens, read_tokens, write_tokenizer

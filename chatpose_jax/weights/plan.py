@@ -18,7 +18,6 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
@@ -29,6 +28,7 @@ from chatpose_jax.models.vision import VisionTower
 from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.layouts import Rule, Transform
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import Index, TensorEntry
 from chatpose_jax.weights.sources import Source, open_adapter, open_sources
 from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, read_tokens
@@ -277,7 +277,7 @@ def make_plan(
     if unknown := sorted(set(init_missing) - {"vision", "projector", "pose_head"}):
         raise UserError(f"--init-missing {unknown[0]!r}: expected vision, projector or pose_head")
     config, vocabulary = infer_config(sources, tokenizer, dtype=dtype)
-    tree: dict[str, jax.ShapeDtypeStruct] = flatten_dict(abstract_params(config), sep="/")
+    tree: dict[str, jax.ShapeDtypeStruct] = by_path(abstract_params(config))
     provided = {part for source in sources for part in source.layout.parts}
     fresh_parts = set(init_missing)
     if pose_head == "init" or "pose_head" not in provided:
@@ -334,7 +334,7 @@ def embedding_rows(sources: Sequence[Source]) -> int:
 def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Fresh weights of one part, by path, as training would start it."""
     state = _initialiser(part, config)(jax.random.key(seed))
-    return {f"{part}/{path}": np.asarray(leaf) for path, leaf in flatten_dict(state, sep="/").items()}
+    return {f"{part}/{path}": np.asarray(leaf) for path, leaf in by_path(state).items()}
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,9 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig, ModelConfig
+from chatpose_jax.models.heads import create_head
 from chatpose_jax.weights.layouts import Layout, Rule, parts
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import read_json
 
 WEIGHTS, DESCRIPTION = "pose_head.safetensors", "pose_head.json"
@@ -81,11 +85,6 @@ def layout(folder: Path) -> Layout:
 
 def head_paths(head: HeadConfig) -> list[str]:
     """The leaves of a head, ``pose_head/…``."""
-    from flax import nnx
-
-    from chatpose_jax.models.heads import create_head
-    from chatpose_jax.weights.arrays import by_path
-
     # The names do not depend on the width.
     state = nnx.eval_shape(lambda: nnx.state(create_head(head, 8, rngs=nnx.Rngs(0))))
     return [f"pose_head/{path}" for path in by_path(nnx.to_pure_dict(state))]

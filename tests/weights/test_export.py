@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 torch = pytest.importorskip("torch")
@@ -26,13 +28,17 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, bind  # noqa: E402
-from chatpose_jax.models.config import LoRAConfig, ModelConfig  # noqa: E402
+from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig  # noqa: E402
+from chatpose_jax.models.heads import register  # noqa: E402
+from chatpose_jax.models.heads.base import PoseHead  # noqa: E402
+from chatpose_jax.models.layers import Linear  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
-from chatpose_jax.weights.arrays import by_path  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.paths import by_path  # noqa: E402
+from chatpose_jax.weights.plan import initial  # noqa: E402
 
 from .sources import (  # noqa: E402
     POSE_ID,
@@ -87,15 +93,10 @@ def trained(folder: Path, out: Path, lora: LoRAConfig | None = LORA, *, passenge
             params[path] = np.asarray(held[path]) + 0.2 * noise
         else:
             params[path] = held[path]
-    tree: dict[str, Any] = {}
-    for path, leaf in params.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
     processor = Processor.load(folder / TOKENIZER, config)
-    return save_folder(out, wanted, tree, processor=processor, passengers=folder if passengers else None)
+    return save_folder(
+        out, wanted, unflatten_dict(params, sep="/"), processor=processor, passengers=folder if passengers else None
+    )
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -343,6 +344,41 @@ def test_dtype_of_the_result(tmp_path: Path) -> None:
     assert_same(weights(tmp_path / "hf"), expected)
     assert LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.float16
     assert load_file(tmp_path / "hf" / "pose_head.safetensors")["0.weight"].dtype == torch.float32
+
+
+@register("listed_in_test_export")
+class ListedHead(PoseHead):
+    """A head whose layers are a list, with an option."""
+
+    def __init__(self, width: int, num_joints: int, *, rngs: nnx.Rngs, hidden: int = 8):
+        self.num_joints = num_joints
+        self.layers = nnx.List(
+            [Linear(width, hidden, bias=True, rngs=rngs), Linear(hidden, num_joints * 6, bias=True, rngs=rngs)]
+        )
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+def test_a_head_of_another_kind_goes_out_and_comes_back(plain: Path, tmp_path: Path) -> None:
+    config = load_config(plain).replace(head=HeadConfig("listed_in_test_export", 24, (("hidden", 12),)))
+    params = by_path(load_params(plain, abstract_params(load_config(plain))))
+    params = {path: leaf for path, leaf in params.items() if not path.startswith("pose_head/")}
+    head = initial("pose_head", config, 3)
+    processor = Processor.load(plain / TOKENIZER, config)
+    save_folder(tmp_path / "jax", config, unflatten_dict(params | head, sep="/"), processor=processor)
+    with pytest.raises(
+        UserError, match="has a place for the pose head 'mlp' only, this model has 'listed_in_test_export'"
+    ):
+        export(tmp_path / "jax", tmp_path / "out", "chatpose")
+    export(tmp_path / "jax", tmp_path / "hf", "transformers")
+    assert "layers.1.kernel" in load_file(tmp_path / "hf" / "pose_head.safetensors")
+    back = model_folder(tmp_path / "hf", tmp_path / "back")
+    assert load_config(back).head == config.head
+    found = by_path(load_params(back, abstract_params(load_config(back))))
+    assert {path for path in found if path.startswith("pose_head/")} == head.keys()
+    for path, leaf in head.items():
+        np.testing.assert_array_equal(found[path], leaf)
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

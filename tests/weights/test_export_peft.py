@@ -23,10 +23,10 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
-from chatpose_jax.weights.arrays import by_path  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params  # noqa: E402
+from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.sources import open_adapter  # noqa: E402
 
 from .sources import (  # noqa: E402
