@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,29 +70,33 @@ class Log:
     """
 
     def __init__(self, folder: Path, step: int, wandb: str = "", settings: Mapping[str, Any] | None = None):
+        self.folder, self.first = folder, step
+        self.file: Any = None
         self.writer: Any = None
         self.run: Any = None
         if not hosts.primary():
             return
-        from tensorboardX import SummaryWriter
-
         path = folder / "metrics.jsonl"
         path.touch()
         os.truncate(path, _length_up_to(path, step))  # in one go: a kill leaves all of the kept lines or more
-        self.file = path.open("a")
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.file = path.open("a", buffering=1)
         if wandb:
             self.run = _wandb_run(wandb, folder, settings or {})
 
     def __call__(self, step: int, values: Mapping[str, Any], *, chart: bool = True) -> None:
         """Scalars, and pictures where values are arrays. chart: also for TensorBoard, which need not have every step."""
-        if self.writer is None:
+        if self.file is None:
             return
         scalars = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
         self.file.write(json.dumps({"step": step, **scalars}) + "\n")
         if not chart:
             return
-        self.file.flush()
+        if self.writer is None:  # the import takes seconds where PyTorch is installed
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self.first + 1 if self.first else None
+            )
         for name, value in values.items():
             if isinstance(value, np.ndarray):
                 self.writer.add_image(name, value, step, dataformats="HWC")
@@ -104,13 +109,13 @@ class Log:
 
     def flush(self) -> None:
         """All lines to the disk: before a checkpoint is made of what they tell."""
-        if self.writer is not None:
-            self.file.flush()
+        if self.file is not None:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        if self.writer is not None:
+        if self.file is not None:
             self.file.close()
+        if self.writer is not None:
             self.writer.close()
         if self.run is not None:
             self.run.finish()
@@ -199,7 +204,7 @@ def train(
         unit="step",
         disable=not (progress and hosts.primary()),
         dynamic_ncols=True,
-        mininterval=1.0,
+        mininterval=1.0 if sys.stderr.isatty() else 30.0,
     )
     loop = _Loop(
         config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
