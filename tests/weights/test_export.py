@@ -237,6 +237,8 @@ def test_transformers_gives_the_same_logits_with_the_adapters_merged(tmp_path: P
     assert expected.std() > 0.1
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    if not passengers:
+        return
     # A model without adapters is merged already.
     model_folder(tmp_path / "hf", tmp_path / "back")
     assert load_config(tmp_path / "back").lora is None
@@ -288,7 +290,7 @@ def test_a_new_image_row_is_the_mean_of_the_others(tmp_path: Path) -> None:
     assert load_config(model_folder(tmp_path / "hf", tmp_path / "back")).image_token_id == 1025
 
 
-@pytest.mark.parametrize("format", ["llava", "chatpose"])
+@pytest.mark.parametrize("format", [pytest.param("llava", marks=pytest.mark.slow), "chatpose"])
 def test_flat_layouts_give_the_same_logits_and_poses(tmp_path: Path, format: str) -> None:
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
     folder = trained(model_folder(tmp_path / "src", tmp_path / "jax", vision=tmp_path / "clip"), tmp_path / "lora")
