@@ -1,5 +1,5 @@
-"""Converts PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a folder that ``chatpose_jax.load`` takes; the same as
-``chatpose convert``.
+"""Converts PyTorch weights (LLaVA-1.5, CHATPOSE-V0, Vicuna) to a folder that chatpose_jax.load takes. PyTorch is not
+needed, nothing in a file is run, and memory does not grow with the model. The same as: chatpose convert.
 """
 
 import argparse
@@ -11,13 +11,6 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.weights.cli import add_convert_arguments, run_convert
 
-EXAMPLES = """examples:
-  python convert_weights.py llava-1.5-13b-hf out/llava --dtype bfloat16
-  python convert_weights.py llava-v1.5-13b out/llava --vision clip-vit-large-patch14-336
-  python convert_weights.py CHATPOSE-V0 out/chatpose --vision clip-vit-large-patch14-336
-
-docs/weights.md has the table of layouts."""
-
 
 def complete_processor(tokenizer: Path, config: ModelConfig) -> None:
     """Checks that the tokenizer fits the model, and writes the processor's settings beside it."""
@@ -25,9 +18,7 @@ def complete_processor(tokenizer: Path, config: ModelConfig) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python convert_weights.py", description=__doc__)
     add_convert_arguments(parser)
     parser.set_defaults(finish=complete_processor)
     try:

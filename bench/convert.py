@@ -1,11 +1,19 @@
 """Conversion of a large random checkpoint: seconds and MB/s beside a plain copy of its files, and peak resident memory.
 
-    python bench/convert.py --preset chatpose_7b --layers 4
-    python bench/convert.py --preset chatpose_13b --devices 8 --format bin
+    python bench/convert.py --size 7b --layers 4
+    python bench/convert.py --size 13b --devices 8 --tasks plain hash shards
 
-Writes a LLaVA-1.5 checkpoint of the preset's shapes (fewer layers, if asked) in shards, times a plain copy, then times
-conversions in fresh processes. ``--devices`` adds a direct load onto that many fake devices, every matrix
-sharded over its input axis.
+Writes a LLaVA-1.5 checkpoint of the size's shapes (fewer layers, if asked) in shards, times a plain copy, then runs each
+task in a fresh process. Before each, the source is dropped from the page cache; each ends when its files are on the
+disk (fsync). ``--devices`` gives the processes that many fake devices.
+
+    plain     convert, without hashes
+    hash      convert, with SHA-256 of the source (the default of ``chatpose convert``)
+    zstd      convert, compressed
+    int8      convert with ``quantize="int8"``, without hashes
+    shards    every device's shard of every parameter onto its device, one after the other, each dropped before the next:
+              what one host of a mesh does, and what it holds while it does it, without the mesh's memory
+    load      the whole model onto the devices at once
 """
 
 from __future__ import annotations
@@ -29,26 +37,49 @@ import json, re, sys, time
 from pathlib import Path
 task, source, out, devices = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 import jax
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.sharding import make_mesh, shardings
+from chatpose_jax.weights.arrays import by_path
 from chatpose_jax.weights.convert import convert, load_source
-def peak():  # of this process since exec; ru_maxrss would start from the parent's
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-before = peak()
-start = time.perf_counter()
+from chatpose_jax.weights.plan import make_plan, open_sources
+def status(name):  # of this process since exec; ru_maxrss would start from the parent's
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+before = status("VmRSS")
+start, cpu = time.perf_counter(), time.process_time()
 arrays = 0
 if task == "load":
-    mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    def shardings(path, shape):
-        axes = [None] * len(shape)
-        if len(shape) > 1 and shape[-2] % devices == 0:
-            axes[-2] = "fsdp"
-        return jax.sharding.NamedSharding(mesh, jax.P(*axes))
-    plan, params = load_source(source, shardings=shardings)
+    plan, params = load_source(source, mesh=make_mesh(fsdp=devices))
     arrays = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+elif task == "shards":
+    plan = make_plan(open_sources(source))
+    placed = by_path(shardings(abstract_params(plan.config), make_mesh(fsdp=devices)))
+    for path, leaf in plan.leaves.items():
+        for device, index in placed[path].addressable_devices_indices_map(leaf.shape).items():
+            jax.block_until_ready(jax.device_put(leaf.read(index), device))
 else:
-    convert(source, out, hashes="hash" in task, compress="zstd" in task)
-seconds, cpu = time.perf_counter() - start, time.process_time()
-print(json.dumps({"seconds": seconds, "cpu": cpu, "start_mb": before, "peak_mb": peak(), "arrays_mb": arrays / 1e6}))
+    convert(source, out, hashes=task == "hash", compress=task == "zstd", quantize="int8" if task == "int8" else "none")
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+print(json.dumps(dict(seconds=seconds, cpu=cpu, start_mb=before, peak_mb=status("VmHWM"), arrays_mb=arrays / 1e6)))
 """
+TASKS = ("plain", "hash", "zstd", "int8", "shards", "load")
+SIZES = {"7b": "chatpose_7b", "13b": "chatpose_13b"}
+
+
+def drop_from_cache(folder: Path) -> None:
+    """What is on the disk leaves the page cache, so that every task reads the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain_copy(source: Path, target: Path) -> None:
+    """Copies a folder and waits until it is on the disk."""
+    shutil.copytree(source, target)
+    for file in target.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def write_source(
@@ -126,10 +157,9 @@ def write_source(
 
 def child(task: str, source: Path, out: Path, devices: int) -> dict[str, float]:
     """Runs one task in a fresh process, so that its peak memory is its own."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
     run = subprocess.run(
         [sys.executable, "-c", CHILD, task, str(source), str(out), str(devices)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | flags,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,
     )
@@ -140,11 +170,12 @@ def child(task: str, source: Path, out: Path, devices: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="chatpose_7b")
-    parser.add_argument("--layers", type=int, help="decoder layers; default the preset's")
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--layers", type=int, help="decoder layers; default all")
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
-    parser.add_argument("--devices", type=int, default=0, help="also load straight onto this many fake devices")
-    parser.add_argument("--tasks", nargs="+", default=["plain", "hash", "zstd"], choices=("plain", "hash", "zstd"))
+    parser.add_argument("--devices", type=int, default=1, help="fake devices of each process (default 1)")
+    parser.add_argument("--tasks", nargs="+", default=["plain", "hash"], choices=TASKS)
+    parser.add_argument("--repeat", type=int, default=1, help="rounds of copy and tasks")
     parser.add_argument("--tokenizer", type=Path, help="folder with a 32 000-piece tokenizer.model")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     args = parser.parse_args()
@@ -152,28 +183,28 @@ def main() -> None:
         root = Path(temporary)
         source, copy, out = root / "source", root / "copy", root / "out"
         source.mkdir()
-        size = write_source(source, args.preset, args.layers, args.format, args.tokenizer, 2 << 30)
-        print(f"{args.preset}, {args.layers or 'all'} layers, {args.format}: {size / 1e9:.2f} GB")
-        os.sync()
-        start, cpu = time.perf_counter(), time.process_time()
-        shutil.copytree(source, copy)
-        os.sync()
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        shutil.rmtree(copy)
+        size = write_source(source, SIZES[args.size], args.layers, args.format, args.tokenizer, 2 << 30)
+        print(f"{args.size}, {args.layers or 'all'} layers, {args.format}, {args.devices} devices: {size / 1e9:.2f} GB")
         print(
-            f"{'task':<18}{'seconds':>9}{'CPU s':>8}{'MB/s':>7}{'x copy':>8}{'peak MB':>9}{'at start':>10}{'arrays':>8}"
+            f"{'task':<16}{'seconds':>9}{'CPU s':>8}{'MB/s':>7}{'x copy':>8}{'peak MB':>9}{'at start':>10}{'arrays':>8}"
         )
-        print(f"{'copy and sync':<18}{seconds:>9.1f}{cpu:>8.1f}{size / seconds / 1e6:>7.0f}{1:>8.2f}")
-        tasks = [(f"convert, {task}", task, 1) for task in args.tasks]
-        tasks += [(f"load onto {args.devices}", "load", args.devices)] if args.devices else []
-        for title, task, devices in tasks:
-            result = child(task, source, out, devices)
-            elapsed = result["seconds"]
-            print(
-                f"{title:<18}{elapsed:>9.1f}{result['cpu']:>8.1f}{size / elapsed / 1e6:>7.0f}{elapsed / seconds:>8.2f}"
-                f"{result['peak_mb']:>9.0f}{result['start_mb']:>10.0f}{result['arrays_mb']:>8.0f}"
-            )
-            shutil.rmtree(out, ignore_errors=True)
+        for _ in range(args.repeat):
+            drop_from_cache(source)
+            start, cpu = time.perf_counter(), time.process_time()
+            plain_copy(source, copy)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            shutil.rmtree(copy)
+            print(f"{'copy':<16}{seconds:>9.1f}{cpu:>8.1f}{size / seconds / 1e6:>7.0f}{1:>8.2f}", flush=True)
+            for task in args.tasks:
+                drop_from_cache(source)
+                result = child(task, source, out, args.devices)
+                elapsed = result["seconds"]
+                print(
+                    f"{task:<16}{elapsed:>9.1f}{result['cpu']:>8.1f}{size / elapsed / 1e6:>7.0f}{elapsed / seconds:>8.2f}"
+                    f"{result['peak_mb']:>9.0f}{result['start_mb']:>10.0f}{result['arrays_mb']:>8.0f}",
+                    flush=True,
+                )
+                shutil.rmtree(out, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -333,29 +334,49 @@ def load(
     dtype: str | None = None,
     body: str | os.PathLike[str] | BodyModel | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    **source: Any,
 ) -> ChatPose:
-    """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them.
+    """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them, or PyTorch weights as they are.
 
     Args:
-        folder: holds ``config.json``, ``tokenizer/`` and ``params/``.
+        folder: holds ``config.json``, ``tokenizer/`` and ``params/``; or a checkpoint that ``chatpose convert`` reads,
+            which is then converted on the way to the devices, at every call: nothing is written.
         dtype: "float32", "bfloat16" or "float16" for storage and compute; by default what the folder says.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
         mesh: devices to spread the model over, by ``models.sharding``; each reads only its part. By default one device.
+        source: for PyTorch weights, the options of ``weights.convert.load_source``: ``vision``, ``projector``,
+            ``tokenizer``, ``layout``, ``init_missing``, ….
 
     Raises:
         UserError or ``smpl_jax.errors.BodyFileError`` that says what is missing or wrong, and what to do.
     """
-    from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params
+    from chatpose_jax.weights.folder import TOKENIZER, is_model_folder, is_source, load_config, load_params
 
     folder = Path(folder)
-    config = load_config(folder)
-    if dtype is not None:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype must be float32, bfloat16 or float16, found {dtype!r}")
-        config = config.replace(dtype=dtype, param_dtype=dtype)
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
-    processor = Processor.load(folder / TOKENIZER, config)
-    stacked = config.replace(scan_layers=True)
-    abstract = abstract_params(stacked)
-    params = unstack_layers(load_params(folder, abstract if mesh is None else place(abstract, mesh)), consume=True)
-    return ChatPose(config.replace(scan_layers=False), params, processor, shape)
+    if source or (is_source(folder) and not is_model_folder(folder)):
+        config, params, processor = _load_source(folder, mesh, dtype=dtype, **source)
+    else:
+        config = load_config(folder)
+        if dtype is not None:
+            if dtype not in ("float32", "bfloat16", "float16"):
+                raise UserError(f"dtype must be float32, bfloat16 or float16, found {dtype!r}")
+            config = config.replace(dtype=dtype, param_dtype=dtype)
+        processor = Processor.load(folder / TOKENIZER, config)
+        abstract = abstract_params(config.replace(scan_layers=True))
+        params = load_params(folder, abstract if mesh is None else place(abstract, mesh))
+    return ChatPose(config.replace(scan_layers=False), unstack_layers(params, consume=True), processor, shape)
+
+
+def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -> tuple[ModelConfig, Params, Processor]:
+    from chatpose_jax.weights.convert import load_source
+    from chatpose_jax.weights.folder import is_model_folder
+    from chatpose_jax.weights.tokens import write_tokenizer
+
+    if is_model_folder(folder):
+        named = sorted(set(options) - {"dtype"})
+        raise UserError(f"{folder} is a model folder, whole as it is; {', '.join(named)} is for PyTorch weights")
+    plan, params = load_source(folder, mesh=mesh, **options)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_tokenizer(plan.vocabulary.tokens, Path(temporary), plan.vocabulary.added)
+        return plan.config, params, Processor.load(temporary, plan.config)

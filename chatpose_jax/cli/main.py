@@ -18,7 +18,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
     "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),
+    "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or the adapters alone"),
     "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights holds"),
+    "verify": ("chatpose_jax.cli.verify", "run converted weights and their PyTorch source side by side, and compare"),
+    "plan": ("chatpose_jax.cli.plan", "will a training or decoding step fit a machine, and how fast could it be"),
     "render": ("chatpose_jax.cli.render", "draw a pose file, or export it as OBJ, GLB or npz"),
 }
 

@@ -9,7 +9,11 @@ checkpoint that any Orbax program restores.
 from __future__ import annotations
 
 import asyncio
+import collections
+import concurrent.futures
 import math
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,30 +26,33 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Leaf
+from chatpose_jax.weights.readers import forget
 
 Params = dict[str, Any]
 OnBytes = Callable[[int], Any]
+OnRead = Callable[[str, int], Any]
 
 _BLOCK = 16 << 20
 """Bytes read at once. Larger blocks cost twice the system time: the allocator returns them to the kernel each time."""
 _IN_FLIGHT = 64 << 20
 """Bytes that may wait to be written while more is read."""
+_READERS = 2
+"""Threads that read and transpose; numpy lets go of the interpreter meanwhile."""
+_SETTLE = 128 << 20
+"""Bytes that are written before they are put on the disk and dropped from the page cache."""
 _CHUNK = 16 << 20
 """Bytes of one stored chunk: the unit that a sharded restore reads."""
 _SHOWN = 8
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """Nested dicts -> ``{"a/0/b": leaf}``; the integer keys of module lists become their digits."""
-    return {"/".join(map(str, keys)): leaf for keys, leaf in flatten_dict(tree).items()}
-
-
 class _LeafHandler(ocp.type_handlers.TypeHandler):
     """Saves ``Leaf``s. Each process writes every n-th block; restoring is the business of Orbax's own array handler."""
 
-    def __init__(self, on_bytes: OnBytes, compress: bool):
+    def __init__(self, on_bytes: OnBytes, on_read: OnRead, compress: bool):
         self.on_bytes = on_bytes
+        self.on_read = on_read
         self.compress = compress
 
     def typestr(self) -> str:
@@ -58,7 +65,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("leaves are only written")
 
     async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        pending: list[tuple[Any, int]] = []
+        boxes, base = [], {}
         for leaf, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             info.use_compression = self.compress
@@ -72,24 +79,95 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                 process_index=jax.process_index(),
                 arg=ocp.SaveArgs(),
             )
+            base = spec["kvstore"]["base"] | {"file_io_sync": False}  # all together at the end
+            spec["kvstore"]["base"] = base
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-            for number, index in enumerate(leaf.blocks(_BLOCK, chunk)):
-                if number % jax.process_count() != jax.process_index():
-                    continue
-                block = await asyncio.to_thread(leaf.read, index)
-                # The array is ours alone, so tensorstore need not copy it.
-                pending.append((store[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
-                del block
-                while sum(count for _, count in pending) > _IN_FLIGHT:
-                    await self._finish(pending)
-        while pending:
-            await self._finish(pending)
+            boxes += [(leaf.origin(index), store, leaf, index) for index in leaf.blocks(_BLOCK, chunk)]
+        # In the order of the source files: they are read once, from front to back, and each process has its stretch of them.
+        boxes.sort(key=lambda box: box[0])
+        count, rank = jax.process_count(), jax.process_index()
+        share = boxes[rank * len(boxes) // count : (rank + 1) * len(boxes) // count]
+        loop = asyncio.get_running_loop()
+        reading: collections.deque[Any] = collections.deque()
+        writing: collections.deque[Any] = collections.deque()
+        settler = _Settler(Path(base["path"]))
+        with concurrent.futures.ThreadPoolExecutor(_READERS + 1) as pool:
+            try:
+                settling = loop.run_in_executor(pool, settler.run)
+                for origin, store, leaf, index in share:
+                    reading.append((origin, store, index, loop.run_in_executor(pool, leaf.read, index)))
+                    if len(reading) > _READERS:
+                        await self._write(reading, writing, settler)
+                while reading:
+                    await self._write(reading, writing, settler)
+                while writing:
+                    await self._finish(writing, settler)
+            finally:
+                for *_, read in reading:
+                    read.cancel()
+                settler.stop()
+            await settling
         return []
 
-    async def _finish(self, pending: list[tuple[Any, int]]) -> None:
-        write, count = pending.pop(0)
+    async def _write(self, reading: Any, writing: Any, settler: _Settler) -> None:
+        origin, store, index, read = reading.popleft()
+        block = await read
+        self.on_read(*origin)
+        # The array is ours alone, so tensorstore need not copy it.
+        writing.append((store[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
+        del block
+        while sum(count for _, count in writing) > _IN_FLIGHT:
+            await self._finish(writing, settler)
+
+    async def _finish(self, writing: Any, settler: _Settler) -> None:
+        write, count = writing.popleft()
         await write
+        settler.has_written(count)
         self.on_bytes(count)
+
+
+class _Settler:
+    """Puts what was written on the disk, and lets go of it in the page cache, while a conversion runs. The cache would
+    otherwise take all memory that is free: it costs virtual machines more time than the rest of a conversion, and
+    others what they had cached."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settled: set[Path] = set()
+        self.unsettled = 0
+        self.wake = threading.Event()
+        self.stopped = False
+
+    def has_written(self, count: int) -> None:
+        self.unsettled += count
+        if self.unsettled >= _SETTLE:
+            self.unsettled = 0
+            self.wake.set()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.wake.set()
+
+    def run(self) -> None:
+        """Until stopped; then everything is on the disk."""
+        while not self.stopped:
+            self.wake.wait()
+            self.wake.clear()
+            self._settle()
+        self.settled.clear()  # some may have grown since
+        self._settle()
+
+    def _settle(self) -> None:
+        for path in self.folder.rglob("*"):
+            if path not in self.settled:
+                self.settled.add(path)
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                if path.is_file():
+                    forget(path)
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
@@ -105,12 +183,24 @@ def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
 
 
 def write_leaves(
-    folder: Path, leaves: Mapping[str, Leaf], *, on_bytes: OnBytes = lambda count: None, compress: bool = False
+    folder: Path,
+    leaves: Mapping[str, Leaf],
+    *,
+    on_bytes: OnBytes = lambda count: None,
+    on_read: OnRead = lambda file, offset: None,
+    compress: bool = False,
 ) -> None:
     """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 16 MiB,
-    whatever the model's size."""
+    whatever the model's size.
+
+    Args:
+        on_bytes: hears how many bytes were written.
+        on_read: hears the file and the byte from which a block was read; blocks follow the files in order of their paths.
+        compress: zstd.
+    """
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, _LeafHandler(on_bytes, compress)), (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))
+        (Leaf, _LeafHandler(on_bytes, on_read, compress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
     )
     _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
 
@@ -137,6 +227,45 @@ def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         raise UserError(
             f"{folder}: not a whole Orbax checkpoint ({_first_line(error)}); convert or copy it again"
         ) from None
+
+
+class Stored:
+    """The arrays of a parameter folder, read box by box; nothing is kept."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError if the folder is no whole Orbax checkpoint."""
+        self.shapes = read_metadata(folder)
+        self.folder = folder.resolve()
+        self._opened: dict[str, Any] = {}
+
+    def under(self, prefix: str) -> list[str]:
+        """Paths that begin with ``prefix``."""
+        return [path for path in self.shapes if path.startswith(prefix)]
+
+    def chunk(self, path: str) -> tuple[int, ...]:
+        """The boxes that an array is stored in: what is cheap to read at once."""
+        return tuple(self._open(path).chunk_layout.read_chunk.shape)
+
+    def read(self, path: str, index: Any = ...) -> np.ndarray:
+        """The values of one array under a numpy index, as stored. Raises UserError for damaged data."""
+        try:
+            return self._open(path)[index].read().result()
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder}: {path} is damaged ({_first_line(error)}); convert or copy it again"
+            ) from None
+
+    def _open(self, path: str) -> Any:
+        if path not in self._opened:
+            base = {"driver": "file", "path": f"{self.folder}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+            try:
+                self._opened[path] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            except ValueError as error:
+                raise UserError(
+                    f"{self.folder}: {path} is damaged ({_first_line(error)}); convert or copy it again"
+                ) from None
+        return self._opened[path]
 
 
 def read_arrays(folder: Path, abstract: Params) -> Params:

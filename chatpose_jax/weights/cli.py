@@ -1,4 +1,4 @@
-"""``chatpose convert`` and ``chatpose inspect``: options and what they print."""
+"""``chatpose convert``, ``chatpose inspect`` and ``chatpose verify``: options and what they print."""
 
 from __future__ import annotations
 
@@ -11,47 +11,109 @@ from typing import Any
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import read_metadata
-from chatpose_jax.weights.convert import DTYPES, convert
+from chatpose_jax.weights.convert import DTYPES, QUANTIZE, convert
 from chatpose_jax.weights.folder import PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
 from chatpose_jax.weights.layouts import FAMILIES
-from chatpose_jax.weights.plan import PARTS, Plan, Source, make_plan, open_sources
+from chatpose_jax.weights.plan import PARTS, Plan, Source, make_plan, open_adapter, open_sources
+from chatpose_jax.weights.sources import describe_adapters, is_adapter
+
+TOLERANCE = 2e-5
+"""Of ``chatpose verify``, relative."""
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say where the parts of a checkpoint stand; shared by ``convert`` and ``inspect``."""
-    parser.add_argument("--vision", metavar="FOLDER", help="CLIP, for checkpoints without a vision tower")
-    parser.add_argument("--projector", metavar="FILE", help="mm_projector.bin, if it is not in the folder")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer files, if they are not in the folder")
-    parser.add_argument("--layout", choices=FAMILIES, help="default: recognised by what is in the folder")
+EXAMPLES = """examples, from a download to an answer:
+  hf download llava-hf/llava-1.5-13b-hf --local-dir llava-1.5-13b-hf
+  {prog} llava-1.5-13b-hf out/llava --dtype bfloat16
+  {prog} llava-v1.5-13b   out/llava --vision clip-vit-large-patch14-336
+  {prog} CHATPOSE-V0 out/chatpose   --vision clip-vit-large-patch14-336
+  {prog} vicuna-13b-v1.5 out/vicuna --vision clip-vit-large-patch14-336 --init-missing projector
+  chatpose inspect llava-v1.5-13b       what a download is, and what it lacks
+  chatpose verify llava-1.5-13b-hf out/llava      the result against PyTorch
+  chatpose chat out/llava
+
+docs/weights.md has the table of all layouts."""
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, *, tokenizer: bool = True) -> None:
+    """Options that say where the parts of a checkpoint stand; shared by ``convert``, ``inspect`` and ``verify``."""
+    group = parser.add_argument_group("parts that stand elsewhere")
+    group.add_argument(
+        "--vision",
+        metavar="FOLDER",
+        help="CLIP (openai/clip-vit-large-patch14-336), for weights without a vision tower: CHATPOSE-V0, liuhaotian/…",
+    )
+    group.add_argument(
+        "--projector", metavar="FILE", help="mm_projector.bin or .safetensors; found by itself beside the weights"
+    )
+    if tokenizer:
+        group.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter over these weights; it stays an adapter")
+        group.add_argument(
+            "--lora-alpha",
+            type=float,
+            metavar="ALPHA",
+            help="of adapters without an adapter_config.json, as DeepSpeed leaves them",
+        )
+        group.add_argument(
+            "--tokenizer", metavar="FOLDER", help="tokenizer.model or tokenizer.json, if not with the weights"
+        )
+    group.add_argument(
+        "--layout", choices=FAMILIES, help="how the weights are named; default: recognised by what is in the folder"
+    )
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose convert``."""
-    parser.add_argument("source", help="folder or file with .safetensors or .bin weights")
-    parser.add_argument("out", help="model folder to write")
-    add_source_arguments(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="storage of the base weights; default: as stored")
+    parser.epilog, parser.formatter_class = (
+        EXAMPLES.replace("{prog}", parser.prog),
+        argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
+        "source",
+        help="folder as downloaded (.safetensors or .bin, whole or in shards, config.json, tokenizer), or one such file",
+    )
+    parser.add_argument(
+        "out", help="model folder to write: what chatpose chat, chatpose train and chatpose_jax.load take"
+    )
+    add_source_arguments(parser)
+    result = parser.add_argument_group("what is written")
+    result.add_argument("--dtype", choices=DTYPES, help="of the base weights; default: as stored, bit by bit")
+    result.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="int8: projections of the decoder in int8, half of bfloat16's memory; they answer nearly the same and cannot "
+        "be trained, adapters on them can (default none)",
+    )
+    result.add_argument(
         "--pose-head",
         choices=("auto", "init"),
         default="auto",
-        help="auto: the source's, or a new one where it has none; init: a new one",
+        help="auto (default): the source's, or a new one to train where it has none; init: a new one",
     )
-    parser.add_argument(
+    result.add_argument(
         "--init-missing",
         action="append",
         default=[],
         choices=("vision", "projector"),
         metavar="PART",
-        help="initialise a part that no source has (vision, projector); may be repeated",
+        help="start vision or projector at random where no source has it, to be trained; may be repeated",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of whatever is initialised")
-    parser.add_argument("--compress", action="store_true", help="zstd: smaller, slower")
-    parser.add_argument(
-        "--no-hash", action="store_true", help="leave SHA-256 of the source files out of the provenance"
+    result.add_argument("--seed", type=int, default=0, help="of whatever is started at random (default 0)")
+    result.add_argument("--compress", action="store_true", help="store with zstd: smaller, slower")
+    result.add_argument(
+        "--overwrite", action="store_true", help="replace a model folder at OUT; never any other folder"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+    checks = parser.add_argument_group("checks and messages")
+    checks.add_argument(
+        "--hashes",
+        metavar="FILE",
+        help="list of SHA-256 sums, as sha256sum writes it; files are compared while they are read. A file SHA256SUMS "
+        "beside the weights is compared without being named",
+    )
+    checks.add_argument(
+        "--no-hash", action="store_true", help="neither compare nor record SHA-256 sums of the source files; faster"
+    )
+    checks.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -61,14 +123,18 @@ def run_convert(args: argparse.Namespace) -> int:
         args.out,
         vision=args.vision,
         projector=args.projector,
+        adapter=args.adapter,
+        lora_alpha=args.lora_alpha,
         tokenizer=args.tokenizer,
         layout=args.layout,
         dtype=args.dtype,
+        quantize=args.quantize,
         init_missing=args.init_missing,
         pose_head=args.pose_head,
         seed=args.seed,
         finish=getattr(args, "finish", None),
         hashes=not args.no_hash,
+        sums=args.hashes,
         compress=args.compress,
         overwrite=args.overwrite,
         progress=not args.quiet,
@@ -94,7 +160,19 @@ def run_inspect(args: argparse.Namespace) -> int:
     if is_model_folder(folder):
         print("\n".join(_describe_model_folder(folder, args.tensors)))
         return 0
-    sources = open_sources(folder, vision=args.vision, projector=args.projector, layout=args.layout)
+    if is_adapter(folder):
+        for source in open_adapter(folder, args.lora_alpha):
+            print("\n".join(_describe_source(source, args.tensors)))
+        print(f"needs its base: chatpose convert BASE OUT --adapter {folder}")
+        return 1
+    sources = open_sources(
+        folder,
+        vision=args.vision,
+        projector=args.projector,
+        adapter=args.adapter,
+        lora_alpha=args.lora_alpha,
+        layout=args.layout,
+    )
     for source in sources:
         print("\n".join(_describe_source(source, args.tensors)))
     try:
@@ -108,7 +186,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def describe_config(config: ModelConfig) -> list[str]:
     """The configuration in a few lines."""
-    text, vision = config.text, config.vision
+    text, vision, lora = config.text, config.vision, config.lora
     rows = [
         (
             "decoder",
@@ -125,6 +203,7 @@ def describe_config(config: ModelConfig) -> list[str]:
             "vocabulary",
             f"{text.vocab_size} rows, {text.base_vocab_size} of them base; pose token {config.pose_token_id}",
         ),
+        *([("adapters", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")] if lora else []),
         ("storage", f"{config.param_dtype}; computes in {config.dtype}"),
     ]
     return [f"  {name:<11} {value}" for name, value in rows]
@@ -152,6 +231,7 @@ def _describe_source(source: Source, every: bool) -> list[str]:
         f"  {'tensors':<11} {len(checkpoint.tensors)} ({dtypes})",
         f"  {'has':<11} {', '.join(part for part in PARTS if part in parts)}",
         f"  {'has not':<11} {', '.join(part for part in PARTS if part not in parts) or 'nothing'}",
+        *([f"  {'adapters':<11} {describe_adapters(source)}"] if source.lora else []),
     ]
     return lines + (_tensor_lines(checkpoint.tensors) if every else [])
 
@@ -164,9 +244,18 @@ def _describe_model_folder(folder: Path, every: bool) -> list[str]:
         *describe_config(config),
         f"  {'parameters':<11} {sum(_size(leaf) for leaf in stored.values()) / 1e6:.1f} M in {len(stored)} arrays",
         f"  {'tokenizer':<11} {', '.join(sorted(file.name for file in (folder / TOKENIZER).iterdir()))}",
-        *(f"  {'from':<11} {source['name']} ({source['layout']}, {len(source['files'])} files)" for source in origin),
+        *(line for source in origin for line in _origin_lines(source)),
     ]
+    if started := data.get("provenance", {}).get("initialised"):
+        lines.append(f"  {'initialised':<11} {', '.join(started)}")
     return lines + (_tensor_lines(stored) if every else [])
+
+
+def _origin_lines(source: Mapping[str, Any]) -> list[str]:
+    lines = [f"  {'from':<11} {source['name']} ({source['layout']}, {len(source['files'])} files)"]
+    for file in source["files"]:
+        lines.append(f"  {'':<11} {file.get('sha256', 'not hashed')}  {file['name']}  {file['bytes'] / 1e9:.2f} GB")
+    return lines
 
 
 def _size(leaf: Any) -> int:
@@ -178,3 +267,61 @@ def _size(leaf: Any) -> int:
 
 def _tensor_lines(tensors: Mapping[str, Any]) -> list[str]:
     return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose verify``."""
+    parser.add_argument("source", help="the PyTorch weights, as given to chatpose convert")
+    parser.add_argument("converted", help="the model folder that chatpose convert wrote")
+    add_source_arguments(parser, tokenizer=False)
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="run N decoder layers, from the first to the last, each on torch's states (default: all; 3 of a large model)",
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="ask this; may be repeated")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="ask about this picture; may be repeated"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of the largest difference, relative to the stage's largest value where that exceeds 1, ten times as much for "
+        f"poses (default {TOLERANCE:g}; weights that were cast or quantised on the way need more)",
+    )
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Carries out ``chatpose verify``: 0 if every stage is within the tolerance, else 1. Raises UserError."""
+    from chatpose_jax.weights.verify import verify
+
+    stages = verify(
+        args.source,
+        args.converted,
+        vision=args.vision,
+        projector=args.projector,
+        layout=args.layout,
+        layers=args.layers,
+        prompts=args.prompt,
+        images=args.image,
+    )
+    print(f"{'prompt':<9} {'stage':<15} {'largest':>10} {'max diff':>10} {'mean diff':>10} {'relative':>10}")
+    failed, worst = 0, 0.0
+    for stage in stages:
+        good = stage.within(args.tolerance)
+        failed += not good
+        worst = max(worst, stage.relative / stage.slack)
+        print(
+            f"{stage.prompt:<9} {stage.stage:<15} {stage.largest:>10.4g} {stage.maximum:>10.2e} {stage.mean:>10.2e} "
+            f"{stage.relative:>10.2e}{'' if good else '  above tolerance'}",
+            flush=True,
+        )
+    if failed:
+        print(f"differs: {failed} stages above {args.tolerance:g}")
+        return 1
+    print(
+        f"equal: the largest relative difference between torch and JAX is {worst:.2e}, the tolerance {args.tolerance:g}"
+    )
+    return 0

@@ -200,7 +200,7 @@ def _source_leaf(
     def read_layer(entry: TensorEntry, index: Index, out: np.ndarray) -> None:
         def read(box: Index) -> np.ndarray:
             rows = slice(box[0].start + row_start, box[0].stop + row_start) if row_start else box[0]
-            return entry.read((rows, *box[1:]))
+            return entry.read((rows, *box[1:]), borrowed=True)
 
         copy_array(out, rule.transform.read(read, shape, index))
 

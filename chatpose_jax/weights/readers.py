@@ -12,13 +12,17 @@ knows a dozen inert names and refuses any other, and that cannot be made to allo
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import io
 import json
 import math
+import os
 import pickle
+import re
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +36,7 @@ from smpl_jax.unpickle import ForbiddenGlobal, RestrictedUnpickler, sealed
 
 Index = tuple[slice, ...]
 
-_SAFETENSORS_DTYPES: dict[str, Any] = {
+SAFETENSORS_DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -91,11 +95,12 @@ class TensorEntry:
         strides = self.strides or _contiguous(self.shape)
         return (sum((n - 1) * s for n, s in zip(self.shape, strides)) + 1) * self.dtype.itemsize
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None, *, borrowed: bool = False) -> np.ndarray:
         """The values under ``index`` (slices with step 1, one per axis; ``None`` = all) as a new array in the stored
-        dtype.
+        dtype. A ``borrowed`` one is spared fresh memory, and good until this thread borrows again.
 
-        Only the byte range that spans the asked elements is mapped, and it is unmapped before returning.
+        What is contiguous in the file is read with one call; else the byte range that spans the asked elements is mapped,
+        and unmapped before returning.
         """
         index = index if index is not None else tuple(slice(0, n) for n in self.shape)
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
@@ -107,6 +112,11 @@ class TensorEntry:
         span = sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1
         # Raw unsigned words: numpy copies them several times faster than the custom float types.
         word = _word(self.dtype)
+        if span == math.prod(shape) and _is_contiguous(shape, strides):
+            values = _borrow(shape, word) if borrowed else np.empty(shape, word)
+            with self.file.open("rb", buffering=0) as file:
+                _read_into(file, self.offset + first * word.itemsize, values)
+            return values.view(self.dtype)
         flat = np.memmap(self.file, dtype=word, mode="r", offset=self.offset + first * word.itemsize, shape=(span,))
         view = np.lib.stride_tricks.as_strided(flat, shape, [s * word.itemsize for s in strides], writeable=False)
         return np.array(view, order="C").view(self.dtype)
@@ -121,6 +131,35 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
     return tuple(strides)
+
+
+_own = threading.local()
+_BORROWED = 32 << 20
+"""Bytes that a thread keeps for reading; what is larger is given back."""
+
+
+def _borrow(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    if size > _BORROWED:
+        return np.empty(shape, dtype)
+    held = getattr(_own, "memory", None)
+    if held is None or held.nbytes < size:
+        held = _own.memory = np.empty(size, np.uint8)
+    return held[:size].view(dtype).reshape(shape)
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(n == 1 or stride == packed for n, stride, packed in zip(shape, strides, _contiguous(shape)))
+
+
+def _read_into(file: io.RawIOBase, offset: int, values: np.ndarray) -> None:
+    file.seek(offset)
+    rest = values.reshape(-1).view(np.uint8).data
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise UserError(f"{getattr(file, 'name', 'file')}: cut off while it was read; fetch it again")
+        rest = rest[count:]
 
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
@@ -145,19 +184,26 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
         entries = {name: _safetensors_entry(path, name, record, 8 + length) for name, record in records.items()}
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: the safetensors header is damaged ({type(error).__name__}: {error}); fetch it again"
         ) from None
     _check_extent(path, entries.values(), size)
+    end, last = 0, ""
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset < end:
+            raise UserError(
+                f"{path}: tensors {last!r} and {entry.name!r} overlap at byte {entry.offset}; the header is damaged"
+            )
+        end, last = entry.offset + entry.nbytes, entry.name
     return entries
 
 
 def _safetensors_entry(path: Path, name: str, record: Mapping[str, Any], data_start: int) -> TensorEntry:
-    if record["dtype"] not in _SAFETENSORS_DTYPES:
-        known = ", ".join(_SAFETENSORS_DTYPES)
+    if record["dtype"] not in SAFETENSORS_DTYPES:
+        known = ", ".join(SAFETENSORS_DTYPES)
         raise UserError(f"{path}: tensor {name!r} has dtype {record['dtype']!r}; known are {known}")
-    dtype = np.dtype(_SAFETENSORS_DTYPES[record["dtype"]])
+    dtype = np.dtype(SAFETENSORS_DTYPES[record["dtype"]])
     shape = tuple(int(n) for n in record["shape"])
     start, stop = (int(n) for n in record["data_offsets"])
     if min(shape, default=0) < 0 or start < 0 or stop - start != math.prod(shape) * dtype.itemsize:
@@ -336,6 +382,9 @@ _CANDIDATES = (
 )
 # A projector on its own, as LLaVA's pre-training stage writes it beside or instead of a model.
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+# PEFT's, and what LLaVA's own LoRA training lays beside it.
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_BESIDE_ADAPTERS = "non_lora_trainables.bin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,6 +445,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         loose = [file for file in loose if file.suffix == ".safetensors"]
     if loose:
         return _from_files(path, loose)
+    wrapped = [path / name for name in ADAPTER_FILES if (path / name).is_file()][:1]
+    if wrapped:
+        return _from_files(path, [*wrapped, *(file for file in [path / _BESIDE_ADAPTERS] if file.is_file())])
     projectors = [path / name for name in PROJECTOR_FILES if (path / name).is_file()]
     if projectors:
         return _from_files(path, projectors[:1])
@@ -444,14 +496,109 @@ def _from_index(index: Path) -> Checkpoint:
             f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files "
             f"again"
         )
+    held = {name: checkpoint.tensors[name].file.name for name in weight_map}
+    if moved := [name for name, file in weight_map.items() if held[name] != file]:
+        raise UserError(
+            f"{index}: says that {moved[0]} stands in {weight_map[moved[0]]}, it stands in {held[moved[0]]}; the index "
+            f"belongs to other files"
+        )
     return checkpoint
 
 
 def sha256(path: Path, on_bytes: Callable[[int], Any] = lambda count: None) -> str:
-    """Hex digest of a file, read in pieces of 8 MiB; ``on_bytes`` hears of each (for a progress bar)."""
+    """Hex digest of a file, read in pieces of 8 MiB; ``on_bytes`` hears of each, before the next one is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 23):
             digest.update(block)
             on_bytes(len(block))
     return digest.hexdigest()
+
+
+def forget(path: Path, until: int = 0) -> None:
+    """Lets go of the first ``until`` bytes of a file in the page cache (0: of all), where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, until, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+class Trail:
+    """How far a conversion has read its files, which it takes in the order of their paths. One who follows finds their
+    pages in the cache, and lets go of them: they would otherwise take all memory that is free."""
+
+    _STEP = 64 << 20
+
+    def __init__(self) -> None:
+        self._position = ("", 0)
+        self._moved = threading.Condition()
+        self._end = self._cut = False
+
+    def has_read(self, file: str, offset: int) -> None:
+        """A block at ``offset`` was read, and everything before it."""
+        if (file, offset) > self._position:
+            with self._moved:
+                self._position = file, offset
+                self._moved.notify_all()
+
+    def finish(self) -> None:
+        """Nothing more will be read."""
+        with self._moved:
+            self._end = True
+            self._moved.notify_all()
+
+    def cut(self) -> None:
+        """Nobody needs what follows: it ends with CancelledError."""
+        self._cut = True
+        self.finish()
+
+    def follow(self, path: Path) -> None:
+        """Returns when a file has been read, its pages let go."""
+        for offset in range(0, path.stat().st_size, self._STEP):
+            self._wait(path, offset + self._STEP)
+            forget(path, offset + self._STEP)
+        forget(path)
+
+    def sha256(self, path: Path) -> str:
+        """The same, with the file's digest."""
+        offset = forgotten = 0
+
+        def go_on(count: int) -> None:
+            nonlocal offset, forgotten
+            offset += count
+            self._wait(path, offset)
+            if offset >= forgotten + self._STEP:
+                forgotten = offset
+                forget(path, offset)
+
+        digest = sha256(path, go_on)
+        forget(path)
+        return digest
+
+    def _wait(self, path: Path, offset: int) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: self._end or (str(path), offset) <= self._position)
+        if self._cut:
+            raise concurrent.futures.CancelledError
+
+
+SUMS_FILE = "SHA256SUMS"
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File names and SHA-256 digests of a list in the format of ``sha256sum``; raises UserError for anything else."""
+    sums: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as a list of SHA-256 sums ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)", line.rstrip())
+        if match is None:
+            raise UserError(f"{path}, line {number}: expected 64 hex digits and a file name, as sha256sum writes them")
+        sums[Path(match[2]).name] = match[1].lower()
+    return sums

@@ -18,9 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 torch = pytest.importorskip("torch")
 
+import chatpose_jax  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, create  # noqa: E402
 from chatpose_jax.models.config import preset  # noqa: E402
+from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights import arrays, cli  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
@@ -29,6 +31,10 @@ from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
 from .sources import make_chatpose, make_llava_transformers, write_state, write_tokenizer  # noqa: E402
 
 State = dict[str, Any]
+
+
+def complete(tokenizer: Path, config: Any) -> None:
+    Processor.load(tokenizer, config).save(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def test_all_problems_come_in_one_error_and_nothing_is_written(llava: Path, tmp_
         del state["multi_modal_projector.linear_1.bias"]
         state["multi_modal_projector.linear_2.weight"] = torch.zeros(64, 63)
         state["language_model.model.norm.weight"] = torch.zeros(64, dtype=torch.int8)
-        state["language_model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 64)
+        state["language_model.model.layers.0.self_attn.q_proj.g_idx"] = torch.zeros(4, 64)
         state["vision_tower.encoder.layers.9.mlp.fc3.weight"] = torch.zeros(1)
 
     source = broken(llava, tmp_path / "src", change)
@@ -69,7 +75,7 @@ def test_all_problems_come_in_one_error_and_nothing_is_written(llava: Path, tmp_
         "misshaped (1): multi_modal_projector.linear_2.weight is (64, 63), expected (64, 64)",
         "not floating point (1): language_model.model.norm.weight is int8",
         "unknown (2): ",
-        "language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "language_model.model.layers.0.self_attn.q_proj.g_idx",
         "vision_tower.encoder.layers.9.mlp.fc3.weight",
         "nothing was written",
     ):
@@ -365,6 +371,8 @@ def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest
     found = capsys.readouterr().out
     assert "decoder/layers/attn/q_proj/kernel  (3, 64, 64)  float32" in found
     assert "from        llava (llava_transformers_5, 1 files)" in found
+    assert f"{sha256(llava / 'model.safetensors')}  model.safetensors" in found
+    assert "initialised pose_head" in found
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,3 +381,34 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     found = capsys.readouterr().out
     assert "has not     vision" in found
     assert "--vision FOLDER" in found
+
+
+def test_load_takes_a_source_as_it_is(tmp_path: Path) -> None:
+    """What ``load`` makes of PyTorch weights is what it makes of the converted folder; nothing is written."""
+    make_chatpose(tmp_path / "src", tmp_path / "clip")
+    before = sorted(tmp_path.rglob("*"))
+    direct = chatpose_jax.load(tmp_path / "src", vision=tmp_path / "clip", dtype="float32")
+    assert sorted(tmp_path.rglob("*")) == before
+    convert(tmp_path / "src", tmp_path / "out", vision=tmp_path / "clip", finish=complete)
+    folder = chatpose_jax.load(tmp_path / "out")
+    assert direct.config == folder.config
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), direct.params, folder.params)
+    question = [{"role": "user", "content": "Who kneels?"}]
+    replies = [model.chat(question, max_new_tokens=8, force_pose=True) for model in (direct, folder)]
+    np.testing.assert_array_equal(replies[0].ids, replies[1].ids)
+    np.testing.assert_array_equal(replies[0].poses[0].matrices, replies[1].poses[0].matrices)
+
+    with pytest.raises(UserError, match="--vision FOLDER"):
+        chatpose_jax.load(tmp_path / "src")
+    with pytest.raises(UserError, match="is a model folder, whole as it is; vision is for PyTorch weights"):
+        chatpose_jax.load(tmp_path / "out", vision=tmp_path / "clip")
+
+
+def test_load_spreads_a_source_over_a_mesh(llava: Path) -> None:
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    model, single = chatpose_jax.load(llava, mesh=mesh, dtype="float32"), chatpose_jax.load(llava, dtype="float32")
+    kernel = model.params["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (64 // 4, 160 // 2)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), model.params, single.params)

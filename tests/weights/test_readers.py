@@ -112,12 +112,22 @@ def safetensors(path: Path, header: Any, data: bytes = b"", length: int | None =
         ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, None, "cannot fill"),
         ({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, None, "dtype 'F99'"),
         ({"w": {"shape": [1]}}, None, "header is damaged"),
+        (b'{"w": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}', None, "header is damaged"),
+        ({"w": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 1 << 126]}}, None, "cut off"),
         ({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4 << 40]}}, None, "cut off"),
     ],
 )
 def test_damaged_safetensors(tmp_path: Path, header: Any, length: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_safetensors_header(safetensors(tmp_path / "m.safetensors", header, length=length))
+
+
+def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]} for name, at in (("a", 0), ("b", 4))}
+    with pytest.raises(UserError, match="tensors 'a' and 'b' overlap at byte"):
+        read_safetensors_header(safetensors(tmp_path / "m.safetensors", header, bytes(12)))
+    header["b"]["data_offsets"] = [8, 16]
+    assert len(read_safetensors_header(safetensors(tmp_path / "m.safetensors", header, bytes(16)))) == 2
 
 
 class Hostile:

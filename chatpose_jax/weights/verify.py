@@ -1,0 +1,449 @@
+"""The proof of a conversion: the same prompts through PyTorch and through JAX, compared stage by stage.
+
+The torch side is built from ``transformers``' LLaMA and CLIP modules and plain torch, over the source's files as PyTorch's
+own readers give them and over the source's own ``config.json``: of this package it uses only the names under which a
+layout keeps its parts. The JAX side is the converted folder and the model that runs everywhere else. Both compute in
+float32, and both hold one decoder layer at a time, so a model of any size fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.attention import attention
+from chatpose_jax.models.chatpose import bind
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.decoder import rotary
+from chatpose_jax.processing.processor import Encoded, Processor
+from chatpose_jax.weights.adapters import TOKEN_ROWS
+from chatpose_jax.weights.arrays import Stored
+from chatpose_jax.weights.folder import PARAMS, TOKENIZER, load_config
+from chatpose_jax.weights.plan import Source, open_sources
+
+TEXT_PROMPT = "Show me someone who kneels."
+IMAGE_PROMPT = "How does this person stand?"
+_WHOLE = 1_500_000_000
+"""Decoder parameters up to which all layers run by default; larger models are sampled."""
+_SAMPLE = 3
+_POSE_SLACK = 10.0
+"""Gram-Schmidt of two columns enlarges what differs in them, the more the smaller the angle between them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One stage of one prompt: the largest magnitude on the torch side, and the differences between the two sides."""
+
+    prompt: str
+    stage: str
+    largest: float
+    maximum: float
+    mean: float
+    slack: float = 1.0
+    """What the stage itself makes of differences before it: as often the tolerance is allowed."""
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest value (over 1 where values are smaller)."""
+        return self.maximum / max(self.largest, 1.0)
+
+    def within(self, tolerance: float) -> bool:
+        return self.relative <= tolerance * self.slack  # false for NaN
+
+    @classmethod
+    def of(cls, prompt: str, stage: str, expected: Any, found: Any, slack: float = 1.0) -> Difference:
+        expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+        if expected.shape != found.shape:
+            raise UserError(f"{stage}: torch gives {expected.shape}, JAX {found.shape}; these are two different models")
+        delta = np.abs(expected - found)
+        return cls(prompt, stage, float(np.abs(expected).max()), float(delta.max()), float(delta.mean()), slack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation, encoded once for both sides; ``pixels`` (I, H, W, 3)."""
+
+    name: str
+    encoded: Encoded
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.encoded.input_ids
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        return np.stack(self.encoded.images) if self.encoded.images else None
+
+
+def verify(
+    source: str | Path,
+    converted: str | Path,
+    *,
+    vision: str | Path | None = None,
+    projector: str | Path | None = None,
+    adapter: str | Path | None = None,
+    lora_alpha: float | None = None,
+    layout: str | None = None,
+    layers: int | None = None,
+    prompts: Sequence[str] = (),
+    images: Sequence[str | Path] = (),
+) -> Iterator[Difference]:
+    """Runs prompts through both sides and yields what differs, stage by stage.
+
+    With all layers, each side carries its own hidden states to the end. With a sample of them, every layer gets torch's
+    states on both sides, so a fault shows in the layer that has it.
+
+    Args:
+        source, vision, projector, adapter, lora_alpha, layout: as ``convert`` took them.
+        converted: the model folder that ``convert`` wrote.
+        layers: how many decoder layers run, spread from the first to the last; default all, or 3 of a large model.
+        prompts: texts to ask; default one.
+        images: pictures, each asked about in a prompt of its own; default one of noise.
+
+    Raises:
+        UserError: torch or transformers' torch modules are not installed; files that cannot be read; two models of
+            different shapes.
+    """
+    sources = open_sources(
+        source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
+    )
+    config = load_config(converted)
+    peer = _Torch(sources, config)
+    ours = _Jax(Path(converted), config)
+    spoken = [*prompts] or [TEXT_PROMPT]
+    shown: list[Any] = [*images] or [_noise(config.vision.image_size)]
+    chosen = _sample(config, layers)
+    batch = [_encode(peer, ours, f"text {i + 1}", text) for i, text in enumerate(spoken)]
+    if peer.sees:
+        batch += [_encode(peer, ours, f"image {i + 1}", IMAGE_PROMPT, image) for i, image in enumerate(shown)]
+    states = []
+    for prompt in batch:
+        features = expected = None
+        if prompt.pixels is not None:
+            expected, features = peer.features(prompt.pixels), ours.features(prompt.pixels)
+            yield Difference.of(prompt.name, "image features", expected, features)
+        states.append((peer.embed(prompt.ids, expected), ours.embed(prompt.ids, features)))
+        yield Difference.of(prompt.name, "embeddings", *states[-1])
+    for layer in chosen:
+        run_peer, run_ours = peer.layer(layer), ours.layer(layer)
+        for number, (prompt, (expected, found)) in enumerate(zip(batch, states)):
+            if len(chosen) < config.text.num_layers:
+                found = expected
+            states[number] = run_peer(expected), run_ours(found)
+            yield Difference.of(prompt.name, f"layer {layer}", *states[number])
+    for prompt, (expected, found) in zip(batch, states):
+        if len(chosen) < config.text.num_layers:
+            found = expected
+        hidden = peer.norm(expected), ours.norm(found)
+        yield Difference.of(prompt.name, "final norm", *hidden)
+        logits = peer.logits(hidden[0])
+        yield Difference.of(prompt.name, "logits", logits, ours.logits(hidden[1])[:, : logits.shape[1]])
+        if peer.poses_known and len(prompt.encoded.pose_positions):
+            before = prompt.encoded.pose_positions - 1
+            matrices = peer.poses(hidden[0][before]), ours.poses(hidden[1][before])
+            yield Difference.of(prompt.name, "poses", *matrices, slack=_POSE_SLACK)
+
+
+def _sample(config: ModelConfig, layers: int | None) -> list[int]:
+    count, text = config.text.num_layers, config.text
+    if layers is None:
+        size = count * (4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size)
+        layers = count if size <= _WHOLE else _SAMPLE
+    if not 1 <= layers <= count:
+        raise UserError(f"--layers {layers}: the decoder has {count} layers; expected 1 to {count}")
+    return sorted({round(place) for place in np.linspace(0, count - 1, layers)})
+
+
+def _noise(size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def _encode(peer: _Torch, ours: _Jax, name: str, text: str, image: Any = None) -> Prompt:
+    content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
+    # A source without a row for the pose token cannot be asked for what follows one.
+    answer = "It is <POSE>." if ours.config.pose_token_id < peer.rows else "It is this."
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [*content, {"type": "text", "text": text}]},
+        {"role": "assistant", "content": answer},
+    ]
+    return Prompt(name, ours.processor.encode(messages, add_generation_prompt=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------- torch
+
+
+class _Torch:
+    """The source, run by torch in float32. Arrays come and go as numpy."""
+
+    def __init__(self, sources: Sequence[Source], config: ModelConfig):
+        try:
+            import torch
+            from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+            from transformers.models.llama import modeling_llama
+        except ImportError as error:
+            raise UserError(
+                f"chatpose verify compares with PyTorch, which is not here ({error}): pip install 'chatpose-jax[torch]'"
+            ) from None
+        self.torch, self.llama, self.clip = torch, modeling_llama, CLIPVisionModel
+        self.config = config
+        self.where: dict[str, tuple[Source, str]] = {
+            rule.target: (source, rule.source) for source in sources for rule in source.layout.rules
+        }
+        self.sources = sources
+        # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
+        norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
+        self.decoder = norm.removesuffix("norm.weight")
+        self.tensors = _TorchTensors(torch)
+        main = sources[0].checkpoint.config()
+        text = {**(main.get("text_config") or main), "model_type": "llama"}
+        # Sizes, as the tensors show them; a config.json may leave them out.
+        for name in ("hidden_size", "intermediate_size", "num_layers"):
+            text[name.replace("num_layers", "num_hidden_layers")] = getattr(config.text, name)
+        self.text = LlamaConfig.from_dict(text)
+        self.text._attn_implementation = "eager"
+        self.sees = {"vision/class_embedding", "projector/fc1/kernel"} <= self.where.keys()
+        self.poses_known = config.head.name == "mlp" and "pose_head/fc1/kernel" in self.where
+        if self.sees:
+            self.vision = CLIPVisionConfig.from_dict(self._vision_settings())
+            self.vision._attn_implementation = "eager"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the source's embedding."""
+        source, name = self.where["decoder/embed_tokens/embedding"]
+        return source.checkpoint.tensors[name].shape[0]
+
+    def _vision_settings(self) -> dict[str, Any]:
+        settings = self.where["vision/class_embedding"][0].checkpoint.config()
+        settings = settings.get("vision_config") or (settings if "patch_size" in settings else {})
+        sizes = dataclasses.asdict(self.config.vision)
+        named = {name: sizes[name] for name in ("hidden_size", "intermediate_size", "image_size", "patch_size")}
+        counts = {"num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"]}
+        return {**counts, **settings, **named, "model_type": "clip_vision_model"}
+
+    def _prefix(self, target: str, suffix: str) -> tuple[Source, str]:
+        source, name = self.where[target]
+        return source, name.removesuffix(suffix)
+
+    def _load(self, module: Any, source: Source, prefix: str) -> Any:
+        """The module with its state read from under ``prefix``; a tensor that is not there is an error of torch."""
+        state = {name: self.tensors(source, prefix + name) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        return module.eval()
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """(I, H, W, 3) -> (I·N, D), CLIP's chosen hidden states through the projector."""
+        torch = self.torch
+        source, prefix = self._prefix("vision/class_embedding", "embeddings.class_embedding")
+        tower = self._clip(source, prefix)
+        with torch.no_grad():
+            images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+            x = tower.pre_layrnorm(tower.embeddings(images))
+            for block in tower.encoder.layers[: self.config.vision.num_used_layers]:
+                x = block(x, None)
+                x = x[0] if isinstance(x, tuple) else x
+            x = self._linear("projector/fc1", x[:, 1:])
+            return self._linear("projector/fc2", torch.nn.functional.gelu(x)).flatten(0, 1).numpy()
+
+    def _clip(self, source: Source, prefix: str) -> Any:
+        tower = self.clip(self.vision)
+        tower = getattr(tower, "vision_model", tower)  # transformers 5 has no such level
+        unused = tuple(
+            f"encoder.layers.{i}." for i in range(self.config.vision.num_used_layers, len(tower.encoder.layers))
+        )
+        names = [name for name in tower.state_dict() if not name.startswith(("post_layernorm", *unused))]
+        tower.load_state_dict({name: self.tensors(source, prefix + name) for name in names}, strict=False)
+        return tower.eval()
+
+    def _linear(self, target: str, x: Any) -> Any:
+        source, prefix = self._prefix(f"{target}/kernel", "weight")
+        weight, bias = (self.tensors(source, prefix + name) for name in ("weight", "bias"))
+        return self.torch.nn.functional.linear(x, weight, bias)
+
+    def embed(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+        """(T,) -> (T, D)."""
+        table = self._rows("decoder/embed_tokens/embedding")
+        is_image = ids == self.config.image_token_id
+        x = table[self.torch.from_numpy(np.where(is_image, 0, ids)).long()].numpy()
+        if features is not None:
+            x[is_image] = features
+        return x
+
+    def layer(self, number: int) -> Any:
+        """A function (T, D) -> (T, D)."""
+        torch = self.torch
+        with torch.device("meta"):
+            module = self.llama.LlamaDecoderLayer(self.text, 0)
+        module = self._load(module, self.sources[0], f"{self.decoder}layers.{number}.")
+        self._adapt(module, number)
+        rotary_embedding = self.llama.LlamaRotaryEmbedding(self.text)
+
+        @torch.no_grad()
+        def run(x: np.ndarray) -> np.ndarray:
+            hidden = torch.from_numpy(x.copy())[None]
+            places = torch.arange(len(x))[None]
+            mask = torch.full((len(x), len(x)), torch.finfo(torch.float32).min).triu(1)[None, None]
+            angles = rotary_embedding(hidden, places)
+            y = module(hidden, attention_mask=mask, position_ids=places, position_embeddings=angles)
+            return (y[0] if isinstance(y, tuple) else y).reshape(x.shape).numpy()
+
+        return run
+
+    def _adapt(self, module: Any, number: int) -> None:
+        """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021)."""
+        for target, (source, name) in self.where.items():
+            if not (target.startswith("decoder/layers/") and target.endswith("/lora_a")):
+                continue
+            first = name.replace("{i}", str(number))
+            a, b = (self.tensors(source, each) for each in (first, first.replace("lora_A", "lora_B")))
+            assert source.lora is not None
+            block, projection = target.split("/")[2:4]
+            linear = getattr(getattr(module, {"attn": "self_attn"}.get(block, block)), projection)
+            linear.weight.data = linear.weight.data + source.lora.alpha / source.lora.rank * (b @ a)
+
+    def _rows(self, target: str) -> Any:
+        """A vocabulary table, with the rows that an adapter replaces."""
+        table = self.tensors(*self.where[target])
+        for source in self.sources:
+            for name, ids in source.token_rows.items():
+                if name.removesuffix(TOKEN_ROWS) == self.where[target][1].removesuffix(".weight"):
+                    known = [place for place, id in enumerate(ids) if id < len(table)]
+                    table = table.clone()
+                    table[[ids[place] for place in known]] = self.tensors(source, name)[known]
+        return table
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        source, prefix = self._prefix("decoder/norm/scale", "weight")
+        norm = self._load(self.llama.LlamaRMSNorm(x.shape[-1], eps=self.text.rms_norm_eps), source, prefix)
+        with self.torch.no_grad():
+            return norm(self.torch.from_numpy(x)).numpy()
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """(T, D) -> (T, rows)."""
+        return self.torch.nn.functional.linear(
+            self.torch.from_numpy(hidden), self._rows("decoder/lm_head/kernel")
+        ).numpy()
+
+    def poses(self, hidden: np.ndarray) -> np.ndarray:
+        """(P, D) -> (P, J, 3, 3): two linears, then Gram-Schmidt of two columns (Zhou et al. 2019, section B)."""
+        functional = self.torch.nn.functional
+        x = self._linear("pose_head/fc1", self.torch.from_numpy(hidden))
+        x = self._linear("pose_head/fc2", functional.relu(x)).unflatten(-1, (-1, 6))
+        first = functional.normalize(x[..., :3], dim=-1)
+        second = x[..., 3:] - (first * x[..., 3:]).sum(-1, keepdim=True) * first
+        second = functional.normalize(second, dim=-1)
+        return self.torch.stack([first, second, self.torch.linalg.cross(first, second)], dim=-1).numpy()
+
+
+class _TorchTensors:
+    """Tensors of a source as float32, by PyTorch's own readers; files are mapped, not loaded."""
+
+    def __init__(self, torch: Any):
+        self.torch = torch
+        self.mapped: dict[Path, Mapping[str, Any]] = {}
+
+    def __call__(self, source: Source, name: str) -> Any:
+        entry = source.checkpoint.tensors.get(name)
+        if entry is None:
+            raise UserError(
+                f"{source.title}: no tensor {name!r}, which torch's module has; this layout is not verified"
+            )
+        if entry.file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(entry.file, "pt") as file:
+                return file.get_tensor(entry.name).float()
+        if entry.file not in self.mapped:
+            state = self.torch.load(entry.file, map_location="cpu", mmap=True, weights_only=True)
+            while entry.name not in state:  # the wrappers that the reader sees through
+                state = next(state[key] for key in ("state_dict", "model", "module") if key in state)
+            self.mapped[entry.file] = state
+        return self.mapped[entry.file][entry.name].detach().float()
+
+
+# ------------------------------------------------------------------------------------------------------------------ JAX
+
+
+class _Jax:
+    """The converted folder, run by the model's own modules in float32. Arrays come and go as numpy."""
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        self.processor = Processor.load(folder / TOKENIZER, config)
+        self.config = config.replace(dtype="float32", param_dtype="float32", scan_layers=True)
+        text = dataclasses.replace(config.text, num_layers=1)
+        self.single = self.config.replace(text=text, scan_layers=False)
+        self.stored = Stored(folder / PARAMS)
+
+    def _run(self, parts: Sequence[str], call: Any, *args: Any) -> np.ndarray:
+        """``call(model, *args)`` over a model of which only the named parts are read."""
+        params: dict[str, np.ndarray] = {}
+        for part in parts:
+            params |= {path: self._float(self.stored.read(path)) for path in self.stored.under(part)}
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(
+                jax.jit(lambda params, *args: call(bind(self.config, nest(params)), *args))(params, *args)
+            )
+
+    @staticmethod
+    def _float(array: np.ndarray) -> np.ndarray:
+        return array if array.dtype == np.int8 else array.astype(np.float32)
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        return self._run(("vision", "projector"), lambda model, x: model.encode_images(x)[0], pixels[None])
+
+    def embed(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+        rows = None if features is None else features[None]
+        return self._run(("decoder/embed_tokens",), lambda model, ids: model.embed(ids[None], rows)[0], ids)
+
+    def layer(self, number: int) -> Any:
+        """A function (T, D) -> (T, D)."""
+        prefix = "decoder/layers/"
+        params = {
+            path.replace(prefix, f"{prefix}0/", 1): self._float(self.stored.read(path, number))
+            for path in self.stored.under(prefix)
+        }
+
+        def run(x: np.ndarray) -> np.ndarray:
+            with jax.default_matmul_precision("highest"):
+                return np.asarray(_layer(self.single, params, x))
+
+        return run
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        return self._run(("decoder/norm",), lambda model, x: model.decoder.norm(x), x)
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return self._run(("decoder/lm_head",), lambda model, x: model.logits(x), hidden)
+
+    def poses(self, hidden: np.ndarray) -> np.ndarray:
+        return self._run(("pose_head",), lambda model, x: model.poses(x), hidden)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[Any, Any]:
+    """``{"a/0/b": leaf}`` -> nested dicts; digits become the integer keys of module lists."""
+    tree: dict[Any, Any] = {}
+    for path, leaf in flat.items():
+        *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        node = tree
+        for key in keys:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(config: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    model = bind(config, nest(params))
+    length = x.shape[0]
+    angles = rotary(jnp.arange(length)[None], config.text.head_dim, config.text.rope_theta)
+    mask = jnp.tri(length, dtype=bool)[None]
+    y, _ = model.decoder.layers[0](x[None], angles, functools.partial(attention, mask=mask))
+    return y[0]

@@ -1,0 +1,217 @@
+"""Faults of the world: killed, interrupted, a full disk, files cut off, changed or made to harm. One error, and no half folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from chatpose_jax.errors import UserError  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
+from chatpose_jax.weights.folder import load_config, load_params, read_folder  # noqa: E402
+from chatpose_jax.weights.readers import sha256  # noqa: E402
+
+from .sources import make_llava_transformers  # noqa: E402
+
+# Converts its arguments, in small blocks; says so and waits on its standard input when half of the parameters are written.
+CHILD = """
+import sys
+from chatpose_jax.weights import arrays
+from chatpose_jax.weights.convert import convert
+arrays._CHUNK, arrays._BLOCK, arrays._IN_FLIGHT = 2000, 5000, 9000
+class Half:
+    seen = 0
+    def __init__(self, total=0, **kwargs): self.total = total
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+    def update(self, count):
+        before, self.seen = self.seen, self.seen + count
+        if before < self.total / 2 <= self.seen:
+            print("half", flush=True)
+            sys.stdin.readline()
+sys.modules["chatpose_jax.weights.convert"].tqdm = Half
+try:
+    convert(sys.argv[1], sys.argv[2])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA for transformers, three shards with an index; tests copy it before they break it."""
+    folder = tmp_path_factory.mktemp("llava") / "llava"
+    make_llava_transformers(folder, "4", dtype=torch.bfloat16, shards=3)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder
+
+
+@pytest.fixture
+def copy(llava: Path, tmp_path: Path) -> Path:
+    shutil.copytree(llava, tmp_path / "src")
+    return tmp_path / "src"
+
+
+def assert_whole(source: Path, out: Path) -> None:
+    plan, expected = load_source(source)
+    found = load_params(out, abstract_params(plan.config))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, expected)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_conversion_leaves_nothing_that_loads_and_runs_again(
+    llava: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    out = tmp_path / "to" / "out"
+    command = [sys.executable, "-c", CHILD, str(llava), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline() == "half\n"
+        partial = out.parent / ".out.partial"
+        assert sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) > 10_000
+        child.send_signal(end)
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write("\n")
+            child.stdin.flush()
+        code = child.wait()
+    assert not out.exists()
+    if end == signal.SIGINT:
+        assert code == 130
+        assert not list(out.parent.iterdir())
+    else:
+        assert code == -signal.SIGKILL
+        for folder in (out, partial):
+            with pytest.raises(UserError, match=r"no such folder|no model folder"):
+                load_config(folder)
+    convert(llava, out)
+    assert_whole(llava, out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(llava: Path, small_disk: Path) -> None:
+    """The parameters take 1.5 MB in bfloat16, twice that in float32."""
+    with pytest.raises(UserError, match=r"the disk is full; the conversion needs 0\.\d+ GB; nothing was left behind"):
+        convert(llava, small_disk / "out", dtype="float32")
+    assert not list(small_disk.iterdir())
+
+
+def test_a_file_that_may_not_grow(llava: Path, tmp_path: Path) -> None:
+    """A quota, here the process's own: the write fails in the middle of a data file."""
+    program = (
+        "import resource, sys\n"
+        "from chatpose_jax.errors import UserError\n"
+        "from chatpose_jax.weights.convert import convert\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n    convert(sys.argv[1], sys.argv[2])\nexcept UserError as error:\n    sys.exit(f'one error: {error}')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, llava, tmp_path / "out"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "one error: " in run.stderr
+    assert "cannot be written" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_shard(copy: Path, tmp_path: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"{shard.name}: cut off: tensor .* ends at byte \d+, the file has \d+; fetch"):
+        convert(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_shard_and_an_index_that_disagrees(copy: Path, tmp_path: Path) -> None:
+    index = copy / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    first, second, _ = sorted(file.name for file in copy.glob("*.safetensors"))
+    name = next(name for name, file in whole["weight_map"].items() if file == first)
+    index.write_text(json.dumps({"weight_map": whole["weight_map"] | {name: second}}))
+    with pytest.raises(UserError, match=rf"says that {name} stands in {second}, it stands in {first}"):
+        convert(copy, tmp_path / "out")
+    index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"lost.weight": second}}))
+    with pytest.raises(UserError, match=r"lists 1 tensors that its files do not hold: lost\.weight"):
+        convert(copy, tmp_path / "out")
+    index.write_text(json.dumps(whole))
+    (copy / second).unlink()
+    with pytest.raises(UserError, match=rf"names 1 of 3 files that are not there: {second}"):
+        convert(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def write_sums(path: Path, table: dict[str, str]) -> Path:
+    path.write_text("".join(f"{digest}  {name}\n" for name, digest in table.items()))
+    return path
+
+
+def test_a_wrong_hash(copy: Path, tmp_path: Path) -> None:
+    """In the list beside the weights, which is found by itself, and in one from elsewhere."""
+    table = sums(copy)
+    convert(copy, tmp_path / "good", sums=write_sums(tmp_path / "list", table))
+    record = read_folder(tmp_path / "good")["provenance"]["sources"][0]["files"]
+    assert {file["name"]: file["sha256"] for file in record} == table
+
+    shard = sorted(copy.glob("*.safetensors"))[2]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    message = rf"{shard.name}: its SHA-256 is {sha256(shard)}, listed is {table[shard.name]}"
+    with pytest.raises(UserError, match=message):
+        convert(copy, tmp_path / "out", sums=tmp_path / "list")
+    write_sums(copy / "SHA256SUMS", table | {"README.md": "0" * 64})
+    with pytest.raises(UserError, match=message):
+        convert(copy, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "good", "list"}
+    convert(copy, tmp_path / "out", hashes=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not a hash  model.safetensors\n", "line 1: expected 64 hex digits and a file name"),
+        ("0" * 64 + "  other.safetensors\n", "does not list model-00001-of-00003.safetensors"),
+    ],
+)
+def test_lists_of_hashes_that_cannot_be_used(copy: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list").write_text(text)
+    with pytest.raises(UserError, match=message):
+        convert(copy, tmp_path / "out", sums=tmp_path / "list")
+    with pytest.raises(UserError, match="leave one of the two out"):
+        convert(copy, tmp_path / "out", sums=tmp_path / "list", hashes=False)
+    with pytest.raises(UserError, match="not readable as a list"):
+        convert(copy, tmp_path / "out", sums=tmp_path / "absent")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_descriptor_is_left_open(llava: Path, tmp_path: Path) -> None:
+    convert(llava, tmp_path / "first")
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else pytest.skip("no /proc")
+    convert(llava, tmp_path / "second")
+    assert len(os.listdir("/proc/self/fd")) <= before + 2

@@ -1,0 +1,104 @@
+"""Conversion by two processes, as on two hosts: together they write what one writes, and each reads only its share."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.weights.arrays import by_path  # noqa: E402
+from chatpose_jax.weights.convert import load_source  # noqa: E402
+from chatpose_jax.weights.folder import load_params, read_folder  # noqa: E402
+from chatpose_jax.weights.readers import sha256  # noqa: E402
+
+from .sources import make_llava_transformers  # noqa: E402
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import jax
+rank, address, source, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
+jax.distributed.initialize(address, num_processes=2, process_id=rank)
+import numpy as np
+from chatpose_jax.weights import arrays
+from chatpose_jax.weights.convert import convert, load_source
+from chatpose_jax.weights.readers import TensorEntry
+arrays._CHUNK, arrays._BLOCK = 4000, 8000
+read, real = [0], TensorEntry.read
+def counting(self, index=None):
+    values = real(self, index)
+    read[0] += values.nbytes
+    return values
+TensorEntry.read = counting
+plan = convert(source, folder / "out")
+written, read[0] = read[0], 0
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+_, params = load_source(source, mesh=mesh)
+shards = {}
+for path, array in arrays.by_path(params).items():
+    for shard in array.addressable_shards:
+        box = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape)]
+        shards[json.dumps([path, box])] = np.asarray(shard.data)
+np.savez(folder / f"{rank}.npz", **shards)
+(folder / f"{rank}.json").write_text(json.dumps({"written": written, "loaded": read[0], "whole": plan.nbytes}))
+"""
+
+
+def free_address() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    make_llava_transformers(tmp_path / "src", shards=3)
+    address = free_address()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(rank), address, str(tmp_path / "src"), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-4000:]
+
+    plan, single = load_source(tmp_path / "src")
+    expected = {path: np.asarray(array) for path, array in by_path(single).items()}
+    found = by_path(load_params(tmp_path / "out", abstract_params(plan.config)))
+    for path, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[path]), array, err_msg=path)
+    record = read_folder(tmp_path / "out")["provenance"]["sources"][0]["files"]
+    assert [file["sha256"] for file in record] == [sha256(tmp_path / "src" / file["name"]) for file in record]
+
+    covered = dict.fromkeys(expected, 0)
+    split = set()
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz", allow_pickle=False) as shards:
+            for key in shards.files:
+                path, box = json.loads(key)
+                place = tuple(slice(start, stop) for start, stop in box)
+                np.testing.assert_array_equal(shards[key], expected[path][place], err_msg=path)
+                covered[path] += shards[key].size
+                if shards[key].size < expected[path].size:
+                    split.add(path)
+    assert all(covered[path] >= array.size for path, array in expected.items())
+    assert "decoder/layers/mlp/up_proj/kernel" in split
+
+    for rank in range(2):
+        counts = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert counts["written"] < 0.65 * counts["whole"]
+        assert counts["loaded"] < 0.75 * counts["whole"]

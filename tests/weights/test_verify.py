@@ -1,0 +1,152 @@
+"""``chatpose verify``: right conversions pass in every layout, a changed value fails, and what cannot be compared is said."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from chatpose_jax.errors import UserError  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.processing.processor import Processor  # noqa: E402
+from chatpose_jax.weights import cli  # noqa: E402
+from chatpose_jax.weights.convert import convert  # noqa: E402
+from chatpose_jax.weights.folder import load_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.verify import Difference, verify  # noqa: E402
+
+from .sources import make_chatpose, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
+
+
+def converted(source: Path, out: Path, **options: Any) -> Path:
+    convert(source, out, finish=lambda folder, config: Processor.load(folder, config).save(folder), **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def chatpose(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Source, CLIP, and the converted folder."""
+    folder = tmp_path_factory.mktemp("verify")
+    make_chatpose(folder / "src", folder / "clip")
+    return folder / "src", folder / "clip", converted(folder / "src", folder / "out", vision=folder / "clip")
+
+
+def run(*args: Any) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_verify_arguments(parser)
+    return cli.run_verify(parser.parse_args(list(map(str, args))))
+
+
+def test_a_right_conversion_passes(chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any) -> None:
+    source, clip, out = chatpose
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    assert run(source, out, "--vision", clip, "--prompt", "Who is it?", "--image", tmp_path / "p.png") == 0
+    table = capsys.readouterr().out
+    stages = ("image features", "embeddings", "layer 0", "layer 1", "layer 2", "final norm", "logits", "poses")
+    for stage in stages[1:]:
+        assert f"text 1    {stage}" in table
+    for stage in stages:
+        assert f"image 1   {stage}" in table
+    assert "equal: the largest relative difference" in table
+
+
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "4.x, float16": lambda folder: make_llava_transformers(folder, "4", dtype=torch.float16),
+    "5.x, bin shards": lambda folder: make_llava_transformers(folder, "5", "bin", shards=2),
+    "state_dict": lambda folder: make_llava_transformers(folder, "state_dict"),
+    "original, bfloat16": lambda folder: make_llava_original(folder, dtype=torch.bfloat16),
+    "original, projector beside": lambda folder: make_llava_original(folder, projector="beside"),
+    "vicuna": make_vicuna,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_every_layout(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    make(tmp_path / "src")
+    missing = ["vision", "projector"] if make is make_vicuna else []
+    if missing:
+        from .sources import Sizes, _flat_models, make_clip
+
+        make_clip(tmp_path / "clip", _flat_models(Sizes(), torch.float32, 0).clip)
+        missing = ["projector"]
+    vision = tmp_path / "clip" if missing else None
+    out = converted(tmp_path / "src", tmp_path / "out", init_missing=missing, vision=vision)
+    stages = list(verify(tmp_path / "src", out, vision=vision))
+    assert {stage.prompt for stage in stages} == ({"text 1"} if missing else {"text 1", "image 1"})
+    assert {"layer 0", "layer 2", "logits"} <= {stage.stage for stage in stages}
+    assert all(stage.within(cli.TOLERANCE) for stage in stages)
+    assert min(stage.largest for stage in stages) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("path", "index", "first"),
+    [
+        ("decoder/layers/mlp/up_proj/kernel", (1, 3, 5), "layer 1"),
+        ("decoder/layers/input_norm/scale", (2, 7), "layer 2"),
+        ("vision/layers/attn/q_proj/bias", (0, 1), "image features"),
+        ("projector/fc2/kernel", (3, 4), "image features"),
+        ("decoder/lm_head/kernel", (2, 100), "logits"),
+        ("pose_head/fc2/bias", (9,), "poses"),
+    ],
+)
+def test_one_changed_value_fails(
+    chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any, path: str, index: Any, first: str
+) -> None:
+    source, clip, out = chatpose
+    config = load_config(out)
+    params = load_params(out, abstract_params(config))
+    *keys, last = path.split("/")
+    node = params
+    for key in keys:
+        node = node[key]
+    node[last] = node[last].at[index].add(0.2)
+    save_folder(tmp_path / "changed", config, params, processor=Processor.load(out / "tokenizer", config))
+    assert run(source, tmp_path / "changed", "--vision", clip) == 1
+    table = capsys.readouterr().out
+    wrong = [line for line in table.splitlines() if line.endswith("above tolerance")]
+    assert first in wrong[0]
+    assert "differs: " in table
+
+
+def test_a_sample_of_layers_names_the_one_that_is_wrong(chatpose: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, clip, out = chatpose
+    good = [stage.stage for stage in verify(source, out, vision=clip, layers=2) if stage.prompt == "text 1"]
+    assert good == ["embeddings", "layer 0", "layer 2", "final norm", "logits", "poses"]
+    config = load_config(out)
+    params = load_params(out, abstract_params(config))
+    kernel = params["decoder"]["layers"]["attn"]["v_proj"]
+    kernel["kernel"] = kernel["kernel"].at[0, 1, 1].add(0.5)
+    save_folder(tmp_path / "changed", config, params, processor=Processor.load(out / "tokenizer", config))
+    stages = verify(source, tmp_path / "changed", vision=clip, layers=2)
+    assert {stage.stage for stage in stages if not stage.within(cli.TOLERANCE)} == {"layer 0"}
+
+
+def test_a_cast_needs_its_tolerance(chatpose: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, clip, _ = chatpose
+    out = converted(source, tmp_path / "half", vision=clip, dtype="bfloat16")
+    worst = max(stage.relative for stage in verify(source, out, vision=clip))
+    assert cli.TOLERANCE < worst < 0.2
+
+
+def test_nothing_is_above_or_below_nan() -> None:
+    stage = Difference.of("p", "s", np.ones(3), np.array([1, np.nan, 1]))
+    assert not stage.within(1e9)
+
+
+def test_without_torch_and_other_mistakes(chatpose: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    source, clip, out = chatpose
+    with pytest.raises(UserError, match=r"--layers 9: the decoder has 3 layers; expected 1 to 3"):
+        list(verify(source, out, vision=clip, layers=9))
+    make_llava_transformers(tmp_path / "src")
+    with pytest.raises(UserError, match=r"no model folder|convert it first"):
+        list(verify(source, tmp_path / "src"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"pip install 'chatpose-jax\[torch\]'"):
+        list(verify(source, out, vision=clip))
