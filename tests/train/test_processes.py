@@ -102,7 +102,7 @@ def test_losses_are_those_of_one_process(tmp_path, alone, cache, count, devices,
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step_and_others_go_on(tmp_path, alone, cache):
-    with running(tmp_path, 500, count=2, data=2, pause=0.2, cache=cache) as processes:
+    with running(tmp_path, 12, count=2, data=2, pause=0.5, cache=cache) as processes:
         until_step(tmp_path, 2, processes)
         processes[1].send_signal(signal.SIGTERM)
         said = finished(processes, STOPPED)
@@ -117,7 +117,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_others_go_on(tmp_path
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_survivors_stop_with_a_clear_error_and_the_restart_resumes(tmp_path, alone, cache, victim):
-    with running(tmp_path, 500, count=2, data=2, pause=0.1, cache=cache) as processes:
+    with running(tmp_path, 12, count=2, data=2, pause=0.3, cache=cache) as processes:
         until_step(tmp_path, 6, processes)
         processes[victim].send_signal(signal.SIGKILL)
         survivor = processes[1 - victim]
@@ -125,5 +125,5 @@ def test_survivors_stop_with_a_clear_error_and_the_restart_resumes(tmp_path, alo
     assert survivor.returncode == LOST or survivor.returncode < 0
     assert "lost another one" in said or "distributed service" in said
     with running(tmp_path, 12, count=2, data=2, cache=cache) as processes:
-        assert "resuming from step 4" in finished(processes)[0] or len(losses(tmp_path)) == 12
+        assert "resuming from step 4" in finished(processes)[0]
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-5)
