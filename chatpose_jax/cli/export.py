@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from chatpose_jax.weights.convert import DTYPES
-from chatpose_jax.weights.export import BASE_CLASSES, FORMATS, export
+from chatpose_jax.weights.export import FORMATS, export
+from chatpose_jax.weights.export_peft import BASE_CLASSES
 
 __all__ = ["add_arguments", "run"]
 

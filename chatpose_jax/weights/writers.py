@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ def row_blocks(shape: Sequence[int], itemsize: int, multiple: int = 1) -> Iterat
 def write_safetensors(
     file: Path, tensors: Sequence[Tensor], on_bytes: Callable[[int], Any] = lambda count: None
 ) -> None:
-    """Writes one file. Raises ValueError where a tensor's blocks are not what it announced."""
+    """Writes one file, and waits until it is on the disk. Raises ValueError where a tensor's blocks are not what it announced."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -86,6 +87,8 @@ def write_safetensors(
                 on_bytes(block.nbytes)
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.nbytes} announced")
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def write_sharded(

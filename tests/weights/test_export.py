@@ -348,6 +348,45 @@ def test_dtype_of_the_result(tmp_path: Path) -> None:
     assert load_file(tmp_path / "hf" / "pose_head.safetensors")["0.weight"].dtype == torch.float32
 
 
+def test_an_int8_base_goes_out_as_the_numbers_that_it_stands_for(tmp_path: Path) -> None:
+    make_llava_transformers(tmp_path / "src", dtype=torch.float16)
+    folder = model_folder(tmp_path / "src", tmp_path / "jax", quantize="int8")
+    params = by_path(load_params(folder, abstract_params(load_config(folder))))
+    name = "decoder/layers/mlp/up_proj/kernel"
+    kernel, scale = (np.asarray(params[name + suffix])[2] for suffix in ("", "_scale"))
+    assert kernel.dtype == np.int8
+    export(folder, tmp_path / "hf", "transformers", dtype="float32")
+    found = weights(tmp_path / "hf")["language_model.model.layers.2.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(found.numpy(), (kernel.astype(np.float32) * scale).T)
+    # With adapters on top.
+    lora = by_path(load_params(folder, abstract_params(load_config(folder))))
+    config = load_config(folder).replace(lora=LORA)
+    for path, leaf in by_path(abstract_params(config)).items():
+        lora.setdefault(path, np.full(leaf.shape, 0.01, np.float32))
+    processor = Processor.load(folder / TOKENIZER, config)
+    save_folder(tmp_path / "lora", config, unflatten_dict(lora, sep="/"), processor=processor)
+    export(tmp_path / "lora", tmp_path / "merged", "transformers", dtype="float32")
+    kernel, scale = (np.asarray(params[f"decoder/layers/attn/q_proj/kernel{s}"])[0] for s in ("", "_scale"))
+    found = weights(tmp_path / "merged")["language_model.model.layers.0.self_attn.q_proj.weight"]
+    expected = kernel.astype(np.float32) * scale + LORA.scale * LORA.rank * 1e-4
+    np.testing.assert_allclose(found.numpy(), expected.T, atol=1e-6)
+
+
+def test_pictures_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "jax")
+    file = tmp_path / "jax" / TOKENIZER / "processor.json"
+    settings = json.loads(file.read_text())
+    settings["images"]["fit"] = "pad"
+    file.write_text(json.dumps(settings))
+    export(tmp_path / "jax", tmp_path / "hf", "transformers")
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    found = processor.image_processor(Image.fromarray(PICTURE), return_tensors="pt")["pixel_values"][0]
+    mine = Processor.load(tmp_path / "jax" / TOKENIZER, load_config(plain)).images(Image.fromarray(PICTURE))
+    np.testing.assert_allclose(found, mine.transpose(2, 0, 1), atol=0.05)
+    back = model_folder(tmp_path / "hf", tmp_path / "back")
+    assert Processor.load(back / TOKENIZER, load_config(back)).images.fit == "pad"
+
+
 @register("listed_in_test_export")
 class ListedHead(PoseHead):
     """A head whose layers are a list, with an option."""

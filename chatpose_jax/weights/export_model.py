@@ -1,0 +1,118 @@
+"""A model folder as tensors of torch's shapes, each read block by block when it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.weights import pose_head
+from chatpose_jax.weights.arrays import Stored
+from chatpose_jax.weights.folder import PARAMS
+from chatpose_jax.weights.layouts import Rule
+from chatpose_jax.weights.paths import by_path
+from chatpose_jax.weights.plan import copy_array
+from chatpose_jax.weights.tokens import Tokens
+from chatpose_jax.weights.writers import Tensor, row_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """weights: file name without suffix → tensors. json_files: name → content. notes: for the user."""
+
+    weights: Mapping[str, Sequence[Tensor]]
+    json_files: Mapping[str, Any]
+    notes: Sequence[str]
+    new_tokens: Sequence[str] = ()
+
+
+class StoredModel:
+    """The parameters of a model folder, read box by box as the base's weights, adapters merged or left out."""
+
+    def __init__(self, folder: Path, config: ModelConfig, tokens: Tokens, merge: bool):
+        self.folder, self.config, self.tokens = folder, config, tokens
+        self.stored = Stored(folder / PARAMS)
+        self.shapes = {
+            path: leaf.shape for path, leaf in by_path(abstract_params(config.replace(scan_layers=True))).items()
+        }
+        absent = [path for path, shape in self.shapes.items() if 0 not in shape and path not in self.stored.shapes]
+        wrong = [path for path in self.stored.shapes if self.stored.shapes[path].shape != self.shapes.get(path)]
+        if absent or wrong:
+            raise UserError(f"{folder}: params/ and config.json disagree at {', '.join((absent + wrong)[:6])}")
+        self.merged = merge and config.lora is not None
+
+    @property
+    def pose_token(self) -> str:
+        """Its literal in the vocabulary."""
+        return next(text for text, id in self.tokens.added.items() if id == self.config.pose_token_id)
+
+    def read(self, path: str, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+        """A box of a leaf, or of one layer of it: as stored, or in float32 where something is computed."""
+        at = () if layer is None else (layer,)
+        values = self.stored.read(path, (*at, *index))
+        parent = path.removesuffix("/kernel")
+        if (scale := f"{parent}/kernel_scale") in self.shapes:
+            values = values.astype(np.float32) * self.stored.read(scale, (*at, index[1]))
+        if self.merged and parent != path and f"{parent}/lora_a" in self.shapes:
+            assert self.config.lora is not None
+            a = self.stored.read(f"{parent}/lora_a", (*at, index[0]))
+            b = self.stored.read(f"{parent}/lora_b", (*at, slice(None), index[1]))
+            values = values.astype(np.float32) + np.float32(self.config.lora.scale) * (a @ b)
+        return values
+
+    def tensors(self, rules: Sequence[Rule], dtype: Any, more_rows: int = 0) -> list[Tensor]:
+        """What the rows of a table write, layer by layer. ``more_rows``: of embedding and LM head."""
+        together: dict[str, list[Rule]] = {}
+        for rule in rules:
+            if 0 not in self.shapes[rule.target]:
+                together.setdefault(rule.source, []).append(rule)
+        found = []
+        for layer in (None, *range(max((self.shapes[rule.target][0] for rule in rules if rule.stacked), default=0))):
+            for source, group in together.items():
+                if group[0].stacked == (layer is not None) and (layer or 0) < self.shapes[group[0].target][0]:
+                    extra = more_rows if group[0].rows == "base" else 0
+                    found.append(self._tensor(source.replace("{i}", str(layer)), group, layer, np.dtype(dtype), extra))
+        return found
+
+    def _tensor(self, name: str, rules: Sequence[Rule], layer: int | None, dtype: np.dtype, more_rows: int) -> Tensor:
+        leaves = [self.shapes[rule.target][layer is not None :] for rule in rules]
+        shapes = [rule.transform.source_shape(leaf) for rule, leaf in zip(rules, leaves)]
+        rows = sum(shape[0] for shape in shapes)
+
+        def blocks() -> Iterator[np.ndarray]:
+            total = np.zeros(shapes[0][1:], np.float64)
+            for rule, leaf, shape in zip(rules, leaves, shapes):
+                axis = rule.transform.row_axis % len(leaf)
+                chunk = self.stored.chunk(rule.target)[layer is not None :][axis]
+                for box in row_blocks(shape, max(dtype.itemsize, 4), chunk):
+                    index = tuple(box[0] if i == axis else slice(0, n) for i, n in enumerate(leaf))
+                    values = rule.transform.inverse(self.read(rule.target, layer, index))
+                    out = np.empty(values.shape, dtype)
+                    copy_array(out, values)
+                    if more_rows:
+                        total += out.astype(np.float32).sum(0, dtype=np.float64)
+                    yield out
+            if more_rows:
+                yield np.repeat((total / rows).astype(np.float32)[None], more_rows, 0).astype(dtype)
+
+        return Tensor(name, dtype, (rows + more_rows, *shapes[0][1:]), blocks)
+
+
+def lora_words(config: ModelConfig) -> str:
+    """The adapters, for a note to the user."""
+    lora = config.lora
+    assert lora is not None
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+
+
+def head_weights(model: StoredModel) -> dict[str, Sequence[Tensor]]:
+    """The pose head as a file of its own."""
+    paths = [path for path in model.shapes if path.startswith("pose_head/")]
+    stem = pose_head.WEIGHTS.removesuffix(".safetensors")
+    return {stem: model.tensors(pose_head.rules(model.config.head, paths), np.float32)}
