@@ -279,7 +279,7 @@ def test_a_pack_predicts_nothing_across_its_borders(processor):
 
 def test_packs_resume_across_epochs_of_different_length(processor, dataset):
     def loader():
-        return BatchLoader(dataset, processor, 2, max_length=320, packing=True)
+        return BatchLoader(dataset, processor, 1, max_length=170, packing=True)
 
     first = loader()
     lengths = {first._count(epoch) for epoch in range(12)}
