@@ -2,7 +2,8 @@
 
 Both train the same random LLaMA (322 M parameters) on the same batch; their losses over the first three steps must agree
 before anything is timed. The ratio is torch time / JAX time of interleaved pairs: above 1, JAX is faster. The JAX step is
-this project's model under plain ``jax.jit`` with optax; layers are unrolled or scanned as ``layers`` says.
+``chatpose_jax.train.step``, with all that it does besides: accuracy, clipping (torch clips too), the check of finite numbers.
+Layers are unrolled or scanned as ``layers`` says.
 
     python bench/lora_step.py [--preset small] [--want 3] [--only bfloat16-remat-scan] [--json lora.json]
 """
@@ -13,23 +14,22 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import torch
 from llama import SIZES, cores, our_config, our_params, random_ids, torch_llama
 from pairs import paired
 
-from chatpose_jax.models.chatpose import bind
 from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.step import init_state, make_step
+from chatpose_jax.train.trainable import Rule
 
 RATE = 1e-3
+CLIP = 1.0
 LORA = LoRAConfig(rank=16, alpha=32.0, dropout=0.0)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest difference of the losses of the first steps; bfloat16 rounds them to about 1 in 256."""
@@ -53,6 +53,7 @@ def torch_step(text: Any, dtype: str, remat: bool, ids: np.ndarray) -> tuple[Any
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
         optimizer.step()
         return loss.item()
 
@@ -62,32 +63,33 @@ def torch_step(text: Any, dtype: str, remat: bool, ids: np.ndarray) -> tuple[Any
 def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, model: Any) -> Callable[[], float]:
     """The same for JAX, from the same weights."""
     config = our_config(text, dtype, scan=scan, lora=LORA)
-    leaves, tree = jax.tree.flatten_with_path(our_params(model, config))
-    is_lora = ["lora_" in jax.tree_util.keystr(path) for path, _ in leaves]
-    optimizer = optax.adamw(RATE, weight_decay=0.0)
-    trainable = [leaf for (_, leaf), lora in zip(leaves, is_lora) if lora]
-    frozen = [leaf for (_, leaf), lora in zip(leaves, is_lora) if not lora]
-    tokens = jnp.asarray(ids)
-
-    def loss_of(trainable: list[jax.Array], frozen: list[jax.Array]) -> jax.Array:
-        parts = iter(trainable), iter(frozen)
-        network = bind(config, jax.tree.unflatten(tree, [next(parts[not lora]) for lora in is_lora]))
-        logits = network.logits(network(tokens, remat=remat).hidden[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(
-        trainable: list[jax.Array], state: Any, frozen: list[jax.Array]
-    ) -> tuple[list[jax.Array], Any, jax.Array]:
-        loss, gradients = jax.value_and_grad(loss_of)(trainable, frozen)
-        updates, state = optimizer.update(gradients, state, trainable)
-        return optax.apply_updates(trainable, updates), state, loss
-
-    held: list[Any] = [trainable, optimizer.init(trainable)]
+    settings = TrainConfig(
+        batch_size=len(ids),
+        accumulate=1,
+        learning_rate=RATE,
+        warmup_steps=0,
+        final_lr_ratio=1.0,  # a constant rate, as torch's
+        grad_clip=CLIP,
+        lambda_pose=0.0,
+        trainable=(Rule(".*/lora_[ab]", 1.0), Rule(".*", None)),
+        remat="full" if remat else "none",
+    )
+    batch = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "labels": ids,
+        "pose_index": np.zeros((len(ids), 1), np.int32),
+        "pose_targets": np.zeros((len(ids), 1, config.head.num_joints, 3, 3), np.float32),
+        "pose_mask": np.zeros((len(ids), 1), bool),
+    }
+    params = our_params(model, config)
+    state, frozen = init_state(settings, params)
+    update = make_step(config, settings, params)
+    held = [state]
 
     def step() -> float:
-        held[0], held[1], loss = update(held[0], held[1], frozen)
-        return float(loss)
+        held[0], metrics = update(held[0], frozen, batch)
+        return float(metrics["text"])
 
     return step
 

@@ -52,7 +52,7 @@ class ChatPoseModel(nnx.Module):
         """(B, I, S, S, 3) normalised pixels -> (B, I*N, D) decoder embeddings."""
         batch, images = pixel_values.shape[:2]
         features = self.projector(self.vision(pixel_values.reshape(batch * images, *pixel_values.shape[2:]), remat))
-        return features.reshape(batch, images * features.shape[1], -1)
+        return constrain(features.reshape(batch, images * features.shape[1], -1), "batch", None, None)
 
     def embed(self, input_ids: jax.Array, image_features: jax.Array | None) -> jax.Array:
         """(B, T) ids -> (B, T, D); image placeholders take the rows of ``image_features`` (B, I*N, D) in order of appearance."""

@@ -14,7 +14,7 @@ from chatpose_jax.models.attention import Attend
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
 from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
-from chatpose_jax.models.sharding import constrain
+from chatpose_jax.models.sharding import constrain, gather
 
 
 @jax.tree_util.register_dataclass
@@ -149,7 +149,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """(B, T) ids inside the vocabulary -> (B, T, D)."""
-        rows = self.embedding[...][jnp.clip(ids, 0, self.base - 1)].astype(self.dtype)
+        rows = gather(self.embedding[...], "vocabulary", "embed")[jnp.clip(ids, 0, self.base - 1)].astype(self.dtype)
         rows = constrain(rows, "batch", None, None)
         if self.added.shape[0] == 0:
             return rows

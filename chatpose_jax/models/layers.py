@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.models.quantize import quantize_int8
-from chatpose_jax.models.sharding import Logical, constrain, platform
+from chatpose_jax.models.sharding import Logical, gather, platform
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -76,13 +76,19 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y[:1] if lone else y
 
 
+def adapter_axes(rows: str | None, columns: str | None) -> tuple[Logical, Logical]:
+    """Logical axes of an adapter's long sides, by its kernel's: split over whatever its kernel is split over."""
+    long = {"embed": "embed", "heads": ("heads", "embed"), "mlp": ("mlp", "embed"), None: None}
+    return long[rows], long[columns]
+
+
 class Linear(nnx.Module):
     """``x @ kernel + bias``, plus ``(alpha/rank) · dropout(x) @ lora_a @ lora_b`` where the layer is adapted (Hu et al. 2021).
 
     The kernel is (in, out). ``lora_b`` starts at zero, so an adapted layer begins as its base. Adapters are float32, cast at use.
 
-    quantize: keep the kernel as int8 beside ``kernel_scale`` (out,) float32, see ``quantize_int8``; axes: its logical axes, for it to be
-    gathered over a mesh before it is cast, at half the traffic.
+    quantize: keep the kernel as int8 beside ``kernel_scale`` (out,) float32, see ``quantize_int8``. axes: the kernel's logical axes, by which it is
+    gathered over a mesh; in int8 at half the traffic.
     """
 
     def __init__(
@@ -96,7 +102,7 @@ class Linear(nnx.Module):
         param_dtype: Any = jnp.float32,
         kernel_init: Init = scaled_normal,
         quantize: bool = False,
-        axes: tuple[Logical, Logical] = (None, None),
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
         rngs: nnx.Rngs,
     ):
         self.dtype = jnp.dtype(dtype)
@@ -116,19 +122,18 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """(..., in) -> (..., out) in ``dtype``. Dropout acts only on the adapter's input, and only when a key is given."""
         x = x.astype(self.dtype)
-        if self.kernel_scale is None:
-            y = matmul(x, self.kernel[...])
-        else:
-            kernel = constrain(self.kernel[...], *(None if axis == "embed" else axis for axis in self.axes))
-            y = (matmul(x, kernel) * self.kernel_scale[...]).astype(self.dtype)
+        y = matmul(x, gather(self.kernel[...], *self.axes))
+        if self.kernel_scale is not None:
+            y = (y * self.kernel_scale[...]).astype(self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = 1.0 - self.lora_dropout
                 x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
-            inner = checkpoint_name(matmul(x, self.lora_a[...]), "lora")
-            y = y + matmul(inner, self.lora_b[...]) * self.lora_scale
+            rows, columns = adapter_axes(*self.axes)
+            inner = checkpoint_name(matmul(x, gather(self.lora_a[...], rows, None)), "lora")
+            y = y + matmul(inner, gather(self.lora_b[...], None, columns)) * self.lora_scale
         return y
 
 

@@ -15,7 +15,7 @@ class Projector(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         kwargs: dict[str, Any] = {"bias": True, "dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         self.fc1 = Linear(config.vision.hidden_size, config.text.hidden_size, **kwargs)
-        self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, **kwargs)
+        self.fc2 = Linear(config.text.hidden_size, config.text.hidden_size, axes=("mlp", "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D_vision) -> (..., D)."""

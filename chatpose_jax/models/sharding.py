@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -149,26 +150,6 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES, *, stacked: bool = 
     return NamedSharding(mesh, PartitionSpec(None, rows) if stacked else PartitionSpec(rows))
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, stacked: bool = False) -> dict[str, jax.Array]:
-    """Each process's own rows -> global arrays on the mesh, without a copy of other processes' rows.
-
-    Args:
-        batch: arrays (B_local, …), or (accumulate, B_local, …) with ``stacked``.
-
-    Raises UserError when the rows do not divide among the devices.
-    """
-    sharding = batch_sharding(mesh, stacked=stacked)
-    ways = math.prod(mesh.shape[axis] for axis in RULES.axes("batch", mesh))
-    local = max(1, ways // len({device.process_index for device in mesh.devices.flat}))
-    rows = {name: x.shape[int(stacked)] for name, x in batch.items()}
-    if wrong := [name for name, count in rows.items() if count % local]:
-        raise UserError(
-            f"{rows[wrong[0]]} rows of {wrong[0]} do not divide among {local} devices of this process: "
-            "make train.batch_size a multiple of data × fsdp of train.mesh"
-        )
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
-
-
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
@@ -204,3 +185,38 @@ def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(logical, x.shape, mesh)))
+
+
+STORED = "embed"
+"""The logical axis that weights are split over only where they are kept."""
+
+
+def gather(x: jax.Array, *logical: Logical) -> jax.Array:
+    """A parameter as a product uses it: whole along what only storage splits. Its gradient is split again as it is summed up.
+
+    Said outright, for otherwise the compiler may split the product instead, and loop over pieces of the weights.
+    """
+    if current_mesh() is None:
+        return x
+    return checkpoint_name(_gather(x, logical), GATHERED)
+
+
+GATHERED = "gathered"
+"""What remat policies call gathered weights: they are never kept for the backward pass."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, logical: tuple[Logical, ...]) -> jax.Array:
+    names = [(name,) if isinstance(name, str) else name or () for name in logical]
+    return constrain(x, *(tuple(part for part in name if part != STORED) for name in names))
+
+
+def _gather_forward(x: jax.Array, logical: tuple[Logical, ...]) -> tuple[jax.Array, None]:
+    return _gather(x, logical), None
+
+
+def _gather_backward(logical: tuple[Logical, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, *logical),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

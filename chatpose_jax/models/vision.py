@@ -21,7 +21,8 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, **kwargs: Any):
         self.num_heads = config.num_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            Linear(config.hidden_size, config.hidden_size, bias=True, **kwargs) for _ in range(4)
+            Linear(config.hidden_size, config.hidden_size, bias=True, axes=axes, **kwargs)
+            for axes in (*(("embed", "heads"),) * 3, ("heads", "embed"))
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -37,7 +38,7 @@ class VisionMLP(nnx.Module):
 
     def __init__(self, config: VisionConfig, **kwargs: Any):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, **kwargs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, **kwargs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, axes=("mlp", "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.fc1(x)
@@ -83,7 +84,7 @@ class VisionTower(nnx.Module):
         self.scan = config.scan_layers
         kwargs: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         width, param_dtype = vision.hidden_size, jnp.dtype(config.param_dtype)
-        self.patch_embed = Linear(vision.patch_size**2 * 3, width, rngs=rngs, **kwargs)
+        self.patch_embed = Linear(vision.patch_size**2 * 3, width, axes=(None, None), rngs=rngs, **kwargs)
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,), param_dtype) * 0.02)
         self.position_embedding = nnx.Param(
             sincos_2d(vision.image_size // vision.patch_size, width).astype(param_dtype)

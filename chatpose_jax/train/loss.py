@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from chatpose_jax.models.chatpose import ChatPoseModel
 from chatpose_jax.models.layers import matmul, product
-from chatpose_jax.models.sharding import constrain
+from chatpose_jax.models.sharding import constrain, gather
 
 CHUNK = 256
 """Positions whose logits exist at a time."""
@@ -42,7 +42,7 @@ def cross_entropy(
         Two () float32: cross-entropy in nats, and the share of tokens that greedy decoding would get right.
     """
     head = model.decoder.lm_head
-    kernel = constrain(head.kernel[...], None, "vocabulary")  # gathered once, not for every chunk
+    kernel = gather(head.kernel[...], "embed", "vocabulary")  # gathered once, not for every chunk
     predicted = targets(labels, segment_ids)
     nll, right = _total(hidden.astype(head.dtype), kernel, head.added[...], predicted)
     count = jnp.maximum((predicted >= 0).sum(), 1)
@@ -156,10 +156,11 @@ def loss(
         remat=remat,
     ).hidden
     text, accuracy = cross_entropy(model, hidden, batch["labels"], segments)
+    hidden = constrain(hidden, "batch", None, None)
     states = jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1)
     wanted = batch["pose_targets"]
     pose = model.pose_head.loss(
-        states.reshape(-1, states.shape[-1]).astype(jnp.float32),
+        constrain(states.reshape(-1, states.shape[-1]).astype(jnp.float32), "batch", None),
         wanted.reshape(-1, *wanted.shape[2:]),
         batch["pose_mask"].reshape(-1),
     )

@@ -103,7 +103,7 @@ def make_step(
 
     Args:
         params: arrays or abstract shapes.
-        mesh: of ``init_state``; batches come from ``models.sharding.shard_batch``.
+        mesh: of ``init_state``; batches lie on it by ``models.sharding.batch_sharding``.
     """
     tx = optimizer(config, params)
     schedule = learning_rate(config)

@@ -32,6 +32,12 @@ PAPER: tuple[Rule, ...] = (
 )
 """LoRA, the pose head, and the rows of the new tokens; everything else is frozen."""
 
+HEAD: tuple[Rule, ...] = (Rule(r"pose_head/.*", 1.0), Rule(r".*", None))
+"""The pose head alone."""
+
+PROJECTOR: tuple[Rule, ...] = (*PAPER[:-1], Rule(r"projector/.*", 0.1), PAPER[-1])
+"""The paper's, and the projector at a tenth of the rate."""
+
 EVERYTHING: tuple[Rule, ...] = (Rule(r".*/(kernel|embedding)", 1.0, 0.01), Rule(r".*", 1.0))
 """All parameters, matrices with a little weight decay: for models that start from nothing."""
 
@@ -66,11 +72,16 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
         except re.error as error:
             raise UserError(f"train.trainable: {row.pattern!r} is no regular expression: {error}") from error
     assigned: dict[str, Rule] = {}
-    for path in flatten(params):
+    for path, leaf in flatten(params).items():
         found = next((row for regex, row in compiled if regex.fullmatch(path)), None)
         if found is None:
             raise UserError(
                 f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest"
+            )
+        if found.lr is not None and np.issubdtype(leaf.dtype, np.integer):
+            raise UserError(
+                f"train.trainable: {path} is kept as {leaf.dtype} and cannot train: freeze it in a row before {found.pattern!r}, "
+                "or set model.quantize=none"
             )
         assigned[path] = found
     for regex, row in compiled:

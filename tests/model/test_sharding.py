@@ -1,14 +1,21 @@
 """The sharding table: 13B without allocating it, and a sharded model that computes what one device computes."""
 
+import json
+from pathlib import Path
+from typing import get_args
+
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch
-from chatpose_jax.models.config import preset
+from chatpose_jax.models.config import LoRAConfig, LoRATarget, preset
 from chatpose_jax.models.sharding import ShardingRules, partition_specs, place
+from chatpose_jax.train.trainable import flatten
+
+GOLDEN = Path(__file__).with_name("sharding_13b.json")
 
 
 def mesh(fsdp, tensor):
@@ -31,6 +38,19 @@ def test_13b_splits_every_large_array():
     assert total / 8 < per_device < 1.1 * total / 8
 
 
+def test_13b_lies_as_the_golden_file_says():
+    """A changed rule shows here as a diff to read. To write the file anew: python tests/model/test_sharding.py"""
+    expected = json.loads(GOLDEN.read_text())
+    assert golden() == expected
+
+
+def golden():
+    on = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    config = preset("chatpose_13b")
+    config = config.replace(lora=LoRAConfig(targets=get_args(LoRATarget)), quantize="int8")
+    return {path: str(spec) for path, spec in sorted(flatten(partition_specs(abstract_params(config), on)).items())}
+
+
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
 def test_a_sharded_model_computes_the_same(shape):
     config = preset("tiny")
@@ -48,3 +68,7 @@ def test_a_sharded_model_computes_the_same(shape):
 def test_two_axes_on_one_mesh_axis_are_refused():
     with pytest.raises(UserError, match="mesh axis 'fsdp'"):
         partition_specs(abstract_params(preset("tiny")), mesh(4, 2), ShardingRules(heads=("fsdp",)))
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n")

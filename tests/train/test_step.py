@@ -144,6 +144,117 @@ def test_accumulated_micro_batches_average(params):
         np.testing.assert_allclose(value, two.trainable[path], atol=2e-4, err_msg=path)
 
 
+def test_micro_batches_weigh_what_they_hold_of_tokens_and_poses(params):
+    """Ragged halves: one has few labels and a single pose. The plain mean of two means would be another loss."""
+    settings = dataclasses.replace(SETTINGS, batch_size=2, grad_clip=1e9)
+    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=0.0))
+    halves = [fake_batch(config, batch=2, length=16, seed=i) for i in range(2)]
+    halves[1]["labels"][:, :-2] = -100
+    halves[1]["pose_mask"][0] = False
+    results = []
+    for accumulate, join in ((1, np.concatenate), (2, np.stack)):
+        chosen = dataclasses.replace(settings, accumulate=accumulate)
+        state, frozen = init_state(chosen, jax.tree.map(jnp.array, params))
+        batch = {name: join([half[name] for half in halves]) for name in halves[0]}
+        results.append(make_step(config, chosen, params)(state, frozen, batch)[1])
+    whole, parts = results
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
+
+
+def test_an_update_that_is_not_finite_is_dropped_and_counted(params):
+    good, bad = (fake_batch(CONFIG, batch=4, length=16, seed=i) for i in range(2))
+    bad["pixel_values"] = np.full_like(bad["pixel_values"], np.inf)
+    state, frozen = init_state(SETTINGS, jax.tree.map(jnp.array, params))
+    step, counts = make_step(CONFIG, SETTINGS, params), []
+    for batch in (good, bad, bad, good):
+        before = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+        state, metrics = step(state, frozen, batch)
+        counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+        same = jax.tree.map(
+            lambda one, two: bool(np.all(one == np.asarray(two))), before, (state.trainable, state.opt_state)
+        )
+        # What is dropped leaves nothing behind: not in weights, moments or the schedule.
+        assert all(jax.tree.leaves(same)) == (batch is bad)
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0)]
+    assert int(state.step) == 4
+    assert metrics["learning_rate"] == pytest.approx(1e-2)
+
+
+def test_a_packed_row_has_the_loss_of_its_conversations(params):
+    """Two conversations in one row, padding behind them: text, poses and gradients of the same two as rows of their own."""
+    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=0.0))
+    apart = fake_batch(config, batch=2, length=9, images=1)
+    apart["labels"][:, 0] = -100
+    length = apart["input_ids"].shape[1]
+
+    def join(name, fill):
+        return np.concatenate([*apart[name], np.full(5, fill, np.int32)])[None]
+
+    packed = {
+        "input_ids": join("input_ids", 0),
+        "labels": join("labels", -100),
+        "attention_mask": join("attention_mask", 0),
+        "segment_ids": np.repeat([[1, 2, 0]], [length, length, 5], axis=1).astype(np.int32),
+        "pixel_values": apart["pixel_values"].reshape(1, 2, *apart["pixel_values"].shape[2:]),
+        "pose_index": (apart["pose_index"] + np.array([[0], [length]], np.int32)).reshape(1, 2),
+        "pose_targets": apart["pose_targets"].reshape(1, 2, -1, 3, 3),
+        "pose_mask": apart["pose_mask"].reshape(1, 2),
+    }
+
+    def value_and_grad(batch):
+        def objective(flat):
+            return losses.loss(bind(config, table.unflatten(flat)), batch, lambda_text=1.0, lambda_pose=1.0)
+
+        return jax.jit(jax.value_and_grad(objective, has_aux=True))(table.flatten(params))
+
+    (_, expected), expected_grads = value_and_grad(apart)
+    (_, found), grads = value_and_grad(packed)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+    for path, gradient in expected_grads.items():
+        np.testing.assert_allclose(grads[path], gradient, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("table_of", ["frozen", "trained"])
+def test_cross_entropy_and_its_gradients_are_those_of_jax(params, table_of, monkeypatch):
+    """The gradient that is taken beside the loss, against automatic differentiation of all logits at once."""
+    monkeypatch.setattr(losses, "CHUNK", 7)
+    batch = fake_batch(CONFIG, batch=2, length=20)
+    batch["labels"][0, 12:15] = 64, 65, -100
+    hidden = jax.random.normal(jax.random.key(1), (*batch["labels"].shape, CONFIG.text.hidden_size))
+    head = params["decoder"]["lm_head"]
+    predicted = np.asarray(losses.targets(jnp.asarray(batch["labels"])))
+
+    def ours(hidden, head):
+        changed = params | {"decoder": params["decoder"] | {"lm_head": head}}
+        return 3 * losses.cross_entropy(bind(CONFIG, changed), hidden, jnp.asarray(batch["labels"]))[0]
+
+    def plain(hidden, head):
+        logits = hidden @ jnp.concatenate([head["kernel"], head["added"]], axis=1)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(predicted, 0))
+        return 3 * jnp.where(predicted >= 0, nll, 0).sum() / (predicted >= 0).sum()
+
+    wanted = 0 if table_of == "frozen" else (0, 1)
+    found, expected = (jax.jit(jax.value_and_grad(f, argnums=wanted))(hidden, head) for f in (ours, plain))
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_int8_base_trains_its_adapters_and_keeps_its_kernels(params):
+    config = dataclasses.replace(CONFIG, quantize="int8", dtype="bfloat16")
+    fresh = create(config, jax.random.key(0))
+    before = {path: hash(np.asarray(x).tobytes()) for path, x in table.flatten(fresh).items()}
+    state, frozen = init_state(SETTINGS, fresh)
+    step = make_step(config, SETTINGS, fresh)
+    for seed in range(2):
+        state, metrics = step(state, frozen, fake_batch(config, batch=4, length=16, seed=seed))
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    after = {path: hash(np.asarray(x).tobytes()) for path, x in frozen.items()}
+    assert after == {path: before[path] for path in frozen}
+    assert frozen["decoder/layers/attn/q_proj/kernel"].dtype == jnp.int8
+
+
 def test_rows_scale_rate_and_decay_as_adamw(params):
     """One row with rate 1 and decay d is optax.adamw."""
     settings = dataclasses.replace(SETTINGS, grad_clip=1e9, trainable=(table.Rule(".*", 1.0, 0.1),))

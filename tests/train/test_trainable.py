@@ -6,8 +6,20 @@ import pytest
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.config import preset
-from chatpose_jax.train.trainable import EVERYTHING, PAPER, Rule, assign, describe, flatten, merge, split, unflatten
+from chatpose_jax.models.config import LoRAConfig, preset
+from chatpose_jax.train.trainable import (
+    EVERYTHING,
+    HEAD,
+    PAPER,
+    PROJECTOR,
+    Rule,
+    assign,
+    describe,
+    flatten,
+    merge,
+    split,
+    unflatten,
+)
 
 
 def count(flat):
@@ -24,6 +36,31 @@ def test_the_papers_table_on_13b_without_allocating_it():
     assert not any(path.startswith("vision/") for path in trainable)
     assert "decoder/lm_head/kernel" in frozen
     assert "131,824,784 of 13,470,065,808 parameters train" in describe(abstract_params(preset("chatpose_13b")), PAPER)
+
+
+def test_the_ready_tables_on_13b_without_allocating_it():
+    config = preset("chatpose_13b")
+    head, rows, papers = 26_956_944, 2 * 5120, 104_857_600
+    projector = (1024 + 1) * 5120 + (5120 + 1) * 5120
+    seven = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    everywhere = config.replace(lora=LoRAConfig(targets=seven))
+    assert count(split(abstract_params(config), HEAD)[0]) == head
+    assert count(split(abstract_params(config), PROJECTOR)[0]) == papers + head + rows + projector
+    assert (
+        count(split(abstract_params(everywhere), PAPER)[0]) == 40 * 128 * (8 * 5120 + 3 * (5120 + 13824)) + head + rows
+    )
+    assert not split(abstract_params(config), EVERYTHING)[1]
+    slow = assign(abstract_params(config), PROJECTOR)
+    assert (slow["projector/fc1/kernel"].lr, slow["pose_head/fc1/kernel"].lr) == (0.1, 1.0)
+    groups = (Rule("pose_head/.*", 0.5), Rule(".*lora_a", 1.0), Rule(".*lora_b", 16.0), Rule(".*", None))
+    assert {row.lr for row in assign(abstract_params(config), groups).values()} == {0.5, 1.0, 16.0, None}
+
+
+def test_int8_kernels_must_be_frozen():
+    config = preset("tiny").replace(quantize="int8")
+    assert not any(path.endswith("kernel") for path in split(abstract_params(config), PAPER)[0] if "layers" in path)
+    with pytest.raises(UserError, match=r"decoder/layers/attn/\w+/kernel is kept as int8 and cannot train"):
+        assign(abstract_params(config), EVERYTHING)
 
 
 def test_split_and_merge_are_inverse():

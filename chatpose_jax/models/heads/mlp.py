@@ -19,7 +19,7 @@ class MLPHead(PoseHead):
     def __init__(self, width: int, num_joints: int, *, rngs: nnx.Rngs):
         self.num_joints = num_joints
         self.fc1 = Linear(width, width, bias=True, rngs=rngs)
-        self.fc2 = Linear(width, num_joints * 6, bias=True, rngs=rngs)
+        self.fc2 = Linear(width, num_joints * 6, bias=True, axes=("mlp", "embed"), rngs=rngs)
         self.fc2.kernel[...] = self.fc2.kernel[...] * 0.1
         self.fc2.bias[...] = jnp.tile(jnp.array([1.0, 0, 0, 0, 1, 0]), num_joints)  # type: ignore[index]
 

@@ -1,0 +1,72 @@
+"""``chatpose plan``: will a step fit a machine, and how fast could it be? Compiled here for machines that are elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from chatpose_jax.cli.config import load_config
+from chatpose_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose plan``."""
+    parser.add_argument(
+        "--config", default="chatpose_13b", help="a name in configs/ or a Python file with get_config()"
+    )
+    parser.add_argument(
+        "--target", required=True, help="v5e:2x4, v5p:4x4x4, v6e:2x4, h100, h100:8, …: chip and topology or count"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="rows of a step, by default the configuration's; with --decode, conversations (1)"
+    )
+    parser.add_argument("--length", type=int, help="tokens of a row, pictures included; by default train.max_length")
+    parser.add_argument("--mesh", help="DATAxFSDPxTENSOR, such as 1x8x1; by default what suits the target")
+    parser.add_argument("--decode", action="store_true", help="one step of decoding instead of a training step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a setting, such as train.remat=save_qkv",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; exit status 0 when it fits, 1 when it does not."""
+    config = load_config(args.config, args.overrides)
+    from chatpose_jax.planning.plan import describe, mesh_sizes, plan_decoding, plan_training
+    from chatpose_jax.planning.targets import parse
+
+    target = parse(args.target)
+    for name in ("batch", "length"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, found {value}")
+    train, length = config.train, args.length or config.train.max_length
+    if args.decode:
+        batch = args.batch or 1
+        sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, batch, decode=True)
+        plan = plan_decoding(config.model, target, sizes, batch, length)
+    else:
+        if args.batch is not None:
+            train = dataclasses.replace(train, batch_size=args.batch, accumulate=1)
+        sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, train.batch_size)
+        plan = plan_training(config.model, train, target, sizes, length)
+    print(describe(plan))
+    if args.json is not None:
+        args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+    return 0 if plan.fits else 1
+
+
+def _sizes(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        data, fsdp, tensor = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"--mesh {text}: expected DATAxFSDPxTENSOR, such as 1x8x1") from None
+    return data, fsdp, tensor

@@ -1,0 +1,125 @@
+"""What a compiled program sends over the network, read from its text: the compiler's own count forgets that loops repeat."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_CALLED = re.compile(r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+
+
+def count(text: str) -> dict[str, float]:
+    """HLO text after optimisation -> bytes that each chip sends, by kind of collective, with loops of known length unrolled.
+
+    Of n chips in a ring each sends (n-1)/n of what is gathered or scattered, twice that of what is reduced to all. Operations of one channel
+    are parts of one collective that the compiler spread over the program: the largest counts.
+    """
+    blocks, entry = _blocks(text)
+    known: dict[str, dict[tuple[str, str], float]] = {}
+
+    def total(name: str) -> dict[tuple[str, str], float]:
+        """(kind, channel) -> bytes of one run of a block."""
+        if name in known:
+            return known[name]
+        found = known[name] = {}
+        for number, line in enumerate(blocks.get(name, [])):
+            match = _INSTRUCTION.match(line)
+            if match is None or match[2].endswith(("-done", "-update")):  # their start has been counted
+                continue
+            shape, operation = match.groups()
+            kind = operation.removesuffix("-start")
+            if kind in KINDS:
+                channel = _CHANNEL.search(line)
+                key = (kind, channel[1] if channel else f"{name} {number}")
+                found[key] = max(found.get(key, 0.0), _sent(kind, shape, line))
+                continue
+            called = _CALLED.findall(line)
+            called += [("branch", name.strip(" %")) for group in _BRANCHES.findall(line) for name in group.split(",")]
+            trips = _trips(line, blocks.get(dict(called).get("condition", ""), [])) if operation == "while" else 1
+            for role, callee in called:
+                times = trips if role == "body" else 1
+                for key, size in total(callee).items():
+                    found[key] = max(found.get(key, 0.0), size * times)
+        return found
+
+    sent: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for (kind, _), size in total(entry).items():
+        sent[kind] += size
+    return dict(sent)
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """How often a loop runs: as the compiler notes it, or by a condition ``counter < constant``; 1 where it depends on data."""
+    if match := _TRIPS.search(line):
+        return int(match[1])
+    root = next((text for text in condition if "ROOT" in text and "direction=LT" in text), "")
+    constants = dict(re.findall(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
+    limit = re.search(r"compare\([^,]*, %?([\w.\-]+)\)", root)
+    return int(constants.get(limit[1], 1)) if limit else 1
+
+
+def _blocks(text: str) -> tuple[dict[str, list[str]], str]:
+    blocks: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            blocks[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            blocks[name].append(line)
+    return blocks, entry
+
+
+def _sent(kind: str, shape: str, line: str) -> float:
+    sizes = [_BYTES.get(dtype, 0) * _elements(dims) for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))]
+    started = f" {kind}-start(" in line
+    # The start of an operation returns its operands beside its results.
+    size = max(sizes, default=0) if started and kind != "all-reduce" else sum(sizes)
+    members = _members(line)
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter" and not started:
+        size *= members
+    return size * (members - 1) / max(members, 1) * (2 if kind == "all-reduce" else 1)
+
+
+def _members(line: str) -> int:
+    """Chips in a group."""
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
+        return math.prod(int(sizes[axis.strip()]) for axis in match[2].split(",") if axis.strip() in sizes)
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return match[1].count(",") + 1
+    return 1
+
+
+def _elements(dims: str) -> int:
+    size = 1
+    for n in filter(None, dims.split(",")):
+        size *= int(n)
+    return size

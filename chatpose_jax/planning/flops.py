@@ -1,0 +1,114 @@
+"""Operations and memory traffic of a step, counted from shapes: the compiler counts the body of a loop over layers once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.remat import POLICIES
+from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.trainable import assign, flatten
+
+_MATRIX = re.compile(r".*/(kernel|lora_[ab])|decoder/lm_head/added")
+_LAYER = "decoder/layers/"
+_QKV = re.compile(r".*/(q_proj|k_proj|v_proj)/.*")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Of one step over all chips.
+
+    useful: floating-point operations that the gradient of what trains needs, nothing twice: forward, the gradient by activations where it
+        is needed, that by weights only where they train. With LoRA about 4 for each parameter of the decoder and token, and attention.
+    six_n: 6 for each parameter of the decoder and token, and attention: what is counted where everything trains, for comparison.
+    hardware: what is executed: ``useful`` and what remat computes again.
+    weights: bytes of decoder weights that each pass reads; passes: how many passes there are.
+    activations: bytes of inputs and results of the products, all passes. optimizer: bytes that the update reads and writes.
+    """
+
+    useful: float
+    six_n: float
+    hardware: float
+    weights: float
+    passes: int
+    activations: float
+    optimizer: float
+
+
+def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, images: int = 1) -> StepCost:
+    """A training step of ``batch`` rows of ``length`` tokens, pictures included, each with ``images`` pictures and one pose.
+
+    A product of n weights takes 2n operations a token; attention half of 4·T²·H·K a row forward, being causal, and twice that backward.
+    """
+    params = flatten(abstract_params(model))
+    rows = assign(params, train.trainable)
+    trains = {path: row.lr is not None for path, row in rows.items()}
+    seen = model.vision.num_patches
+    tokens = {"decoder": batch * length, "vision": batch * images * (seen + 1), "projector": batch * images * seen}
+    reached = _reached(trains)
+    again = POLICIES[train.remat]
+    forward, useful, repeated, six_n, moved = 0.0, 0.0, 0.0, 0.0, 0.0
+    for path, leaf in params.items():
+        if not _MATRIX.fullmatch(path):
+            continue
+        tower = path.split("/")[0]
+        products = 2.0 * math.prod(leaf.shape) * tokens.get(tower, batch)
+        forward += products
+        useful += products * (1 + reached[tower] + trains[path])
+        six_n += 3 * products if tower == "decoder" else products
+        layers = leaf.shape[0] if leaf.ndim == 3 else 1
+        repeats = path.startswith(_LAYER) and again is not None and not _kept(path, again)
+        repeated += products * repeats
+        moved += 2 * layers * sum(leaf.shape[-2:]) * tokens.get(tower, batch) * (1 + repeats + 2 * reached[tower])
+    text, vision = model.text, model.vision
+    causal = 2.0 * batch * text.num_layers * text.num_heads * text.head_dim * length**2
+    looking = 4.0 * batch * images * vision.num_used_layers * vision.hidden_size * (seen + 1) ** 2
+    attended = 3 * causal + looking * (1 + 2 * reached["vision"])
+    repeated += causal * (again is not None and "attention" not in again)
+    weights = sum(_nbytes(leaf) for path, leaf in params.items() if path.startswith("decoder/"))
+    updated = sum(math.prod(params[path].shape) for path, is_trained in trains.items() if is_trained)
+    return StepCost(
+        useful=useful + attended,
+        six_n=six_n + attended,
+        hardware=useful + attended + repeated,
+        weights=weights,
+        passes=2 + bool(repeated),
+        activations=moved,
+        optimizer=4.0 * 7 * updated,
+    )
+
+
+def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:
+    """One token for each of ``batch`` conversations of ``length`` tokens."""
+    params = {path: leaf for path, leaf in flatten(abstract_params(model)).items() if path.startswith("decoder/")}
+    text = model.text
+    products = sum(2.0 * math.prod(leaf.shape) for path, leaf in params.items() if _MATRIX.fullmatch(path)) * batch
+    products += 4.0 * batch * text.num_layers * text.num_heads * text.head_dim * length
+    weights = sum(_nbytes(leaf) for path, leaf in params.items() if not path.startswith("decoder/embed_tokens"))
+    itemsize = 4 if model.dtype == "float32" else 2
+    cache = 2.0 * batch * text.num_layers * text.num_kv_heads * text.head_dim * length * itemsize
+    return StepCost(products, products, products, weights, 1, cache, 0.0)
+
+
+def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:
+    """Towers that a gradient passes through: those with something that trains, in them or before them."""
+    order = ("vision", "projector", "decoder", "pose_head")
+    return {
+        tower: any(trained for path, trained in trains.items() if path.split("/")[0] in order[: place + 1])
+        for place, tower in enumerate(order)
+    }
+
+
+def _kept(path: str, names: tuple[str, ...]) -> bool:
+    return "mlp" in names or ("qkv" in names and bool(_QKV.fullmatch(path)))
+
+
+def _nbytes(leaf: Any) -> float:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize

@@ -1,0 +1,95 @@
+"""Attention's implementations against each other, packing, and whom a token sees."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.attention import causal_attention
+from chatpose_jax.models.chatpose import bind, create
+from chatpose_jax.models.sharding import make_mesh, on_mesh
+
+from . import small
+
+SEGMENTS = np.array([[1] * 90 + [2] * 60 + [0] * 10, [1] * 30 + [2] * 30 + [3] * 100], np.int32)
+
+
+def heads(length: int, width: int = 128, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q (2, T, 4, K), k and v (2, 2, T, K)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, length, 4, width), dtype)
+    k, v = (jax.random.normal(key, (2, 2, length, width), dtype) for key in keys[1:])
+    return q, k, v
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "packed"])
+def test_splash_attention_is_the_portable_one(segments: np.ndarray | None) -> None:
+    """Interpreted; grouped heads, a length that blocks do not divide, and the gradients."""
+    q, k, v = heads(160)
+    ids = None if segments is None else jnp.asarray(segments)
+    counts = np.ones((2, 160, 1)) if segments is None else (segments > 0)[..., None]
+
+    def run(setting: str):  # type: ignore[no-untyped-def]
+        attend = causal_attention(setting, 160, 128, q.dtype, ids)
+
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = attend(q, k, v) * counts
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    ((_, ours), gradients), ((_, expected), wanted) = run("splash"), run("xla")
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    for found, gradient in zip(gradients, wanted):
+        np.testing.assert_allclose(found, gradient, atol=5e-5)
+
+
+def test_splash_attention_over_a_mesh() -> None:
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    q, k, v = heads(128)
+    mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
+
+    @jax.jit
+    def split(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        with on_mesh(mesh):
+            return causal_attention("splash", 128, 128, q.dtype, None)(q, k, v)
+
+    expected = causal_attention("xla", 128, 128, q.dtype, None)(q, k, v)
+    np.testing.assert_allclose(split(q, k, v), expected, atol=2e-5)
+
+
+def test_cudnn_lowers_for_a_gpu_and_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="needs a GPU"):
+        causal_attention("cudnn", 128, 128, jnp.bfloat16, None)
+    from chatpose_jax.models import attention
+
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    assert attention._choose("auto", 128, jnp.dtype("bfloat16")) == "cudnn"
+    assert attention._choose("auto", 128, jnp.dtype("float32")) == "xla"
+    for segments in (None, jnp.asarray(SEGMENTS)):
+        attend = causal_attention("auto", 160, 128, jnp.bfloat16, segments)
+        text = jax.jit(attend).trace(*heads(160, dtype="bfloat16")).lower(lowering_platforms=("cuda",)).as_text()
+        assert "fmha" in text
+
+
+def test_packed_conversations_are_those_on_their_own() -> None:
+    """Hidden states of two conversations with pictures in one row, padding behind, against rows of their own."""
+    config = small.config(2)
+    params = create(config, jax.random.key(0))
+    first, second = small.row(config, 3, 0, 7), small.row(config, 0, 12, seed=1)
+    images = small.pixels(config, 2)
+    ids = jnp.asarray([[*first, *second, 0, 0, 0]])
+    segments = jnp.asarray([[1] * len(first) + [2] * len(second) + [0] * 3], jnp.int32)
+
+    @jax.jit
+    def run(ids: jax.Array, pixels: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        return bind(config, params)(ids, pixel_values=pixels, segment_ids=segments).hidden[0]
+
+    packed = run(ids, images[None], segments)
+    for start, row, image in ((0, first, images[:1]), (len(first), second, images[1:])):
+        alone = run(jnp.asarray([row]), image[None])
+        np.testing.assert_allclose(packed[start : start + len(row)], alone, atol=2e-5)
