@@ -20,7 +20,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType, ModelConfig, VisionConfig
 from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import SETTINGS_FILE, Processor
-from chatpose_jax.processing.tokenizer import IMAGE_LITERAL
+from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
@@ -128,6 +128,8 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
             f"the format chatpose has a place for the pose head 'mlp' only, this model has {config.head.name!r}; "
             "choose --format transformers or llava, which lay the head beside the weights"
         )
+    if format == "chatpose" and model.pose_token != RELEASED_POSE:
+        notes.append(f"the pose token is spelt {model.pose_token}; ChatPose's own code looks for {RELEASED_POSE}")
     if config.lora is None:
         notes.append("no adapters in this model: the weights are its own")
     elif model.merged:
@@ -141,8 +143,6 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
     vision, unused, tower_note = _tower(layout, config.vision, riders, dtype)
     if tower_note:
         notes.append(tower_note)
-    if vision is None:  # the tower cannot be whole, and this layout has no way to say so
-        layout, vision = _LAYOUT["llava_original_without_clip"], config.vision
     if lost:
         notes.append(f"{len(lost)} tensors that nothing reads have no place here: {', '.join(lost[:3])}, …"[:200])
 
@@ -204,46 +204,36 @@ def _cast(tensor: Tensor, entry: TensorEntry, dtype: np.dtype) -> Tensor:
 
 def _tower(
     layout: Layout, vision: VisionConfig, riders: dict[str, Tensor], dtype: str
-) -> tuple[VisionConfig | None, list[Tensor], str]:
+) -> tuple[VisionConfig, list[Tensor], str]:
     """Completes the vision tower: its configuration in the result, tensors to add, and what to tell the user.
 
-    Whole with passengers. Without them transformers gets a tower that ends where it is read; layouts that only name
-    CLIP get none (``None``)."""
+    It is whole with its passengers. Without them it ends where it is read, and the configuration says so."""
     if "vision" not in layout.parts:
-        return vision, [], "the vision tower is left out: this layout names CLIP's folder instead"
+        return (
+            vision,
+            [],
+            (
+                "the vision tower is left out, as in CHATPOSE-V0: CLIP's own takes its place (--vision when converting back); "
+                "if it was trained, choose --format transformers or llava"
+            ),
+        )
     used, total = vision.num_used_layers, vision.num_layers
-    rest = {
-        name
-        for rule in layout.rules
-        if rule.stacked and rule.target.startswith("vision/")
-        for name in rule.sources(total)[used:]
-    }
+    rules = [rule for rule in layout.rules if rule.stacked and rule.target.startswith("vision/")]
+    rest = {name for rule in rules for name in rule.sources(total)[used:]}
     unused = {rule.source: rule for rule in layout.unused}
     if all(name in riders for name in (*rest, *unused)):
         return vision, [], ""
-    if layout.family != "llava_transformers":
-        for name in list(riders):
-            if (place := layout.locate(name)) and place[0].target.startswith("vision/"):
-                del riders[name]
-        return (
-            None,
-            [],
-            (
-                f"the vision tower is left out: its blocks behind {used} are not in the model folder; take CLIP's own "
-                "(--vision when converting back)"
-            ),
-        )
     for name in rest:
         riders.pop(name, None)
-    missing = {name: rule for name, rule in unused.items() if name not in riders}
-    added = [
+    neutral = [
         _constant(name, (vision.hidden_size,), float(rule.target.endswith("scale")), dtype)
-        for name, rule in missing.items()
+        for name, rule in unused.items()
+        if name not in riders
     ]
     note = (
         f"the vision tower ends after block {used}, which is the one that is read; the rest is not in the model folder"
     )
-    return dataclasses.replace(vision, num_layers=used, select_layer=-1), added, note
+    return dataclasses.replace(vision, num_layers=used, select_layer=-1), neutral, note
 
 
 def _constant(name: str, shape: Shape, value: float, dtype: str) -> Tensor:

@@ -317,6 +317,21 @@ def test_flat_layouts_give_the_same_logits_and_poses(tmp_path: Path, format: str
     assert (config["vocab_size"], config["mm_vision_select_layer"]) == (VOCAB + 2, -2)
 
 
+def test_a_tower_without_its_end_comes_back(tmp_path: Path) -> None:
+    """A model that started here has no passengers; LLaVA's own code, which takes CLIP by name, is given none."""
+    make_llava_original(tmp_path / "src", tower=True)
+    folder = model_folder(tmp_path / "src", tmp_path / "jax")
+    shutil.rmtree(folder / PASSENGERS)
+    result = export(folder, tmp_path / "llava", "llava")
+    assert any("the vision tower ends after block 3" in note for note in result.notes)
+    assert "mm_vision_tower" not in json.loads((tmp_path / "llava" / "config.json").read_text())
+    back = model_folder(tmp_path / "llava", tmp_path / "back")
+    there, found = (by_path(load_params(f, abstract_params(load_config(f)))) for f in (folder, back))
+    assert there.keys() == found.keys()
+    assert all(np.array_equal(found[path], leaf) for path, leaf in there.items())
+    assert load_config(back).vision.num_used_layers == 3
+
+
 def test_merging_is_done_in_float32_and_rounded_once(tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "src", dtype=torch.bfloat16)
     folder = trained(model_folder(tmp_path / "src", tmp_path / "jax"), tmp_path / "lora")
