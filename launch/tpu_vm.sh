@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice without Kubernetes. From the root of the checkout:
+#
+#   launch/tpu_vm.sh create                     # ask for the slice and wait until it is there
+#   launch/tpu_vm.sh install                    # this checkout and its packages, on every worker
+#   launch/tpu_vm.sh run    --config chatpose_13b --init /mnt/runs/llava-13b --out /mnt/runs/13b
+#   launch/tpu_vm.sh keep   --config …          # all of that, again after every preemption, until the run is complete
+#   launch/tpu_vm.sh stop                       # let the run save and exit (end `keep` before)
+#   launch/tpu_vm.sh delete
+#
+# --out must lie on a file system that all workers share: SHARE is an NFS export (Filestore), mounted at /mnt/runs.
+set -euo pipefail
+NAME=${NAME:-chatpose}
+ZONE=${ZONE:-us-west4-a}
+TYPE=${TYPE:-v5litepod-64}                   # gcloud compute tpus accelerator-types list
+VERSION=${VERSION:-v2-alpha-tpuv5-lite}      # gcloud compute tpus versions list
+SPOT=${SPOT:-yes}
+SHARE=${SHARE:-}                             # HOST:/PATH
+
+tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
+everywhere() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
+state() { tpus queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null || echo NONE; }
+
+create() {
+  local spot=()
+  [[ $SPOT == yes ]] && spot=(--spot)
+  tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$VERSION" "${spot[@]}"
+  until [[ $(state) == ACTIVE ]]; do
+    case $(state) in
+      FAILED | SUSPENDED) echo "tpu_vm.sh: the request was not met: $(state)" >&2; return 1 ;;
+    esac
+    sleep 20
+  done
+}
+
+install() {
+  local archive
+  archive=$(mktemp --suffix=.tar.gz)
+  git archive --format=tar.gz --output="$archive" HEAD
+  tpus tpu-vm scp "$archive" "$NAME":chatpose.tar.gz --worker=all
+  rm "$archive"
+  everywhere 'mkdir -p chatpose && tar -xzf chatpose.tar.gz -C chatpose && python3 -m venv env && env/bin/pip install -q "./chatpose[tpu]"'
+  if [[ -n $SHARE ]]; then
+    everywhere "sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/runs && { mountpoint -q /mnt/runs || sudo mount '$SHARE' /mnt/runs; }"
+  fi
+}
+
+run() {
+  # Every worker runs the same command; they find each other through the TPU's metadata.
+  everywhere "env/bin/chatpose train $(printf '%q ' "$@")"
+}
+
+stop() { everywhere 'pkill -TERM -f "env/bin/chatpose train" || true'; }
+
+delete() { tpus queued-resources delete "$NAME" --force --quiet; }
+
+keep() {
+  until [[ $(state) == ACTIVE ]] && run "$@"; do
+    # A lost process is started again; a slice that was taken away is asked for again.
+    if [[ $(state) != ACTIVE ]]; then
+      [[ $(state) == NONE ]] || delete
+      if create; then install; else sleep 60; fi
+    fi
+    sleep 20
+  done
+}
+
+case ${1:-} in
+  create | install | run | stop | delete | keep) "$@" ;;
+  *) sed -n '2,12p' "$0"; exit 2 ;;
+esac

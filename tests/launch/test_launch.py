@@ -1,0 +1,208 @@
+"""Launchers, as far as they can be tried without a cloud: their syntax, their fields, and the scripts under stand-ins."""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatpose_jax.cli import train
+from chatpose_jax.train.hosts import Hosts, find
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+MANIFESTS = sorted(LAUNCH.glob("*.yaml"))
+
+TEXT, NUMBER = str, int
+NAMES = {"*": TEXT}
+POD = {
+    "restartPolicy": TEXT, "terminationGracePeriodSeconds?": NUMBER, "nodeSelector": NAMES,
+    "containers": [{
+        "name": TEXT, "image": TEXT, "args": [TEXT],
+        "env?": [{"name": TEXT, "value?": TEXT, "valueFrom?": {"fieldRef": {"fieldPath": TEXT}}}],
+        "ports?": [{"containerPort": NUMBER}],
+        "resources": {"limits": {"*": NUMBER}},
+        "volumeMounts": [{"name": TEXT, "mountPath": TEXT}],
+    }],
+    "volumes": [{
+        "name": TEXT, "persistentVolumeClaim?": {"claimName": TEXT}, "emptyDir?": {"medium": TEXT},
+    }],
+}  # fmt: skip
+JOB = {"parallelism": NUMBER, "completions": NUMBER, "backoffLimit": NUMBER, "template": {"spec": POD}}
+JOBSET = {
+    "apiVersion": TEXT, "kind": TEXT, "metadata": {"name": TEXT, "annotations?": NAMES},
+    "spec": {
+        "network?": {"enableDNSHostnames": bool}, "failurePolicy": {"maxRestarts": NUMBER},
+        "replicatedJobs": [{"name": TEXT, "replicas": NUMBER, "template": {"spec": JOB}}],
+    },
+}  # fmt: skip
+"""The fields of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1 that the manifests use, with their types; ? is optional."""
+
+
+def check(value, schema, where="manifest"):
+    """Raises AssertionError for a field that is missing, unknown or of another type."""
+    if isinstance(schema, list):
+        assert isinstance(value, list) and value, f"{where}: expected a list"
+        for index, item in enumerate(value):
+            check(item, schema[0], f"{where}[{index}]")
+    elif isinstance(schema, dict):
+        assert isinstance(value, dict), f"{where}: expected fields"
+        fields = {name.rstrip("?"): kind for name, kind in schema.items()}
+        for name, item in value.items():
+            assert name in fields or "*" in fields, f"{where}: unknown field {name}"
+            check(item, fields.get(name, fields.get("*")), f"{where}.{name}")
+        missing = [name for name in schema if name != "*" and not name.endswith("?") and name not in value]
+        assert not missing, f"{where}: no {missing[0]}"
+    else:
+        assert type(value) is schema, f"{where}: expected {schema.__name__}, found {value!r}"
+
+
+def read(path):
+    return yaml.safe_load(path.read_text())
+
+
+def pod(manifest):
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return job, job["template"]["spec"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+    assert os.access(script, os.X_OK)
+    if shellcheck := shutil.which("shellcheck"):
+        done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifests_hold_what_kubernetes_knows(path):
+    manifest = read(path)
+    check(manifest, JOBSET)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job, spec = pod(manifest)
+    assert job["parallelism"] == job["completions"] > 1
+    assert job["backoffLimit"] == 0, "JobSet restarts all pods together, or none"
+    assert {mount["name"] for mount in spec["containers"][0]["volumeMounts"]} <= {v["name"] for v in spec["volumes"]}
+    command, *arguments = spec["containers"][0]["args"]
+    assert command == "train"
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    assert str(parser.parse_args(arguments).out).startswith("/runs/")
+
+
+def test_a_broken_manifest_is_noticed():
+    manifest = read(LAUNCH / "jobset_tpu.yaml")
+    manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 1
+    with pytest.raises(AssertionError, match="unknown field backofLimit"):
+        check(manifest, JOBSET)
+
+
+def test_a_tpu_slice_has_as_many_hosts_as_pods():
+    job, spec = pod(read(LAUNCH / "jobset_tpu.yaml"))
+    chips = math.prod(map(int, spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert chips == job["parallelism"] * spec["containers"][0]["resources"]["limits"]["google.com/tpu"]
+
+
+def test_gpu_pods_find_each_other(tmp_path):
+    manifest = read(LAUNCH / "jobset_gpu.yaml")
+    job, spec = pod(manifest)
+    known = {
+        "metadata.annotations['jobset.sigs.k8s.io/jobset-name']": manifest["metadata"]["name"],
+        "metadata.annotations['batch.kubernetes.io/job-completion-index']": "2",
+    }
+    environment: dict[str, str] = {}
+    for variable in spec["containers"][0]["env"]:
+        value = variable.get("value") or known[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        environment[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], value)
+    assert find(environ=environment, dev=tmp_path) == Hosts("chatpose-workers-0-0.chatpose:8476", 4, 2)
+    assert environment["JAX_NUM_PROCESSES"] == str(job["parallelism"])
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A function that puts a program of a name on PATH; each call of it is a line of ``calls``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(name, body="exit 0"):
+        file = folder / name
+        file.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
+        file.chmod(0o755)
+
+    return make
+
+
+def calls(tmp_path):
+    return (tmp_path / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (2, False), (1, False), (75, True), (143, True)])
+def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, status, queued):
+    stand_in("srun", f"exit {status}")
+    stand_in("scontrol")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    done = subprocess.run(["bash", LAUNCH / "slurm.sh", "--out", "a b"], capture_output=True, text=True)
+    assert done.returncode == status
+    assert calls(tmp_path) == ["srun --kill-on-bad-exit=1 chatpose train --out a b"] + queued * [
+        "scontrol requeue 4711"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "starts"), [((0,), 1), ((1, 75, 0), 3), ((143,), 1), ((2,), 1), ((1, 1, 1, 1), 3)], ids=str
+)
+def test_one_machine_starts_again_after_a_crash(tmp_path, stand_in, monkeypatch, statuses, starts):
+    stand_in(
+        "chatpose", f'statuses=({" ".join(map(str, statuses))})\nexit "${{statuses[$(wc -l < {tmp_path}/calls) - 1]}}"'
+    )
+    monkeypatch.setenv("PAUSE", "0")
+    monkeypatch.setenv("TRIES", "3")
+    done = subprocess.run(["bash", LAUNCH / "one_machine.sh", "--out", "run"], capture_output=True, text=True)
+    assert done.returncode == statuses[starts - 1]
+    assert calls(tmp_path) == ["chatpose train --out run"] * starts
+
+
+SRUN = """
+shift
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "${status:-0}"
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_under_slurm(tmp_path, stand_in, monkeypatch):
+    stand_in("srun", SRUN)
+    stand_in("chatpose", f'exec "{sys.executable}" -m chatpose_jax.cli "$@"')
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    settings = ("steps=2", "batch_size=4", "eval_every=0", "mesh.data=2", "optimizer='adamw'")
+    command = [
+        "bash",
+        LAUNCH / "slurm.sh",
+        "--config",
+        "tiny",
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "data.train_size=16",
+    ]
+    command += [word for setting in settings for word in ("--set", f"train.{setting}")]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert done.stdout.count("parameters train") == 1, "two runs of one process, not one of two"
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
