@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from chatpose_jax.cli.config import RunConfig, load_config
 from chatpose_jax.data.batches import BatchLoader
@@ -17,15 +21,34 @@ from chatpose_jax.data.config import examples
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import Params, abstract_params, create
-from chatpose_jax.models.config import preset
+from chatpose_jax.models.config import ModelConfig, preset
+from chatpose_jax.models.sharding import make_mesh, place, shardings
+from chatpose_jax.planning.flops import train_cost
+from chatpose_jax.planning.targets import CHIPS
 from chatpose_jax.processing.processor import Processor, tiny_processor
+from chatpose_jax.train import feed, hosts
+from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import flatten, unflatten
 from chatpose_jax.train.trainer import Interrupted, train
 from chatpose_jax.train.validate import make_validation
 from chatpose_jax.weights import folder as model_folder
 from smpl_jax import io
 
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "NVIDIA A100": "a100",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+}
+"""How a ``device_kind`` begins -> a chip of ``planning.targets``; the first that fits counts."""
 VALIDATION_ROWS = 128
+VALIDATION_BATCH = 32
+VALIDATION_PICTURES = 4
+"""Rows of each kind whose bodies are drawn at every validation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,17 +74,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override a setting: --set train.steps=100",
     )
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into OUT/profile"
+    )
+    several = parser.add_argument_group(
+        "several processes", "found by themselves on Cloud TPU, GKE and SLURM; anywhere else give all three to each"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; exit status 0 when complete, 143 when stopped by a signal (the same command goes on)."""
+    """Train; exit status 0 when complete, ``hosts.STOPPED`` (143) when stopped by a signal and ``hosts.LOST`` (75) when
+    another process is gone (the same command goes on from either).
+    """
     config = load_config(args.config, args.overrides)
+    hosts.connect(hosts.find(args.coordinator, args.num_processes, args.process_id))
     try:
-        out = run_training(config, args.out, init=args.init)
+        with hosts.together(args.out):
+            out = run_training(config, args.out, init=args.init, profile=args.profile)
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return 143
-    print(f'model folder: {out}\nask it: chatpose chat {out} --prompt "Someone kneels. Can you give the SMPL pose?"')
+        if hosts.primary():
+            print(f"\n{stop}", file=sys.stderr)
+        return hosts.STOPPED
+    hosts.say(
+        f'model folder: {out}\nask it: chatpose chat {out} --prompt "Someone kneels. Can you give the SMPL pose?"'
+    )
     return 0
 
 
@@ -72,9 +111,10 @@ def run_training(
     init: Path | None = None,
     data: Sequence[Example] | None = None,
     folder: Path | None = None,
+    profile: int = 0,
 ) -> Path:
     """Data, weights, training, model folder; returns the latter. ``data`` replaces the training split that the
-    configuration names, ``folder`` is where the model goes (``out/model``)."""
+    configuration names, ``folder`` is where the model goes (``out/model``), ``profile`` counts steps to trace."""
     if init is not None:
         config = adopt(config, init)
     model, settings = config.model, config.train
@@ -82,31 +122,51 @@ def run_training(
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
         )
+    mesh = training_mesh(settings)
+    rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
     size = model.vision.image_size
-    rows = examples(config.data, "train", size) if data is None else data
-    print("reading data ...", flush=True)
+    source = examples(config.data, "train", size) if data is None else data
+    hosts.say("reading data ...")
     loader = BatchLoader(
-        rows,
+        source,
         processor,
         settings.batch_size * settings.accumulate,
         max_length=settings.max_length,
         seed=settings.seed,
         buckets=config.data.buckets,
-        cache=len(rows) <= 50_000,
+        packing=config.data.packing,
+        cache=len(source) <= 50_000 and not config.data.workers,
         prefetch=2,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        rows=rows,
     )
-    print(
-        f"{len(rows)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}",
-        flush=True,
+    hosts.say(
+        f"{len(source)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}"
     )
     validate = None
     if settings.eval_every:
+        whole = feed.row_shards(mesh) * -(-VALIDATION_BATCH // feed.row_shards(mesh))
         held_out = examples(config.data, "val", size)
-        validate = make_validation(model, settings, validation_batches(held_out, processor, config), io.load_body())
-    params = initial_params(config, init)
-    params = train(model, settings, params, loader, out, evaluate=validate)
-    folder = model_folder.save_folder(
+        batches = validation_batches(held_out, processor, config, whole, mesh)
+        validate = make_validation(
+            model, settings, batches, io.load_body(), mesh=mesh, rows=whole, pictures=VALIDATION_PICTURES
+        )
+    params = initial_params(config, init, mesh)
+    params = train(
+        model,
+        settings,
+        params,
+        loader,
+        out,
+        mesh=mesh,
+        evaluate=validate,
+        flops=functools.partial(utilisation, model, settings),
+        peak=peak_flops(jax.devices()[0].device_kind),
+        profile=profile,
+    )
+    return model_folder.save_folder(
         folder or out / "model",
         model,
         params,
@@ -114,13 +174,43 @@ def run_training(
         provenance={
             "trained": {"steps": settings.steps, "from": str(init) if init else "scratch", "data": config.data.source}
         },
+        passengers=init,
         overwrite=True,
     )
-    return folder
 
 
-def validation_batches(rows: Sequence[Example], processor: Processor, config: RunConfig) -> dict[str, list[Any]]:
-    """Finite batches of held-out rows with a pose, by kind."""
+def training_mesh(settings: TrainConfig) -> Mesh | None:
+    """The mesh of the settings over the devices of all processes; None where that is one device."""
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    return mesh if mesh.size > 1 else None
+
+
+def utilisation(model: ModelConfig, settings: TrainConfig, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Operations of a step on these rows: ``mfu`` counts what this run's gradient needs (with LoRA about 4 for each parameter
+    and token), ``mfu_6n`` what it would need if everything trained.
+    """
+    pixels = batch.get("pixel_values")
+    cost = _cost(model, settings, *batch["input_ids"].shape, 0 if pixels is None else pixels.shape[1])
+    return {"mfu": cost.useful, "mfu_6n": cost.six_n}
+
+
+_cost = functools.lru_cache(maxsize=64)(train_cost)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Operations per second that the maker promises for a device as JAX names it; None for one that is not known, as any CPU."""
+    name = next((chip for kind, chip in DEVICE_KINDS.items() if device_kind.startswith(kind)), None)
+    return None if name is None else CHIPS[name].flops
+
+
+def validation_batches(
+    rows: Sequence[Example],
+    processor: Processor,
+    config: RunConfig,
+    size: int = VALIDATION_BATCH,
+    mesh: Mesh | None = None,
+) -> dict[str, list[Any]]:
+    """Finite batches of ``size`` held-out rows with a pose, by kind; on a mesh, this process's part of each."""
     groups: dict[str, list[Example]] = {}
     for index in range(len(rows)):
         row = rows[index]
@@ -128,10 +218,19 @@ def validation_batches(rows: Sequence[Example], processor: Processor, config: Ru
             groups[row.kind].append(row)
         if len(groups) >= 2 and all(len(group) == VALIDATION_ROWS for group in groups.values()):
             break
-    length = config.train.max_length
+    length, mine = config.train.max_length, feed.local_rows(mesh, size)
     return {
         kind: list(
-            BatchLoader(group, processor, min(32, len(group)), max_length=length, shuffle=False, epochs=1, buckets=1)
+            BatchLoader(
+                group,
+                processor,
+                min(size, len(group)) if mesh is None else size,
+                max_length=length,
+                shuffle=False,
+                epochs=1,
+                buckets=1,
+                rows=mine,
+            )
         )
         for kind, group in groups.items()
     }
@@ -139,11 +238,11 @@ def validation_batches(rows: Sequence[Example], processor: Processor, config: Ru
 
 def adopt(config: RunConfig, init: Path) -> RunConfig:
     """The configuration with the towers and token ids of the model that it starts from."""
-    import dataclasses
-
     base = model_folder.load_config(init)
     keep = config.model
-    changes = {name: getattr(keep, name) for name in ("lora", "head", "dtype", "param_dtype", "scan_layers")}
+    changes = {
+        name: getattr(keep, name) for name in ("lora", "head", "dtype", "param_dtype", "scan_layers", "attention")
+    }
     return dataclasses.replace(config, model=base.replace(**changes))
 
 
@@ -159,14 +258,14 @@ def make_processor(config: RunConfig, init: Path | None) -> Processor:
     return tiny_processor(config.model, config.data.template)
 
 
-def initial_params(config: RunConfig, init: Path | None) -> Params:
-    """Fresh parameters, or those of ``init`` with fresh adapters and head where it has none.
+def initial_params(config: RunConfig, init: Path | None, mesh: Mesh | None = None) -> Params:
+    """Fresh parameters, or those of ``init`` with fresh adapters and head where it has none; made or read onto the mesh.
 
     Raises UserError when the folder holds adapters that this configuration has no place for, or parts do not fit.
     """
     key = jax.random.key(config.train.seed)
     if init is None:
-        return create(config.model, key)
+        return create(config.model, key, mesh)
     base = model_folder.load_config(init)
     wanted, held = flatten(abstract_params(config.model)), flatten(abstract_params(base))
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
@@ -181,15 +280,17 @@ def initial_params(config: RunConfig, init: Path | None) -> Params:
             f"{init}: {wrong[0]} is {held[wrong[0]].shape}, this configuration needs {wanted[wrong[0]].shape}"
         )
     kept = {path: leaf for path, leaf in wanted.items() if path not in fresh}
-    loaded = flatten(model_folder.load_params(init, unflatten({**held, **kept})))
+    target = unflatten({**held, **kept})
+    loaded = flatten(model_folder.load_params(init, target if mesh is None else place(target, mesh)))
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
         everything = flatten(create(config.model, key))
         return {path: everything[path] for path in fresh}
 
-    made = jax.jit(make)(key) if fresh else {}
+    places = None if mesh is None else shardings({path: wanted[path] for path in fresh}, mesh)
+    made = jax.jit(make, out_shardings=places)(key) if fresh else {}
     if fresh:
-        print(f"starting from {init}; new: {', '.join(fresh)}", flush=True)
+        hosts.say(f"starting from {init}; new: {', '.join(fresh)}")
     return unflatten({path: made[path] if path in made else loaded[path] for path in wanted})
 
 
