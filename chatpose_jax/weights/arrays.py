@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import itertools
 import math
 import os
 import threading
@@ -83,10 +84,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             spec["kvstore"]["base"] = base
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
             boxes += [(leaf.origin(index), store, leaf, index) for index in leaf.blocks(_BLOCK, chunk)]
-        # In the order of the source files: they are read once, from front to back, and each process has its stretch of them.
-        boxes.sort(key=lambda box: box[0])
-        count, rank = jax.process_count(), jax.process_index()
-        share = boxes[rank * len(boxes) // count : (rank + 1) * len(boxes) // count]
+        share = _share(sorted(boxes, key=lambda box: box[0]), jax.process_index(), jax.process_count())
         loop = asyncio.get_running_loop()
         reading: collections.deque[Any] = collections.deque()
         writing: collections.deque[Any] = collections.deque()
@@ -124,6 +122,14 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         await write
         settler.has_written(count)
         self.on_bytes(count)
+
+
+def _share(boxes: list[Any], rank: int, count: int) -> list[Any]:
+    """The boxes of one process. All are in the order of the source files, which are so read once, from front to back; each
+    process has a stretch of about as many bytes as the others."""
+    sizes = [math.prod(part.stop - part.start for part in index) * leaf.dtype.itemsize for _, _, leaf, index in boxes]
+    ends = itertools.accumulate(sizes)
+    return [box for box, size, end in zip(boxes, sizes, ends) if (end - size) * count // sum(sizes) == rank]
 
 
 class _Settler:

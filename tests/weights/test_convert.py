@@ -22,8 +22,10 @@ import chatpose_jax  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, create  # noqa: E402
 from chatpose_jax.models.config import preset  # noqa: E402
+from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights import arrays, cli  # noqa: E402
+from chatpose_jax.weights.arrays import by_path  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
@@ -167,11 +169,11 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(
 ) -> None:
     reads, real = [], TensorEntry.read
 
-    def failing(self: TensorEntry, index: Any = None) -> np.ndarray:
+    def failing(self: TensorEntry, index: Any = None, **options: Any) -> np.ndarray:
         reads.append(self.name)
         if len(reads) > 20:
             raise RuntimeError("stopped")
-        return real(self, index)
+        return real(self, index, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(TensorEntry, "read", failing)
@@ -261,8 +263,8 @@ def test_eight_devices_hold_what_one_holds(tmp_path: Path, shape: tuple[int, int
     plan, single = load_source(tmp_path / "src")
     read, real = [], TensorEntry.read
 
-    def counting(self: TensorEntry, index: Any = None) -> np.ndarray:
-        values = real(self, index)
+    def counting(self: TensorEntry, index: Any = None, **options: Any) -> np.ndarray:
+        values = real(self, index, **options)
         read.append(values.nbytes)
         return values
 
@@ -412,3 +414,33 @@ def test_load_spreads_a_source_over_a_mesh(llava: Path) -> None:
     kernel = model.params["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (64 // 4, 160 // 2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), model.params, single.params)
+
+
+def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path) -> None:
+    """Converted, and loaded straight onto a mesh: kernels and scales of ``quantize_int8``, all else as it was."""
+    plan, single = load_source(llava)
+    convert(llava, tmp_path / "out", quantize="int8", finish=complete)
+    config = load_config(tmp_path / "out")
+    assert config == plan.config.replace(quantize="int8")
+    params = by_path(load_params(tmp_path / "out", abstract_params(config)))
+    for path, array in by_path(single).items():
+        if path.startswith("decoder/layers/") and path.endswith("/kernel"):
+            kernel, scale = quantize_int8(np.asarray(array))
+            np.testing.assert_array_equal(params[path], kernel)
+            np.testing.assert_array_equal(params[path + "_scale"], scale)
+            assert params[path].dtype == np.int8
+        else:
+            np.testing.assert_array_equal(np.asarray(params[path]), np.asarray(array))
+    assert len(params) == len(by_path(single)) + 7
+
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    _, spread = load_source(llava, mesh=mesh, quantize="int8")
+    for path, array in by_path(spread).items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(params[path]), err_msg=path)
+    assert spread["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[0].data.shape == (3, 16, 80)
+
+    question = [{"role": "user", "content": "Who kneels?"}]
+    reply = chatpose_jax.load(tmp_path / "out").chat(question, max_new_tokens=6, force_pose=True)
+    assert len(reply.poses) == 1
+    with pytest.raises(UserError, match="quantize 'int4': expected one of none, int8"):
+        convert(llava, tmp_path / "other", quantize="int4")

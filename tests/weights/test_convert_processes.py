@@ -34,8 +34,8 @@ from chatpose_jax.weights.convert import convert, load_source
 from chatpose_jax.weights.readers import TensorEntry
 arrays._CHUNK, arrays._BLOCK = 4000, 8000
 read, real = [0], TensorEntry.read
-def counting(self, index=None):
-    values = real(self, index)
+def counting(self, index=None, **options):
+    values = real(self, index, **options)
     read[0] += values.nbytes
     return values
 TensorEntry.read = counting
@@ -98,7 +98,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert all(covered[path] >= array.size for path, array in expected.items())
     assert "decoder/layers/mlp/up_proj/kernel" in split
 
-    for rank in range(2):
-        counts = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert counts["written"] < 0.65 * counts["whole"]
-        assert counts["loaded"] < 0.75 * counts["whole"]
+    counts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    whole = counts[0]["whole"]
+    assert [count["loaded"] < 0.75 * whole for count in counts] == [True, True]
+    # The first process also copies what the model does not use of its sources: here the tower's last block.
+    assert counts[0]["written"] < 0.75 * whole
+    assert counts[1]["written"] < 0.6 * whole
