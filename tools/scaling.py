@@ -1,0 +1,114 @@
+"""Make the tables and the plot of docs/scaling.md: every row is one run of ``chatpose plan``.
+
+python tools/scaling.py [--folder out/plans] [--plot docs/images/scaling.png]
+
+A plan that stands in the folder is not made again. Needs the compilers: pip install "chatpose-jax[tpu,gpu]"; no TPU, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TRAIN = "--config chatpose_13b --length 1024"
+ROWS: dict[str, str] = {
+    "v5e-8": f"{TRAIN} --target v5e:2x4 --batch 32",
+    "v5e-4": f"{TRAIN} --target v5e:2x2 --batch 16",
+    "v5e-64": f"{TRAIN} --target v5e:8x8 --batch 32",
+    "v5e-256": f"{TRAIN} --target v5e:16x16 --batch 32",
+    "v5p-64": f"{TRAIN} --target v5p:4x4x4 --batch 32",
+    "v6e-8": f"{TRAIN} --target v6e:2x4 --batch 32",
+    "h100-1": f"{TRAIN} --target h100 --batch 16",
+    "h100-8": f"{TRAIN} --target h100:8 --batch 32",
+    "v5e-4-int8": f"{TRAIN} --target v5e:2x2 --batch 16 --set model.quantize=int8",
+    "v5e-8-decode": "--config chatpose_13b --length 1024 --target v5e:2x4 --decode",
+    "h100-decode": "--config chatpose_13b --length 1024 --target h100 --decode",
+    "v5e-16": f"{TRAIN} --target v5e:4x4 --batch 32",
+    "7b-v5e-4": "--config chatpose_7b --length 1024 --target v5e:2x2 --batch 16",
+}
+GiB = 2**30
+
+
+def make(name: str, folder: Path) -> dict[str, Any] | None:
+    """The plan of a row, made now if the folder lacks it; None where that failed."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        command = [sys.executable, "-m", "chatpose_jax.cli", "plan", *ROWS[name].split(), "--json", str(path)]
+        print(f"chatpose plan {ROWS[name]}", flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout or done.stderr[-2000:], flush=True)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def line(name: str, plan: dict[str, Any]) -> str:
+    mesh = " × ".join(str(size) for size in plan["mesh"].values())
+    peak = "does not fit" if plan["peak"] is None else f"{plan['peak'] / GiB:.2f} GiB"
+    parts = [f"{(plan[key] or 0) / GiB:.2f}" for key in ("arguments", "temporaries")]
+    sent = f"{sum(plan['sent'].values()) / GiB:.2f}"
+    times = ["–" if plan[key] is None else f"{plan[key]:.3g}" for key in ("compute", "memory", "network", "seconds")]
+    mfu = "–" if plan["mfu"] is None else f"{100 * plan['mfu']:.0f} %"
+    row = [name, mesh, f"{plan['batch']} × {plan['length']}", *parts, f"**{peak}**", sent, *times, mfu]
+    return f"| {' | '.join(row)} | {plan['compile_seconds']:.0f} |"
+
+
+def table(plans: dict[str, dict[str, Any]]) -> str:
+    head = ["plan", "data × fsdp × tensor", "rows × tokens", "arguments, GiB", "temporaries, GiB", "peak per chip"]
+    head += [
+        "sent per chip, GiB",
+        "compute, s",
+        "memory, s",
+        "network, s",
+        "roofline, s",
+        "MFU at most",
+        "compiled in, s",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [line(name, plan) for name, plan in plans.items()]
+    return "\n".join([*lines, "", *(f"- {name}: `chatpose plan {ROWS[name]}`" for name in plans)])
+
+
+def plot(plans: dict[str, dict[str, Any]], path: Path) -> None:
+    """Step time and the share that collectives would take of it, over chips of one kind with one batch."""
+    import matplotlib.pyplot as plt
+
+    chosen = [
+        p
+        for n, p in plans.items()
+        if n.startswith("v5e") and p["what"] == "train" and p["batch"] == 32 and p["seconds"]
+    ]
+    chosen.sort(key=lambda plan: plan["chips"])
+    chips = [plan["chips"] for plan in chosen]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for key, label in (("seconds", "roofline"), ("compute", "compute"), ("memory", "memory"), ("network", "network")):
+        left.loglog(chips, [plan[key] for plan in chosen], "o-", label=label)
+    right.semilogx(chips, [100 * plan["network"] / plan["seconds"] for plan in chosen], "o-")
+    left.set(xlabel="v5e chips", ylabel="seconds a step", title="13B LoRA, 32 rows × 1024 tokens")
+    right.set(xlabel="v5e chips", ylabel="network time, % of the roofline", ylim=(0, 105), title="share of collectives")
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xticks(chips, [str(n) for n in chips])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("out/plans"))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", nargs="*", choices=ROWS, help="make these alone")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    plans = {name: plan for name in args.only or ROWS if (plan := make(name, args.folder)) is not None}
+    print(table(plans))
+    if args.plot is not None:
+        plot(plans, args.plot)
+
+
+if __name__ == "__main__":
+    main()
