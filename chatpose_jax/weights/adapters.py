@@ -132,11 +132,15 @@ def lora_config(
             f"{where}: adapters of rank {rank}, and no {ADAPTER_CONFIG} that says their alpha; give it with --lora-alpha "
             "(it stands in the training command)"
         )
-    alpha = float(settings["lora_alpha"] if alpha is None else alpha)
+    try:
+        alpha = float(settings["lora_alpha"] if alpha is None else alpha)
+        dropout = float(settings.get("lora_dropout") or 0.0)
+    except (TypeError, ValueError):
+        raise UserError(f"{where / ADAPTER_CONFIG}: expected numbers as lora_alpha and lora_dropout") from None
     return LoRAConfig(
         rank=rank,
         alpha=alpha * rank**0.5 if settings.get("use_rslora") else alpha,
-        dropout=float(settings.get("lora_dropout") or 0.0),
+        dropout=dropout,
         targets=tuple(target for target in get_args(LoRATarget) if target in targets),
     )
 
@@ -161,6 +165,8 @@ def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Pa
     listed = settings.get("trainable_token_indices") or {}
     if isinstance(listed, list):
         listed = {"embed_tokens": listed}
+    if not isinstance(listed, dict) or not all(isinstance(ids, list) for ids in listed.values()):
+        raise UserError(f"{where / ADAPTER_CONFIG}: expected lists of ids as trainable_token_indices")
     rows = {}
     for name, shape in names.items():
         if not name.endswith(TOKEN_ROWS):

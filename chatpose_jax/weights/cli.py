@@ -27,6 +27,7 @@ EXAMPLES = """examples, from a download to an answer:
   {prog} llava-v1.5-13b   out/llava --vision clip-vit-large-patch14-336
   {prog} CHATPOSE-V0 out/chatpose   --vision clip-vit-large-patch14-336
   {prog} vicuna-13b-v1.5 out/vicuna --vision clip-vit-large-patch14-336 --init-missing projector
+  {prog} llava-1.5-13b-hf out/mine  --adapter my-peft-adapter
   chatpose inspect llava-v1.5-13b       what a download is, and what it lacks
   chatpose verify llava-1.5-13b-hf out/llava      the result against PyTorch
   chatpose chat out/llava

@@ -95,12 +95,15 @@ def infer_config(
     }
     ids = {name: id for name, id in ids.items() if id >= 0}
     image_token_id = settings.get("image_token_id", -200)
+    tokens = read_tokens(tokenizer or _tokenizer_folder(sources))
     listed = [id for source in sources for ids in source.token_rows.values() for id in ids]
+    if listed and max(listed) >= max(rows, tokens.size) + len(listed):
+        raise UserError(
+            f"the adapter has a row for token {max(listed)}, the embedding has {rows} rows and the tokenizer {tokens.size} "
+            "tokens; the adapter belongs to another base"
+        )
     vocabulary = _vocabulary(
-        read_tokens(tokenizer or _tokenizer_folder(sources)),
-        max([rows, *(id + 1 for id in listed)]),
-        image_token_id,
-        ids.get("pad_token_id", 0),
+        tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0)
     )
     param_dtype = dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
     vision = settings.get("vision", VisionConfig())

@@ -11,7 +11,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
-from chatpose_jax.weights.readers import PROJECTOR_FILES, Checkpoint, open_checkpoint, read_json
+from chatpose_jax.weights.readers import ADAPTER_FILES, PROJECTOR_FILES, Checkpoint, open_checkpoint, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def open_sources(
         path: folder or file of the main checkpoint.
         vision: folder or file of CLIP, for layouts without a vision tower.
         projector: file of the projector, for layouts without one.
-        adapter: PEFT folder.
+        adapter: PEFT folder, or its file of weights.
         lora_alpha: alpha of adapters that no ``adapter_config.json`` describes.
         layout: one of ``layouts.FAMILIES``; ``None`` recognises it by tensor names.
 
@@ -74,6 +74,11 @@ def open_sources(
     if main.is_adapter:
         raise UserError(
             f"{path}: a PEFT adapter ({describe_adapters(main)}), which needs its base: chatpose convert BASE OUT --adapter {path}"
+        )
+    forgotten = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
+    if forgotten and (adapter is None or not Path(adapter).is_file()):
+        raise UserError(
+            f"{path}: {forgotten[0].name} stands beside whole weights; convert with --adapter {forgotten[0]}, or move it away"
         )
     sources = [main]
     if projector is None and "projector" not in main.layout.parts and path.is_dir():

@@ -23,7 +23,7 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
-from chatpose_jax.weights.convert import convert  # noqa: E402
+from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
@@ -211,6 +211,30 @@ def test_new_tokens_of_an_adapter(tmp_path: Path) -> None:
     np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
 
 
+def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None:
+    """Over Vicuna: the projector stands in ``non_lora_trainables.bin``; and the same without a folder in between."""
+    vicuna = make_vicuna(tmp_path / "base")
+    make_clip(tmp_path / "clip", make_llava_original(tmp_path / "llava").clip)
+    model = move(
+        peft.get_peft_model(vicuna, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"]))
+    )
+    model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    assert (tmp_path / "adapter" / "adapter_model.bin").is_file()
+    projector = randomise(PoseProjection(Sizes()), 5).mm_projector
+    rows = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in projector.state_dict().items()}
+    torch.save(rows, tmp_path / "adapter" / "non_lora_trainables.bin")
+    options = {"adapter": tmp_path / "adapter", "vision": tmp_path / "clip"}
+    found = params_of(model_folder(tmp_path / "base", tmp_path / "jax", **options))
+    np.testing.assert_array_equal(found["projector/fc2/kernel"], projector[2].weight.detach().numpy().T)
+    adapted = model.base_model.model.model.layers[1].mlp.down_proj
+    for name, linear in (("lora_a", adapted.lora_A["default"]), ("lora_b", adapted.lora_B["default"])):
+        there = linear.weight.detach().numpy().T
+        np.testing.assert_array_equal(found[f"decoder/layers/mlp/down_proj/{name}"][1], there)
+    plan, params = load_source(tmp_path / "base", **options)
+    assert plan.config == load_config(tmp_path / "jax")
+    assert all(np.array_equal(leaf, found[path]) for path, leaf in by_path(params).items())
+
+
 def test_a_training_run_put_together_by_deepspeed(tmp_path: Path) -> None:
     """One ``pytorch_model.bin`` with peft's names, adapters unmerged, CLIP inside; alpha is in no file."""
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
@@ -269,6 +293,8 @@ def changed(written: Path, folder: Path, **settings: Any) -> Path:
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"lora_alpha": "much"}, "expected numbers as lora_alpha and lora_dropout"),
+        ({"trainable_token_indices": "all"}, "expected lists of ids as trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'"),
     ],
 )
@@ -322,6 +348,30 @@ def test_token_rows_and_their_ids_belong_together(tmp_path: Path) -> None:
     adapter = changed(tmp_path, tmp_path / "short", trainable_token_indices={"embed_tokens": [1024]})
     with pytest.raises(UserError, match=r"embed_tokens.* has 2 rows, trainable_token_indices .* names 1 for it"):
         open_adapter(adapter)
+
+
+def test_a_row_far_behind_the_vocabulary(tmp_path: Path) -> None:
+    peft_over_llava(tmp_path, trainable_token_indices={"embed_tokens": [5]})
+    adapter = changed(tmp_path, tmp_path / "far", trainable_token_indices={"embed_tokens": [10**9]})
+    with pytest.raises(
+        UserError, match="a row for token 1000000000, the embedding has 1026 rows and the tokenizer 1026"
+    ):
+        convert(tmp_path / "base", tmp_path / "out", adapter=adapter)
+
+
+def test_an_adapter_beside_its_base_is_not_overlooked(written: Path, tmp_path: Path) -> None:
+    """As some training programs leave it: both in one folder."""
+    both = tmp_path / "both"
+    shutil.copytree(written / "base", both)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(written / "adapter" / name, both)
+    with pytest.raises(
+        UserError, match=r"adapter_model\.safetensors stands beside whole weights; convert with --adapter"
+    ):
+        convert(both, tmp_path / "out")
+    convert(both, tmp_path / "out", adapter=both / "adapter_model.safetensors")
+    lora = load_config(tmp_path / "out").lora
+    assert lora is not None and (lora.rank, lora.alpha) == (8, 4.0)
 
 
 def test_two_adapters_in_one_file(written: Path, tmp_path: Path) -> None:
