@@ -4,4 +4,6 @@ from chatpose_jax.cli.config import run_config
 
 
 def get_config():
-    return run_config(model="chatpose_7b")
+    config = run_config(model="chatpose_7b")
+    config.data.source = "mixture"  # text, instructions and pictures as 1 : 1 : 2; name your own in data.sources
+    return config

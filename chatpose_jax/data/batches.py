@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -303,11 +304,19 @@ class BatchLoader:
         """
         epoch, index = self._locate(self._step)
         place = {"step": self._step, "epoch": epoch, "index": index}
-        return {**place, "seed": self.seed, "batch_size": self.batch_size, "rows": len(self.dataset)}
+        contents = zlib.crc32(repr((self.packing, self.shapes, getattr(self.dataset, "shares", None))).encode())
+        contents = zlib.crc32(self._sizes.tobytes(), contents)
+        return {
+            **place,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "rows": len(self.dataset),
+            "contents": contents,
+        }
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go to a saved state. Raises UserError where it belongs to another data set, seed or batch size: its batches
-        would be others.
+        """Go to a saved state. Raises UserError where it belongs to another data set, seed, batch size or way of batching:
+        its batches would be others.
         """
         for name, value in self.state().items():
             if name not in ("step", "epoch", "index") and state.get(name) != value:

@@ -54,6 +54,7 @@ class TrainConfig:
     eval_every: updates between two validations; 0 is none.
     keep: newest checkpoints that stay.
     best: the checkpoint whose validation has the least mean of this error stays too: ``val_{kind}_{best}`` of ``metrics.jsonl``.
+    result: which of them becomes the model folder at the end, "last" or "best".
     wandb: project of Weights & Biases to log to as well, if that is installed; "" is none.
     """
 
@@ -81,6 +82,7 @@ class TrainConfig:
     eval_every: int = 0
     keep: int = 3
     best: str = "pa_mpjpe"
+    result: Literal["last", "best"] = "last"
     wandb: str = ""
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from chatpose_jax.train.step import TrainState, init_state, make_step
 from chatpose_jax.train.telemetry import Meter
 
 HOW = (
-    "steps", "log_every", "save_every", "eval_every", "keep", "best", "wandb", "mesh", "remat", "max_skipped", "attention",
+    "steps", "log_every", "save_every", "eval_every", "keep", "best", "result", "wandb", "mesh", "remat", "max_skipped", "attention",
 )  # fmt: skip
 """Settings that a resumed run may change: how long, how often, on which devices. Any other would make another run of it."""
 
@@ -213,11 +213,15 @@ def train(
     try:
         with hosts.together(out), hosts.Stop().listen() as stop:
             state = loop.run(state, stop)
+        complete = int(state.step) == config.steps
+        if complete and config.result == "best" and (best := checkpoints.best()) is not None:
+            state, _ = checkpoints.restore(state, best)
+            hosts.say(f"the result is the checkpoint of step {best}, the best by {config.best}")
     finally:
         bar.close()
         log.close()
         checkpoints.close()
-    if stop.asked and int(state.step) < config.steps:
+    if not complete:
         raise Interrupted(int(state.step))
     return table.merge(state.trainable, frozen)
 

@@ -193,6 +193,8 @@ def test_state_of_other_data_is_refused(processor, dataset):
         BatchLoader(dataset, processor, 2),
         BatchLoader(dataset, processor, 4, seed=1),
         BatchLoader(dataset[:-1], processor, 4),
+        BatchLoader(dataset, processor, 4, packing=True, max_length=400),
+        BatchLoader([*dataset[:-1], dataset[0]], processor, 4),
     ):
         with pytest.raises(UserError, match="resume with the same data settings"):
             loader.restore(state)

@@ -163,11 +163,13 @@ def test_pictures_and_the_best_are_kept(tmp_path, params):
         return {"val_text_pa_mpjpe": next(errors), "val_text_poses": np.zeros((8, 8, 3), np.uint8)}
 
     settings = dataclasses.replace(SETTINGS, eval_every=2, keep=1)
-    train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=evaluate, progress=False)
+    last = train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=evaluate, progress=False)
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     assert b"val_text_poses" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["val_text_pa_mpjpe"] for line in lines if "loss" not in line] == [3.0, 1.0, 2.0]
+    best = train(CONFIG, dataclasses.replace(settings, result="best"), params(), Batches(), tmp_path, progress=False)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(best), strict=True))
 
 
 def test_the_mean_over_kinds_decides_what_is_best():
