@@ -45,14 +45,8 @@ def shapes(config: ModelConfig, param_dtype: str) -> Flat:
 
 
 def int8_bytes(config: ModelConfig) -> int:
-    """One byte an entry of the base's matrices and a float32 scale an output channel; the rest as in bfloat16."""
-    total = 0
-    for path, x in shapes(config, "bfloat16").items():
-        if path.endswith("/kernel") and x.dtype == np.dtype("bfloat16"):
-            total += math.prod(x.shape) + 4 * math.prod(x.shape) // x.shape[-2]
-        else:
-            total += nbytes(x)
-    return total
+    """The decoder layers' projections in int8 with a float32 scale an output channel; the rest as in bfloat16."""
+    return nbytes(shapes(config.replace(quantize="int8"), "bfloat16"))
 
 
 def cache_bytes(config: ModelConfig, tokens: int) -> int:
@@ -75,7 +69,7 @@ ROWS: dict[str, Callable[[ModelConfig], str]] = {
     "parameters, adapters and head included": lambda c: count(entries(abstract_params(c))),
     "weights, base in float32": lambda c: human(nbytes(shapes(c, "float32"))),
     "weights, base in bfloat16": lambda c: human(nbytes(shapes(c, "bfloat16"))),
-    "weights, base in int8 (not offered yet)": lambda c: human(int8_bytes(c)),
+    "weights, the decoder's projections in int8": lambda c: human(int8_bytes(c)),
     "KV cache in bfloat16, 1000 tokens of one conversation": lambda c: human(cache_bytes(c, 1000)),
     "tokens that an image takes": lambda c: str(c.vision.num_patches),
     "parameters that the paper trains": lambda c: count(entries(trained(c))),
