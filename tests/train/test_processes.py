@@ -53,7 +53,7 @@ def running(out, steps, *, count, data=1, tensor=1, pause=0.0, devices=1, cache=
 
 
 def finished(processes, status=0):
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    said = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [status] * len(processes), "\n".join(said)
     return said
 
