@@ -20,6 +20,8 @@ from chatpose_jax.weights.layouts import Layout, Shape
 from chatpose_jax.weights.readers import Checkpoint, TensorEntry
 
 ADAPTER_CONFIG = "adapter_config.json"
+CHANGES = "adapter.json"
+"""Among a model folder's passengers: what the adapter changed in its base, see ``sources.changes``."""
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,11 +17,14 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models import sharding
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import DType, ModelConfig
-from chatpose_jax.weights.arrays import Params, by_path, write_leaves
+from chatpose_jax.weights.adapters import CHANGES
+from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folder, write_config
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
+from chatpose_jax.weights.sources import changes
 from chatpose_jax.weights.tokens import write_tokenizer
 from chatpose_jax.weights.writers import copied, write_safetensors
 
@@ -211,6 +215,9 @@ def _write_passengers(plan: Plan, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         tensors = [copied(entry, name) for name, entry in entries.items()]
         write_safetensors(folder / f"{name}.safetensors", tensors)
+    if changed := changes(plan.sources, plan.config.text.base_vocab_size):
+        folder.mkdir(exist_ok=True)
+        (folder / CHANGES).write_text(json.dumps(changed) + "\n", encoding="utf-8")
 
 
 def _dtype(name: str | None) -> DType | None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
+
+import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
-from chatpose_jax.weights.layouts import LAYOUTS
+from chatpose_jax.weights.folder import PASSENGERS
+from chatpose_jax.weights.layouts import LAYOUTS, Rule
+from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.writers import Tensor
 
 BaseClass = Literal["llava", "llama"]
 BASE_CLASSES: tuple[BaseClass, ...] = get_args(BaseClass)
@@ -29,18 +35,24 @@ def adapter_plan(
             f"{model.folder}: no adapters in this model, so there is nothing for peft; choose --format transformers, llava or "
             "chatpose (adapters come from training with model.lora, or from convert --adapter)"
         )
+    changed = _changes(model)
     if with_projector and "projector" not in layout.parts:
         raise UserError("a LlamaForCausalLM has no projector; leave --with-projector out, or say --base-class llava")
+    saved = ["multi_modal_projector"] if with_projector or ("projector" in changed.whole & layout.parts) else []
     rules = [rule for rule in layout.lora if rule.target in model.shapes]
-    ids = list(range(text.base_vocab_size, text.vocab_size))
-    for rule in layout.rules if ids else ():
-        if rule.rows == "added":
-            name = rule.source.removesuffix(".weight") + adapters.TOKEN_ROWS
-            rules.append(dataclasses.replace(rule, source=name, rows="all"))
-    if with_projector:
-        rules += [rule for rule in layout.rules if rule.target.startswith("projector/")]
+    rules += [rule for rule in layout.rules if saved and rule.target.startswith("projector/")]
+    rows, token_rows = {}, []
+    for module in ("embed_tokens", "lm_head"):
+        pair = [rule for rule in layout.rules if rule.target.startswith(f"decoder/{module}/")]
+        if module in changed.whole:
+            saved.append(module)
+            rules += pair
+        elif ids := [*changed.rows.get(module, ()), *range(text.base_vocab_size, text.vocab_size)]:
+            rows[module] = ids
+            token_rows.append(_token_rows(model, pair, ids, np.dtype(dtype)))
     tensors = [
-        dataclasses.replace(tensor, name=adapters.PREFIX + tensor.name) for tensor in model.tensors(rules, dtype)
+        dataclasses.replace(tensor, name=adapters.PREFIX + tensor.name)
+        for tensor in [*model.tensors(rules, dtype), *token_rows]
     ]
     settings = {
         "peft_type": "LORA",
@@ -54,8 +66,8 @@ def adapter_plan(
         "target_modules": rf".*layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
         if base_class == "llama"
         else rf".*language_model.*\.({'|'.join(lora.targets)})",
-        "modules_to_save": ["multi_modal_projector"] if with_projector else None,
-        "trainable_token_indices": {"embed_tokens": ids, "lm_head": ids} if ids else None,
+        "modules_to_save": saved or None,
+        "trainable_token_indices": rows or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -72,11 +84,64 @@ def adapter_plan(
         f"adapters: {lora_words(config)}",
         "the base is not in it: peft loads it onto the base that you started from",
     ]
-    if ids:
+    if rows or saved:
+        held = [f"rows {_ranges(ids)} of {module}" for module, ids in rows.items()]
+        notes.append(f"with it: {', '.join(held + saved)}")
+    if text.num_added_tokens:
         notes.append(
-            f"token rows {ids[0]} to {ids[-1]} of embedding and LM head; a base with fewer than {text.vocab_size} rows needs "
-            f"resize_token_embeddings({text.vocab_size}) first"
+            f"a base with fewer than {text.vocab_size} rows needs resize_token_embeddings({text.vocab_size}) first"
         )
-    if not with_projector and base_class == "llava":
+    if base_class == "llava" and "multi_modal_projector" not in saved:
         notes.append("the projector is the base's; if it was trained, say --with-projector")
+    if "projector" in changed.whole - layout.parts:
+        notes.append("the projector, which the adapter had brought, has no place in a LlamaForCausalLM: left out")
     return ExportPlan({"adapter_model": tensors, **head_weights(model)}, files, notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """What the adapter that came in had changed in its base: ``whole`` parts, ``rows`` of the base vocabulary."""
+
+    whole: frozenset[str] = frozenset()
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+
+
+def _changes(model: StoredModel) -> _Changes:
+    file = model.folder / PASSENGERS / adapters.CHANGES
+    if not file.is_file():
+        return _Changes()
+    data = read_json(file)
+    places = {"decoder/embed_tokens/embedding": "embed_tokens", "decoder/lm_head/kernel": "lm_head"}
+    whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
+    if lost := [path for path, module in whole.items() if module is None]:
+        raise UserError(
+            f"{model.folder}: the adapter that came in also replaced {', '.join(lost[:3])}, which is not written for peft; "
+            "choose --format transformers, llava or chatpose"
+        )
+    return _Changes(frozenset(module for module in whole.values() if module), data["rows"])
+
+
+def _token_rows(model: StoredModel, pair: Sequence[Rule], ids: Sequence[int], dtype: np.dtype) -> Tensor:
+    """Rows of the vocabulary, base and added, in the order of ``ids``."""
+    base, width = model.config.text.base_vocab_size, model.config.text.hidden_size
+    rules = {rule.rows: rule for rule in pair}
+
+    def row(id: int) -> np.ndarray:
+        rule, place = (rules["added"], id - base) if id >= base else (rules["base"], id)
+        box = slice(place, place + 1), slice(0, width)
+        index = box if rule.transform.row_axis == 0 else box[::-1]
+        return rule.transform.inverse(model.read(rule.target, None, index)).astype(dtype)
+
+    name = pair[0].source.removesuffix(".weight") + adapters.TOKEN_ROWS
+    return Tensor(name, dtype, (len(ids), width), lambda: (row(id) for id in ids))
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """``[5, 7, 8, 9]`` → ``5, 7 to 9``."""
+    runs: list[list[int]] = []
+    for id in ids:
+        if runs and id == runs[-1][-1] + 1:
+            runs[-1].append(id)
+        else:
+            runs.append([id])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,20 @@ def open_adapter(path: str | Path, lora_alpha: float | None = None) -> list[Sour
         source,
         *(dataclasses.replace(head, layout=dataclasses.replace(head.layout, family="peft")) for head in heads),
     ]
+
+
+def changes(sources: Sequence[Source], base_vocab_size: int) -> dict[str, Any]:
+    """What adapters changed in their base beside LoRA, head and added rows, which are leaves of their own; ``{}`` if
+    nothing. The way back to PEFT must take it along: ``replaced`` leaves, and ``rows`` of the base vocabulary."""
+    own = ("pose_head/", "decoder/embed_tokens/added", "decoder/lm_head/added")
+    replaced = {path for source in sources if source.is_adapter for path in source.targets}
+    replaced = {path for path in replaced if "/lora_" not in path and not path.startswith(own)}
+    rows: dict[str, list[int]] = {}
+    for source in sources:
+        for name, ids in source.token_rows.items():
+            if held := [id for id in ids if id < base_vocab_size]:
+                rows[name.removesuffix(adapters.TOKEN_ROWS).rsplit(".", 1)[-1]] = held
+    return {"replaced": sorted(replaced), "rows": rows} if replaced or rows else {}
 
 
 def is_adapter(path: str | Path) -> bool:

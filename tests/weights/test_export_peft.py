@@ -106,6 +106,7 @@ def test_a_base_with_fewer_rows_is_resized_first(tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "lora")
     result = export(folder, tmp_path / "adapter", "peft", base_class="llama")
     assert any("needs resize_token_embeddings(1025) first" in note for note in result.notes)
+    assert "with it: rows 1024 of embed_tokens, rows 1024 of lm_head" in result.notes
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(VOCAB + 1)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -174,12 +175,23 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     with model.disable_adapter():
         assert np.abs(llava_answers(model, encoded, -1, head)[0] - expected).max() > 0.05
 
-    # What comes in goes out: the same adapters, bit by bit, and merged the same logits.
+    # What comes in goes out, bit by bit: adapters, rows of the base vocabulary, replaced modules.
     export(tmp_path / "jax", tmp_path / "out", "peft")
     theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
-    adapted = {name for name in theirs if "lora_" in name}
-    assert len(adapted) == 18
-    assert all(torch.equal(ours[name], theirs[name]) for name in adapted)
+    written = peft.LoraConfig.from_pretrained(tmp_path / "out")
+    if kind == "token rows":
+        assert written.trainable_token_indices == {"embed_tokens": [5, 1024, 1025], "lm_head": [1024, 1025]}
+        rows = "base_model.model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta"
+        assert torch.equal(ours[rows][:2], theirs[rows])
+    elif kind == "modules_to_save":
+        assert set(written.modules_to_save) == set(settings["modules_to_save"])
+        assert ours.keys() == theirs.keys()
+    assert sum("lora_" in name for name in theirs) == 18
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items() if "trainable_tokens" not in name)
+    # And peft takes it back.
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    np.testing.assert_allclose(llava_answers(again, encoded, -1, head)[0], expected, atol=TOLERANCE)
 
 
 def test_new_tokens_of_an_adapter(tmp_path: Path) -> None:
