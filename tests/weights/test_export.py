@@ -43,11 +43,13 @@ from chatpose_jax.weights.plan import initial  # noqa: E402
 from .sources import (  # noqa: E402
     POSE_ID,
     VOCAB,
+    Names,
     Sizes,
     make_chatpose,
     make_clip,
     make_llava_original,
     make_llava_transformers,
+    make_vicuna,
     transformers_name,
 )
 from .test_parity import (  # noqa: E402
@@ -158,9 +160,10 @@ def llava_answers(model: Any, encoded: Encoded, image_token_id: int, head: Any) 
 # --------------------------------------------------------------------------------------------------------- bit by bit
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_llava_for_transformers_comes_back_bit_by_bit(tmp_path: Path, dtype: str) -> None:
-    model = make_llava_transformers(tmp_path / "src", "4", "bin", dtype=getattr(torch, dtype), shards=2)
+@pytest.mark.parametrize(("dtype", "names"), list(zip(DTYPES, ["4", "5", "state_dict"])))
+def test_llava_for_transformers_comes_back_bit_by_bit(tmp_path: Path, dtype: str, names: Names) -> None:
+    """Whichever of its names it came in, in those that every release reads."""
+    model = make_llava_transformers(tmp_path / "src", names, "bin", dtype=getattr(torch, dtype), shards=2)
     model_folder(tmp_path / "src", tmp_path / "jax")
     result = export(tmp_path / "jax", tmp_path / "back", "transformers", max_shard_size="300KB")
     expected = {transformers_name(name, "4"): tensor for name, tensor in model.state_dict().items()}
@@ -189,6 +192,23 @@ def test_original_llava_comes_back_bit_by_bit(tmp_path: Path, tower: bool, proje
     expected |= {f"model.{name}": t for name, t in models.extra.state_dict().items() if "mm_projector" in name}
     expected |= {prefix + name.removeprefix("vision_model."): t for name, t in models.clip.state_dict().items()}
     assert_same(weights(tmp_path / "back"), expected)
+
+
+def test_vicuna_and_clip_come_back_bit_by_bit(tmp_path: Path) -> None:
+    """A decoder alone and CLIP, which the layout ``llava`` puts together; all that is new is the projector and ``<POSE>``."""
+    vicuna = make_vicuna(tmp_path / "src")
+    clip = make_llava_original(tmp_path / "llava").clip
+    make_clip(tmp_path / "clip", clip)
+    model_folder(tmp_path / "src", tmp_path / "jax", vision=tmp_path / "clip", init_missing=["projector"])
+    export(tmp_path / "jax", tmp_path / "back", "llava")
+    found = weights(tmp_path / "back")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert found[name].shape[0] == VOCAB + 1
+        found[name] = found[name][:VOCAB]
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    expected = dict(vicuna.state_dict())
+    expected |= {prefix + name.removeprefix("vision_model."): t for name, t in clip.state_dict().items()}
+    assert_same({name: tensor for name, tensor in found.items() if "mm_projector" not in name}, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

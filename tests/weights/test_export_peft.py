@@ -296,6 +296,18 @@ def changed(written: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_in_half_precision_comes_back_bit_by_bit(written: Path, tmp_path: Path, dtype: str) -> None:
+    adapter = changed(written, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    model_folder(written / "base", tmp_path / "jax", adapter=adapter)
+    export(tmp_path / "jax", tmp_path / "out", "peft", dtype=dtype)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
