@@ -52,7 +52,7 @@ def line(name: str, plan: dict[str, Any]) -> str:
     times = ["–" if plan[key] is None else f"{plan[key]:.3g}" for key in ("compute", "memory", "network", "seconds")]
     mfu = "–" if plan["mfu"] is None else f"{100 * plan['mfu']:.0f} %"
     row = [name, mesh, f"{plan['batch']} × {plan['length']}", *parts, f"**{peak}**", sent, *times, mfu]
-    return f"| {' | '.join(row)} | {plan['compile_seconds']:.0f} |"
+    return f"| {' | '.join(row)} | {plan['compile_seconds']:.0f} ({plan.get('compile_cpu_seconds', 0):.0f}) |"
 
 
 def table(plans: dict[str, dict[str, Any]]) -> str:

@@ -25,6 +25,10 @@ CONFIG = TINY.replace(
 SETTINGS = TrainConfig(steps=10, batch_size=8, accumulate=1, warmup_steps=1, learning_rate=1e-2, remat="save_qkv")
 
 
+SLOW = pytest.mark.slow
+MESHES = [(1, 8, 1), (1, 4, 2), pytest.param((1, 1, 1), marks=SLOW), pytest.param((1, 1, 8), marks=SLOW)]
+
+
 def train(sizes, settings=SETTINGS, config=CONFIG, steps=1):
     if sizes is not None and jax.device_count() < np.prod(sizes):
         pytest.skip(f"needs {np.prod(sizes)} devices")
@@ -49,7 +53,7 @@ def alone():
     return train(None)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 1, 8)])
+@pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_takes_the_same_steps(alone, sizes):
     state, frozen, metrics = train(sizes)
     for ours, expected in zip(metrics, alone[2], strict=True):

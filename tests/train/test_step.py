@@ -125,25 +125,6 @@ def test_dropout_repeats_by_seed_and_step(params):
     assert first[0]["loss"] != other[0]["loss"]
 
 
-def test_accumulated_micro_batches_average(params):
-    settings = dataclasses.replace(SETTINGS, trainable=table.EVERYTHING, batch_size=2)
-    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=0.0))
-    halves = [fake_batch(config, batch=2, length=16, seed=i) for i in range(2)]
-    whole = {name: np.concatenate([h[name] for h in halves]) for name in halves[0]}
-    stacked = {name: np.stack([h[name] for h in halves]) for name in halves[0]}
-
-    def updated(accumulate, batch):
-        chosen = dataclasses.replace(settings, accumulate=accumulate)
-        state, frozen = init_state(chosen, jax.tree.map(jnp.array, params))
-        return make_step(config, chosen, params)(state, frozen, batch)
-
-    (one, metrics), (two, averaged) = updated(1, whole), updated(2, stacked)
-    np.testing.assert_allclose(averaged["loss"], metrics["loss"], rtol=1e-5)
-    np.testing.assert_allclose(averaged["grad_norm"], metrics["grad_norm"], rtol=1e-4)
-    for path, value in one.trainable.items():
-        np.testing.assert_allclose(value, two.trainable[path], atol=2e-4, err_msg=path)
-
-
 def test_micro_batches_weigh_what_they_hold_of_tokens_and_poses(params):
     """Ragged halves: one has few labels and a single pose. The plain mean of two means would be another loss."""
     settings = dataclasses.replace(SETTINGS, batch_size=2, grad_clip=1e9)
@@ -156,10 +137,12 @@ def test_micro_batches_weigh_what_they_hold_of_tokens_and_poses(params):
         chosen = dataclasses.replace(settings, accumulate=accumulate)
         state, frozen = init_state(chosen, jax.tree.map(jnp.array, params))
         batch = {name: join([half[name] for half in halves]) for name in halves[0]}
-        results.append(make_step(config, chosen, params)(state, frozen, batch)[1])
-    whole, parts = results
+        results.append(make_step(config, chosen, params)(state, frozen, batch))
+    (one, whole), (two, parts) = results
     for name in whole:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
+    for path, value in one.trainable.items():
+        np.testing.assert_allclose(value, two.trainable[path], atol=2e-4, err_msg=path)
 
 
 def test_an_update_that_is_not_finite_is_dropped_and_counted(params):
@@ -242,13 +225,12 @@ def test_cross_entropy_and_its_gradients_are_those_of_jax(params, table_of, monk
 
 
 def test_int8_base_trains_its_adapters_and_keeps_its_kernels(params):
-    config = dataclasses.replace(CONFIG, quantize="int8", dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, quantize="int8")
     fresh = create(config, jax.random.key(0))
     before = {path: hash(np.asarray(x).tobytes()) for path, x in table.flatten(fresh).items()}
     state, frozen = init_state(SETTINGS, fresh)
     step = make_step(config, SETTINGS, fresh)
-    for seed in range(2):
-        state, metrics = step(state, frozen, fake_batch(config, batch=4, length=16, seed=seed))
+    state, metrics = step(state, frozen, fake_batch(config, batch=4, length=16))
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     after = {path: hash(np.asarray(x).tobytes()) for path, x in frozen.items()}
     assert after == {path: before[path] for path in frozen}
