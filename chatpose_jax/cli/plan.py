@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
             train = dataclasses.replace(train, batch_size=args.batch, accumulate=1)
         sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, train.batch_size)
         plan = plan_training(config.model, train, target, sizes, length)
-    print(describe(plan))
     if args.json is not None:
         args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+    print(describe(plan))
     return 0 if plan.fits else 1
 
 
