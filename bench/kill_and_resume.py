@@ -29,14 +29,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 KINDS = ("any time", "in a step", "in a save", "one in a step", "one in a save")
-SAVE_EVERY = 5
-STEPS_PER_KILL = 2 * SAVE_EVERY + 2
+SAVE_EVERY = 4
+STEPS_PER_KILL = 2 * SAVE_EVERY
 PATIENCE = 30.0
 """Seconds within which survivors must have stopped."""
 MEASURED = ("samples_per_second", "tokens_per_second", "step_p50", "step_p90", "data_wait")
 """What depends on the clock."""
 SETTINGS = (
-    "data.train_size=64", "data.mixture=(('image', 1),)", "data.buckets=1", "train.batch_size=4", "train.eval_every=0",
+    "data.train_size=64", "data.mixture=(('image', 1),)", "data.buckets=1", "train.eval_every=0",
+    "train.optimizer=adamw",  # cheap steps: most of the time goes into starting anyway
     "train.log_every=1000000",  # every step has its line in any case
     f"train.save_every={SAVE_EVERY}", "train.keep=2",
 )  # fmt: skip
@@ -72,7 +73,8 @@ class Job:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        settings = [*SETTINGS, f"train.steps={self.steps}", f"train.mesh.data={self.processes}"]
+        settings = [*SETTINGS, f"train.steps={self.steps}"]
+        settings += [f"train.batch_size={self.processes}", f"train.mesh.data={self.processes}"]
         command = [sys.executable, "-m", "chatpose_jax.cli", "train", "--config", "tiny", "--out", str(self.out)]
         command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(self.processes)]
         command += [word for setting in settings for word in ("--set", setting)]
@@ -166,7 +168,7 @@ def strike(job: Job, attempt: int, kind: str, draw: random.Random, startup: floa
             moment = start + draw.uniform(0.2, 1.3 * startup)
             happened = until(lambda: time.perf_counter() > moment, processes)
         else:  # a first new line says that what the last kill left behind is cleared away
-            goal = began + (1 if kind.endswith("save") else draw.randint(1, SAVE_EVERY + 3))
+            goal = began + (1 if kind.endswith("save") else draw.randint(1, SAVE_EVERY + 1))
             happened = until(lambda: max(job.losses(), default=0) >= goal, processes)
             if happened and kind.endswith("save"):
                 happened = until(job.saving, processes)

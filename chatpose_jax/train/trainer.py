@@ -245,7 +245,7 @@ class _Loop:
     out: Path
 
     def run(self, state: TrainState, stop: hosts.Stop) -> TrainState:
-        config, meter = self.config, Meter(self.peak if self.flops else None)
+        config, meter = self.config, Meter(self.peak)
         under_way: collections.deque[tuple[int, Mapping[str, jax.Array], tuple[Any, ...]]] = collections.deque()
         stream = iter(self.batches)
         first = int(state.step)
@@ -297,7 +297,8 @@ class _Loop:
         rows = config.batch_size * config.accumulate
         share = rows / len(batch["input_ids"])
         tokens = int(np.count_nonzero(batch["attention_mask"]) * share)
-        return rows, tokens, {} if self.flops is None else {k: v * share for k, v in self.flops(batch).items()}
+        flops = self.flops(batch) if self.flops is not None and self.peak is not None else {}
+        return rows, tokens, {name: share * value for name, value in flops.items()}
 
     def _trace(self, number: int, state: TrainState) -> None:
         """Begin and end the profile, by the number of the step in this process."""
