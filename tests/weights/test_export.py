@@ -63,6 +63,7 @@ from .test_parity import (  # noqa: E402
 )
 
 LORA = LoRAConfig(rank=4, alpha=12.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
+slow = pytest.mark.slow
 DTYPES = ["float32", "bfloat16", "float16"]
 CONVERSATION = [
     user("How do they stand?", PICTURE),
@@ -176,8 +177,15 @@ def test_llava_for_transformers_comes_back_bit_by_bit(tmp_path: Path, dtype: str
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
 
 
-@pytest.mark.parametrize("tower", [True, False])
-@pytest.mark.parametrize("projector", ["inside", "beside"])
+@pytest.mark.parametrize(
+    ("tower", "projector"),
+    [
+        (True, "inside"),
+        (False, "beside"),
+        pytest.param(True, "beside", marks=slow),
+        pytest.param(False, "inside", marks=slow),
+    ],
+)
 def test_original_llava_comes_back_bit_by_bit(tmp_path: Path, tower: bool, projector: Any) -> None:
     models = make_llava_original(
         tmp_path / "src", "bin", tower=tower, projector=projector, pose="<POSE>", dtype=torch.float16,
@@ -211,7 +219,7 @@ def test_vicuna_and_clip_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert_same({name: tensor for name, tensor in found.items() if "mm_projector" not in name}, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=slow)])
 def test_chatpose_comes_back_bit_by_bit(tmp_path: Path, dtype: str) -> None:
     """Buffers of RoPE and SMPL-X too, which the model does not use: in their own dtype."""
     make_chatpose(tmp_path / "src", tmp_path / "clip", "safetensors", dtype=getattr(torch, dtype))
@@ -310,7 +318,7 @@ def test_a_new_image_row_is_the_mean_of_the_others(tmp_path: Path) -> None:
     assert load_config(model_folder(tmp_path / "hf", tmp_path / "back")).image_token_id == 1025
 
 
-@pytest.mark.parametrize("format", [pytest.param("llava", marks=pytest.mark.slow), "chatpose"])
+@pytest.mark.parametrize("format", [pytest.param("llava", marks=slow), "chatpose"])
 def test_flat_layouts_give_the_same_logits_and_poses(tmp_path: Path, format: str) -> None:
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
     folder = trained(model_folder(tmp_path / "src", tmp_path / "jax", vision=tmp_path / "clip"), tmp_path / "lora")

@@ -122,6 +122,7 @@ def test_a_base_with_fewer_rows_is_resized_first(tmp_path: Path) -> None:
     assert all(back[path].tobytes() == leaf.tobytes() for path, leaf in there.items())
 
 
+@pytest.mark.slow
 def test_a_trained_projector_goes_along(tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "base", seed=0)
     make_llava_transformers(tmp_path / "other", seed=9)
@@ -156,7 +157,7 @@ def peft_over_llava(folder: Path, **settings: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["token rows", "modules_to_save", "rslora"])
+@pytest.mark.parametrize("kind", ["token rows", "modules_to_save", pytest.param("rslora", marks=pytest.mark.slow)])
 def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     settings: dict[str, Any] = {
         "token rows": {"trainable_token_indices": {"embed_tokens": [5, POSE_ID], "lm_head": [POSE_ID]}},
@@ -296,7 +297,7 @@ def changed(written: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_an_adapter_in_half_precision_comes_back_bit_by_bit(written: Path, tmp_path: Path, dtype: str) -> None:
     adapter = changed(written, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
