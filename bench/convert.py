@@ -39,7 +39,7 @@ task, source, out, devices = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv
 import jax
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.sharding import make_mesh, shardings
-from chatpose_jax.weights.arrays import by_path
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.convert import convert, load_source
 from chatpose_jax.weights.plan import make_plan, open_sources
 def status(name):  # of this process since exec; ru_maxrss would start from the parent's

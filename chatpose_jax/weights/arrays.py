@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -103,6 +104,12 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             finally:
                 for *_, read in reading:
                     read.cancel()
+                for (
+                    write,
+                    _,
+                ) in writing:  # of a conversion that failed: nothing may be written once its folder is removed
+                    with contextlib.suppress(Exception):
+                        await write
                 settler.stop()
             await settling
         return []
@@ -118,8 +125,9 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             await self._finish(writing, settler)
 
     async def _finish(self, writing: Any, settler: _Settler) -> None:
-        write, count = writing.popleft()
+        write, count = writing[0]
         await write
+        writing.popleft()
         settler.has_written(count)
         self.on_bytes(count)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose inspect``."""
     parser.add_argument("folder", help="any checkpoint folder or file, or a model folder")
     add_source_arguments(parser)
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor, not one for all layers")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -213,6 +214,9 @@ def describe_config(config: ModelConfig) -> list[str]:
 def describe_plan(plan: Plan) -> list[str]:
     """What a conversion does, in lines: the model, what is new, what is left out and why."""
     lines = ["model", *describe_config(plan.config)]
+    tokens = plan.vocabulary.tokens
+    known = ", ".join(f"{literal} {id}" for literal, id in sorted(tokens.added.items(), key=lambda item: item[1]))
+    lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
     if plan.fresh:
@@ -234,7 +238,7 @@ def _describe_source(source: Source, every: bool) -> list[str]:
         f"  {'has not':<11} {', '.join(part for part in PARTS if part not in parts) or 'nothing'}",
         *([f"  {'adapters':<11} {describe_adapters(source)}"] if source.lora else []),
     ]
-    return lines + (_tensor_lines(checkpoint.tensors) if every else [])
+    return lines + _tensor_lines(checkpoint.tensors, every)
 
 
 def _describe_model_folder(folder: Path, every: bool) -> list[str]:
@@ -249,7 +253,7 @@ def _describe_model_folder(folder: Path, every: bool) -> list[str]:
     ]
     if started := data.get("provenance", {}).get("initialised"):
         lines.append(f"  {'initialised':<11} {', '.join(started)}")
-    return lines + (_tensor_lines(stored) if every else [])
+    return lines + _tensor_lines(stored, every)
 
 
 def _origin_lines(source: Mapping[str, Any]) -> list[str]:
@@ -266,8 +270,17 @@ def _size(leaf: Any) -> int:
     return size
 
 
-def _tensor_lines(tensors: Mapping[str, Any]) -> list[str]:
-    return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]
+def _tensor_lines(tensors: Mapping[str, Any], every: bool) -> list[str]:
+    """Name, shape and dtype of every tensor; or of one for all layers."""
+    if every:
+        return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]
+    groups: collections.Counter[tuple[str, Any, Any]] = collections.Counter()
+    for name, leaf in tensors.items():
+        groups[re.sub(r"(?<=[./])\d+(?=[./])", "*", name, count=1), tuple(leaf.shape), leaf.dtype] += 1
+    return [
+        f"  {name}  {shape}  {dtype}{f'  × {count}' if count > 1 else ''}"
+        for (name, shape, dtype), count in sorted(groups.items(), key=lambda group: group[0][0])
+    ]
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:

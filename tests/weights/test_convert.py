@@ -25,9 +25,9 @@ from chatpose_jax.models.config import preset  # noqa: E402
 from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights import arrays, cli  # noqa: E402
-from chatpose_jax.weights.arrays import by_path  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
+from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
 
 from .sources import make_chatpose, make_llava_transformers, write_state, write_tokenizer  # noqa: E402
@@ -366,6 +366,8 @@ def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest
     assert "LLaVA-1.5 for transformers, names of 5.x" in found
     assert "1026 rows, 1024 of them base" in found
     assert "initialised pose_head" in found
+    assert "tokenizer   1024 pieces, and <POSE> 1024, <image> 1025" in found
+    assert "language_model.model.layers.*.mlp.up_proj.weight  (160, 64)  bfloat16  × 3" in found
 
     assert run("convert", str(llava), str(tmp_path / "out"), "--dtype", "float32") == 0
     assert "16 tensors: follows the last block" in capsys.readouterr().out
