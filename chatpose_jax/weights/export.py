@@ -153,7 +153,8 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
         else:
             image_id, new_tokens = model.tokens.size, [IMAGE_LITERAL]
             more_rows = max(0, image_id + 1 - config.text.vocab_size)
-            notes.append(f"transformers needs a row for {IMAGE_LITERAL}: id {image_id}, the mean of the others")
+            row = "a new one, the mean of the others" if more_rows else "a spare one"
+            notes.append(f"transformers needs a row for {IMAGE_LITERAL}: id {image_id}, {row}")
     result = config.replace(
         vision=vision,
         text=dataclasses.replace(config.text, vocab_size=config.text.vocab_size + more_rows),

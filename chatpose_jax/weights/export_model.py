@@ -49,8 +49,13 @@ class StoredModel:
 
     @property
     def pose_token(self) -> str:
-        """Its literal in the vocabulary."""
-        return next(text for text, id in self.tokens.added.items() if id == self.config.pose_token_id)
+        """Its literal in the vocabulary. Raises UserError if the tokenizer has none."""
+        found = [text for text, id in self.tokens.added.items() if id == self.config.pose_token_id]
+        if not found:
+            raise UserError(
+                f"{self.tokens.folder}: no token {self.config.pose_token_id}, the pose token of config.json"
+            )
+        return found[0]
 
     def read(self, path: str, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
         """A box of a leaf, or of one layer of it: as stored, or in float32 where something is computed."""
