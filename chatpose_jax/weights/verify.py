@@ -314,7 +314,7 @@ class _Torch:
         table = self.tensors(*self.where[target])
         for source in self.sources:
             for name, ids in source.token_rows.items():
-                if name.removesuffix(TOKEN_ROWS).endswith(f".{target.split('/')[1]}"):
+                if name.removesuffix(TOKEN_ROWS).split(".")[-1] == target.split("/")[1]:
                     known = [place for place, id in enumerate(ids) if id < len(table)]
                     table = table.clone()
                     table[[ids[place] for place in known]] = self.tensors(source, name)[known]
