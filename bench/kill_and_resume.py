@@ -167,9 +167,11 @@ def strike(job: Job, attempt: int, kind: str, draw: random.Random, startup: floa
         if kind == "any time":
             moment = start + draw.uniform(0.2, 1.3 * startup)
             happened = until(lambda: time.perf_counter() > moment, processes)
-        else:  # a first new line says that what the last kill left behind is cleared away
+        else:
             goal = began + (1 if kind.endswith("save") else draw.randint(1, SAVE_EVERY + 1))
-            happened = until(lambda: max(job.losses(), default=0) >= goal, processes)
+            # What the last kill left behind must be cleared away before anything that is seen counts.
+            happened = until(lambda: max(job.losses(), default=0) <= began, processes)
+            happened = happened and until(lambda: max(job.losses(), default=0) >= goal, processes)
             if happened and kind.endswith("save"):
                 happened = until(job.saving, processes)
         if not happened:

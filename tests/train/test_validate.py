@@ -2,8 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 
 from chatpose_jax.models.chatpose import bind, create, fake_batch
+from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.loss import loss
 from chatpose_jax.train.validate import make_validation
 from smpl_jax import body as bodies
@@ -24,3 +26,19 @@ def test_validation_is_the_mean_over_rows_that_hold_a_pose():
         bodies.joints(body, matrices) for matrices in (model.poses(hidden), batch["pose_targets"][[0, 2], 0])
     )
     np.testing.assert_allclose(found["val_image_pa_mpjpe"], np.mean(metrics.pa_mpjpe(predicted, true)), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_mesh_validates_to_the_same_and_draws():
+    batch = fake_batch(CONFIG, batch=8, length=12)
+    batch["pose_mask"][3:] = False
+    mesh, body = make_mesh(2, 2, 2), io.load_body()
+    alone = make_validation(CONFIG, SETTINGS, {"text": [batch]}, body)(create(CONFIG, jax.random.key(0)))
+    there = make_validation(CONFIG, SETTINGS, {"text": [batch, batch]}, body, mesh=mesh, rows=8, pictures=4)
+    found = there(create(CONFIG, jax.random.key(0), mesh))
+    picture = found.pop("val_text_poses")
+    assert found.keys() == alone.keys()
+    np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=1e-4)
+    assert picture.dtype == np.uint8
+    assert picture.shape[1] > 4 * 128, "two pairs side by side"
+    assert picture.shape[0] > 2 * 128, "four rows with a pose: two lines"
