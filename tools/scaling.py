@@ -1,6 +1,6 @@
-"""Make the tables and the plot of docs/scaling.md: every row is one run of ``chatpose plan``.
+"""Make the tables and the plot of docs/scaling.md, and the README's table of what fits: every row is one run of ``chatpose plan``.
 
-python tools/scaling.py [--folder out/plans] [--plot docs/images/scaling.png]
+JAX_PLATFORMS=cpu python tools/scaling.py [--folder out/plans] [--only v5e-8 …]
 
 A plan that stands in the folder is not made again. Needs the compilers: pip install "chatpose-jax[tpu,gpu]"; no TPU, no GPU.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,17 +32,27 @@ ROWS: dict[str, str] = {
     "7b-v5e-4": "--config chatpose_7b --length 1024 --target v5e:2x2 --batch 16",
 }
 GiB = 2**30
+ROOT = Path(__file__).resolve().parent.parent
+IN_README = {
+    "h100-1": "train, 16 rows × 1024 tokens, one H100 of 80 GB",
+    "h100-8": "train, 32 rows, eight H100",
+    "v5e-4": "train, 16 rows, v5e-4",
+    "v5e-4-int8": "train, 16 rows, v5e-4, int8 base",
+    "v5e-8": "train, 32 rows, v5e-8",
+    "v5e-64": "train, 32 rows, v5e-64",
+    "h100-decode": "answer, 1024 tokens, one H100",
+    "v5e-8-decode": "answer, 1024 tokens, v5e-8",
+}
 
 
-def make(name: str, folder: Path) -> dict[str, Any] | None:
-    """The plan of a row, made now if the folder lacks it; None where that failed."""
+def make(name: str, folder: Path) -> None:
+    """The plan of a row, made now if the folder lacks it."""
     path = folder / f"{name}.json"
     if not path.exists():
         command = [sys.executable, "-m", "chatpose_jax.cli", "plan", *ROWS[name].split(), "--json", str(path)]
         print(f"chatpose plan {ROWS[name]}", flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout or done.stderr[-2000:], flush=True)
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def line(name: str, plan: dict[str, Any]) -> str:
@@ -69,6 +80,26 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [line(name, plan) for name, plan in plans.items()]
     return "\n".join([*lines, "", *(f"- {name}: `chatpose plan {ROWS[name]}`" for name in plans)])
+
+
+def write(path: Path, marker: str, text: str) -> None:
+    """Put ``text`` between ``<!-- marker … -->`` and ``<!-- end -->``."""
+    page = path.read_text()
+    pattern = rf"(<!-- {marker}[^>]*-->\n).*?(<!-- end -->)"
+    if not re.search(pattern, page, flags=re.S):
+        raise SystemExit(f"{path} has lost the marker <!-- {marker} … -->")
+    path.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.S))
+
+
+def readme(plans: dict[str, dict[str, Any]]) -> str:
+    lines = ["| `chatpose_13b`, the paper's recipe | peak per chip | made by |", "|---|---|---|"]
+    for name, words in IN_README.items():
+        if name in plans and plans[name]["peak"] is not None:
+            plan = plans[name]
+            lines.append(
+                f"| {words} | {plan['peak'] / GiB:.1f} GiB of {plan['capacity'] / GiB:.1f} | `chatpose plan {ROWS[name]}` |"
+            )
+    return "\n".join(lines)
 
 
 def plot(plans: dict[str, dict[str, Any]], path: Path) -> None:
@@ -100,14 +131,15 @@ def plot(plans: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("out/plans"))
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--only", nargs="*", choices=ROWS, help="make these alone")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    plans = {name: plan for name in args.only or ROWS if (plan := make(name, args.folder)) is not None}
-    print(table(plans))
-    if args.plot is not None:
-        plot(plans, args.plot)
+    for name in args.only or ROWS:
+        make(name, args.folder)
+    plans = {name: json.loads(path.read_text()) for name in ROWS if (path := args.folder / f"{name}.json").exists()}
+    write(ROOT / "docs/scaling.md", "plans", table(plans))
+    write(ROOT / "README.md", "what fits", readme(plans))
+    plot(plans, ROOT / "docs/images/scaling.png")
 
 
 if __name__ == "__main__":

@@ -112,9 +112,10 @@ def _gpu(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
     _require("jax_cuda13_plugin", "GPUs", "gpu")
+    kind, shape = target.name.partition(":")[0], f"1x1x{target.chips}"  # slices, hosts, cards of a host
     try:
         return topologies.get_topology_desc(
-            platform="cuda", topology_name=f"1x1x{target.chips}", target_config=_card(target.name.partition(":")[0])
+            platform="cuda", topology_name=kind, topology=shape, target_config=_card(kind)
         ).devices
     except Exception as error:
         raise UserError(
