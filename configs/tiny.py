@@ -9,23 +9,23 @@ def get_config():
     config.model.lora = None  # nothing is frozen, so there is nothing to adapt
 
     config.data.template = "plain"
-    config.data.train_size = 8000
+    config.data.train_size = 12000
     config.data.mixture = (
-        ("text", 22), ("text_short", 2), ("situation", 4), ("text_turns", 4), ("image", 50), ("image_turns", 8), ("image_words", 8), ("words", 2),
+        ("text", 18), ("text_short", 2), ("situation", 3), ("text_turns", 3), ("image", 56), ("image_turns", 8), ("image_words", 8), ("words", 2),
     )  # fmt: skip
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 3400
+    config.train.steps = 5500
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
-    config.train.learning_rate = 2e-3
+    config.train.learning_rate = 1e-3
     config.train.warmup_steps = 50
     # From nothing, the pose must outweigh the choice among answers that differ in words alone.
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting
     config.train.remat = "none"
-    config.train.save_every = 850
-    config.train.eval_every = 850
+    config.train.save_every = 1100
+    config.train.eval_every = 1100
     return config

@@ -20,7 +20,7 @@ from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import examples
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import Params, abstract_params, create
+from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, create
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.models.sharding import make_mesh, place, shardings
 from chatpose_jax.planning.flops import train_cost
@@ -265,7 +265,7 @@ def initial_params(config: RunConfig, init: Path | None, mesh: Mesh | None = Non
     """
     key = jax.random.key(config.train.seed)
     if init is None:
-        return create(config.model, key, mesh)
+        return attend_evenly(create(config.model, key, mesh))
     base = model_folder.load_config(init)
     wanted, held = flatten(abstract_params(config.model)), flatten(abstract_params(base))
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):

@@ -151,6 +151,18 @@ def create(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Par
     return jax.jit(init, out_shardings=None if mesh is None else shardings(abstract_params(config), mesh))(key)
 
 
+def attend_evenly(params: Params) -> Params:
+    """Fresh parameters whose decoder starts by averaging over what came before: its queries are a hundredth of ``create``'s, so all scores are near 0.
+
+    Random sharp attention picks a few tokens at random and must be unlearnt first. On two towers that start from nothing this is the difference
+    between a plateau and learning: the tiny preset needs several times fewer rows (``docs/training.md``).
+    """
+    layers = params["decoder"]["layers"]
+    attn = layers["attn"]
+    q_proj = {**attn["q_proj"], "kernel": attn["q_proj"]["kernel"] * 0.01}
+    return {**params, "decoder": {**params["decoder"], "layers": {**layers, "attn": {**attn, "q_proj": q_proj}}}}
+
+
 def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
     """The model over these parameters; cheap enough to call inside every traced function."""
     graphdef, state = _split(config)

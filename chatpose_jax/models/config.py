@@ -230,14 +230,14 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
 def _tiny() -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(
-            image_size=64, patch_size=16, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4
+            image_size=64, patch_size=16, hidden_size=128, intermediate_size=512, num_layers=3, num_heads=4
         ),
         text=TextConfig(
             vocab_size=1026,
             base_vocab_size=1024,
             hidden_size=128,
             intermediate_size=384,
-            num_layers=3,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=4,
             head_dim=32,
