@@ -152,10 +152,10 @@ def create(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Par
 
 
 def attend_evenly(params: Params) -> Params:
-    """Fresh parameters whose decoder starts by averaging over what came before: its queries are a hundredth of ``create``'s, so all scores are near 0.
+    """Fresh parameters whose decoder starts by averaging over what came before: queries are a hundredth of ``create``'s, so scores are near 0.
 
-    Random sharp attention picks a few tokens at random and must be unlearnt first. On two towers that start from nothing this is the difference
-    between a plateau and learning: the tiny preset needs several times fewer rows (``docs/training.md``).
+    Random queries pick a few tokens at random, which must be unlearnt first: where nothing is pretrained, even attention needs several times
+    fewer rows (``docs/training.md``).
     """
     layers = params["decoder"]["layers"]
     attn = layers["attn"]
