@@ -104,10 +104,8 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             finally:
                 for *_, read in reading:
                     read.cancel()
-                for (
-                    write,
-                    _,
-                ) in writing:  # of a conversion that failed: nothing may be written once its folder is removed
+                # Where the conversion failed: nothing may be written once its folder is removed.
+                for write, _ in writing:
                     with contextlib.suppress(Exception):
                         await write
                 settler.stop()
