@@ -47,14 +47,14 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, tokenizer: bool = T
     group.add_argument(
         "--projector", metavar="FILE", help="mm_projector.bin or .safetensors; found by itself beside the weights"
     )
+    group.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter over these weights; it stays an adapter")
+    group.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="ALPHA",
+        help="of adapters without an adapter_config.json, as DeepSpeed leaves them",
+    )
     if tokenizer:
-        group.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter over these weights; it stays an adapter")
-        group.add_argument(
-            "--lora-alpha",
-            type=float,
-            metavar="ALPHA",
-            help="of adapters without an adapter_config.json, as DeepSpeed leaves them",
-        )
         group.add_argument(
             "--tokenizer", metavar="FOLDER", help="tokenizer.model or tokenizer.json, if not with the weights"
         )
@@ -316,6 +316,8 @@ def run_verify(args: argparse.Namespace) -> int:
         args.converted,
         vision=args.vision,
         projector=args.projector,
+        adapter=args.adapter,
+        lora_alpha=args.lora_alpha,
         layout=args.layout,
         layers=args.layers,
         prompts=args.prompt,
