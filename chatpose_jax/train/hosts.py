@@ -14,11 +14,15 @@ from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from chatpose_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 20
 """Silence after which JAX gives a process up and ends the others. Its default of 100 lets a broken job burn money."""
+
+MEETING_SECONDS = 1800
+"""How long a process may take longer than another one to read its data."""
 
 LOST = 75
 """Exit status of a process that lost another one (EX_TEMPFAIL of sysexits.h): start all again, the run resumes."""
@@ -125,6 +129,13 @@ def say(text: str) -> None:
     """Print, once for the whole run."""
     if primary():
         print(text, flush=True)
+
+
+def meet(where: str) -> None:
+    """Wait until every process is here. Reading data takes them different times, and the first operation that needs all of
+    them may have less patience than that (gloo: 30 s).
+    """
+    multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * MEETING_SECONDS)
 
 
 class Stop:

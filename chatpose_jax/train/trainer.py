@@ -176,6 +176,7 @@ def train(
         Interrupted, or UserError when loss or gradient were not finite for more than ``config.max_skipped`` steps in a row.
     """
     out.mkdir(parents=True, exist_ok=True)
+    hosts.meet("train")
     hosts.say(table.describe(params, config.trainable))
     state, frozen = init_state(config, params, mesh)
     settings = {
