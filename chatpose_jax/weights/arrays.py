@@ -173,13 +173,14 @@ class _Settler:
         for path in self.folder.rglob("*"):
             if path not in self.settled:
                 self.settled.add(path)
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                if path.is_file():
-                    forget(path)
+                with contextlib.suppress(FileNotFoundError):  # lock files come and go
+                    descriptor = os.open(path, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
+                    if path.is_file():
+                        forget(path)
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.weights.arrays import _Settler  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder  # noqa: E402
 from chatpose_jax.weights.readers import sha256  # noqa: E402
@@ -215,3 +216,15 @@ def test_no_descriptor_is_left_open(llava: Path, tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else pytest.skip("no /proc")
     convert(llava, tmp_path / "second")
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_files_that_vanish_while_they_are_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tensorstore's lock files do."""
+    (tmp_path / "data").write_bytes(b"x")
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(real(descriptor)))
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter([self / "lock", self / "data"]))
+    settler = _Settler(tmp_path)
+    settler.stop()
+    settler.run()
+    assert len(synced) == 1
