@@ -154,8 +154,7 @@ def create(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Par
 def attend_evenly(params: Params) -> Params:
     """Fresh parameters whose decoder starts by averaging over what came before: queries are a hundredth of ``create``'s, so scores are near 0.
 
-    Random queries pick a few tokens at random, which must be unlearnt first: where nothing is pretrained, even attention needs several times
-    fewer rows (``docs/training.md``).
+    Random queries pick a few tokens at random, and that must be unlearnt before captions can be read: where nothing is pretrained, start from here.
     """
     layers = params["decoder"]["layers"]
     attn = layers["attn"]

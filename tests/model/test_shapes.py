@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch
+from chatpose_jax.models.chatpose import abstract_params, attend_evenly, bind, create, fake_batch
 from chatpose_jax.models.config import PRESETS, ModelConfig, TextConfig, preset
 
 
@@ -74,3 +75,17 @@ def test_bad_configurations_are_named() -> None:
         ModelConfig.from_json({"text": {"hidden": 3}})
     with pytest.raises(UserError, match="must divide"):
         ModelConfig(text=TextConfig(num_heads=6, num_kv_heads=4))
+
+
+def test_even_attention_reads_a_bag_of_words() -> None:
+    tiny = preset("tiny")
+    config = tiny.replace(text=dataclasses.replace(tiny.text, num_layers=1))
+    params = create(config, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(3, 1000, (1, 12), np.int32)
+    shuffled = np.concatenate([ids[:, 10::-1], ids[:, 11:]], axis=1)
+
+    def change(params: Any) -> float:
+        a, b = (bind(config, params)(x).hidden[:, -1] for x in (ids, shuffled))
+        return float(jnp.abs(a - b).max())
+
+    assert change(attend_evenly(params)) < 0.1 * change(params)
