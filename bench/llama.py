@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatpose_jax.models.chatpose import Params, create, stack_layers
+from chatpose_jax.models.chatpose import Params, create
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
 
 SIZES = {
@@ -131,7 +131,7 @@ def our_params(model: Any, config: ModelConfig) -> Params:
     decoder["embed_tokens"]["embedding"] = to_jax(state["model.embed_tokens.weight"], dtype)
     decoder["lm_head"]["kernel"] = to_jax(state["lm_head.weight"].T, dtype)
     decoder["norm"]["scale"] = to_jax(state["model.norm.weight"], dtype)
-    decoder["layers"] = stack_layers({"layers": layers})["layers"] if config.scan_layers else layers
+    decoder["layers"] = jax.tree.map(lambda *xs: jnp.stack(xs), *layers.values()) if config.scan_layers else layers
     return params
 
 
