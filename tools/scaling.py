@@ -63,7 +63,8 @@ def line(name: str, plan: dict[str, Any]) -> str:
     times = ["–" if plan[key] is None else f"{plan[key]:.3g}" for key in ("compute", "memory", "network", "seconds")]
     mfu = "–" if plan["mfu"] is None else f"{100 * plan['mfu']:.0f} %"
     row = [name, mesh, f"{plan['batch']} × {plan['length']}", *parts, f"**{peak}**", sent, *times, mfu]
-    return f"| {' | '.join(row)} | {plan['compile_seconds']:.0f} ({plan.get('compile_cpu_seconds', 0):.0f}) |"
+    busy = f" ({plan['compile_cpu_seconds']:.0f})" if "compile_cpu_seconds" in plan else ""
+    return f"| {' | '.join(row)} | {plan['compile_seconds']:.0f}{busy} |"
 
 
 def table(plans: dict[str, dict[str, Any]]) -> str:
@@ -75,11 +76,26 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
         "network, s",
         "roofline, s",
         "MFU at most",
-        "compiled in, s",
+        "compiled in, s (processors)",
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [line(name, plan) for name, plan in plans.items()]
-    return "\n".join([*lines, "", *(f"- {name}: `chatpose plan {ROWS[name]}`" for name in plans)])
+    lines += ["", *(f"- {name}: `chatpose plan {ROWS[name]}`" for name in plans)]
+    if missing := [name for name in ROWS if name not in plans]:
+        lines += ["", f"Rows that have not been made yet: {', '.join(missing)}; the same command makes them."]
+    if len(over_chips(plans)) > 1:
+        lines += ["", "![step time and share of collectives against chips](images/scaling.png)"]
+    return "\n".join(lines)
+
+
+def over_chips(plans: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training plans of one chip and one batch, by their number of chips."""
+    chosen = [
+        p
+        for n, p in plans.items()
+        if n.startswith("v5e") and p["what"] == "train" and p["batch"] == 32 and p["seconds"]
+    ]
+    return sorted(chosen, key=lambda plan: plan["chips"])
 
 
 def write(path: Path, marker: str, text: str) -> None:
@@ -106,12 +122,7 @@ def plot(plans: dict[str, dict[str, Any]], path: Path) -> None:
     """Step time and the share that collectives would take of it, over chips of one kind with one batch."""
     import matplotlib.pyplot as plt
 
-    chosen = [
-        p
-        for n, p in plans.items()
-        if n.startswith("v5e") and p["what"] == "train" and p["batch"] == 32 and p["seconds"]
-    ]
-    chosen.sort(key=lambda plan: plan["chips"])
+    chosen = over_chips(plans)
     chips = [plan["chips"] for plan in chosen]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for key, label in (("seconds", "roofline"), ("compute", "compute"), ("memory", "memory"), ("network", "network")):
@@ -131,7 +142,9 @@ def plot(plans: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("out/plans"))
-    parser.add_argument("--only", nargs="*", choices=ROWS, help="make these alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, help="make these alone; the tables hold every plan that stands in the folder"
+    )
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.only or ROWS:
@@ -139,7 +152,8 @@ def main() -> None:
     plans = {name: json.loads(path.read_text()) for name in ROWS if (path := args.folder / f"{name}.json").exists()}
     write(ROOT / "docs/scaling.md", "plans", table(plans))
     write(ROOT / "README.md", "what fits", readme(plans))
-    plot(plans, ROOT / "docs/images/scaling.png")
+    if len(over_chips(plans)) > 1:
+        plot(plans, ROOT / "docs/images/scaling.png")
 
 
 if __name__ == "__main__":
