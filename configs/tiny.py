@@ -11,12 +11,12 @@ def get_config():
     config.data.template = "plain"
     config.data.train_size = 12000
     config.data.mixture = (
-        ("text", 15), ("text_short", 2), ("situation", 3), ("text_turns", 3), ("image", 59), ("image_turns", 8), ("image_words", 8), ("words", 2),
+        ("text", 13), ("text_short", 2), ("situation", 3), ("text_turns", 3), ("image", 61), ("image_turns", 8), ("image_words", 8), ("words", 2),
     )  # fmt: skip
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 5000
+    config.train.steps = 5500
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
@@ -26,6 +26,6 @@ def get_config():
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting
     config.train.remat = "none"
-    config.train.save_every = 1000
-    config.train.eval_every = 1000
+    config.train.save_every = 1100
+    config.train.eval_every = 1100
     return config
