@@ -16,7 +16,7 @@ from chatpose_jax.train.config import TrainConfig
 HIDDEN_MATRIX = re.compile(r"(.*/layers|projector)/.*kernel")
 MUON_RMS = 0.2
 NEWTON_SCHULZ = 4
-"""Iterations; five are customary. On small matrices each costs as much as a tenth of a step."""
+"""Iterations; five are customary. Beside a small model each is a noticeable part of a step."""
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -58,4 +58,6 @@ def scale_by_muon() -> optax.GradientTransformation:
     def rms(updates: Any, params: Any) -> Any:
         return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
 
-    return optax.chain(contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, weight_dimension_numbers=dimensions), optax.stateless(rms))
+    return optax.chain(
+        contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, weight_dimension_numbers=dimensions), optax.stateless(rms)
+    )
