@@ -47,6 +47,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_bdlora": (False, None),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 # Initialisations that also change the base's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -123,7 +128,7 @@ def lora_config(
         )
     _demand_plain(settings, where)
     ranks = {shape[0 if side == "A" else -1] for _, side, shape in parts if len(shape) == 2}
-    if len(ranks) != 1 or settings.get("r", min(ranks)) not in ranks:
+    if len(ranks) != 1 or settings.get("r", min(ranks)) not in list(ranks):
         said = f" and r={settings['r']} in {ADAPTER_CONFIG}" if "r" in settings else ""
         raise UserError(
             f"{where}: adapters of rank {', '.join(map(str, sorted(ranks)))}{said}; expected one rank for all"
@@ -137,7 +142,7 @@ def lora_config(
     try:
         alpha = float(settings["lora_alpha"] if alpha is None else alpha)
         dropout = float(settings.get("lora_dropout") or 0.0)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise UserError(f"{where / ADAPTER_CONFIG}: expected numbers as lora_alpha and lora_dropout") from None
     return LoRAConfig(
         rank=rank,
@@ -175,9 +180,9 @@ def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Pa
             continue
         module = name.removesuffix(TOKEN_ROWS)
         ids: list[Any] = next((ids for key, ids in listed.items() if module == key or module.endswith(f".{key}")), [])
-        if len(ids) != shape[0] or not all(isinstance(id, int) and id >= 0 for id in ids):
+        if shape[:1] != (len(ids),) or not all(isinstance(id, int) and id >= 0 for id in ids):
             raise UserError(
-                f"{where}: {name} has {shape[0]} rows, trainable_token_indices in {ADAPTER_CONFIG} names {len(ids)} for it; "
+                f"{where}: {name} has {shape[0] if shape else 'no'} rows, trainable_token_indices in {ADAPTER_CONFIG} names {len(ids)} for it; "
                 "the two files do not belong together"
             )
         rows[name] = tuple(ids)

@@ -94,14 +94,27 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         _barrier(f"written:{path.name}")
         if primary:
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
+            _put_in_place(partial, path)
         _barrier(f"renamed:{path.name}")
     except BaseException:
         if primary:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Renames; what stood at ``path`` is moved away whole first, so that nothing half deleted ever has the name."""
+    replaced = path.parent / f".{path.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    try:
+        partial.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _barrier(name: str) -> None:

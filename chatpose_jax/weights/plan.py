@@ -80,6 +80,10 @@ def infer_config(
             found = source.layout.settings(source.checkpoint.config(), source.shapes)
         except UserError as error:
             raise UserError(f"{source.checkpoint.folder}: {error}") from None
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{source.checkpoint.folder}: config.json holds a setting of the wrong kind ({error}); fetch it again"
+            ) from None
         settings = settings | found if source.is_adapter else found | settings
     main = sources[0].checkpoint
     if "text" not in settings:
@@ -87,7 +91,8 @@ def infer_config(
             f"{main.folder}: {sources[0].layout.title}: no language model in it; give the checkpoint that has one first"
         )
     rows = embedding_rows(sources)
-    flat = main.config() | (main.config().get("text_config") or {})
+    nested = main.config().get("text_config")
+    flat = main.config() | (nested if isinstance(nested, dict) else {})
     ids: dict[str, Any] = {
         name: int(flat[name])
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -326,7 +331,7 @@ def make_plan(
 def embedding_rows(sources: Sequence[Source]) -> int:
     """Rows of the embedding that the sources hold; an adapter's embedding replaces the base's."""
     held = [
-        source.checkpoint.tensors[rule.source].shape[0]
+        math.prod(source.checkpoint.tensors[rule.source].shape[:1])  # a scalar is found misshaped later
         for source in sources
         for rule in source.layout.rules
         if rule.target == "decoder/embed_tokens/embedding" and rule.source in source.checkpoint.tensors

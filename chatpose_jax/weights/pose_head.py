@@ -65,18 +65,20 @@ def layout(folder: Path) -> Layout:
     if not file.is_file():
         raise UserError(f"{folder}: {WEIGHTS} without {DESCRIPTION}, which says what head it is; copy that too")
     data = read_json(file)
+    if (data.get("format"), data.get("version")) != (FORMAT, 1):
+        raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
     try:
-        if data["format"] != FORMAT or data["version"] != 1:
-            raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
         options = tuple((str(key), _frozen(value)) for key, value in dict(data["options"]).items())
         head = HeadConfig(str(data["name"]), int(data["num_joints"]), options)
-    except (KeyError, TypeError, ValueError) as error:
+        hash(head)  # a configuration is a key of caches
+        paths = head_paths(head)
+    except Exception as error:  # whatever a head makes of its options
         raise UserError(f"{file}: not a description of a pose head ({type(error).__name__}: {error})") from None
     return Layout(
         name="pose_head",
         title="pose head on its own",
         family="pose_head",
-        rules=rules(head, head_paths(head)),
+        rules=rules(head, paths),
         ignored=(),
         recognise=lambda shapes: True,
         settings=lambda config, shapes: {"head": head},

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.quantize import quantize_int8
+from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Leaf, Plan
 from chatpose_jax.weights.readers import Index
 
@@ -22,7 +23,7 @@ def quantized(plan: Plan) -> Plan:
     ``plan`` would have written (so after its cast). See ``models.quantize.quantize_int8``."""
     config = plan.config.replace(quantize="int8")
     leaves = {}
-    for path, target in flatten_dict(abstract_params(config), sep="/").items():
+    for path, target in by_path(abstract_params(config)).items():
         if path.endswith("/kernel" + _SCALE):
             leaves[path] = _scale(path, plan.leaves[path.removesuffix(_SCALE)])
         elif target.dtype == np.int8:
@@ -34,7 +35,12 @@ def quantized(plan: Plan) -> Plan:
 
 def _quantized(leaf: Leaf, layer: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
     """(in, n) int8 and (n,) float32 of one layer's columns: the scale takes the whole input axis."""
-    kernel, scale = quantize_int8(leaf.read((layer, slice(0, leaf.shape[1]), columns)))
+    values = leaf.read((layer, slice(0, leaf.shape[1]), columns))
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{leaf.path}, layer {layer.start}: infinite or not a number, which int8 cannot hold; fetch the weights again"
+        )
+    kernel, scale = quantize_int8(values)
     return kernel[0], scale[0]
 
 

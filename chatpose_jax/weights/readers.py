@@ -306,7 +306,7 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
             if order and (order.file_size > _MAX_BYTEORDER or archive.read(order) != b"little"):
                 raise UserError(f"{path}: written on a big-endian machine; re-save it as safetensors")
             data = io.BytesIO(archive.read(pickles[0]))
-            state = _TensorUnpickler(data, _PICKLE_TABLE, persistent_load=_storage).load()
+            tensors = list(_tensors(_TensorUnpickler(data, _PICKLE_TABLE, persistent_load=_storage).load()))
     except UserError:
         raise
     except ForbiddenGlobal as error:
@@ -319,7 +319,7 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
 
     entries = {}
     with path.open("rb") as file:
-        for name, tensor in _tensors(state):
+        for name, tensor in tensors:
             member = members.get(f"{root}data/{tensor.storage.key}")
             if member is None:
                 raise UserError(
@@ -329,8 +329,9 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
                 raise UserError(f"{path}: the storage of {name!r} is compressed; re-save it as safetensors")
             offset = _member_offset(path, file, member) + tensor.offset * tensor.storage.dtype.itemsize
             entry = TensorEntry(name, path, offset, tensor.storage.dtype, tensor.shape, tensor.strides)
-            inside = tensor.offset * tensor.storage.dtype.itemsize + entry.extent()
-            if min((*tensor.shape, *tensor.strides, tensor.offset, 0)) < 0 or inside > member.file_size:
+            inside = tensor.offset * tensor.storage.dtype.itemsize + max(entry.extent(), entry.nbytes)
+            one_each = len(tensor.strides) == len(tensor.shape)
+            if not one_each or min((*tensor.shape, *tensor.strides, tensor.offset)) < 0 or inside > member.file_size:
                 raise UserError(
                     f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} "
                     f"bytes"
@@ -415,10 +416,14 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError that says what is wrong."""
+    """A JSON object from a file of at most 100 MB; raises UserError that says what is wrong."""
     try:
+        if (size := path.stat().st_size) > _MAX_HEADER:
+            raise UserError(f"{path}: {size} bytes are too many for a file of settings; fetch it again")
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
@@ -588,8 +593,12 @@ SUMS_FILE = "SHA256SUMS"
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """File names and SHA-256 digests of a list in the format of ``sha256sum``; raises UserError for anything else."""
+    """File names and SHA-256 digests of a list in the format of ``sha256sum``; raises UserError for anything else.
+
+    A name that is listed in a folder counts where it is not listed by itself.
+    """
     sums: dict[str, str] = {}
+    in_folders: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -600,5 +609,6 @@ def read_sums(path: Path) -> dict[str, str]:
         match = re.fullmatch(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)", line.rstrip())
         if match is None:
             raise UserError(f"{path}, line {number}: expected 64 hex digits and a file name, as sha256sum writes them")
-        sums[Path(match[2]).name] = match[1].lower()
-    return sums
+        file = Path(match[2])  # "./name" is "name"
+        (sums if file.name == str(file) else in_folders)[file.name] = match[1].lower()
+    return in_folders | sums

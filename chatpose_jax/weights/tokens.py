@@ -49,6 +49,18 @@ def read_tokens(folder: str | Path) -> Tokens:
     where there is none.
     """
     folder = Path(folder)
+    try:
+        return _read_tokens(folder)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: the tokenizer's JSON files are not as transformers writes them ({type(error).__name__}: {error}); "
+            "fetch them again"
+        ) from None
+
+
+def _read_tokens(folder: Path) -> Tokens:
     fast = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
     pieces = (fast.get("model") or {}).get("vocab") or []
     added = {str(token["content"]): int(token["id"]) for token in fast.get("added_tokens") or []}

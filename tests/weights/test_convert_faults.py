@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -208,6 +209,78 @@ def test_lists_of_hashes_that_cannot_be_used(copy: Path, tmp_path: Path, text: s
         convert(copy, tmp_path / "out", sums=tmp_path / "list", hashes=False)
     with pytest.raises(UserError, match="not readable as a list"):
         convert(copy, tmp_path / "out", sums=tmp_path / "absent")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        ("config.json", {"text_config": "llama"}, "a setting of the wrong kind"),
+        ("config.json", {"text_config": {"num_attention_heads": 0}}, "a setting of the wrong kind"),
+        ("config.json", {"text_config": {"num_attention_heads": "many"}}, "a setting of the wrong kind"),
+        (
+            "config.json",
+            {"text_config": {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_scaling": [1]}},
+            "a setting of the wrong kind",
+        ),
+        ("config.json", {"image_token_index": 1e999}, "a setting of the wrong kind"),
+        ("config.json", {"text_config": {"num_hidden_layers": 10**12}}, "num_hidden_layers=1000000000000"),
+        ("added_tokens.json", {"<POSE>": None}, "the tokenizer's JSON files are not as transformers writes them"),
+        ("added_tokens.json", {"<POSE>": "last"}, "the tokenizer's JSON files are not as transformers writes them"),
+        ("tokenizer.json", {"model": [1]}, "the tokenizer's JSON files are not as transformers writes them"),
+        (
+            "tokenizer.json",
+            {"added_tokens": [{"id": 7}]},
+            "the tokenizer's JSON files are not as transformers writes them",
+        ),
+    ],
+)
+def test_settings_of_the_wrong_kind(copy: Path, tmp_path: Path, file: str, settings: Any, message: str) -> None:
+    path = copy / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | settings))
+    with pytest.raises(UserError, match=message):
+        convert(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_replacing_never_leaves_half_a_folder(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the old folder is being deleted; and a new one that cannot take its place."""
+    convert(llava, tmp_path / "out")
+
+    def half(folder: Path, ignore_errors: bool = False) -> None:
+        if (folder / "params").is_dir():
+            (folder / "params").rename(tmp_path / "deleted")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            convert(llava, tmp_path / "out", overwrite=True)
+    assert_whole(llava, tmp_path / "out")
+
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        convert(llava, tmp_path / "out", overwrite=True)
+    assert_whole(llava, tmp_path / "out")
+
+
+def test_int8_of_what_is_no_number(copy: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    file = next(file for file in copy.glob("*.safetensors") if name in load_file(file))
+    state = load_file(file)
+    state[name][3, 5] = torch.nan
+    save_file(state, file)
+    with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: infinite or not a number"):
+        convert(copy, tmp_path / "out", quantize="int8")
     assert not (tmp_path / "out").exists()
 
 

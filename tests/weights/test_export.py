@@ -34,7 +34,7 @@ from chatpose_jax.models.heads.base import PoseHead  # noqa: E402
 from chatpose_jax.models.layers import Linear  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
-from chatpose_jax.weights.convert import convert  # noqa: E402
+from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
@@ -463,6 +463,8 @@ def test_a_head_of_another_kind_goes_out_and_comes_back(plain: Path, tmp_path: P
     assert {path for path in found if path.startswith("pose_head/")} == head.keys()
     for path, leaf in head.items():
         np.testing.assert_array_equal(found[path], leaf)
+    quantised, _ = load_source(tmp_path / "hf", quantize="int8")
+    assert head.keys() < quantised.leaves.keys()
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
@@ -530,6 +532,16 @@ def test_a_description_must_stand_beside_the_head(plain: Path, tmp_path: Path) -
     (tmp_path / "bare" / "pose_head.json").write_text('{"format": "chatpose-pose-head", "version": 1}')
     with pytest.raises(UserError, match="not a description of a pose head"):
         convert(tmp_path / "bare", tmp_path / "out")
+    good = json.loads((tmp_path / "hf" / "pose_head.json").read_text())
+    for change, message in (
+        ({"version": 2}, r"expected format 'chatpose-pose-head' in version 1"),
+        ({"num_joints": 1e999}, "not a description of a pose head"),
+        ({"name": "../mlp"}, r"not a description of a pose head .*no pose head '\.\./mlp'"),
+        ({"options": {"a": {"b": []}}}, r"not a description of a pose head .*unhashable"),
+    ):
+        (tmp_path / "bare" / "pose_head.json").write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "bare", tmp_path / "out")
 
 
 def test_passengers_of_an_unknown_layout_are_an_error(plain: Path, tmp_path: Path) -> None:

@@ -312,6 +312,9 @@ def test_an_adapter_in_half_precision_comes_back_bit_by_bit(written: Path, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"r": [8]}, r"adapters of rank 8 and r=\[8\]"),
+        ({"lora_alpha": 10**400}, "expected numbers as lora_alpha and lora_dropout"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\]: this model holds plain LoRA"),
         ({"r": 16}, r"adapters of rank 8 and r=16 in adapter_config\.json; expected one rank for all"),
         ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}: this model holds plain LoRA"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),

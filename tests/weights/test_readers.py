@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.readers import open_checkpoint, read_safetensors_header, read_torch_header
+from chatpose_jax.weights import readers
+from chatpose_jax.weights.readers import (
+    open_checkpoint,
+    read_json,
+    read_safetensors_header,
+    read_sums,
+    read_torch_header,
+)
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
@@ -247,6 +254,53 @@ def test_tensors_outside_their_storage_are_refused(tmp_path: Path) -> None:
             out.writestr(member, data)
     with pytest.raises(UserError, match="does not fit its storage of 64 bytes"):
         open_checkpoint(tmp_path / "bad.bin")
+
+
+FLOATS = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x10"
+
+
+def tensor_of(shape: bytes, strides: bytes) -> bytes:
+    """A pickle of one tensor ``w`` over 16 floats; shape and strides as opcodes of a tuple."""
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n((" + FLOATS + b"tQK\0" + shape + strides + b"tR"
+    return b"\x80\x02}X\x01\0\0\0w" + rebuilt + b"s."
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        (b"K\x04K\x04\x86", b"K\x01\x85"),  # (4, 4) by (1,)
+        (b"K\x20\x85", b"K\0\x85"),  # 32 elements at one place, of 16
+    ],
+)
+def test_strides_that_no_tensor_has_are_refused(tmp_path: Path, shape: bytes, strides: bytes) -> None:
+    """Repeated elements would make a file of any size out of a few bytes."""
+    assert read_torch_header(archive(tmp_path / "m.bin", tensor_of(b"K\x10\x85", b"K\x01\x85")))["w"].shape == (16,)
+    with pytest.raises(UserError, match="does not fit its storage of 64 bytes"):
+        read_torch_header(archive(tmp_path / "m.bin", tensor_of(shape, strides)))
+
+
+def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    state: dict[str, Any] = {}
+    state["model"] = state
+    with pytest.raises(UserError, match="the archive is damaged"):
+        read_torch_header(archive(tmp_path / "m.bin", pickle.dumps(state, 2)))
+
+
+def test_json_that_is_too_deep_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep.json").write_text('{"a":' * 200_000)
+    with pytest.raises(UserError, match=r"deep\.json: not readable as JSON"):
+        read_json(tmp_path / "deep.json")
+    monkeypatch.setattr(readers, "_MAX_HEADER", 1000)
+    with pytest.raises(UserError, match="1000000 bytes are too many"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_sums_of_a_whole_tree(tmp_path: Path) -> None:
+    """As ``sha256sum`` over many folders: the file itself wins over its namesakes."""
+    one, two = "1" * 64, "2" * 64
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{one}  ./model.safetensors\n{two}  epoch-2/model.safetensors\n{two} *epoch-2/extra.bin\n")
+    assert read_sums(sums) == {"model.safetensors": one, "extra.bin": two}
 
 
 def test_compressed_members_are_refused(tmp_path: Path) -> None:

@@ -16,11 +16,23 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, VisionConfig
 from chatpose_jax.weights.layouts.table import Settings, Shape
 
+_MAX_LAYERS = 1000
+
 
 def count_layers(shapes: Mapping[str, Shape], prefix: str) -> int:
     """One more than the highest layer number under ``prefix``; 0 where there is none."""
     found = re.compile(re.escape(prefix) + r"(\d+)\.")
     return max((int(match[1]) + 1 for name in shapes if (match := found.match(name))), default=0)
+
+
+def _layers(config: Mapping[str, Any], where: str, shapes: Mapping[str, Shape], prefix: str) -> int:
+    # The config's count wins: layers that a lost shard held are then reported missing by name.
+    layers = int(config.get("num_hidden_layers", count_layers(shapes, prefix)))
+    if layers > _MAX_LAYERS:
+        raise UserError(
+            f"{where}num_hidden_layers={layers}, by config.json or the tensors; expected at most {_MAX_LAYERS}"
+        )
+    return layers
 
 
 def _demand(config: Mapping[str, Any], where: str, expected: Mapping[str, tuple[Any, ...]]) -> None:
@@ -59,8 +71,7 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
         kv_out = shapes[f"{model}layers.0.self_attn.k_proj.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"no LLaMA decoder under {model!r}: tensor {error} is missing or misshaped") from None
-    # The config's count wins: layers that a lost shard held are then reported missing by name.
-    layers = int(config.get("num_hidden_layers", count_layers(shapes, f"{model}layers.")))
+    layers = _layers(config, where, shapes, f"{model}layers.")
     _agree(
         config,
         where,
@@ -107,7 +118,7 @@ def clip_settings(
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"no CLIP vision tower under {tower!r}: tensor {error} is missing or misshaped") from None
     side = round((positions - 1) ** 0.5)
-    layers = int(config.get("num_hidden_layers", count_layers(shapes, f"{tower}encoder.layers.")))
+    layers = _layers(config, where, shapes, f"{tower}encoder.layers.")
     if side * side + 1 != positions:
         raise UserError(
             f"{tower}embeddings.position_embedding has {positions} rows; expected one more than a square number"
