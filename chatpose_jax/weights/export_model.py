@@ -17,7 +17,7 @@ from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS
 from chatpose_jax.weights.layouts import Rule
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.plan import copy_array
+from chatpose_jax.weights.plan import copy_array, demand_finite_cast
 from chatpose_jax.weights.tokens import Tokens
 from chatpose_jax.weights.writers import Tensor, row_blocks
 
@@ -100,6 +100,7 @@ class StoredModel:
                     values = rule.transform.inverse(self.read(rule.target, layer, index))
                     out = np.empty(values.shape, dtype)
                     copy_array(out, values)
+                    demand_finite_cast(name, out, values.dtype)
                     if more_rows:
                         total += out.astype(np.float32).sum(0, dtype=np.float64)
                     yield out

@@ -211,6 +211,7 @@ def _source_leaf(
             return entry.read((rows, *box[1:]), borrowed=True)
 
         copy_array(out, rule.transform.read(read, shape, index))
+        demand_finite_cast(entry.name, out, entry.dtype)
 
     def read(index: Index) -> np.ndarray:
         index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, target.shape, strict=True))
@@ -247,6 +248,12 @@ def copy_array(out: np.ndarray, source: np.ndarray) -> None:
     for column in range(0, source.shape[1], 16):
         for row in range(0, source.shape[0], 4096):
             out[row : row + 4096, column : column + 16] = source[row : row + 4096, column : column + 16]
+
+
+def demand_finite_cast(name: str, out: np.ndarray, stored: np.dtype) -> None:
+    """Raises UserError where ``out``, cast from ``stored``, has values that float16 cannot hold."""
+    if out.dtype == np.float16 and stored != np.float16 and not np.isfinite(out).all():
+        raise UserError(f"{name}: values beyond float16, which ends at 65504; choose --dtype bfloat16 or float32")
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan

@@ -23,6 +23,7 @@ from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.weights.arrays import _Settler  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
+from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder  # noqa: E402
 from chatpose_jax.weights.readers import sha256  # noqa: E402
 
@@ -271,14 +272,31 @@ def test_replacing_never_leaves_half_a_folder(llava: Path, tmp_path: Path, monke
     assert_whole(llava, tmp_path / "out")
 
 
-def test_int8_of_what_is_no_number(copy: Path, tmp_path: Path) -> None:
+UP = "language_model.model.layers.1.mlp.up_proj.weight"
+
+
+def poison(folder: Path, value: float) -> None:
+    """Writes one value into ``UP``."""
     from safetensors.torch import load_file, save_file
 
-    name = "language_model.model.layers.1.mlp.up_proj.weight"
-    file = next(file for file in copy.glob("*.safetensors") if name in load_file(file))
+    file = next(file for file in folder.glob("*.safetensors") if UP in load_file(file))
     state = load_file(file)
-    state[name][3, 5] = torch.nan
+    state[UP][3, 5] = value
     save_file(state, file)
+
+
+def test_values_beyond_float16_are_not_made_infinite(copy: Path, tmp_path: Path) -> None:
+    poison(copy, 1e6)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values beyond float16"):
+        convert(copy, tmp_path / "half", dtype="float16")
+    convert(copy, tmp_path / "out")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values beyond float16"):
+        export(tmp_path / "out", tmp_path / "half", "llava", dtype="float16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_int8_of_what_is_no_number(copy: Path, tmp_path: Path) -> None:
+    poison(copy, float("nan"))
     with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: infinite or not a number"):
         convert(copy, tmp_path / "out", quantize="int8")
     assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
+from chatpose_jax.weights import adapters  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params  # noqa: E402
@@ -376,6 +377,13 @@ def test_token_rows_and_their_ids_belong_together(tmp_path: Path) -> None:
     adapter = changed(tmp_path, tmp_path / "short", trainable_token_indices={"embed_tokens": [1024]})
     with pytest.raises(UserError, match=r"embed_tokens.* has 2 rows, trainable_token_indices .* names 1 for it"):
         open_adapter(adapter)
+
+
+def test_rows_without_a_shape() -> None:
+    with pytest.raises(UserError, match="has no rows, trainable_token_indices"):
+        adapters.token_ids(
+            {"embed_tokens" + adapters.TOKEN_ROWS: ()}, {"trainable_token_indices": [5]}, Path("adapter")
+        )
 
 
 def test_a_row_far_behind_the_vocabulary(tmp_path: Path) -> None:
