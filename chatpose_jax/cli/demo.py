@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, answer, report."""
+    if args.rows < 1:
+        raise UserError(f"--rows {args.rows}: expected at least 1")
     clock = Clock()
     config = load_config(args.config, args.overrides)
     out: Path = args.out

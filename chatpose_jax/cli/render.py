@@ -110,4 +110,5 @@ def _read_array(path: Path) -> tuple[str, np.ndarray]:
     except UserError:
         raise
     except (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: no .npy or .npz file of plain arrays, or cut off ({error})") from error
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise UserError(f"{path}: no .npy or .npz file of plain arrays, or cut off{reason}") from error

@@ -129,7 +129,7 @@ def _require(module: str, what: str, extra: str) -> None:
 
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f'planning for {what} needs their compiler: pip install "chatpose-jax[{extra}]" (any machine will do)'
+            f'planning for {what} needs their compiler: pip install "chatpose-jax[{extra}]", or ".[{extra}]" in a checkout (any machine will do)'
         )
 
 

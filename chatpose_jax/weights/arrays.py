@@ -342,4 +342,5 @@ def read_arrays(folder: Path, abstract: Params) -> Params:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else 'no message'}"
+    text = str(error).strip().split(" See full TensorStore details")[0]
+    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"

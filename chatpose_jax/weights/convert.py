@@ -19,7 +19,7 @@ from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import DType, ModelConfig
 from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
-from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folder, write_config
+from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, demand_free, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
 from chatpose_jax.weights.quantized import quantized
@@ -91,6 +91,7 @@ def convert(
         UserError: everything that is wrong with the sources, in one error, before anything is written; a file with
             another hash than listed, or a full disk: then what was written is removed.
     """
+    demand_free(out, overwrite=overwrite)
     sources = open_sources(
         source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
     )

@@ -84,6 +84,11 @@ def infer_config(
             raise UserError(
                 f"{source.checkpoint.folder}: config.json holds a setting of the wrong kind ({error}); fetch it again"
             ) from None
+        if "text" in found and not source.is_adapter and not source.checkpoint.config():
+            raise UserError(
+                f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
+                "fetch it from where the weights came from"
+            )
         settings = settings | found if source.is_adapter else found | settings
     main = sources[0].checkpoint
     if "text" not in settings:

@@ -124,6 +124,7 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
         (["train", "--config", "chatpose_13b", "--out", "{tmp}/run"], "give --init"),
         (["convert", "{tmp}", "{tmp}/out"], "{tmp}"),
         (["render", "{text}", "--out", "{tmp}/x.png"], "notes.txt"),
+        (["demo", "--out", "{tmp}/demo", "--rows", "0"], "--rows 0: expected at least 1"),
         (["render", "nowhere.npz", "--out", "{tmp}/x.png"], "no such file"),
     ],
 )

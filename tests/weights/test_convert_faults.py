@@ -147,6 +147,13 @@ def test_a_truncated_shard(copy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_without_their_settings(copy: Path, tmp_path: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json beside the weights"):
+        convert(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_shard_and_an_index_that_disagrees(copy: Path, tmp_path: Path) -> None:
     index = copy / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
