@@ -76,19 +76,20 @@ def infer_config(
     """
     settings: dict[str, Any] = {}
     for source in sources:
+        config = source.checkpoint.config()
+        if not config and not source.is_adapter and any(name.endswith("embed_tokens.weight") for name in source.shapes):
+            raise UserError(
+                f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
+                "fetch it from where the weights came from"
+            )
         try:
-            found = source.layout.settings(source.checkpoint.config(), source.shapes)
+            found = source.layout.settings(config, source.shapes)
         except UserError as error:
             raise UserError(f"{source.checkpoint.folder}: {error}") from None
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{source.checkpoint.folder}: config.json holds a setting of the wrong kind ({error}); fetch it again"
             ) from None
-        if "text" in found and not source.is_adapter and not source.checkpoint.config():
-            raise UserError(
-                f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
-                "fetch it from where the weights came from"
-            )
         settings = settings | found if source.is_adapter else found | settings
     main = sources[0].checkpoint
     if "text" not in settings:
