@@ -40,15 +40,18 @@ def _contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _contract_forward(spec: str, a: Any, b: Any) -> tuple[jax.Array, Any]:
-    # A frozen operand needs no gradient, so the other one need not be kept for it.
-    return _contract(spec, a.value, b.value), (b.value if a.perturbed else None, a.value if b.perturbed else None)
+    # A frozen operand needs no gradient, so the other one need not be kept for it. A number stands in its place: rematerialisation traces this
+    # more than once, and JAX wants as many kept arrays each time.
+    nothing = jnp.zeros((), a.value.dtype)
+    kept = (b.value if a.perturbed else nothing, a.value if b.perturbed else nothing)
+    return _contract(spec, a.value, b.value), kept
 
 
 def _contract_backward(spec: str, kept: Any, gradient: Any) -> tuple[Any, Any]:
     terms, out = spec.split("->")
 
-    def product(term: str, other: jax.Array | None, other_term: str) -> jax.Array | None:
-        if other is None or isinstance(gradient, jax.custom_derivatives.SymbolicZero):
+    def product(term: str, other: jax.Array, other_term: str) -> jax.Array | None:
+        if other.ndim == 0 or isinstance(gradient, jax.custom_derivatives.SymbolicZero):
             return None
         return _contract(f"{out},{other_term}->{term}", gradient.astype(other.dtype), other).astype(other.dtype)
 
