@@ -76,14 +76,14 @@ def infer_config(
     """
     settings: dict[str, Any] = {}
     for source in sources:
-        config = source.checkpoint.config()
-        if not config and not source.is_adapter and any(name.endswith("embed_tokens.weight") for name in source.shapes):
+        stored = source.checkpoint.config()
+        if not stored and not source.is_adapter and any(name.endswith("embed_tokens.weight") for name in source.shapes):
             raise UserError(
                 f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
                 "fetch it from where the weights came from"
             )
         try:
-            found = source.layout.settings(config, source.shapes)
+            found = source.layout.settings(stored, source.shapes)
         except UserError as error:
             raise UserError(f"{source.checkpoint.folder}: {error}") from None
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
