@@ -91,7 +91,6 @@ def convert(
         UserError: everything that is wrong with the sources, in one error, before anything is written; a file with
             another hash than listed, or a full disk: then what was written is removed.
     """
-    demand_free(out, overwrite=overwrite)
     sources = open_sources(
         source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
     )
@@ -100,6 +99,7 @@ def convert(
     )
     plan = _quantized(plan, quantize)
     _check_outside(Path(out), plan)
+    demand_free(out, overwrite=overwrite)
     if sums is not None and not hashes:
         raise UserError("a list of hashes to compare with, and no hashes: leave one of the two out")
     expected = _expected_sums(sources, sums) if hashes else {}
