@@ -19,7 +19,7 @@ from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import DType, ModelConfig
 from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
-from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, demand_free, new_folder, write_config
+from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
 from chatpose_jax.weights.quantized import quantized
@@ -99,17 +99,16 @@ def convert(
     )
     plan = _quantized(plan, quantize)
     _check_outside(Path(out), plan)
-    demand_free(out, overwrite=overwrite)
     if sums is not None and not hashes:
         raise UserError("a list of hashes to compare with, and no hashes: leave one of the two out")
     expected = _expected_sums(sources, sums) if hashes else {}
     primary = jax.process_index() == 0
     trail = Trail()
-    bar = tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="converting", disable=not (progress and primary))
+    shown = progress and primary
     try:
         with (
-            bar,
             new_folder(out, overwrite=overwrite) as partial,
+            tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="converting", disable=not shown) as bar,
             concurrent.futures.ThreadPoolExecutor(1) as background,
         ):
             digests = background.submit(_provenance, plan, hashes and primary, expected, trail)

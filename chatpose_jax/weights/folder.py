@@ -68,15 +68,6 @@ def save_folder(
     return Path(path)
 
 
-def demand_free(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raises what ``new_folder`` would: for a caller with long work to do before it."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
-    if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
-
-
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a temporary folder beside ``path`` to fill; renames it to ``path`` if the block succeeds, removes it if it
@@ -87,7 +78,10 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     primary = jax.process_index() == 0
-    demand_free(path, overwrite=overwrite)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
+    if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
     partial = path.parent / f".{path.name}.partial"
     if primary:
         shutil.rmtree(partial, ignore_errors=True)

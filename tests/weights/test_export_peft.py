@@ -55,6 +55,12 @@ def params_of(folder: Path) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in by_path(loaded).items()}
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """peft draws A from torch's global generator: without this each run tests another model."""
+    torch.manual_seed(0)
+
+
 def move(model: Any, seed: int = 3) -> Any:
     """Adapters, token rows and saved modules as training leaves them: nothing zero, nothing the base's."""
     generator = torch.Generator().manual_seed(seed)
@@ -272,8 +278,7 @@ def test_a_training_run_put_together_by_deepspeed(tmp_path: Path) -> None:
     expected, hidden = flat_forward(models, encoded, -200)  # peft has changed the modules in place
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     with torch.no_grad():
-        # The head is random in each run, and Gram-Schmidt may enlarge what the logits show.
-        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=10 * TOLERANCE)
+        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=TOLERANCE)
     # Old releases of peft keep the adapted weight's own name.
     old = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
     torch.save(old, folder / "pytorch_model.bin")
