@@ -87,8 +87,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        counts = ("steps", "batch_size", "accumulate", "max_length", "max_skipped", "log_every", "save_every", "keep")
+        counts = ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep")
         require(self, "train", "at least 1", lambda value: value >= 1, *counts)
+        # The system prompt and the shortest question with its answer.
+        require(self, "train", "at least 64", lambda value: value >= 64, "max_length")
         weights = ("warmup_steps", "eval_every", "lambda_text", "lambda_pose")
         require(self, "train", "at least 0", lambda value: value >= 0, *weights)
         require(self, "train", "positive", lambda value: value > 0, "learning_rate", "grad_clip")
