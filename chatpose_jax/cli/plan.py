@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--effort",
         type=float,
-        help="of a TPU's compiler for a fast program, -1 to 0 (a run's); less takes less time here, the default is -0.5",
+        help="of a TPU's compiler for a fast program, -1 to 0 (a run's); less takes less time here, the default is -1",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     parser.add_argument(

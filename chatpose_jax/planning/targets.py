@@ -85,8 +85,8 @@ def devices(target: Target) -> Sequence[Any]:
     return _tpu(target) if target.chip.platform == "tpu" else _gpu(target)
 
 
-EFFORT = -0.5
-"""At which a plan takes a third of the time, and its figures are those of full effort but for temporaries, which grow a little."""
+EFFORT = -1.0
+"""A plan takes a quarter of the time at it, and its figures are those of full effort within two in a hundred (docs/scaling.md)."""
 
 
 def compiler_options(target: Target, effort: float = EFFORT) -> dict[str, Any] | None:
