@@ -132,7 +132,7 @@ def freeze(config: Any) -> RunConfig:
         }
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
-            "train.trainable takes rows of (pattern, rate or None, decay), data.mixture pairs of (task, weight), "
+            "train.trainable takes rows of (pattern, rate or None, decay, 'all' or 'pose' tokens), data.mixture pairs of (task, weight), "
             f"data.sources pairs of (source, weight): {error}"
         ) from error
     data = _typed(DataConfig, table["data"], "data")

@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help="tokens of a row, pictures included; by default train.max_length")
     parser.add_argument("--mesh", help="DATAxFSDPxTENSOR, such as 1x8x1; by default what suits the target")
     parser.add_argument("--decode", action="store_true", help="one step of decoding instead of a training step")
+    parser.add_argument(
+        "--effort",
+        type=float,
+        help="of a TPU's compiler for a fast program, -1 to 0 (a run's); less takes less time here, the default is -1",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     parser.add_argument(
         "--set",
@@ -40,22 +45,25 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0 when it fits, 1 when it does not."""
     config = load_config(args.config, args.overrides)
     from chatpose_jax.planning.plan import describe, mesh_sizes, plan_decoding, plan_training
-    from chatpose_jax.planning.targets import parse
+    from chatpose_jax.planning.targets import EFFORT, parse
 
     target = parse(args.target)
     for name in ("batch", "length"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, found {value}")
+    effort = EFFORT if args.effort is None else args.effort
+    if not -1 <= effort <= 0:
+        raise UserError(f"--effort must be from -1 to 0, found {effort}")
     train, length = config.train, args.length or config.train.max_length
     if args.decode:
         batch = args.batch or 1
         sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, batch, decode=True)
-        plan = plan_decoding(config.model, target, sizes, batch, length)
+        plan = plan_decoding(config.model, target, sizes, batch, length, effort=effort)
     else:
         if args.batch is not None:
             train = dataclasses.replace(train, batch_size=args.batch, accumulate=1)
         sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, train.batch_size)
-        plan = plan_training(config.model, train, target, sizes, length)
+        plan = plan_training(config.model, train, target, sizes, length, effort=effort)
     if args.json is not None:
         args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
     print(describe(plan))

@@ -28,7 +28,7 @@ from chatpose_jax.planning.targets import CHIPS
 from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.trainable import flatten, unflatten
+from chatpose_jax.train.trainable import assign, flatten, unflatten
 from chatpose_jax.train.trainer import Interrupted, train
 from chatpose_jax.train.validate import make_validation
 from chatpose_jax.weights import folder as model_folder
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     another process is gone (the same command goes on from either).
     """
     config = load_config(args.config, args.overrides)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
     hosts.connect(hosts.find(args.coordinator, args.num_processes, args.process_id))
     try:
         with hosts.together(args.out):
@@ -122,6 +124,9 @@ def run_training(
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
         )
+    assign(
+        abstract_params(model), settings.trainable
+    )  # an unknown head or a wrong table is found before anything is read
     mesh = training_mesh(settings)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)

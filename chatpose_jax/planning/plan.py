@@ -20,7 +20,7 @@ from chatpose_jax.models.decoder import init_cache
 from chatpose_jax.models.sharding import RULES, batch_sharding, make_mesh, on_mesh, place
 from chatpose_jax.planning import collectives
 from chatpose_jax.planning.flops import StepCost, decode_cost, train_cost
-from chatpose_jax.planning.targets import CHIPS, GiB, Target, compiler_options, devices
+from chatpose_jax.planning.targets import CHIPS, EFFORT, GiB, Target, compiler_options, devices
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import abstract_state, make_step
 
@@ -74,9 +74,17 @@ def mesh_sizes(target: Target, model: ModelConfig, batch: int, *, decode: bool =
 
 
 def plan_training(
-    model: ModelConfig, train: TrainConfig, target: Target, mesh: tuple[int, int, int], length: int, images: int = 1
+    model: ModelConfig,
+    train: TrainConfig,
+    target: Target,
+    mesh: tuple[int, int, int],
+    length: int,
+    images: int = 1,
+    *,
+    effort: float = EFFORT,
 ) -> Plan:
     """A training step of ``train.batch_size × train.accumulate`` rows of ``length`` tokens, of which pictures take their share.
+    effort: see ``compiler_options``.
 
     Raises UserError for rows or heads that the mesh cannot divide, and for a target whose compiler is not installed.
     """
@@ -99,10 +107,18 @@ def plan_training(
     step: Any = make_step(model, train, params, where)
     total = train.batch_size * train.accumulate
     cost = train_cost(model, train, total, length, images)
-    return _compile("train", step, (state, frozen, batch), target, where, total, length, cost)
+    return _compile("train", step, (state, frozen, batch), target, where, total, length, cost, effort)
 
 
-def plan_decoding(model: ModelConfig, target: Target, mesh: tuple[int, int, int], batch: int, length: int) -> Plan:
+def plan_decoding(
+    model: ModelConfig,
+    target: Target,
+    mesh: tuple[int, int, int],
+    batch: int,
+    length: int,
+    *,
+    effort: float = EFFORT,
+) -> Plan:
     """One step of the decode loop: a token for each of ``batch`` conversations whose cache holds ``length`` tokens."""
     where = _mesh(target, mesh, batch)
     params = place(abstract_params(model), where)
@@ -155,7 +171,7 @@ def plan_decoding(model: ModelConfig, target: Target, mesh: tuple[int, int, int]
 
     step = jax.jit(decode, donate_argnums=1)
     arguments = (params, state, array((), jnp.int32), settings)
-    return _compile("decode", step, arguments, target, where, batch, length, decode_cost(model, batch, length))
+    return _compile("decode", step, arguments, target, where, batch, length, decode_cost(model, batch, length), effort)
 
 
 def _without_cudnn(model: ModelConfig, target: Target) -> ModelConfig:
@@ -172,13 +188,21 @@ def _mesh(target: Target, sizes: tuple[int, int, int], batch: int) -> Mesh:
 
 
 def _compile(
-    what: str, step: Any, arguments: Any, target: Target, mesh: Mesh, batch: int, length: int, cost: StepCost
+    what: str,
+    step: Any,
+    arguments: Any,
+    target: Target,
+    mesh: Mesh,
+    batch: int,
+    length: int,
+    cost: StepCost,
+    effort: float,
 ) -> Plan:
     chip, error, compiled = target.chip, "", None
     begin, busy = time.perf_counter(), time.process_time()
     try:
         lowered = step.trace(*arguments).lower(lowering_platforms=(_platform(mesh),))
-        compiled = lowered.compile(compiler_options=compiler_options(target))
+        compiled = lowered.compile(compiler_options=compiler_options(target, effort))
     except jax.errors.JaxRuntimeError as problem:
         error = " ".join(str(problem).split())
         if "RESOURCE_EXHAUSTED" not in error:

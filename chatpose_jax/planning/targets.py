@@ -85,11 +85,19 @@ def devices(target: Target) -> Sequence[Any]:
     return _tpu(target) if target.chip.platform == "tpu" else _gpu(target)
 
 
-def compiler_options(target: Target) -> dict[str, Any] | None:
-    """Autotuning runs kernels, for which the card would have to be here."""
-    if target.chip is None or target.chip.platform != "gpu":
+EFFORT = -1.0
+"""A plan takes a quarter of the time at it, and its figures are those of full effort within two in a hundred (docs/scaling.md)."""
+
+
+def compiler_options(target: Target, effort: float = EFFORT) -> dict[str, Any] | None:
+    """For GPUs no autotuning: it runs kernels, for which the card would have to be here. For TPUs the effort that is spent on a fast program,
+    -1 to 0, where a run has 0.
+    """
+    if target.chip is None:
         return None
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    if target.chip.platform == "gpu":
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return {"exec_time_optimization_effort": float(effort)}
 
 
 def _tpu(target: Target) -> Sequence[Any]:

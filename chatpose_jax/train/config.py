@@ -44,7 +44,7 @@ class TrainConfig:
     b1, b2: decay of Adam's first and second moments.
     grad_clip: longest gradient, as the norm over all that trains; longer ones are scaled down.
     lambda_text, lambda_pose: weights of the cross-entropy over answers and of the L1 on rotation matrices.
-    trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay); see ``train.trainable``.
+    trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay, which added tokens); see ``train.trainable``.
     mesh: how devices are arranged; ``batch_size`` is a multiple of data × fsdp.
     remat: what of a layer is kept for the backward pass, the rest being computed again ("none" computes nothing again,
         "full" everything); see ``models.remat``.
@@ -87,8 +87,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        counts = ("steps", "batch_size", "accumulate", "max_length", "max_skipped", "log_every", "save_every", "keep")
+        counts = ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep")
         require(self, "train", "at least 1", lambda value: value >= 1, *counts)
+        # The system prompt and the shortest question with its answer.
+        require(self, "train", "at least 64", lambda value: value >= 64, "max_length")
         weights = ("warmup_steps", "eval_every", "lambda_text", "lambda_pose")
         require(self, "train", "at least 0", lambda value: value >= 0, *weights)
         require(self, "train", "positive", lambda value: value > 0, "learning_rate", "grad_clip")
@@ -98,3 +100,5 @@ class TrainConfig:
         for row in self.trainable:
             if (row.lr or 0) < 0 or row.weight_decay < 0:
                 raise UserError(f"train.trainable: the row {tuple(row)} has a negative rate or decay")
+            if row.tokens not in ("all", "pose"):
+                raise UserError(f"train.trainable: the row {tuple(row)} must say 'all' or 'pose' of tokens")

@@ -107,6 +107,7 @@ def make_step(
     """
     tx = optimizer(config, params)
     schedule = learning_rate(config)
+    masks = table.masks(params, config.trainable, model_config.pose_token_id - model_config.text.base_vocab_size)
 
     def objective(
         trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, jax.Array], key: jax.Array, weights: Any
@@ -147,12 +148,15 @@ def make_step(
                 batch = {name: jax.lax.with_sharding_constraint(x, rows) for name, x in batch.items()}
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             grads, metrics = gradients(state.trainable, frozen, batch, key)
+            grads = table.select(masks, grads, jax.tree.map(jnp.zeros_like, grads))
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-            updated = (optax.apply_updates(state.trainable, updates), opt_state)
+            trainable = table.select(masks, optax.apply_updates(state.trainable, updates), state.trainable)
             trainable, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), updated, (state.trainable, state.opt_state)
+                lambda new, old: jnp.where(finite, new, old),
+                (trainable, opt_state),
+                (state.trainable, state.opt_state),
             )
             skipped = jnp.where(finite, state.skipped.at[1].set(0), state.skipped + 1)
         metrics = {

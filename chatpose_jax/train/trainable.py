@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,20 +18,24 @@ Flat = dict[str, Any]
 
 
 class Rule(NamedTuple):
-    """One row: a regular expression that must match the whole path; ``lr`` multiplies the learning rate, None freezes."""
+    """One row: a regular expression that must match the whole path; ``lr`` multiplies the learning rate, None freezes.
+
+    tokens: of arrays of added tokens, "pose" trains the pose token's rows alone. Vocabularies are padded, and the paddings' rows have no use.
+    """
 
     pattern: str
     lr: float | None
     weight_decay: float = 0.0
+    tokens: str = "all"
 
 
 PAPER: tuple[Rule, ...] = (
     Rule(r"decoder/layers/.*/lora_[ab]", 1.0),
     Rule(r"pose_head/.*", 1.0),
-    Rule(r"decoder/(embed_tokens|lm_head)/added", 1.0),
+    Rule(r"decoder/(embed_tokens|lm_head)/added", 1.0, tokens="pose"),
     Rule(r".*", None),
 )
-"""LoRA, the pose head, and the rows of the new tokens; everything else is frozen."""
+"""LoRA, the pose head, and the rows of the new token; everything else is frozen."""
 
 HEAD: tuple[Rule, ...] = (Rule(r"pose_head/.*", 1.0), Rule(r".*", None))
 """The pose head alone."""
@@ -40,6 +45,10 @@ PROJECTOR: tuple[Rule, ...] = (*PAPER[:-1], Rule(r"projector/.*", 0.1), PAPER[-1
 
 EVERYTHING: tuple[Rule, ...] = (Rule(r".*/(kernel|embedding)", 1.0, 0.01), Rule(r".*", 1.0))
 """All parameters, matrices with a little weight decay: for models that start from nothing."""
+
+
+TOKEN_AXIS = {"decoder/embed_tokens/added": 0, "decoder/lm_head/added": 1}
+"""The arrays of added tokens, and the axis along which these stand."""
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Flat:
@@ -83,6 +92,11 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
                 f"train.trainable: {path} is kept as {leaf.dtype} and cannot train: freeze it in a row before {found.pattern!r}, "
                 "or set model.quantize=none"
             )
+        if found.tokens != "all" and path not in TOKEN_AXIS:
+            raise UserError(
+                f"train.trainable: {path} has no rows of tokens, as {found.pattern!r} with tokens={found.tokens!r} wants: "
+                f"only {' and '.join(TOKEN_AXIS)} have"
+            )
         assigned[path] = found
     for regex, row in compiled:
         if row.lr is not None and not any(regex.fullmatch(path) for path in assigned):
@@ -104,16 +118,38 @@ def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
     return unflatten({**trainable, **frozen})
 
 
+def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> Flat:
+    """Where only a part of an array trains: path -> bool, broadcastable to it. pose_token: its place among the added tokens."""
+    rows, flat = assign(params, rules), flatten(params)
+    return {
+        path: np.expand_dims(np.arange(flat[path].shape[axis]) == pose_token, 1 - axis)
+        for path, axis in TOKEN_AXIS.items()
+        if rows[path].lr is not None and rows[path].tokens == "pose"
+    }
+
+
+def select(masks: Flat, new: Flat, old: Flat) -> Flat:
+    """``new`` where it trains, ``old`` elsewhere, to the bit."""
+    return {path: jnp.where(masks[path], x, old[path]) if path in masks else x for path, x in new.items()}
+
+
 def describe(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
     """The table with counts, printed when a run starts."""
     rows, flat = assign(params, rules), flatten(params)
+
+    def size(path: str) -> int:
+        """Parameters of an array that train, or are frozen."""
+        tokens = flat[path].shape[TOKEN_AXIS[path]] if rows[path].tokens == "pose" else 1
+        return math.prod(flat[path].shape) // max(tokens, 1)
+
     lines = [f"{'what trains':48} {'arrays':>7} {'parameters':>15} {'lr ×':>7} {'decay':>7}"]
     for rule in dict.fromkeys(rules):
-        sizes = [int(np.prod(flat[path].shape)) for path, row in rows.items() if row == rule]
+        sizes = [size(path) for path, row in rows.items() if row == rule]
         lr = "frozen" if rule.lr is None else f"{rule.lr:g}"
-        lines.append(f"{rule.pattern:48} {len(sizes):7d} {sum(sizes):15,d} {lr:>7} {rule.weight_decay:7g}")
-    total = sum(int(np.prod(leaf.shape)) for leaf in flat.values())
-    active = sum(int(np.prod(flat[path].shape)) for path, row in rows.items() if row.lr is not None)
+        pattern = rule.pattern if rule.tokens == "all" else f"{rule.pattern} (of {rule.tokens})"
+        lines.append(f"{pattern:48} {len(sizes):7d} {sum(sizes):15,d} {lr:>7} {rule.weight_decay:7g}")
+    total = sum(math.prod(leaf.shape) for leaf in flat.values())
+    active = sum(size(path) for path, row in rows.items() if row.lr is not None)
     lines.append(f"{active:,d} of {total:,d} parameters train ({100 * active / total:.3g} %)")
     return "\n".join(lines)
 
@@ -122,7 +158,7 @@ def scale_by_rows(rows: Mapping[str, Rule], schedule: optax.Schedule) -> optax.G
     """The end of AdamW with a rate for each path: update = −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
 
     def init(params: Flat) -> optax.ScaleByScheduleState:
-        return optax.ScaleByScheduleState(count=jax.numpy.zeros((), jax.numpy.int32))
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
     def update(updates: Flat, state: optax.ScaleByScheduleState, params: Flat | None = None) -> tuple[Flat, Any]:
         assert params is not None

@@ -122,6 +122,9 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
         (["train", "--config", "nothing", "--out", "{tmp}/run"], "no configuration 'nothing'"),
         (["train", "--out", "{tmp}/run", "--set", "train.stepz=3"], "did you mean train.steps"),
         (["train", "--config", "chatpose_13b", "--out", "{tmp}/run"], "give --init"),
+        (["train", "--out", "{text}"], "notes.txt is a file: expected a folder"),
+        (["train", "--out", "{tmp}/run", "--set", "model.head.name=nothing"], "no pose head 'nothing'"),
+        (["train", "--out", "{tmp}/run", "--set", "train.trainable=[['pose_head',1.0]]"], "no row matches"),
         (["convert", "{tmp}", "{tmp}/out"], "{tmp}"),
         (["render", "{text}", "--out", "{tmp}/x.png"], "notes.txt"),
         (["demo", "--out", "{tmp}/demo", "--rows", "0"], "--rows 0: expected at least 1"),
@@ -134,11 +137,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
     np.save(tmp_path / "pose.npy", np.zeros((24, 3)))
     names = {"folder": folder, "pose": tmp_path / "pose.npy", "text": tmp_path / "notes.txt", "tmp": tmp_path}
     status = main([argument.format(**names) for argument in arguments])
-    _, err = lines(capsys)
+    out, err = lines(capsys)
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words.format(**names) in err
+    assert "reading data" not in out  # found at once
 
 
 @pytest.mark.parametrize(("shape", "index"), [((24, 3), 0), ((72,), 0), ((5, 156), 3), ((24, 3, 3), 0)])
@@ -274,6 +278,8 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("train.trainable=none", "rows of"),
         ("train.trainable=[['.*','x',0]]", "each Rule"),
         ("train.trainable=[['.*',-1.0,0]]", "negative rate"),
+        ("train.trainable=[['.*',1.0,0,'some']]", "'all' or 'pose'"),
+        ("train.max_length=5", "train.max_length must be at least 64, found 5"),
         ("train=none", "table of settings"),
         ("data.train_size=-3", "data.train_size must be at least 0, found -3"),
         ("data.buckets=0", "data.buckets must be at least 1"),

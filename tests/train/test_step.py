@@ -118,6 +118,30 @@ def test_frozen_parameters_stay_and_every_trainable_one_moves(params):
     assert metrics[0]["learning_rate"] == pytest.approx(0.5e-2)
 
 
+def test_of_added_tokens_the_pose_tokens_rows_alone_train(params):
+    """A padded vocabulary: whatever decays or is added elsewhere, the paddings' rows keep every bit, the sign of a zero too."""
+    text = dataclasses.replace(CONFIG.text, vocab_size=70)
+    config, place = CONFIG.replace(text=text, pose_token_id=66), 66 - 64
+    rules = tuple(r._replace(weight_decay=0.1) if r.tokens == "pose" else r for r in table.PAPER)
+    settings = dataclasses.replace(SETTINGS, trainable=rules)
+    flat = table.flatten(create(config, jax.random.key(0)))
+    flat["decoder/embed_tokens/added"] = flat["decoder/embed_tokens/added"].at[5].set(-0.0)
+    axes = table.TOKEN_AXIS
+    before = {path: np.moveaxis(np.array(flat[path]), axis, 0) for path, axis in axes.items()}
+    state, frozen = init_state(settings, table.unflatten(flat))
+    step = make_step(config, settings, table.unflatten(flat))
+    for seed in range(3):
+        state, metrics = step(state, frozen, fake_batch(config, batch=4, length=16, seed=seed))
+    assert np.isfinite(metrics["loss"])
+    for path, axis in axes.items():
+        after = np.moveaxis(np.asarray(state.trainable[path]), axis, 0)
+        for row in range(6):
+            assert (after[row].tobytes() == before[path][row].tobytes()) == (row != place), (path, row)
+    moments = [m for m in jax.tree.leaves(state.opt_state) if m.shape == (6, text.hidden_size)]
+    assert len(moments) == 2
+    assert all(np.array_equal(np.flatnonzero(np.any(m != 0, axis=1)), [place]) for m in moments)
+
+
 def test_dropout_repeats_by_seed_and_step(params):
     batches = [fake_batch(CONFIG, batch=4, length=16)] * 2
     first, second, other = (run(dataclasses.replace(SETTINGS, seed=seed), params, batches)[2] for seed in (0, 0, 1))

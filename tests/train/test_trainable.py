@@ -1,5 +1,8 @@
 """The table of what trains: assignment, counts, errors."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -56,6 +59,15 @@ def test_the_ready_tables_on_13b_without_allocating_it():
     assert {row.lr for row in assign(abstract_params(config), groups).values()} == {0.5, 1.0, 16.0, None}
 
 
+def test_a_padded_vocabulary_trains_no_more_than_the_pose_tokens_rows():
+    config = preset("chatpose_13b")
+    padded = config.replace(text=dataclasses.replace(config.text, vocab_size=32064), pose_token_id=32002)
+    text = describe(abstract_params(padded), PAPER)
+    assert re.search(r"added \(of pose\) +2 +10,240 ", text) and "131,824,784 of" in text
+    every = (*(rule._replace(tokens="all") for rule in PAPER),)
+    assert re.search(r"added +2 +655,360 ", describe(abstract_params(padded), every))
+
+
 def test_int8_kernels_must_be_frozen():
     config = preset("tiny").replace(quantize="int8")
     assert not any(path.endswith("kernel") for path in split(abstract_params(config), PAPER)[0] if "layers" in path)
@@ -83,6 +95,7 @@ def test_the_first_row_that_matches_decides():
         ((Rule("pose_head/.*", 1.0),), "no row matches"),
         ((Rule("pose_heads/.*", 1.0), Rule(".*", None)), "matches no parameter"),
         ((Rule("(", 1.0),), "no regular expression"),
+        ((Rule("pose_head/.*", 1.0, tokens="pose"), Rule(".*", None)), "pose_head/.* has no rows of tokens"),
         ((Rule(".*", None),), "nothing would train"),
     ],
 )
