@@ -1,5 +1,7 @@
 """The Python API on a tiny random model whose answers are rigged: text, poses, history, cache reuse, batches, errors."""
 
+import base64
+
 import jax
 import numpy as np
 import pytest
@@ -136,10 +138,13 @@ def test_sampling_repeats_by_seed(model):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_images_as_path_array_and_pil_are_the_same(model, tmp_path):
+def test_images_as_path_array_pil_and_openai_are_the_same(model, tmp_path):
     Image.fromarray(picture(3)).save(tmp_path / "p.png")
+    uri = "data:image/png;base64," + base64.b64encode((tmp_path / "p.png").read_bytes()).decode()
+    openai = [{"type": "image_url", "image_url": {"url": uri, "detail": "low"}}, {"type": "text", "text": "This?"}]
     sources = [picture(3), Image.fromarray(picture(3)), tmp_path / "p.png", str(tmp_path / "p.png")]
-    replies = [model.chat([user("This?", source)], max_new_tokens=6) for source in sources]
+    questions = [*(user("This?", source) for source in sources), {"role": "user", "content": openai}]
+    replies = [model.chat([question], max_new_tokens=6) for question in questions]
     for reply in replies[1:]:
         assert_same(reply, replies[0])
 
@@ -186,6 +191,7 @@ def test_load_gives_the_model_that_was_saved(params, model, tmp_path):
         ([{"role": "robot", "content": "x"}], "role"),
         ([user("x"), user("y")], "user"),
         ([user("x", "nowhere.png")], r"nowhere\.png"),
+        ([user("x", "https://example.org/a.png")], r"content\[0\].*never fetched; download it"),
         ([user("word " * 1200)], "context"),
     ],
 )

@@ -1,8 +1,9 @@
 """Messages as users write them, checked, and the template that lays them out as one prompt.
 
 Messages are those of OpenAI's chat API and of transformers: ``{"role": …, "content": str | [parts]}``. A part is
-``{"type": "text", "text": str}``, ``{"type": "image", "image": path | bytes | PIL image | array}`` or ``{"type":
-"image_url", "image_url": {"url": path or data: URI}}``.
+``{"type": "text", "text": str}``, ``{"type": "image", "image": path | bytes | PIL image | array}`` (transformers also
+writes ``"path"``, ``"url"`` or ``"base64"`` for the key) or ``{"type": "image_url", "image_url": {"url": path or data:
+URI}}``.
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ def _parse_part(part: Any, where: str) -> str | ImageSource:
                 raise UserError(f"{where}: a text part needs 'text': str, found {type(text).__name__}")
             return _encodable(text.strip(), where)
         case "image":
-            value = part.get("image", part.get("path"))
+            value = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+            if value is None and isinstance(text := part.get("base64"), str):
+                value = f"data:;base64,{text}"
         case "image_url":
             value = part.get("image_url")
             value = value.get("url") if isinstance(value, Mapping) else value

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -233,6 +234,7 @@ def _save(folder: Path, tree: Params, registry: Any) -> None:
 def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of what is stored. Raises UserError if the folder is no whole Orbax checkpoint."""
     try:
+        _check(folder.resolve())
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in by_path(tree).items()}
@@ -240,6 +242,21 @@ def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         raise UserError(
             f"{folder}: not a whole Orbax checkpoint ({_first_line(error)}); convert or copy it again"
         ) from None
+
+
+def _check(folder: Path) -> None:
+    """Raises for a folder whose arrays cannot be listed and described.
+
+    Orbax fails on these in the background: its reason is lost, and pages of log follow the one error that we raise.
+    """
+    if not (folder / "_METADATA").is_file():
+        raise FileNotFoundError("the file _METADATA is missing")
+    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
+    headers = [key for key in store.list().result() if key.endswith(b"/.zarray")]
+    if not headers:
+        raise FileNotFoundError("no arrays are listed; manifest.ocdbt is missing or another checkpoint's")
+    for header in [store.read(key) for key in headers]:
+        header.result()
 
 
 class Stored:
@@ -342,5 +359,5 @@ def read_arrays(folder: Path, abstract: Params) -> Params:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().split(" See full TensorStore details")[0]
+    text = re.split(r" See full TensorStore details| \[tensorstore_spec=", str(error).strip())[0]
     return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"

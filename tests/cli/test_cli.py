@@ -1,6 +1,13 @@
 """Commands as a user types them: files they leave, exit status, one clear line for bad input."""
 
 import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +24,7 @@ from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
 
 CONFIG = preset("tiny").replace(lora=None)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +151,86 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
     assert err.count("\n") == 1
     assert words.format(**names) in err
     assert "reading data" not in out  # found at once
+
+
+def _bomb(folder, path):
+    """A PNG of 10¹⁰ pixels in a hundred bytes."""
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b""))
+    body = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+
+
+def _hostile_body(folder, path):
+    path.write_bytes(b"cos\nsystem\n(Vexit 1\ntR.")
+
+
+def _no_weights(folder, path):
+    shutil.copytree(folder, path)
+    shutil.rmtree(path / "params")
+
+
+def _another_tokenizer(folder, path):
+    shutil.copytree(folder, path)
+    file = path / "tokenizer" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    for token in data["added_tokens"]:
+        token["content"] = {"<POSE>": "<image>", "<image>": "<POSE>"}.get(token["content"], token["content"])
+    file.write_text(json.dumps(data))
+
+
+def _no_tokenizer(folder, path):
+    shutil.copytree(folder, path)
+    (path / "tokenizer" / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (_bomb, ["chat", "{folder}", "--prompt", "x", "--image", "{made}"], "too many pixels"),
+        (_hostile_body, ["chat", "{folder}", "--prompt", "x", "--body", "{made}"], "system, which no body file needs"),
+        (_hostile_body, ["render", "{pose}", "--out", "{pose}.png", "--body", "{made}"], "nothing was run"),
+        (_no_weights, ["chat", "{made}", "--prompt", "x"], "params missing"),
+        (_no_tokenizer, ["chat", "{made}", "--prompt", "x"], "no tokenizer in '{made}/tokenizer'"),
+        (_another_tokenizer, ["chat", "{made}", "--prompt", "x"], "the tokenizer belongs to another checkpoint"),
+    ],
+)
+def test_a_damaged_or_hostile_file_is_one_line_and_status_2(make, arguments, words, folder, tmp_path, capsys):
+    make(folder, tmp_path / "made")
+    np.save(tmp_path / "pose.npy", np.zeros((24, 3)))
+    names = {"folder": folder, "made": tmp_path / "made", "pose": tmp_path / "pose.npy"}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    _, err = lines(capsys)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words.format(**names) in err
+
+
+def _halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("files", "change", "words"),
+    [
+        ("d/*", _halve, "not a whole Orbax checkpoint (ValueError: OUT_OF_RANGE"),
+        ("ocdbt.process_0/d/*", _halve, "the stored parameters are damaged"),
+        ("ocdbt.process_0/d/*", Path.unlink, "the stored parameters are damaged"),
+        ("manifest.ocdbt", Path.unlink, "manifest.ocdbt is missing"),
+        ("_METADATA", Path.unlink, "_METADATA is missing"),
+    ],
+)
+def test_damaged_weights_are_one_line_of_a_real_process(files, change, words, folder, tmp_path):
+    """Readers that work in the background write logs and tracebacks of their own: nothing but the one line may be seen."""
+    shutil.copytree(folder, tmp_path / "made")
+    for file in list((tmp_path / "made" / "params").glob(files)):
+        change(file)
+    command = [sys.executable, "-m", "chatpose_jax.cli", "chat", tmp_path / "made", "--prompt", "x"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path / 'made' / 'params'}: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("shape", "index"), [((24, 3), 0), ((72,), 0), ((5, 156), 3), ((24, 3, 3), 0)])

@@ -109,14 +109,25 @@ PLACES = {
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("rows", [1, 3], ids=["single", "batched"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_pose_token_at_any_place_has_the_state_of_the_cache_free_forward(place: str, scan: bool) -> None:
+def test_a_pose_token_at_any_place_has_the_state_of_the_cache_free_forward(place: str, rows: int, scan: bool) -> None:
+    """In each of three turns; of a batch, another row in each, beside rows of other lengths that enter the chain later and stop sooner."""
     chain, expected = PLACES[place]
     params = script(chain)
-    ids = prompt(6, last=10)
-    answer = run(params, [ids], scan=scan)
-    assert answer.tokens[0].tolist() == expected
-    check(params, ids, answer.tokens[0], answer.hidden[0])
+    starts = [token for token in chain if token not in (POSE, END)]
+    histories: list[list[int]] = [[] for _ in range(rows)]
+    cache, held = None, np.zeros(rows, int)
+    for turn in range(3):
+        new = [prompt(3 + 2 * b, last=starts[(b - turn) % len(starts) if rows > 1 else 0], seed=b) for b in range(rows)]
+        # What the cache lacks of the last answer is its last token, which opens the next prompt: the pose itself, where it came last.
+        given = [history[n:] + ids for history, n, ids in zip(histories, held, new)]
+        answer = run(params, given, scan=scan, cache=cache)
+        cache, held = answer.cache, np.asarray(answer.cache.lengths)
+        assert answer.tokens[turn % rows].tolist() == expected
+        for b, (tokens, hidden) in enumerate(zip(answer.tokens, answer.hidden)):
+            check(params, histories[b] + new[b], tokens, hidden)
+            histories[b] += new[b] + tokens.tolist()
 
 
 def test_states_of_different_contexts_differ() -> None:

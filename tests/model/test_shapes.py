@@ -64,6 +64,26 @@ def test_fake_batch_runs_through_tiny() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_its_fake_batch(name: str) -> None:
+    """Traced with abstract parameters: 13B too, without allocating it."""
+    config = preset(name)
+    batch = fake_batch(config)
+
+    def run(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        model = bind(config, params)
+        hidden = model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
+        return model.logits(hidden), model.poses(jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1))
+
+    logits, poses = jax.eval_shape(run, abstract_params(config), batch)
+    assert logits.shape == (*batch["labels"].shape, config.text.vocab_size)
+    assert poses.shape == batch["pose_targets"].shape
+    made = jax.eval_shape(lambda key: create(config, key), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract_params(config)
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name: str) -> None:
     assert ModelConfig.from_json(preset(name).to_json()) == preset(name)
 

@@ -1,9 +1,14 @@
 """Malformed messages: each one clear error that names the message."""
 
+import base64
+import io
+
 import pytest
+from PIL import Image
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import ImageSource, parse_messages, template
+from chatpose_jax.processing.images import load_image
 
 USER = {"role": "user", "content": "Hello"}
 ANSWER = {"role": "assistant", "content": "Hi"}
@@ -37,6 +42,7 @@ def user(*parts):
         (user({"type": "video"}), "unknown part type 'video'"),
         (user({"type": "text"}), "needs 'text'"),
         (user({"type": "image"}), "holds no picture"),
+        (user({"type": "image", "base64": 3}), "holds no picture"),
         (user({"type": "image_url", "image_url": {}}), "holds no picture"),
         ([USER, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}], "cannot hold a picture"),
         ([{"role": "system", "content": [{"type": "image", "image": "a.png"}]}, USER], "cannot hold a picture"),
@@ -55,11 +61,24 @@ def test_forms_of_a_picture():
     for part in (
         {"type": "image", "image": "a.png"},
         {"type": "image", "path": "a.png"},
+        {"type": "image", "url": "a.png"},
         {"type": "image_url", "image_url": {"url": "a.png"}},
         {"type": "image_url", "image_url": "a.png"},
     ):
         (turn,) = parse_messages(user(part, {"type": "text", "text": " Who? "})).turns
         assert turn.parts == (ImageSource("a.png", "messages[0].content[0]"), "Who?")
+
+
+def test_a_picture_in_base64_as_transformers_writes_it():
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 2), (9, 8, 7)).save(stream, "PNG")
+    part = {"type": "image", "base64": base64.b64encode(stream.getvalue()).decode()}
+    (turn,) = parse_messages(user(part)).turns
+    (source,) = turn.parts
+    assert load_image(source.value).getpixel((2, 1)) == (9, 8, 7)
+    (turn,) = parse_messages(user({"type": "image", "base64": "%%%"})).turns
+    with pytest.raises(UserError, match=r"messages\[0\].content\[0\].*no valid base64"):
+        load_image(turn.parts[0].value, turn.parts[0].where)
 
 
 def test_unknown_template_lists_the_names():

@@ -6,6 +6,7 @@ The peers are transformers (CLIP, LLaMA, LLaVA-1.5) and, for CHATPOSE-V0's own p
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 import chatpose_jax  # noqa: E402
 from chatpose_jax.chat import FORCED_ANSWER, ChatPose, Reply  # noqa: E402
+from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.models.chatpose import bind  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
@@ -169,3 +171,32 @@ def test_llava_of_a_full_vocabulary_chats_as_transformers_does(tmp_path: Path, s
     check([user("Show me someone who kneels.")])
     turns = check([user("How does this person stand?", tmp_path / "picture.png")])
     check([*turns, user("And with both arms raised?")])
+
+
+def test_commands_convert_and_answer_about_a_photograph(
+    tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer lies elsewhere, as Vicuna's often does; the picture is a JPEG that a camera took."""
+    photo = pytest.importorskip("matplotlib.cbook").get_sample_data("grace_hopper.jpg", asfileobj=False)
+    sizes = dataclasses.replace(Sizes(), rows=32064, width=32, layers=2, mlp=64)
+    make_llava_transformers(tmp_path / "src", sizes=sizes, image_token_id=32000, pose=None)
+    for file in (tmp_path / "src").glob("tokenizer*"):
+        file.unlink()
+    model, tokenizer = str(tmp_path / "out"), str(shared_data / "tokenizer")
+    assert main(["convert", str(tmp_path / "src"), model, "--tokenizer", tokenizer]) == 0
+    assert main(["chat", model, "--prompt", "Show me someone who kneels.", "--max-new-tokens", "8"]) == 0
+    capsys.readouterr()
+    asked = [
+        "--image",
+        str(photo),
+        "--prompt",
+        "What pose is this person in?",
+        "--force-pose",
+        "--max-new-tokens",
+        "16",
+    ]
+    assert main(["chat", model, *asked, "--json", "--out", str(tmp_path / "answer")]) == 0
+    (turn,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert turn["text"].endswith("It is <POSE>.")
+    with np.load(tmp_path / "answer/turn-1-pose-1.npz", allow_pickle=False) as saved:
+        np.testing.assert_allclose(saved["axis_angle"], turn["poses"][-1]["axis_angle"], atol=1e-6)
