@@ -72,11 +72,16 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., in) @ (in, out) -> (..., out) in x's dtype; ``kernel`` is cast to it."""
-    # The CPU backend has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
-    lone = x.size == x.shape[-1] and x.dtype != jnp.float32 and platform() == "cpu"
-    rows = "abcdef"[: x.ndim - 1]
-    y = product(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel.astype(x.dtype))
-    return y[:1] if lone else y
+    kernel = kernel.astype(x.dtype)
+    if platform() != "cpu":
+        rows = "abcdef"[: x.ndim - 1]
+        return product(f"{rows}i,io->{rows}o", x, kernel)
+    # XLA's CPU backend transposes arrays of more than two axes by copying them, which the kernel's gradient would take most of its time for; and it
+    # has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
+    flat = x.reshape(-1, x.shape[-1])
+    lone = len(flat) == 1 and x.dtype != jnp.float32
+    y = product("ni,io->no", jnp.concatenate([flat, flat]) if lone else flat, kernel)
+    return y[: len(flat)].reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def adapter_axes(rows: str | None, columns: str | None) -> tuple[Logical, Logical]:
