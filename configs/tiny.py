@@ -11,8 +11,10 @@ def get_config():
     config.data.template = "plain"
     config.data.train_size = 12000
     config.data.mixture = (
-        ("text", 13), ("text_short", 2), ("situation", 3), ("text_turns", 3), ("image", 61), ("image_turns", 8), ("image_words", 8), ("words", 2),
+        ("text", 9), ("text_short", 2), ("situation", 3), ("text_turns", 9), ("image", 58), ("image_turns", 8), ("image_words", 5), ("words", 2),
     )  # fmt: skip
+
+    config.data.buckets = 3  # a fourth saves less padding than its compilation takes
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"

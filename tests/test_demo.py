@@ -26,6 +26,8 @@ def test_the_demo_leaves_answers_and_a_report(tmp_path, capsys):
     for kind in ("text", "image"):
         assert report["evaluation"][kind]["count"] == 8
         assert 100 < report["evaluation"][kind]["baseline_pa_mpjpe"] < 300
+    assert report["evaluation"]["follow-up"]["count"] == 8
+    assert report["evaluation"]["follow-up"]["kept_pa_mpjpe"] > 0
     assert report["learning_curve"][-1]["step"] == 3
     assert [answer["name"] for answer in report["answers"][:3]] == ["description", "picture", "follow-up"]
     assert len(report["answers"][2]["turns"]) == 2

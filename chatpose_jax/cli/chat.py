@@ -13,6 +13,7 @@ from typing import Any
 
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.images import load_image
 
 HELP = """Type a question. Commands:
   /image FILE   show a picture with the next question
@@ -27,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder, as chatpose train, demo and convert write them")
     parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
     parser.add_argument(
-        "--image", action="append", default=[], type=Path, help="picture shown with the first prompt; may be repeated"
+        "--image", action="append", default=[], help="picture file shown with the first prompt; may be repeated"
     )
     parser.add_argument(
-        "--out", type=Path, help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder"
+        "--out",
+        type=Path,
+        help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder; it must hold no answer yet",
     )
     parser.add_argument("--json", action="store_true", help="print the answers as JSON, one object a turn")
     parser.add_argument("--force-pose", action="store_true", help="end an answer that offers no pose with one")
@@ -49,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Chat; returns the exit status."""
     for image in args.image:
-        if not image.is_file():
-            raise UserError(f"--image {image}: no such file")
+        load_image(image, "--image")
     if args.image and not args.prompt:
         raise UserError("--image needs --prompt; in a conversation, type /image FILE")
     if args.out:
         if not args.prompt:
             raise UserError("--out needs --prompt; in a conversation, type /save FOLDER")
         make_writable(args.out)
+        refuse_answered(args.out)
     model = load(args.model, dtype=args.dtype, body=args.body)
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "force_pose")}
     if not args.prompt:
@@ -79,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def question(prompt: str, images: Sequence[Path]) -> dict[str, Any]:
+def question(prompt: str, images: Sequence[str]) -> dict[str, Any]:
     """A user message, pictures first."""
-    parts: list[dict[str, Any]] = [{"type": "image", "image": str(image)} for image in images]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
 
@@ -130,6 +133,12 @@ def make_writable(out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
 
+def refuse_answered(out: Path) -> None:
+    """Raises UserError where a folder holds an answer: it is neither written over nor mixed with another."""
+    if found := [*out.glob("reply.json"), *out.glob("turn-*-pose-*")]:
+        raise UserError(f"{out} already holds an answer ({found[0].name}): name another folder")
+
+
 def converse(model: ChatPose, settings: dict[str, Any]) -> int:
     """The interactive loop. A message that cannot be used is reported and the conversation goes on."""
     import contextlib
@@ -138,7 +147,7 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
         import readline  # noqa: F401  (line editing for input())
     print(f"ChatPose, body: {model.body.name}. /help lists the commands.")
     messages: list[dict[str, Any]] = []
-    images: list[Path] = []
+    images: list[str] = []
     last: tuple[str, Reply] | None = None
     force = False
     while True:
@@ -163,14 +172,15 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
             elif command == "/pose":
                 force = True
             elif command == "/image":
-                image = Path(os.path.expanduser(rest.strip()))
-                if not image.is_file():
-                    raise UserError(f"/image {rest}: no such file")
+                image = os.path.expanduser(rest.strip())
+                load_image(image, "/image")
                 images.append(image)
             elif command == "/save":
                 if last is None or not rest:
                     raise UserError("/save FOLDER writes the last answer; there must be one, and a folder")
-                print("\n".join(map(str, save([last], Path(os.path.expanduser(rest.strip()))))))
+                folder = Path(os.path.expanduser(rest.strip()))
+                refuse_answered(folder)
+                print("\n".join(map(str, save([last], folder))))
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")
             else:

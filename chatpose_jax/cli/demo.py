@@ -24,7 +24,7 @@ from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.poses import evaluate_chat, mean_pose
+from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
 from chatpose_jax.train.trainer import Interrupted
 from smpl_jax import render
 
@@ -122,7 +122,9 @@ class Clock:
 
 
 def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
-    """Real answers on the test split, text and pictures apart, beside the mean pose of training rows of the same kind."""
+    """Real answers on the test split, text and pictures apart, beside the mean pose of training rows of the same kind; and
+    changes of a described pose, asked for in a second turn.
+    """
     results = {}
     size, seed = config.model.vision.image_size, config.data.seed
     splits: tuple[tuple[Split, int], ...] = (("test", count), ("train", BASELINE_ROWS))
@@ -132,15 +134,19 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
         )
         mean = mean_pose(np.stack([row.poses[0] for row in train]))
         results[kind] = evaluate_chat(model, test[:count], mean, label=kind)
+        if kind == "text":
+            turns = SyntheticDataset("test", None, seed, size, {"text_turns": 1.0})
+            changes = [row for row in turns if len(row.poses) == 2][:count]
+            results["follow-up"] = evaluate_follow_ups(model, changes, mean, label="follow-up")
     return results
 
 
 def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
-    """A detailed description, a picture that it has never seen, and a follow-up turn; files of each in ``out``."""
+    """A detailed description, a picture that it has never seen, and a description with a follow-up turn; files of each in ``out``."""
     size = config.model.vision.image_size
     text = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text": 1.0})[7]
     picture = SyntheticDataset("test", 400, config.data.seed + 1, size, {"image": 1.0})[11]
-    turns = SyntheticDataset("test", 400, config.data.seed + 1, size, {"image_turns": 1.0})
+    turns = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text_turns": 1.0})
     follow = next(row for row in (turns[i] for i in range(len(turns))) if len(row.poses) == 2)
     answers = []
     for name, row in (("description", text), ("picture", picture), ("follow-up", follow)):
@@ -209,11 +215,12 @@ def draw_curve(curve: list[dict[str, float]], results: Mapping[str, Any], path: 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=150)
-    for kind, colour in (("text", "tab:blue"), ("image", "tab:orange")):
+    for number, (kind, colour) in enumerate((("text", "tab:blue"), ("image", "tab:orange"))):
         points = [(line["step"], line[f"val_{kind}_pa_mpjpe"]) for line in curve if f"val_{kind}_pa_mpjpe" in line]
         if points:
             axes.plot(*zip(*points), color=colour, marker="o", markersize=3, label=f"{kind} → pose")
-        axes.axhline(results[kind]["baseline_pa_mpjpe"], color=colour, linestyle=":", label=f"mean pose, {kind}")
+        dashes = (3 * number, (3, 3))  # in turn, for the two lines nearly coincide
+        axes.axhline(results[kind]["baseline_pa_mpjpe"], color=colour, linestyle=dashes, label=f"mean pose, {kind}")
     axes.set(xlabel="step", ylabel="PA-MPJPE, mm (validation, teacher-forced)", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -236,4 +243,8 @@ def print_results(results: Mapping[str, Any], clock: Clock) -> None:
         print(
             f"{'  mean pose':18} {r['baseline_mpjpe']:6.0f} mm {r['baseline_pa_mpjpe']:6.0f} mm {r['baseline_mpjre']:7.1f}"
         )
+        if "kept_mpjpe" in r:
+            print(
+                f"{'  first answer':18} {r['kept_mpjpe']:6.0f} mm {r['kept_pa_mpjpe']:6.0f} mm {r['kept_mpjre']:7.1f}"
+            )
     print("\n" + ", ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in clock.laps.items()))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from chatpose_jax.chat import ChatPose, Pose
+from chatpose_jax.chat import ChatPose, Reply
 from chatpose_jax.data.example import Example
 from smpl_jax import body as bodies
 from smpl_jax import metrics
@@ -45,31 +45,31 @@ def first_question(example: Example) -> list[dict]:
 
 def answer_poses(
     model: ChatPose,
-    examples: Sequence[Example],
+    questions: Sequence[list[dict]],
     *,
     batch_size: int = 32,
     max_new_tokens: int = 32,
     label: str | None = None,
-) -> tuple[list[Pose], float]:
-    """Chat about the first question of each example; the first pose of each answer, and the share that offered one unasked.
+) -> tuple[list[Reply], float]:
+    """Chat about each list of messages; answers with a pose, and the share that offered one unasked.
 
-    An answer without a pose is asked again with ``force_pose``, so every example counts.
+    An answer without a pose is asked again with ``force_pose``, so every question counts.
     """
-    poses: list[Pose] = []
+    answers: list[Reply] = []
     offered = 0
-    bar = tqdm(total=len(examples), desc=label, unit="answer", disable=label is None, leave=False, dynamic_ncols=True)
-    for start in range(0, len(examples), batch_size):
-        questions = [first_question(example) for example in examples[start : start + batch_size]]
-        filled = questions + questions[:1] * (batch_size - len(questions))
-        replies = model.chat(filled, max_new_tokens=max_new_tokens)[: len(questions)]
+    bar = tqdm(total=len(questions), desc=label, unit="answer", disable=label is None, leave=False, dynamic_ncols=True)
+    for start in range(0, len(questions), batch_size):
+        asked = list(questions[start : start + batch_size])
+        filled = asked + asked[:1] * (batch_size - len(asked))
+        replies = model.chat(filled, max_new_tokens=max_new_tokens)[: len(asked)]
         missing = [i for i, reply in enumerate(replies) if not reply.poses]
         offered += len(replies) - len(missing)
         for i in missing:
-            replies[i] = model.chat(questions[i], max_new_tokens=max_new_tokens, force_pose=True)
-        poses += [reply.poses[0] for reply in replies]
-        bar.update(len(questions))
+            replies[i] = model.chat(asked[i], max_new_tokens=max_new_tokens, force_pose=True)
+        answers += replies
+        bar.update(len(asked))
     bar.close()
-    return poses, offered / max(len(examples), 1)
+    return answers, offered / max(len(questions), 1)
 
 
 def evaluate_chat(
@@ -82,17 +82,52 @@ def evaluate_chat(
 ) -> dict[str, float]:
     """Errors of real answers, and of ``baseline`` (24, 3, 3) given as the answer to everything, with their ratios.
 
-    Returns ``pose_errors`` of the answers, the same with prefix ``baseline_``, ``ratio_…`` of both, ``pose_rate`` and ``count``.
+    Returns ``pose_errors`` of the first pose of each answer to the first question, the same with prefix ``baseline_``, ``ratio_…`` of both,
+    ``pose_rate`` and ``count``.
     """
-    poses, rate = answer_poses(model, examples, batch_size=batch_size, label=label)
+    questions = [first_question(example) for example in examples]
+    answers, rate = answer_poses(model, questions, batch_size=batch_size, label=label)
     targets = np.stack([example.poses[0] for example in examples])
-    errors = pose_errors(np.stack([pose.matrices for pose in poses]), targets, model.body)
-    constant = pose_errors(np.broadcast_to(baseline, targets.shape), targets, model.body)
-    ratios = {f"ratio_{name}": errors[name] / constant[name] for name in ("mpjpe", "pa_mpjpe", "mpjre")}
+    return {**_compare(_first(answers), targets, baseline, model.body), "pose_rate": rate, "count": len(examples)}
+
+
+def evaluate_follow_ups(
+    model: ChatPose,
+    examples: Sequence[Example],
+    baseline: np.ndarray,
+    *,
+    batch_size: int = 32,
+    label: str | None = None,
+) -> dict[str, float]:
+    """Errors of the second of two answers with a pose each, its own first answer being what the model is asked to change.
+
+    Returns what ``evaluate_chat`` returns, of the second pose; and with prefix ``kept_`` the errors of its first answer given once more, which a
+    model that understands the change must beat.
+    """
+    questions = [first_question(example) for example in examples]
+    first, _ = answer_poses(model, questions, batch_size=batch_size)
+    asked = [
+        [*question, reply.message, example.messages[len(question) + 1]]
+        for question, reply, example in zip(questions, first, examples)
+    ]
+    second, rate = answer_poses(model, asked, batch_size=batch_size, label=label)
+    targets = np.stack([example.poses[1] for example in examples])
+    kept = pose_errors(_first(first), targets, model.body)
     return {
-        **errors,
-        **{f"baseline_{k}": v for k, v in constant.items()},
-        **ratios,
+        **_compare(_first(second), targets, baseline, model.body),
+        **{f"kept_{name}": value for name, value in kept.items()},
         "pose_rate": rate,
         "count": len(examples),
     }
+
+
+def _first(answers: Sequence[Reply]) -> np.ndarray:
+    """(N, 24, 3, 3), the first pose of each."""
+    return np.stack([reply.poses[0].matrices for reply in answers])
+
+
+def _compare(poses: np.ndarray, targets: np.ndarray, baseline: np.ndarray, body: BodyModel) -> dict[str, float]:
+    errors = pose_errors(poses, targets, body)
+    constant = pose_errors(np.broadcast_to(baseline, targets.shape), targets, body)
+    ratios = {f"ratio_{name}": errors[name] / constant[name] for name in ("mpjpe", "pa_mpjpe", "mpjre")}
+    return {**errors, **{f"baseline_{name}": value for name, value in constant.items()}, **ratios}

@@ -13,7 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.models.quantize import quantize_int8
-from chatpose_jax.models.sharding import Logical, gather, platform
+from chatpose_jax.models.sharding import Logical, current_mesh, gather, platform
+
+FEW_LAYERS = 4
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -72,11 +74,16 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., in) @ (in, out) -> (..., out) in x's dtype; ``kernel`` is cast to it."""
-    # The CPU backend has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
-    lone = x.size == x.shape[-1] and x.dtype != jnp.float32 and platform() == "cpu"
-    rows = "abcdef"[: x.ndim - 1]
-    y = product(f"{rows}i,io->{rows}o", jnp.concatenate([x, x]) if lone else x, kernel.astype(x.dtype))
-    return y[:1] if lone else y
+    kernel = kernel.astype(x.dtype)
+    if platform() != "cpu":
+        rows = "abcdef"[: x.ndim - 1]
+        return product(f"{rows}i,io->{rows}o", x, kernel)
+    # XLA's CPU backend transposes arrays of more than two axes by copying them, which the kernel's gradient would take most of its time for; and it
+    # has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
+    flat = x.reshape(-1, x.shape[-1])
+    lone = len(flat) == 1 and x.dtype != jnp.float32
+    y = product("ni,io->no", jnp.concatenate([flat, flat]) if lone else flat, kernel)
+    return y[: len(flat)].reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def adapter_axes(rows: str | None, columns: str | None) -> tuple[Logical, Logical]:
@@ -181,3 +188,11 @@ def make_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: b
         return create(rngs)
 
     return stacked(rngs)
+
+
+def unroll(count: int, remat: str) -> int:
+    """How many of ``count`` stacked layers a scan lays out one after another. On one CPU device all where they are few: copying what a loop keeps
+    for the backward pass costs more there than a longer program. Else 1; rematerialised layers too, for their loop keeps XLA from undoing it.
+    """
+    few = count <= FEW_LAYERS and remat == "none" and platform() == "cpu" and current_mesh() is None
+    return max(count, 1) if few else 1

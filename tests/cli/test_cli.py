@@ -103,7 +103,7 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     assert main(["chat", str(folder), "--max-new-tokens", "12"]) == 0
     out, _ = lines(capsys)
     assert out.count("error: ") == len(wrong) + 1
-    assert "/image nowhere.png: no such file" in out
+    assert "/image: no picture file at 'nowhere.png'" in out
     assert "File name too long" in out
     assert "there must be one" in out
     assert "no command /what" in out
@@ -116,7 +116,12 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["chat", "nowhere", "--prompt", "x"], "nowhere: no such folder"),
-        (["chat", "{folder}", "--prompt", "x", "--image", "nowhere.jpg"], "--image nowhere.jpg: no such file"),
+        (["chat", "{folder}", "--prompt", "x", "--image", "nowhere.jpg"], "--image: no picture file at 'nowhere.jpg'"),
+        (
+            ["chat", "{folder}", "--prompt", "x", "--image", "https://example.org/a.png"],
+            "--image: 'https://example.org/a.png' is a web address",
+        ),
+        (["chat", "{folder}", "--prompt", "x", "--out", "{answered}"], "answered already holds an answer (reply.json)"),
         (["chat", "{folder}", "--image", "{text}"], "--image needs --prompt"),
         (["chat", "{folder}", "--prompt", "x", "--image", "{text}"], "notes.txt"),
         (["chat", "{folder}", "--prompt", "x", "--body", "{text}"], "notes.txt"),
@@ -143,7 +148,10 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
     (tmp_path / "notes.txt").write_text("not a picture, not a body, not a pose")
     (tmp_path / "folder.png").mkdir()
     np.save(tmp_path / "pose.npy", np.zeros((24, 3)))
+    (tmp_path / "answered").mkdir()
+    (tmp_path / "answered/reply.json").write_text("[]")
     names = {"folder": folder, "pose": tmp_path / "pose.npy", "text": tmp_path / "notes.txt", "tmp": tmp_path}
+    names["answered"] = tmp_path / "answered"
     status = main([argument.format(**names) for argument in arguments])
     out, err = lines(capsys)
     assert status == 2

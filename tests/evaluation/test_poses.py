@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from chatpose_jax.chat import Pose
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
-from chatpose_jax.evaluation.poses import evaluate_chat, first_question, mean_pose, pose_errors
+from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, first_question, mean_pose, pose_errors
 from smpl_jax import io
 
 
@@ -72,3 +72,33 @@ def test_evaluation_counts_every_row_and_the_share_that_offers_a_pose(body):
     assert results["pa_mpjpe"] < 0.1
     assert results["baseline_pa_mpjpe"] > 50
     assert results["ratio_pa_mpjpe"] < 0.01
+
+
+def test_follow_ups_are_measured_beside_the_models_own_first_answer(body):
+    rows = SyntheticDataset("test", 16, mixture={"text_turns": 1})
+    examples = [row for row in rows if len(row.poses) == 2][:6]
+
+    def asked(messages):
+        return tuple(message["content"] for message in messages if message["role"] == "user")
+
+    class Follower:
+        def __init__(self, answers_second):
+            self.body, self.truth = body, {}
+            for example in examples:
+                for turn, number in enumerate((0, answers_second)):
+                    self.truth[asked(example.messages[: 1 + 2 * turn])] = example.poses[number]
+
+        def chat(self, messages, *, max_new_tokens):
+            return [self.reply(self.truth[asked(m)]) for m in messages]
+
+        def reply(self, pose):
+            message = {"role": "assistant", "content": "<POSE>"}
+            return type("Reply", (), {"poses": [Pose(pose, body)], "message": message})()
+
+    baseline = mean_pose(np.stack([example.poses[0] for example in examples]))
+    follows, stays = (evaluate_follow_ups(Follower(n), examples, baseline, batch_size=4) for n in (1, 0))
+    assert follows["count"] == 6
+    assert follows["pa_mpjpe"] < 0.1
+    assert follows["kept_pa_mpjpe"] > 10
+    assert follows["kept_mpjpe"] == stays["mpjpe"] == stays["kept_mpjpe"]
+    assert follows["baseline_pa_mpjpe"] > 50
