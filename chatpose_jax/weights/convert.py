@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from chatpose_jax.errors import UserError
@@ -21,6 +20,7 @@ from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
+from chatpose_jax.weights.placing import Shardings, place
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
@@ -30,7 +30,6 @@ from chatpose_jax.weights.writers import copied, write_safetensors
 
 DTYPES: tuple[DType, ...] = get_args(DType)
 QUANTIZE = ("none", "int8")
-Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def convert(
@@ -162,7 +161,7 @@ def load_source(
     Args:
         source: as in ``convert``.
         mesh: spreads the parameters by ``models.sharding``; default: everything on the first device. Each process
-            reads only the byte ranges that its own devices need; host memory peaks at one shard of one leaf.
+            reads once what its own devices need; it holds a few blocks of 16 MiB, whatever the size of the model.
         shardings: path and shape of a leaf → its sharding, instead of ``mesh``.
         quantize: as in ``convert``.
         options: ``vision``, ``projector``, ``adapter``, ``lora_alpha``, ``layout`` (see ``open_sources``), and the options of ``make_plan``.
@@ -181,17 +180,8 @@ def load_source(
             return placed[path]
 
         shardings = on_mesh
-    return plan, materialise(plan, shardings)
-
-
-def materialise(plan: Plan, shardings: Shardings | None = None) -> Params:
-    """The plan's leaves as jax arrays; see ``load_source``."""
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {}
-    for path, leaf in plan.leaves.items():
-        place = shardings(path, leaf.shape) if shardings else default
-        arrays[path] = jax.make_array_from_callback(leaf.shape, place, leaf.read, dtype=leaf.dtype)  # type: ignore
-    return unflatten_dict(arrays, sep="/")
+    return plan, place(plan.leaves, shardings or (lambda path, shape: default))
 
 
 def _check_outside(out: Path, plan: Plan) -> None:

@@ -188,21 +188,23 @@ class Leaf:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self, limit: int, chunk: tuple[int, ...]) -> Iterator[Index]:
-        """Boxes that cover the leaf in the source's order, of at most about ``limit`` bytes, each a whole number of
-        ``chunk``s.
+    def blocks(self, limit: int, chunk: tuple[int, ...], span: Index | None = None) -> Iterator[Index]:
+        """Boxes that cover ``span`` (default: the leaf) in the source's order, of at most about ``limit`` bytes, each a whole
+        number of ``chunk``s from the span's start.
         """
+        span = span if span is not None else tuple(slice(0, n) for n in self.shape)
         axis = self.split_axis % len(self.shape)
         layer_bytes = self.nbytes // (self.shape[0] if self.stacked else 1)
         step = max(limit * self.shape[axis] // layer_bytes // chunk[axis], 1) * chunk[axis]
-        layers = range(0, self.shape[0], chunk[0]) if self.stacked else (0,)
-        for layer in layers:
-            for start in range(0, self.shape[axis], step):
-                box = [slice(0, n) for n in self.shape]
-                box[axis] = slice(start, min(start + step, self.shape[axis]))
-                if self.stacked:
-                    box[0] = slice(layer, layer + chunk[0])
+        for layers in _pieces(span[0], chunk[0]) if self.stacked else (span[0],):
+            for part in _pieces(span[axis], step):
+                box = [layers, *span[1:]]
+                box[axis] = part
                 yield tuple(box)
+
+
+def _pieces(whole: slice, step: int) -> list[slice]:
+    return [slice(start, min(start + step, whole.stop)) for start in range(whole.start, whole.stop, step)]
 
 
 def _source_leaf(
