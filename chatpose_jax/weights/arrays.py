@@ -56,6 +56,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         self.on_bytes = on_bytes
         self.on_read = on_read
         self.compress = compress
+        self.failure: Exception | None = None
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -67,6 +68,14 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("leaves are only written")
 
     async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        # Orbax lets the processes of a run wait for each other behind this: a failure must not keep one away.
+        try:
+            await self._write_all(values, infos)
+        except Exception as error:
+            self.failure = error
+        return []
+
+    async def _write_all(self, values: Sequence[Leaf], infos: Sequence[Any]) -> None:
         boxes, base = [], {}
         for leaf, info in zip(values, infos, strict=True):
             await info.await_path_creation()
@@ -110,7 +119,6 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                         await write
                 settler.stop()
             await settling
-        return []
 
     async def _write(self, reading: Any, writing: Any, settler: _Settler) -> None:
         origin, store, index, read = reading.popleft()
@@ -211,11 +219,16 @@ def write_leaves(
         on_read: hears the file and the byte from which a block was read; blocks follow the files in order of their paths.
         compress: zstd.
     """
+    handler = _LeafHandler(on_bytes, on_read, compress)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, _LeafHandler(on_bytes, on_read, compress)),
+        (Leaf, handler),
         (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
     )
-    _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
+    try:
+        _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
+    finally:
+        if handler.failure is not None:
+            raise handler.failure
 
 
 def write_arrays(folder: Path, params: Params) -> None:

@@ -22,6 +22,7 @@ from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folde
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.placing import Shardings, place
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
+from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
 from chatpose_jax.weights.sources import changes
@@ -57,7 +58,7 @@ def convert(
     """Converts a checkpoint to a model folder, streaming: memory does not grow with the model.
 
     In a multi-process run every process calls it with the same arguments, ``out`` on a shared file system; each writes
-    its share.
+    its share. What fails in one ends the conversion in all.
 
     Args:
         source: folder or file of the main checkpoint; see ``docs/weights.md`` for the layouts.
@@ -90,17 +91,18 @@ def convert(
         UserError: everything that is wrong with the sources, in one error, before anything is written; a file with
             another hash than listed, or a full disk: then what was written is removed.
     """
-    sources = open_sources(
-        source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
-    )
-    plan = make_plan(
-        sources, tokenizer=tokenizer, dtype=_dtype(dtype), init_missing=init_missing, pose_head=pose_head, seed=seed
-    )
-    plan = _quantized(plan, quantize)
-    _check_outside(Path(out), plan)
-    if sums is not None and not hashes:
-        raise UserError("a list of hashes to compare with, and no hashes: leave one of the two out")
-    expected = _expected_sums(sources, sums) if hashes else {}
+    with together():
+        sources = open_sources(
+            source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
+        )
+        plan = make_plan(
+            sources, tokenizer=tokenizer, dtype=_dtype(dtype), init_missing=init_missing, pose_head=pose_head, seed=seed
+        )
+        plan = _quantized(plan, quantize)
+        _check_outside(Path(out), plan)
+        if sums is not None and not hashes:
+            raise UserError("a list of hashes to compare with, and no hashes: leave one of the two out")
+        expected = _expected_sums(sources, sums) if hashes else {}
     primary = jax.process_index() == 0
     trail = Trail()
     shown = progress and primary
@@ -118,10 +120,11 @@ def convert(
                     digests.result()  # a wrong hash ends the conversion at once
 
             try:
-                if primary:
-                    write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
-                    if finish is not None:
-                        finish(partial / TOKENIZER, plan.config)
+                with together():
+                    if primary:
+                        write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
+                        if finish is not None:
+                            finish(partial / TOKENIZER, plan.config)
                 write_leaves(
                     partial / PARAMS, plan.leaves, on_bytes=on_bytes, on_read=trail.has_read, compress=compress
                 )

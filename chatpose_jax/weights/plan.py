@@ -98,7 +98,8 @@ def infer_config(
         )
     rows = embedding_rows(sources)
     nested = main.config().get("text_config")
-    flat = main.config() | (nested if isinstance(nested, dict) else {})
+    nested = {name: value for name, value in nested.items() if value is not None} if isinstance(nested, dict) else {}
+    flat = main.config() | nested
     ids: dict[str, Any] = {
         name: int(flat[name])
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -155,11 +156,11 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
             f"belongs to another checkpoint"
         )
-    special = {
-        id: literal
-        for id, literal in ((image_token_id, "<image>"), (pad_token_id, "<pad>"))
-        if tokens.size <= id < rows
-    }
+    named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
+    if image_token_id == tokens.base_size:
+        # transformers' own conversion of LLaVA puts both behind the base vocabulary; not every config.json names the second.
+        named.insert(0, (image_token_id + 1, "<pad>"))
+    special = {id: literal for id, literal in named if tokens.size <= id < rows}
     first_free = max([tokens.size, *(id + 1 for id in special)])
     pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
     added = new_tokens(tokens, special | {pose: POSE}, max([pose, first_free - 1]))

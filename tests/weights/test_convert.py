@@ -381,6 +381,15 @@ def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest
     assert "initialised pose_head" in found
 
 
+@pytest.mark.parametrize("provenance", ["me", {"sources": 3}, {"sources": [{"name": "x"}]}, {"initialised": [1]}])
+def test_provenance_that_was_tampered_with(llava: Path, tmp_path: Path, provenance: Any) -> None:
+    convert(llava, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"provenance": provenance}))
+    with pytest.raises(UserError, match=r"config\.json: the provenance is not as this program writes it .* restore it"):
+        run("inspect", str(tmp_path / "out"))
+
+
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_chatpose(tmp_path / "src", tmp_path / "clip")
     assert run("inspect", str(tmp_path / "src")) == 1
