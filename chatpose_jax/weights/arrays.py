@@ -30,6 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Leaf
+from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.readers import forget
 
 Params = dict[str, Any]
@@ -56,7 +57,6 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         self.on_bytes = on_bytes
         self.on_read = on_read
         self.compress = compress
-        self.failure: Exception | None = None
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -68,11 +68,9 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("leaves are only written")
 
     async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        # Orbax lets the processes of a run wait for each other behind this: a failure must not keep one away.
-        try:
+        # All leave Orbax's save here if one fails: behind it, it lets them wait for each other.
+        with together():
             await self._write_all(values, infos)
-        except Exception as error:
-            self.failure = error
         return []
 
     async def _write_all(self, values: Sequence[Leaf], infos: Sequence[Any]) -> None:
@@ -219,16 +217,11 @@ def write_leaves(
         on_read: hears the file and the byte from which a block was read; blocks follow the files in order of their paths.
         compress: zstd.
     """
-    handler = _LeafHandler(on_bytes, on_read, compress)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, handler),
+        (Leaf, _LeafHandler(on_bytes, on_read, compress)),
         (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
     )
-    try:
-        _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
-    finally:
-        if handler.failure is not None:
-            raise handler.failure
+    _save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
 
 
 def write_arrays(folder: Path, params: Params) -> None:
