@@ -1,19 +1,20 @@
 """Conversion of a large random checkpoint: seconds and MB/s beside a plain copy of its files, and peak resident memory.
 
     python bench/convert.py --size 7b --layers 4
-    python bench/convert.py --size 13b --devices 8 --tasks plain hash shards
+    python bench/convert.py --size 13b --devices 1 8 --tasks hash shards
 
-Writes a LLaVA-1.5 checkpoint of the size's shapes (fewer layers, if asked) in shards, times a plain copy, then runs each
-task in a fresh process. Before each, the source is dropped from the page cache; each ends when its files are on the
-disk (fsync). ``--devices`` gives the processes that many fake devices.
+Writes a LLaVA-1.5 checkpoint of the size's shapes (fewer layers, if asked) in shards; then, for each number of fake devices,
+times a plain copy and runs each task in a fresh process. Before each, the source is dropped from the page cache; each ends
+when its files are on the disk (fsync).
 
     plain     convert, without hashes
     hash      convert, with SHA-256 of the source (the default of ``chatpose convert``)
     zstd      convert, compressed
     int8      convert with ``quantize="int8"``, without hashes
-    shards    every device's shard of every parameter onto its device, one after the other, each dropped before the next:
-              what one host of a mesh does, and what it holds while it does it, without the mesh's memory
-    load      the whole model onto the devices at once
+    shards    every device's part of every block onto its device, and dropped: what ``load`` does, without the memory of
+              the devices, which on a CPU is the host's
+    load      ``load_source``: the whole model onto the devices
+    verify    ``chatpose verify`` of the source and what ``hash`` made of it (run before, without its time)
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ import numpy as np
 
 CHILD = """
 import json, re, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 task, source, out, devices = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 import jax
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.sharding import make_mesh, shardings
+from chatpose_jax.processing.processor import Processor
+from chatpose_jax.weights import placing
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.convert import convert, load_source
 from chatpose_jax.weights.plan import make_plan, open_sources
@@ -53,15 +57,21 @@ if task == "load":
 elif task == "shards":
     plan = make_plan(open_sources(source))
     placed = by_path(shardings(abstract_params(plan.config), make_mesh(fsdp=devices)))
-    for path, leaf in plan.leaves.items():
-        for device, index in placed[path].addressable_devices_indices_map(leaf.shape).items():
-            jax.block_until_ready(jax.device_put(leaf.read(index), device))
+    with ThreadPoolExecutor(placing._READERS) as pool:
+        for path, leaf in plan.leaves.items():
+            for parts in placing.handed_out(leaf, placed[path], pool):
+                del parts
+elif task == "verify":
+    from chatpose_jax.cli.main import main
+    if main(["verify", source, out]):
+        sys.exit("verify: the two sides differ")
 else:
-    convert(source, out, hashes=task == "hash", compress=task == "zstd", quantize="int8" if task == "int8" else "none")
+    finish = lambda folder, config: Processor.load(folder, config).save(folder)
+    convert(source, out, finish=finish, hashes=task == "hash", compress=task == "zstd", quantize="int8" if task == "int8" else "none")
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps(dict(seconds=seconds, cpu=cpu, start_mb=before, peak_mb=status("VmHWM"), arrays_mb=arrays / 1e6)))
 """
-TASKS = ("plain", "hash", "zstd", "int8", "shards", "load")
+TASKS = ("plain", "hash", "zstd", "int8", "shards", "load", "verify")
 SIZES = {"7b": "chatpose_7b", "13b": "chatpose_13b"}
 
 
@@ -87,7 +97,7 @@ def write_source(
 ) -> int:
     """Writes the checkpoint in float16, as LLaVA-1.5 is stored; returns its bytes.
 
-    Values repeat every 64 MiB, which no step here notices.
+    Values repeat, every 64 MiB within a tensor and from another place on in each; norms are near one.
     """
     from flax.traverse_util import flatten_dict
 
@@ -110,8 +120,19 @@ def write_source(
             shapes[name] = rule.transform.source_shape(shape)
     noise = (np.random.default_rng(0).standard_normal(32 << 20, dtype=np.float32) * 0.02).astype(np.float16)
 
-    def random(count: int) -> np.ndarray:
-        return noise[:count].copy() if count <= noise.size else np.resize(noise, count)
+    starts = np.random.default_rng(1)
+
+    def random(name: str) -> np.ndarray:
+        values = np.empty(math.prod(shapes[name]), np.float16)
+        start = int(starts.integers(noise.size))
+        for place in range(0, values.size, noise.size):
+            part = values[place : place + noise.size]
+            first = part[: noise.size - start]
+            first[...] = noise[start : start + first.size]
+            part[first.size :] = noise[: part.size - first.size]
+        if "norm" in name and name.endswith("weight"):
+            values += np.float16(1)
+        return values.reshape(shapes[name])
 
     shards: list[list[str]] = [[]]
     size = 0
@@ -128,7 +149,7 @@ def write_source(
     for number, names in enumerate(shards):
         file = folder / f"{stem}-{number + 1:05d}-of-{len(shards):05d}.{suffix}"
         weight_map |= dict.fromkeys(names, file.name)
-        arrays = {name: random(math.prod(shapes[name])).reshape(shapes[name]) for name in names}
+        arrays = {name: random(name) for name in names}
         if fmt == "safetensors":
             from safetensors.numpy import save_file
 
@@ -164,8 +185,10 @@ def child(task: str, source: Path, out: Path, devices: int) -> dict[str, float]:
         text=True,
     )
     if run.returncode:
-        raise SystemExit(run.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
+        raise SystemExit(run.stdout + run.stderr)
+    *lines, result = run.stdout.splitlines()
+    print(*lines, sep="\n", end="\n" if lines else "")
+    return json.loads(result)
 
 
 def main() -> None:
@@ -173,7 +196,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--layers", type=int, help="decoder layers; default all")
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
-    parser.add_argument("--devices", type=int, default=1, help="fake devices of each process (default 1)")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="fake devices of each process (default 1)")
     parser.add_argument("--tasks", nargs="+", default=["plain", "hash"], choices=TASKS)
     parser.add_argument("--repeat", type=int, default=1, help="rounds of copy and tasks")
     parser.add_argument("--tokenizer", type=Path, help="folder with a 32 000-piece tokenizer.model")
@@ -184,24 +207,26 @@ def main() -> None:
         source, copy, out = root / "source", root / "copy", root / "out"
         source.mkdir()
         size = write_source(source, SIZES[args.size], args.layers, args.format, args.tokenizer, 2 << 30)
-        print(f"{args.size}, {args.layers or 'all'} layers, {args.format}, {args.devices} devices: {size / 1e9:.2f} GB")
+        print(f"{args.size}, {args.layers or 'all'} layers, {args.format}: {size / 1e9:.2f} GB")
         print(
-            f"{'task':<16}{'seconds':>9}{'CPU s':>8}{'MB/s':>7}{'x copy':>8}{'peak MB':>9}{'at start':>10}{'arrays':>8}"
+            f"{'devices':<9}{'task':<8}{'seconds':>9}{'CPU s':>8}{'MB/s':>7}{'x copy':>8}{'peak MB':>9}{'at start':>10}{'arrays':>8}"
         )
-        for _ in range(args.repeat):
+        for devices in args.devices * args.repeat:
             drop_from_cache(source)
             start, cpu = time.perf_counter(), time.process_time()
             plain_copy(source, copy)
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             shutil.rmtree(copy)
-            print(f"{'copy':<16}{seconds:>9.1f}{cpu:>8.1f}{size / seconds / 1e6:>7.0f}{1:>8.2f}", flush=True)
+            print(f"{'':<9}{'copy':<8}{seconds:>9.1f}{cpu:>8.1f}{size / seconds / 1e6:>7.0f}{1:>8.2f}", flush=True)
             for task in args.tasks:
+                if task == "verify":
+                    child("hash", source, out, devices)
                 drop_from_cache(source)
-                result = child(task, source, out, args.devices)
+                result = child(task, source, out, devices)
                 elapsed = result["seconds"]
                 print(
-                    f"{task:<16}{elapsed:>9.1f}{result['cpu']:>8.1f}{size / elapsed / 1e6:>7.0f}{elapsed / seconds:>8.2f}"
-                    f"{result['peak_mb']:>9.0f}{result['start_mb']:>10.0f}{result['arrays_mb']:>8.0f}",
+                    f"{devices:<9}{task:<8}{elapsed:>9.1f}{result['cpu']:>8.1f}{size / elapsed / 1e6:>7.0f}"
+                    f"{elapsed / seconds:>8.2f}{result['peak_mb']:>9.0f}{result['start_mb']:>10.0f}{result['arrays_mb']:>8.0f}",
                     flush=True,
                 )
                 shutil.rmtree(out, ignore_errors=True)

@@ -31,6 +31,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Leaf
+from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.readers import forget
 
 Params = dict[str, Any]
@@ -68,6 +69,12 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("leaves are only written")
 
     async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        # All leave Orbax's save here if one fails: behind it, it lets them wait for each other.
+        with together():
+            await self._write_all(values, infos)
+        return []
+
+    async def _write_all(self, values: Sequence[Leaf], infos: Sequence[Any]) -> None:
         boxes, base = [], {}
         for leaf, info in zip(values, infos, strict=True):
             await info.await_path_creation()
@@ -111,7 +118,6 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                         await write
                 settler.stop()
             await settling
-        return []
 
     async def _write(self, reading: Any, writing: Any, settler: _Settler) -> None:
         origin, store, index, read = reading.popleft()

@@ -13,7 +13,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.convert import DTYPES, QUANTIZE, convert
-from chatpose_jax.weights.folder import PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
+from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
 from chatpose_jax.weights.layouts import FAMILIES
 from chatpose_jax.weights.plan import PARTS, Plan, Source, make_plan, open_adapter, open_sources
 from chatpose_jax.weights.sources import describe_adapters, is_adapter
@@ -243,17 +243,27 @@ def _describe_source(source: Source, every: bool) -> list[str]:
 
 def _describe_model_folder(folder: Path, every: bool) -> list[str]:
     data, config, stored = read_folder(folder), load_config(folder), read_metadata(folder / PARAMS)
-    origin = data.get("provenance", {}).get("sources", [])
     lines = [
         f"{folder}: model folder",
         *describe_config(config),
         f"  {'parameters':<11} {sum(_size(leaf) for leaf in stored.values()) / 1e6:.1f} M in {len(stored)} arrays",
         f"  {'tokenizer':<11} {', '.join(sorted(file.name for file in (folder / TOKENIZER).iterdir()))}",
-        *(line for source in origin for line in _origin_lines(source)),
+        *_provenance_lines(folder, data.get("provenance", {})),
     ]
-    if started := data.get("provenance", {}).get("initialised"):
-        lines.append(f"  {'initialised':<11} {', '.join(started)}")
     return lines + _tensor_lines(stored, every)
+
+
+def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
+    try:
+        lines = [line for source in provenance.get("sources", []) for line in _origin_lines(source)]
+        if started := provenance.get("initialised"):
+            lines.append(f"  {'initialised':<11} {', '.join(started)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / CONFIG}: the provenance is not as this program writes it ({type(error).__name__}: {error}); "
+            "it was changed by hand: restore it, or delete the key 'provenance'"
+        ) from None
+    return lines
 
 
 def _origin_lines(source: Mapping[str, Any]) -> list[str]:

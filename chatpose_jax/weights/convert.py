@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from chatpose_jax.errors import UserError
@@ -21,7 +20,9 @@ from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
+from chatpose_jax.weights.placing import Shardings, place
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
+from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
 from chatpose_jax.weights.sources import changes
@@ -30,7 +31,6 @@ from chatpose_jax.weights.writers import copied, write_safetensors
 
 DTYPES: tuple[DType, ...] = get_args(DType)
 QUANTIZE = ("none", "int8")
-Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def convert(
@@ -58,7 +58,7 @@ def convert(
     """Converts a checkpoint to a model folder, streaming: memory does not grow with the model.
 
     In a multi-process run every process calls it with the same arguments, ``out`` on a shared file system; each writes
-    its share.
+    its share. What fails in one ends the conversion in all.
 
     Args:
         source: folder or file of the main checkpoint; see ``docs/weights.md`` for the layouts.
@@ -91,17 +91,18 @@ def convert(
         UserError: everything that is wrong with the sources, in one error, before anything is written; a file with
             another hash than listed, or a full disk: then what was written is removed.
     """
-    sources = open_sources(
-        source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
-    )
-    plan = make_plan(
-        sources, tokenizer=tokenizer, dtype=_dtype(dtype), init_missing=init_missing, pose_head=pose_head, seed=seed
-    )
-    plan = _quantized(plan, quantize)
-    _check_outside(Path(out), plan)
-    if sums is not None and not hashes:
-        raise UserError("a list of hashes to compare with, and no hashes: leave one of the two out")
-    expected = _expected_sums(sources, sums) if hashes else {}
+    with together():
+        sources = open_sources(
+            source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
+        )
+        plan = make_plan(
+            sources, tokenizer=tokenizer, dtype=_dtype(dtype), init_missing=init_missing, pose_head=pose_head, seed=seed
+        )
+        plan = _quantized(plan, quantize)
+        _check_outside(Path(out), plan)
+        if sums is not None and not hashes:
+            raise UserError("a list of hashes to compare with, and no hashes: leave one of the two out")
+        expected = _expected_sums(sources, sums) if hashes else {}
     primary = jax.process_index() == 0
     trail = Trail()
     shown = progress and primary
@@ -119,10 +120,11 @@ def convert(
                     digests.result()  # a wrong hash ends the conversion at once
 
             try:
-                if primary:
-                    write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
-                    if finish is not None:
-                        finish(partial / TOKENIZER, plan.config)
+                with together():
+                    if primary:
+                        write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
+                        if finish is not None:
+                            finish(partial / TOKENIZER, plan.config)
                 write_leaves(
                     partial / PARAMS, plan.leaves, on_bytes=on_bytes, on_read=trail.has_read, compress=compress
                 )
@@ -162,7 +164,7 @@ def load_source(
     Args:
         source: as in ``convert``.
         mesh: spreads the parameters by ``models.sharding``; default: everything on the first device. Each process
-            reads only the byte ranges that its own devices need; host memory peaks at one shard of one leaf.
+            reads once what its own devices need; it holds a few blocks of 16 MiB, whatever the size of the model.
         shardings: path and shape of a leaf → its sharding, instead of ``mesh``.
         quantize: as in ``convert``.
         options: ``vision``, ``projector``, ``adapter``, ``lora_alpha``, ``layout`` (see ``open_sources``), and the options of ``make_plan``.
@@ -181,17 +183,8 @@ def load_source(
             return placed[path]
 
         shardings = on_mesh
-    return plan, materialise(plan, shardings)
-
-
-def materialise(plan: Plan, shardings: Shardings | None = None) -> Params:
-    """The plan's leaves as jax arrays; see ``load_source``."""
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {}
-    for path, leaf in plan.leaves.items():
-        place = shardings(path, leaf.shape) if shardings else default
-        arrays[path] = jax.make_array_from_callback(leaf.shape, place, leaf.read, dtype=leaf.dtype)  # type: ignore
-    return unflatten_dict(arrays, sep="/")
+    return plan, place(plan.leaves, shardings or (lambda path, shape: default))
 
 
 def _check_outside(out: Path, plan: Plan) -> None:

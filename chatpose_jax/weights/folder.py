@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
+from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.readers import read_json
 
 FORMAT = "chatpose-jax"
@@ -58,10 +58,11 @@ def save_folder(
         passengers: the model folder that the weights started from; what it carries along is copied.
     """
     with new_folder(path, overwrite=overwrite) as partial:
-        if jax.process_index() == 0:
-            processor.save(partial / TOKENIZER)
-            if passengers is not None and (passengers / PASSENGERS).is_dir():
-                shutil.copytree(passengers / PASSENGERS, partial / PASSENGERS)
+        with together():
+            if jax.process_index() == 0:
+                processor.save(partial / TOKENIZER)
+                if passengers is not None and (passengers / PASSENGERS).is_dir():
+                    shutil.copytree(passengers / PASSENGERS, partial / PASSENGERS)
         write_arrays(partial / PARAMS, params)
         if jax.process_index() == 0:
             write_config(partial, config, provenance=provenance)
@@ -71,35 +72,40 @@ def save_folder(
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a temporary folder beside ``path`` to fill; renames it to ``path`` if the block succeeds, removes it if it
-    raises.
+    raises, in this process or in another one of the run, all of which fill it.
 
     What a killed run left under the temporary name is replaced. Raises UserError if ``path`` exists and ``overwrite``
     is not set, or if it is neither empty nor a model folder of ours: nothing else is ever deleted.
     """
     path = Path(path)
     primary = jax.process_index() == 0
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
-    if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
     partial = path.parent / f".{path.name}.partial"
-    if primary:
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    _barrier(f"new_folder:{path.name}")
+    with together():
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
+        if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
+            raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
     try:
-        yield partial
-        _barrier(f"written:{path.name}")
-        if primary:
-            _put_in_place(partial, path)
-        _barrier(f"renamed:{path.name}")
+        with together():
+            if primary:
+                _make_empty(partial, path)
+        with together():
+            yield partial
+        with together():
+            if primary:
+                _put_in_place(partial, path)
     except BaseException:
         if primary:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _make_empty(partial: Path, path: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
@@ -115,11 +121,6 @@ def _put_in_place(partial: Path, path: Path) -> None:
             replaced.rename(path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def write_config(folder: Path, config: ModelConfig, *, provenance: Mapping[str, Any] | None = None) -> None:

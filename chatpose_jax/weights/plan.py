@@ -98,7 +98,8 @@ def infer_config(
         )
     rows = embedding_rows(sources)
     nested = main.config().get("text_config")
-    flat = main.config() | (nested if isinstance(nested, dict) else {})
+    nested = {name: value for name, value in nested.items() if value is not None} if isinstance(nested, dict) else {}
+    flat = main.config() | nested
     ids: dict[str, Any] = {
         name: int(flat[name])
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -155,11 +156,11 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
             f"belongs to another checkpoint"
         )
-    special = {
-        id: literal
-        for id, literal in ((image_token_id, "<image>"), (pad_token_id, "<pad>"))
-        if tokens.size <= id < rows
-    }
+    named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
+    if image_token_id == tokens.base_size:
+        # transformers' own conversion of LLaVA puts both behind the base vocabulary; not every config.json names the second.
+        named.insert(0, (image_token_id + 1, "<pad>"))
+    special = {id: literal for id, literal in named if tokens.size <= id < rows}
     first_free = max([tokens.size, *(id + 1 for id in special)])
     pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
     added = new_tokens(tokens, special | {pose: POSE}, max([pose, first_free - 1]))
@@ -188,21 +189,23 @@ class Leaf:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self, limit: int, chunk: tuple[int, ...]) -> Iterator[Index]:
-        """Boxes that cover the leaf in the source's order, of at most about ``limit`` bytes, each a whole number of
-        ``chunk``s.
+    def blocks(self, limit: int, chunk: tuple[int, ...], span: Index | None = None) -> Iterator[Index]:
+        """Boxes that cover ``span`` (default: the leaf) in the source's order, of at most about ``limit`` bytes, each a whole
+        number of ``chunk``s from the span's start.
         """
+        span = span if span is not None else tuple(slice(0, n) for n in self.shape)
         axis = self.split_axis % len(self.shape)
         layer_bytes = self.nbytes // (self.shape[0] if self.stacked else 1)
         step = max(limit * self.shape[axis] // layer_bytes // chunk[axis], 1) * chunk[axis]
-        layers = range(0, self.shape[0], chunk[0]) if self.stacked else (0,)
-        for layer in layers:
-            for start in range(0, self.shape[axis], step):
-                box = [slice(0, n) for n in self.shape]
-                box[axis] = slice(start, min(start + step, self.shape[axis]))
-                if self.stacked:
-                    box[0] = slice(layer, layer + chunk[0])
+        for layers in _pieces(span[0], chunk[0]) if self.stacked else (span[0],):
+            for part in _pieces(span[axis], step):
+                box = [layers, *span[1:]]
+                box[axis] = part
                 yield tuple(box)
+
+
+def _pieces(whole: slice, step: int) -> list[slice]:
+    return [slice(start, min(start + step, whole.stop)) for start in range(whole.start, whole.stop, step)]
 
 
 def _source_leaf(

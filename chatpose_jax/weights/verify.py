@@ -1,8 +1,8 @@
 """The proof of a conversion: the same prompts through PyTorch and through JAX, compared stage by stage.
 
 The torch side is built from ``transformers``' LLaMA and CLIP modules and plain torch, over the source's files as PyTorch's
-own readers give them and over the source's own ``config.json``: of this package it uses only the names under which a
-layout keeps its parts. The JAX side is the converted folder and the model that runs everywhere else. Both compute in
+own readers give them and over the source's own ``config.json`` and ``adapter_config.json``: of this package it uses only the
+names under which a layout keeps its parts. The JAX side is the converted folder and the model that runs everywhere else. Both compute in
 float32, and both hold one decoder layer at a time, so a model of any size fits.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS, TOKENIZER, load_config
+from chatpose_jax.weights.paths import nested
 from chatpose_jax.weights.plan import Source, open_sources
 
 TEXT_PROMPT = "Show me someone who kneels."
@@ -116,7 +118,7 @@ def verify(
         source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
     )
     config = load_config(converted)
-    peer = _Torch(sources, config)
+    peer = _Torch(sources, config, lora_alpha)
     ours = _Jax(Path(converted), config)
     spoken = [*prompts] or [TEXT_PROMPT]
     shown: list[Any] = [*images] or [_noise(config.vision.image_size)]
@@ -183,7 +185,7 @@ def _encode(peer: _Torch, ours: _Jax, name: str, text: str, image: Any = None) -
 class _Torch:
     """The source, run by torch in float32. Arrays come and go as numpy."""
 
-    def __init__(self, sources: Sequence[Source], config: ModelConfig):
+    def __init__(self, sources: Sequence[Source], config: ModelConfig, lora_alpha: float | None):
         try:
             import torch
             from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
@@ -198,6 +200,7 @@ class _Torch:
             rule.target: (source, rule.source) for source in sources for rule in source.layout.rules
         }
         self.sources = sources
+        self.lora_alpha = lora_alpha
         # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
         norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
         self.decoder = norm.removesuffix("norm.weight")
@@ -298,26 +301,32 @@ class _Torch:
         return run
 
     def _adapt(self, module: Any, number: int) -> None:
-        """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021)."""
+        """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021), alpha / √rank · B A where peft's settings say rsLoRA
+        (Kalajdzievski 2023)."""
         for target, (source, name) in self.where.items():
             if not (target.startswith("decoder/layers/") and target.endswith("/lora_a")):
                 continue
             first = name.replace("{i}", str(number))
             a, b = (self.tensors(source, each) for each in (first, first.replace("lora_A", "lora_B")))
-            assert source.lora is not None
+            settings = _peft_settings(source)
+            alpha = settings["lora_alpha"] if self.lora_alpha is None else self.lora_alpha
+            scale = alpha / len(a) ** (0.5 if settings.get("use_rslora") else 1.0)
             block, projection = target.split("/")[2:4]
             linear = getattr(getattr(module, {"attn": "self_attn"}.get(block, block)), projection)
-            linear.weight.data = linear.weight.data + source.lora.alpha / source.lora.rank * (b @ a)
+            linear.weight.data = linear.weight.data + scale * (b @ a)
 
     def _rows(self, target: str) -> Any:
         """A vocabulary table, with the rows that an adapter replaces."""
         table = self.tensors(*self.where[target])
+        module = target.split("/")[1]
         for source in self.sources:
-            for name, ids in source.token_rows.items():
-                if name.removesuffix(TOKEN_ROWS).split(".")[-1] == target.split("/")[1]:
-                    known = [place for place, id in enumerate(ids) if id < len(table)]
-                    table = table.clone()
-                    table[[ids[place] for place in known]] = self.tensors(source, name)[known]
+            ids = _peft_settings(source).get("trainable_token_indices") or {}
+            ids = ids.get(module, []) if isinstance(ids, dict) else ids if module == "embed_tokens" else []
+            name = next((name for name in source.shapes if name.endswith(module + TOKEN_ROWS)), None)
+            if name is not None:
+                known = [place for place, id in enumerate(ids) if id < len(table)]
+                table = table.clone()
+                table[[ids[place] for place in known]] = self.tensors(source, name)[known]
         return table
 
     def norm(self, x: np.ndarray) -> np.ndarray:
@@ -341,6 +350,12 @@ class _Torch:
         second = x[..., 3:] - (first * x[..., 3:]).sum(-1, keepdim=True) * first
         second = functional.normalize(second, dim=-1)
         return self.torch.stack([first, second, self.torch.linalg.cross(first, second)], dim=-1).numpy()
+
+
+def _peft_settings(source: Source) -> dict[str, Any]:
+    """``adapter_config.json`` as it stands there, not as the conversion understood it."""
+    file = source.checkpoint.folder / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 class _TorchTensors:
@@ -389,7 +404,7 @@ class _Jax:
             params |= {path: self._float(self.stored.read(path)) for path in self.stored.under(part)}
         with jax.default_matmul_precision("highest"):
             return np.asarray(
-                jax.jit(lambda params, *args: call(bind(self.config, nest(params)), *args))(params, *args)
+                jax.jit(lambda params, *args: call(bind(self.config, nested(params)), *args))(params, *args)
             )
 
     @staticmethod
@@ -427,21 +442,9 @@ class _Jax:
         return self._run(("pose_head",), lambda model, x: model.poses(x), hidden)
 
 
-def nest(flat: Mapping[str, Any]) -> dict[Any, Any]:
-    """``{"a/0/b": leaf}`` -> nested dicts; digits become the integer keys of module lists."""
-    tree: dict[Any, Any] = {}
-    for path, leaf in flat.items():
-        *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-        node = tree
-        for key in keys:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(config: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
-    model = bind(config, nest(params))
+    model = bind(config, nested(params))
     length = x.shape[0]
     angles = rotary(jnp.arange(length)[None], config.text.head_dim, config.text.rope_theta)
     mask = jnp.tri(length, dtype=bool)[None]

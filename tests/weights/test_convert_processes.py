@@ -104,3 +104,63 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     # The first process also copies what the model does not use of its sources: here the tower's last block.
     assert counts[0]["written"] < 0.75 * whole
     assert counts[1]["written"] < 0.6 * whole
+
+
+FAILING = """
+import sys
+import jax
+rank, address, source, out, where = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5]
+jax.distributed.initialize(address, num_processes=2, process_id=rank)
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.convert import convert
+from chatpose_jax.weights.readers import TensorEntry
+real = TensorEntry.read
+def failing(self, index=None, **options):
+    if ".layers.1." in self.name:
+        raise OSError(5, "the disk of process 1 broke")
+    return real(self, index, **options)
+def refusing(folder, config):
+    raise UserError("process 0 wants another tokenizer")
+if where == "reading" and rank == 1:
+    TensorEntry.read = failing
+if where == "opening" and rank == 1:
+    source = out  # not there
+try:
+    convert(source, out, finish=refusing if where == "finishing" else None)
+except (UserError, OSError) as error:
+    sys.exit(f"one error: {error}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "at", "cause"),
+    [
+        ("opening", 1, "no such file or folder"),
+        ("finishing", 0, "process 0 wants another tokenizer"),
+        ("reading", 1, "the disk of process 1 broke"),
+    ],
+)
+def test_what_fails_in_one_process_ends_both(tmp_path: Path, where: str, at: int, cause: str) -> None:
+    """Neither waits for the other, both say why, nothing is left behind."""
+    make_llava_transformers(tmp_path / "src")
+    address = free_address()
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, str(rank), address, str(tmp_path / "src"), str(tmp_path / "out"), where],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [child.communicate(timeout=120)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [1, 1], "\n".join(errors)[-4000:]
+    assert cause in errors[at]
+    assert f"one error: process {at} of 2 failed, so all end: " in errors[1 - at]
+    assert cause in errors[1 - at]
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -23,12 +23,13 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
-from chatpose_jax.weights import adapters  # noqa: E402
+from chatpose_jax.weights import adapters, cli  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.sources import open_adapter  # noqa: E402
+from chatpose_jax.weights.verify import verify  # noqa: E402
 
 from .sources import (  # noqa: E402
     POSE_ID,
@@ -42,6 +43,7 @@ from .sources import (  # noqa: E402
     make_vicuna,
     randomise,
     write_config,
+    write_state,
     write_tokenizer,
 )
 from .test_export import answers, head_on_its_own, llava_answers, model_folder, trained  # noqa: E402
@@ -255,8 +257,9 @@ def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None
     assert all(np.array_equal(leaf, found[path]) for path, leaf in by_path(params).items())
 
 
-def test_a_training_run_put_together_by_deepspeed(tmp_path: Path) -> None:
-    """One ``pytorch_model.bin`` with peft's names, adapters unmerged, CLIP inside; alpha is in no file."""
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_training_run_put_together_by_deepspeed(tmp_path: Path, shards: int) -> None:
+    """``pytorch_model.bin``, or shards with an index, with peft's names, adapters unmerged, CLIP inside; alpha is in no file."""
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
     llama = models.llama
     llama.model.mm_projector, llama.model.text_hidden_fcs = models.extra.mm_projector, models.extra.text_hidden_fcs
@@ -267,7 +270,8 @@ def test_a_training_run_put_together_by_deepspeed(tmp_path: Path) -> None:
     state |= {tower + name.removeprefix("vision_model."): t for name, t in models.clip.state_dict().items()}
     folder = tmp_path / "merged"
     folder.mkdir()
-    torch.save(state, folder / "pytorch_model.bin")
+    write_state(folder, state, "bin", shards)
+    assert len(list(folder.glob("pytorch_model*.bin"))) == shards
     shutil.copy(tmp_path / "src" / "config.json", folder)
     write_tokenizer(folder, pose="[SEG]")
     with pytest.raises(UserError, match=r"adapters of rank 4, and no adapter_config\.json .* --lora-alpha"):
@@ -281,10 +285,13 @@ def test_a_training_run_put_together_by_deepspeed(tmp_path: Path) -> None:
         np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=TOLERANCE)
     # Old releases of peft keep the adapted weight's own name.
     old = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
-    torch.save(old, folder / "pytorch_model.bin")
+    write_state(folder, old, "bin", shards)
     model_folder(folder, tmp_path / "old", lora_alpha=8)
     there, found = params_of(tmp_path / "jax"), params_of(tmp_path / "old")
     assert all(found[path].tobytes() == leaf.tobytes() for path, leaf in there.items())
+    stages = list(verify(folder, tmp_path / "jax", lora_alpha=8))
+    assert {"image features", "layer 2", "poses"} <= {stage.stage for stage in stages}
+    assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

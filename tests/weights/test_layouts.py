@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .sources import (  # noqa: E402
     make_llava_original,
     make_llava_transformers,
     make_vicuna,
+    write_config,
 )
 
 State = Mapping[str, Any]
@@ -211,6 +213,26 @@ def test_padded_rows_are_used_before_new_ones_are_added(tmp_path: Path) -> None:
     config, params = converted(tmp_path / "src", tmp_path / "out")
     assert (config.image_token_id, config.pose_token_id, config.text.vocab_size) == (IMAGE_ID, IMAGE_ID + 1, VOCAB + 8)
     assert_same(params, transformers_tree(model))
+
+
+@pytest.mark.parametrize("said", ["nowhere", "config.json", "text_config: none"])
+def test_the_pose_token_never_takes_the_pads_id(tmp_path: Path, said: str) -> None:
+    """A tokenizer without its added tokens, beside LLaVA for transformers: ``<image>`` and ``<pad>`` come first behind the base
+    vocabulary, whether or not config.json names the second."""
+    make_llava_transformers(tmp_path / "src", sizes=Sizes(rows=VOCAB + 8), pose=None, image_token_id=VOCAB)
+    settings = json.loads((tmp_path / "src" / "config.json").read_text())
+    settings.pop("pad_token_id", None)
+    settings["text_config"].pop("pad_token_id", None)
+    if said != "nowhere":
+        settings["pad_token_id"] = VOCAB + 1
+    if said == "text_config: none":
+        settings["text_config"]["pad_token_id"] = None
+    write_config(tmp_path / "src", settings)
+    config, _ = converted(tmp_path / "src", tmp_path / "out")
+    assert (config.image_token_id, config.pose_token_id, config.text.vocab_size) == (VOCAB, VOCAB + 2, VOCAB + 8)
+    assert config.pad_token_id == (0 if said == "nowhere" else VOCAB + 1)
+    backend = Processor.load(tmp_path / "out" / TOKENIZER, config).tokenizer.backend
+    assert [backend.id_to_token(VOCAB + i) for i in range(3)] == ["<image>", "<pad>", "<POSE>"]
 
 
 def test_a_decoder_alone_says_what_it_lacks(tmp_path: Path) -> None:

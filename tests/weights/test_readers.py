@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights import readers
 from chatpose_jax.weights.readers import (
+    checkpoint,
     open_checkpoint,
     read_json,
     read_safetensors_header,
@@ -290,7 +290,7 @@ def test_json_that_is_too_deep_or_too_large(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "deep.json").write_text('{"a":' * 200_000)
     with pytest.raises(UserError, match=r"deep\.json: not readable as JSON"):
         read_json(tmp_path / "deep.json")
-    monkeypatch.setattr(readers, "_MAX_HEADER", 1000)
+    monkeypatch.setattr(checkpoint, "_MAX_SETTINGS", 1000)
     with pytest.raises(UserError, match="1000000 bytes are too many"):
         read_json(tmp_path / "deep.json")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ torch = pytest.importorskip("torch")
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
-from chatpose_jax.weights import cli  # noqa: E402
+from chatpose_jax.weights import adapters, cli  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, save_folder  # noqa: E402
@@ -154,14 +156,55 @@ def test_without_torch_and_other_mistakes(chatpose: tuple[Path, Path, Path], tmp
         list(verify(source, out, vision=clip))
 
 
-def test_an_adapter_over_its_base(tmp_path: Path) -> None:
-    """LoRA and token rows of a PEFT folder: the torch side adds them itself."""
-    make_llava_transformers(tmp_path / "base")
-    model = trained(model_folder(tmp_path / "base", tmp_path / "jax"), tmp_path / "lora")
-    export(model, tmp_path / "adapter", "peft")
-    out = converted(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
-    stages = list(verify(tmp_path / "base", out, adapter=tmp_path / "adapter"))
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` and ``adapter``: LoRA and token rows in a PEFT folder."""
+    folder = tmp_path_factory.mktemp("adapted")
+    make_llava_transformers(folder / "base")
+    export(trained(model_folder(folder / "base", folder / "jax"), folder / "lora"), folder / "adapter", "peft")
+    return folder
+
+
+def wrong(stages: Iterable[Difference]) -> set[str]:
+    return {stage.stage for stage in stages if not stage.within(cli.TOLERANCE)}
+
+
+def test_an_adapter_over_its_base(adapted: Path, tmp_path: Path) -> None:
+    """The torch side adds LoRA and token rows itself."""
+    base, adapter = adapted / "base", adapted / "adapter"
+    out = converted(base, tmp_path / "out", adapter=adapter)
+    stages = list(verify(base, out, adapter=adapter))
     assert "poses" in {stage.stage for stage in stages}
-    assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
-    alone = verify(tmp_path / "base", out)
-    assert {"layer 0", "logits"} <= {stage.stage for stage in alone if not stage.within(cli.TOLERANCE)}
+    assert not wrong(stages)
+    assert {"layer 0", "logits"} <= wrong(verify(base, out))
+
+
+def test_a_wrong_alpha_fails(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was changed afterwards; and one that the conversion read wrongly, which the torch side does not share."""
+    base, adapter = adapted / "base", adapted / "adapter"
+    out = converted(base, tmp_path / "out", adapter=adapter)
+    data = json.loads((out / "config.json").read_text())
+    data["model"]["lora"]["alpha"] *= 1.5
+    (out / "config.json").write_text(json.dumps(data))
+    assert {"layer 0", "layer 2"} <= wrong(verify(base, out, adapter=adapter))
+
+    real = adapters.lora_config
+
+    def doubled(*args: Any) -> Any:
+        lora = real(*args)
+        return lora and dataclasses.replace(lora, alpha=2 * lora.alpha)
+
+    monkeypatch.setattr(adapters, "lora_config", doubled)
+    out = converted(base, tmp_path / "doubled", adapter=adapter)
+    assert {"layer 0", "layer 2"} <= wrong(verify(base, out, adapter=adapter))
+
+
+def test_rows_of_another_token_fail(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion lays an adapter's rows over the wrong tokens: the torch side reads their ids itself."""
+    base, adapter = adapted / "base", adapted / "adapter"
+    real = adapters.token_ids
+    monkeypatch.setattr(
+        adapters, "token_ids", lambda *args: {name: tuple(i - 1 for i in ids) for name, ids in real(*args).items()}
+    )
+    out = converted(base, tmp_path / "out", adapter=adapter)
+    assert {"embeddings", "logits"} <= wrong(verify(base, out, adapter=adapter))

@@ -1,0 +1,35 @@
+"""Checkpoint files of the PyTorch world, read by byte range, without torch and without running code from them.
+
+Both formats, safetensors and the zip archives of ``torch.save``, come down to the same record, ``TensorEntry``: a file, a byte
+offset, a dtype, a shape and strides. A ``Checkpoint`` is all of a folder's.
+"""
+
+from chatpose_jax.weights.readers.checkpoint import (
+    ADAPTER_FILES,
+    PROJECTOR_FILES,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
+from chatpose_jax.weights.readers.entry import Index, TensorEntry
+from chatpose_jax.weights.readers.hashes import SUMS_FILE, Trail, forget, read_sums, sha256
+from chatpose_jax.weights.readers.safetensors import SAFETENSORS_DTYPES, read_safetensors_header
+from chatpose_jax.weights.readers.torch_zip import read_torch_header
+
+__all__ = [
+    "ADAPTER_FILES",
+    "PROJECTOR_FILES",
+    "SAFETENSORS_DTYPES",
+    "SUMS_FILE",
+    "Checkpoint",
+    "Index",
+    "TensorEntry",
+    "Trail",
+    "forget",
+    "open_checkpoint",
+    "read_json",
+    "read_safetensors_header",
+    "read_sums",
+    "read_torch_header",
+    "sha256",
+]

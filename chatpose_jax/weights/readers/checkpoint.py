@@ -1,0 +1,161 @@
+"""A checkpoint: the tensors of one file, of a folder, or of shards with an index; and the JSON beside them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.readers.entry import TensorEntry
+from chatpose_jax.weights.readers.safetensors import read_safetensors_header
+from chatpose_jax.weights.readers.torch_zip import read_torch_header
+
+_HEADERS: dict[str, Callable[[Path], dict[str, TensorEntry]]] = {
+    ".safetensors": read_safetensors_header,
+    ".bin": read_torch_header,
+    ".pt": read_torch_header,
+    ".pth": read_torch_header,
+}
+# In the order in which transformers looks for them.
+_CANDIDATES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+# A projector on its own, as LLaVA's pre-training stage writes it beside or instead of a model.
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+# PEFT's, and what LLaVA's own LoRA training lays beside it.
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_BESIDE_ADAPTERS = "non_lora_trainables.bin"
+_MAX_SETTINGS = 100_000_000
+"""Bytes of a file of settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a checkpoint, by name, from one file or many. ``folder`` holds config and tokenizer, if there are
+    any."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that most bytes are stored in, among floating ones."""
+        count: collections.Counter[np.dtype] = collections.Counter()
+        for entry in self.tensors.values():
+            if np.issubdtype(entry.dtype, np.floating) or entry.dtype == ml_dtypes.bfloat16:
+                count[entry.dtype] += entry.nbytes
+        return count.most_common(1)[0][0] if count else np.dtype(np.float32)
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the folder, ``{}`` where there is none. Raises UserError if it is no JSON object."""
+        return read_json(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 100 MB; raises UserError that says what is wrong."""
+    try:
+        if (size := path.stat().st_size) > _MAX_SETTINGS:
+            raise UserError(f"{path}: {size} bytes are too many for a file of settings; fetch it again")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a folder (single file, or shards with an index) or one file; reads headers only.
+
+    Raises UserError: no weights there, an index that names a missing file or tensor, a tensor that two shards hold, a
+    damaged file.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _from_files(path.parent, [path])
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    for name in _CANDIDATES:
+        candidate = path / name
+        if candidate.is_file():
+            return _from_index(candidate) if name.endswith(".index.json") else _from_files(path, [candidate])
+    loose = sorted(file for file in path.iterdir() if file.suffix in _HEADERS and _is_shard(file))
+    if len({file.suffix for file in loose}) > 1:
+        loose = [file for file in loose if file.suffix == ".safetensors"]
+    if loose:
+        return _from_files(path, loose)
+    wrapped = [path / name for name in ADAPTER_FILES if (path / name).is_file()][:1]
+    if wrapped:
+        return _from_files(path, [*wrapped, *(file for file in [path / _BESIDE_ADAPTERS] if file.is_file())])
+    projectors = [path / name for name in PROJECTOR_FILES if (path / name).is_file()]
+    if projectors:
+        return _from_files(path, projectors[:1])
+    raise UserError(
+        f"{path}: no weights here: expected one of {', '.join(_CANDIDATES)} or shards named model-00001-of-…"
+    )
+
+
+def _is_shard(file: Path) -> bool:
+    return file.name.startswith(("model-", "pytorch_model-")) or file.name in ("open_clip_pytorch_model.bin",)
+
+
+def _from_files(folder: Path, files: list[Path]) -> Checkpoint:
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        if file.suffix not in _HEADERS:
+            raise UserError(f"{file}: expected one of {', '.join(_HEADERS)}")
+        for name, entry in _HEADERS[file.suffix](file).items():
+            if name in tensors:
+                raise UserError(
+                    f"{folder}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}; remove one "
+                    f"of the files"
+                )
+            tensors[name] = entry
+    if not tensors:
+        raise UserError(f"{folder}: {', '.join(file.name for file in files)} hold no tensors")
+    return Checkpoint(folder, tuple(files), tensors)
+
+
+def _from_index(index: Path) -> Checkpoint:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected a table 'weight_map' of tensor names and files")
+    names = sorted(set(map(str, weight_map.values())))
+    # A name from the index stays inside its folder, whatever it says.
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{index}: names a file outside its folder: {outside[0]!r}")
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(
+            f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent[:5])}; fetch "
+            f"them"
+        )
+    checkpoint = _from_files(index.parent, [index.parent / name for name in names])
+    if lost := [name for name in weight_map if name not in checkpoint.tensors]:
+        raise UserError(
+            f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files "
+            f"again"
+        )
+    held = {name: checkpoint.tensors[name].file.name for name in weight_map}
+    if moved := [name for name, file in weight_map.items() if held[name] != file]:
+        raise UserError(
+            f"{index}: says that {moved[0]} stands in {weight_map[moved[0]]}, it stands in {held[moved[0]]}; the index "
+            f"belongs to other files"
+        )
+    return checkpoint

@@ -1,0 +1,172 @@
+"""The zip archives of ``torch.save`` since PyTorch 1.6: ``data.pkl`` beside one uncompressed member per storage.
+
+The pickle is interpreted by an unpickler that knows a dozen inert names and refuses any other, and that cannot be made to
+allocate more than the file is worth.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.readers.entry import TensorEntry, demand_inside
+from smpl_jax.unpickle import ForbiddenGlobal, RestrictedUnpickler, sealed
+
+_TORCH_STORAGES: dict[str, Any] = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+# The data.pkl of the largest model has a few hundred kB.
+_MAX_PICKLE = 16_000_000
+_MAX_BYTEORDER = 16
+
+
+# Tuples, whose fields no opcode of a pickle can change.
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+_PICKLE_TABLE: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": sealed(_rebuild_tensor),
+    "torch._utils._rebuild_parameter": sealed(_rebuild_parameter),
+    "collections.OrderedDict": sealed(collections.OrderedDict),
+    "torch.Size": sealed(tuple),
+    # Only ever passed on in a persistent id, so their names will do.
+    **{f"torch.{name}": name for name in _TORCH_STORAGES},
+}
+
+
+class _TensorUnpickler(RestrictedUnpickler):
+    # BYTEARRAY8 allocates what it announces before it reads; torch.save, which writes protocol 2, has no such opcode.
+    dispatch: ClassVar = {k: load for k, load in RestrictedUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+
+
+def _storage(pid: Any) -> _Storage:
+    if isinstance(pid, tuple) and len(pid) == 5:
+        tag, kind, key = pid[:3]
+        if tag == "storage" and isinstance(kind, str) and kind in _TORCH_STORAGES and isinstance(key, str):
+            return _Storage(key, np.dtype(_TORCH_STORAGES[kind]))
+    raise pickle.UnpicklingError("an unknown persistent id")
+
+
+def read_torch_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one ``.bin`` / ``.pt`` / ``.pth`` file written by ``torch.save`` (zip format).
+
+    Leaves that are no tensors (step counters, flags) are left out. Raises UserError for a truncated file, for the
+    format from before PyTorch 1.6, for compressed or big-endian members, and for a pickle that asks for anything but
+    tensors.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path}: not a whole zip archive: either cut off, or written by torch.save before PyTorch 1.6; "
+            "fetch it again, or re-save it as safetensors"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in members if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise UserError(f"{path}: no torch.save archive: expected one data.pkl inside, found {len(pickles)}")
+            root = pickles[0].removesuffix("data.pkl")
+            if members[pickles[0]].file_size > _MAX_PICKLE:
+                raise UserError(
+                    f"{path}: data.pkl of {members[pickles[0]].file_size} bytes is too large to be a list of tensors"
+                )
+            order = members.get(root + "byteorder")
+            if order and (order.file_size > _MAX_BYTEORDER or archive.read(order) != b"little"):
+                raise UserError(f"{path}: written on a big-endian machine; re-save it as safetensors")
+            data = io.BytesIO(archive.read(pickles[0]))
+            tensors = list(_tensors(_TensorUnpickler(data, _PICKLE_TABLE, persistent_load=_storage).load()))
+    except UserError:
+        raise
+    except ForbiddenGlobal as error:
+        raise UserError(
+            f"{path}: refused: {error}, which a file of weights has no need of; it was not run. "
+            "If you trust the file, re-save its state_dict as safetensors where it came from"
+        ) from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path}: the archive is damaged ({type(error).__name__}: {error}); fetch it again") from None
+
+    entries = {}
+    with path.open("rb") as file:
+        for name, tensor in tensors:
+            member = members.get(f"{root}data/{tensor.storage.key}")
+            if member is None:
+                raise UserError(
+                    f"{path}: cut off: the storage {tensor.storage.key} of tensor {name!r} is not in the archive"
+                )
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: the storage of {name!r} is compressed; re-save it as safetensors")
+            offset = _member_offset(path, file, member) + tensor.offset * tensor.storage.dtype.itemsize
+            entry = TensorEntry(name, path, offset, tensor.storage.dtype, tensor.shape, tensor.strides)
+            inside = tensor.offset * tensor.storage.dtype.itemsize + max(entry.extent(), entry.nbytes)
+            one_each = len(tensor.strides) == len(tensor.shape)
+            if not one_each or min((*tensor.shape, *tensor.strides, tensor.offset)) < 0 or inside > member.file_size:
+                raise UserError(
+                    f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} "
+                    f"bytes"
+                )
+            entries[name] = entry
+    demand_inside(path, entries.values(), path.stat().st_size)
+    return entries
+
+
+def _tensors(state: Any) -> Iterator[tuple[str, _Tensor]]:
+    """Name and tensor for each tensor of a state dict; wrappers such as ``{"state_dict": …}`` or ``{"module": …}`` are
+    seen through."""
+    if not isinstance(state, dict):
+        return
+    found = [(str(name), leaf) for name, leaf in state.items() if isinstance(leaf, _Tensor)]
+    if found:
+        yield from found
+        return
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(state.get(wrapper), dict):
+            yield from _tensors(state[wrapper])
+            return
+
+
+def _member_offset(path: Path, file: io.BufferedReader, member: zipfile.ZipInfo) -> int:
+    # The local header's own name and extra lengths count: torch pads the extra field to align the data to 64 bytes.
+    file.seek(member.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise UserError(f"{path}: the archive is damaged at member {member.filename!r}; fetch it again")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    return member.header_offset + 30 + name_length + extra_length
