@@ -86,7 +86,7 @@ def devices(target: Target) -> Sequence[Any]:
 
 
 EFFORT = -1.0
-"""A plan takes a quarter of the time at it, and its figures are those of full effort within two in a hundred (docs/scaling.md)."""
+"""The least: most of a TPU compiler's time goes into a fast program, which a plan does not run; docs/scaling.md compares the figures."""
 
 
 def compiler_options(target: Target, effort: float = EFFORT) -> dict[str, Any] | None:

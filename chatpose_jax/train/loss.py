@@ -13,9 +13,7 @@ from chatpose_jax.models.layers import matmul, product
 from chatpose_jax.models.sharding import constrain, gather
 
 CHUNK = 256
-"""Positions of a row whose logits exist at a time, at most."""
-CHUNKS = 4
-"""Parts of a row at least: those in which no row has a label are skipped, and labels stand on a small part of most rows."""
+"""Positions whose logits exist at a time."""
 IGNORED = -100
 
 
@@ -32,8 +30,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean next-token cross-entropy and accuracy over the positions whose label is not −100.
 
-    Logits are made a chunk of positions at a time, those with a label first and the rest never, and their gradient is taken at once where one is
-    wanted: neither (B, T, V) ever exists, and nothing is computed twice. The vocabulary may be split over a mesh.
+    Logits are made a chunk of positions at a time, and their gradient is taken at once where one is wanted: neither (B, T, V) ever exists, and
+    nothing is computed twice. The vocabulary may be split over a mesh.
 
     Args:
         hidden: (B, T, D); position t predicts ``labels[:, t + 1]``.
@@ -83,18 +81,16 @@ def _scan(
     """The sums of ``_total``, and of the first its gradients by hidden, kernel and added where they are wanted."""
     batch, length, width = hidden.shape
     base, dtype = kernel.shape[1], hidden.dtype
-    size = min(CHUNK, -(-length // CHUNKS))
-    chunks = -(-length // size)
-    padding = chunks * size - length
-    order = jnp.argsort(predicted < 0, axis=1, stable=True)
-    hidden, predicted = jnp.take_along_axis(hidden, order[..., None], 1), jnp.take_along_axis(predicted, order, 1)
+    chunks = -(-length // CHUNK)
+    padding = chunks * CHUNK - length if chunks > 1 else 0
+    size = (length + padding) // chunks
     states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
     ids = jnp.pad(predicted, ((0, 0), (0, padding)), constant_values=IGNORED).reshape(batch, chunks, size)
-    ids = ids.swapaxes(0, 1)
     # The tokens and their first ids. Two products instead of one of joined weights keep the vocabulary splittable.
     parts = [(kernel.astype(dtype), 0)] + ([(added.astype(dtype), base)] if added.shape[1] else [])
 
-    def chunk(totals: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array | None]:
+    def chunk(totals: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
+        x, target = part
         scores = [matmul(x, weight).astype(jnp.float32) for weight, _ in parts]
         hits = [target[..., None] == first + jnp.arange(s.shape[-1]) for s, (_, first) in zip(scores, parts)]
         largest = _join(jnp.maximum, [s.max(axis=-1) for s in scores])
@@ -122,19 +118,11 @@ def _scan(
         ]
         return (totals[0] + nll.sum(), totals[1] + right.sum(dtype=jnp.float32), dweights), dx
 
-    def empty(totals: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array | None]:
-        return totals, jnp.zeros_like(x) if wanted[0] else None
-
     weights = [jnp.zeros(w.shape, jnp.float32) if want else None for want, (w, _) in zip(wanted[1:], parts)]
     start = (jnp.float32(0), jnp.float32(0), weights)
-    (nll, right, dweights), dx = jax.lax.scan(
-        lambda totals, part: jax.lax.cond(part[0], chunk, empty, totals, *part[1:]),
-        start,
-        ((ids >= 0).any(axis=(1, 2)), states, ids),
-    )
+    (nll, right, dweights), dx = jax.lax.scan(chunk, start, (states, ids.swapaxes(0, 1)))
     if dx is not None:
-        dx = dx.swapaxes(0, 1).reshape(batch, length + padding, width)
-        dx = jnp.take_along_axis(dx, jnp.argsort(order, axis=1)[..., None], 1)
+        dx = dx.swapaxes(0, 1).reshape(batch, length + padding, width)[:, :length]
     if len(parts) == 1:
         dweights.append(jnp.zeros(added.shape, jnp.float32) if wanted[2] else None)
     return (nll, right), [dx, *dweights]
