@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat; returns the exit status."""
-    for image in args.image:
-        load_image(image, "--image")
     if args.image and not args.prompt:
         raise UserError("--image needs --prompt; in a conversation, type /image FILE")
+    for image in args.image:
+        load_image(image, "--image")
     if args.out:
         if not args.prompt:
             raise UserError("--out needs --prompt; in a conversation, type /save FOLDER")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -136,7 +137,7 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
         results[kind] = evaluate_chat(model, test[:count], mean, label=kind)
         if kind == "text":
             turns = SyntheticDataset("test", None, seed, size, {"text_turns": 1.0})
-            changes = [row for row in turns if len(row.poses) == 2][:count]
+            changes = list(itertools.islice((row for row in turns if len(row.poses) == 2), count))
             results["follow-up"] = evaluate_follow_ups(model, changes, mean, label="follow-up")
     return results
 

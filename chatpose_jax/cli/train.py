@@ -124,9 +124,8 @@ def run_training(
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
         )
-    assign(
-        abstract_params(model), settings.trainable
-    )  # an unknown head or a wrong table is found before anything is read
+    # Before anything is read: an unknown head or a wrong table.
+    assign(abstract_params(model), settings.trainable)
     mesh = training_mesh(settings)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)

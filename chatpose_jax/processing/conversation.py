@@ -174,7 +174,7 @@ def _parse_part(part: Any, where: str) -> str | ImageSource:
         case "image":
             value = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
             if value is None and isinstance(text := part.get("base64"), str):
-                value = f"data:;base64,{text}"
+                value = text if text.startswith("data:") else f"data:;base64,{''.join(text.split())}"
         case "image_url":
             value = part.get("image_url")
             value = value.get("url") if isinstance(value, Mapping) else value

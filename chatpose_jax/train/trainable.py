@@ -121,6 +121,13 @@ def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
 def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> Flat:
     """Where only a part of an array trains: path -> bool, broadcastable to it. pose_token: its place among the added tokens."""
     rows, flat = assign(params, rules), flatten(params)
+    for path, axis in TOKEN_AXIS.items():
+        wanted = rows[path].lr is not None and rows[path].tokens == "pose"
+        if wanted and not 0 <= pose_token < flat[path].shape[axis]:
+            raise UserError(
+                f"train.trainable: the pose token is not among the {flat[path].shape[axis]} added tokens of {path}: "
+                "say tokens='all' in its row, or freeze it"
+            )
     return {
         path: np.expand_dims(np.arange(flat[path].shape[axis]) == pose_token, 1 - axis)
         for path, axis in TOKEN_AXIS.items()

@@ -58,7 +58,7 @@ def convert(
     """Converts a checkpoint to a model folder, streaming: memory does not grow with the model.
 
     In a multi-process run every process calls it with the same arguments, ``out`` on a shared file system; each writes
-    its share. What fails in one ends the conversion in all.
+    its share. What fails in one while it reads or writes tensors ends the conversion in all.
 
     Args:
         source: folder or file of the main checkpoint; see ``docs/weights.md`` for the layouts.
@@ -164,7 +164,7 @@ def load_source(
     Args:
         source: as in ``convert``.
         mesh: spreads the parameters by ``models.sharding``; default: everything on the first device. Each process
-            reads once what its own devices need; it holds a few blocks of 16 MiB, whatever the size of the model.
+            reads once (int8: twice) the span of what its own devices need; it holds a few blocks of 16 MiB, whatever the size of the model.
         shardings: path and shape of a leaf → its sharding, instead of ``mesh``.
         quantize: as in ``convert``.
         options: ``vision``, ``projector``, ``adapter``, ``lora_alpha``, ``layout`` (see ``open_sources``), and the options of ``make_plan``.

@@ -35,7 +35,9 @@ def together() -> Iterator[None]:
         return
     # By number, not by place: where one is out of a block early, the others are told at the next block that they leave.
     ocp.multihost.get_barrier_sync_fn()(key=f"together:{next(_meetings)}", timeout_ms=1000 * _WAIT_SECONDS)
-    said = b"" if failure is None else (str(failure).strip() or type(failure).__name__).encode()[:_MESSAGE]
+    said = (
+        b"" if failure is None else (str(failure).strip() or type(failure).__name__).encode(errors="replace")[:_MESSAGE]
+    )
     heard = multihost_utils.process_allgather(np.frombuffer(said.ljust(_MESSAGE, b"\0"), np.uint8))
     messages = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in heard]
     first = next((rank for rank, message in enumerate(messages) if message), None)

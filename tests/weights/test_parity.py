@@ -143,11 +143,11 @@ def check_answer(model: ChatPose, messages: Messages, reply: Reply, logits: np.n
 
 
 def test_llava_of_a_full_vocabulary_chats_as_transformers_does(tmp_path: Path, shared_data: Path) -> None:
-    """LLaMA's own tokenizer, ``<image>`` as 32000 and ``<POSE>`` as 32001: text, a picture from a file, a second turn."""
+    """LLaMA's own tokenizer, ``<image>`` as 32000, ``<pad>`` and ``<POSE>`` as 32002: text, a picture from a file, a second turn."""
     sizes = dataclasses.replace(Sizes(), rows=32064, width=32, layers=2, mlp=64)
     peer = make_llava_transformers(tmp_path / "src", sizes=sizes, image_token_id=32000, pose=None)
     model = load(tmp_path / "src", tmp_path / "out", tokenizer=shared_data / "tokenizer")
-    assert (model.config.image_token_id, model.config.pose_token_id) == (32000, 32001)
+    assert (model.config.image_token_id, model.config.pose_token_id) == (32000, 32002)
     Image.fromarray(PICTURE).save(tmp_path / "picture.png")
 
     def check(messages: Messages) -> Messages:
