@@ -18,7 +18,7 @@ def get_config():
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 5200
+    config.train.steps = 4700
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
@@ -28,6 +28,6 @@ def get_config():
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting
     config.train.remat = "none"
-    config.train.save_every = 1300
-    config.train.eval_every = 1300
+    config.train.save_every = 1175
+    config.train.eval_every = 1175
     return config

@@ -27,6 +27,7 @@ from chatpose_jax.planning.flops import train_cost
 from chatpose_jax.planning.targets import CHIPS
 from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.train import feed, hosts
+from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import assign, flatten, unflatten
 from chatpose_jax.train.trainer import Interrupted, train
@@ -120,6 +121,8 @@ def run_training(
     if init is not None:
         config = adopt(config, init)
     model, settings = config.model, config.train
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if not model.scan_layers:
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"

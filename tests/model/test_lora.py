@@ -65,16 +65,27 @@ def test_logits_and_gradients_match_peft(targets: tuple[Any, ...]) -> None:
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:
+    """Exactly in a layer; in a whole model as closely as two programs agree, which XLA may fuse in different ways."""
+    adapted = Linear(16, 8, lora=LoRAConfig(rank=4), rngs=nnx.Rngs(0))
+    base = Linear(16, 8, rngs=nnx.Rngs(0))
+    base.kernel[...] = adapted.kernel[...]
+    x = jax.random.normal(jax.random.key(2), (3, 16))
+    np.testing.assert_array_equal(adapted(x), base(x))
+
     config = small.config(lora=LoRAConfig(rank=4, targets=ALL))
     params = create(config, jax.random.key(0))
+    flat = flatten_dict(params)
+    factors = {path: leaf for path, leaf in flat.items() if path[-1] == "lora_b"}
+    assert factors
+    assert not any(leaf.any() for leaf in factors.values())
+    stripped = unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] not in ("lora_a", "lora_b")})
     ids = jnp.asarray([small.row(config, 8)])
-    adapted = jax.jit(lambda params: bind(config, params)(ids).hidden)(params)
-
-    def strip(tree: Any) -> Any:
-        return {k: strip(v) for k, v in tree.items() if "lora" not in k} if isinstance(tree, dict) else tree
-
-    base = jax.jit(lambda params: bind(config.replace(lora=None), params)(ids).hidden)(strip(params))
-    np.testing.assert_array_equal(adapted, base)
+    np.testing.assert_allclose(
+        jax.jit(lambda params: bind(config, params)(ids).hidden)(params),
+        jax.jit(lambda params: bind(config.replace(lora=None), params)(ids).hidden)(stripped),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_dropout_needs_a_key_and_is_unbiased() -> None:
