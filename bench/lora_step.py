@@ -24,6 +24,7 @@ from llama import SIZES, cores, our_config, our_params, random_ids, torch_llama
 from pairs import paired
 
 from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import init_state, make_step
 from chatpose_jax.train.trainable import Rule
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--json", help="file to write the rows to")
     args = parser.parse_args(argv)
     torch.set_num_threads(cores())
+    keep_freed_memory()  # for both, as chatpose train does it
     text, rows = SIZES[args.preset], []
     ids = random_ids(2, 256 if args.preset == "full" else 32, text.vocab_size)
     print("| dtype | remat | layers | JAX s | torch s | torch / JAX time | spread | pairs | losses of 3 steps |")

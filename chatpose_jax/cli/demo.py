@@ -26,6 +26,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
+from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.trainer import Interrupted
 from smpl_jax import render
 
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, evaluate, answer, report."""
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: expected at least 1")
+    if cpu_only():
+        keep_freed_memory()
     clock = Clock()
     config = load_config(args.config, args.overrides)
     out: Path = args.out

@@ -27,7 +27,7 @@ from chatpose_jax.planning.flops import train_cost
 from chatpose_jax.planning.targets import CHIPS
 from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.train import feed, hosts
-from chatpose_jax.train.allocator import keep_freed_memory
+from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import assign, flatten, unflatten
 from chatpose_jax.train.trainer import Interrupted, train
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     """Train; exit status 0 when complete, ``hosts.STOPPED`` (143) when stopped by a signal and ``hosts.LOST`` (75) when
     another process is gone (the same command goes on from either).
     """
+    if cpu_only():
+        keep_freed_memory()
     config = load_config(args.config, args.overrides)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
@@ -121,8 +123,6 @@ def run_training(
     if init is not None:
         config = adopt(config, init)
     model, settings = config.model, config.train
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     if not model.scan_layers:
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"

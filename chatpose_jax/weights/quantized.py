@@ -8,7 +8,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.quantize import quantize_int8
+from chatpose_jax.models.quantize import int8_scale, quantize_int8
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import Leaf, Plan
 from chatpose_jax.weights.readers import Index
@@ -33,15 +33,14 @@ def quantized(plan: Plan) -> Plan:
     return dataclasses.replace(plan, config=config, leaves=leaves)
 
 
-def _quantized(leaf: Leaf, layer: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-    """(in, n) int8 and (n,) float32 of one layer's columns: the scale takes the whole input axis."""
+def _values(leaf: Leaf, layer: slice, columns: slice) -> np.ndarray:
+    """(in, n) of one layer's columns, all finite: their scale takes the whole input axis."""
     values = leaf.read((layer, slice(0, leaf.shape[1]), columns))
     if not np.isfinite(values).all():
         raise UserError(
             f"{leaf.path}, layer {layer.start}: infinite or not a number, which int8 cannot hold; fetch the weights again"
         )
-    kernel, scale = quantize_int8(values)
-    return kernel[0], scale[0]
+    return values[0]
 
 
 def _pieces(layers: slice, columns: slice) -> list[tuple[slice, slice]]:
@@ -62,7 +61,7 @@ def _kernel(leaf: Leaf) -> Leaf:
         out = np.empty([part.stop - part.start for part in index], np.int8)
         for layer, part in _pieces(layers, columns):
             place = slice(part.start - columns.start, part.stop - columns.start)
-            out[layer.start - layers.start, :, place] = _quantized(leaf, layer, part)[0][rows]
+            out[layer.start - layers.start, :, place] = quantize_int8(_values(leaf, layer, part))[0][rows]
         return out
 
     return dataclasses.replace(leaf, dtype=np.dtype(np.int8), read=read)
@@ -76,7 +75,7 @@ def _scale(path: str, leaf: Leaf) -> Leaf:
         out = np.empty((layers.stop - layers.start, columns.stop - columns.start), np.float32)
         for layer, part in _pieces(layers, columns):
             place = slice(part.start - columns.start, part.stop - columns.start)
-            out[layer.start - layers.start, place] = _quantized(leaf, layer, part)[1]
+            out[layer.start - layers.start, place] = int8_scale(_values(leaf, layer, part))
         return out
 
     def origin(index: Index) -> tuple[str, int]:

@@ -53,10 +53,15 @@ def run(settings, params, batches):
     return state, frozen, metrics
 
 
+def run_model(params, batch):
+    return jax.jit(lambda params: bind(CONFIG, params)(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden)(
+        params
+    )
+
+
 def test_cross_entropy_is_the_mean_over_answers(params):
     batch = fake_batch(CONFIG, batch=3, length=20)
-    model = bind(CONFIG, params)
-    hidden = model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
+    model, hidden = bind(CONFIG, params), run_model(params, batch)
     logits = np.asarray(model.logits(hidden), np.float64)[:, :-1]
     labels = batch["labels"][:, 1:]
     expected, right = [], []
@@ -71,11 +76,12 @@ def test_cross_entropy_is_the_mean_over_answers(params):
 
 def test_chunks_change_nothing(params, monkeypatch):
     batch = fake_batch(CONFIG, batch=2, length=21)
-    model = bind(CONFIG, params)
-    hidden = model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
+    model, hidden = bind(CONFIG, params), run_model(params, batch)
 
     def value_and_grad():
-        return jax.value_and_grad(lambda h: losses.cross_entropy(model, h, jnp.asarray(batch["labels"]))[0])(hidden)
+        return jax.jit(jax.value_and_grad(lambda h: losses.cross_entropy(model, h, jnp.asarray(batch["labels"]))[0]))(
+            hidden
+        )
 
     whole = value_and_grad()
     monkeypatch.setattr(losses, "CHUNK", 7)
@@ -87,12 +93,13 @@ def test_pose_loss_is_the_papers(params):
     """Mean |ΔR| of the root plus mean |ΔR| of the body, over poses that exist, read at the position before the pose token."""
     batch = fake_batch(CONFIG, batch=3, length=12)
     batch["pose_mask"][1] = False
-    model = bind(CONFIG, params)
-    hidden = np.asarray(model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden)
+    model, hidden = bind(CONFIG, params), np.asarray(run_model(params, batch))
     position = np.flatnonzero(batch["input_ids"][0] == CONFIG.pose_token_id)[-1]
     assert batch["pose_index"][0, 0] == position - 1
     errors = np.abs(np.asarray(model.poses(hidden[[0, 2], position - 1])) - np.eye(3))
-    total, parts = losses.loss(model, batch, lambda_text=2.0, lambda_pose=0.1)
+    total, parts = jax.jit(lambda params: losses.loss(bind(CONFIG, params), batch, lambda_text=2.0, lambda_pose=0.1))(
+        params
+    )
     np.testing.assert_allclose(parts["pose_root"], errors[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(parts["pose_body"], errors[:, 1:].mean(), rtol=1e-5)
     np.testing.assert_allclose(total, 2 * parts["text"] + 0.1 * (parts["pose_root"] + parts["pose_body"]), rtol=1e-6)
@@ -102,7 +109,9 @@ def test_a_batch_without_answers_or_poses_weighs_nothing(params):
     batch = fake_batch(CONFIG, batch=2, length=12)
     batch["labels"][:] = -100
     batch["pose_mask"][:] = False
-    total, _ = losses.loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0)
+    total, _ = jax.jit(lambda params: losses.loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0))(
+        params
+    )
     assert float(total) == 0
 
 
@@ -270,11 +279,16 @@ def test_rows_scale_rate_and_decay_as_adamw(params):
     after, _ = make_step(config, settings, params)(state, frozen, batch)
 
     flat = table.flatten(params)
-    grads = jax.grad(
-        lambda p: losses.loss(bind(config, table.unflatten(p)), batch, lambda_text=1.0, lambda_pose=0.1)[0]
-    )(flat)
     tx = optax.adamw(learning_rate(settings), weight_decay=0.1)
-    updates, _ = tx.update(grads, tx.init(flat), flat)
+
+    @jax.jit
+    def plain(flat):
+        grads = jax.grad(
+            lambda p: losses.loss(bind(config, table.unflatten(p)), batch, lambda_text=1.0, lambda_pose=0.1)[0]
+        )(flat)
+        return grads, tx.update(grads, tx.init(flat), flat)[0]
+
+    grads, updates = plain(flat)
     for path, value in optax.apply_updates(flat, updates).items():
         # Adam's first step is the sign of the gradient: where that is rounding noise, nothing can be compared.
         clear = np.abs(grads[path]) > 1e-4
