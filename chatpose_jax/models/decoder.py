@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chatpose_jax.models.attention import Attend
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
-from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal, unroll
+from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
 from chatpose_jax.models.sharding import constrain, gather
 
@@ -220,12 +220,7 @@ class Decoder(nnx.Module):
         pairs: Any = None
         if self.scan:
             kv = None if cache is None else (cache.keys, cache.values)
-            x, pairs = jax.lax.scan(
-                lambda x, layer: run(layer[0], x, *layer[1:]),
-                x,
-                (self.layers, kv, keys),
-                unroll=unroll(self.config.num_layers, remat),
-            )
+            x, pairs = jax.lax.scan(lambda x, layer: run(layer[0], x, *layer[1:]), x, (self.layers, kv, keys))
         else:
             outputs = []
             for i, layer in enumerate(self.layers):

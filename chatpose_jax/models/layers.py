@@ -13,9 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.models.quantize import quantize_int8
-from chatpose_jax.models.sharding import Logical, current_mesh, gather, platform
-
-FEW_LAYERS = 4
+from chatpose_jax.models.sharding import Logical, gather, platform
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -188,11 +186,3 @@ def make_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: b
         return create(rngs)
 
     return stacked(rngs)
-
-
-def unroll(count: int, remat: str) -> int:
-    """How many of ``count`` stacked layers a scan lays out one after another. On one CPU device all where they are few: copying what a loop keeps
-    for the backward pass costs more there than a longer program. Else 1; rematerialised layers too, for their loop keeps XLA from undoing it.
-    """
-    few = count <= FEW_LAYERS and remat == "none" and platform() == "cpu" and current_mesh() is None
-    return max(count, 1) if few else 1

@@ -10,7 +10,7 @@ from flax import nnx
 
 from chatpose_jax.models.attention import attention
 from chatpose_jax.models.config import ModelConfig, VisionConfig
-from chatpose_jax.models.layers import LayerNorm, Linear, make_layers, unroll
+from chatpose_jax.models.layers import LayerNorm, Linear, make_layers
 from chatpose_jax.models.remat import checkpoint
 from chatpose_jax.models.sharding import constrain
 
@@ -109,8 +109,7 @@ class VisionTower(nnx.Module):
 
         run = checkpoint(step, remat, scanned=self.scan)
         if self.scan:
-            turns = unroll(self.config.num_used_layers, remat)
-            x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers, unroll=turns)
+            x, _ = jax.lax.scan(lambda x, layer: (run(layer, x), None), x, self.layers)
         else:
             for layer in self.layers:
                 x = run(layer, x)

@@ -111,20 +111,3 @@ def test_products_elsewhere_are_those_of_the_cpu(shape, monkeypatch):
     here = layers.matmul(x, kernel)
     monkeypatch.setattr(layers, "platform", lambda: "gpu")
     np.testing.assert_allclose(layers.matmul(x, kernel), here, rtol=1e-5, atol=1e-6)
-
-
-def test_a_loop_over_layers_and_layers_laid_out_agree(monkeypatch):
-    """Few layers are laid out one after another on one CPU device, see ``layers.unroll``: values and gradients are those of the loop."""
-    config = small.config()
-    params = create(config, jax.random.key(0))
-    ids, images = np.array([small.row(config, 3, 0, 4)]), small.pixels(config, 1)[None]
-
-    def total(params):
-        model = bind(config, params)
-        return jnp.sum(jnp.sin(model.logits(model(ids, pixel_values=images).hidden)))
-
-    laid_out = jax.value_and_grad(total)(params)
-    monkeypatch.setattr(layers, "FEW_LAYERS", 0)
-    loop = jax.value_and_grad(total)(params)
-    for a, b in zip(jax.tree.leaves(laid_out), jax.tree.leaves(loop), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
