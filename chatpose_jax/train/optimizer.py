@@ -16,7 +16,7 @@ from chatpose_jax.train.config import TrainConfig
 HIDDEN_MATRIX = re.compile(r"(.*/layers|projector)/.*kernel")
 MUON_RMS = 0.2
 NEWTON_SCHULZ = 3
-"""Iterations; five are customary. Beside a small model each is a noticeable part of a step: the fourth took 11 % of the demo's."""
+"""Iterations; five are customary. Beside a small model each is a noticeable part of a step."""
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
