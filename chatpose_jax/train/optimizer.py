@@ -15,7 +15,7 @@ from chatpose_jax.train.config import TrainConfig
 
 HIDDEN_MATRIX = re.compile(r"(.*/layers|projector)/.*kernel")
 MUON_RMS = 0.2
-NEWTON_SCHULZ = 3
+NEWTON_SCHULZ = 4
 """Iterations; five are customary. Beside a small model each is a noticeable part of a step."""
 
 
@@ -49,8 +49,7 @@ def optimizer(config: TrainConfig, params: Mapping[str, Any]) -> optax.GradientT
 
 def scale_by_muon() -> optax.GradientTransformation:
     """Orthogonalised momentum for (…, in, out) matrices, stacked layers each for itself (Jordan et al. 2024), as large as an Adam update
-    (Liu et al. 2025, "Muon is scalable for LLM training": RMS 0.2), so that both share a learning rate. Preconditioning by almost orthogonal rows
-    (Boissin et al. 2025, "Turbo-Muon") stands for one more iteration.
+    (Liu et al. 2025, "Muon is scalable for LLM training": RMS 0.2), so that both share a learning rate.
     """
 
     def dimensions(params: Any) -> Any:
@@ -60,6 +59,5 @@ def scale_by_muon() -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
 
     return optax.chain(
-        contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, preconditioning="aol", weight_dimension_numbers=dimensions),
-        optax.stateless(rms),
+        contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, weight_dimension_numbers=dimensions), optax.stateless(rms)
     )
