@@ -20,7 +20,7 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.config import RunConfig, load_config
-from chatpose_jax.cli.train import cpu_workers, run_training
+from chatpose_jax.cli.train import cpu_workers, demand_table, run_training
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         keep_freed_memory()
     clock = Clock()
     config = load_config(args.config, args.overrides)
+    demand_table(config)
     out: Path = args.out
     size = config.model.vision.image_size
 

@@ -127,8 +127,7 @@ def run_training(
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
         )
-    # Before anything is read: an unknown head or a wrong table.
-    assign(abstract_params(model), settings.trainable)
+    demand_table(config)  # before anything is read
     mesh = training_mesh(settings)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
@@ -150,7 +149,8 @@ def run_training(
         rows=rows,
     )
     hosts.say(
-        f"{len(source)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}"
+        f"{len(source)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}: "
+        "the first step of each shape waits for its compilation"
     )
     validate = None
     if settings.eval_every:
@@ -184,6 +184,11 @@ def run_training(
         passengers=init,
         overwrite=True,
     )
+
+
+def demand_table(config: RunConfig) -> None:
+    """Raises UserError where the model cannot be built, as by an unknown head, or the table of what trains does not fit it. Nothing is allocated."""
+    assign(abstract_params(config.model), config.train.trainable)
 
 
 def training_mesh(settings: TrainConfig) -> Mesh | None:

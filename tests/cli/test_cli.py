@@ -141,6 +141,7 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
         (["convert", "{tmp}", "{tmp}/out"], "{tmp}"),
         (["render", "{text}", "--out", "{tmp}/x.png"], "notes.txt"),
         (["demo", "--out", "{tmp}/demo", "--rows", "0"], "--rows 0: expected at least 1"),
+        (["demo", "--out", "{tmp}/demo", "--set", "model.head.name=nothing"], "no pose head 'nothing'"),
         (["render", "nowhere.npz", "--out", "{tmp}/x.png"], "no such file"),
     ],
 )
