@@ -45,7 +45,7 @@ def test_a_frozen_operand_keeps_nothing_for_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
     config = small.config(2, scan=scan, lora=LoRAConfig(rank=4, dropout=0.5)).replace(dtype=dtype, param_dtype=dtype)
     params = create(config, jax.random.key(0))
