@@ -33,6 +33,8 @@ _WRAPPING = (
     (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
     (re.compile(r"(\.token_adapter\.trainable_tokens_delta)\.[^.]+$"), r"\1"),
 )
+# Of a resized table that it also trains, PEFT 0.21 writes the new values under two names, and the old ones besides.
+_SAVED = ".modules_to_save."
 _COPIES = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
 _LORA = re.compile(r"\.(\w+)\.lora_([AB])\.weight$")
 # Settings of PEFT that change what an adapter computes, and the values under which it is plain LoRA.
@@ -66,7 +68,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
-        if _COPIES.search(name):
+        if _COPIES.search(name) or name.replace(_SAVED, ".") in checkpoint.tensors.keys() - {name}:
             continue
         plain = name
         for pattern, replacement in _WRAPPING:

@@ -219,6 +219,10 @@ def describe_plan(plan: Plan) -> list[str]:
     lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
+    for source in plan.sources:
+        stored = source.checkpoint.dtype.name
+        if not source.is_adapter and set(source.layout.parts) - {"pose_head"} and stored != plan.config.param_dtype:
+            lines.append(f"  {'cast':<11} {source.title}: {stored} to {plan.config.param_dtype}")
     if plan.fresh:
         lines.append(f"  {'initialised':<11} {', '.join(plan.fresh)}")
     for reason, count in collections.Counter(plan.ignored.values()).items():
@@ -333,9 +337,10 @@ def run_verify(args: argparse.Namespace) -> int:
         prompts=args.prompt,
         images=args.image,
     )
-    print(f"{'prompt':<9} {'stage':<15} {'largest':>10} {'max diff':>10} {'mean diff':>10} {'relative':>10}")
     failed, worst = 0, 0.0
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if not number:
+            print(f"{'prompt':<9} {'stage':<15} {'largest':>10} {'max diff':>10} {'mean diff':>10} {'relative':>10}")
         good = stage.within(args.tolerance)
         failed += not good
         worst = max(worst, stage.relative / stage.slack)

@@ -18,7 +18,7 @@ from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import DType, ModelConfig
 from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
-from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, new_folder, write_config
+from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, is_model_folder, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.placing import Shardings, place
 from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
@@ -92,6 +92,10 @@ def convert(
             another hash than listed, or a full disk: then what was written is removed.
     """
     with together():
+        if is_model_folder(source):
+            raise UserError(
+                f"{source} is a model folder already: chatpose chat takes it, chatpose export writes it for PyTorch"
+            )
         sources = open_sources(
             source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
         )
@@ -141,7 +145,7 @@ def convert(
     except (OSError, ValueError, RuntimeError) as error:
         if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(
-                f"{out}: the disk is full; the conversion needs {plan.nbytes / 1e9:.1f} GB; nothing was left behind"
+                f"{out}: the disk is full; the conversion needs {plan.nbytes / 1e6:,.0f} MB; nothing was left behind"
             ) from None
         if "os_error_code" in str(error):  # tensorstore's way to pass on what the system said
             raise UserError(

@@ -87,6 +87,10 @@ def export(
         raise UserError(f"no base class {base_class!r}; expected one of {', '.join(BASE_CLASSES)}")
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(get_args(DType))}, or none for the stored one")
+    if with_projector and format != "peft":
+        raise UserError(
+            f"--with-projector is for --format peft: {format} holds the projector in any case; leave it out"
+        )
     folder, out, limit = Path(folder), Path(out), parse_bytes(max_shard_size)
     config = load_config(folder)
     model = StoredModel(folder, config, read_tokens(folder / TOKENIZER), merge and format != "peft")
@@ -112,7 +116,7 @@ def export(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{out}: the disk is full; the export needs {nbytes / 1e9:.1f} GB; nothing was left behind"
+                f"{out}: the disk is full; the export needs {nbytes / 1e6:,.0f} MB; nothing was left behind"
             ) from None
         raise
     return Exported(tuple(files), nbytes, tuple(plan.notes))

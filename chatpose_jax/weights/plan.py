@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,8 @@ from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, rea
 __all__ = ["PARTS", "Leaf", "Plan", "Source", "initial", "make_plan", "open_adapter", "open_sources"]
 
 _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+_SPARE_ROWS = 1024
+"""How many rows an embedding may have without a token, to be of a round size."""
 _SHOWN = 8
 """How many names of each kind of problem an error shows."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
@@ -155,6 +157,11 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
         raise UserError(
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
             f"belongs to another checkpoint"
+        )
+    if rows > tokens.size + _SPARE_ROWS:
+        raise UserError(
+            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
+            "belongs to another checkpoint"
         )
     named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
     if image_token_id == tokens.base_size:
@@ -319,7 +326,9 @@ def make_plan(
         skipped |= {
             path: f"{path.split('/')[0]} is initialised afresh" for path in tree if path.split("/")[0] in fresh_parts
         }
-        riders = _plan_source(source, config, tree, skipped, embedding_rows(sources), leaves, ignored, problems)
+        # An adapter's LM head may have rows for new tokens, of which the embedding's are given one by one.
+        rows = {embedding_rows(sources), *([vocabulary.rows] if source.is_adapter else [])}
+        riders = _plan_source(source, config, tree, skipped, rows, leaves, ignored, problems)
         # Of what stands beside the main checkpoint, only tensors that other layouts know.
         riders = [name for name in riders if source is sources[0] or source.layout.locate(name)]
         if riders and not source.is_adapter:
@@ -396,13 +405,13 @@ def _plan_source(
     config: ModelConfig,
     tree: Mapping[str, jax.ShapeDtypeStruct],
     skipped: Mapping[str, str],
-    rows: int,
+    rows: Set[int],
     leaves: dict[str, Leaf],
     ignored: dict[str, str],
     problems: _Problems,
 ) -> list[str]:
-    """Adds the leaves that a source feeds, except those ``skipped`` (path → why). Returns the tensors that feed nothing
-    in this model."""
+    """Adds the leaves that a source feeds, except those ``skipped`` (path → why). rows: how many a vocabulary table may have.
+    Returns the tensors that feed nothing in this model."""
     tensors = source.checkpoint.tensors
     riders: dict[str, str] = {}
     known: set[str] = set(source.token_rows)
@@ -451,10 +460,10 @@ def _plan_source(
     return list(riders)
 
 
-def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, rows: int, problems: _Problems) -> bool:
+def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, rows: Set[int], problems: _Problems) -> bool:
     expected = rule.transform.source_shape(tuple(target.shape[1:] if rule.stacked else target.shape))
     if rule.rows == "base":
-        expected = (rows, *expected[1:])
+        expected = (entry.shape[0] if entry.shape[:1] and entry.shape[0] in rows else min(rows), *expected[1:])
     if entry.shape != expected:
         problems.add("misshaped", f"{entry.name} is {entry.shape}, expected {expected}")
     elif entry.dtype not in _FLOATING:

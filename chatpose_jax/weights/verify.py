@@ -4,6 +4,9 @@ The torch side is built from ``transformers``' LLaMA and CLIP modules and plain 
 own readers give them and over the source's own ``config.json`` and ``adapter_config.json``: of this package it uses only the
 names under which a layout keeps its parts. The JAX side is the converted folder and the model that runs everywhere else. Both compute in
 float32, and both hold one decoder layer at a time, so a model of any size fits.
+
+LLaVA loads its base in one dtype, the decoder's, however a CLIP beside it is stored; so does the conversion, and so does
+torch here. Where ``--dtype`` changed the decoder's, torch keeps what is stored, and the rounding shows.
 """
 
 from __future__ import annotations
@@ -204,7 +207,9 @@ class _Torch:
         # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
         norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
         self.decoder = norm.removesuffix("norm.weight")
+        stored = sources[0].checkpoint.dtype.name
         self.tensors = _TorchTensors(torch)
+        self.base = _TorchTensors(torch, getattr(torch, stored) if stored == config.param_dtype else None)
         main = sources[0].checkpoint.config()
         text = {**(main.get("text_config") or main), "model_type": "llama"}
         # Sizes, as the tensors show them; a config.json may leave them out.
@@ -238,7 +243,7 @@ class _Torch:
 
     def _load(self, module: Any, source: Source, prefix: str) -> Any:
         """The module with its state read from under ``prefix``; a tensor that is not there is an error of torch."""
-        state = {name: self.tensors(source, prefix + name) for name in module.state_dict()}
+        state = {name: self.base(source, prefix + name) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval()
 
@@ -253,8 +258,8 @@ class _Torch:
             for block in tower.encoder.layers[: self.config.vision.num_used_layers]:
                 x = block(x, None)
                 x = x[0] if isinstance(x, tuple) else x
-            x = self._linear("projector/fc1", x[:, 1:])
-            return self._linear("projector/fc2", torch.nn.functional.gelu(x)).flatten(0, 1).numpy()
+            x = self._linear("projector/fc1", x[:, 1:], self.base)
+            return self._linear("projector/fc2", torch.nn.functional.gelu(x), self.base).flatten(0, 1).numpy()
 
     def _clip(self, source: Source, prefix: str) -> Any:
         tower = self.clip(self.vision)
@@ -263,12 +268,12 @@ class _Torch:
             f"encoder.layers.{i}." for i in range(self.config.vision.num_used_layers, len(tower.encoder.layers))
         )
         names = [name for name in tower.state_dict() if not name.startswith(("post_layernorm", *unused))]
-        tower.load_state_dict({name: self.tensors(source, prefix + name) for name in names}, strict=False)
+        tower.load_state_dict({name: self.base(source, prefix + name) for name in names}, strict=False)
         return tower.eval()
 
-    def _linear(self, target: str, x: Any) -> Any:
+    def _linear(self, target: str, x: Any, tensors: _TorchTensors) -> Any:
         source, prefix = self._prefix(f"{target}/kernel", "weight")
-        weight, bias = (self.tensors(source, prefix + name) for name in ("weight", "bias"))
+        weight, bias = (tensors(source, prefix + name) for name in ("weight", "bias"))
         return self.torch.nn.functional.linear(x, weight, bias)
 
     def embed(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
@@ -317,7 +322,10 @@ class _Torch:
 
     def _rows(self, target: str) -> Any:
         """A vocabulary table, with the rows that an adapter replaces."""
-        table = self.tensors(*self.where[target])
+        table = self.base(*self.where[target])
+        if self.base.dtype is not None:  # new tokens are never rounded
+            first = self.config.text.base_vocab_size
+            table[first:] = self.tensors(*self.where[target])[first:]
         module = target.split("/")[1]
         for source in self.sources:
             ids = _peft_settings(source).get("trainable_token_indices") or {}
@@ -344,8 +352,8 @@ class _Torch:
     def poses(self, hidden: np.ndarray) -> np.ndarray:
         """(P, D) -> (P, J, 3, 3): two linears, then Gram-Schmidt of two columns (Zhou et al. 2019, section B)."""
         functional = self.torch.nn.functional
-        x = self._linear("pose_head/fc1", self.torch.from_numpy(hidden))
-        x = self._linear("pose_head/fc2", functional.relu(x)).unflatten(-1, (-1, 6))
+        x = self._linear("pose_head/fc1", self.torch.from_numpy(hidden), self.tensors)
+        x = self._linear("pose_head/fc2", functional.relu(x), self.tensors).unflatten(-1, (-1, 6))
         first = functional.normalize(x[..., :3], dim=-1)
         second = x[..., 3:] - (first * x[..., 3:]).sum(-1, keepdim=True) * first
         second = functional.normalize(second, dim=-1)
@@ -359,13 +367,17 @@ def _peft_settings(source: Source) -> dict[str, Any]:
 
 
 class _TorchTensors:
-    """Tensors of a source as float32, by PyTorch's own readers; files are mapped, not loaded."""
+    """Tensors of a source as float32, by PyTorch's own readers; files are mapped, not loaded. dtype: what they are rounded to first."""
 
-    def __init__(self, torch: Any):
-        self.torch = torch
+    def __init__(self, torch: Any, dtype: Any = None):
+        self.torch, self.dtype = torch, dtype
         self.mapped: dict[Path, Mapping[str, Any]] = {}
 
     def __call__(self, source: Source, name: str) -> Any:
+        tensor = self._stored(source, name).detach()
+        return (tensor if self.dtype is None else tensor.to(self.dtype)).float()
+
+    def _stored(self, source: Source, name: str) -> Any:
         entry = source.checkpoint.tensors.get(name)
         if entry is None:
             raise UserError(
@@ -375,13 +387,13 @@ class _TorchTensors:
             from safetensors import safe_open
 
             with safe_open(entry.file, "pt") as file:
-                return file.get_tensor(entry.name).float()
+                return file.get_tensor(entry.name)
         if entry.file not in self.mapped:
             state = self.torch.load(entry.file, map_location="cpu", mmap=True, weights_only=True)
             while entry.name not in state:  # the wrappers that the reader sees through
                 state = next(state[key] for key in ("state_dict", "model", "module") if key in state)
             self.mapped[entry.file] = state
-        return self.mapped[entry.file][entry.name].detach().float()
+        return self.mapped[entry.file][entry.name]
 
 
 # ------------------------------------------------------------------------------------------------------------------ JAX

@@ -16,6 +16,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
@@ -25,7 +26,7 @@ from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.verify import Difference, verify  # noqa: E402
 
-from .sources import make_chatpose, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
+from .sources import make_chatpose, make_clip, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
 from .test_export import model_folder, trained  # noqa: E402
 
 
@@ -137,6 +138,32 @@ def test_a_cast_needs_its_tolerance(chatpose: tuple[Path, Path, Path], tmp_path:
     out = converted(source, tmp_path / "half", vision=clip, dtype="bfloat16")
     worst = max(stage.relative for stage in verify(source, out, vision=clip))
     assert cli.TOLERANCE < worst < 0.2
+
+
+def test_a_tower_in_another_dtype_than_the_decoder(tmp_path: Path, capsys: Any) -> None:
+    """As the released files are: LLaVA and ChatPose in half precision, CLIP in float32, which all of them load in half."""
+    models = make_chatpose(tmp_path / "src", tmp_path / "clip", dtype=torch.bfloat16)
+    make_clip(tmp_path / "clip", models.clip.float())
+    with torch.no_grad():
+        for parameter in models.clip.parameters():  # float32 proper, not what bfloat16 had left
+            parameter += 1e-4 * torch.randn(parameter.shape)
+    make_clip(tmp_path / "clip", models.clip)
+    vision = ("--vision", tmp_path / "clip")
+    assert main(["convert", *map(str, (tmp_path / "src", tmp_path / "half", *vision))]) == 0
+    assert "cast        clip: float32 to bfloat16" in capsys.readouterr().out
+    assert run(tmp_path / "src", tmp_path / "half", *vision) == 0
+    assert main(["convert", *map(str, (tmp_path / "src", tmp_path / "whole", *vision, "--dtype", "float32"))]) == 0
+    assert "cast        src: bfloat16 to float32" in capsys.readouterr().out
+    assert run(tmp_path / "src", tmp_path / "whole", *vision) == 0
+    # The rounding is no way round the comparison.
+    assert (
+        run(
+            tmp_path / "src",
+            converted(tmp_path / "src", tmp_path / "cut", dtype="float16", vision=tmp_path / "clip"),
+            *vision,
+        )
+        == 1
+    )
 
 
 def test_nothing_is_above_or_below_nan() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,9 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8:
+            raise UserError(f"{path}: not a safetensors file: it has {size} bytes; fetch it again")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise UserError(
                 f"{path}: not a whole safetensors file: its first 8 bytes announce a header of {length} bytes, "
