@@ -7,18 +7,19 @@ from chatpose_jax.train.trainable import EVERYTHING
 def get_config():
     config = run_config(model="tiny")
     config.model.lora = None  # nothing is frozen, so there is nothing to adapt
+    config.model.text.num_layers = 1  # learns more from as many rows than two, in three quarters of the time
 
     config.data.template = "plain"
     config.data.train_size = 12000
     config.data.mixture = (
-        ("text", 9), ("text_short", 2), ("situation", 3), ("text_turns", 9), ("image", 58), ("image_turns", 8), ("image_words", 5), ("words", 2),
+        ("text", 8), ("text_short", 2), ("situation", 3), ("text_turns", 8), ("image", 60), ("image_turns", 8), ("image_words", 5), ("words", 2),
     )  # fmt: skip
 
     config.data.buckets = 3  # a fourth saves less padding than its compilation takes
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 5200
+    config.train.steps = 3000
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
@@ -28,6 +29,6 @@ def get_config():
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting
     config.train.remat = "none"
-    config.train.save_every = 1300
-    config.train.eval_every = 1300
+    config.train.save_every = 1000
+    config.train.eval_every = 1000
     return config
