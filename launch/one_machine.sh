@@ -7,15 +7,24 @@
 # TRIES (20): how often to start again. PAUSE (10): seconds in between.
 set -u
 tries=${TRIES:-20}
+child=
+# A signal to this script must reach the program, which saves and stops; bash alone would wait for its end.
+trap 'kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((try = 1; try <= tries; try++)); do
-  chatpose train "$@"
+  chatpose train "$@" &
+  child=$!
+  wait "$child"
   status=$?
+  while kill -0 "$child" 2>/dev/null; do    # a trapped signal ends wait, not the program
+    wait "$child"
+    status=$?
+  done
   case $status in
     0) exit 0 ;;                            # complete
     2 | 130 | 143) exit "$status" ;;        # bad input; Ctrl-C; SIGTERM, after which everything is saved
   esac
-  echo "one_machine.sh: status $status, start $try of $tries; the next one resumes" >&2
-  sleep "${PAUSE:-10}"
+  echo "one_machine.sh: status $status, start $try of $tries" >&2
+  ((try == tries)) || sleep "${PAUSE:-10}"  # then the next one resumes
 done
 exit "$status"

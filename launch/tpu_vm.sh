@@ -3,12 +3,14 @@
 #
 #   launch/tpu_vm.sh create                     # ask for the slice and wait until it is there
 #   launch/tpu_vm.sh install                    # this checkout and its packages, on every worker
-#   launch/tpu_vm.sh run    --config chatpose_13b --init /mnt/runs/llava-13b --out /mnt/runs/13b
+#   launch/tpu_vm.sh run    --config chatpose_13b --init /mnt/runs/llava-13b --out /mnt/runs/13b \
+#     --set train.batch_size=32 --set train.accumulate=1 --set train.mesh.tensor=2          # for 64 chips
 #   launch/tpu_vm.sh keep   --config …          # all of that, again after every preemption, until the run is complete
 #   launch/tpu_vm.sh stop                       # let the run save and exit (end `keep` before)
 #   launch/tpu_vm.sh delete
 #
-# --out must lie on a file system that all workers share: SHARE is an NFS export (Filestore), mounted at /mnt/runs.
+# --out and --init must lie on a file system that all workers share: SHARE is an NFS export (Filestore), mounted at
+# /mnt/runs. A module of yours with data goes along once it is committed, at the root of the checkout.
 set -euo pipefail
 NAME=${NAME:-chatpose}
 ZONE=${ZONE:-us-west4-a}
@@ -47,7 +49,7 @@ install() {
 
 run() {
   # Every worker runs the same command; they find each other through the TPU's metadata.
-  everywhere "env/bin/chatpose train $(printf '%q ' "$@")"
+  everywhere "PYTHONPATH=chatpose env/bin/chatpose train $(printf '%q ' "$@")"
 }
 
 stop() { everywhere 'pkill -TERM -f "env/bin/chatpose train" || true'; }
@@ -56,6 +58,7 @@ delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 
 keep() {
   until [[ $(state) == ACTIVE ]] && run "$@"; do
+    [[ $? != 2 ]] || return 2                # settings, data or weights are wrong
     # A lost process is started again; a slice that was taken away is asked for again.
     if [[ $(state) != ACTIVE ]]; then
       [[ $(state) == NONE ]] || delete
@@ -67,5 +70,5 @@ keep() {
 
 case ${1:-} in
   create | install | run | stop | delete | keep) "$@" ;;
-  *) sed -n '2,12p' "$0"; exit 2 ;;
+  *) sed -n '2,14p' "$0"; exit 2 ;;
 esac

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GKE by XPK (pip install xpk): it writes a JobSet like jobset_tpu.yaml and queues it by Kueue.
 #
-#   CLUSTER=my-cluster IMAGE=REGISTRY/chatpose:tpu launch/xpk.sh --config chatpose_13b --init /runs/llava-13b --out /runs/13b
+#   CLUSTER=my-cluster IMAGE=REGISTRY/chatpose:tpu launch/xpk.sh --config chatpose_13b --init /runs/llava-13b --out /runs/13b \
+#     --set train.batch_size=32 --set train.accumulate=1 --set train.mesh.tensor=2          # for 64 chips
 #
 # Once before: xpk cluster create --cluster my-cluster --tpu-type=v5litepod-64 --num-slices=1
 #              xpk storage attach runs …    (a file system that all pods share, at /runs)

@@ -106,5 +106,7 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
     try:
         source: Source = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"data.source={config.source!r} cannot be imported: {error}") from error
+        raise UserError(
+            f"data.source={config.source!r} cannot be imported: {error} (a module of your own must be installed, or its folder be on PYTHONPATH)"
+        ) from error
     return source(config, split, image_size)

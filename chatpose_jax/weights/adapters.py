@@ -68,7 +68,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     tensors: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.tensors.items():
-        if _COPIES.search(name) or name.replace(_SAVED, ".") in checkpoint.tensors.keys() - {name}:
+        if _COPIES.search(name) or (_SAVED in name and name.replace(_SAVED, ".") in checkpoint.tensors):
             continue
         plain = name
         for pattern, replacement in _WRAPPING:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import read_metadata
@@ -219,15 +221,25 @@ def describe_plan(plan: Plan) -> list[str]:
     lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
-    for source in plan.sources:
-        stored = source.checkpoint.dtype.name
-        if not source.is_adapter and set(source.layout.parts) - {"pose_head"} and stored != plan.config.param_dtype:
-            lines.append(f"  {'cast':<11} {source.title}: {stored} to {plan.config.param_dtype}")
+    for (title, stored, kept), count in _rounded(plan).items():
+        lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
     if plan.fresh:
         lines.append(f"  {'initialised':<11} {', '.join(plan.fresh)}")
     for reason, count in collections.Counter(plan.ignored.values()).items():
         lines.append(f"  {'ignored':<11} {count} tensors: {reason}")
     return lines
+
+
+def _rounded(plan: Plan) -> collections.Counter[tuple[str, str, str]]:
+    """Source, dtype there and dtype here, of tensors that the dtype here cannot hold exactly; how many."""
+    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for source in plan.sources:
+        for name, entry in source.checkpoint.tensors.items():
+            place = None if name in plan.ignored else source.layout.locate(name)
+            leaf = plan.leaves.get(place[0].target) if place else None
+            if leaf is not None and leaf.dtype.itemsize > 1 and np.promote_types(entry.dtype, leaf.dtype) != leaf.dtype:
+                found[source.title, entry.dtype.name, leaf.dtype.name] += 1
+    return found
 
 
 def _describe_source(source: Source, every: bool) -> list[str]:

@@ -145,7 +145,7 @@ def convert(
     except (OSError, ValueError, RuntimeError) as error:
         if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(
-                f"{out}: the disk is full; the conversion needs {plan.nbytes / 1e6:,.0f} MB; nothing was left behind"
+                f"{out}: the disk is full; the conversion needs {plan.nbytes / 1e9:.2g} GB; nothing was left behind"
             ) from None
         if "os_error_code" in str(error):  # tensorstore's way to pass on what the system said
             raise UserError(

@@ -116,7 +116,7 @@ def export(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"{out}: the disk is full; the export needs {nbytes / 1e6:,.0f} MB; nothing was left behind"
+                f"{out}: the disk is full; the export needs {nbytes / 1e9:.2g} GB; nothing was left behind"
             ) from None
         raise
     return Exported(tuple(files), nbytes, tuple(plan.notes))

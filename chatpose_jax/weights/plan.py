@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,6 +110,11 @@ def infer_config(
     ids = {name: id for name, id in ids.items() if id >= 0}
     image_token_id = settings.get("image_token_id", -200)
     tokens = read_tokens(tokenizer or _tokenizer_folder(sources))
+    if rows > tokens.size + _SPARE_ROWS:
+        raise UserError(
+            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
+            "belongs to another checkpoint"
+        )
     listed = [id for source in sources for ids in source.token_rows.values() for id in ids]
     if listed and max(listed) >= max(rows, tokens.size) + len(listed):
         raise UserError(
@@ -157,11 +162,6 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
         raise UserError(
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
             f"belongs to another checkpoint"
-        )
-    if rows > tokens.size + _SPARE_ROWS:
-        raise UserError(
-            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
-            "belongs to another checkpoint"
         )
     named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
     if image_token_id == tokens.base_size:
@@ -326,9 +326,9 @@ def make_plan(
         skipped |= {
             path: f"{path.split('/')[0]} is initialised afresh" for path in tree if path.split("/")[0] in fresh_parts
         }
-        # An adapter's LM head may have rows for new tokens, of which the embedding's are given one by one.
-        rows = {embedding_rows(sources), *([vocabulary.rows] if source.is_adapter else [])}
-        riders = _plan_source(source, config, tree, skipped, rows, leaves, ignored, problems)
+        riders = _plan_source(
+            source, config, tree, skipped, table_rows(sources, config.text.base_vocab_size), leaves, ignored, problems
+        )
         # Of what stands beside the main checkpoint, only tensors that other layouts know.
         riders = [name for name in riders if source is sources[0] or source.layout.locate(name)]
         if riders and not source.is_adapter:
@@ -343,10 +343,9 @@ def make_plan(
     problems.raise_if_any(sources)
 
     fresh = sorted(fresh_parts)
-    if vocabulary.rows > embedding_rows(sources):
-        if vocabulary.pose_is_new:
-            fresh.append("pose token rows: mean of the others")
-        _append_rows(leaves, tree, sources, config.text.base_vocab_size)
+    if vocabulary.pose_is_new and vocabulary.rows > embedding_rows(sources):
+        fresh.append("pose token rows: mean of the others")
+    _append_rows(leaves, tree, sources, config.text)
     for source in sources:
         _replace_rows(leaves, source, config.text)
     leaves = {path: leaves[path] for path in tree}
@@ -362,6 +361,29 @@ def embedding_rows(sources: Sequence[Source]) -> int:
         if rule.target == "decoder/embed_tokens/embedding" and rule.source in source.checkpoint.tensors
     ]
     return held[-1]
+
+
+def table_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
+    """How many rows the table of ``embed_tokens``, and of ``lm_head``, may have: as many as the embedding, or as all tokens that have a
+    row anywhere; down to ``base`` where an adapter lists what is missing (``trainable_token_indices``)."""
+    listed: dict[str, set[int]] = {"embed_tokens": set(), "lm_head": set()}
+    for source in sources:
+        for name, ids in source.token_rows.items():
+            listed.setdefault(_module(name), set()).update(ids)
+    held = embedding_rows(sources)
+    every = max([held, *(id + 1 for rows in listed.values() for id in rows)])
+    allowed = {}
+    for module, rows in listed.items():
+        shortest = every
+        while shortest > base and shortest - 1 in rows:
+            shortest -= 1
+        allowed[module] = {held, *range(shortest, every + 1)}
+    return allowed
+
+
+def _module(token_rows: str) -> str:
+    """``embed_tokens`` or ``lm_head``, of the name of a tensor that replaces rows of one."""
+    return token_rows.removesuffix(TOKEN_ROWS).rsplit(".", 1)[-1]
 
 
 def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -405,12 +427,12 @@ def _plan_source(
     config: ModelConfig,
     tree: Mapping[str, jax.ShapeDtypeStruct],
     skipped: Mapping[str, str],
-    rows: Set[int],
+    rows: Mapping[str, set[int]],
     leaves: dict[str, Leaf],
     ignored: dict[str, str],
     problems: _Problems,
 ) -> list[str]:
-    """Adds the leaves that a source feeds, except those ``skipped`` (path → why). rows: how many a vocabulary table may have.
+    """Adds the leaves that a source feeds, except those ``skipped`` (path → why). rows: of ``table_rows``.
     Returns the tensors that feed nothing in this model."""
     tensors = source.checkpoint.tensors
     riders: dict[str, str] = {}
@@ -460,10 +482,13 @@ def _plan_source(
     return list(riders)
 
 
-def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, rows: Set[int], problems: _Problems) -> bool:
+def _fits(
+    rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, rows: Mapping[str, set[int]], problems: _Problems
+) -> bool:
     expected = rule.transform.source_shape(tuple(target.shape[1:] if rule.stacked else target.shape))
     if rule.rows == "base":
-        expected = (entry.shape[0] if entry.shape[:1] and entry.shape[0] in rows else min(rows), *expected[1:])
+        allowed, found = rows[rule.target.split("/")[1]], entry.shape[0] if entry.shape else 0
+        expected = (found if found in allowed else max(allowed), *expected[1:])
     if entry.shape != expected:
         problems.add("misshaped", f"{entry.name} is {entry.shape}, expected {expected}")
     elif entry.dtype not in _FLOATING:
@@ -474,9 +499,9 @@ def _fits(rule: Rule, target: jax.ShapeDtypeStruct, entry: TensorEntry, rows: Se
 
 
 def _append_rows(
-    leaves: dict[str, Leaf], tree: Mapping[str, jax.ShapeDtypeStruct], sources: Sequence[Source], base: int
+    leaves: dict[str, Leaf], tree: Mapping[str, jax.ShapeDtypeStruct], sources: Sequence[Source], text: TextConfig
 ) -> None:
-    """Gives the new token rows their values: the mean over the source's rows, the neutral start for a token that
+    """Gives token rows that a table lacks their values: the mean over those that it has, the neutral start for a token that
     nothing has trained."""
     added = {
         rule.target: (rule, source.checkpoint.tensors[rule.source])
@@ -486,11 +511,13 @@ def _append_rows(
     }
     for rule, entry in added.values():
         rows, width = entry.shape
+        if rows == text.vocab_size:
+            continue
         total = np.zeros(width, np.float64)
         for row in range(0, rows, 4096):
             block = entry.read((slice(row, min(row + 4096, rows)), slice(0, width)))
             total += block.astype(np.float32).sum(0, dtype=np.float64)
-        stored = entry.read((slice(base, rows), slice(0, width))).astype(np.float32)
+        stored = entry.read((slice(text.base_vocab_size, rows), slice(0, width))).astype(np.float32)
         count = rule.transform.source_shape(tuple(tree[rule.target].shape))[0] - len(stored)
         mean = np.repeat((total / rows).astype(np.float32)[None], count, axis=0)
         array = rule.transform.forward(np.concatenate([stored, mean]))
@@ -501,7 +528,7 @@ def _replace_rows(leaves: dict[str, Leaf], source: Source, text: TextConfig) -> 
     """Lays the rows that an adapter has trained over those of the vocabulary, base and added."""
     for name, ids in source.token_rows.items():
         entry = source.checkpoint.tensors[name]
-        module = name.removesuffix(TOKEN_ROWS).rsplit(".", 1)[-1]
+        module = _module(name)
         if module not in ("embed_tokens", "lm_head") or entry.shape[1:] != (text.hidden_size,):
             raise UserError(
                 f"{source.title}: {name} is {entry.shape}; expected rows of {text.hidden_size} for embed_tokens or lm_head: "

@@ -1,12 +1,13 @@
 """The proof of a conversion: the same prompts through PyTorch and through JAX, compared stage by stage.
 
 The torch side is built from ``transformers``' LLaMA and CLIP modules and plain torch, over the source's files as PyTorch's
-own readers give them and over the source's own ``config.json`` and ``adapter_config.json``: of this package it uses only the
-names under which a layout keeps its parts. The JAX side is the converted folder and the model that runs everywhere else. Both compute in
-float32, and both hold one decoder layer at a time, so a model of any size fits.
+own readers give them and over the source's own ``config.json`` and ``adapter_config.json``: of this package it uses the
+names under which a layout keeps its parts, and the sizes and the dtype that the conversion arrived at. The JAX side is the
+converted folder and the model that runs everywhere else. Both compute in float32, and both hold one decoder layer at a time,
+so a model of any size fits.
 
 LLaVA loads its base in one dtype, the decoder's, however a CLIP beside it is stored; so does the conversion, and so does
-torch here. Where ``--dtype`` changed the decoder's, torch keeps what is stored, and the rounding shows.
+torch here. Where the conversion has another than the decoder's, torch keeps what is stored, and rounding shows.
 """
 
 from __future__ import annotations
@@ -207,9 +208,9 @@ class _Torch:
         # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
         norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
         self.decoder = norm.removesuffix("norm.weight")
-        stored = sources[0].checkpoint.dtype.name
         self.tensors = _TorchTensors(torch)
-        self.base = _TorchTensors(torch, getattr(torch, stored) if stored == config.param_dtype else None)
+        stored = self.tensors.stored(sources[0], f"{self.decoder}layers.0.self_attn.q_proj.weight").dtype
+        self.base = _TorchTensors(torch, stored if stored == getattr(torch, config.param_dtype) else None)
         main = sources[0].checkpoint.config()
         text = {**(main.get("text_config") or main), "model_type": "llama"}
         # Sizes, as the tensors show them; a config.json may leave them out.
@@ -322,19 +323,18 @@ class _Torch:
 
     def _rows(self, target: str) -> Any:
         """A vocabulary table, with the rows that an adapter replaces."""
-        table = self.base(*self.where[target])
-        if self.base.dtype is not None:  # new tokens are never rounded
-            first = self.config.text.base_vocab_size
-            table[first:] = self.tensors(*self.where[target])[first:]
+        first = self.config.text.base_vocab_size  # tokens from here on are never rounded
+        table = self.torch.cat([self.base(*self.where[target])[:first], self.tensors(*self.where[target])[first:]])
         module = target.split("/")[1]
         for source in self.sources:
             ids = _peft_settings(source).get("trainable_token_indices") or {}
             ids = ids.get(module, []) if isinstance(ids, dict) else ids if module == "embed_tokens" else []
             name = next((name for name in source.shapes if name.endswith(module + TOKEN_ROWS)), None)
             if name is not None:
-                known = [place for place, id in enumerate(ids) if id < len(table)]
-                table = table.clone()
-                table[[ids[place] for place in known]] = self.tensors(source, name)[known]
+                rounded, exact = self.base(source, name), self.tensors(source, name)
+                for place, id in enumerate(ids):
+                    if id < len(table):
+                        table[id] = (rounded if id < first else exact)[place]
         return table
 
     def norm(self, x: np.ndarray) -> np.ndarray:
@@ -374,10 +374,11 @@ class _TorchTensors:
         self.mapped: dict[Path, Mapping[str, Any]] = {}
 
     def __call__(self, source: Source, name: str) -> Any:
-        tensor = self._stored(source, name).detach()
+        tensor = self.stored(source, name).detach()
         return (tensor if self.dtype is None else tensor.to(self.dtype)).float()
 
-    def _stored(self, source: Source, name: str) -> Any:
+    def stored(self, source: Source, name: str) -> Any:
+        """As it stands in the file."""
         entry = source.checkpoint.tensors.get(name)
         if entry is None:
             raise UserError(

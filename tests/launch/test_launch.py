@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from chatpose_jax.cli import train
+from chatpose_jax.cli.config import load_config
 from chatpose_jax.train.hosts import Hosts, find
 
 yaml = pytest.importorskip("yaml")
@@ -36,11 +38,17 @@ POD = {
         "name": TEXT, "persistentVolumeClaim?": {"claimName": TEXT}, "emptyDir?": {"medium": TEXT},
     }],
 }  # fmt: skip
-JOB = {"parallelism": NUMBER, "completions": NUMBER, "backoffLimit": NUMBER, "template": {"spec": POD}}
+EXITS = {"rules": [{"action": TEXT, "onExitCodes": {"operator": TEXT, "values": [NUMBER]}}]}
+JOB = {
+    "parallelism": NUMBER, "completions": NUMBER, "backoffLimit": NUMBER, "podFailurePolicy": EXITS,
+    "template": {"spec": POD},
+}  # fmt: skip
 JOBSET = {
     "apiVersion": TEXT, "kind": TEXT, "metadata": {"name": TEXT, "annotations?": NAMES},
     "spec": {
-        "network?": {"enableDNSHostnames": bool}, "failurePolicy": {"maxRestarts": NUMBER},
+        "network?": {"enableDNSHostnames": bool}, "failurePolicy": {
+            "maxRestarts": NUMBER, "rules": [{"action": TEXT, "onJobFailureReasons": [TEXT]}],
+        },
         "replicatedJobs": [{"name": TEXT, "replicas": NUMBER, "template": {"spec": JOB}}],
     },
 }  # fmt: skip
@@ -96,7 +104,30 @@ def test_manifests_hold_what_kubernetes_knows(path):
     assert command == "train"
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    assert str(parser.parse_args(arguments).out).startswith("/runs/")
+    parsed = parser.parse_args(arguments)
+    assert str(parsed.out).startswith("/runs/")
+    limits = spec["containers"][0]["resources"]["limits"]
+    devices = job["completions"] * next(n for name, n in limits.items() if name in ("google.com/tpu", "nvidia.com/gpu"))
+    assert load_config(parsed.config, parsed.overrides).train.batch_size % (devices // tensor_of(parsed)) == 0
+
+
+def tensor_of(parsed):
+    """Devices along the mesh's third axis; the default leaves the rest to fsdp, which splits rows."""
+    mesh = load_config(parsed.config, parsed.overrides).train.mesh
+    assert (mesh.data, mesh.fsdp) == (1, -1)
+    return mesh.tensor
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "xpk.sh"])
+def test_examples_of_scripts_fit_64_chips(name):
+    """Their default slice: what stands in the comment must start."""
+    text = re.sub(r"\\\n#", "", (LAUNCH / name).read_text())
+    assert "v5litepod-64" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("#") and "--config" in line and "--init" in line]
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    parsed = parser.parse_args(line[line.index("--config") :].split("#")[0].split())
+    assert load_config(parsed.config, parsed.overrides).train.batch_size % (64 // tensor_of(parsed)) == 0
 
 
 def test_a_broken_manifest_is_noticed():
@@ -146,7 +177,9 @@ def calls(tmp_path):
     return (tmp_path / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("status", "queued"), [(0, False), (2, False), (1, False), (75, True), (143, True)])
+@pytest.mark.parametrize(
+    ("status", "queued"), [(0, False), (2, False), (1, False), (75, True), (134, True), (137, True), (143, True)]
+)
 def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, status, queued):
     stand_in("srun", f"exit {status}")
     stand_in("scontrol")
@@ -170,6 +203,18 @@ def test_one_machine_starts_again_after_a_crash(tmp_path, stand_in, monkeypatch,
     done = subprocess.run(["bash", LAUNCH / "one_machine.sh", "--out", "run"], capture_output=True, text=True)
     assert done.returncode == statuses[starts - 1]
     assert calls(tmp_path) == ["chatpose train --out run"] * starts
+
+
+def test_one_machine_hands_a_signal_on(tmp_path, stand_in):
+    stand_in("chatpose", f"trap 'exit 143' TERM; touch {tmp_path}/up; while true; do sleep 0.05; done")
+    script = subprocess.Popen(["bash", LAUNCH / "one_machine.sh", "--out", "run"])
+    for _ in range(200):
+        if (tmp_path / "up").exists():
+            break
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(timeout=20) == 143
+    assert calls(tmp_path) == ["chatpose train --out run"]
 
 
 SRUN = """

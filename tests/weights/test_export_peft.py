@@ -242,21 +242,39 @@ def test_new_tokens_of_an_adapter(tmp_path: Path, named: bool) -> None:
     np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
 
 
-def test_an_exported_lm_head_of_more_rows_goes_back_onto_its_base(tmp_path: Path) -> None:
-    """Trained without ``<POSE>``; the conversion adds its row, and export the LM head whole and the embedding's row alone."""
+@pytest.mark.parametrize(("whole", "alone"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
+def test_an_exported_table_of_more_rows_goes_back_onto_its_base(tmp_path: Path, whole: str, alone: str) -> None:
+    """Trained without ``<POSE>``; the conversion adds its row, and export writes one table whole and of the other the row alone."""
     vicuna = make_vicuna(tmp_path / "base")
     write_tokenizer(tmp_path / "base", pose=None)
     make_clip(tmp_path / "clip", make_llava_original(tmp_path / "llava").clip)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": [whole.split(".")[-1]],
+    }
     move(peft.get_peft_model(vicuna, peft.LoraConfig(**settings))).save_pretrained(tmp_path / "adapter")
     options = {"vision": tmp_path / "clip", "init_missing": ["projector"]}
     model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", **options)
     export(tmp_path / "jax", tmp_path / "out", "peft", base_class="llama")
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert written["base_model.model.lm_head.weight"].shape == (VOCAB + 1, 64)
+    assert written[f"base_model.model.{whole}.weight"].shape == (VOCAB + 1, 64)
+    assert written[f"base_model.model.{alone}{adapters.TOKEN_ROWS}"].shape == (1, 64)
     model_folder(tmp_path / "base", tmp_path / "again", adapter=tmp_path / "out", **options)
     first, second = params_of(tmp_path / "jax"), params_of(tmp_path / "again")
     assert all(second[path].tobytes() == leaf.tobytes() for path, leaf in first.items())
+
+
+def test_an_lm_head_of_more_rows_than_tokens_is_refused(tmp_path: Path) -> None:
+    """A row that no embedding belongs to is not taken for that of a token which the conversion makes up."""
+    vicuna = make_vicuna(tmp_path / "base")
+    write_tokenizer(tmp_path / "base", pose=None)
+    vicuna.lm_head = torch.nn.Linear(64, VOCAB + 1, bias=False)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    peft.get_peft_model(vicuna, peft.LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"misshaped \(1\): \S*lm_head.weight is \(1025, 64\), expected \(1024, 64\)"):
+        convert(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", init_missing=["vision", "projector"])
 
 
 def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None:

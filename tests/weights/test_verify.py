@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -143,27 +144,45 @@ def test_a_cast_needs_its_tolerance(chatpose: tuple[Path, Path, Path], tmp_path:
 def test_a_tower_in_another_dtype_than_the_decoder(tmp_path: Path, capsys: Any) -> None:
     """As the released files are: LLaVA and ChatPose in half precision, CLIP in float32, which all of them load in half."""
     models = make_chatpose(tmp_path / "src", tmp_path / "clip", dtype=torch.bfloat16)
-    make_clip(tmp_path / "clip", models.clip.float())
     with torch.no_grad():
-        for parameter in models.clip.parameters():  # float32 proper, not what bfloat16 had left
+        for parameter in models.clip.float().parameters():  # float32 proper, not what bfloat16 had left
             parameter += 1e-4 * torch.randn(parameter.shape)
     make_clip(tmp_path / "clip", models.clip)
     vision = ("--vision", tmp_path / "clip")
     assert main(["convert", *map(str, (tmp_path / "src", tmp_path / "half", *vision))]) == 0
-    assert "cast        clip: float32 to bfloat16" in capsys.readouterr().out
+    assert re.search(r"rounded     \d\d tensors of clip: float32 to bfloat16", capsys.readouterr().out)
     assert run(tmp_path / "src", tmp_path / "half", *vision) == 0
     assert main(["convert", *map(str, (tmp_path / "src", tmp_path / "whole", *vision, "--dtype", "float32"))]) == 0
-    assert "cast        src: bfloat16 to float32" in capsys.readouterr().out
+    assert "rounded" not in capsys.readouterr().out
     assert run(tmp_path / "src", tmp_path / "whole", *vision) == 0
     # The rounding is no way round the comparison.
-    assert (
-        run(
-            tmp_path / "src",
-            converted(tmp_path / "src", tmp_path / "cut", dtype="float16", vision=tmp_path / "clip"),
-            *vision,
-        )
-        == 1
-    )
+    converted(tmp_path / "src", tmp_path / "cut", dtype="float16", vision=tmp_path / "clip")
+    assert run(tmp_path / "src", tmp_path / "cut", *vision) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head", "multi_modal_projector"]},
+        {"trainable_token_indices": {"embed_tokens": [5, 1024], "lm_head": [7, 1024]}},
+    ],
+    ids=["modules", "rows"],
+)
+def test_an_adapter_in_float32_over_a_base_in_half_precision(tmp_path: Path, settings: Any) -> None:
+    """Its tables are rounded with the base, its rows of new tokens are not."""
+    pytest.importorskip("peft")
+    from .test_export_peft import peft_over_llava
+
+    make_llava_transformers(tmp_path / "base", dtype=torch.bfloat16)
+    model = peft_over_llava(tmp_path, **settings)
+    model.float()
+    with torch.no_grad():
+        for parameter in model.parameters():  # float32 proper, not what bfloat16 had left
+            if parameter.requires_grad:
+                parameter += 1e-4 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "adapter")
+    converted(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
+    assert not wrong(verify(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter"))
 
 
 def test_nothing_is_above_or_below_nan() -> None:
