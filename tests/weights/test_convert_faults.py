@@ -31,7 +31,8 @@ from .sources import VOCAB, Sizes, make_llava_transformers, make_vicuna  # noqa:
 
 # Converts its arguments, in small blocks; says so and waits on its standard input when half of the parameters are written.
 CHILD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from chatpose_jax.weights import arrays
 from chatpose_jax.weights.convert import convert
 arrays._CHUNK, arrays._BLOCK, arrays._IN_FLIGHT = 2000, 5000, 9000
