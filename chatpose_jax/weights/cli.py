@@ -94,14 +94,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (default): the source's, or a new one to train where it has none; init: a new one",
     )
-    result.add_argument(
-        "--init-missing",
-        action="append",
-        default=[],
-        choices=("vision", "projector"),
-        metavar="PART",
-        help="start vision or projector at random where no source has it, to be trained; may be repeated",
-    )
+    _add_init_missing(result)
     result.add_argument("--seed", type=int, default=0, help="of whatever is started at random (default 0)")
     result.add_argument("--compress", action="store_true", help="store with zstd: smaller, slower")
     result.add_argument(
@@ -118,6 +111,17 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-hash", action="store_true", help="neither compare nor record SHA-256 sums of the source files; faster"
     )
     checks.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+
+
+def _add_init_missing(parser: Any) -> None:
+    parser.add_argument(
+        "--init-missing",
+        action="append",
+        default=[],
+        choices=("vision", "projector"),
+        metavar="PART",
+        help="start vision or projector at random where no source has it, to be trained; may be repeated",
+    )
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -153,6 +157,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose inspect``."""
     parser.add_argument("folder", help="any checkpoint folder or file, or a model folder")
     add_source_arguments(parser)
+    _add_init_missing(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not one for all layers")
 
 
@@ -180,7 +185,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     for source in sources:
         print("\n".join(_describe_source(source, args.tensors)))
     try:
-        plan = make_plan(sources, tokenizer=args.tokenizer)
+        plan = make_plan(sources, tokenizer=args.tokenizer, init_missing=args.init_missing)
     except UserError as error:
         print(f"not convertible as it is: {error}")
         return 1

@@ -30,7 +30,7 @@ from chatpose_jax.weights.folder import load_config, load_params, read_folder, s
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
 
-from .sources import make_chatpose, make_llava_transformers, write_state, write_tokenizer  # noqa: E402
+from .sources import make_chatpose, make_llava_transformers, make_vicuna, write_state, write_tokenizer  # noqa: E402
 
 State = dict[str, Any]
 
@@ -396,6 +396,12 @@ def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     found = capsys.readouterr().out
     assert "has not     vision" in found
     assert "--vision FOLDER" in found
+
+
+def test_inspect_of_what_will_be_started_at_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_vicuna(tmp_path / "src")
+    assert run("inspect", str(tmp_path / "src"), "--init-missing", "vision", "--init-missing", "projector") == 0
+    assert "initialised pose_head, projector, vision" in capsys.readouterr().out
 
 
 def test_load_takes_a_source_as_it_is(tmp_path: Path) -> None:
