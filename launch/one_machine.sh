@@ -5,11 +5,12 @@
 #   launch/one_machine.sh --config chatpose_13b --init out/llava-13b --out out/13b
 #
 # TRIES (20): how often to start again. PAUSE (10): seconds in between.
-set -u
+set -um                                     # m: the program is in a group of its own, so a Ctrl-C reaches it once, by the trap
 tries=${TRIES:-20}
 child=
+stopping=
 # A signal to this script must reach the program, which saves and stops; bash alone would wait for its end.
-trap 'kill -TERM "$child" 2>/dev/null' TERM INT
+trap 'stopping=yes; kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((try = 1; try <= tries; try++)); do
   chatpose train "$@" &
@@ -26,5 +27,6 @@ for ((try = 1; try <= tries; try++)); do
   esac
   echo "one_machine.sh: status $status, start $try of $tries" >&2
   ((try == tries)) || sleep "${PAUSE:-10}"  # then the next one resumes
+  [[ -z $stopping ]] || exit "$status"
 done
 exit "$status"

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -205,16 +206,26 @@ def test_one_machine_starts_again_after_a_crash(tmp_path, stand_in, monkeypatch,
     assert calls(tmp_path) == ["chatpose train --out run"] * starts
 
 
-def test_one_machine_hands_a_signal_on(tmp_path, stand_in):
-    stand_in("chatpose", f"trap 'exit 143' TERM; touch {tmp_path}/up; while true; do sleep 0.05; done")
-    script = subprocess.Popen(["bash", LAUNCH / "one_machine.sh", "--out", "run"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_machine_hands_a_signal_on(tmp_path, stand_in, number):
+    """Once, also a Ctrl-C, which a terminal sends to the whole group: a second signal would end the run before it has saved."""
+    body = f"""
+    trap 'echo got >> {tmp_path}/calls; stop=1' TERM INT
+    touch {tmp_path}/up
+    for i in {{1..400}}; do sleep 0.05; [[ ${{stop:-}} ]] && break; done
+    sleep 0.3; exit 143"""
+    stand_in("chatpose", body)
+    script = subprocess.Popen(["bash", LAUNCH / "one_machine.sh", "--out", "run"], start_new_session=True)
     for _ in range(200):
         if (tmp_path / "up").exists():
             break
         time.sleep(0.05)
-    script.terminate()
-    assert script.wait(timeout=20) == 143
-    assert calls(tmp_path) == ["chatpose train --out run"]
+    if number == signal.SIGINT:
+        os.killpg(script.pid, number)
+    else:
+        script.terminate()
+    assert script.wait(timeout=30) == 143
+    assert calls(tmp_path) == ["chatpose train --out run", "got"]
 
 
 SRUN = """
