@@ -145,6 +145,19 @@ def _share(boxes: list[Any], rank: int, count: int) -> list[Any]:
     return [box for box, size, end in zip(boxes, sizes, ends) if (end - size) * count // sum(sizes) == rank]
 
 
+class _ArrayReader(ocp.type_handlers.ArrayHandler):
+    """Orbax gives up at the first array that cannot be read, and closes its event loop while others are still being read: Python then
+    prints what became of each of them, behind the one error. This reader waits for them."""
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        except Exception:
+            await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
+            raise
+
+
 class _Settler:
     """Puts what was written on the disk, and lets go of it in the page cache, while a conversion runs. The cache would
     otherwise take all memory that is free: it costs virtual machines more time than the rest of a conversion, and
@@ -345,7 +358,8 @@ def read_arrays(folder: Path, abstract: Params) -> Params:
         if path not in empty
     }
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayReader(array_metadata_store=None)))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
             restored = checkpointer.restore(
                 folder.resolve(),
                 args=ocp.args.PyTreeRestore(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -340,6 +341,28 @@ def test_folders_that_do_not_load(llava: Path, tmp_path: Path) -> None:
     (good / "config.json").write_text(json.dumps(data | {"version": 99}))
     with pytest.raises(UserError, match="version 99"):
         load_config(good)
+
+
+def test_a_failed_read_ends_when_all_reads_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that outlives Orbax's event loop prints a traceback of its own, behind the one error."""
+    ended = []
+
+    async def deserialize(self: Any, infos: Any, args: Any = None) -> Any:
+        async def slow() -> None:
+            await asyncio.sleep(0.05)
+            ended.append(True)
+            raise OSError("late")
+
+        async def fast() -> None:
+            raise OSError("first")
+
+        await asyncio.gather(slow(), fast())
+
+    arrays.write_arrays(tmp_path / "params", {"a": np.zeros(3, np.float32)})
+    monkeypatch.setattr(arrays.ocp.type_handlers.ArrayHandler, "deserialize", deserialize)
+    with pytest.raises(UserError, match=r"are damaged \(OSError: first\)"):
+        arrays.read_arrays(tmp_path / "params", {"a": jax.ShapeDtypeStruct((3,), "float32")})
+    assert ended == [True]
 
 
 def test_small_blocks_and_compression_change_nothing(
