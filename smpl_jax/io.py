@@ -215,7 +215,9 @@ def _table() -> dict[str, Any]:
     sparse = [
         f"scipy.sparse.{m}{k}.{k}_{t}" for k in ("csc", "csr", "coo") for m in ("", "_") for t in ("matrix", "array")
     ]
-    table = numpy_table() | records([*sparse, "chumpy.ch.Ch", "chumpy.reordering.Select"])
+    # A chumpy node keeps a set among its state, which tells nothing of its values.
+    sets = ("__builtin__.set", "builtins.set")
+    table = numpy_table() | records([*sparse, *sets, "chumpy.ch.Ch", "chumpy.reordering.Select"])
     table |= {f"{m}._reconstructor": sealed(_reconstructor) for m in ("copy_reg", "copyreg")}
     table |= {f"{m}.object": "object" for m in ("__builtin__", "builtins")}  # only ever an argument of `_reconstructor`
     return table

@@ -16,7 +16,8 @@ def chumpy(monkeypatch) -> SimpleNamespace:
 
         def make(**state):
             thing = cls()
-            thing.__dict__.update(state)
+            # What `Ch.__getstate__` leaves in: all but `_parents` and `_cache`.
+            thing.__dict__.update(_dirty_vars=set(), _itr=None, **state)
             return thing
 
         return make

@@ -63,13 +63,13 @@ def test_npz(variant, tmp_path):
     assert_same(tmp_path / "body.npz", source)
 
 
-@pytest.mark.parametrize("protocol", [0, 2])
+@pytest.mark.parametrize("protocol", [0, 1, 2])
 def test_python2_pickle_with_chumpy_and_scipy(protocol, tmp_path, chumpy):
     """As the official v1.0.0 files are: chumpy nodes, an old scipy matrix, byte strings."""
     source = random_arrays()
     flat = np.concatenate([np.zeros(7), source["posedirs"].ravel()])
     content = source | {
-        "v_template": chumpy.Ch(x=source["v_template"], _dirty=True),
+        "v_template": chumpy.Ch(x=source["v_template"]),
         "shapedirs": chumpy.Ch(x=source["shapedirs"]),
         "posedirs": chumpy.Select(
             a=chumpy.Ch(x=flat), idxs=np.arange(7, flat.size), preferred_shape=source["posedirs"].shape
@@ -78,9 +78,17 @@ def test_python2_pickle_with_chumpy_and_scipy(protocol, tmp_path, chumpy):
         "bs_type": "lrotmin",
     }
     data = python2_pickle(content, protocol)
-    assert b"chumpy.ch" in data and b"scipy.sparse.csc\n" in data and b"numpy.core.multiarray" in data
+    named = (b"chumpy.ch", b"scipy.sparse.csc\n", b"numpy.core.multiarray", b"__builtin__\nset\n")
+    assert [name for name in named if name not in data] == []
     (tmp_path / "body.pkl").write_bytes(data)
     assert_same(tmp_path / "body.pkl", source)
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_chumpy_pickled_by_python3(protocol, tmp_path, chumpy):
+    source = random_arrays()
+    content = source | {"v_template": chumpy.Ch(x=source["v_template"]), "J": chumpy.Ch(x=np.zeros((24, 3)))}
+    assert_same(dump(tmp_path / "body.pkl", content, protocol), source)
 
 
 @pytest.mark.parametrize(("kind", "joints"), [("smpl", 24), ("smplh", 52), ("smplx", 55)])

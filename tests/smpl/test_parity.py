@@ -166,3 +166,16 @@ def test_against_body_models(backend, smpl_file, posed):
     np.testing.assert_allclose(posed[3], vertices, atol=FLOAT32, rtol=0)
     skeleton = peer.forward_skeleton(pose[:, 1:], **keywords)
     np.testing.assert_allclose(posed[4], skeleton[..., :3, 3], atol=FLOAT32, rtol=0)
+
+
+def test_gradients_against_body_models(smpl_file, posed):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("body_models.smpl.torch").SMPL(model_path=smpl_file)
+    pose, betas, translation = (torch.tensor(x, requires_grad=True) for x in posed[:3])
+    vertices = peer.forward_vertices(
+        pose[:, 1:], pelvis_rotation=pose[:, 0], shape=betas, global_translation=translation
+    )
+    (vertices**2).sum().backward()
+    for ours, theirs in zip(posed[5:], (pose.grad.numpy(), betas.grad.numpy())):
+        assert np.isfinite(theirs).all()
+        np.testing.assert_allclose(ours, theirs, atol=5e-6 * np.abs(theirs).max(), rtol=0)
