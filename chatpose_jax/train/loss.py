@@ -13,7 +13,7 @@ from chatpose_jax.models.layers import matmul, product
 from chatpose_jax.models.sharding import constrain, gather
 
 CHUNK = 256
-"""Positions whose logits exist at a time."""
+"""Positions of each row whose logits exist at a time."""
 IGNORED = -100
 
 
@@ -30,8 +30,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean next-token cross-entropy and accuracy over the positions whose label is not −100.
 
-    Logits are made a chunk of positions at a time, and their gradient is taken at once where one is wanted: neither (B, T, V) ever exists, and
-    nothing is computed twice. The vocabulary may be split over a mesh.
+    Logits are made a chunk of positions at a time, and their gradient is taken at once where one is wanted: of rows longer than a chunk neither
+    (B, T, V) ever exists, and nothing is computed twice. The vocabulary may be split over a mesh.
 
     Args:
         hidden: (B, T, D); position t predicts ``labels[:, t + 1]``.
