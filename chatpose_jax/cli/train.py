@@ -22,6 +22,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, create
 from chatpose_jax.models.config import ModelConfig, preset
+from chatpose_jax.models.quantize import quantize_int8
 from chatpose_jax.models.sharding import make_mesh, place, shardings
 from chatpose_jax.planning.flops import train_cost
 from chatpose_jax.planning.targets import CHIPS
@@ -29,7 +30,7 @@ from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.trainable import assign, flatten, unflatten
+from chatpose_jax.train.trainable import Flat, assign, flatten, unflatten
 from chatpose_jax.train.trainer import Interrupted, train
 from chatpose_jax.train.validate import make_validation
 from chatpose_jax.weights import folder as model_folder
@@ -249,12 +250,14 @@ def validation_batches(
 
 
 def adopt(config: RunConfig, init: Path) -> RunConfig:
-    """The configuration with the towers and token ids of the model that it starts from."""
+    """The configuration with the towers and token ids of the model that it starts from; in int8 where either is."""
     base = model_folder.load_config(init)
     keep = config.model
     changes = {
         name: getattr(keep, name) for name in ("lora", "head", "dtype", "param_dtype", "scan_layers", "attention")
     }
+    if keep.quantize != "none":
+        changes["quantize"] = keep.quantize
     return dataclasses.replace(config, model=base.replace(**changes))
 
 
@@ -271,7 +274,8 @@ def make_processor(config: RunConfig, init: Path | None) -> Processor:
 
 
 def initial_params(config: RunConfig, init: Path | None, mesh: Mesh | None = None) -> Params:
-    """Fresh parameters, or those of ``init`` with fresh adapters and head where it has none; made or read onto the mesh.
+    """Fresh parameters, or those of ``init`` with fresh adapters and head where it has none; made or read onto the mesh, and then
+    quantised where the configuration asks for it and ``init`` is not.
 
     Raises UserError when the folder holds adapters that this configuration has no place for, or parts do not fit.
     """
@@ -279,13 +283,14 @@ def initial_params(config: RunConfig, init: Path | None, mesh: Mesh | None = Non
     if init is None:
         return attend_evenly(create(config.model, key, mesh))
     base = model_folder.load_config(init)
-    wanted, held = flatten(abstract_params(config.model)), flatten(abstract_params(base))
+    model = config.model.replace(quantize=base.quantize)
+    wanted, held = flatten(abstract_params(model)), flatten(abstract_params(base))
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
         raise UserError(
             f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: "
             "set model.lora as the folder has it"
         )
-    other_head = config.model.head != base.head
+    other_head = model.head != base.head
     fresh = sorted(path for path in wanted if path not in held or (other_head and path.startswith("pose_head/")))
     if wrong := [path for path in wanted if path not in fresh and held[path].shape != wanted[path].shape]:
         raise UserError(
@@ -296,14 +301,25 @@ def initial_params(config: RunConfig, init: Path | None, mesh: Mesh | None = Non
     loaded = flatten(model_folder.load_params(init, target if mesh is None else place(target, mesh)))
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
-        everything = flatten(create(config.model, key))
+        everything = flatten(create(model, key))
         return {path: everything[path] for path in fresh}
 
     places = None if mesh is None else shardings({path: wanted[path] for path in fresh}, mesh)
     made = jax.jit(make, out_shardings=places)(key) if fresh else {}
     if fresh:
         hosts.say(f"starting from {init}; new: {', '.join(fresh)}")
-    return unflatten({path: made[path] if path in made else loaded[path] for path in wanted})
+    whole = {path: made[path] if path in made else loaded.pop(path) for path in wanted}
+    return unflatten(whole if config.model == model else to_int8(whole, config.model, mesh))
+
+
+def to_int8(flat: Flat, model: ModelConfig, mesh: Mesh | None) -> Flat:
+    """Arrays by path with the kernels that ``model`` keeps in int8 quantised where they lie, one after the other; empties ``flat``."""
+    wanted = flatten(abstract_params(model))
+    for path in [path for path, leaf in wanted.items() if leaf.dtype == np.int8]:
+        pair = {name: wanted[name] for name in (path, f"{path}_scale")}
+        places = None if mesh is None else tuple(shardings(pair, mesh).values())
+        flat |= zip(pair, jax.jit(quantize_int8, out_shardings=places)(flat.pop(path)))
+    return {path: flat.pop(path) for path in wanted}
 
 
 def cpu_workers() -> int:

@@ -1,10 +1,20 @@
-"""What ``chatpose train`` knows of chips, and how it counts."""
+"""What ``chatpose train`` starts from, what it knows of chips, and how it counts."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
 from chatpose_jax.cli.config import load_config
-from chatpose_jax.cli.train import peak_flops, training_mesh, utilisation
+from chatpose_jax.cli.train import adopt, demand_table, initial_params, peak_flops, training_mesh, utilisation
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import abstract_params, create
+from chatpose_jax.models.config import preset
+from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train.trainable import flatten
+from chatpose_jax.weights import folder as model_folder
 
 
 @pytest.mark.parametrize(
@@ -37,3 +47,45 @@ def test_one_device_needs_no_mesh():
     mesh = training_mesh(load_config("tiny", ["train.mesh.data=-1"]).train)
     assert mesh is not None
     assert dict(mesh.shape) == {"data": mesh.size, "fsdp": 1, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small model folder to start from, without adapters."""
+    model = preset("tiny").replace(lora=None, text=dataclasses.replace(preset("tiny").text, num_layers=1))
+    folder = tmp_path_factory.mktemp("base") / "model"
+    params = create(model, jax.random.key(1))
+    return model_folder.save_folder(folder, model, params, processor=tiny_processor(model, "plain"))
+
+
+LORA = (
+    "model.lora={'rank':2,'alpha':4.0,'dropout':0.0,'targets':('q_proj','v_proj')}", "train.steps=2", "train.batch_size=2",
+    "data.train_size=8", "train.eval_every=0", "data.buckets=1", "data.mixture=(('text',1),)",
+)  # fmt: skip
+
+
+def lora(*settings):
+    return load_config("tiny", LORA + settings)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2)])
+def test_int8_is_no_idle_word_beside_init(base, sizes):
+    config = lora("model.quantize=int8")
+    config = adopt(config, base)
+    mesh = None if sizes is None else make_mesh(*sizes)
+    before = flatten(initial_params(adopt(lora(), base), base, mesh))
+    after = flatten(initial_params(config, base, mesh))
+    assert {path: leaf.dtype for path, leaf in after.items()} == {
+        path: leaf.dtype for path, leaf in flatten(abstract_params(config.model)).items()
+    }
+    for path, leaf in after.items():
+        if leaf.dtype == np.int8:
+            values = leaf * after[f"{path}_scale"][..., None, :]
+            assert np.abs(values - before[path]).max() <= np.abs(before[path]).max() / 250
+        elif path in before:
+            np.testing.assert_array_equal(leaf, before[path])
+
+
+def test_int8_kernels_do_not_train_beside_init_either(base):
+    with pytest.raises(UserError, match=r"kept as int8 and cannot train"):
+        demand_table(adopt(load_config("tiny", ["model.quantize=int8"]), base))
