@@ -18,29 +18,33 @@ TYPE=${TYPE:-v5litepod-64}                   # gcloud compute tpus accelerator-t
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}      # gcloud compute tpus versions list
 SPOT=${SPOT:-yes}
 SHARE=${SHARE:-}                             # HOST:/PATH
+PAUSE=${PAUSE:-20}                           # seconds between two looks, and before something that failed is tried again
 
 tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
 everywhere() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
 state() { tpus queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null || echo NONE; }
 
-create() {
+request() {
   local spot=()
   [[ $SPOT == yes ]] && spot=(--spot)
   tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$VERSION" "${spot[@]}"
+}
+
+create() {
+  request
   until [[ $(state) == ACTIVE ]]; do
     case $(state) in
       FAILED | SUSPENDED) echo "tpu_vm.sh: the request was not met: $(state)" >&2; return 1 ;;
     esac
-    sleep 20
+    sleep "$PAUSE"
   done
 }
 
 install() {
-  local archive
   archive=$(mktemp --suffix=.tar.gz)
+  trap 'rm "$archive"' EXIT
   git archive --format=tar.gz --output="$archive" HEAD
   tpus tpu-vm scp "$archive" "$NAME":chatpose.tar.gz --worker=all
-  rm "$archive"
   everywhere 'mkdir -p chatpose && tar -xzf chatpose.tar.gz -C chatpose && python3 -m venv env && env/bin/pip install -q "./chatpose[tpu]"'
   if [[ -n $SHARE ]]; then
     everywhere "sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/runs && { mountpoint -q /mnt/runs || sudo mount '$SHARE' /mnt/runs; }"
@@ -57,14 +61,22 @@ stop() { everywhere 'pkill -TERM -f "env/bin/chatpose train" || true'; }
 delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 
 keep() {
-  until [[ $(state) == ACTIVE ]] && run "$@"; do
-    [[ $? != 2 ]] || return 2                # settings, data or weights are wrong
-    # A lost process is started again; a slice that was taken away is asked for again.
-    if [[ $(state) != ACTIVE ]]; then
-      [[ $(state) == NONE ]] || delete
-      if create; then install; else sleep 60; fi
-    fi
-    sleep 20
+  # One step a round, by the state of the slice: what failed is tried again, and `keep` itself may be started anew.
+  trap 'exit 130' INT
+  while true; do
+    case $(state) in
+      ACTIVE)
+        # Before every run, for a worker may be new or have lost its mount; processes of their own, where `set -e` holds.
+        if bash "$0" install; then
+          local status=0
+          bash "$0" run "$@" || status=$?
+          [[ $status != 0 && $status != 2 ]] || return "$status"    # complete, or settings, data or weights are wrong
+        fi
+        ;;
+      FAILED | SUSPENDED) delete || true ;;    # SUSPENDED: preempted
+      NONE) request || true ;;
+    esac
+    sleep "$PAUSE"
   done
 }
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -226,6 +227,95 @@ def test_one_machine_hands_a_signal_on(tmp_path, stand_in, number):
         script.terminate()
     assert script.wait(timeout=30) == 143
     assert calls(tmp_path) == ["chatpose train --out run", "got"]
+
+
+GCLOUD = r"""
+case "$*" in
+  *" describe "*) step=describe ;;
+  *" create "*) step=create ;;
+  *" delete "*) step=delete ;;
+  *" scp "*) step=scp ;;
+  *" --command="*"chatpose train"*) step=run ;;
+  *" --command="*) step=ssh ;;
+esac
+cd "$CLOUD"
+[[ $step == describe ]] && { [[ -e state ]] && cat state; exit; }
+echo $step >> steps
+next=$(sed -n "/^$step /{s/^$step //p;q}" events)    # the first that is left for this step
+sed -i "0,/^$step /{/^$step /d}" events
+case $step:${next:-0} in
+  create:0) [[ ! -e state ]] && echo ACTIVE > state; exit ;;
+  delete:0) rm state; exit ;;
+  run:preempted) echo SUSPENDED > state; exit 255 ;;
+esac
+exit "${next:-0}"
+"""
+"""Google's side of tpu_vm.sh: one slice, whose steps succeed but for the ``events``: STEP STATUS, or ``run preempted``."""
+
+INSTALL, RUN = ["scp", "ssh"], ["run"]
+ONCE = [*INSTALL, *RUN]
+
+
+@pytest.mark.parametrize(
+    ("state", "events", "status", "steps"),
+    [
+        ("", "", 0, ["create", *ONCE]),
+        ("ACTIVE", "", 0, ONCE),
+        ("SUSPENDED", "", 0, ["delete", "create", *ONCE]),
+        ("", "run preempted", 0, ["create", *ONCE, "delete", "create", *ONCE]),
+        ("ACTIVE", "run 75, run 143", 0, ONCE * 3),
+        ("ACTIVE", "run 2", 2, ONCE),
+        ("", "create 1, scp 1", 0, ["create", "create", "scp", *ONCE]),
+        ("ACTIVE", "ssh 255", 0, [*INSTALL, *ONCE]),
+        ("ACTIVE", "scp 2", 0, ["scp", *ONCE]),
+        ("SUSPENDED", "delete 1", 0, ["delete", "delete", "create", *ONCE]),
+    ],
+)
+def test_tpu_vm_keeps_a_run_going(tmp_path, stand_in, monkeypatch, state, events, status, steps):
+    """Whatever fails is tried again, and nothing runs where the installation has not ended."""
+    stand_in("gcloud", GCLOUD)
+    stand_in("git")
+    (tmp_path / "events").write_text("".join(f"{event}\n" for event in events.split(", ")))
+    if state:
+        (tmp_path / "state").write_text(state)
+    monkeypatch.setenv("CLOUD", str(tmp_path))
+    monkeypatch.setenv("PAUSE", "0")
+    command = ["bash", LAUNCH / "tpu_vm.sh", "keep", "--out", "a b"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, (tmp_path / "steps").read_text().split()) == (status, steps), done.stderr
+    assert all(r"chatpose train --out a\ b" in line for line in calls(tmp_path) if "chatpose train" in line)
+
+
+def test_tpu_vm_waits_for_a_slice_that_is_asked_for(tmp_path, stand_in, monkeypatch):
+    """Also after `keep` was started anew: a second request would lose the place in the queue."""
+    count = f'$(grep -c " describe " {tmp_path}/calls)'
+    stand_in(
+        "gcloud", f'[[ $* != *" describe "* ]] || {{ (({count} > 3)) && echo ACTIVE || echo WAITING_FOR_RESOURCES; }}'
+    )
+    stand_in("git")
+    monkeypatch.setenv("PAUSE", "0")
+    done = subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "keep", "--out", "run"], timeout=60)
+    assert done.returncode == 0
+    words = [line.split()[4] for line in calls(tmp_path) if line.startswith("gcloud")]
+    assert words == ["describe"] * 4 + ["scp", "ssh", "ssh"]
+
+
+def test_xpk_gets_the_command_in_one_piece(tmp_path, stand_in, monkeypatch):
+    stand_in("xpk", f'printf "%s\\n" "$@" > {tmp_path}/arguments')
+    monkeypatch.setenv("CLUSTER", "mine")
+    monkeypatch.setenv("IMAGE", "registry/chatpose:tpu")
+    words = ["--config", "chatpose_13b", "--out", "/runs/a b", "--set", "data.source='mine:rows'"]
+    subprocess.run(["bash", LAUNCH / "xpk.sh", *words], check=True)
+    *options, command = (tmp_path / "arguments").read_text().splitlines()
+    assert options == [
+        "workload", "create", "--cluster=mine", "--workload=chatpose", "--docker-image=registry/chatpose:tpu",
+        "--tpu-type=v5litepod-64", "--num-slices=1", "--storage=runs", "--max-restarts=100",
+        "--restart-on-user-code-failure",
+    ]  # fmt: skip
+    assert shlex.split(command.removeprefix("--command=")) == ["exec", "chatpose", "train", *words]
+    monkeypatch.delenv("IMAGE")
+    done = subprocess.run(["bash", LAUNCH / "xpk.sh", *words], capture_output=True, text=True)
+    assert done.returncode != 0 and "IMAGE: made by launch/Dockerfile" in done.stderr
 
 
 SRUN = """
