@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = error.filename2 or error.filename  # of a renaming, the file that the user named
         where = f"{name}: " if name else ""
         print(f"error: {where}{error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)  # of a run that can go on: not that of bad input
 
 
 if __name__ == "__main__":

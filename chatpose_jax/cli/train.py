@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit status 0 when complete, ``hosts.STOPPED`` (143) when stopped by a signal and ``hosts.LOST`` (75) when
-    another process is gone (the same command goes on from either).
+    another process is gone (the same command goes on from either). Raises ``hosts.Fault`` (1) when the file system fails under it.
     """
     if cpu_only():
         keep_freed_memory()
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
     hosts.connect(hosts.find(args.coordinator, args.num_processes, args.process_id))
     try:
-        with hosts.together(args.out):
+        with hosts.restartable(args.out, starting=True), hosts.together(args.out):
             out = run_training(config, args.out, init=args.init, profile=args.profile)
     except Interrupted as stop:
         if hosts.primary():
@@ -174,17 +174,22 @@ def run_training(
         peak=peak_flops(jax.devices()[0].device_kind),
         profile=profile,
     )
-    return model_folder.save_folder(
-        folder or out / "model",
-        model,
-        params,
-        processor=processor,
-        provenance={
-            "trained": {"steps": settings.steps, "from": str(init) if init else "scratch", "data": config.data.source}
-        },
-        passengers=init,
-        overwrite=True,
-    )
+    with hosts.restartable(out):
+        return model_folder.save_folder(
+            folder or out / "model",
+            model,
+            params,
+            processor=processor,
+            provenance={
+                "trained": {
+                    "steps": settings.steps,
+                    "from": str(init) if init else "scratch",
+                    "data": config.data.source,
+                }
+            },
+            passengers=init,
+            overwrite=True,
+        )
 
 
 def demand_table(config: RunConfig) -> None:

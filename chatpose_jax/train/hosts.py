@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +31,33 @@ LOST = 75
 
 STOPPED = 143
 """Exit status after a signal was obeyed and everything saved (128 + SIGTERM)."""
+
+
+FAILED = 1
+"""Exit status after a fault of the file system, or a crash: the same command goes on."""
+
+TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO",
+        "ENOSPC",
+        "EDQUOT",
+        "ESTALE",
+        "ETIMEDOUT",
+        "EAGAIN",
+        "EBUSY",
+        "ENOLCK",
+        "ENOTCONN",
+        "ECONNRESET",
+    )
+)
+"""Faults of a disk or of the way to it, which no path or setting causes."""
+
+
+class Fault(OSError):
+    """The file system failed under a run, which can go on from its last checkpoint. ``status`` is for the shell."""
+
+    status = FAILED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +205,36 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
+    """Turns faults of the file system into ``Fault``: a full or stale shared disk is mended by others, and no reason to give a run up.
+
+    starting: a path may be wrong yet, so only what ``TRANSIENT`` lists is turned; later every OSError is.
+    """
+    try:
+        yield
+    except Fault:
+        raise
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None or (cause.errno not in TRANSIENT and (starting or cause is not error)):
+            raise
+        where = f"{cause.filename}: " if cause.filename else ""
+        what = cause.strerror or " ".join(str(cause).split())
+        raise Fault(
+            f"{where}{what}; mend that: the same command goes on from the last checkpoint in {folder}"
+        ) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the operating system refused, be it the exception or behind it; TensorStore puts it in words."""
+    while error is not None and not isinstance(error, OSError):
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager

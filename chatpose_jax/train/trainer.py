@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -173,7 +174,8 @@ def train(
         profile: write a trace of that many steps to ``out/profile``.
 
     Raises:
-        Interrupted, or UserError when loss or gradient were not finite for more than ``config.max_skipped`` steps in a row.
+        Interrupted; ``hosts.Fault`` when the file system fails; UserError when loss or gradient were not finite for more than
+        ``config.max_skipped`` steps in a row.
     """
     out.mkdir(parents=True, exist_ok=True)
     hosts.meet("train")
@@ -211,17 +213,15 @@ def train(
         config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
         evaluate, flops, peak, profile, out,
     )  # fmt: skip
-    try:
+    with hosts.restartable(out), contextlib.ExitStack() as closing:
+        for thing in (checkpoints, log, bar):
+            closing.callback(thing.close)
         with hosts.together(out), hosts.Stop().listen() as stop:
             state = loop.run(state, stop)
         complete = int(state.step) == config.steps
         if complete and config.result == "best" and (best := checkpoints.best()) is not None:
             state, _ = checkpoints.restore(state, best)
             hosts.say(f"the result is the checkpoint of step {best}, the best by {config.best}")
-    finally:
-        bar.close()
-        log.close()
-        checkpoints.close()
     if not complete:
         raise Interrupted(int(state.step))
     return table.merge(state.trainable, frozen)

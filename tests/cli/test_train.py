@@ -1,12 +1,16 @@
 """What ``chatpose train`` starts from, what it knows of chips, and how it counts."""
 
 import dataclasses
+import errno
+import os
 
 import jax
 import numpy as np
 import pytest
 
+from chatpose_jax.cli import train as cli_train
 from chatpose_jax.cli.config import load_config
+from chatpose_jax.cli.main import main
 from chatpose_jax.cli.train import adopt, demand_table, initial_params, peak_flops, training_mesh, utilisation
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, create
@@ -89,3 +93,13 @@ def test_int8_is_no_idle_word_beside_init(base, sizes):
 def test_int8_kernels_do_not_train_beside_init_either(base):
     with pytest.raises(UserError, match=r"kept as int8 and cannot train"):
         demand_table(adopt(load_config("tiny", ["model.quantize=int8"]), base))
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
+def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, status):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), "rows.npz")
+
+    monkeypatch.setattr(cli_train, "examples", refused)
+    assert main(["train", "--out", str(tmp_path / "run")]) == status
+    assert capsys.readouterr().err.startswith(f"error: rows.npz: {os.strerror(number)}")

@@ -1,11 +1,12 @@
 """How a process learns of the others: flags, then variables, then the cluster."""
 
+import errno
 import signal
 
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.train.hosts import Hosts, Stop, find
+from chatpose_jax.train.hosts import Fault, Hosts, Stop, find, restartable
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
@@ -58,3 +59,31 @@ def test_the_first_signal_asks_the_second_ends(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) == before
+
+
+def failing(error, cause=None):
+    raise error from cause
+
+
+STALE, MISSING = OSError(errno.ESTALE, "Stale file handle", "rows.npz"), FileNotFoundError(errno.ENOENT, "No such file")
+WORDS = ValueError("FAILED_PRECONDITION: Failed to write [os_error_code='28']")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "starting", "words"),
+    [
+        (STALE, None, True, r"rows\.npz: Stale file handle; .* checkpoint in out"),
+        (UserError("cannot be read"), STALE, True, "Stale file handle"),
+        (UserError("no readable checkpoint"), WORDS, False, "No space left on device"),
+        (WORDS, None, False, "No space left on device"),
+        (MISSING, None, False, "No such file"),
+        (MISSING, None, True, None),
+        (UserError("no such folder"), MISSING, False, None),
+        (OSError("no tokenizer"), None, True, None),
+        (UserError("bad setting"), None, False, None),
+    ],
+)  # fmt: skip
+def test_faults_of_a_disk_are_no_bad_input(error, cause, starting, words):
+    with pytest.raises(Fault if words else type(error), match=words) as raised, restartable("out", starting=starting):
+        failing(error, cause)
+    assert isinstance(raised.value, Fault) == bool(words)

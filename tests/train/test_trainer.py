@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create, fake_batch
 from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.train.hosts import Fault
 from chatpose_jax.train.trainer import Interrupted, best_metric, shortest, train
 from tests.train.test_step import CONFIG, SETTINGS
 
@@ -208,3 +210,12 @@ def test_a_run_longer_than_asked_for_is_not_passed_off_as_short(tmp_path, params
     train(CONFIG, SETTINGS, params(), Batches(), tmp_path, progress=False)
     with pytest.raises(UserError, match=r"beyond train\.steps=2"):
         train(CONFIG, dataclasses.replace(SETTINGS, steps=2), params(), Batches(), tmp_path, progress=False)
+
+
+def test_a_full_disk_ends_a_run_so_that_it_is_started_again(tmp_path, params, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Fault, match="No space left on device"):
+        train(CONFIG, SETTINGS, params(), Batches(), tmp_path, progress=False)
