@@ -274,6 +274,7 @@ class _Loop:
             if saves or evaluates:
                 meter.restart()
             if last:
+                self._trace(step - first + 1, state, over=True)
                 break
         self.checkpoints.wait()
         return state
@@ -301,14 +302,19 @@ class _Loop:
         flops = self.flops(batch) if self.flops is not None and self.peak is not None else {}
         return rows, tokens, {name: share * value for name, value in flops.items()}
 
-    def _trace(self, number: int, state: TrainState) -> None:
-        """Begin and end the profile, by the number of the step in this process."""
-        if self.profile and number == PROFILE_AFTER:
+    def _trace(self, number: int, state: TrainState, *, over: bool = False) -> None:
+        """Begin and end the profile, by the number of the step in this process that comes next. over: none does."""
+        traced = number - PROFILE_AFTER
+        if self.profile and traced == 0 and not over:
             jax.profiler.start_trace(str(self.out / "profile"))
-        if self.profile and number == PROFILE_AFTER + self.profile:
+        if traced == self.profile > 0 or (over and 0 < traced < self.profile):
             jax.block_until_ready(state.step)
             jax.profiler.stop_trace()
-            hosts.say(f"a profile of {self.profile} steps is in {self.out / 'profile'}: open it with xprof or Perfetto")
+            hosts.say(f"a profile of {traced} steps is in {self.out / 'profile'}: open it with xprof or Perfetto")
+        elif over and self.profile and traced <= 0:
+            hosts.say(
+                f"no profile: it begins with step {PROFILE_AFTER}, after compilation, and this run took {number - 1}"
+            )
 
 
 def shortest(value: Any) -> float | int:

@@ -181,9 +181,19 @@ def test_the_mean_over_kinds_decides_what_is_best():
     assert best_metric(values, "mpjre") is None
 
 
-def test_a_profile_is_written(tmp_path, params):
-    train(CONFIG, SETTINGS, params(), Batches(), tmp_path, profile=2, progress=False)
+@pytest.mark.parametrize(
+    ("profile", "words"), [(2, "a profile of 2 steps"), (4, "a profile of 4 steps"), (50, "a profile of 4 steps")]
+)
+def test_a_profile_is_written_in_a_shorter_run_too(tmp_path, params, capsys, profile, words):
+    train(CONFIG, SETTINGS, params(), Batches(), tmp_path, profile=profile, progress=False)
     assert any(file.stat().st_size for file in (tmp_path / "profile").rglob("*.xplane.pb"))
+    assert capsys.readouterr().out.count(words) == 1
+
+
+def test_a_run_too_short_for_a_profile_says_so(tmp_path, params, capsys):
+    settings = dataclasses.replace(SETTINGS, steps=2)
+    train(CONFIG, settings, params(), Batches(), tmp_path, profile=2, progress=False)
+    assert "no profile: it begins with step 3" in capsys.readouterr().out
 
 
 def test_tensorboard_holds_the_scalars(tmp_path, params):
