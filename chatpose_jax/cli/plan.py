@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from chatpose_jax.cli.config import load_config
 from chatpose_jax.errors import UserError
+from chatpose_jax.train.config import MeshConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, help="rows of a step, by default the configuration's; with --decode, conversations (1)"
     )
     parser.add_argument("--length", type=int, help="tokens of a row, pictures included; by default train.max_length")
-    parser.add_argument("--mesh", help="DATAxFSDPxTENSOR, such as 1x8x1; by default what suits the target")
+    parser.add_argument(
+        "--mesh",
+        help="DATAxFSDPxTENSOR, such as 1x8x1; by default train.mesh where set and fitting, else what suits the target",
+    )
     parser.add_argument("--decode", action="store_true", help="one step of decoding instead of a training step")
     parser.add_argument(
         "--effort",
@@ -62,12 +67,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.batch is not None:
             train = dataclasses.replace(train, batch_size=args.batch, accumulate=1)
-        sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, train.batch_size)
+        asked = train.mesh != MeshConfig() or any(word.startswith("train.mesh.") for word in args.overrides)
+        sizes = (
+            _sizes(args.mesh)
+            or (fitting(train.mesh, target.chips) if asked else None)
+            or mesh_sizes(target, config.model, train.batch_size)
+        )
         plan = plan_training(config.model, train, target, sizes, length, effort=effort)
     if args.json is not None:
         args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
     print(describe(plan))
     return 0 if plan.fits else 1
+
+
+def fitting(mesh: MeshConfig, chips: int) -> tuple[int, int, int] | None:
+    """(data, fsdp, tensor) of a run's mesh over so many chips; None where it takes another number."""
+    given = math.prod(size for size in dataclasses.astuple(mesh) if size != -1)
+    data, fsdp, tensor = (chips // given if size == -1 else size for size in dataclasses.astuple(mesh))
+    return (data, fsdp, tensor) if data * fsdp * tensor == chips else None
 
 
 def _sizes(text: str | None) -> tuple[int, int, int] | None:

@@ -11,12 +11,13 @@ import jax
 import pytest
 
 from chatpose_jax.cli.main import main
+from chatpose_jax.cli.plan import fitting
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.planning import collectives, targets
 from chatpose_jax.planning.flops import decode_cost, train_cost
 from chatpose_jax.planning.plan import mesh_sizes
-from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import EVERYTHING, HEAD
 
 PAPER = TrainConfig(batch_size=16, accumulate=1)
@@ -125,6 +126,39 @@ def test_a_plan_for_this_machine(tmp_path, capsys) -> None:  # type: ignore[no-u
     model = preset("tiny").replace(lora=None)
     weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract(model)))
     assert data["arguments"] > weights / count
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        (["--set", "train.mesh.fsdp=1", "--set", "train.mesh.tensor=4"], (1, 1, 4)),
+        (["--set", "train.mesh.tensor=8"], (1, 4, 1)),
+        (["--set", "train.mesh.tensor=4", "--mesh", "2x2x1"], (2, 2, 1)),
+        ([], (1, 4, 1)),
+    ],
+)
+def test_a_mesh_that_was_set_is_planned_where_it_fits(settings, sizes, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    def found(*arguments, **_):  # type: ignore[no-untyped-def]
+        raise UserError(f"{arguments[3]}")
+
+    monkeypatch.setattr("chatpose_jax.planning.plan.plan_training", found)
+    assert plan("--target", "cpu:4", "--batch", "4", *settings) == 2
+    assert capsys.readouterr().err == f"error: {sizes}\n"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chips", "sizes"),
+    [
+        (MeshConfig(tensor=4), 8, (1, 2, 4)),
+        (MeshConfig(2, 2, 2), 8, (2, 2, 2)),
+        (MeshConfig(), 8, (1, 8, 1)),
+        (MeshConfig(tensor=3), 8, None),
+        (MeshConfig(tensor=16), 8, None),
+        (MeshConfig(1, 1, 1), 8, None),
+    ],
+)
+def test_a_mesh_fits_where_it_takes_all_chips(mesh, chips, sizes) -> None:  # type: ignore[no-untyped-def]
+    assert fitting(mesh, chips) == sizes
 
 
 def abstract(model):  # type: ignore[no-untyped-def]
