@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -123,10 +124,13 @@ def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
     """Join the other processes; must come before the first use of any device. None is a run of one process.
 
     heartbeat: seconds of silence after which a process counts as lost.
-    Raises UserError when they cannot be reached.
+    Raises UserError where joining cannot begin: nobody says who takes part, or the coordinator's port is in use. A process that
+    waits for the others in vain is aborted by JAX after five minutes, in C++, which no Python can turn into a line (status 134).
     """
     if hosts is None:
         return
+    if hosts.coordinator is not None and hosts.process_id == 0:
+        _demand_free(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or hosts.coordinator)
     try:
         jax.distributed.initialize(
             **_arguments(hosts), heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
@@ -135,6 +139,17 @@ def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
         where = hosts.coordinator or "the cluster"
         raise UserError(
             f"the processes of this run did not find each other through {where}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _demand_free(address: str) -> None:
+    """Raises UserError where the port that process 0 listens on is in use: JAX would end in a segmentation fault, every other time."""
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen on port {port}, as {address} says: {os.strerror(error.errno or 0)}"
         ) from error
 
 
