@@ -98,6 +98,7 @@ def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, mo
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(SIZES), default="full")
+    parser.add_argument("--tokens", type=int, help="tokens of each of the two rows; fewer where the peer takes minutes")
     parser.add_argument("--want", type=int, default=3, help="pairs to keep for each case")
     parser.add_argument("--tries", type=int, default=12, help="pairs to time at most")
     parser.add_argument(
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(cores())
     keep_freed_memory()  # for both, as chatpose train does it
     text, rows = SIZES[args.preset], []
-    ids = random_ids(2, 256 if args.preset == "full" else 32, text.vocab_size)
+    ids = random_ids(2, args.tokens or {"full": 256, "small": 32}[args.preset], text.vocab_size)
     print("| dtype | remat | layers | JAX s | torch s | torch / JAX time | spread | pairs | losses of 3 steps |")
     print("|" + "---|" * 9)
     for dtype in ("float32", "bfloat16"):
