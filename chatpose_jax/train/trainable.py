@@ -161,6 +161,17 @@ def describe(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
     return "\n".join(lines)
 
 
+def rates(rules: Sequence[Rule]) -> dict[str, float]:
+    """What multiplies the learning rate, for each row that trains, by the row's place in the table and the words of its pattern; nothing
+    where all have the base rate. ``{"3_projector": 0.1, …}``"""
+    found = {
+        f"{index}_{'_'.join(re.findall('[a-zA-Z0-9]+', row.pattern))}".rstrip("_"): row.lr
+        for index, row in enumerate(rules)
+        if row.lr is not None
+    }
+    return found if set(found.values()) != {1.0} else {}
+
+
 def scale_by_rows(rows: Mapping[str, Rule], schedule: optax.Schedule) -> optax.GradientTransformation:
     """The end of AdamW with a rate for each path: update = −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -219,9 +220,15 @@ def train(
         with hosts.together(out), hosts.Stop().listen() as stop:
             state = loop.run(state, stop)
         complete = int(state.step) == config.steps
-        if complete and config.result == "best" and (best := checkpoints.best()) is not None:
-            state, _ = checkpoints.restore(state, best)
-            hosts.say(f"the result is the checkpoint of step {best}, the best by {config.best}")
+        if complete and config.result == "best":
+            if (best := checkpoints.best()) is None:
+                hosts.say(
+                    f"train.result=best, but no validation of this run gave val_…_{config.best} (train.best, train.eval_every={config.eval_every}): "
+                    "the result is the last step"
+                )
+            else:
+                state, _ = checkpoints.restore(state, best)
+                hosts.say(f"the result is the checkpoint of step {best}, the best by {config.best}")
     if not complete:
         raise Interrupted(int(state.step))
     return table.merge(state.trainable, frozen)
@@ -244,6 +251,10 @@ class _Loop:
     peak: float | None
     profile: int
     out: Path
+
+    @functools.cached_property
+    def rates(self) -> dict[str, float]:
+        return table.rates(self.config.trainable)
 
     def run(self, state: TrainState, stop: hosts.Stop) -> TrainState:
         config, meter = self.config, Meter(self.peak)
@@ -284,11 +295,15 @@ class _Loop:
     ) -> None:
         """Wait for a step, log it, and stop where too many in a row were of no use."""
         scalars = {name: shortest(value) for name, value in jax.device_get(metrics).items()}
+        base = np.float32(scalars["learning_rate"])
+        scalars |= {f"learning_rate_{row}": shortest(base * np.float32(lr)) for row, lr in self.rates.items()}
         meter.done(*sizes)
-        self.log(step, {**scalars, **(meter.report() if chart else {})}, chart=chart)
+        speed = meter.report() if chart else {}
+        self.log(step, {**scalars, **speed}, chart=chart)
         check_skipped(scalars, step, self.config.max_skipped, self.checkpoints.latest())
         if chart:
             shown = {name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root") if name in scalars}
+            shown |= {name: f"{speed[name]:.1%}" for name in ("mfu", "mfu_6n") if name in speed}
             if scalars["skipped"]:
                 shown["skipped"] = f"{scalars['skipped']}"
             self.bar.set_postfix(shown, refresh=False)

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 
 import jax
@@ -17,6 +18,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create, fake_batch
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.hosts import Fault
+from chatpose_jax.train.trainable import PAPER, PROJECTOR, rates
 from chatpose_jax.train.trainer import Interrupted, best_metric, shortest, train
 from tests.train.test_step import CONFIG, SETTINGS
 
@@ -172,6 +174,29 @@ def test_pictures_and_the_best_are_kept(tmp_path, params):
     assert [line["val_text_pa_mpjpe"] for line in lines if "loss" not in line] == [3.0, 1.0, 2.0]
     best = train(CONFIG, dataclasses.replace(settings, result="best"), params(), Batches(), tmp_path, progress=False)
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(best), strict=True))
+
+
+def test_a_best_result_that_nothing_measured_is_not_passed_over(tmp_path, params, capsys):
+    with pytest.raises(UserError, match=r"result=best needs validations .* train\.eval_every=0"):
+        dataclasses.replace(SETTINGS, result="best")
+    settings = dataclasses.replace(SETTINGS, steps=2, eval_every=2, result="best", best="mpjre")
+    train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=lambda _: {"val_text_mpjpe": 1.0}, progress=False)
+    assert capsys.readouterr().out.count("gave val_…_mpjre") == 1
+
+
+def test_each_row_has_its_rate_and_the_console_both_shares_of_the_peak(tmp_path, params, capsys):
+    settings = dataclasses.replace(SETTINGS, steps=2, trainable=PROJECTOR)
+    counts = {"mfu": 1e9, "mfu_6n": 1.5e9}
+    train(CONFIG, settings, params(), Batches(), tmp_path, flops=lambda _: counts, peak=1e12)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        rows = {name: value for name, value in values.items() if name.startswith("learning_rate_")}
+        assert list(rows) == [f"learning_rate_{name}" for name in rates(PROJECTOR)]
+        assert rows["learning_rate_1_pose_head"] == values["learning_rate"]
+        assert rows["learning_rate_3_projector"] == pytest.approx(0.1 * values["learning_rate"])
+        assert values["mfu_6n"] == pytest.approx(1.5 * values["mfu"])
+    assert {"mfu", "mfu_6n"} <= set(re.findall(r"(\w+)=[\d.]+%", capsys.readouterr().err))
+    assert rates(PAPER) == {}
 
 
 def test_the_mean_over_kinds_decides_what_is_best():
