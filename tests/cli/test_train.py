@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import os
 
 import jax
@@ -11,13 +12,21 @@ import pytest
 from chatpose_jax.cli import train as cli_train
 from chatpose_jax.cli.config import load_config
 from chatpose_jax.cli.main import main
-from chatpose_jax.cli.train import adopt, demand_table, initial_params, peak_flops, training_mesh, utilisation
+from chatpose_jax.cli.train import (
+    adopt,
+    demand_table,
+    initial_params,
+    peak_flops,
+    run_training,
+    training_mesh,
+    utilisation,
+)
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, create
 from chatpose_jax.models.config import preset
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processing.processor import tiny_processor
-from chatpose_jax.train.trainable import flatten
+from chatpose_jax.train.trainable import PAPER, assign, flatten
 from chatpose_jax.weights import folder as model_folder
 
 
@@ -103,3 +112,25 @@ def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, stat
     monkeypatch.setattr(cli_train, "examples", refused)
     assert main(["train", "--out", str(tmp_path / "run")]) == status
     assert capsys.readouterr().err.startswith(f"error: rows.npz: {os.strerror(number)}")
+
+
+def digests(params):
+    return {path: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for path, leaf in flatten(params).items()}
+
+
+def stored(folder):
+    return model_folder.load_params(folder, abstract_params(model_folder.load_config(folder)))
+
+
+def test_a_lora_run_leaves_the_frozen_base_to_the_bit(base, tmp_path):
+    table = f"train.trainable={[list(row) for row in PAPER]}"
+    config = lora(table, "train.learning_rate=0.01", "train.warmup_steps=0")
+    result = stored(run_training(config, tmp_path, init=base))
+    before, start, after = map(digests, (stored(base), initial_params(adopt(config, base), base), result))
+    trains = {path for path, row in assign(result, PAPER).items() if row.lr is not None}
+    assert {path: digest for path, digest in after.items() if path not in trains} == {
+        path: digest for path, digest in before.items() if path not in trains
+    }
+    adapters = {path for path in after if "/lora_" in path}
+    assert len(adapters) == 4
+    assert adapters <= {path for path in trains if after[path] != start[path]}
