@@ -1,7 +1,10 @@
 """What a checkpoint belongs to, where it can be restored, and which ones stay."""
 
 import dataclasses
+import errno
 import json
+import logging
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +113,20 @@ def test_a_checkpoint_without_a_fingerprint_is_refused(tmp_path):
     file.write_text(json.dumps(run))
     with pytest.raises(UserError, match="does not say which frozen base"):
         opened(tmp_path, frozen).restore(state)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_takes_no_more_is_one_error(tmp_path, caplog):
+    """Here the largest file that a process may write is small, which a save finds out in the background."""
+    state, frozen = state_of()
+    state = dataclasses.replace(state, trainable={"large": jnp.asarray(np.random.default_rng(0).normal(size=100_000))})
+    checkpoints = opened(tmp_path, frozen)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=f"os_error_code='{errno.EFBIG}'"):
+            checkpoints.save(at(state, 1), {"step": 1})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
