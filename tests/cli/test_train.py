@@ -73,7 +73,7 @@ def base(tmp_path_factory):
 
 LORA = (
     "model.lora={'rank':2,'alpha':4.0,'dropout':0.0,'targets':('q_proj','v_proj')}", "train.steps=2", "train.batch_size=2",
-    "data.train_size=8", "train.eval_every=0", "data.buckets=1", "data.mixture=(('text',1),)",
+    "data.train_size=8", "train.eval_every=0", "data.buckets=1", "data.mixture=(('image',1),)",
 )  # fmt: skip
 
 
