@@ -5,7 +5,7 @@
 #
 # --out and --init must lie on a file system that all nodes share. The run goes on by itself: SIGTERM comes three minutes
 # before the time limit (and at a preemption), the run saves and exits with 143, and the job queues again; so it does
-# after 75, 134 or 137, when a process was lost, up to a hundred times. Resuming with other numbers below is fine. To end
+# after 1, 75, 134 or 137 (the file system failed, a process crashed or was lost), up to a hundred times. Resuming with other numbers below is fine. To end
 # it: scancel --signal=KILL. The environment that has `chatpose` must be active when sbatch is called (it is inherited), or
 # activate it below; an account or a partition goes on sbatch's command line.
 #SBATCH --job-name=chatpose
@@ -25,7 +25,7 @@ set -u
 srun --kill-on-bad-exit=1 chatpose train "$@"
 status=$?
 case $status in
-  75 | 134 | 137 | 143)
+  1 | 75 | 134 | 137 | 143)
     ((${SLURM_RESTART_COUNT:-0} < 100)) || exit "$status"
     echo "slurm.sh: status $status; queueing again" >&2
     scontrol requeue "$SLURM_JOB_ID"

@@ -97,10 +97,6 @@ class TrainConfig:
         require(self, "train", "at least 0 and less than 1", lambda value: 0 <= value < 1, "b1", "b2")
         require(self, "train", "at least 0 and at most 1", lambda value: 0 <= value <= 1, "final_lr_ratio")
         require(self, "train", "at least 0 and less than 2**32", lambda value: 0 <= value < 2**32, "seed")
-        if self.result == "best" and not self.eval_every:
-            raise UserError(
-                "train.result=best needs validations to choose by, and train.eval_every=0 asks for none: set it, or result=last"
-            )
         for row in self.trainable:
             if (row.lr or 0) < 0 or row.weight_decay < 0:
                 raise UserError(f"train.trainable: the row {tuple(row)} has a negative rate or decay")

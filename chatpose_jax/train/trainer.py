@@ -181,6 +181,10 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     hosts.meet("train")
     hosts.say(table.describe(params, config.trainable))
+    if config.result == "best" and not config.eval_every:
+        hosts.say(
+            "train.result=best has no validation to choose by (train.eval_every=0): the result will be the last step"
+        )
     state, frozen = init_state(config, params, mesh)
     settings = {
         "model": {k: v for k, v in model_config.to_json().items() if k not in HOW},
@@ -220,7 +224,7 @@ def train(
         with hosts.together(out), hosts.Stop().listen() as stop:
             state = loop.run(state, stop)
         complete = int(state.step) == config.steps
-        if complete and config.result == "best":
+        if complete and config.result == "best" and config.eval_every:
             if (best := checkpoints.best()) is None:
                 hosts.say(
                     f"train.result=best, but no validation of this run gave val_…_{config.best} (train.best, train.eval_every={config.eval_every}): "

@@ -180,7 +180,7 @@ def calls(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "queued"), [(0, False), (2, False), (1, False), (75, True), (134, True), (137, True), (143, True)]
+    ("status", "queued"), [(0, False), (2, False), (1, True), (75, True), (134, True), (137, True), (143, True)]
 )
 def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, status, queued):
     stand_in("srun", f"exit {status}")
