@@ -11,7 +11,7 @@ import chatpose_jax.models.heads as heads
 from chatpose_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["train.steps=3", "train.eval_every=3", "data.train_size=48", "data.val_size=48", "train.batch_size=4"]
+QUICK = ["train.steps=3", "train.eval_every=3", "data.train_size=48", "data.val_size=48", "train.batch_size=8"]
 
 
 def sets(*settings):
@@ -50,8 +50,8 @@ def test_the_head_of_the_docs_is_one_file_and_trains(tmp_path, monkeypatch):
     (tmp_path / "heads/deep.py").write_text(next(block for block in blocks if "DeepHead" in block))
     monkeypatch.setattr(heads, "__path__", [*heads.__path__, str(tmp_path / "heads")])
     try:
-        options = ("model.head.name=deep", "model.head.options=(('hidden', 48),)", "train.eval_every=0")
-        assert main(["train", "--out", str(tmp_path / "run"), *sets(*options)]) == 0
+        options = ("model.head.name=deep", "model.head.options=(('hidden', 48),)")
+        assert main(["demo", "--out", str(tmp_path / "run"), "--rows", "8", *sets(*options)]) == 0
         assert main(["chat", str(tmp_path / "run/model"), "--prompt", "Kneel.", "--force-pose"]) == 0
     finally:
         heads._REGISTRY.pop("deep", None)

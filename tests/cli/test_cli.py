@@ -443,7 +443,7 @@ def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
 
 @pytest.mark.slow
 def test_train_from_a_model_folder_with_lora(folder, tmp_path, capsys):
-    settings = ["train.steps=2", "train.eval_every=0", "data.train_size=24", "train.batch_size=4"]
+    settings = ["train.steps=2", "train.eval_every=0", "data.train_size=24", "train.batch_size=8"]
     rows = "train.trainable=[['.*/lora_[ab]',1,0],['pose_head/.*',1,0],['.*',None,0]]"
     (tmp_path / "lora.py").write_text(
         "from chatpose_jax.cli.config import run_config\n"
