@@ -24,6 +24,7 @@ for ((try = 1; try <= tries; try++)); do
   case $status in
     0) exit 0 ;;                            # complete
     2 | 130 | 143) exit "$status" ;;        # bad input; Ctrl-C; SIGTERM, after which everything is saved
+    126 | 127) exit "$status" ;;            # no such program: activate the environment that has it
   esac
   echo "one_machine.sh: status $status, start $try of $tries" >&2
   ((try == tries)) || sleep "${PAUSE:-10}"  # then the next one resumes

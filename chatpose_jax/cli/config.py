@@ -73,6 +73,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    if not hasattr(config, "lock"):
+        raise UserError(
+            f"{path}: get_config() returned {config!r:.80}; expected a ConfigDict, as chatpose_jax.cli.config.run_config makes one"
+        )
     config.lock()
     for override in overrides:
         _apply(config, override)

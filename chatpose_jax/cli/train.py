@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         type=Path,
-        help="model folder to start from (chatpose convert makes one); its architecture wins over the configuration's",
+        help="model folder to start from (chatpose convert makes one): its towers win over the configuration's; "
+        "adapters and pose head are as model.lora and model.head say",
     )
     parser.add_argument(
         "--set",
@@ -311,8 +312,11 @@ def initial_params(config: RunConfig, init: Path | None, mesh: Mesh | None = Non
 
     places = None if mesh is None else shardings({path: wanted[path] for path in fresh}, mesh)
     made = jax.jit(make, out_shardings=places)(key) if fresh else {}
-    if fresh:
-        hosts.say(f"starting from {init}; new: {', '.join(fresh)}")
+    hosts.say(f"starting from {init}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    if other_head and any(path.startswith("pose_head/") for path in held):
+        hosts.say(
+            f"its pose head, {base.head}, is left behind for {model.head}: set model.head as the folder has it to go on from it"
+        )
     whole = {path: made[path] if path in made else loaded.pop(path) for path in wanted}
     return unflatten(whole if config.model == model else to_int8(whole, config.model, mesh))
 

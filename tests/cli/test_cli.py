@@ -431,6 +431,9 @@ def test_json_is_an_inverse():
 
 
 def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
+    (tmp_path / "three.py").write_text("def get_config():\n    return 3\n")
+    with pytest.raises(UserError, match=r"three.py: get_config\(\) returned 3; expected a ConfigDict"):
+        load_config(str(tmp_path / "three.py"))
     (tmp_path / "mine.py").write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(UserError, match="ZeroDivisionError"):
         load_config(str(tmp_path / "mine.py"))

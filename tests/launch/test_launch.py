@@ -194,7 +194,9 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, stat
 
 
 @pytest.mark.parametrize(
-    ("statuses", "starts"), [((0,), 1), ((1, 75, 0), 3), ((143,), 1), ((2,), 1), ((1, 1, 1, 1), 3)], ids=str
+    ("statuses", "starts"),
+    [((0,), 1), ((1, 75, 0), 3), ((143,), 1), ((2,), 1), ((127,), 1), ((1, 1, 1, 1), 3)],
+    ids=str,
 )
 def test_one_machine_starts_again_after_a_crash(tmp_path, stand_in, monkeypatch, statuses, starts):
     stand_in(
