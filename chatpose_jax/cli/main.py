@@ -27,8 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted; training
-    that saved before it stopped has another one, see ``cli.train``."""
+    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted; training that can
+    go on has others, see ``cli.train``."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which nothing here needs
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # "no GPU found" is no news

@@ -129,8 +129,8 @@ def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
     """
     if hosts is None:
         return
-    if hosts.coordinator is not None and hosts.process_id == 0:
-        _demand_free(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or hosts.coordinator)
+    if hosts.coordinator is not None and hosts.process_id == 0 and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        _demand_free(hosts.coordinator)
     try:
         jax.distributed.initialize(
             **_arguments(hosts), heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
@@ -147,10 +147,9 @@ def _demand_free(address: str) -> None:
     port = int(address.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen on port {port}, as {address} says: {os.strerror(error.errno or 0)}"
-        ) from error
+    except (OSError, OverflowError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise UserError(f"process 0 cannot listen on port {port}, as {address} says: {why}") from error
 
 
 def _arguments(hosts: Hosts) -> dict[str, Any]:
@@ -226,7 +225,7 @@ class Stop:
 def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
     """Turns faults of the file system into ``Fault``: a full or stale shared disk is mended by others, and no reason to give a run up.
 
-    starting: a path may be wrong yet, so only what ``TRANSIENT`` lists is turned; later every OSError is.
+    starting: a path may be wrong yet, so only what ``TRANSIENT`` lists is turned; later everything that the operating system refuses is.
     """
     try:
         yield
@@ -234,7 +233,7 @@ def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         cause = _os_error(error)
-        if cause is None or (cause.errno not in TRANSIENT and (starting or cause is not error)):
+        if cause is None or cause.errno is None or (cause.errno not in TRANSIENT and (starting or cause is not error)):
             raise
         where = f"{cause.filename}: " if cause.filename else ""
         what = cause.strerror or " ".join(str(cause).split())

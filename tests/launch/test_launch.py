@@ -218,7 +218,13 @@ def test_one_machine_hands_a_signal_on(tmp_path, stand_in, number):
     for i in {{1..400}}; do sleep 0.05; [[ ${{stop:-}} ]] && break; done
     sleep 0.3; exit 143"""
     stand_in("chatpose", body)
-    script = subprocess.Popen(["bash", LAUNCH / "one_machine.sh", "--out", "run"], start_new_session=True)
+    script = subprocess.Popen(
+        ["bash", LAUNCH / "one_machine.sh", "--out", "run"],
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background inherits that it is ignored
+    )
     for _ in range(200):
         if (tmp_path / "up").exists():
             break

