@@ -30,10 +30,8 @@ class Checkpoints:
         """identity: JSON that a resumed run must share, such as the model's configuration and the table of what trains.
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
         """
-        for name in (
-            "absl",
-            "asyncio",
-        ):  # on a full disk they would tell of every array and thread beside the one error that is raised
+        # On a full disk they would tell of every array and thread beside the one error that is raised.
+        for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.folder, self.identity, self.frozen = folder, identity, dict(frozen)
         best = policies.BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)

@@ -39,7 +39,7 @@ FAILED = 1
 
 TRANSIENT = frozenset(
     getattr(errno, name)
-    for name in (
+    for name in [
         "EIO",
         "ENOSPC",
         "EDQUOT",
@@ -50,7 +50,7 @@ TRANSIENT = frozenset(
         "ENOLCK",
         "ENOTCONN",
         "ECONNRESET",
-    )
+    ]
 )
 """Faults of a disk or of the way to it, which no path or setting causes."""
 

@@ -221,9 +221,8 @@ def test_one_machine_hands_a_signal_on(tmp_path, stand_in, number):
     script = subprocess.Popen(
         ["bash", LAUNCH / "one_machine.sh", "--out", "run"],
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a job in the background inherits that it is ignored
+        # A job in the background inherits that it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(200):
         if (tmp_path / "up").exists():
