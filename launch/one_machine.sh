@@ -5,6 +5,7 @@
 #   launch/one_machine.sh --config chatpose_13b --init out/llava-13b --out out/13b
 #
 # TRIES (20): how often to start again. PAUSE (10): seconds in between.
+[[ $# -gt 0 ]] || { sed -n '2,7p' "$0"; exit 2; }
 set -um                                     # m: the program is in a group of its own, so a Ctrl-C reaches it once, by the trap
 tries=${TRIES:-20}
 child=

@@ -19,6 +19,7 @@ VERSION=${VERSION:-v2-alpha-tpuv5-lite}      # gcloud compute tpus versions list
 SPOT=${SPOT:-yes}
 SHARE=${SHARE:-}                             # HOST:/PATH
 PAUSE=${PAUSE:-20}                           # seconds between two looks, and before something that failed is tried again
+TRIES=${TRIES:-20}                           # of `keep`: requests and installations that may fail before one succeeds whole
 
 tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
 everywhere() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
@@ -63,21 +64,27 @@ delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 keep() {
   # One step a round, by the state of the slice: what failed is tried again, and `keep` itself may be started anew.
   trap 'exit 130' INT
-  while true; do
+  local failures=0 status
+  while ((failures < TRIES)); do
     case $(state) in
       ACTIVE)
         # Before every run, for a worker may be new or have lost its mount; processes of their own, where `set -e` holds.
         if bash "$0" install; then
-          local status=0
+          failures=0 status=0
           bash "$0" run "$@" || status=$?
           [[ $status != 0 && $status != 2 ]] || return "$status"    # complete, or settings, data or weights are wrong
+        else
+          ((++failures))
         fi
         ;;
-      FAILED | SUSPENDED) delete || true ;;    # SUSPENDED: preempted
-      NONE) request || true ;;
+      FAILED) ((++failures)); delete || true ;;
+      SUSPENDED) delete || true ;;             # preempted
+      NONE) request || ((++failures)) ;;
     esac
     sleep "$PAUSE"
   done
+  echo "tpu_vm.sh: $failures failures in a row, the last one above; a slice that stands is still billed (launch/tpu_vm.sh delete)" >&2
+  return 1
 }
 
 case ${1:-} in

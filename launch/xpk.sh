@@ -6,6 +6,7 @@
 #
 # Once before: xpk cluster create --cluster my-cluster --tpu-type=v5litepod-64 --num-slices=1
 #              xpk storage attach runs …    (a file system that all pods share, at /runs)
+[[ $# -gt 0 ]] || { sed -n '2,8p' "$0"; exit 2; }
 set -euo pipefail
 : "${CLUSTER:?name of the cluster}" "${IMAGE:?made by launch/Dockerfile}"
 

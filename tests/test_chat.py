@@ -209,6 +209,8 @@ def test_an_error_leaves_the_conversation_usable(model):
 def test_bad_settings(model):
     with pytest.raises(UserError, match="no such folder"):
         chatpose_jax.load("nowhere")
+    with pytest.raises(UserError, match="a file; expected a model folder"):
+        chatpose_jax.load(__file__)
     for setting, words in (
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),

@@ -104,9 +104,12 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
             f"data.source={config.source!r}: expected one of {', '.join(SOURCES)}, or 'package.module:function'"
         )
     try:
-        source: Source = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = importlib.import_module(module)
+    except ImportError as error:
         raise UserError(
             f"data.source={config.source!r} cannot be imported: {error} (a module of your own must be installed, or its folder be on PYTHONPATH)"
         ) from error
+    source: Source | None = getattr(found, name, None)
+    if source is None:
+        raise UserError(f"data.source={config.source!r}: the module {module} has no {name!r}")
     return source(config, split, image_size)

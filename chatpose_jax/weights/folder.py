@@ -139,7 +139,8 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a model folder (config.json, tokenizer/, params/)")
+        what = "a file" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {what}; expected a model folder (config.json, tokenizer/, params/)")
     if (path / CONFIG).is_file():
         data = read_json(path / CONFIG)
         if data.get("format") == FORMAT:

@@ -66,6 +66,16 @@ def test_the_papers_mixture_by_default():
         examples(DataConfig(source="mixture", sources=(("mixture", 1.0),)), "train", 64)
 
 
+def test_a_source_of_ones_own_that_is_missing_is_named():
+    for source, words in (
+        ("no_such_module:rows", "cannot be imported.*PYTHONPATH"),
+        ("chatpose_jax.data.mixture:rows", "the module chatpose_jax.data.mixture has no 'rows'"),
+        ("nonsense", "expected one of .*package.module:function"),
+    ):
+        with pytest.raises(UserError, match=words):
+            examples(DataConfig(source=source), "train", 64)
+
+
 def test_batches_of_a_mixture_resume(tmp_path):
     processor = tiny_processor(preset("tiny"))
     rows = examples(DataConfig(source="mixture", train_size=12), "train", 64)

@@ -132,6 +132,14 @@ def test_examples_of_scripts_fit_64_chips(name):
     assert load_config(parsed.config, parsed.overrides).train.batch_size % (64 // tensor_of(parsed)) == 0
 
 
+@pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.suffix == ".sh" and s.name != "slurm.sh"], ids=lambda s: s.name
+)
+def test_scripts_without_arguments_say_how(script):
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert done.returncode == 2 and f"launch/{script.name}" in done.stdout
+
+
 def test_a_broken_manifest_is_noticed():
     manifest = read(LAUNCH / "jobset_tpu.yaml")
     manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 1
@@ -276,10 +284,12 @@ ONCE = [*INSTALL, *RUN]
         ("ACTIVE", "ssh 255", 0, [*INSTALL, *ONCE]),
         ("ACTIVE", "scp 2", 0, ["scp", *ONCE]),
         ("SUSPENDED", "delete 1", 0, ["delete", "delete", "create", *ONCE]),
+        ("", "create 1, create 1, create 1", 1, ["create"] * 3),
+        ("FAILED", "create 1, scp 1", 1, ["delete", "create", "create", "scp"]),
     ],
 )
 def test_tpu_vm_keeps_a_run_going(tmp_path, stand_in, monkeypatch, state, events, status, steps):
-    """Whatever fails is tried again, and nothing runs where the installation has not ended."""
+    """Whatever fails is tried again, up to three times in a row; nothing runs where the installation has not ended."""
     stand_in("gcloud", GCLOUD)
     stand_in("git")
     (tmp_path / "events").write_text("".join(f"{event}\n" for event in events.split(", ")))
@@ -287,6 +297,7 @@ def test_tpu_vm_keeps_a_run_going(tmp_path, stand_in, monkeypatch, state, events
         (tmp_path / "state").write_text(state)
     monkeypatch.setenv("CLOUD", str(tmp_path))
     monkeypatch.setenv("PAUSE", "0")
+    monkeypatch.setenv("TRIES", "3")
     command = ["bash", LAUNCH / "tpu_vm.sh", "keep", "--out", "a b"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, (tmp_path / "steps").read_text().split()) == (status, steps), done.stderr

@@ -16,7 +16,7 @@ from chatpose_jax.models.config import HeadConfig
 def test_unknown_head_and_refused_option_are_named() -> None:
     with pytest.raises(UserError, match=r"no pose head 'no_such'; the heads are .*mlp"):
         heads.create_head(HeadConfig("no_such"), 8, rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match=r"'mlp' refuses its options .*depth"):
+    with pytest.raises(UserError, match=r"'mlp' refuses its options .*depth.*it knows none"):
         heads.create_head(HeadConfig("mlp", options=(("depth", 3),)), 8, rngs=nnx.Rngs(0))
 
 
@@ -24,6 +24,19 @@ def test_a_name_taken_twice_is_an_error() -> None:
     assert "mlp" in heads.head_names()
     with pytest.raises(ValueError, match="registered twice"):
         heads.register("mlp")(heads.PoseHead)
+
+
+def test_a_head_that_makes_no_rotations_is_named_with_both_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Angles(heads.PoseHead):
+        def __init__(self, width: int, num_joints: int, *, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(width, num_joints * 3, rngs=rngs)
+
+        def __call__(self, hidden: jax.Array) -> jax.Array:
+            return self.linear(hidden).reshape(*hidden.shape[:-1], -1, 3)
+
+    monkeypatch.setitem(heads._REGISTRY, "angles", Angles)
+    with pytest.raises(UserError, match=r"'angles' makes \(2, 24, 3\) .*expected rotation matrices \(2, 24, 3, 3\)"):
+        heads.create_head(HeadConfig("angles"), 8, rngs=nnx.Rngs(0))
 
 
 def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:

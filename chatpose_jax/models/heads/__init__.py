@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from chatpose_jax.errors import UserError
@@ -37,11 +40,24 @@ def head_names() -> list[str]:
 
 
 def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
-    """The head that ``config.name`` names; raises UserError with the known names or the refused options."""
+    """The head that ``config.name`` names; raises UserError with the known names, the refused options, or a result of another shape than
+    (..., num_joints, 3, 3).
+    """
     names = head_names()
     if config.name not in names:
         raise UserError(f"no pose head {config.name!r}; the heads are {', '.join(names)} (model.head.name)")
+    kind, options = _REGISTRY[config.name], dict(config.options)
+    reserved = {"self", "width", "num_joints", "rngs"}
+    known = [name for name in inspect.signature(kind.__init__).parameters if name not in reserved]
     try:
-        return _REGISTRY[config.name](width, config.num_joints, rngs=rngs, **dict(config.options))
+        head = kind(width, config.num_joints, rngs=rngs, **options)
     except TypeError as error:
-        raise UserError(f"pose head {config.name!r} refuses its options {dict(config.options)}: {error}") from error
+        raise UserError(
+            f"pose head {config.name!r} refuses its options {options}: {error}; it knows {', '.join(known) or 'none'} (model.head.options)"
+        ) from error
+    found = jax.eval_shape(head, jax.ShapeDtypeStruct((2, width), jnp.float32)).shape
+    if found != (wanted := (2, config.num_joints, 3, 3)):
+        raise UserError(
+            f"pose head {config.name!r} makes {found} of hidden states {(2, width)}; expected rotation matrices {wanted} (model.head.num_joints={config.num_joints})"
+        )
+    return head
