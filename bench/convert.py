@@ -45,7 +45,8 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.weights import placing
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.convert import convert, load_source
-from chatpose_jax.weights.plan import make_plan, open_sources
+from chatpose_jax.weights.plan import make_plan
+from chatpose_jax.weights.sources import open_sources
 def status(name):  # of this process since exec; ru_maxrss would start from the parent's
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 before = status("VmRSS")

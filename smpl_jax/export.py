@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from smpl_jax import rotations as rotation_functions
 from smpl_jax._files import write_whole
 from smpl_jax.body import BodyModel
-from smpl_jax.render import SKIN, vertex_normals
+from smpl_jax.raster import vertex_normals
+from smpl_jax.render import SKIN
 
 Frame = Literal["camera", "model"]
 PathLike = str | os.PathLike[str]

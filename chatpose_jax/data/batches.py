@@ -1,5 +1,4 @@
-"""Rows to arrays: encode an ``Example``, pad rows to one shape, and a loader whose every batch is a pure function of
-its step.
+"""A loader whose every batch is a pure function of its step.
 
 The order of an epoch is planned from the seed alone, so the position of a loader is one number, resuming is exact in any
 number of processes, and each of them builds its own slice of the same global batch. Reading ahead is a detail on top of
@@ -17,125 +16,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from chatpose_jax.data.collate import Batch, collate, encode_example, pack, weightless
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.processor import IGNORE, Processor
-
-Batch = dict[str, np.ndarray]
+from chatpose_jax.processing.processor import Processor
 
 TEXT_BESIDE_A_PICTURE = 64
 """Tokens that a conversation about a picture has at least, about: decides how many pictures a packed row has room for."""
 TOKENS_BETWEEN_POSES = 64
 """Likewise for the poses of a packed row."""
 ENDLESS = 1 << 40
-
-
-def encode_example(
-    processor: Processor, example: Example, max_length: int, *, normalise: bool = True
-) -> dict[str, Any]:
-    """One row, not yet padded.
-
-    Returns ``input_ids`` (T,) and ``labels`` (T,) int32 with T <= max_length, ``images``: list of (S, S, 3) float32
-    (uint8 where ``normalise`` is False), ``pose_positions`` (P,) int32, ``pose_targets`` (P, 24, 3, 3) float32.
-    Pictures and poses behind the cut are dropped.
-    Raises UserError that names the example, where it is malformed or its answers hold another number of ``<POSE>``
-    than it has poses.
-    """
-    poses = _poses(example)
-    try:
-        encoded = processor.encode(
-            example.messages, add_generation_prompt=False, max_length=max_length, normalise=normalise
-        )
-    except UserError as error:
-        raise UserError(f"example {example.id!r}: {error}") from None
-    found = len(encoded.pose_positions)
-    if found > len(poses) or (found < len(poses) and not encoded.truncated):
-        raise UserError(
-            f"example {example.id!r}: its answers hold {found} <POSE>, but it has {len(poses)} poses; "
-            "there must be one for each"
-        )
-    return {
-        "input_ids": encoded.input_ids,
-        "labels": encoded.labels,
-        "images": encoded.images,
-        "pose_positions": encoded.pose_positions,
-        "pose_targets": poses[:found],
-    }
-
-
-def collate(
-    rows: Sequence[Mapping[str, Any]],
-    length: int,
-    *,
-    max_images: int,
-    max_poses: int,
-    pad_id: int,
-    image_size: int | None = None,
-) -> Batch:
-    """Pad rows of ``encode_example`` or ``pack`` on the right to one shape.
-
-    Returns ``input_ids`` (B, T) int32, ``attention_mask`` (B, T) bool, ``labels`` (B, T) int32 (-100: no loss; not
-    shifted), ``pixel_values`` (B, I, S, S, 3) float32 (absent where no row has a picture and no ``image_size`` S says
-    that there should be one; a row with fewer than I has zeros behind), ``pose_index`` (B, P) int32, the position p - 1
-    of the hidden state that predicts the pose token at p (0 where unused), ``pose_targets`` (B, P, 24, 3, 3) float32
-    (identity where unused), ``pose_mask`` (B, P) bool; of packed rows also ``segment_ids`` (B, T) int32, which number
-    the conversations of a row from 1 on and are 0 in the padding.
-    """
-    for row in rows:
-        for name, size, limit in (
-            ("tokens", len(row["input_ids"]), length),
-            ("pictures", len(row["images"]), max_images),
-            ("poses", len(row["pose_positions"]), max_poses),
-        ):
-            if size > limit:
-                raise UserError(f"a row has {size} {name}, more than the {limit} that the batch has room for")
-    count = len(rows)
-    batch: Batch = {
-        "input_ids": np.full((count, length), pad_id, np.int32),
-        "attention_mask": np.zeros((count, length), bool),
-        "labels": np.full((count, length), IGNORE, np.int32),
-        "pose_index": np.zeros((count, max_poses), np.int32),
-        "pose_targets": np.broadcast_to(np.eye(3, dtype=np.float32), (count, max_poses, 24, 3, 3)).copy(),
-        "pose_mask": np.zeros((count, max_poses), bool),
-    }
-    shape = next((image.shape for row in rows for image in row["images"]), None)
-    if shape is None and image_size is not None and max_images:
-        shape = (image_size, image_size, 3)
-    if shape is not None:
-        batch["pixel_values"] = np.zeros((count, max_images, *shape), np.float32)
-    if any("segment_ids" in row for row in rows):
-        batch["segment_ids"] = np.zeros((count, length), np.int32)
-    for i, row in enumerate(rows):
-        tokens, poses = len(row["input_ids"]), len(row["pose_positions"])
-        batch["input_ids"][i, :tokens] = row["input_ids"]
-        batch["attention_mask"][i, :tokens] = True
-        batch["labels"][i, :tokens] = row["labels"]
-        batch["pose_index"][i, :poses] = row["pose_positions"] - 1
-        batch["pose_targets"][i, :poses] = row["pose_targets"]
-        batch["pose_mask"][i, :poses] = True
-        for j, image in enumerate(row["images"]):
-            batch["pixel_values"][i, j] = image
-        if "segment_ids" in batch:
-            batch["segment_ids"][i, :tokens] = row["segment_ids"]
-    return batch
-
-
-def pack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several rows of ``encode_example``, one after another in one row, with ``segment_ids`` (T,) int32 from 1 on.
-
-    The first token of each is never a target: the token before it belongs to another conversation.
-    """
-    starts = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
-    labels = np.concatenate([row["labels"] for row in rows])
-    labels[starts[:-1]] = IGNORE
-    return {
-        "input_ids": np.concatenate([row["input_ids"] for row in rows]),
-        "labels": labels,
-        "images": [image for row in rows for image in row["images"]],
-        "pose_positions": np.concatenate([row["pose_positions"] + start for row, start in zip(rows, starts)]),
-        "pose_targets": np.concatenate([row["pose_targets"] for row in rows]),
-        "segment_ids": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), np.diff(starts)),
-    }
 
 
 def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> list[list[int]]:
@@ -424,7 +314,7 @@ class BatchLoader:
         """One row of a batch."""
         rows = [self._row(number if number >= 0 else ~number) for number in numbers]
         row = pack(rows) if self.packing else rows[0]
-        return row if numbers[0] >= 0 else _weightless(row)
+        return row if numbers[0] >= 0 else weightless(row)
 
     def _row(self, index: int) -> dict[str, Any]:
         if self._cache is None:
@@ -473,23 +363,3 @@ def fit_buckets(lengths: np.ndarray, count: int, limit: int, multiple: int = 16)
             for j in range(len(values))
         ]
     return best[-1][1]
-
-
-def _weightless(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **row,
-        "labels": np.full_like(row["labels"], IGNORE),
-        "pose_positions": row["pose_positions"][:0],
-        "pose_targets": row["pose_targets"][:0],
-    }
-
-
-def _poses(example: Example) -> np.ndarray:
-    poses = np.asarray(example.poses, np.float32)
-    if poses.size == 0:
-        return np.zeros((0, 24, 3, 3), np.float32)
-    if poses.ndim != 4 or poses.shape[1:] != (24, 3, 3) or not np.isfinite(poses).all():
-        raise UserError(
-            f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found shape {poses.shape}"
-        )
-    return poses

@@ -15,7 +15,8 @@ def int8_scale(kernel: Any) -> Any:
     """(..., in, out) -> float32 (..., out): max|kernel| / 127 over the input axis, 1 where a column is all zero."""
     xp: Any = jnp if isinstance(kernel, jax.Array) else np
     largest = xp.max(xp.abs(kernel.astype(xp.float32)), axis=-2)
-    return xp.where(largest > 0, largest / LARGEST, 1).astype(xp.float32)
+    # A product rounds alike everywhere; compilers make one of a division by a constant, and only some of them.
+    return xp.where(largest > 0, largest * np.float32(1 / LARGEST), 1).astype(xp.float32)
 
 
 def quantize_int8(kernel: Any) -> tuple[Any, Any]:

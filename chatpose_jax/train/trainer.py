@@ -223,6 +223,7 @@ def train(
             closing.callback(thing.close)
         with hosts.together(out), hosts.Stop().listen() as stop:
             state = loop.run(state, stop)
+        bar.close()  # before more is said
         complete = int(state.step) == config.steps
         if complete and config.result == "best" and config.eval_every:
             if (best := checkpoints.best()) is None:

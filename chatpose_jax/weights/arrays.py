@@ -29,8 +29,8 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.weights.leaves import Leaf
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.plan import Leaf
 from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.readers import forget
 

@@ -17,8 +17,8 @@ from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.convert import DTYPES, QUANTIZE, convert
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
 from chatpose_jax.weights.layouts import FAMILIES
-from chatpose_jax.weights.plan import PARTS, Plan, Source, make_plan, open_adapter, open_sources
-from chatpose_jax.weights.sources import describe_adapters, is_adapter
+from chatpose_jax.weights.plan import PARTS, Plan, make_plan
+from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
 
 TOLERANCE = 2e-5
 """Of ``chatpose verify``, relative."""

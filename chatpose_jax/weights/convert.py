@@ -21,11 +21,11 @@ from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, is_model_folder, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.placing import Shardings, place
-from chatpose_jax.weights.plan import Plan, Source, make_plan, open_sources
+from chatpose_jax.weights.plan import Plan, make_plan
 from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
-from chatpose_jax.weights.sources import changes
+from chatpose_jax.weights.sources import Source, changes, open_sources
 from chatpose_jax.weights.tokens import write_tokenizer
 from chatpose_jax.weights.writers import copied, write_safetensors
 

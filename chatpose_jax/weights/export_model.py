@@ -16,8 +16,8 @@ from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS
 from chatpose_jax.weights.layouts import Rule
+from chatpose_jax.weights.leaves import copy_array, demand_finite_cast
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.plan import copy_array, demand_finite_cast
 from chatpose_jax.weights.tokens import Tokens
 from chatpose_jax.weights.writers import Tensor, row_blocks
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from chatpose_jax.weights.arrays import Params
-from chatpose_jax.weights.plan import Leaf
+from chatpose_jax.weights.leaves import Leaf
 from chatpose_jax.weights.readers import Index
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -21,258 +20,22 @@ from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
+from chatpose_jax.models.config import DType, ModelConfig, TextConfig
 from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
-from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.weights.adapters import TOKEN_ROWS
-from chatpose_jax.weights.layouts import Rule, Transform
+from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
+from chatpose_jax.weights.layouts import Rule
+from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import Index, TensorEntry
-from chatpose_jax.weights.sources import Source, open_adapter, open_sources
-from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, read_tokens
-
-__all__ = ["PARTS", "Leaf", "Plan", "Source", "initial", "make_plan", "open_adapter", "open_sources"]
+from chatpose_jax.weights.sources import Source
 
 _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
-_SPARE_ROWS = 1024
-"""How many rows an embedding may have without a token, to be of a round size."""
 _SHOWN = 8
 """How many names of each kind of problem an error shows."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
-
-
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """tokens: as the source has them. added: literals that the written tokenizer gets. pose_is_new: the pose token is
-    one of them."""
-
-    tokens: Tokens
-    added: tuple[str, ...]
-    pose_token_id: int
-    rows: int
-    """Rows of the embedding in the result."""
-
-    @property
-    def pose_is_new(self) -> bool:
-        return self.tokens.pose_token_id is None
-
-
-def infer_config(
-    sources: Sequence[Source], tokenizer: str | Path | None = None, *, dtype: DType | None = None
-) -> tuple[ModelConfig, Vocabulary]:
-    """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply.
-
-    Args:
-        sources: from ``open_sources``.
-        tokenizer: folder with the tokenizer; default the main source's.
-        dtype: dtype of the base, stored and computed in; default the one that most of the main source is stored in
-            (float64 becomes float32).
-
-    Raises:
-        UserError: a setting that the model cannot follow, or files that contradict each other.
-    """
-    settings: dict[str, Any] = {}
-    for source in sources:
-        stored = source.checkpoint.config()
-        if not stored and not source.is_adapter and any(name.endswith("embed_tokens.weight") for name in source.shapes):
-            raise UserError(
-                f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
-                "fetch it from where the weights came from"
-            )
-        try:
-            found = source.layout.settings(stored, source.shapes)
-        except UserError as error:
-            raise UserError(f"{source.checkpoint.folder}: {error}") from None
-        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{source.checkpoint.folder}: config.json holds a setting of the wrong kind ({error}); fetch it again"
-            ) from None
-        settings = settings | found if source.is_adapter else found | settings
-    main = sources[0].checkpoint
-    if "text" not in settings:
-        raise UserError(
-            f"{main.folder}: {sources[0].layout.title}: no language model in it; give the checkpoint that has one first"
-        )
-    rows = embedding_rows(sources)
-    nested = main.config().get("text_config")
-    nested = {name: value for name, value in nested.items() if value is not None} if isinstance(nested, dict) else {}
-    flat = main.config() | nested
-    ids: dict[str, Any] = {
-        name: int(flat[name])
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if isinstance(flat.get(name), int)
-    }
-    ids = {name: id for name, id in ids.items() if id >= 0}
-    image_token_id = settings.get("image_token_id", -200)
-    tokens = read_tokens(tokenizer or _tokenizer_folder(sources))
-    if rows > tokens.size + _SPARE_ROWS:
-        raise UserError(
-            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
-            "belongs to another checkpoint"
-        )
-    listed = [id for source in sources for ids in source.token_rows.values() for id in ids]
-    if listed and max(listed) >= max(rows, tokens.size) + len(listed):
-        raise UserError(
-            f"the adapter has a row for token {max(listed)}, the embedding has {rows} rows and the tokenizer {tokens.size} "
-            "tokens; the adapter belongs to another base"
-        )
-    vocabulary = _vocabulary(
-        tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0)
-    )
-    param_dtype = dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
-    vision = settings.get("vision", VisionConfig())
-    config = ModelConfig(
-        vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
-        text=TextConfig(vocab_size=vocabulary.rows, base_vocab_size=vocabulary.tokens.base_size, **settings["text"]),
-        lora=_lora(sources),
-        head=settings.get("head", HeadConfig()),
-        pose_token_id=vocabulary.pose_token_id,
-        image_token_id=image_token_id,
-        dtype=param_dtype,
-        param_dtype=param_dtype,
-        **ids,
-    )
-    return config, vocabulary
-
-
-def _lora(sources: Sequence[Source]) -> LoRAConfig | None:
-    found = [source for source in sources if source.lora is not None]
-    if len(found) > 1:
-        raise UserError(
-            f"{found[0].title} and {found[1].title} both hold adapters, this model holds one set; "
-            "merge one of them in PyTorch first (merge_and_unload)"
-        )
-    return found[0].lora if found else None
-
-
-def _tokenizer_folder(sources: Sequence[Source]) -> Path:
-    """An adapter's where it has one: it knows the tokens that were added for it."""
-    folders = [source.checkpoint.folder for source in sources if source.is_adapter]
-    has = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
-    return next(has, sources[0].checkpoint.folder)
-
-
-def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: int) -> Vocabulary:
-    if tokens.base_size > rows or tokens.size > rows:
-        raise UserError(
-            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
-            f"belongs to another checkpoint"
-        )
-    named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
-    if image_token_id == tokens.base_size:
-        # transformers' own conversion of LLaVA puts both behind the base vocabulary; not every config.json names the second.
-        named.insert(0, (image_token_id + 1, "<pad>"))
-    special = {id: literal for id, literal in named if tokens.size <= id < rows}
-    first_free = max([tokens.size, *(id + 1 for id in special)])
-    pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
-    added = new_tokens(tokens, special | {pose: POSE}, max([pose, first_free - 1]))
-    return Vocabulary(tokens, tuple(added), pose, max(rows, pose + 1))
-
-
-# --------------------------------------------------------------------------------------------------------------- leaves
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of the parameter tree, not yet read. ``read(index)`` gives any box of it (slices of step 1) in
-    ``dtype``."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
-    split_axis: int = 0
-    """The axis along which boxes are contiguous in the source file."""
-    stacked: bool = False
-    origin: Callable[[Index], tuple[str, int]] = dataclasses.field(default=lambda index: ("", 0), repr=False)
-    """Where a box begins: file and byte."""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def blocks(self, limit: int, chunk: tuple[int, ...], span: Index | None = None) -> Iterator[Index]:
-        """Boxes that cover ``span`` (default: the leaf) in the source's order, of at most about ``limit`` bytes, each a whole
-        number of ``chunk``s from the span's start.
-        """
-        span = span if span is not None else tuple(slice(0, n) for n in self.shape)
-        axis = self.split_axis % len(self.shape)
-        layer_bytes = self.nbytes // (self.shape[0] if self.stacked else 1)
-        step = max(limit * self.shape[axis] // layer_bytes // chunk[axis], 1) * chunk[axis]
-        for layers in _pieces(span[0], chunk[0]) if self.stacked else (span[0],):
-            for part in _pieces(span[axis], step):
-                box = [layers, *span[1:]]
-                box[axis] = part
-                yield tuple(box)
-
-
-def _pieces(whole: slice, step: int) -> list[slice]:
-    return [slice(start, min(start + step, whole.stop)) for start in range(whole.start, whole.stop, step)]
-
-
-def _source_leaf(
-    path: str, target: jax.ShapeDtypeStruct, rule: Rule, entries: Sequence[TensorEntry], row_start: int
-) -> Leaf:
-    shape = tuple(target.shape[1:] if rule.stacked else target.shape)
-    dtype = np.dtype(target.dtype)
-
-    def read_layer(entry: TensorEntry, index: Index, out: np.ndarray) -> None:
-        def read(box: Index) -> np.ndarray:
-            rows = slice(box[0].start + row_start, box[0].stop + row_start) if row_start else box[0]
-            return entry.read((rows, *box[1:]), borrowed=True)
-
-        copy_array(out, rule.transform.read(read, shape, index))
-        demand_finite_cast(entry.name, out, entry.dtype)
-
-    def read(index: Index) -> np.ndarray:
-        index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, target.shape, strict=True))
-        out = np.empty([part.stop - part.start for part in index], dtype)
-        if rule.stacked:
-            for slot, layer in enumerate(range(index[0].start, index[0].stop)):
-                read_layer(entries[layer], index[1:], out[slot])
-        else:
-            read_layer(entries[0], index, out)
-        return out
-
-    axis = -1 if rule.transform is not Transform.SAME else int(rule.stacked)
-
-    def origin(index: Index) -> tuple[str, int]:
-        entry = entries[index[0].start if rule.stacked else 0]
-        return str(entry.file), entry.offset + (index[axis].start + row_start) * (entry.nbytes // entry.shape[0])
-
-    return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, origin)
-
-
-def _array_leaf(path: str, array: np.ndarray) -> Leaf:
-    return Leaf(path, array.shape, array.dtype, lambda index: array[index])
-
-
-def copy_array(out: np.ndarray, source: np.ndarray) -> None:
-    """``out[...] = source``; a transposed matrix in blocks that stay in the cache, up to nine times as fast as whole, and no
-    copying through the slow loops of custom float types."""
-    if out.dtype == source.dtype:
-        word = np.dtype(f"u{out.dtype.itemsize}")
-        out, source = out.view(word), source.T.view(word).T if source.flags.f_contiguous else source.view(word)
-    if source.ndim != 2 or source.flags.c_contiguous:
-        out[...] = source
-        return
-    for column in range(0, source.shape[1], 16):
-        for row in range(0, source.shape[0], 4096):
-            out[row : row + 4096, column : column + 16] = source[row : row + 4096, column : column + 16]
-
-
-def demand_finite_cast(name: str, out: np.ndarray, stored: np.dtype) -> None:
-    """Raises UserError where ``out``, cast from ``stored``, has values that float16 cannot hold."""
-    if out.dtype == np.float16 and stored != np.float16 and not np.isfinite(out).all():
-        raise UserError(f"{name}: values beyond float16, which ends at 65504; choose --dtype bfloat16 or float32")
-
-
-# ------------------------------------------------------------------------------------------------------------- the plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +98,7 @@ def make_plan(
             passengers[source.layout.name] = {name: source.checkpoint.tensors[name] for name in riders}
     for part in sorted(fresh_parts):
         for path, array in initial(part, config, seed).items():
-            leaves[path] = _array_leaf(path, array)
+            leaves[path] = array_leaf(path, array)
     for part in PARTS:
         if part not in provided | fresh_parts:
             option = f"--{part} FOLDER" if part in ("vision", "projector") else "another source"
@@ -350,17 +113,6 @@ def make_plan(
         _replace_rows(leaves, source, config.text)
     leaves = {path: leaves[path] for path in tree}
     return Plan(config, tuple(sources), vocabulary, leaves, ignored, tuple(fresh), passengers)
-
-
-def embedding_rows(sources: Sequence[Source]) -> int:
-    """Rows of the embedding that the sources hold; an adapter's embedding replaces the base's."""
-    held = [
-        math.prod(source.checkpoint.tensors[rule.source].shape[:1])  # a scalar is found misshaped later
-        for source in sources
-        for rule in source.layout.rules
-        if rule.target == "decoder/embed_tokens/embedding" and rule.source in source.checkpoint.tensors
-    ]
-    return held[-1]
 
 
 def table_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
@@ -469,7 +221,7 @@ def _plan_source(
         fits = [_fits(rule, target, tensors[name], rows, problems) for name in names if rule.rows != "added"]
         if all(fits):
             start = config.text.base_vocab_size if rule.rows == "added" else 0
-            leaves[rule.target] = _source_leaf(rule.target, target, rule, [tensors[name] for name in names], start)
+            leaves[rule.target] = source_leaf(rule.target, target, rule, [tensors[name] for name in names], start)
     for name in tensors:
         if name in known:
             continue
@@ -521,7 +273,7 @@ def _append_rows(
         count = rule.transform.source_shape(tuple(tree[rule.target].shape))[0] - len(stored)
         mean = np.repeat((total / rows).astype(np.float32)[None], count, axis=0)
         array = rule.transform.forward(np.concatenate([stored, mean]))
-        leaves[rule.target] = _array_leaf(rule.target, np.ascontiguousarray(array))
+        leaves[rule.target] = array_leaf(rule.target, np.ascontiguousarray(array))
 
 
 def _replace_rows(leaves: dict[str, Leaf], source: Source, text: TextConfig) -> None:

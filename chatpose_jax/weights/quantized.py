@@ -9,8 +9,9 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.quantize import int8_scale, quantize_int8
+from chatpose_jax.weights.leaves import Leaf
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.plan import Leaf, Plan
+from chatpose_jax.weights.plan import Plan
 from chatpose_jax.weights.readers import Index
 
 _COLUMNS = 1024

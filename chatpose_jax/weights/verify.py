@@ -33,7 +33,7 @@ from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS, TOKENIZER, load_config
 from chatpose_jax.weights.paths import nested
-from chatpose_jax.weights.plan import Source, open_sources
+from chatpose_jax.weights.sources import Source, open_sources
 
 TEXT_PROMPT = "Show me someone who kneels."
 IMAGE_PROMPT = "How does this person stand?"

@@ -33,6 +33,14 @@ def test_stacked_layers_are_quantized_each_for_itself() -> None:
     assert np.abs(values * scales[:, None] - kernels).max() <= scales.max() / 2 * 1.001
 
 
+def test_numpy_and_xla_round_alike() -> None:
+    """A folder that was converted to int8 and one that is quantised while it loads are the same frozen base."""
+    kernel = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
+    ours, compiled = quantize_int8(kernel), jax.jit(quantize_int8)(kernel)
+    np.testing.assert_array_equal(compiled[0], ours[0])
+    np.testing.assert_array_equal(compiled[1], ours[1])
+
+
 def test_a_quantized_model_computes_with_its_rounded_weights() -> None:
     config = small.config(2).replace(quantize="int8")
     params = create(config, jax.random.key(0))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smpl_jax import render
+from smpl_jax import raster, render
 from smpl_jax.io import load_body
 
 SQUARE = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], np.float32)
@@ -20,7 +20,7 @@ def body():
 
 
 def camera(size=64, distance=4.0):
-    return render.Camera(size, size, focal=size, center=(size / 2, size / 2), translation=(0, 0, distance))
+    return raster.Camera(size, size, focal=size, center=(size / 2, size / 2), translation=(0, 0, distance))
 
 
 def test_projection_is_x_right_y_down():
@@ -29,7 +29,7 @@ def test_projection_is_x_right_y_down():
 
 
 def test_square_covers_the_pixels_whose_centres_it_holds():
-    seen = render.rasterize(SQUARE, SQUARE_FACES, camera(64, 4.0))
+    seen = raster.rasterize(SQUARE, SQUARE_FACES, camera(64, 4.0))
     covered = seen.face >= 0
     assert covered.sum() == 32 * 32
     assert covered[16:48, 16:48].all()
@@ -42,7 +42,7 @@ def test_barycentric_weights_are_perspective_correct():
     slanted = SQUARE.copy()
     slanted[[1, 2], 2] = 3.0  # the right edge is further away
     view = camera(64, 4.0)
-    seen = render.rasterize(slanted, SQUARE_FACES, view)
+    seen = raster.rasterize(slanted, SQUARE_FACES, view)
     row, column = np.nonzero(seen.face >= 0)
     corners = slanted[SQUARE_FACES[seen.face[row, column]]]
     points = (corners * seen.barycentric[row, column][..., None]).sum(1)
@@ -55,34 +55,34 @@ def test_nearer_triangle_wins_whatever_the_order():
     near, far = SQUARE * 0.5 - away, SQUARE + away
     faces = np.concatenate([SQUARE_FACES, SQUARE_FACES + 4])
     for vertices, near_faces in ((np.concatenate([near, far]), (0, 1)), (np.concatenate([far, near]), (2, 3))):
-        seen = render.rasterize(vertices, faces, camera())
+        seen = raster.rasterize(vertices, faces, camera())
         assert seen.face[32, 32] in near_faces
         assert seen.depth[32, 32] == pytest.approx(3.0)
 
 
 def test_faces_turned_away_are_culled_on_request():
     reverse = SQUARE_FACES[:, ::-1]
-    assert (render.rasterize(SQUARE, reverse, camera()).face == -1).all()
-    assert (render.rasterize(SQUARE, reverse, camera(), cull=False).face >= 0).sum() == 32 * 32
+    assert (raster.rasterize(SQUARE, reverse, camera()).face == -1).all()
+    assert (raster.rasterize(SQUARE, reverse, camera(), cull=False).face >= 0).sum() == 32 * 32
 
 
 def test_large_triangles_are_drawn_in_parts_that_agree(monkeypatch):
-    whole = render.rasterize(SQUARE, SQUARE_FACES, camera())
-    monkeypatch.setattr(render, "_PAIRS_AT_ONCE", 10)
-    parts = render.rasterize(SQUARE, SQUARE_FACES, camera())
+    whole = raster.rasterize(SQUARE, SQUARE_FACES, camera())
+    monkeypatch.setattr(raster, "_PAIRS_AT_ONCE", 10)
+    parts = raster.rasterize(SQUARE, SQUARE_FACES, camera())
     for a, b in zip(whole, parts):
         np.testing.assert_array_equal(a, b)
 
 
 def test_what_lies_behind_the_camera_is_not_drawn():
-    assert (render.rasterize(SQUARE, SQUARE_FACES, camera(distance=-4.0), cull=False).face == -1).all()
+    assert (raster.rasterize(SQUARE, SQUARE_FACES, camera(distance=-4.0), cull=False).face == -1).all()
 
 
 def test_agrees_with_brute_force_on_a_body(body):
     """Peer: each pixel's ray against every triangle (Möller-Trumbore), in float64."""
     vertices = np.asarray(body.template).T * np.array([1, -1, -1], np.float32)
-    view = render.Camera.looking_at(vertices, 24)
-    seen = render.rasterize(vertices, body.faces, view)
+    view = raster.Camera.looking_at(vertices, 24)
+    seen = raster.rasterize(vertices, body.faces, view)
     corners = (vertices.astype(np.float64) + view.translation)[np.asarray(body.faces)]
     a, u, v = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     expected = np.full((24, 24), np.inf)
@@ -104,7 +104,7 @@ def test_agrees_with_brute_force_on_a_body(body):
 def test_looking_at_fills_the_picture_and_cuts_nothing():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(500, 3)) * [0.5, 1.0, 0.4] + [3, -2, 1]
-    view = render.Camera.looking_at(points, (96, 64), margin=0.05)
+    view = raster.Camera.looking_at(points, (96, 64), margin=0.05)
     pixel = view.project(points)
     room = np.minimum(pixel - [0.05 * 64, 0.05 * 96], [0.95 * 64, 0.95 * 96] - pixel)
     assert -0.01 < room.min() < 0.1
@@ -113,7 +113,7 @@ def test_looking_at_fills_the_picture_and_cuts_nothing():
 def test_picture_keeps_its_background_and_blends_edges():
     background = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     given = background.copy()
-    view = render.Camera(64, 64, focal=64, center=(32.3, 32.3), translation=(0, 0, 4))
+    view = raster.Camera(64, 64, focal=64, center=(32.3, 32.3), translation=(0, 0, 4))
     picture = render.render_mesh(SQUARE, SQUARE_FACES, camera=view, background=background, supersample=4)
     np.testing.assert_array_equal(background, given)
     np.testing.assert_array_equal(picture[:10], background[:10])

@@ -40,6 +40,7 @@ from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import initial  # noqa: E402
+from smpl_jax.rotations import rotation_6d_to_matrix  # noqa: E402
 
 from .sources import (  # noqa: E402
     POSE_ID,
@@ -442,7 +443,9 @@ class ListedHead(PoseHead):
         )
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        raise NotImplementedError
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return rotation_6d_to_matrix(hidden.reshape(*hidden.shape[:-1], self.num_joints, 6), order="columns")
 
 
 def test_a_head_of_another_kind_goes_out_and_comes_back(plain: Path, tmp_path: Path) -> None:

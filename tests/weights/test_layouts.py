@@ -23,7 +23,7 @@ from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params  # noqa: E402
 from chatpose_jax.weights.layouts import LAYOUTS, Transform  # noqa: E402
-from chatpose_jax.weights.plan import open_sources  # noqa: E402
+from chatpose_jax.weights.sources import open_sources  # noqa: E402
 
 from .sources import (  # noqa: E402
     IMAGE_ID,

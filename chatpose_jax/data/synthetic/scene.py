@@ -14,6 +14,7 @@ from smpl_jax import body as body_functions
 from smpl_jax import render
 from smpl_jax.body import BodyModel
 from smpl_jax.io import load_body
+from smpl_jax.raster import Camera
 
 MAX_YAW, MAX_PITCH = 20.0, 6.0  # degrees
 _JOINTS_OF = {
@@ -121,7 +122,7 @@ class Studio:
         return np.asarray(_vertices(self.body, poses, betas[:, : self.body.num_betas]))[: len(scenes)]
 
     def _draw(self, vertices: np.ndarray, scene: Scene, size: int) -> np.ndarray:
-        camera = render.Camera.looking_at(vertices, size, fov=scene.fov, margin=scene.margin)
+        camera = Camera.looking_at(vertices, size, fov=scene.fov, margin=scene.margin)
         x, y = np.asarray(camera.center) + size * scene.shift
         camera = dataclasses.replace(camera, center=(float(x), float(y)))
         return render.render_mesh(

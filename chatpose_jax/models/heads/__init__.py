@@ -58,6 +58,7 @@ def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
     found = jax.eval_shape(head, jax.ShapeDtypeStruct((2, width), jnp.float32)).shape
     if found != (wanted := (2, config.num_joints, 3, 3)):
         raise UserError(
-            f"pose head {config.name!r} makes {found} of hidden states {(2, width)}; expected rotation matrices {wanted} (model.head.num_joints={config.num_joints})"
+            f"pose head {config.name!r} makes {found} of hidden states {(2, width)}; expected rotation matrices {wanted} "
+            f"(model.head.num_joints={config.num_joints})"
         )
     return head

@@ -1,0 +1,159 @@
+"""The configuration that the sources of a conversion imply."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
+from chatpose_jax.processing.conversation import POSE
+from chatpose_jax.weights.sources import Source
+from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, read_tokens
+
+_SPARE_ROWS = 1024
+"""How many rows an embedding may have without a token, to be of a round size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """tokens: as the source has them. added: literals that the written tokenizer gets. pose_is_new: the pose token is
+    one of them."""
+
+    tokens: Tokens
+    added: tuple[str, ...]
+    pose_token_id: int
+    rows: int
+    """Rows of the embedding in the result."""
+
+    @property
+    def pose_is_new(self) -> bool:
+        return self.tokens.pose_token_id is None
+
+
+def infer_config(
+    sources: Sequence[Source], tokenizer: str | Path | None = None, *, dtype: DType | None = None
+) -> tuple[ModelConfig, Vocabulary]:
+    """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply.
+
+    Args:
+        sources: from ``open_sources``.
+        tokenizer: folder with the tokenizer; default the main source's.
+        dtype: dtype of the base, stored and computed in; default the one that most of the main source is stored in
+            (float64 becomes float32).
+
+    Raises:
+        UserError: a setting that the model cannot follow, or files that contradict each other.
+    """
+    settings: dict[str, Any] = {}
+    for source in sources:
+        stored = source.checkpoint.config()
+        if not stored and not source.is_adapter and any(name.endswith("embed_tokens.weight") for name in source.shapes):
+            raise UserError(
+                f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
+                "fetch it from where the weights came from"
+            )
+        try:
+            found = source.layout.settings(stored, source.shapes)
+        except UserError as error:
+            raise UserError(f"{source.checkpoint.folder}: {error}") from None
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{source.checkpoint.folder}: config.json holds a setting of the wrong kind ({error}); fetch it again"
+            ) from None
+        settings = settings | found if source.is_adapter else found | settings
+    main = sources[0].checkpoint
+    if "text" not in settings:
+        raise UserError(
+            f"{main.folder}: {sources[0].layout.title}: no language model in it; give the checkpoint that has one first"
+        )
+    rows = embedding_rows(sources)
+    nested = main.config().get("text_config")
+    nested = {name: value for name, value in nested.items() if value is not None} if isinstance(nested, dict) else {}
+    flat = main.config() | nested
+    ids: dict[str, Any] = {
+        name: int(flat[name])
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if isinstance(flat.get(name), int)
+    }
+    ids = {name: id for name, id in ids.items() if id >= 0}
+    image_token_id = settings.get("image_token_id", -200)
+    tokens = read_tokens(tokenizer or _tokenizer_folder(sources))
+    if rows > tokens.size + _SPARE_ROWS:
+        raise UserError(
+            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
+            "belongs to another checkpoint"
+        )
+    listed = [id for source in sources for ids in source.token_rows.values() for id in ids]
+    if listed and max(listed) >= max(rows, tokens.size) + len(listed):
+        raise UserError(
+            f"the adapter has a row for token {max(listed)}, the embedding has {rows} rows and the tokenizer {tokens.size} "
+            "tokens; the adapter belongs to another base"
+        )
+    vocabulary = _vocabulary(
+        tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0)
+    )
+    param_dtype = dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
+    vision = settings.get("vision", VisionConfig())
+    config = ModelConfig(
+        vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
+        text=TextConfig(vocab_size=vocabulary.rows, base_vocab_size=vocabulary.tokens.base_size, **settings["text"]),
+        lora=_lora(sources),
+        head=settings.get("head", HeadConfig()),
+        pose_token_id=vocabulary.pose_token_id,
+        image_token_id=image_token_id,
+        dtype=param_dtype,
+        param_dtype=param_dtype,
+        **ids,
+    )
+    return config, vocabulary
+
+
+def _lora(sources: Sequence[Source]) -> LoRAConfig | None:
+    found = [source for source in sources if source.lora is not None]
+    if len(found) > 1:
+        raise UserError(
+            f"{found[0].title} and {found[1].title} both hold adapters, this model holds one set; "
+            "merge one of them in PyTorch first (merge_and_unload)"
+        )
+    return found[0].lora if found else None
+
+
+def _tokenizer_folder(sources: Sequence[Source]) -> Path:
+    """An adapter's where it has one: it knows the tokens that were added for it."""
+    folders = [source.checkpoint.folder for source in sources if source.is_adapter]
+    has = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
+    return next(has, sources[0].checkpoint.folder)
+
+
+def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: int) -> Vocabulary:
+    if tokens.base_size > rows or tokens.size > rows:
+        raise UserError(
+            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
+            f"belongs to another checkpoint"
+        )
+    named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
+    if image_token_id == tokens.base_size:
+        # transformers' own conversion of LLaVA puts both behind the base vocabulary; not every config.json names the second.
+        named.insert(0, (image_token_id + 1, "<pad>"))
+    special = {id: literal for id, literal in named if tokens.size <= id < rows}
+    first_free = max([tokens.size, *(id + 1 for id in special)])
+    pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
+    added = new_tokens(tokens, special | {pose: POSE}, max([pose, first_free - 1]))
+    return Vocabulary(tokens, tuple(added), pose, max(rows, pose + 1))
+
+
+def embedding_rows(sources: Sequence[Source]) -> int:
+    """Rows of the embedding that the sources hold; an adapter's embedding replaces the base's."""
+    held = [
+        math.prod(source.checkpoint.tensors[rule.source].shape[:1])  # a scalar is found misshaped later
+        for source in sources
+        for rule in source.layout.rules
+        if rule.target == "decoder/embed_tokens/embedding" and rule.source in source.checkpoint.tensors
+    ]
+    return held[-1]
