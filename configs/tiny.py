@@ -12,14 +12,14 @@ def get_config():
     config.data.template = "plain"
     config.data.train_size = 12000
     config.data.mixture = (
-        ("text", 8), ("text_short", 2), ("situation", 3), ("text_turns", 8), ("image", 60), ("image_turns", 8), ("image_words", 5), ("words", 2),
+        ("text", 7), ("text_short", 2), ("situation", 2), ("text_turns", 7), ("image", 66), ("image_turns", 8), ("image_words", 4), ("words", 1),
     )  # fmt: skip
 
     config.data.buckets = 3  # a fourth saves less padding than its compilation takes
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 3000
+    config.train.steps = 3200
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
@@ -30,6 +30,6 @@ def get_config():
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting
     config.train.remat = "none"
-    config.train.save_every = 1000
-    config.train.eval_every = 1000
+    config.train.save_every = 1600
+    config.train.eval_every = 800
     return config
