@@ -19,17 +19,19 @@ def get_config():
 
     config.train.trainable = EVERYTHING
     config.train.optimizer = "muon"
-    config.train.steps = 3200
+    config.train.steps = 3000
     config.train.batch_size = 16
     config.train.accumulate = 1
     config.train.max_length = 320
     config.train.learning_rate = 1e-3
     config.train.warmup_steps = 200
-    config.train.b2 = 0.98  # a memory of 50 updates: the first gradients, far larger than later ones, are soon forgotten
+    config.train.b2 = (
+        0.98  # a memory of 50 updates: the first gradients, far larger than later ones, are soon forgotten
+    )
     # From nothing, the pose must outweigh the choice among answers that differ in words alone.
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting
     config.train.remat = "none"
-    config.train.save_every = 1600
-    config.train.eval_every = 800
+    config.train.save_every = 1500
+    config.train.eval_every = 1500
     return config

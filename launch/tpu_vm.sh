@@ -19,11 +19,21 @@ VERSION=${VERSION:-v2-alpha-tpuv5-lite}      # gcloud compute tpus versions list
 SPOT=${SPOT:-yes}
 SHARE=${SHARE:-}                             # HOST:/PATH
 PAUSE=${PAUSE:-20}                           # seconds between two looks, and before something that failed is tried again
-TRIES=${TRIES:-20}                           # of `keep`: requests and installations that may fail before one succeeds whole
+TRIES=${TRIES:-20}                           # failures after which `keep` gives up; LASTING seconds of a run forgive all before
+LASTING=${LASTING:-600}
 
 tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
 everywhere() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
-state() { tpus queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null || echo NONE; }
+
+state() {
+  # An error that does not say that the slice is missing (no network, say) is neither a state nor a failure.
+  local error
+  error=$(mktemp)
+  if ! tpus queued-resources describe "$NAME" --format='value(state.state)' 2>"$error"; then
+    if grep -q NOT_FOUND "$error"; then echo NONE; else cat "$error" >&2; echo UNKNOWN; fi
+  fi
+  rm "$error"
+}
 
 request() {
   local spot=()
@@ -64,26 +74,26 @@ delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 keep() {
   # One step a round, by the state of the slice: what failed is tried again, and `keep` itself may be started anew.
   trap 'exit 130' INT
-  local failures=0 status
+  local failures=0 began status
   while ((failures < TRIES)); do
     case $(state) in
       ACTIVE)
         # Before every run, for a worker may be new or have lost its mount; processes of their own, where `set -e` holds.
+        began=$SECONDS status=1
         if bash "$0" install; then
-          failures=0 status=0
+          status=0
           bash "$0" run "$@" || status=$?
           [[ $status != 0 && $status != 2 ]] || return "$status"    # complete, or settings, data or weights are wrong
-        else
-          ((++failures))
         fi
+        if ((SECONDS - began >= LASTING)); then failures=0; else ((++failures)); fi
         ;;
-      FAILED) ((++failures)); delete || true ;;
-      SUSPENDED) delete || true ;;             # preempted
+      FAILED) echo "tpu_vm.sh: the request has failed" >&2; ((++failures)); delete || true ;;
+      SUSPENDED) delete || ((++failures)) ;;   # preempted
       NONE) request || ((++failures)) ;;
     esac
     sleep "$PAUSE"
   done
-  echo "tpu_vm.sh: $failures failures in a row, the last one above; a slice that stands is still billed (launch/tpu_vm.sh delete)" >&2
+  echo "tpu_vm.sh: gave up after $failures failures (TRIES); a slice that stands is still billed: launch/tpu_vm.sh delete" >&2
   return 1
 }
 

@@ -119,6 +119,7 @@ def rasterize(vertices: ArrayLike, faces: ArrayLike, camera: Camera, *, cull: bo
 
 
 def mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Vertices (V, 3) float32 and faces (F, 3) intp; ValueError where they are none."""
     points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"vertices must be (V, 3), found {points.shape}")

@@ -99,7 +99,7 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
     if config.source in SOURCES:
         return SOURCES[config.source](config, split, image_size)
     module, _, name = config.source.partition(":")
-    if not name:
+    if not (module and name):
         raise UserError(
             f"data.source={config.source!r}: expected one of {', '.join(SOURCES)}, or 'package.module:function'"
         )
@@ -110,6 +110,6 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
             f"data.source={config.source!r} cannot be imported: {error} (a module of your own must be installed, or its folder be on PYTHONPATH)"
         ) from error
     source: Source | None = getattr(found, name, None)
-    if source is None:
-        raise UserError(f"data.source={config.source!r}: the module {module} has no {name!r}")
+    if not callable(source):
+        raise UserError(f"data.source={config.source!r}: the module {module} has no function {name!r}")
     return source(config, split, image_size)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
-from chatpose_jax.models.heads import create_head
+from chatpose_jax.models.heads import check_head, create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.sharding import constrain, shardings
 from chatpose_jax.models.vision import VisionTower
@@ -134,7 +134,9 @@ def _positions(segments: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=32)
 def _split(config: ModelConfig) -> tuple[Any, Any]:
     with nnx.use_eager_sharding(False):
-        return nnx.split(nnx.eval_shape(lambda: ChatPoseModel(config, rngs=nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: ChatPoseModel(config, rngs=nnx.Rngs(0)))
+        check_head(model.pose_head, config.head, config.text.hidden_size)
+        return nnx.split(model)
 
 
 def abstract_params(config: ModelConfig) -> Params:

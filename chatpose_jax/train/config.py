@@ -38,7 +38,7 @@ class TrainConfig:
     steps: updates in all. batch_size: rows of a micro-batch, over all devices.
     accumulate: micro-batches whose gradients are averaged before one update.
     max_length: tokens of a row, pictures included; what is longer is cut.
-    optimizer: "adamw", or "muon" for all matrices but the vocabulary's and AdamW for the rest: learns faster from nothing.
+    optimizer: "adamw", or "muon" for all kernels but the vocabulary's and AdamW for the rest: learns faster from nothing.
     learning_rate: the peak, reached after ``warmup_steps`` updates of linear rise.
     schedule: "linear" or "cosine" decay from there to ``final_lr_ratio`` × the peak at the last step.
     b1, b2: decay of Adam's first and second moments.

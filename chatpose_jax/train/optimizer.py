@@ -13,8 +13,8 @@ from optax import contrib
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 
-MATRIX = re.compile(r"(.*/layers|vision/patch_embed|projector|pose_head)/.*kernel")
-"""What Muon trains: every matrix but the vocabulary's two tables."""
+STACKED = re.compile(r"(vision|decoder)/layers/.*kernel")
+ALONE = re.compile(r"(vision/patch_embed|projector|pose_head)/.*kernel")
 MUON_RMS = 0.2
 NEWTON_SCHULZ = 3
 """Iterations, after a rescaling that spares one (AOL; Boissin et al. 2025, "Turbo-Muon"). Each is a noticeable part of a small model's step."""
@@ -37,13 +37,23 @@ def optimizer(config: TrainConfig, params: Mapping[str, Any]) -> optax.GradientT
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
     scale = adam
     if config.optimizer == "muon":
+        shapes = table.flatten(params)
         labels = {
-            path: "muon" if MATRIX.fullmatch(path) else "adam" for path, row in rows.items() if row.lr is not None
+            path: "muon" if is_matrix(path, len(shapes[path].shape)) else "adam"
+            for path, row in rows.items()
+            if row.lr is not None
         }
         scale = optax.partition({"muon": scale_by_muon(), "adam": adam}, labels)
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip), scale, table.scale_by_rows(rows, learning_rate(config))
     )
+
+
+def is_matrix(path: str, rank: int) -> bool:
+    """Whether Muon trains an array: the kernels of layers, patch embedding, projector and pose head, not the vocabulary's, nor a convolution
+    in a head of one's own.
+    """
+    return bool(STACKED.fullmatch(path) or (rank == 2 and ALONE.fullmatch(path)))
 
 
 def scale_by_muon() -> optax.GradientTransformation:
@@ -58,6 +68,9 @@ def scale_by_muon() -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
 
     return optax.chain(
+        optax.scale(
+            1e6
+        ),  # what follows knows no scale, but for a bound on small squares that gradients of large models would reach
         contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, preconditioning="aol", weight_dimension_numbers=dimensions),
         optax.stateless(rms),
     )

@@ -55,6 +55,7 @@ def _pieces(whole: slice, step: int) -> list[slice]:
 def source_leaf(
     path: str, target: jax.ShapeDtypeStruct, rule: Rule, entries: Sequence[TensorEntry], row_start: int
 ) -> Leaf:
+    """The leaf that ``rule`` makes of ``entries``, one a layer where it is stacked. row_start: first row of the source that belongs to it."""
     shape = tuple(target.shape[1:] if rule.stacked else target.shape)
     dtype = np.dtype(target.dtype)
 
@@ -86,6 +87,7 @@ def source_leaf(
 
 
 def array_leaf(path: str, array: np.ndarray) -> Leaf:
+    """A leaf whose values are here already."""
     return Leaf(path, array.shape, array.dtype, lambda index: array[index])
 
 

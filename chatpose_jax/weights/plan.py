@@ -1,5 +1,4 @@
-"""The plan of a conversion: sources, the configuration that they imply, and for each leaf of the parameter tree where
-its values come from.
+"""The plan of a conversion: for each leaf of the parameter tree where its values come from.
 
 A plan reads headers only. It is complete or it raises: every tensor of every source feeds a leaf or is ignored by a
 rule with a reason, and every leaf has exactly one origin of the right shape.

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from chatpose_jax.data.batches import BatchLoader, collate, encode_example, fit_buckets, fit_packs, pack
+from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs
+from chatpose_jax.data.collate import collate, encode_example, pack
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset

@@ -69,7 +69,9 @@ def test_the_papers_mixture_by_default():
 def test_a_source_of_ones_own_that_is_missing_is_named():
     for source, words in (
         ("no_such_module:rows", "cannot be imported.*PYTHONPATH"),
-        ("chatpose_jax.data.mixture:rows", "the module chatpose_jax.data.mixture has no 'rows'"),
+        ("chatpose_jax.data.mixture:rows", "the module chatpose_jax.data.mixture has no function 'rows'"),
+        ("chatpose_jax.data.mixture:__name__", "has no function"),
+        (":rows", "expected one of"),
         ("nonsense", "expected one of .*package.module:function"),
     ):
         with pytest.raises(UserError, match=words):

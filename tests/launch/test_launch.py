@@ -254,7 +254,11 @@ case "$*" in
   *" --command="*) step=ssh ;;
 esac
 cd "$CLOUD"
-[[ $step == describe ]] && { [[ -e state ]] && cat state; exit; }
+if [[ $step == describe ]]; then
+  [[ -e state ]] || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }
+  grep -q "^describe" events && { sed -i "0,/^describe/{/^describe/d}" events; echo "no network" >&2; exit 1; }
+  cat state; exit
+fi
 echo $step >> steps
 next=$(sed -n "/^$step /{s/^$step //p;q}" events)    # the first that is left for this step
 sed -i "0,/^$step /{/^$step /d}" events
@@ -286,10 +290,13 @@ ONCE = [*INSTALL, *RUN]
         ("SUSPENDED", "delete 1", 0, ["delete", "delete", "create", *ONCE]),
         ("", "create 1, create 1, create 1", 1, ["create"] * 3),
         ("FAILED", "create 1, scp 1", 1, ["delete", "create", "create", "scp"]),
+        ("ACTIVE", "run 1, run 1, run 1", 1, ONCE * 3),
+        ("SUSPENDED", "delete 1, delete 1, delete 1", 1, ["delete"] * 3),
+        ("ACTIVE", "describe 1, describe 1, describe 1, describe 1", 0, ONCE),
     ],
 )
 def test_tpu_vm_keeps_a_run_going(tmp_path, stand_in, monkeypatch, state, events, status, steps):
-    """Whatever fails is tried again, up to three times in a row; nothing runs where the installation has not ended."""
+    """Whatever fails is tried again until the third failure; nothing runs where the installation has not ended."""
     stand_in("gcloud", GCLOUD)
     stand_in("git")
     (tmp_path / "events").write_text("".join(f"{event}\n" for event in events.split(", ")))
@@ -302,6 +309,17 @@ def test_tpu_vm_keeps_a_run_going(tmp_path, stand_in, monkeypatch, state, events
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, (tmp_path / "steps").read_text().split()) == (status, steps), done.stderr
     assert all(r"chatpose train --out a\ b" in line for line in calls(tmp_path) if "chatpose train" in line)
+
+
+def test_tpu_vm_forgives_failures_once_a_run_has_lasted(tmp_path, stand_in, monkeypatch):
+    stand_in("gcloud", GCLOUD)
+    stand_in("git")
+    (tmp_path / "events").write_text("run 1\n" * 5)
+    (tmp_path / "state").write_text("ACTIVE")
+    for name, value in (("CLOUD", str(tmp_path)), ("PAUSE", "0"), ("TRIES", "3"), ("LASTING", "0")):
+        monkeypatch.setenv(name, value)
+    done = subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "keep", "--out", "run"], timeout=60)
+    assert (done.returncode, (tmp_path / "steps").read_text().split()) == (0, ONCE * 6)
 
 
 def test_tpu_vm_waits_for_a_slice_that_is_asked_for(tmp_path, stand_in, monkeypatch):

@@ -10,7 +10,8 @@ from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models import heads
-from chatpose_jax.models.config import HeadConfig
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.config import HeadConfig, preset
 
 
 def test_unknown_head_and_refused_option_are_named() -> None:
@@ -35,8 +36,9 @@ def test_a_head_that_makes_no_rotations_is_named_with_both_shapes(monkeypatch: p
             return self.linear(hidden).reshape(*hidden.shape[:-1], -1, 3)
 
     monkeypatch.setitem(heads._REGISTRY, "angles", Angles)
+    wrong = preset("tiny").replace(head=HeadConfig("angles"))
     with pytest.raises(UserError, match=r"'angles' makes \(2, 24, 3\) .*expected rotation matrices \(2, 24, 3, 3\)"):
-        heads.create_head(HeadConfig("angles"), 8, rngs=nnx.Rngs(0))
+        abstract_params(wrong)
 
 
 def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from chatpose_jax.data.batches import collate, encode_example, pack
+from chatpose_jax.data.collate import collate, encode_example, pack
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.models.chatpose import bind, create
 from chatpose_jax.models.config import preset

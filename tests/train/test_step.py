@@ -13,7 +13,7 @@ from chatpose_jax.models.config import LoRAConfig, TextConfig, VisionConfig, pre
 from chatpose_jax.train import loss as losses
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.optimizer import learning_rate, scale_by_muon
+from chatpose_jax.train.optimizer import is_matrix, learning_rate, scale_by_muon
 from chatpose_jax.train.step import init_state, make_step
 
 CONFIG = preset("tiny").replace(
@@ -317,6 +317,16 @@ def test_muon_orthogonalises_each_stacked_layer():
     assert ((singular > 0.6) & (singular < 1.3)).all()
     alone, _ = tx.update({"w": grads[1:2]}, tx.init({"w": grads[1:2]}), {"w": grads[1:2]})
     np.testing.assert_allclose(alone["w"][0], updates["w"][1], atol=1e-5)
+    small, _ = tx.update({"w": 1e-7 * grads}, tx.init({"w": grads}), {"w": grads})
+    np.testing.assert_allclose(small["w"], updates["w"], atol=1e-5)
+
+
+def test_muon_trains_kernels_but_not_the_vocabularys(params):
+    found = {path for path, x in table.flatten(params).items() if is_matrix(path, x.ndim)}
+    assert {path.split("/")[0] for path in found} == {"vision", "projector", "decoder", "pose_head"}
+    assert {"vision/patch_embed/kernel", "pose_head/fc1/kernel", "decoder/layers/mlp/up_proj/kernel"} <= found
+    assert all(path.endswith("kernel") and "lm_head" not in path for path in found)
+    assert not is_matrix("pose_head/conv/kernel", 3)
 
 
 def test_muon_trains(params):

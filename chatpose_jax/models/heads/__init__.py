@@ -40,25 +40,27 @@ def head_names() -> list[str]:
 
 
 def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
-    """The head that ``config.name`` names; raises UserError with the known names, the refused options, or a result of another shape than
-    (..., num_joints, 3, 3).
-    """
+    """The head that ``config.name`` names; raises UserError with the known names or options."""
     names = head_names()
     if config.name not in names:
         raise UserError(f"no pose head {config.name!r}; the heads are {', '.join(names)} (model.head.name)")
     kind, options = _REGISTRY[config.name], dict(config.options)
-    reserved = {"self", "width", "num_joints", "rngs"}
-    known = [name for name in inspect.signature(kind.__init__).parameters if name not in reserved]
     try:
-        head = kind(width, config.num_joints, rngs=rngs, **options)
+        return kind(width, config.num_joints, rngs=rngs, **options)
     except TypeError as error:
+        keywords = [p.name for p in inspect.signature(kind.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = ", ".join(name for name in keywords if name != "rngs") or "none"
         raise UserError(
-            f"pose head {config.name!r} refuses its options {options}: {error}; it knows {', '.join(known) or 'none'} (model.head.options)"
+            f"pose head {config.name!r} refuses its options {options}: {error}; it knows {known} (model.head.options)"
         ) from error
-    found = jax.eval_shape(head, jax.ShapeDtypeStruct((2, width), jnp.float32)).shape
-    if found != (wanted := (2, config.num_joints, 3, 3)):
+
+
+def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
+    """Raises UserError where a head, which may be abstract, makes anything but (..., num_joints, 3, 3) of (..., width)."""
+    made = nnx.eval_shape(lambda head, hidden: head(hidden), head, jax.ShapeDtypeStruct((2, width), jnp.float32))
+    found, wanted = getattr(made, "shape", type(made).__name__), (2, config.num_joints, 3, 3)
+    if found != wanted:
         raise UserError(
             f"pose head {config.name!r} makes {found} of hidden states {(2, width)}; expected rotation matrices {wanted} "
             f"(model.head.num_joints={config.num_joints})"
         )
-    return head
