@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     answers = converse(model, config, out)
     clock.lap("answers")
 
-    curve = learning_curve(out / "run" / "metrics.jsonl")
+    log = out / "run" / "metrics.jsonl"
     report = {
         "chatpose_jax": __version__,
         "machine": f"{platform.machine()}, {cpu_workers()} cores, Python {platform.python_version()}",
@@ -103,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
         "body": model.body.name,
         "seconds": clock.laps,
         "evaluation": results,
-        "learning_curve": curve,
+        "learning_curve": learning_curve(log),
         "answers": answers,
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    if plot := draw_curve(curve, results, out / "learning-curve.png"):
+    if plot := draw_curve(log, results, out / "learning-curve.png"):
         answers.append({"files": [str(plot)]})
     print_results(results, clock)
     print(f"\nEverything is in {out}: report.json, the answers with PNG, GLB, OBJ and npz, and the model in {folder}.")
@@ -205,12 +205,17 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
 
 def learning_curve(path: Path) -> list[dict[str, float]]:
     """The validation lines of a run's ``metrics.jsonl``."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if any(name.startswith("val_") for name in line)]
+    return [line for line in _lines(path) if any(name.startswith("val_") for name in line)]
 
 
-def draw_curve(curve: list[dict[str, float]], results: Mapping[str, Any], path: Path) -> Path | None:
-    """PA-MPJPE of validation rows while training, with the baselines; None, and a word, without matplotlib."""
+def _lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw_curve(log: Path, results: Mapping[str, Any], path: Path) -> Path | None:
+    """Of a run's ``metrics.jsonl`` the losses of training, each the mean of 50 steps, and PA-MPJPE of validation rows with the baselines;
+    None, and a word, without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -219,16 +224,25 @@ def draw_curve(curve: list[dict[str, float]], results: Mapping[str, Any], path: 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=150)
+    figure, (losses, axes) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=150)
+    steps = [line for line in _lines(log) if "loss" in line]
+    size = min(50, len(steps))
+    middle = [line["step"] for line in steps[size // 2 :]][: len(steps) - size + 1]
+    for name, unit in (("text", "nats"), ("pose_root", "mean |ΔR|"), ("pose_body", "mean |ΔR|")):
+        values = np.convolve([line[name] for line in steps], np.full(size, 1 / size), "valid")
+        losses.plot(middle, values, linewidth=1, label=f"{name}, {unit}")
+    losses.set(xlabel="step", ylabel="training loss", yscale="log")
+    curve = learning_curve(log)
     for number, (kind, colour) in enumerate((("text", "tab:blue"), ("image", "tab:orange"))):
         points = [(line["step"], line[f"val_{kind}_pa_mpjpe"]) for line in curve if f"val_{kind}_pa_mpjpe" in line]
         if points:
             axes.plot(*zip(*points), color=colour, marker="o", markersize=3, label=f"{kind} → pose")
         dashes = (3 * number, (3, 3))  # in turn, for the two lines nearly coincide
         axes.axhline(results[kind]["baseline_pa_mpjpe"], color=colour, linestyle=dashes, label=f"mean pose, {kind}")
-    axes.set(xlabel="step", ylabel="PA-MPJPE, mm (validation, teacher-forced)", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="step", ylabel="PA-MPJPE, mm (validation)", xlim=(0, None), ylim=(0, None))
+    for each in (losses, axes):
+        each.legend(frameon=False, fontsize=8)
+        each.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
