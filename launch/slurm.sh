@@ -19,6 +19,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.txt
+[[ $# -gt 0 ]] || { sed -n '2,11p' "$0"; exit 2; }
 set -u
 
 # Processes find each other through SLURM's variables. One that dies takes the others of this step with it.

@@ -99,5 +99,5 @@ keep() {
 
 case ${1:-} in
   create | install | run | stop | delete | keep) "$@" ;;
-  *) sed -n '2,14p' "$0"; exit 2 ;;
+  *) sed -n '2,13p' "$0"; exit 2 ;;
 esac

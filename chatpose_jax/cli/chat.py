@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder; it must hold no answer yet",
     )
-    parser.add_argument("--json", action="store_true", help="print the answers as JSON, one object a turn")
+    parser.add_argument("--json", action="store_true", help="print the answers to --prompt as JSON, one object a turn")
     parser.add_argument("--force-pose", action="store_true", help="end an answer that offers no pose with one")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--image needs --prompt; in a conversation, type /image FILE")
     for image in args.image:
         load_image(image, "--image")
+    if args.json and not args.prompt:
+        raise UserError("--json needs --prompt")
     if args.out:
         if not args.prompt:
             raise UserError("--out needs --prompt; in a conversation, type /save FOLDER")
@@ -173,6 +175,8 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
                 force = True
             elif command == "/image":
                 image = os.path.expanduser(rest.strip())
+                if not image:
+                    raise UserError("/image FILE: name a picture file")
                 load_image(image, "/image")
                 images.append(image)
             elif command == "/save":

@@ -137,7 +137,6 @@ def _poses(example: Example) -> np.ndarray:
     if poses.size == 0:
         return np.zeros((0, 24, 3, 3), np.float32)
     if poses.ndim != 4 or poses.shape[1:] != (24, 3, 3) or not np.isfinite(poses).all():
-        raise UserError(
-            f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found shape {poses.shape}"
-        )
+        found = f"shape {poses.shape}" if poses.shape[1:] != (24, 3, 3) else "values that are not finite"
+        raise UserError(f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found {found}")
     return poses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -112,4 +113,13 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
     source: Source | None = getattr(found, name, None)
     if not callable(source):
         raise UserError(f"data.source={config.source!r}: the module {module} has no function {name!r}")
-    return source(config, split, image_size)
+    try:
+        inspect.signature(source).bind(config, split, image_size)
+    except TypeError as error:
+        raise UserError(f"data.source={config.source!r}: a source takes (config, split, image_size): {error}") from None
+    rows = source(config, split, image_size)
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise UserError(f"data.source={config.source!r}: expected a sequence of Example, found {type(rows).__name__}")
+    if len(rows) and not isinstance(first := rows[0], Example):
+        raise UserError(f"data.source={config.source!r}: expected rows of Example, found {type(first).__name__}")
+    return rows

@@ -78,6 +78,20 @@ def test_a_source_of_ones_own_that_is_missing_is_named():
             examples(DataConfig(source=source), "train", 64)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (lambda config: [], r"takes \(config, split, image_size\)"),
+        (lambda config, split, size: None, "a sequence of Example, found NoneType"),
+        (lambda config, split, size: [{}], "rows of Example, found dict"),
+    ],
+)
+def test_a_source_of_ones_own_that_gives_no_examples_is_named(monkeypatch, source, words):
+    monkeypatch.setattr("chatpose_jax.data.mixture.rows", source, raising=False)
+    with pytest.raises(UserError, match=words):
+        examples(DataConfig(source="chatpose_jax.data.mixture:rows"), "train", 64)
+
+
 def test_batches_of_a_mixture_resume(tmp_path):
     processor = tiny_processor(preset("tiny"))
     rows = examples(DataConfig(source="mixture", train_size=12), "train", 64)

@@ -132,9 +132,7 @@ def test_examples_of_scripts_fit_64_chips(name):
     assert load_config(parsed.config, parsed.overrides).train.batch_size % (64 // tensor_of(parsed)) == 0
 
 
-@pytest.mark.parametrize(
-    "script", [s for s in SCRIPTS if s.suffix == ".sh" and s.name != "slurm.sh"], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.suffix == ".sh"], ids=lambda s: s.name)
 def test_scripts_without_arguments_say_how(script):
     done = subprocess.run(["bash", script], capture_output=True, text=True)
     assert done.returncode == 2 and f"launch/{script.name}" in done.stdout

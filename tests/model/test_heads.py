@@ -37,8 +37,21 @@ def test_a_head_that_makes_no_rotations_is_named_with_both_shapes(monkeypatch: p
 
     monkeypatch.setitem(heads._REGISTRY, "angles", Angles)
     wrong = preset("tiny").replace(head=HeadConfig("angles"))
-    with pytest.raises(UserError, match=r"'angles' makes \(2, 24, 3\) .*expected rotation matrices \(2, 24, 3, 3\)"):
+    with pytest.raises(
+        UserError, match=r"'angles' makes float32 \(2, 24, 3\) .*expected rotation matrices, float32 \(2, 24, 3, 3\)"
+    ):
         abstract_params(wrong)
+
+
+@pytest.mark.parametrize("made", [jnp.zeros(()), {"text": jnp.zeros(())}, {"pose": jnp.zeros(2)}], ids=str)
+def test_a_loss_that_is_no_dict_of_new_scalars_is_refused(monkeypatch: pytest.MonkeyPatch, made: object) -> None:
+    class Odd(type(heads.create_head(HeadConfig("mlp"), 8, rngs=nnx.Rngs(0)))):  # type: ignore[misc]
+        def loss(self, hidden: jax.Array, target: jax.Array, mask: jax.Array) -> object:
+            return made
+
+    monkeypatch.setitem(heads._REGISTRY, "odd", Odd)
+    with pytest.raises(UserError, match=r"the loss of pose head 'odd' is .*expected a dict of scalars"):
+        abstract_params(preset("tiny").replace(head=HeadConfig("odd", options=())))
 
 
 def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:

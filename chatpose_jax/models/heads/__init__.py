@@ -16,6 +16,8 @@ from chatpose_jax.models.config import HeadConfig
 from chatpose_jax.models.heads.base import PoseHead
 
 _REGISTRY: dict[str, type[PoseHead]] = {}
+TAKEN = {"loss", "text", "token_accuracy"}
+"""Names of the rest of the loss, which no part of a head's may have."""
 
 
 def register(name: str) -> Callable[[type[PoseHead]], type[PoseHead]]:
@@ -56,11 +58,21 @@ def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
 
 
 def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
-    """Raises UserError where a head, which may be abstract, makes anything but (..., num_joints, 3, 3) of (..., width)."""
-    made = nnx.eval_shape(lambda head, hidden: head(hidden), head, jax.ShapeDtypeStruct((2, width), jnp.float32))
-    found, wanted = getattr(made, "shape", type(made).__name__), (2, config.num_joints, 3, 3)
-    if found != wanted:
+    """Raises UserError where a head, which may be abstract, makes anything but float32 (..., num_joints, 3, 3) of (..., width), or its loss
+    anything but scalars by names that are free.
+    """
+    shape = (2, config.num_joints, 3, 3)
+    hidden, poses = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((2, width), shape))
+    made = nnx.eval_shape(lambda head, hidden: head(hidden), head, hidden)
+    found, dtype = getattr(made, "shape", type(made).__name__), getattr(made, "dtype", None)
+    if (found, dtype) != (shape, jnp.float32):
         raise UserError(
-            f"pose head {config.name!r} makes {found} of hidden states {(2, width)}; expected rotation matrices {wanted} "
+            f"pose head {config.name!r} makes {dtype} {found} of hidden states {(2, width)}; expected rotation matrices, float32 {shape} "
             f"(model.head.num_joints={config.num_joints})"
+        )
+    mask = jax.ShapeDtypeStruct((2,), jnp.bool)
+    parts = nnx.eval_shape(lambda head, *arguments: head.loss(*arguments), head, hidden, poses, mask)
+    if not isinstance(parts, dict) or any(part.shape for part in parts.values()) or TAKEN & parts.keys():
+        raise UserError(
+            f"the loss of pose head {config.name!r} is {parts}; expected a dict of scalars, none called {', '.join(sorted(TAKEN))}"
         )
