@@ -61,7 +61,8 @@ def test_logits_and_gradients_match_peft(targets: tuple[Any, ...]) -> None:
         ours = gradients["decoder"]["layers"][int(layer)][part][projection][factor.lower()]
         expected = weight.grad.numpy().T
         assert np.abs(expected).max() > 0
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max(), err_msg=name)
+        # Processors sum in different orders: 2.3e-5 of the largest was seen on one with AVX-512.
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-5 * np.abs(expected).max(), err_msg=name)
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:
