@@ -25,9 +25,7 @@ def get_config():
     config.train.max_length = 320
     config.train.learning_rate = 1e-3
     config.train.warmup_steps = 200
-    config.train.b2 = (
-        0.98  # a memory of 50 updates: the first gradients, far larger than later ones, are soon forgotten
-    )
+    config.train.b2 = 0.98  # a memory of 50 updates: the first gradients are far larger than all later ones
     # From nothing, the pose must outweigh the choice among answers that differ in words alone.
     config.train.lambda_pose = 20.0
     config.train.mesh.fsdp = 1  # too small to be worth splitting

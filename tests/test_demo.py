@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import chatpose_jax.models.heads as heads
+from chatpose_jax.cli.demo import draw_curve
 from chatpose_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,3 +65,11 @@ def test_the_data_set_of_the_docs_trains(tmp_path, monkeypatch):
     (tmp_path / "mydata.py").write_text(next(block for block in blocks if "class Waves" in block))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["train", "--out", str(tmp_path / "run"), *sets("data.source=mydata:make")]) == 0
+
+
+def test_the_curve_of_a_head_with_a_loss_of_its_own_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = [{"step": step, "loss": 1.0, "text": 0.5, "mine": 0.5} for step in range(1, 4)]
+    results = {kind: {"baseline_pa_mpjpe": 180.0} for kind in ("text", "image")}
+    assert draw_curve(log, results, tmp_path / "curve.png") == tmp_path / "curve.png"
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     answers = converse(model, config, out)
     clock.lap("answers")
 
-    log = out / "run" / "metrics.jsonl"
+    log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     report = {
         "chatpose_jax": __version__,
         "machine": f"{platform.machine()}, {cpu_workers()} cores, Python {platform.python_version()}",
@@ -203,16 +203,12 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
     return path
 
 
-def learning_curve(path: Path) -> list[dict[str, float]]:
+def learning_curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """The validation lines of a run's ``metrics.jsonl``."""
-    return [line for line in _lines(path) if any(name.startswith("val_") for name in line)]
+    return [line for line in log if any(name.startswith("val_") for name in line)]
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def draw_curve(log: Path, results: Mapping[str, Any], path: Path) -> Path | None:
+def draw_curve(log: list[dict[str, float]], results: Mapping[str, Any], path: Path) -> Path | None:
     """Of a run's ``metrics.jsonl`` the losses of training, each the mean of 50 steps, and PA-MPJPE of validation rows with the baselines;
     None, and a word, without matplotlib.
     """
@@ -225,10 +221,12 @@ def draw_curve(log: Path, results: Mapping[str, Any], path: Path) -> Path | None
     from matplotlib import pyplot
 
     figure, (losses, axes) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=150)
-    steps = [line for line in _lines(log) if "loss" in line]
+    steps = [line for line in log if "loss" in line]
     size = min(50, len(steps))
     middle = [line["step"] for line in steps[size // 2 :]][: len(steps) - size + 1]
     for name, unit in (("text", "nats"), ("pose_root", "mean |ΔR|"), ("pose_body", "mean |ΔR|")):
+        if name not in steps[0]:  # a head may have a loss of its own
+            continue
         values = np.convolve([line[name] for line in steps], np.full(size, 1 / size), "valid")
         losses.plot(middle, values, linewidth=1, label=f"{name}, {unit}")
     losses.set(xlabel="step", ylabel="training loss", yscale="log")

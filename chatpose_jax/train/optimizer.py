@@ -68,9 +68,8 @@ def scale_by_muon() -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
 
     return optax.chain(
-        optax.scale(
-            1e6
-        ),  # what follows knows no scale, but for a bound on small squares that gradients of large models would reach
+        # What follows knows no scale, but for a bound on small squares that gradients of large models would reach.
+        optax.scale(1e6),
         contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, preconditioning="aol", weight_dimension_numbers=dimensions),
         optax.stateless(rms),
     )

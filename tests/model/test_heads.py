@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models import heads
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import HeadConfig, preset
+from chatpose_jax.models.heads.mlp import MLPHead
 
 
 def test_unknown_head_and_refused_option_are_named() -> None:
@@ -45,13 +48,13 @@ def test_a_head_that_makes_no_rotations_is_named_with_both_shapes(monkeypatch: p
 
 @pytest.mark.parametrize("made", [jnp.zeros(()), {"text": jnp.zeros(())}, {"pose": jnp.zeros(2)}], ids=str)
 def test_a_loss_that_is_no_dict_of_new_scalars_is_refused(monkeypatch: pytest.MonkeyPatch, made: object) -> None:
-    class Odd(type(heads.create_head(HeadConfig("mlp"), 8, rngs=nnx.Rngs(0)))):  # type: ignore[misc]
-        def loss(self, hidden: jax.Array, target: jax.Array, mask: jax.Array) -> object:
+    class Odd(MLPHead):
+        def loss(self, hidden: jax.Array, target: jax.Array, mask: jax.Array) -> Any:
             return made
 
     monkeypatch.setitem(heads._REGISTRY, "odd", Odd)
     with pytest.raises(UserError, match=r"the loss of pose head 'odd' is .*expected a dict of scalars"):
-        abstract_params(preset("tiny").replace(head=HeadConfig("odd", options=())))
+        abstract_params(preset("tiny").replace(head=HeadConfig("odd")))
 
 
 def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:

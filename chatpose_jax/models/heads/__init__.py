@@ -72,7 +72,11 @@ def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
         )
     mask = jax.ShapeDtypeStruct((2,), jnp.bool)
     parts = nnx.eval_shape(lambda head, *arguments: head.loss(*arguments), head, hidden, poses, mask)
-    if not isinstance(parts, dict) or any(part.shape for part in parts.values()) or TAKEN & parts.keys():
+    if (
+        not isinstance(parts, dict)
+        or any(getattr(part, "shape", None) != () for part in parts.values())
+        or TAKEN & parts.keys()
+    ):
         raise UserError(
             f"the loss of pose head {config.name!r} is {parts}; expected a dict of scalars, none called {', '.join(sorted(TAKEN))}"
         )
