@@ -14,7 +14,7 @@ from chatpose_jax.models.attention import Attend
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
 from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
-from chatpose_jax.models.sharding import constrain, gather
+from chatpose_jax.models.sharding import constrain, gather, platform
 
 
 @jax.tree_util.register_dataclass
@@ -58,15 +58,19 @@ def init_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
 
 
 def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """(B, T) positions -> cosines and sines (B, T, 1, head_dim / 2) in float32 (Su et al. 2021)."""
+    """(B, T) positions -> cosines and sines (B, T, head_dim / 2) in float32 (Su et al. 2021)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    if platform() != "cpu":
+        return jnp.cos(angles), jnp.sin(angles)
+    # XLA's CPU backend would fuse these into every unrolled layer and compute them again for every head; it does not fuse out of a loop.
+    cos, sin = jax.lax.map(lambda second: jnp.where(second, jnp.sin(angles), jnp.cos(angles)), jnp.array([False, True]))
+    return cos, sin
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate (B, T, H, K) by its positions; the halves of K pair up, as in LLaMA's released weights for transformers."""
-    cos, sin = angles
+    cos, sin = (x[:, :, None] for x in angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
