@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.attention import causal_attention
+from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.chatpose import bind, create
 from chatpose_jax.models.sharding import make_mesh, on_mesh
 
@@ -78,6 +78,38 @@ def test_cudnn_lowers_for_a_gpu_and_is_refused_elsewhere(monkeypatch: pytest.Mon
         attend = causal_attention("auto", 160, 128, jnp.bfloat16, segments)
         text = jax.jit(attend).trace(*heads(160, dtype="bfloat16")).lower(lowering_platforms=("cuda",)).as_text()
         assert "fmha" in text
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("length", [257, 600])  # two blocks of unequal size, and four
+def test_blocks_of_queries_are_the_whole_square(length: int, packed: bool) -> None:
+    q, k, v = heads(length, 16)
+    ids = np.minimum(np.arange(length)[None] // 100, 4) + np.array([[1], [2]]) if packed else np.ones((2, length), int)
+    ids[:, length - 20 :] *= not packed  # the end is padding
+    mask = np.tri(length, dtype=bool) & (ids[:, :, None] == ids[:, None, :])
+    counts = jnp.asarray(ids > 0)[..., None]
+    attend = causal_attention("xla", length, 16, q.dtype, jnp.asarray(ids, jnp.int32) if packed else None)
+
+    def run(attend):  # type: ignore[no-untyped-def]
+        return jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v) * counts)), (0, 1, 2))(q, k, v)
+
+    (ours, gradients), (expected, wanted) = run(attend), run(lambda q, k, v: attention(q, k, v, jnp.asarray(mask)))
+    np.testing.assert_allclose(attend(q, k, v) * counts, attention(q, k, v, jnp.asarray(mask)) * counts, atol=2e-6)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    for found, gradient in zip(gradients, wanted):
+        np.testing.assert_allclose(found, gradient, atol=1e-5)
+
+
+def test_rotary_angles_are_computed_once() -> None:
+    """XLA's CPU backend once computed them anew for every head of every unrolled layer."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("of XLA's CPU backend")
+    config = small.config(scan=False)
+    ids = jnp.zeros((2, 8), jnp.int32)
+    program = (
+        jax.jit(lambda params: bind(config, params)(ids).hidden).lower(create(config, jax.random.key(0))).compile()
+    )
+    assert program.as_text().count(" cosine(") == 1
 
 
 def test_packed_conversations_are_those_on_their_own() -> None:
