@@ -20,4 +20,4 @@ exec xpk workload create \
   --storage="${STORAGE:-runs}" \
   --max-restarts="${RESTARTS:-100}" \
   --restart-on-user-code-failure \
-  --command="exec chatpose train $(printf '%q ' "$@")"
+  --command="exec env JAX_COMPILATION_CACHE_DIR=/runs/compiled chatpose train $(printf '%q ' "$@")"

@@ -199,6 +199,33 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, stat
     ]
 
 
+@pytest.mark.parametrize("script", ["slurm.sh", "one_machine.sh"])
+@pytest.mark.parametrize("given", [None, "/scratch/compiled"])
+def test_a_start_finds_what_the_one_before_compiled(tmp_path, stand_in, monkeypatch, script, given):
+    stand_in("srun" if script == "slurm.sh" else "chatpose", f'echo "$JAX_COMPILATION_CACHE_DIR" > {tmp_path}/cache')
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if given is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    subprocess.run(["bash", LAUNCH / script, "--out", "run"], check=True)
+    assert (tmp_path / "cache").read_text().strip() == (given or "/home/me/.cache/chatpose/compiled")
+
+
+@pytest.mark.parametrize(("share", "folder"), [("", "compiled"), ("host:/runs", "/mnt/runs/compiled")])
+def test_a_new_tpu_slice_finds_what_the_last_one_compiled(tmp_path, stand_in, monkeypatch, share, folder):
+    stand_in("gcloud")
+    monkeypatch.setenv("SHARE", share)
+    subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "run", "--out", "run"], check=True)
+    assert f" --command=JAX_COMPILATION_CACHE_DIR={folder} PYTHONPATH=chatpose env/bin/chatpose" in calls(tmp_path)[0]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_new_pods_find_what_the_last_ones_compiled(path):
+    container = pod(read(path))[1]["containers"][0]
+    folder = {variable["name"]: variable.get("value") for variable in container["env"]}["JAX_COMPILATION_CACHE_DIR"]
+    assert folder.startswith(next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "runs"))
+
+
 @pytest.mark.parametrize(
     ("statuses", "starts"),
     [((0,), 1), ((1, 75, 0), 3), ((143,), 1), ((2,), 1), ((127,), 1), ((1, 1, 1, 1), 3)],
@@ -346,7 +373,8 @@ def test_xpk_gets_the_command_in_one_piece(tmp_path, stand_in, monkeypatch):
         "--tpu-type=v5litepod-64", "--num-slices=1", "--storage=runs", "--max-restarts=100",
         "--restart-on-user-code-failure",
     ]  # fmt: skip
-    assert shlex.split(command.removeprefix("--command=")) == ["exec", "chatpose", "train", *words]
+    compiled = "JAX_COMPILATION_CACHE_DIR=/runs/compiled"
+    assert shlex.split(command.removeprefix("--command=")) == ["exec", "env", compiled, "chatpose", "train", *words]
     monkeypatch.delenv("IMAGE")
     done = subprocess.run(["bash", LAUNCH / "xpk.sh", *words], capture_output=True, text=True)
     assert done.returncode != 0 and "IMAGE: made by launch/Dockerfile" in done.stderr
@@ -368,6 +396,7 @@ def test_two_processes_train_under_slurm(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     settings = ("steps=2", "batch_size=4", "eval_every=0", "mesh.data=2", "optimizer='adamw'")
     command = [
         "bash",
@@ -386,3 +415,4 @@ def test_two_processes_train_under_slurm(tmp_path, stand_in, monkeypatch):
     assert [line["step"] for line in lines] == [1, 2]
     assert done.stdout.count("parameters train") == 1, "two runs of one process, not one of two"
     assert (tmp_path / "run" / "model" / "config.json").is_file()
+    assert list((tmp_path / "compiled").glob("jit_step-*")), "the step was not kept for the next start"
