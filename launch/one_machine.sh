@@ -4,10 +4,10 @@
 #
 #   launch/one_machine.sh --config chatpose_13b --init out/llava-13b --out out/13b
 #
-# TRIES (20): how often to start again. PAUSE (10): seconds in between. JAX_COMPILATION_CACHE_DIR: compiled programs, so
-# that no start compiles what one before it did; they are run, so it must be a folder that strangers cannot write.
+# TRIES (20): how often to start again. PAUSE (10): seconds in between. JAX_COMPILATION_CACHE_DIR: where long compilations
+# are kept for the next start; they are run, so strangers must not write there. Empty: nowhere.
 [[ $# -gt 0 ]] || { sed -n '2,8p' "$0"; exit 2; }
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/chatpose/compiled}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${HOME:-$PWD}/.cache/chatpose/compiled}
 set -um                                     # m: the program is in a group of its own, so a Ctrl-C reaches it once, by the trap
 tries=${TRIES:-20}
 child=

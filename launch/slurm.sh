@@ -7,8 +7,8 @@
 # before the time limit (and at a preemption), the run saves and exits with 143, and the job queues again; so it does
 # after 1, 75, 134 or 137 (the file system failed, a process crashed or was lost), up to a hundred times. Resuming with other numbers below is fine. To end
 # it: scancel --signal=KILL. The environment that has `chatpose` must be active when sbatch is called (it is inherited), or
-# activate it below; an account or a partition goes on sbatch's command line. Compiled programs are kept in the home folder,
-# or in JAX_COMPILATION_CACHE_DIR, so that no start compiles what one before it did.
+# activate it below; an account or a partition goes on sbatch's command line. With JAX_COMPILATION_CACHE_DIR=/shared/compiled
+# (on the file system of all nodes, where strangers must not write) the next start finds what this one compiled.
 #SBATCH --job-name=chatpose
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -20,9 +20,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.txt
-[[ $# -gt 0 ]] || { sed -n '2,12p' "$0"; exit 2; }
+[[ $# -gt 0 ]] || { sed -n '2,11p' "$0"; exit 2; }
 set -u
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/chatpose/compiled}
 
 # Processes find each other through SLURM's variables. One that dies takes the others of this step with it.
 srun --kill-on-bad-exit=1 chatpose train "$@"

@@ -63,9 +63,9 @@ install() {
 }
 
 run() {
-  # Every worker runs the same command; they find each other through the TPU's metadata. What one run compiled the next
-  # one finds, also on a new slice where SHARE is set.
-  everywhere "JAX_COMPILATION_CACHE_DIR=${SHARE:+/mnt/runs/}compiled PYTHONPATH=chatpose env/bin/chatpose train $(printf '%q ' "$@")"
+  # Every worker runs the same command; they find each other through the TPU's metadata. On the shared file system
+  # a new slice finds what the last one compiled.
+  everywhere "if mountpoint -q /mnt/runs; then export JAX_COMPILATION_CACHE_DIR=/mnt/runs/compiled; fi; PYTHONPATH=chatpose env/bin/chatpose train $(printf '%q ' "$@")"
 }
 
 stop() { everywhere 'pkill -TERM -f "env/bin/chatpose train" || true'; }

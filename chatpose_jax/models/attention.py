@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 LANES = 128
 """Splash attention works on blocks of so many tokens, and heads of a multiple of it."""
 LARGEST_BLOCK = 512
+LEAST_LENGTH_OF_HALVES = 256
+"""Shorter rows are attended to whole: halves would gain less than they cost to compile."""
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -39,14 +40,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     groups, dtype = k.shape[1], q.dtype
     if platform() == "cpu":  # batched bfloat16 products are slow there, and some layouts fail
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    # Explicit layouts: by itself XLA's CPU backend computes the sum over values transposed, and copies it back.
-    q = (q * jnp.asarray(width**-0.5, q.dtype)).swapaxes(1, 2).reshape(batch, groups, -1, width)
-    scores = contract("bgtk,bgsk->bgts", q, k).reshape(batch, groups, heads // groups, length, -1)
+    # This order of axes because by itself XLA's CPU backend computes the sum over values transposed, and copies it back.
+    q = q.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    scores = contract("bgrtk,bgsk->bgrts", q * jnp.asarray(width**-0.5, q.dtype), k)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, groups, -1, k.shape[2])
-    y = contract("bgts,bgsk->bgtk", weights, v).reshape(batch, heads, length, width)
-    return y.astype(dtype).swapaxes(1, 2).reshape(batch, length, heads * width)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = contract("bgrts,bgsk->bgrtk", weights, v).astype(dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * width)
 
 
 def causal_attention(setting: str, length: int, head_dim: int, dtype: Any, segments: jax.Array | None) -> Attend:
@@ -69,16 +70,19 @@ def causal_attention(setting: str, length: int, head_dim: int, dtype: Any, segme
     if segments is not None:
         query, key = segments[:, :, None], segments[:, None, :]
         mask &= (key > 0) & ((query == key) | (query == 0))
-    return lambda q, k, v: _blocks(q, k, v, mask)
+    return lambda q, k, v: _halves(q, k, v, mask)
 
 
-def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """``attention`` under a causal mask, a few blocks of queries at a time, each with the keys up to its end: of four blocks 5/8 of all scores."""
-    length = q.shape[1]
-    count = min(max(length // LANES, 1), 4)
-    ends = [length * i // count for i in range(count + 1)]
-    blocks = [attention(q[:, a:b], k[:, :, :b], v[:, :, :b], mask[:, a:b, :b]) for a, b in itertools.pairwise(ends)]
-    return jnp.concatenate(blocks, axis=1)
+def _halves(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """``attention`` under a causal mask, of long rows by halves: the first one's queries with its own keys, so 3/4 of all scores are made."""
+    length, mesh = q.shape[1], current_mesh()
+    # Over a mesh whose tensor axis the key/value heads do not fill, each half would gather keys and values anew.
+    whole = mesh is not None and RULES.spec((None, "heads"), k.shape[:2], mesh)[1] is None
+    if whole or length < LEAST_LENGTH_OF_HALVES:
+        return attention(q, k, v, mask)
+    half = length // 2
+    first = attention(q[:, :half], k[:, :, :half], v[:, :, :half], mask[:, :half, :half])
+    return jnp.concatenate([first, attention(q[:, half:], k, v, mask[:, half:])], axis=1)
 
 
 def _choose(setting: str, head_dim: int, dtype: Any) -> str:

@@ -63,14 +63,15 @@ def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array
     angles = positions[..., None].astype(jnp.float32) * frequencies
     if platform() != "cpu":
         return jnp.cos(angles), jnp.sin(angles)
-    # XLA's CPU backend would fuse these into every unrolled layer and compute them again for every head; it does not fuse out of a loop.
+    # XLA's CPU backend would fuse these into every unrolled layer and compute them again for every head; it does not fuse out of a loop,
+    # be it one that computes both twice.
     cos, sin = jax.lax.map(lambda second: jnp.where(second, jnp.sin(angles), jnp.cos(angles)), jnp.array([False, True]))
     return cos, sin
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate (B, T, H, K) by its positions; the halves of K pair up, as in LLaMA's released weights for transformers."""
-    cos, sin = (x[:, :, None] for x in angles)
+    cos, sin = (part[:, :, None] for part in angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -199,24 +199,35 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, stat
     ]
 
 
-@pytest.mark.parametrize("script", ["slurm.sh", "one_machine.sh"])
-@pytest.mark.parametrize("given", [None, "/scratch/compiled"])
-def test_a_start_finds_what_the_one_before_compiled(tmp_path, stand_in, monkeypatch, script, given):
-    stand_in("srun" if script == "slurm.sh" else "chatpose", f'echo "$JAX_COMPILATION_CACHE_DIR" > {tmp_path}/cache')
-    monkeypatch.setenv("HOME", "/home/me")
+@pytest.mark.parametrize(
+    ("home", "given", "expected"),
+    [("/home/me", None, "/home/me/.cache/chatpose/compiled"), ("/home/me", "/scratch/compiled", "/scratch/compiled"),
+     ("/home/me", "", ""), (None, None, f"{ROOT}/.cache/chatpose/compiled")],
+)  # fmt: skip
+def test_one_machine_keeps_what_it_compiled(tmp_path, stand_in, monkeypatch, home, given, expected):
+    stand_in("chatpose", f'echo "$JAX_COMPILATION_CACHE_DIR" > {tmp_path}/cache')
+    for name, value in (("HOME", home), ("JAX_COMPILATION_CACHE_DIR", given)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    subprocess.run(["bash", LAUNCH / "one_machine.sh", "--out", "run"], check=True, cwd=ROOT)
+    assert (tmp_path / "cache").read_text().strip() == expected
+
+
+@pytest.mark.parametrize(("mounted", "folder"), [(0, "/mnt/runs/compiled"), (1, "none")])
+def test_a_new_tpu_slice_finds_what_the_last_one_compiled(tmp_path, stand_in, monkeypatch, mounted, folder):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    if given is not None:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
-    subprocess.run(["bash", LAUNCH / script, "--out", "run"], check=True)
-    assert (tmp_path / "cache").read_text().strip() == (given or "/home/me/.cache/chatpose/compiled")
-
-
-@pytest.mark.parametrize(("share", "folder"), [("", "compiled"), ("host:/runs", "/mnt/runs/compiled")])
-def test_a_new_tpu_slice_finds_what_the_last_one_compiled(tmp_path, stand_in, monkeypatch, share, folder):
-    stand_in("gcloud")
-    monkeypatch.setenv("SHARE", share)
-    subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "run", "--out", "run"], check=True)
-    assert f" --command=JAX_COMPILATION_CACHE_DIR={folder} PYTHONPATH=chatpose env/bin/chatpose" in calls(tmp_path)[0]
+    body = "for word; do [[ $word != --command=* ]] || command=${word#--command=}; done"
+    stand_in("gcloud", f'{body}\ncd {tmp_path}; exec bash -c "$command"')
+    stand_in("mountpoint", f"exit {mounted}")
+    program = tmp_path / "env" / "bin" / "chatpose"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        f'#!/usr/bin/env bash\necho "${{JAX_COMPILATION_CACHE_DIR-none}} $*" > {tmp_path}/cache\nexit 75\n'
+    )
+    program.chmod(0o755)
+    done = subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "run", "--out", "a b"])
+    assert (done.returncode, (tmp_path / "cache").read_text()) == (75, f"{folder} train --out a b\n")
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
@@ -397,6 +408,7 @@ def test_two_processes_train_under_slurm(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     settings = ("steps=2", "batch_size=4", "eval_every=0", "mesh.data=2", "optimizer='adamw'")
     command = [
         "bash",

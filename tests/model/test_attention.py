@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.attention import attention, causal_attention
@@ -81,8 +84,8 @@ def test_cudnn_lowers_for_a_gpu_and_is_refused_elsewhere(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("length", [257, 600])  # two blocks of unequal size, and four
-def test_blocks_of_queries_are_the_whole_square(length: int, packed: bool) -> None:
+@pytest.mark.parametrize("length", [257, 600])
+def test_halves_are_the_whole_square(length: int, packed: bool) -> None:
     q, k, v = heads(length, 16)
     ids = np.minimum(np.arange(length)[None] // 100, 4) + np.array([[1], [2]]) if packed else np.ones((2, length), int)
     ids[:, length - 20 :] *= not packed  # the end is padding
@@ -97,7 +100,32 @@ def test_blocks_of_queries_are_the_whole_square(length: int, packed: bool) -> No
     np.testing.assert_allclose(attend(q, k, v) * counts, attention(q, k, v, jnp.asarray(mask)) * counts, atol=2e-6)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     for found, gradient in zip(gradients, wanted):
-        np.testing.assert_allclose(found, gradient, atol=1e-5)
+        np.testing.assert_allclose(found, gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_halves_gather_nothing_twice() -> None:
+    """Two key/value heads over four devices are gathered: once, as for the whole square."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    q, k, v = heads(300, 16)
+    mesh = make_mesh(1, 1, 4, devices=jax.devices()[:4])
+
+    def split(attend):  # type: ignore[no-untyped-def]
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            with on_mesh(mesh):
+                return jnp.sum(jnp.sin(attend(q, k, v)))
+
+        by_head, by_width = (
+            NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, None, "tensor"), (None, None, None, "tensor"))
+        )
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)), in_shardings=[by_head, by_width, by_width])
+
+    with on_mesh(mesh):
+        attend = causal_attention("xla", 300, 16, q.dtype, None)
+    ours, plain = split(attend), split(partial(attention, mask=jnp.tri(300, dtype=bool)[None]))
+    np.testing.assert_allclose(ours(q, k, v)[0], plain(q, k, v)[0], rtol=1e-5)
+    counts = [step.lower(q, k, v).compile().as_text().count(" all-gather(") for step in (ours, plain)]
+    assert counts[0] == counts[1] > 0
 
 
 def test_rotary_angles_are_computed_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.generate import CAPACITY_STEP, Sampling, _choose, bucket, generate, init_cache, prefill, rewind
+from chatpose_jax.generate import (
+    CAPACITY_STEP,
+    Sampling,
+    _choose,
+    bucket,
+    decode,
+    generate,
+    init_cache,
+    prefill,
+    rewind,
+)
 from chatpose_jax.models.chatpose import Params, bind, create, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 
@@ -320,3 +330,29 @@ def test_prompts_of_one_bucket_compile_once() -> None:
     size = prefill._cache_size()
     generate(config, params, [np.full(31, 5, np.int32)], max_new_tokens=8)
     assert prefill._cache_size() == size
+
+
+def test_decoding_copies_values_once() -> None:
+    """Caches are updated in place: beside the state stand the values of each layer, transposed for their product, and little else."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("of XLA's CPU backend")
+    config = small.config(scan=False)
+    params = jax.eval_shape(lambda: create(config, jax.random.key(0)))
+    settings = {
+        "temperature": jnp.float32(0),
+        "top_p": jnp.float32(1),
+        "force_pose": jnp.array(False),
+        "tail": jnp.array(TAIL),
+    }
+
+    def temporaries(capacity: int) -> int:
+        cache = jax.eval_shape(lambda: init_cache(config, 1, capacity))
+        ids, lengths = jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        start = partial(prefill, config, max_new_tokens=8, greedy=True)
+        state = jax.eval_shape(start, params, cache, ids, lengths, None, jax.random.key(0), settings)
+        program = decode.lower(config, params, state, jnp.int32(8), settings, greedy=True).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    text, more = config.text, 4096
+    layer = 4 * text.num_kv_heads * text.head_dim * more  # bytes of so many values of one layer
+    assert temporaries(512 + more) - temporaries(512) < (text.num_layers + 1.5) * layer
