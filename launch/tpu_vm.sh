@@ -52,11 +52,12 @@ create() {
 }
 
 install() {
+  # The Python of the images is too old for us (3.10), so uv brings one.
   archive=$(mktemp --suffix=.tar.gz)
   trap 'rm "$archive"' EXIT
   git archive --format=tar.gz --output="$archive" HEAD
   tpus tpu-vm scp "$archive" "$NAME":chatpose.tar.gz --worker=all
-  everywhere 'mkdir -p chatpose && tar -xzf chatpose.tar.gz -C chatpose && python3 -m venv env && env/bin/pip install -q "./chatpose[tpu]"'
+  everywhere 'mkdir -p chatpose && tar -xzf chatpose.tar.gz -C chatpose && python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 env && python3 -m uv pip install -q --python env/bin/python "./chatpose[tpu]"'
   if [[ -n $SHARE ]]; then
     everywhere "sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/runs && { mountpoint -q /mnt/runs || sudo mount '$SHARE' /mnt/runs; }"
   fi

@@ -60,16 +60,21 @@ def run(args: argparse.Namespace) -> int:
     if not -1 <= effort <= 0:
         raise UserError(f"--effort must be from -1 to 0, found {effort}")
     train, length = config.train, args.length or config.train.max_length
+    given = _sizes(args.mesh)
+    if given is not None and (min(given) < 1 or math.prod(given) != target.chips):
+        raise UserError(
+            f"--mesh {args.mesh}: a mesh of {' × '.join(map(str, given))} does not fit the {target.chips} chips of {args.target}"
+        )
     if args.decode:
         batch = args.batch or 1
-        sizes = _sizes(args.mesh) or mesh_sizes(target, config.model, batch, decode=True)
+        sizes = given or mesh_sizes(target, config.model, batch, decode=True)
         plan = plan_decoding(config.model, target, sizes, batch, length, effort=effort)
     else:
         if args.batch is not None:
             train = dataclasses.replace(train, batch_size=args.batch, accumulate=1)
         asked = train.mesh != MeshConfig() or any(word.startswith("train.mesh.") for word in args.overrides)
         sizes = (
-            _sizes(args.mesh)
+            given
             or (fitting(train.mesh, target.chips) if asked else None)
             or mesh_sizes(target, config.model, train.batch_size)
         )

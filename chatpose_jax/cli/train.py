@@ -58,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         default="tiny",
-        help="a name in configs/ (tiny, chatpose_7b, chatpose_13b) or a Python file with get_config()",
+        help="a name in configs/ (tiny, the default; chatpose_7b, chatpose_13b) or a Python file with get_config()",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, help="run folder: checkpoints/, tensorboard/, metrics.jsonl, model/"
+        "--out", required=True, type=_folder, help="run folder: checkpoints/, tensorboard/, metrics.jsonl, model/"
     )
     parser.add_argument(
         "--init",
@@ -86,6 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
+
+
+def _folder(text: str) -> Path:
+    if not text or "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"expected a folder of a file system, found {text!r}; a bucket must be mounted (gcsfuse), where all processes see it"
+        )
+    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:

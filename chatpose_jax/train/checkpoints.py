@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState
 
 METRIC = "metric"
@@ -54,7 +55,7 @@ class Checkpoints:
         """
         step = int(state.step)
         if step != self.latest():
-            run = {"data": data, "identity": self.identity, "frozen": self.frozen}
+            run = {"data": data, "identity": self.identity, "frozen": self.frozen, "state": _prints(state)}
             items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
             metrics = None if metric is None else {METRIC: metric}
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -63,7 +64,7 @@ class Checkpoints:
         """The newest checkpoint, or that of ``step``, placed as ``like`` is (arrays or abstract shapes with shardings):
         on any mesh, by any number of processes.
 
-        Raises UserError when it belongs to another model, table or base, or cannot be read.
+        Raises UserError when it belongs to another model, table or base, cannot be read, or is not what was saved.
         """
         step = self.latest() if step is None else step
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -92,6 +93,13 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder / str(step)}: the state cannot be read ({error}); delete this folder to resume from an older one"
             ) from error
+        if "state" in run:  # older versions did not write it
+            found = _prints(state)
+            if damaged := sorted(path for path, words in run["state"].items() if found.get(path) != words):
+                raise UserError(
+                    f"{self.folder / str(step)}: {len(damaged)} of {len(found)} arrays are not what was saved ({damaged[0]}): its files "
+                    "were damaged; delete this folder to resume from an older one"
+                )
         return state, run["data"]
 
     def _check_base(self, step: int | None, saved: Mapping[str, str] | None) -> None:
@@ -114,6 +122,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _prints(state: TrainState) -> dict[str, str]:
+    return fingerprint({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
 
 
 def _merit(metrics: Mapping[str, float]) -> float:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,21 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
             file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(UserError, match="delete this folder to resume from an older one"):
         opened(tmp_path, frozen).restore(state)
+
+
+def test_arrays_that_changed_on_the_disk_are_noticed(tmp_path):
+    """Files that read well and hold other numbers are refused, and the older checkpoint stands."""
+    state, frozen = state_of()
+    checkpoints = opened(tmp_path, frozen)
+    checkpoints.save(at(state, 1), {"step": 1})
+    changed = {**state.trainable, "pose_head/bias": state.trainable["pose_head/bias"].at[3].add(1e-6)}
+    checkpoints.save(at(dataclasses.replace(state, trainable=changed), 2), {"step": 2})
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "2" / "state")
+    shutil.copytree(tmp_path / "1" / "state", tmp_path / "2" / "state")
+    with pytest.raises(UserError, match=r"2: 2 of 6 arrays are not what was saved \(.step\): its files were damaged"):
+        opened(tmp_path, frozen).restore(state)
+    assert opened(tmp_path, frozen).restore(state, 1)[1] == {"step": 1}
 
 
 def test_a_checkpoint_without_a_fingerprint_is_refused(tmp_path):
