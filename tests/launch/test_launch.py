@@ -201,8 +201,8 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, stat
 
 @pytest.mark.parametrize(
     ("home", "given", "expected"),
-    [("/home/me", None, "/home/me/.cache/chatpose/compiled"), ("/home/me", "/scratch/compiled", "/scratch/compiled"),
-     ("/home/me", "", ""), (None, None, f"{ROOT}/.cache/chatpose/compiled")],
+    [("/homes/me", None, "/homes/me/.cache/chatpose/compiled"), ("/homes/me", "/scratch/compiled", "/scratch/compiled"),
+     ("/homes/me", "", ""), (None, None, f"{ROOT}/.cache/chatpose/compiled")],
 )  # fmt: skip
 def test_one_machine_keeps_what_it_compiled(tmp_path, stand_in, monkeypatch, home, given, expected):
     stand_in("chatpose", f'echo "$JAX_COMPILATION_CACHE_DIR" > {tmp_path}/cache')

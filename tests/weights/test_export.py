@@ -342,7 +342,8 @@ def test_flat_layouts_give_the_same_logits_and_poses(tmp_path: Path, format: str
     expected, hidden = flat_forward(models, encoded, -200)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     with torch.no_grad():
-        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=TOLERANCE)
+        # Orthogonalising amplifies what the sums of two processors' kernels differ by.
+        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=3 * TOLERANCE)
     config = json.loads((tmp_path / "flat" / "config.json").read_text())
     assert (config["vocab_size"], config["mm_vision_select_layer"]) == (VOCAB + 2, -2)
 
