@@ -52,7 +52,7 @@ create() {
 }
 
 install() {
-  # The Python of the images is too old for us (3.10), so uv brings one.
+  # The Python of an image may be older than 3.11, so uv brings one.
   archive=$(mktemp --suffix=.tar.gz)
   trap 'rm "$archive"' EXIT
   git archive --format=tar.gz --output="$archive" HEAD

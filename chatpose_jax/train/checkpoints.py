@@ -55,7 +55,7 @@ class Checkpoints:
         """
         step = int(state.step)
         if step != self.latest():
-            run = {"data": data, "identity": self.identity, "frozen": self.frozen, "state": _prints(state)}
+            run = {"data": data, "identity": self.identity, "frozen": self.frozen, "state": _fingerprints(state)}
             items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
             metrics = None if metric is None else {METRIC: metric}
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -94,7 +94,7 @@ class Checkpoints:
                 f"{self.folder / str(step)}: the state cannot be read ({error}); delete this folder to resume from an older one"
             ) from error
         if "state" in run:  # older versions did not write it
-            found = _prints(state)
+            found = _fingerprints(state)
             if damaged := sorted(path for path, words in run["state"].items() if found.get(path) != words):
                 raise UserError(
                     f"{self.folder / str(step)}: {len(damaged)} of {len(found)} arrays are not what was saved ({damaged[0]}): its files "
@@ -124,7 +124,7 @@ class Checkpoints:
         self.manager.close()
 
 
-def _prints(state: TrainState) -> dict[str, str]:
+def _fingerprints(state: TrainState) -> dict[str, str]:
     return fingerprint({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
 
 

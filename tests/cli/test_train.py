@@ -55,6 +55,16 @@ def test_lora_takes_two_thirds_of_what_training_everything_would():
     assert 4 * parameters * tokens < found["mfu"] < 4.4 * parameters * tokens
 
 
+@pytest.mark.parametrize("out", ["", "gs://bucket/run"])
+def test_a_run_folder_is_a_folder(out, tmp_path, monkeypatch, capsys):
+    """Neither the current one, for a variable that is not set, nor one called gs: below it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--out", out])
+    assert stop.value.code == 2 and "argument --out: expected a folder of a file system" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_device_needs_no_mesh():
     assert training_mesh(load_config("tiny").train) is None
     mesh = training_mesh(load_config("tiny", ["train.mesh.data=-1"]).train)
