@@ -7,7 +7,8 @@
     params/        Orbax checkpoint (OCDBT) of the parameter tree
     passengers/    what the model does not use of its sources, for export: a safetensors file for each layout; may be absent
 
-A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads.
+A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads. Of two
+runs that write the same folder the second ends with an error that names the first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import jax
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
 from chatpose_jax.weights.processes import together
@@ -74,36 +76,45 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a temporary folder beside ``path`` to fill; renames it to ``path`` if the block succeeds, removes it if it
     raises, in this process or in another one of the run, all of which fill it.
 
-    What a killed run left under the temporary name is replaced. Raises UserError if ``path`` exists and ``overwrite``
-    is not set, or if it is neither empty nor a model folder of ours: nothing else is ever deleted.
+    What a killed run left under the temporary name is replaced. Raises UserError if another run writes ``path`` now; if
+    ``path`` exists and ``overwrite`` is not set, or if it is neither empty nor a model folder of ours: nothing else is
+    ever deleted.
     """
     path = Path(path)
     primary = jax.process_index() == 0
     partial = path.parent / f".{path.name}.partial"
-    with together():
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
-        if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
-            raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
-    try:
+    with contextlib.ExitStack() as held:
         with together():
             if primary:
-                _make_empty(partial, path)
-        with together():
-            yield partial
-        with together():
+                held.enter_context(only_writer(path, path.parent / f".{path.name}.lock"))
+                _check_free(path, overwrite)
+        try:
+            with together():
+                if primary:
+                    _make_empty(partial, path)
+            with together():
+                yield partial
+            with together():
+                if primary:
+                    _check_free(path, overwrite)
+                    _put_in_place(partial, path)
+        except BaseException:
             if primary:
-                _put_in_place(partial, path)
-    except BaseException:
-        if primary:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
+    if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
 
 
 def _make_empty(partial: Path, path: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -24,7 +24,7 @@ from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.weights.arrays import _Settler  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import load_config, load_params, read_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_config, load_params, new_folder, read_folder  # noqa: E402
 from chatpose_jax.weights.readers import sha256  # noqa: E402
 
 from .sources import VOCAB, Sizes, make_llava_transformers, make_vicuna  # noqa: E402
@@ -278,6 +278,28 @@ def test_replacing_never_leaves_half_a_folder(llava: Path, tmp_path: Path, monke
     with pytest.raises(OSError, match="no"):
         convert(llava, tmp_path / "out", overwrite=True)
     assert_whole(llava, tmp_path / "out")
+
+
+def test_two_conversions_into_one_folder(llava: Path, tmp_path: Path) -> None:
+    """The second is told who is at work, and touches nothing; export and training write by the same door."""
+    command = [sys.executable, "-c", CHILD, str(llava), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline() == "half\n"
+        with pytest.raises(UserError, match=rf"out: process {child.pid} on .* is writing it"):
+            convert(llava, tmp_path / "out", overwrite=True)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.wait() == 0
+    assert_whole(llava, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_appears_at_the_place_meanwhile_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("keep")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
