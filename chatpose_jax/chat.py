@@ -82,18 +82,24 @@ class Pose:
         """(H, W, 3) uint8 picture, one panel a view; "front" is what the camera sees."""
         from smpl_jax.render import render_body
 
-        return render_body(self.body, self.body_rotations, size=size, views=views)
+        return render_body(self.body, self.body_rotations, size=size, views=views, frame="camera")
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (axis-angle, matrices, 6D, joints, the frame named) or ``.png``."""
+    def save(self, path: str | os.PathLike[str], *, skinned: bool = True) -> Path:
+        """Write ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (axis-angle, matrices, 6D, joints, the frame named) or ``.png``.
+
+        skinned: a ``.glb`` holds the resting body and the skeleton that poses it, which programs that do not skin show in a T-pose. False
+        writes the posed mesh alone, as every viewer shows it.
+        """
         from smpl_jax import export, render
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".glb":
-            export.write_skinned_glb(path, self.body, self.body_rotations)
+        if path.suffix == ".glb" and skinned:
+            export.write_skinned_glb(path, self.body, self.body_rotations, frame="camera")
+        elif path.suffix == ".glb":
+            export.write_glb(path, self.vertices, np.asarray(self.body.faces), frame="camera")
         elif path.suffix == ".obj":
-            export.write_obj(path, self.vertices, np.asarray(self.body.faces))
+            export.write_obj(path, self.vertices, np.asarray(self.body.faces), frame="camera")
         elif path.suffix == ".npz":
             export.write_npz(path, self.matrices, frame=FRAME, joints=self.joints, joint_names=self.body.joint_names)
         elif path.suffix == ".png":

@@ -1,8 +1,8 @@
 """Files for other programs: OBJ, GLB (glTF 2.0), npz. Each file appears whole or not at all.
 
-Frames: meshes and poses come in the camera frame (x right, y down, z away) or in the model frame (y up, facing +z). OBJ
-and glTF are y up, so the camera frame is turned by diag(1, -1, -1), half a turn about x; nothing is mirrored. npz files
-keep the frame that they are given and name it.
+Frames: `frame` says which of `smpl_jax.frames` a mesh or pose is told in, the model's (y up, facing +z) by default. OBJ
+and glTF are y up, so what is told in another frame is turned; nothing is mirrored. npz files keep the frame that they
+are given and name it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,13 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from smpl_jax import rotations as rotation_functions
 from smpl_jax._files import write_whole
 from smpl_jax.body import BodyModel
-from smpl_jax.raster import vertex_normals
+from smpl_jax.frames import Frame, turn
+from smpl_jax.raster import mesh, vertex_normals
 from smpl_jax.render import SKIN
 
-Frame = Literal["camera", "model"]
 PathLike = str | os.PathLike[str]
 
-_TO_Y_UP = {"camera": np.diag([1.0, -1.0, -1.0]), "model": np.eye(3)}
 # glTF 2.0 enumerations (Khronos specification, sections 3.6 and 5).
 _FLOAT, _UINT, _USHORT, _UBYTE = 5126, 5125, 5123, 5121
 _DTYPES: dict[int, Any] = {_FLOAT: np.float32, _UINT: np.uint32, _USHORT: np.uint16, _UBYTE: np.uint8}
@@ -34,14 +33,17 @@ _KINDS = {(): "SCALAR", (2,): "VEC2", (3,): "VEC3", (4,): "VEC4", (4, 4): "MAT4"
 _VERTEX_DATA, _INDEX_DATA = 34962, 34963
 
 
-def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "camera") -> Path:
+def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "model") -> Path:
     """Write a Wavefront OBJ, y up, metres, with smooth normals.
 
     Args:
         path: where.
         vertices: (V, 3) metres in `frame`.
         faces: (F, 3) vertex indices, counter-clockwise seen from outside.
-        frame: "camera" or "model"; see the module's docstring.
+        frame: of the vertices; see the module's docstring.
+
+    Raises:
+        ValueError: arrays that make no mesh, or an unknown frame.
     """
     points, triangles = _y_up(vertices, faces, frame)
     lines = ["# y up, metres"]
@@ -53,13 +55,16 @@ def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: F
 
 
 def write_glb(
-    path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "camera", colors: ArrayLike | None = None
+    path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "model", colors: ArrayLike | None = None
 ) -> Path:
-    """Write a mesh as binary glTF 2.0, y up, metres.
+    """Write a mesh as binary glTF 2.0, y up, metres. A posed body written so shows its pose in every viewer.
 
     Args:
-        path, vertices, faces, frame: as for `write_obj`.
+        path, vertices, faces, frame: as for `write_obj`; glTF knows no mesh without faces.
         colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).
+
+    Raises:
+        ValueError: arrays that make no mesh, no faces, or an unknown frame.
     """
     points, triangles = _y_up(vertices, faces, frame)
     glb = _Glb()
@@ -76,14 +81,14 @@ def write_skinned_glb(
     betas: ArrayLike | None = None,
     translation: ArrayLike | None = None,
     *,
-    frame: Frame = "camera",
+    frame: Frame = "model",
     colors: ArrayLike | None = None,
 ) -> Path:
     """Write a posed body with its skeleton: binary glTF 2.0, named joints, y up, metres.
 
     The mesh is stored at rest as template + shape + the correctives *of this pose*, the joints posed. Plain glTF
     skinning thus shows this pose exactly, and Blender or Unity get a rig; posed otherwise there, it keeps this pose's
-    correctives.
+    correctives. A program that does not skin shows the rest pose: `write_glb` is for those.
 
     Args:
         path: where.
@@ -91,16 +96,20 @@ def write_skinned_glb(
         rotations: (J, 3, 3), relative to the parents; joint 0 takes the body into `frame`.
         betas: (S,) shape coefficients.
         translation: (3,) metres, in `frame`.
-        frame: "camera" or "model".
+        frame: of joint 0's rotation and of the translation.
         colors: sRGB (3,) or (V, 3).
 
     Raises:
-        ValueError: shapes that do not fit the body, or an unknown frame.
+        ValueError: shapes that do not fit the body, numbers that are not finite, a body whose weights are no shares,
+            or an unknown frame.
     """
-    turn = _turn(frame)
+    upright = turn(frame)
     pose = np.asarray(rotations, np.float64)
     if pose.shape != (body.num_joints, 3, 3):
         raise ValueError(f"rotations must be ({body.num_joints}, 3, 3) for this body, found {pose.shape}")
+    move = np.zeros(3) if translation is None else np.asarray(translation, np.float64)
+    if move.shape != (3,) or not (np.isfinite(pose).all() and np.isfinite(move).all()):
+        raise ValueError(f"rotations and translation (3,) must be finite numbers; translation has shape {move.shape}")
     shape = np.zeros(body.num_betas + body.num_expression)
     if betas is not None:
         given = np.asarray(betas, np.float64)
@@ -112,11 +121,11 @@ def write_skinned_glb(
     joints = np.asarray(body.joint_template) + np.tensordot(shape, np.asarray(body.joint_shapedirs, np.float64), 1)
 
     local = pose.copy()
-    local[0] = turn @ pose[0]
+    local[0] = upright @ pose[0]
     quaternions = np.asarray(rotation_functions.matrix_to_quaternion(local), np.float64)[:, [1, 2, 3, 0]]  # glTF: xyzw
     parents = body.parents
     places = np.stack([joints[k] - joints[p] if p >= 0 else joints[k] for k, p in enumerate(parents)])
-    places[0] = turn @ (joints[0] + (0 if translation is None else np.asarray(translation, np.float64)))
+    places[0] = upright @ (joints[0] + move)
     nodes: list[dict[str, Any]] = [{"name": "body", "mesh": 0, "skin": 0}]
     for k, name in enumerate(body.joint_names):
         node: dict[str, Any] = {"name": name, "translation": places[k].tolist(), "rotation": quaternions[k].tolist()}
@@ -133,7 +142,8 @@ def write_skinned_glb(
     glb.document["skins"] = [
         {"joints": list(range(1, len(joints) + 1)), "skeleton": 1, "inverseBindMatrices": matrices, "name": body.name}
     ]
-    _add_mesh(glb, rest.astype(np.float32), np.asarray(body.faces), colors, _influences(np.asarray(body.weights).T))
+    points, triangles = mesh(rest, np.asarray(body.faces))
+    _add_mesh(glb, points, triangles, colors, _influences(np.asarray(body.weights, np.float64).T))
     return write_whole(path, glb.write)
 
 
@@ -235,6 +245,8 @@ def _add_mesh(
     colors: ArrayLike | None,
     further: dict[str, tuple[NDArray[Any], int]],
 ) -> None:
+    if not len(faces):
+        raise ValueError(f"glTF holds no mesh without faces; found {len(points)} vertices and 0 faces")
     attributes = {
         "POSITION": glb.accessor(points, _FLOAT, target=_VERTEX_DATA, bounds=True),
         "NORMAL": glb.accessor(vertex_normals(points, faces), _FLOAT, target=_VERTEX_DATA),
@@ -244,16 +256,19 @@ def _add_mesh(
     srgb = np.asarray(SKIN if colors is None else colors, np.float64)
     if srgb.shape not in ((3,), (len(points), 3)):
         raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {srgb.shape}")
+    if not (np.abs(srgb - 0.5) <= 0.5 + 1e-6).all():
+        raise ValueError(f"colors are sRGB in 0..1, found {srgb.min():.6g} to {srgb.max():.6g}")
     # glTF factors and vertex colours are linear.
-    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clip(0.04045, 1) + 0.055) / 1.055) ** 2.4)
+    srgb = srgb.clip(0, 1)
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clip(0.04045) + 0.055) / 1.055) ** 2.4)
     factor = [1.0, 1.0, 1.0, 1.0]
     if linear.ndim == 1:
         factor[:3] = linear.tolist()
     else:
-        rgba = np.concatenate([linear, np.ones((len(linear), 1))], 1).clip(0, 1)
+        rgba = np.concatenate([linear, np.ones((len(linear), 1))], 1)
         attributes["COLOR_0"] = glb.accessor(np.rint(rgba * 65535), _USHORT, target=_VERTEX_DATA, normalized=True)
     component = _USHORT if len(points) < 65535 else _UINT
-    indices = glb.accessor(np.asarray(faces).reshape(-1), component, target=_INDEX_DATA)
+    indices = glb.accessor(faces.reshape(-1), component, target=_INDEX_DATA)
     surface = {"baseColorFactor": factor, "metallicFactor": 0.0, "roughnessFactor": 0.75}
     glb.document["materials"] = [{"name": "body", "pbrMetallicRoughness": surface}]
     glb.document["meshes"] = [
@@ -261,34 +276,29 @@ def _add_mesh(
     ]
 
 
-def _influences(weights: NDArray[Any]) -> dict[str, tuple[NDArray[Any], int]]:
+def _influences(weights: NDArray[np.float64]) -> dict[str, tuple[NDArray[Any], int]]:
     """Sets of four joints and weights from weights (V, J); as many sets as the busiest vertex needs."""
+    total = weights.sum(1, keepdims=True)
+    if not ((weights >= 0).all() and (np.abs(total - 1) < 1e-3).all()):
+        raise ValueError(
+            "glTF skins by shares: each vertex's weights must be at least 0 and sum to 1, and these do not"
+        )
     count = int((weights > 0).sum(1).max())
     sets = -(-count // 4)
     order = np.argsort(-weights, axis=1, kind="stable")[:, : 4 * sets]
-    values = np.take_along_axis(weights, order, 1).astype(np.float64)
-    values /= values.sum(1, keepdims=True)
+    values = np.take_along_axis(weights, order, 1) / total
     order = np.where(values > 0, order, 0)
     if order.shape[1] < 4 * sets:
         pad = ((0, 0), (0, 4 * sets - order.shape[1]))
         order, values = np.pad(order, pad), np.pad(values, pad)
+    component = _UBYTE if weights.shape[1] <= 256 else _USHORT
     out: dict[str, tuple[NDArray[Any], int]] = {}
     for k in range(sets):
-        out[f"JOINTS_{k}"] = (order[:, 4 * k : 4 * k + 4], _UBYTE)
+        out[f"JOINTS_{k}"] = (order[:, 4 * k : 4 * k + 4], component)
         out[f"WEIGHTS_{k}"] = (values[:, 4 * k : 4 * k + 4], _FLOAT)
     return out
 
 
-def _turn(frame: str) -> NDArray[np.float64]:
-    if frame not in _TO_Y_UP:
-        raise ValueError(f'frame must be "camera" or "model", found {frame!r}')
-    return _TO_Y_UP[frame]
-
-
-def _y_up(vertices: ArrayLike, faces: ArrayLike, frame: str) -> tuple[NDArray[np.float32], NDArray[Any]]:
-    points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
-    if points.ndim != 2 or points.shape[1] != 3 or triangles.ndim != 2 or triangles.shape[1] != 3:
-        raise ValueError(f"a mesh is vertices (V, 3) and faces (F, 3), found {points.shape} and {triangles.shape}")
-    if not np.isfinite(points).all():
-        raise ValueError("vertices must be finite; found NaN or infinity")
-    return (points @ _turn(frame).astype(np.float32)).astype(np.float32), triangles
+def _y_up(vertices: ArrayLike, faces: ArrayLike, frame: str) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    points, triangles = mesh(vertices, faces)
+    return (points @ turn(frame).T.astype(np.float32)).astype(np.float32), triangles

@@ -127,6 +127,10 @@ def mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], ND
         raise ValueError("vertices must be finite; found NaN or infinity")
     if triangles.ndim != 2 or triangles.shape[1] != 3 or triangles.dtype.kind not in "iu":
         raise ValueError(f"faces must be integers (F, 3), found {triangles.dtype} {triangles.shape}")
+    if triangles.size and not 0 <= triangles.min() <= triangles.max() < len(points):
+        raise ValueError(
+            f"faces must number the {len(points)} vertices from 0; found {triangles.min()} to {triangles.max()}"
+        )
     return points, triangles.astype(np.intp, copy=False)
 
 
@@ -199,15 +203,20 @@ def fragments(points: NDArray[np.float32], faces: NDArray[np.intp], camera: Came
 
 
 def vertex_normals(points: NDArray[np.float32], faces: NDArray[Any]) -> NDArray[np.float32]:
-    """Area-weighted unit normals (V, 3) float32, outward, of vertices (V, 3) and faces (F, 3)."""
-    a, b, c = (points[faces[:, k]].T for k in range(3))
+    """Area-weighted unit normals (V, 3) float32, outward, of vertices (V, 3) and faces (F, 3); (0, 1, 0) where no face
+    with an area gives a direction.
+    """
+    a, b, c = (points[faces[:, k]].T.astype(np.float64) for k in range(3))  # tiny edges underflow in float32
     u, v = b - a, c - a
     flat = faces.T.reshape(-1)
-    normal = np.empty((len(points), 3), np.float32)
+    normal = np.empty((3, len(points)))
     for k in range(3):
         m, n = (k + 1) % 3, (k + 2) % 3
-        normal[:, k] = np.bincount(flat, np.tile(u[m] * v[n] - u[n] * v[m], 3), len(points))
-    return normal / np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), np.float32(1e-20))
+        normal[k] = np.bincount(flat, np.tile(u[m] * v[n] - u[n] * v[m], 3), len(points))
+    length = np.sqrt((normal * normal).sum(0))
+    none = length <= 1e-150  # squares below vanish in float64
+    normal[:, none], length[none] = [[0.0], [1.0], [0.0]], 1.0
+    return (normal / length).T.astype(np.float32)
 
 
 def interpolate(

@@ -1,7 +1,8 @@
 """Pictures of meshes and bodies in plain numpy: no display, no GPU, no system package.
 
-The camera frame is the one ChatPose predicts in: x right, **y down**, z away from the viewer. A rotation that takes an
-upright y-up body there is Rx(π), so a body whose global orientation is near Rx(π) stands upright and faces the viewer.
+`frame` says which of `smpl_jax.frames` a body is told in: the model's by default, where a resting body is upright and
+faces the viewer. Cameras and lights live in the camera frame, which is also the one ChatPose predicts in: x right,
+**y down**, z away from the viewer. There an upright body that faces the viewer has a global orientation near Rx(π).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from smpl_jax._files import write_whole
+from smpl_jax.frames import Frame, turn
 from smpl_jax.raster import Camera, fragments, interpolate, mesh, vertex_normals
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def render_mesh(
     vertices: ArrayLike,
     faces: ArrayLike,
     *,
+    frame: Frame,
     camera: Camera | None = None,
     size: int | tuple[int, int] = 512,
     colors: ArrayLike | None = None,
@@ -41,9 +44,11 @@ def render_mesh(
     """Draw a mesh with smooth shading.
 
     Args:
-        vertices: (V, 3) metres, camera frame (x right, y down, z away).
+        vertices: (V, 3) metres in `frame`.
         faces: (F, 3) vertex indices, counter-clockwise seen from outside.
-        camera: the view; by default one that frames the mesh in a picture of `size`.
+        frame: of the vertices. It has no default: what smplx gives is in "model", what a camera's calibration goes with
+            in "camera".
+        camera: the view, in the camera frame; by default one that frames the mesh in a picture of `size`.
         size: side of a square picture, or (height, width), when no camera is given.
         colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).
         background: sRGB (3,) in 0..1, or a picture (H, W, 3), uint8 or in 0..1.
@@ -55,6 +60,7 @@ def render_mesh(
         (H, W, 3) uint8, sRGB.
     """
     points, triangles = mesh(vertices, faces)
+    points = points @ turn(frame, "camera").T.astype(np.float32)
     base = np.asarray(SKIN if colors is None else colors, np.float32)
     if base.shape not in ((3,), (len(points), 3)):
         raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
@@ -98,7 +104,7 @@ def render_body(
     *,
     size: int | tuple[int, int] = 512,
     views: Sequence[str] = ("front",),
-    frame: str = "camera",
+    frame: Frame = "model",
     colors: ArrayLike | None = None,
     background: ArrayLike | None = None,
     supersample: int = 2,
@@ -113,8 +119,8 @@ def render_body(
         betas: (S,) shape coefficients; zeros by default.
         size: side of a panel, or its (height, width).
         views: any of front, three_quarter, side, back, other_side; "front" is what the camera of the pose sees.
-        frame: "camera" (x right, y down: the frame of ChatPose's poses) or "model" (y up, facing +z: as SMPL at
-            rest).
+        frame: of joint 0's rotation: "model" (y up, facing +z: an identity root stands upright, as in smplx), "camera"
+            (x right, y down, z away: ChatPose's poses) or "z-up" (AMASS).
         colors: sRGB (3,) or (V, 3); by default `clothing_colors`.
         background: sRGB (3,) or a panel-sized picture.
         supersample: samples along each axis of a pixel.
@@ -126,8 +132,6 @@ def render_body(
     """
     from smpl_jax import body as body_functions
 
-    if frame not in ("camera", "model"):
-        raise ValueError(f'frame must be "camera" or "model", found {frame!r}')
     unknown = [view for view in views if view not in _VIEWS]
     if unknown or not views:
         raise ValueError(f"views must be some of {', '.join(_VIEWS)}; found {', '.join(unknown) or 'none'}")
@@ -135,19 +139,19 @@ def render_body(
         body_functions.vertices(body, np.asarray(rotations, np.float32), None if betas is None else np.asarray(betas)),
         np.float32,
     )
+    vertices = vertices @ turn(frame, "camera").T.astype(np.float32)
     faces = np.asarray(body.faces)
-    if frame == "model":
-        vertices = vertices * np.array([1, -1, -1], np.float32)
     if colors is None:
         colors = clothing_colors(body)
     panels = []
     for view in views:
-        turn = _rotation_x(np.radians(elevation)) @ _rotation_y(np.radians(_VIEWS[view]))
-        up = turn @ np.array([0, -1, 0], np.float32) if ground else None
+        around = _rotation_x(np.radians(elevation)) @ _rotation_y(np.radians(_VIEWS[view]))
+        up = around @ np.array([0, -1, 0], np.float32) if ground else None
         panels.append(
             render_mesh(
-                vertices @ turn.T,
+                vertices @ around.T,
                 faces,
+                frame="camera",
                 size=size,
                 colors=colors,
                 background=background,

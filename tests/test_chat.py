@@ -161,6 +161,8 @@ def test_a_pose_knows_its_body(tmp_path):
     assert pose.render(64).shape == (64, 64, 3)
     for suffix in (".glb", ".obj", ".npz", ".png"):
         assert pose.save(tmp_path / f"pose{suffix}").stat().st_size > 1000
+    assert b'"skins"' in (tmp_path / "pose.glb").read_bytes()
+    assert b'"skins"' not in pose.save(tmp_path / "static.glb", skinned=False).read_bytes()
     saved = np.load(tmp_path / "pose.npz", allow_pickle=False)
     np.testing.assert_array_equal(saved["matrices"], matrices)
     assert "camera" in str(saved["frame"])

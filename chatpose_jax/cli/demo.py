@@ -194,7 +194,7 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
         labels.append("picture")
     for number, ((_, reply), truth) in enumerate(zip(replies, row.poses), 1):
         turn = f" {number}" if len(row.poses) > 1 else ""
-        panels.append(render.render_body(model.body, truth, size=384))
+        panels.append(render.render_body(model.body, truth, size=384, frame="camera"))
         labels.append(f"true{turn}")
         for pose in reply.poses[:1]:
             panels.append(pose.render(384))

@@ -89,7 +89,7 @@ def make_validation(
 def side_by_side(body: BodyModel, poses: np.ndarray) -> np.ndarray:
     """(N, 2, 24, 3, 3) predicted and true poses -> a sheet (H, W, 3) uint8, the true one left of the predicted."""
     panels = [
-        render.render_body(body, pose, size=PICTURE_SIZE, supersample=1)
+        render.render_body(body, pose, size=PICTURE_SIZE, supersample=1, frame="camera")
         for pair in poses
         for pose in (pair[1], pair[0])
     ]

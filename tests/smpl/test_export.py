@@ -1,13 +1,18 @@
 """Files read back by readers of their own: a small glTF reader below, numpy, and trimesh where it is installed."""
 
+import dataclasses
 import json
+import os
+import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
 
 from smpl_jax import body as body_functions
 from smpl_jax import export, rotations
+from smpl_jax.body import BodyModel
 from smpl_jax.io import load_body
 from smpl_jax.render import clothing_colors
 
@@ -100,7 +105,7 @@ def skin(document, arrays):
 
 def test_skinned_glb_shows_the_posed_body(tmp_path, body, pose):
     betas, translation = np.linspace(-1, 1, 10), np.array([0.1, 0.2, 3.0])
-    path = export.write_skinned_glb(tmp_path / "body.glb", body, pose, betas, translation)
+    path = export.write_skinned_glb(tmp_path / "body.glb", body, pose, betas, translation, frame="camera")
     vertices, joints = skin(*read_glb(path))
     expected = body_functions.forward(
         body, pose.astype(np.float32), betas.astype(np.float32), translation.astype(np.float32)
@@ -110,14 +115,14 @@ def test_skinned_glb_shows_the_posed_body(tmp_path, body, pose):
     assert np.abs(np.stack(list(joints.values())) - np.asarray(expected.joints) @ TURN).max() <= 1e-5
 
 
-def test_skinned_glb_in_the_model_frame_is_not_turned(tmp_path, body):
+def test_a_skinned_glb_of_a_body_as_it_rests_is_not_turned(tmp_path, body):
     rest = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
-    vertices, joints = skin(*read_glb(export.write_skinned_glb(tmp_path / "rest.glb", body, rest, frame="model")))
+    vertices, joints = skin(*read_glb(export.write_skinned_glb(tmp_path / "rest.glb", body, rest)))
     assert np.abs(vertices - np.asarray(body.template).T).max() <= 1e-5
     assert joints["head"][1] > joints["pelvis"][1]
     upright = rest.copy()
     upright[0] = TURN  # the same person, told in the camera frame, stands up in glTF as well
-    _, joints = skin(*read_glb(export.write_skinned_glb(tmp_path / "up.glb", body, upright)))
+    _, joints = skin(*read_glb(export.write_skinned_glb(tmp_path / "up.glb", body, upright, frame="camera")))
     assert joints["head"][1] > joints["pelvis"][1] and joints["left_wrist"][0] > joints["right_wrist"][0]
 
 
@@ -132,14 +137,12 @@ def test_weights_of_a_skinned_glb_are_normalised(tmp_path, body, pose):
 
 
 def test_more_than_four_joints_a_vertex_take_a_second_set(tmp_path, body, pose):
-    import dataclasses
-
     rng = np.random.default_rng(0)
     weights = np.asarray(body.weights).copy()
     weights[:, 0] = 0
     weights[:6, 0] = rng.dirichlet(np.ones(6))
     busy = dataclasses.replace(body, weights=weights)
-    document, arrays = read_glb(export.write_skinned_glb(tmp_path / "busy.glb", busy, pose))
+    document, arrays = read_glb(export.write_skinned_glb(tmp_path / "busy.glb", busy, pose, frame="camera"))
     assert "JOINTS_1" in document["meshes"][0]["primitives"][0]["attributes"]
     vertices, _ = skin(document, arrays)
     expected = np.asarray(body_functions.vertices(busy, pose)) @ TURN
@@ -149,7 +152,9 @@ def test_more_than_four_joints_a_vertex_take_a_second_set(tmp_path, body, pose):
 def test_static_glb_and_obj_are_the_same_mesh_upright(tmp_path, body, pose):
     vertices = np.asarray(body_functions.vertices(body, pose))
     colors = clothing_colors(body)
-    document, arrays = read_glb(export.write_glb(tmp_path / "mesh.glb", vertices, body.faces, colors=colors))
+    document, arrays = read_glb(
+        export.write_glb(tmp_path / "mesh.glb", vertices, body.faces, frame="camera", colors=colors)
+    )
     primitive = document["meshes"][0]["primitives"][0]
     np.testing.assert_allclose(arrays[primitive["attributes"]["POSITION"]], vertices @ TURN, atol=1e-7)
     np.testing.assert_array_equal(arrays[primitive["indices"]].reshape(-1, 3), body.faces)
@@ -157,7 +162,7 @@ def test_static_glb_and_obj_are_the_same_mesh_upright(tmp_path, body, pose):
     srgb = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     np.testing.assert_allclose(srgb, colors, atol=1e-3)
 
-    lines = export.write_obj(tmp_path / "mesh.obj", vertices, body.faces).read_text().splitlines()
+    lines = export.write_obj(tmp_path / "mesh.obj", vertices, body.faces, frame="camera").read_text().splitlines()
     points = np.array([line.split()[1:] for line in lines if line.startswith("v ")], float)
     faces = np.array([[c.split("//")[0] for c in line.split()[1:]] for line in lines if line.startswith("f ")], int)
     np.testing.assert_allclose(points, vertices @ TURN, atol=1e-6)
@@ -171,8 +176,8 @@ def test_trimesh_reads_both(tmp_path, body):
     trimesh = pytest.importorskip("trimesh")
     vertices = np.asarray(body.template).T
     for path in (
-        export.write_glb(tmp_path / "mesh.glb", vertices, body.faces, frame="model"),
-        export.write_obj(tmp_path / "mesh.obj", vertices, body.faces, frame="model"),
+        export.write_glb(tmp_path / "mesh.glb", vertices, body.faces),
+        export.write_obj(tmp_path / "mesh.obj", vertices, body.faces),
     ):
         mesh = trimesh.load(path, force="mesh", process=False)
         assert len(mesh.faces) == len(body.faces)
@@ -211,6 +216,124 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, body, pose):
     assert [p.name for p in tmp_path.iterdir()] == ["pose.npz"]
 
 
+def test_a_body_of_many_joints_keeps_them_apart(tmp_path):
+    """Joint numbers beyond 255 do not fit in a byte."""
+    path = export.write_skinned_glb(tmp_path / "chain.glb", chain(300), np.tile(np.eye(3), (300, 1, 1)))
+    document, arrays = read_glb(path)
+    numbers = arrays[document["meshes"][0]["primitives"][0]["attributes"]["JOINTS_0"]]
+    np.testing.assert_array_equal(numbers[:, 0], np.arange(300))
+
+
+def chain(joints):
+    """A body whose every joint carries one vertex."""
+    rng = np.random.default_rng(0)
+    return BodyModel.from_arrays(
+        {
+            "v_template": rng.normal(size=(joints, 3)),
+            "shapedirs": np.zeros((joints, 3, 0)),
+            "expressiondirs": np.zeros((joints, 3, 0)),
+            "posedirs": np.zeros((joints, 3, 9 * (joints - 1)), np.float32),
+            "J_regressor": np.eye(joints),
+            "weights": np.eye(joints),
+            "f": np.arange(joints)[:, None] % 7 + [[0, 1, 2]],
+            "parents": np.arange(joints) - 1,
+            "model_name": "chain",
+            "joint_names": [f"joint{k}" for k in range(joints)],
+        },
+        num_betas=0,
+    )
+
+
+def odd_meshes(body):
+    """(name, vertices, faces, colors) of meshes that a modeller would not write, and users do."""
+    rest, faces = np.asarray(body.template).T, np.asarray(body.faces)
+    loose = np.concatenate([rest, rest[:3] + 1])
+    yield "whole", rest, faces, None
+    yield "coloured", rest, faces, clothing_colors(body)
+    yield "loose vertices", loose, faces, None
+    yield "the head's faces with all vertices", rest, faces[(rest[faces, 1] > 0.3).all(1)], None
+    yield "one triangle", np.eye(3), [[0, 1, 2]], (1, 0, 0)
+    yield "faces without area", np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0]]), [[0, 1, 2], [0, 1, 1]], None
+    yield "all in one place", np.ones((4, 3)), [[0, 1, 2], [0, 2, 3]], None
+    yield "both sides", np.eye(3), [[0, 1, 2], [0, 2, 1]], None
+    yield "tiny", rest * 1e-25, faces, None
+    yield "huge", rest * 1e18, faces, None
+    yield "65 535 vertices", np.resize(rest, (65_535, 3)), [[0, 1, 65_534]], None
+    yield "65 536 vertices", np.resize(rest, (65_536, 3)), [[0, 1, 65_535]], None
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_normals_of_odd_meshes_are_unit_in_the_file(number, tmp_path, body):
+    _, vertices, faces, colors = list(odd_meshes(body))[number]
+    document, arrays = read_glb(export.write_glb(tmp_path / "odd.glb", vertices, faces, colors=colors))
+    normals = arrays[document["meshes"][0]["primitives"][0]["attributes"]["NORMAL"]]
+    assert np.abs(np.linalg.norm(normals, axis=1) - 1).max() < 1e-5
+    lines = export.write_obj(tmp_path / "odd.obj", vertices, faces).read_text().splitlines()
+    normals = np.array([line.split()[1:] for line in lines if line.startswith("vn ")], float)
+    assert np.abs(np.linalg.norm(normals, axis=1) - 1).max() < 1e-3
+
+
+@pytest.fixture(scope="session")
+def validate(tmp_path_factory):
+    """The Khronos validator, from npm: a list of files -> each file's messages. Where it is not installed (`NODE_PATH`), npm fetches it."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("the Khronos validator needs node and npm")
+    folder = tmp_path_factory.mktemp("npm")
+    environment = dict(os.environ)
+    found = subprocess.run(["node", "-e", "require('gltf-validator')"], cwd=folder, capture_output=True)
+    if found.returncode:
+        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "gltf-validator@2.0.0-dev.3.10"]
+        fetched = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        if fetched.returncode:
+            pytest.skip(f"npm could not fetch gltf-validator: {fetched.stderr.strip()[-200:]}")
+        environment["NODE_PATH"] = str(folder / "node_modules")
+    script = """
+      const fs = require("fs"), validator = require("gltf-validator");
+      const check = (path) => validator.validateBytes(new Uint8Array(fs.readFileSync(path)), {maxIssues: 20});
+      Promise.all(process.argv.slice(1).map(check)).then((all) => console.log(JSON.stringify(all.map((r) => r.issues))));
+    """
+
+    def run(paths):
+        command = ["node", "-e", script, *map(str, paths)]
+        return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    return run
+
+
+@pytest.mark.slow
+def test_khronos_validator(validate, tmp_path, body, pose):
+    paths = [
+        export.write_glb(tmp_path / f"{name}.glb", vertices, faces, colors=colors)
+        for name, vertices, faces, colors in odd_meshes(body)
+    ]
+    weights = np.asarray(body.weights).copy()
+    weights[:, :50] = np.random.default_rng(0).dirichlet(np.ones(24), 50).T
+    head = np.flatnonzero(np.asarray(body.weights).argmax(0) == body.joint_names.index("head"))
+    rigs = {
+        "rig": (body, pose),
+        "rig at rest": (body, np.tile(np.eye(3), (24, 1, 1))),
+        "busy rig": (dataclasses.replace(body, weights=weights), pose),
+        "head alone": (body.subset(head), pose),
+        "loose rig": (body.subset(np.arange(0, body.num_vertices, 2)), pose),
+        "chain": (chain(300), np.tile(TURN, (300, 1, 1))),
+    }
+    paths += [export.write_skinned_glb(tmp_path / f"{name}.glb", *rig) for name, rig in rigs.items()]
+    colors = clothing_colors(body)
+    paths.append(
+        export.write_skinned_glb(tmp_path / "coloured rig.glb", body, pose, np.ones(10), [0, 1, 2], colors=colors)
+    )
+    wrong = {path.name: i["messages"] for path, i in zip(paths, validate(paths)) if i["numErrors"] or i["numWarnings"]}
+    assert not wrong
+    # It is the validator that says so: a normal of length 0 is an error to it.
+    data = bytearray((tmp_path / "one triangle.glb").read_bytes())
+    start = 28 + int.from_bytes(data[12:16], "little") + 36
+    assert np.allclose(np.frombuffer(data[start : start + 36], np.float32), 3**-0.5)
+    data[start : start + 12] = bytes(12)
+    (tmp_path / "broken.glb").write_bytes(data)
+    (issues,) = validate([tmp_path / "broken.glb"])
+    assert issues["numErrors"] == 1 and issues["messages"][0]["code"] == "ACCESSOR_VECTOR3_NON_UNIT"
+
+
 def test_bad_input_is_named(tmp_path, body, pose):
     with pytest.raises(ValueError, match="frame must be"):
         export.write_obj(tmp_path / "x.obj", np.zeros((3, 3)), [[0, 1, 2]], frame="world")
@@ -220,6 +343,21 @@ def test_bad_input_is_named(tmp_path, body, pose):
         export.write_skinned_glb(tmp_path / "x.glb", body, pose, betas=np.zeros(11))
     with pytest.raises(ValueError, match="finite"):
         export.write_glb(tmp_path / "x.glb", np.full((3, 3), np.nan), [[0, 1, 2]])
+    for write, name in ((export.write_glb, "x.glb"), (export.write_obj, "x.obj")):
+        for faces in ([[0, 1, 3]], [[0, 1, -1]]):
+            with pytest.raises(ValueError, match="faces must number the 3 vertices from 0"):
+                write(tmp_path / name, np.eye(3), faces)
+        with pytest.raises(ValueError, match="faces must be integers"):
+            write(tmp_path / name, np.eye(3), [[0.0, 1.0, 2.0]])
+    with pytest.raises(ValueError, match="no mesh without faces"):
+        export.write_glb(tmp_path / "x.glb", np.eye(3), np.zeros((0, 3), int))
+    with pytest.raises(ValueError, match=r"sRGB in 0\.\.1, found 0 to 255"):
+        export.write_glb(tmp_path / "x.glb", np.eye(3), [[0, 1, 2]], colors=[0, 128, 255])
+    with pytest.raises(ValueError, match="finite"):
+        export.write_skinned_glb(tmp_path / "x.glb", body, np.full_like(pose, np.nan))
+    with pytest.raises(ValueError, match="sum to 1"):
+        unowned = dataclasses.replace(body, weights=body.weights.at[:, 7].set(0))
+        export.write_skinned_glb(tmp_path / "x.glb", unowned, pose)
     with pytest.raises(ValueError, match="colors must have"):
         export.write_glb(tmp_path / "x.glb", np.eye(3), [[0, 1, 2]], colors=np.zeros((2, 3)))
     assert list(tmp_path.iterdir()) == []

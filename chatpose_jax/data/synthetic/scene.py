@@ -128,6 +128,7 @@ class Studio:
         return render.render_mesh(
             vertices,
             self.faces,
+            frame="camera",
             camera=camera,
             colors=self._colors(scene),
             background=backdrop(scene, size),

@@ -1,0 +1,26 @@
+"""The frames that a pose or a mesh may be told in.
+
+A body file rests in the model frame, so a pose whose root is the identity is told in it. Other programs turn the root
+into frames of their own; all of these are metres and right-handed, and none mirrors another.
+"""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frame = Literal["model", "camera", "z-up"]
+
+_TO_MODEL: dict[str, NDArray[np.float64]] = {
+    "model": np.eye(3),  # y up, a resting body faces +z: SMPL's files, smplx, PoseScript, OBJ and glTF
+    "camera": np.diag([1.0, -1.0, -1.0]),  # x right, y down, z away: ChatPose, 4D-Humans
+    "z-up": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),  # AMASS
+}
+
+
+def turn(source: str, target: str = "model") -> NDArray[np.float64]:
+    """(3, 3) rotation that takes column vectors told in `source` to `target`; each is one of `Frame`."""
+    for name in (source, target):
+        if name not in _TO_MODEL:
+            raise ValueError(f"frame must be one of {', '.join(map(repr, _TO_MODEL))}; found {name!r}")
+    return _TO_MODEL[target].T @ _TO_MODEL[source]
