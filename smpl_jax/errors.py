@@ -8,3 +8,10 @@ class BodyFileError(ValueError):
 
     The text names the file, what was expected, what was found, and what to do.
     """
+
+
+class PoseFileError(ValueError):
+    """A pose file is missing, cut off, holds no pose, or could mean more than one.
+
+    The text names the file, what was expected, what was found, and what to do.
+    """

@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)
     args = parser.parse_args(argv)
-    from smpl_jax.errors import BodyFileError
+    from smpl_jax.errors import BodyFileError, PoseFileError
 
     try:
         return args.run(args)
-    except (UserError, BodyFileError) as error:
+    except (UserError, BodyFileError, PoseFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

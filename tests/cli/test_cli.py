@@ -16,12 +16,12 @@ from PIL import Image
 
 from chatpose_jax.cli.config import config_names, load_config
 from chatpose_jax.cli.main import COMMANDS, main
-from chatpose_jax.cli.render import read_pose
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
+from smpl_jax import axis_angle_to_matrix
 
 CONFIG = preset("tiny").replace(lora=None)
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,16 +143,19 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
         (["demo", "--out", "{tmp}/demo", "--rows", "0"], "--rows 0: expected at least 1"),
         (["demo", "--out", "{tmp}/demo", "--set", "model.head.name=nothing"], "no pose head 'nothing'"),
         (["render", "nowhere.npz", "--out", "{tmp}/x.png"], "no such file"),
+        (["render", "{pose}", "--out", "{tmp}/x.png", "--index", "1"], "pose 1 was asked for, but there are 1 poses"),
+        (["render", "{rootless}", "--out", "{tmp}/x.png"], "{rootless}: body_pose has no root"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a picture, not a body, not a pose")
     (tmp_path / "folder.png").mkdir()
     np.save(tmp_path / "pose.npy", np.zeros((24, 3)))
+    np.savez(tmp_path / "rootless.npz", body_pose=np.zeros((23, 3)))
     (tmp_path / "answered").mkdir()
     (tmp_path / "answered/reply.json").write_text("[]")
     names = {"folder": folder, "pose": tmp_path / "pose.npy", "text": tmp_path / "notes.txt", "tmp": tmp_path}
-    names["answered"] = tmp_path / "answered"
+    names |= {"answered": tmp_path / "answered", "rootless": tmp_path / "rootless.npz"}
     status = main([argument.format(**names) for argument in arguments])
     out, err = lines(capsys)
     assert status == 2
@@ -242,94 +245,50 @@ def test_damaged_weights_are_one_line_of_a_real_process(files, change, words, fo
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("shape", "index"), [((24, 3), 0), ((72,), 0), ((5, 156), 3), ((24, 3, 3), 0)])
-def test_render_reads_the_usual_shapes(shape, index, tmp_path):
-    rng = np.random.default_rng(0)
-    values = rng.normal(0, 0.1, shape) if shape != (24, 3, 3) else np.tile(np.eye(3), (24, 1, 1))
-    np.save(tmp_path / "pose.npy", values)
-    pose = read_pose(tmp_path / "pose.npy", index)
-    np.testing.assert_allclose(pose @ pose.swapaxes(-1, -2), np.tile(np.eye(3), (24, 1, 1)), atol=1e-5)
-
-
-def _cut(path):
-    np.savez(path, poses=np.zeros((4, 72)))
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def _damaged(path):
-    np.savez_compressed(path, poses=np.random.default_rng(0).normal(size=(40, 72)))
-    data = bytearray(path.read_bytes())
-    data[300:400] = bytes(100)
-    path.write_bytes(data)
-
-
-def _lying(path):
-    """A header that promises 2⁵⁰ bytes."""
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**44, 8)})
-        file.write(bytes(64))
+UPRIGHT = np.zeros((2, 24, 3))
+UPRIGHT[:, 4], UPRIGHT[:, 18], UPRIGHT[1, 1] = (0.6, 0, 0), (0, -0.8, 0), (-0.7, 0, 0)  # left knee, elbow; later, hip
+CAMERA = np.array(axis_angle_to_matrix(UPRIGHT))
+CAMERA[:, 0] = np.diag([1, -1, -1])
+HALF_TURN, AMASS = np.tile([np.pi, 0, 0], (2, 1)), np.zeros((2, 156))
+AMASS[:, :66], AMASS[:, 66:], AMASS[:, 0] = UPRIGHT.reshape(2, 72)[:, :66], 0.5, np.pi / 2
 
 
 @pytest.mark.parametrize(
-    ("write", "words"),
+    ("arrays", "options", "said"),
     [
-        (_cut, "cut off"),
-        (_damaged, "cut off"),
-        (_lying, "cut off"),
-        (lambda path: np.savez(path, poses=np.array([{}])), "plain arrays"),
-        (lambda path: np.savez(path, trans=np.zeros(3)), "found trans"),
-        (lambda path: np.savez(path, poses=np.array(3.0)), r"shape \(\)"),
-        (lambda path: np.savez(path, poses=np.zeros((0, 72))), r"shape \(0, 72\)"),
-        (lambda path: np.savez(path, poses=np.array(["a"])), "numbers"),
-        (lambda path: np.savez(path, poses=np.full((2, 72), np.nan)), "finite"),
-        (lambda path: np.savez(path, matrices=np.zeros((24, 3, 3))), "must be rotations .* joint 0 "),
-        (lambda path: np.savez(path, matrices=np.tile(np.diag([1, 1, -1.0]), (24, 1, 1))), "must be rotations"),
-        (lambda path: np.savez(path, matrices=1.001 * np.tile(np.eye(3), (24, 1, 1))), "must be rotations"),
+        (
+            {"global_orient": CAMERA[:, :1], "body_pose": CAMERA[:, 1:], "betas": np.zeros((2, 10))},
+            [],
+            "read global_orient + body_pose as 24 joints, matrices, frame camera (assumed; --frame tells another); "
+            "not used: betas",
+        ),
+        ({"global_orient": HALF_TURN, "body_pose": UPRIGHT[:, 1:].reshape(2, 69)}, [], "as 24 joints, axis-angle"),
+        ({"global_orient": np.zeros((2, 3)), "body_pose": UPRIGHT[:, 1:22]}, ["--frame", "y-up"], "y-up (by --frame)"),
+        (
+            {"poses": AMASS, "mocap_framerate": 120.0},
+            [],
+            "frame z-up (by the file); joints left out: 30 of hands and face",
+        ),
+        ({"axis_angle": UPRIGHT, "frame": np.array("model")}, [], "frame y-up (by the file)"),
     ],
 )
-def test_a_bad_pose_file_is_one_clear_error(write, words, tmp_path):
-    with (path := tmp_path / "pose.npz").open("wb"):
-        write(path)
-    with pytest.raises(UserError, match=words) as caught:
-        read_pose(path)
-    assert str(path) in str(caught.value)
+def test_render_takes_a_pose_as_its_file_means_it(arrays, options, said, tmp_path, capsys):
+    """What goes out, in the camera frame, is what went in: no joint shifted, no root lost, nobody upside down."""
+    np.savez(tmp_path / "in.npz", **arrays)
+    command = ["render", str(tmp_path / "in.npz"), "--out", str(tmp_path / "out.npz"), "--index", "1", *options]
+    assert main(command) == 0
+    out, err = lines(capsys)
+    assert out == f"{tmp_path / 'out.npz'}\n" and said in err and err.count("\n") == 1
+    with np.load(tmp_path / "out.npz") as file:
+        np.testing.assert_allclose(file["matrices"], CAMERA[1], atol=1e-6)
 
 
-def test_an_array_without_axes_is_no_pose(tmp_path):
-    np.save(tmp_path / "pose.npy", np.float32(3))
-    with pytest.raises(UserError, match=r"shape \(\)"):
-        read_pose(tmp_path / "pose.npy")
-
-
-def test_a_pose_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("smpl_jax.io.MAX_BYTES", 2**20)
-    np.savez_compressed(tmp_path / "bomb.npz", poses=np.zeros((2000, 72)))
-    with pytest.raises(UserError, match=r"poses would unpack to 1,152,\d{3} bytes"):
-        read_pose(tmp_path / "bomb.npz")
-
-
-def test_only_the_pose_of_a_file_is_read(tmp_path):
-    """Files in the wild hold pickled odds and ends beside the pose."""
-    np.savez(tmp_path / "pose.npz", poses=np.zeros((1, 72)), meta=np.array([{"gender": "x"}]))
-    np.testing.assert_array_equal(read_pose(tmp_path / "pose.npz"), np.tile(np.eye(3), (24, 1, 1)))
-
-
-def test_upright_in_three_frames_is_one_picture(tmp_path):
-    """An upright person's root: (π/2, 0, 0) in AMASS (z up), (0, 0, 0) with y up, (π, 0, 0) in the camera frame."""
-    for frame, angle in (("z-up", np.pi / 2), ("y-up", 0.0), ("camera", np.pi)):
-        pose = np.zeros((24, 3))
-        pose[0, 0] = angle
-        np.save(tmp_path / "pose.npy", pose)
-        np.testing.assert_allclose(read_pose(tmp_path / "pose.npy", 0, frame)[0], np.diag([1, -1, -1]), atol=1e-6)
-
-
-def test_amass_sequences_are_z_up_and_lose_their_fingers(tmp_path):
-    poses = np.zeros((3, 156))
-    poses[:, 0], poses[:, 66:] = np.pi / 2, 1.0
-    np.savez(tmp_path / "walk_poses.npz", poses=poses, trans=np.zeros((3, 3)), mocap_framerate=np.float64(120))
-    pose = read_pose(tmp_path / "walk_poses.npz", 2)
-    np.testing.assert_allclose(pose[0], np.diag([1, -1, -1]), atol=1e-6)
-    np.testing.assert_array_equal(pose[22:], np.tile(np.eye(3), (2, 1, 1)))
+def test_render_writes_a_glb_with_and_without_skin(tmp_path):
+    np.save(tmp_path / "pose.npy", UPRIGHT[0])
+    for option, name in (("--skinned", "rig"), ("--no-skinned", "static")):
+        out = tmp_path / f"{name}.glb"
+        assert main(["render", str(tmp_path / "pose.npy"), "--out", str(out), option]) == 0
+        assert (b'"skins"' in out.read_bytes()) == (name == "rig")
 
 
 @pytest.mark.parametrize(
