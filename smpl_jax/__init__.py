@@ -3,10 +3,12 @@
 ``smpl_jax.render`` and ``smpl_jax.export`` are modules of their own.
 """
 
-from smpl_jax.body import BodyModel, BodyOutput, forward, from_smpl_pose, joints, regress, vertices
-from smpl_jax.errors import BodyFileError
+from smpl_jax.body import BodyModel, BodyOutput, forward, from_smpl_pose, joints, regress, to_smpl_pose, vertices
+from smpl_jax.errors import BodyFileError, PoseFileError
 from smpl_jax.io import load_body, load_body_arrays, save_body_npz
+from smpl_jax.layer import Layer, LayerOutput, create
 from smpl_jax.metrics import geodesic_degrees, mpjpe, mpjre, pa_mpjpe, procrustes, procrustes_align
+from smpl_jax.poses import PoseFile, read_poses
 from smpl_jax.rotations import (
     axis_angle_to_matrix,
     axis_angle_to_quaternion,
@@ -23,8 +25,13 @@ __all__ = [
     "BodyFileError",
     "BodyModel",
     "BodyOutput",
+    "Layer",
+    "LayerOutput",
+    "PoseFile",
+    "PoseFileError",
     "axis_angle_to_matrix",
     "axis_angle_to_quaternion",
+    "create",
     "forward",
     "from_smpl_pose",
     "geodesic_degrees",
@@ -42,8 +49,10 @@ __all__ = [
     "procrustes_align",
     "quaternion_to_axis_angle",
     "quaternion_to_matrix",
+    "read_poses",
     "regress",
     "rotation_6d_to_matrix",
     "save_body_npz",
+    "to_smpl_pose",
     "vertices",
 ]

@@ -60,6 +60,10 @@ class BodyModel:
     num_betas: int
     num_expression: int
 
+    def __repr__(self) -> str:
+        count = next(iter(np.shape(self.template)[::-1]), "?")  # a pytree of something else may wear this class
+        return f"BodyModel({self.name!r}, {count} vertices, {self.num_joints} joints, {self.num_betas} betas)"
+
     @property
     def num_joints(self) -> int:
         return len(self.parents)
@@ -78,11 +82,43 @@ class BodyModel:
         return _levels(self.parents)
 
     def vertex_id(self, name: str) -> int:
-        """Index of a named vertex; a ``KeyError`` lists the names that this body knows."""
+        """Index of a named vertex; a ``ValueError`` lists the names that this body knows, and says how to add one."""
         ids = dict(self.vertex_ids)
         if name not in ids:
-            raise KeyError(f"body {self.name!r} has no vertex named {name!r}; it names {sorted(ids) or 'none'}")
+            raise ValueError(
+                f"body {self.name!r} has no vertex named {name!r}: its file names {', '.join(sorted(ids)) or 'none'}. "
+                f"body.with_keypoints(vertex_ids={{{name!r}: its number}}) adds names that hold for this file's mesh"
+            )
         return ids[name]
+
+    def with_keypoints(
+        self, *, vertex_ids: Mapping[str, int] | None = None, regressors: Mapping[str, ArrayLike] | None = None
+    ) -> "BodyModel":
+        """The same body with further named vertices and regressors; a name that it has already means the new one.
+
+        SMPL's own files hold neither: what numbers and weights mean depends on the mesh, so they come with the file or
+        from the caller. ``save_body_npz`` keeps them in a file (``vertex_id_names``, ``vertex_ids``,
+        ``regressor_<name>``).
+
+        Args:
+            vertex_ids: name to vertex number.
+            regressors: name to (K, V) weights, as :func:`regress` takes them.
+
+        Raises:
+            ValueError: a number is out of range, or a regressor does not fit the mesh.
+        """
+        ids, further = dict(self.vertex_ids), dict(self.regressors)
+        for name, number in (vertex_ids or {}).items():
+            if not 0 <= number < self.num_vertices or number != int(number):
+                raise ValueError(f"vertex {name!r} must be a number in [0, {self.num_vertices}); found {number}")
+            ids[str(name)] = int(number)
+        for name, weights in (regressors or {}).items():
+            further[name] = jnp.asarray(weights, self.dtype)
+            if further[name].ndim != 2 or further[name].shape[1] != self.num_vertices:
+                raise ValueError(
+                    f"regressor {name!r} must have shape (K, {self.num_vertices}); found {further[name].shape}"
+                )
+        return dataclasses.replace(self, vertex_ids=tuple(ids.items()), regressors=dict(sorted(further.items())))
 
     @classmethod
     def from_arrays(
@@ -182,6 +218,9 @@ class BodyOutput(NamedTuple):
     vertices: jax.Array  # (..., V, 3)
     joints: jax.Array  # (..., J, 3)
 
+    def __repr__(self) -> str:
+        return f"BodyOutput(vertices {np.shape(self.vertices)}, joints {np.shape(self.joints)})"
+
 
 def joints(
     body: BodyModel,
@@ -275,12 +314,34 @@ def from_smpl_pose(body: BodyModel, rotations: ArrayLike) -> jax.Array:
     return jnp.concatenate([rotations[..., :22, :, :], rest], axis=-3)
 
 
+def to_smpl_pose(rotations: ArrayLike) -> jax.Array:
+    """Rotations of any model of the family as SMPL's 24.
+
+    Args:
+        rotations: (..., J, 3, 3) with J = 24 (SMPL), 52 (SMPL-H), 55 (SMPL-X), or 22, the joints that these share.
+
+    Returns:
+        (..., 24, 3, 3): SMPL's as they are; of the others the 22 shared joints, SMPL's two rigid hands at rest. Fingers,
+        jaw and eyes, which SMPL does not have, are left out.
+    """
+    rotations = jnp.asarray(rotations)
+    if rotations.shape[-2:] != (3, 3) or rotations.shape[-3:-2] not in ((22,), (24,), (52,), (55,)):
+        raise ValueError(f"rotations must have shape (..., 22, 24, 52 or 55, 3, 3); got {rotations.shape}")
+    if rotations.shape[-3] == 24:
+        return rotations
+    hands = jnp.broadcast_to(jnp.eye(3, dtype=rotations.dtype), (*rotations.shape[:-3], 2, 3, 3))
+    return jnp.concatenate([rotations[..., :22, :, :], hands], axis=-3)
+
+
 def regress(body: BodyModel, vertices: ArrayLike, name: str) -> jax.Array:
-    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``KeyError`` lists those that
+    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``ValueError`` lists those that
     the file holds.
     """
     if name not in body.regressors:
-        raise KeyError(f"body {body.name!r} has no regressor {name!r}; it holds {sorted(body.regressors) or 'none'}")
+        raise ValueError(
+            f"body {body.name!r} has no regressor {name!r}: its file holds {', '.join(body.regressors) or 'none'}. "
+            f"body.with_keypoints(regressors={{{name!r}: weights (K, {body.num_vertices})}}) adds one"
+        )
     return jnp.einsum("kv,...vc->...kc", body.regressors[name], jnp.asarray(vertices), precision=_HIGHEST)
 
 

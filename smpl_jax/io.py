@@ -12,7 +12,9 @@ Layout of an ``.npz`` body file (all that :func:`save_body_npz` writes):
 * ``J_regressor`` and ``regressor_<name> (K, V)`` may be stored as CSR triples ``<name>_data``, ``<name>_indices``,
   ``<name>_indptr``;
 * optionally ``model_name ()``, ``joint_names (J,)``, ``vertex_id_names (n,)`` with ``vertex_ids (n,)``,
-  ``expressiondirs (V, 3, E)``.
+  ``expressiondirs (V, 3, E)``;
+* optionally, as SMPL-H and SMPL-X name them, ``hands_components{l,r} (C, 45)`` and ``hands_mean{l,r} (45,)``, and
+  ``lmk_faces_idx (L,)`` with ``lmk_bary_coords (L, 3)``, which become the regressor ``face_landmarks``.
 """
 
 import importlib.resources
@@ -57,7 +59,9 @@ _FAMILY = {
 }
 
 _REQUIRED = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "f", "kintree_table")
-_OPTIONAL = ("expressiondirs", "model_name", "joint_names", "vertex_id_names", "vertex_ids")
+_HANDS = ("hands_componentsl", "hands_componentsr", "hands_meanl", "hands_meanr")
+_LANDMARKS = ("lmk_faces_idx", "lmk_bary_coords")
+_OPTIONAL = ("expressiondirs", "model_name", "joint_names", "vertex_id_names", "vertex_ids", *_HANDS, *_LANDMARKS)
 _FLOATING = ("v_template", "shapedirs", "expressiondirs", "posedirs", "J_regressor", "weights")
 _CSR = ("data", "indices", "indptr")
 
@@ -105,7 +109,8 @@ def load_body_arrays(path: str | os.PathLike[str] | None = None) -> dict[str, np
         ``posedirs (V, 3, 9 (J - 1))``, ``J_regressor (J, V)``, ``weights (V, J)`` in the file's own
         precision; ``f (F, 3)`` and ``parents (J,)`` int32 (-1 for the root);
         ``model_name ()`` and ``joint_names (J,)`` text; when the file has them ``vertex_id_names (n,)`` with
-        ``vertex_ids (n,)``, and each ``regressor_<name> (K, V)``, dense.
+        ``vertex_ids (n,)``, each ``regressor_<name> (K, V)``, dense, and ``hands_components{l,r} (C, 45)`` with
+        ``hands_mean{l,r} (45,)``.
 
     Raises:
         BodyFileError: the file is missing, cut off, holds arrays that do not fit together, asks for absurd sizes, or
@@ -321,6 +326,7 @@ def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
         "J_regressor": (num_joints, num_vertices),
         "weights": (num_vertices, num_joints),
     }
+    shapes |= {name: (-1, 45) if "components" in name else (45,) for name in _HANDS}
     raw["posedirs"] = _posedirs(raw["posedirs"], shapes["posedirs"])
     shapes |= {
         name: (-1, num_vertices) for name in raw if name.startswith("regressor_") and not name.endswith("_scale")
@@ -329,6 +335,8 @@ def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
     if raw["weights"].dtype.kind in "iu":  # rounding to integers leaves sums a little off 1
         out["weights"] = out["weights"] / out["weights"].sum(axis=1, keepdims=True)
     out["f"] = _indices(raw["f"], "f", (-1, 3), num_vertices, where)
+    if any(name in raw for name in _LANDMARKS):
+        out["regressor_face_landmarks"] = _landmarks(raw, out["f"], num_vertices, where)
     out["parents"] = parents
 
     name, joint_names = _FAMILY.get(num_joints, ("body", [f"joint{i}" for i in range(num_joints)]))
@@ -368,6 +376,19 @@ def _posedirs(array: Any, shape: tuple[int, ...]) -> Any:
     if getattr(array, "shape", None) == (pose_dims, 3 * vertices):
         array = array.T
     return array.reshape(shape) if getattr(array, "shape", None) == (3 * vertices, pose_dims) else array
+
+
+def _landmarks(raw: Mapping[str, Any], faces: np.ndarray, num_vertices: int, where: str) -> np.ndarray:
+    """Points on triangles, (L,) faces and (L, 3) weights of their corners, as a regressor (L, V)."""
+    if missing := [name for name in _LANDMARKS if name not in raw]:
+        raise BodyFileError(f"{where} has landmarks without {missing[0]}")
+    triangles = faces[_indices(raw["lmk_faces_idx"], "lmk_faces_idx", (-1,), len(faces), where)]
+    weights = _numbers(raw, "lmk_bary_coords", triangles.shape, where)
+    if len(triangles) * num_vertices * weights.itemsize > MAX_BYTES:
+        raise BodyFileError(f"{where}: {len(triangles)} landmarks on {num_vertices} vertices are too many for a body")
+    out = np.zeros((len(triangles), num_vertices), weights.dtype)
+    np.add.at(out, (np.arange(len(triangles))[:, None], triangles), weights)
+    return out
 
 
 def _split_expression(shapedirs: np.ndarray, num_joints: int) -> tuple[np.ndarray, np.ndarray]:

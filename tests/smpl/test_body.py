@@ -228,11 +228,29 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
         (lambda b, x: b.subset([200]), ValueError, r"\[0, 200\); got 200 to 200"),
         (
             lambda b, x: smpl_jax.regress(b, np.zeros((200, 3)), "h36m"),
-            KeyError,
-            r"no regressor 'h36m'; it holds \['tips'\]",
+            ValueError,
+            r"no regressor 'h36m': its file holds tips\. body.with_keypoints",
         ),
     ],
 )
 def test_bad_arguments(call, error, message, body, smplx_body):
     with pytest.raises(error, match=message):
         call(body, smplx_body)
+
+
+def test_names_and_regressors_are_added_by_name():
+    body = BodyModel.from_arrays({k: v for k, v in load_body_arrays().items() if not k.startswith("vertex_id")})
+    with pytest.raises(
+        ValueError, match=r"no vertex named 'nose': its file names none\. body.with_keypoints\(vertex_ids="
+    ):
+        body.vertex_id("nose")
+    weights = np.zeros((2, body.num_vertices))
+    weights[[0, 1], [3, 5]] = 1
+    named = body.with_keypoints(vertex_ids={"nose": 114}, regressors={"h36m": weights})
+    assert named.vertex_id("nose") == 114 and body.vertex_ids == ()
+    np.testing.assert_array_equal(named.regressors["h36m"] @ body.template.T, body.template.T[np.array([3, 5])])
+    with pytest.raises(ValueError, match="its file names nose"):
+        named.vertex_id("tail")
+    for wrong in ({"vertex_ids": {"nose": 6890}}, {"vertex_ids": {"nose": 1.5}}, {"regressors": {"x": weights[:, :9]}}):
+        with pytest.raises(ValueError, match="must"):
+            body.with_keypoints(**wrong)

@@ -144,7 +144,7 @@ def test_round_trip_with_names_and_regressors(tmp_path):
     body = load_body(tmp_path / "a.npz")
     assert body.name == "somebody" and body.joint_names[3] == "bone_3" and body.vertex_id("left_heel") == 100
     np.testing.assert_allclose(body.regressors["dense"], dense, rtol=1e-6)
-    with pytest.raises(KeyError, match="no vertex named 'tail'"):
+    with pytest.raises(ValueError, match="no vertex named 'tail'"):
         body.vertex_id("tail")
 
 
