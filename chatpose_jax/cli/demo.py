@@ -189,7 +189,7 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
     panels, labels = [], []
     first = row.messages[0]["content"]
     if not isinstance(first, str):
-        picture = next(part["image"] for part in first if part["type"] == "image")
+        picture = np.asarray(next(part["image"] for part in first if part["type"] == "image"))
         panels.append(np.asarray(Image.fromarray(picture).resize((384, 384), Image.Resampling.NEAREST)))
         labels.append("picture")
     for number, ((_, reply), truth) in enumerate(zip(replies, row.poses), 1):

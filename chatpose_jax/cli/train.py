@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from chatpose_jax.cli.config import RunConfig, load_config
-from chatpose_jax.data.batches import BatchLoader
+from chatpose_jax.data.batches import BatchLoader, measure
 from chatpose_jax.data.config import examples
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
@@ -34,6 +35,7 @@ from chatpose_jax.train.trainable import Flat, assign, flatten, unflatten
 from chatpose_jax.train.trainer import Interrupted, train
 from chatpose_jax.train.validate import make_validation
 from chatpose_jax.weights import folder as model_folder
+from chatpose_jax.weights.processes import together
 from smpl_jax import io
 
 DEVICE_KINDS = {
@@ -48,6 +50,8 @@ DEVICE_KINDS = {
 }
 """How a ``device_kind`` begins -> a chip of ``planning.targets``; the first that fits counts."""
 VALIDATION_ROWS = 128
+VALIDATION_READ = 1024
+"""Rows that are read to find those of each kind: a set may hold one kind alone, or one after the other."""
 VALIDATION_BATCH = 32
 VALIDATION_PICTURES = 4
 """Rows of each kind whose bodies are drawn at every validation."""
@@ -142,8 +146,12 @@ def run_training(
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
     size = model.vision.image_size
+    held_out = None
+    if settings.eval_every:
+        with validating(settings):
+            held_out = validation_rows(examples(config.data, "val", size))
     source = examples(config.data, "train", size) if data is None else data
-    hosts.say("reading data ...")
+    hosts.say(f"reading the text of {len(source)} rows ...")
     loader = BatchLoader(
         source,
         processor,
@@ -152,21 +160,22 @@ def run_training(
         seed=settings.seed,
         buckets=config.data.buckets,
         packing=config.data.packing,
-        cache=len(source) <= 50_000 and not config.data.workers,
+        cache=0 if config.data.workers else config.data.cache_mib << 20,
+        sizes=row_sizes(source, processor, settings.max_length),
         prefetch=2,
         threads=config.data.threads,
         workers=config.data.workers,
         rows=rows,
     )
     hosts.say(
-        f"{len(source)} rows; batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}: "
+        f"batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}: "
         "the first step of each shape waits for its compilation"
     )
     validate = None
-    if settings.eval_every:
+    if held_out is not None:
         whole = feed.row_shards(mesh) * -(-VALIDATION_BATCH // feed.row_shards(mesh))
-        held_out = examples(config.data, "val", size)
-        batches = validation_batches(held_out, processor, config, whole, mesh)
+        with validating(settings):
+            batches = validation_batches(held_out, processor, config, whole, mesh)
         validate = make_validation(
             model, settings, batches, io.load_body(), mesh=mesh, rows=whole, pictures=VALIDATION_PICTURES
         )
@@ -230,21 +239,63 @@ def peak_flops(device_kind: str) -> float | None:
     return None if name is None else CHIPS[name].flops
 
 
+def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
+    """(N, 3) tokens, pictures and poses of all rows, of which each process reads its share.
+
+    Raises UserError for a malformed row, and where the processes see different data.
+    """
+    rank, count = jax.process_index(), jax.process_count()
+    mine = range(rank, len(source), count)
+    with together():  # one alone stumbles over a row of its own
+        sizes = measure(source, processor, min(max_length, processor.ids.context), mine)
+    if count == 1:
+        return sizes
+    totals = hosts.gather(np.array([len(source)]))
+    if totals.min() != totals.max():
+        raise UserError(
+            f"the processes read different data: {totals.min()} rows and {totals.max()}; all must see the same"
+        )
+    share = hosts.gather(np.pad(sizes, [(0, -(-len(source) // count) - len(sizes)), (0, 0)]))
+    return share.swapaxes(0, 1).reshape(-1, 3)[: len(source)]
+
+
+@contextlib.contextmanager
+def validating(settings: TrainConfig) -> Iterator[None]:
+    """Around what reads held-out rows: errors say why these are read, and how to do without."""
+    why = f"held-out rows are read for train.eval_every={settings.eval_every}; --set train.eval_every=0 trains without"
+    try:
+        yield
+    except (UserError, OSError) as error:
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise UserError(f"{what}; {why}") from error
+    except Exception as error:
+        error.add_note(why)
+        raise
+
+
+def validation_rows(rows: Sequence[Example]) -> dict[str, list[Example]]:
+    """Up to ``VALIDATION_ROWS`` held-out rows with a pose of each kind, among ``VALIDATION_READ`` from all over the set.
+
+    Raises UserError where there is none.
+    """
+    groups: dict[str, list[Example]] = {}
+    for index in np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), VALIDATION_READ)).astype(int)):
+        row = rows[int(index)]
+        if len(row.poses) and len(groups.setdefault(row.kind, [])) < VALIDATION_ROWS:
+            groups[row.kind].append(row)
+    if not groups:
+        raise UserError(f"no row with a pose among {min(len(rows), VALIDATION_READ)} of {len(rows)} held-out ones")
+    return groups
+
+
 def validation_batches(
-    rows: Sequence[Example],
+    groups: Mapping[str, Sequence[Example]],
     processor: Processor,
     config: RunConfig,
     size: int = VALIDATION_BATCH,
     mesh: Mesh | None = None,
 ) -> dict[str, list[Any]]:
-    """Finite batches of ``size`` held-out rows with a pose, by kind; on a mesh, this process's part of each."""
-    groups: dict[str, list[Example]] = {}
-    for index in range(len(rows)):
-        row = rows[index]
-        if len(row.poses) and len(groups.setdefault(row.kind, [])) < VALIDATION_ROWS:
-            groups[row.kind].append(row)
-        if len(groups) >= 2 and all(len(group) == VALIDATION_ROWS for group in groups.values()):
-            break
+    """Finite batches of ``size`` held-out rows, by kind; on a mesh, this process's part of each."""
     length, mine = config.train.max_length, feed.local_rows(mesh, size)
     return {
         kind: list(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chatpose_jax.data.collate import Batch, collate, encode_example, pack, weightless
+from chatpose_jax.data.collate import Batch, collate, encode_example, measure_example, pack, weightless
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
@@ -26,6 +26,8 @@ TEXT_BESIDE_A_PICTURE = 64
 TOKENS_BETWEEN_POSES = 64
 """Likewise for the poses of a packed row."""
 ENDLESS = 1 << 40
+ROW_BYTES = 2048
+"""What Python objects take of each row that is kept, about."""
 
 
 def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> list[list[int]]:
@@ -87,7 +89,8 @@ class BatchLoader:
     lengths: padded lengths to choose from; by default the ``buckets`` lengths for each kind that leave the least
         padding.
     packing: put several conversations into each row of ``max_length`` tokens (``pack``) instead of padding them.
-    cache: keep encoded rows, pictures as uint8, so that each is encoded once. For data sets that fit into memory.
+    cache: bytes for encoded rows, pictures as uint8, which are kept once they were taken, as many as fit.
+    sizes: what ``measure`` gives of all rows, where it is known; else they are measured here, no picture opened.
     prefetch: batches that are prepared ahead; 0 prepares them when asked for.
     threads: of Grain's, that prepare batches ahead; 1 is a thread without Grain. Decoding pictures runs in parallel.
     workers: processes of Grain's, that prepare batches ahead: for rows made by Python code, which threads take in turn.
@@ -106,7 +109,8 @@ class BatchLoader:
         lengths: Sequence[int] | None = None,
         buckets: int = 2,
         packing: bool = False,
-        cache: bool = False,
+        cache: int = 0,
+        sizes: np.ndarray | None = None,
         prefetch: int = 0,
         threads: int = 1,
         workers: int = 0,
@@ -122,12 +126,16 @@ class BatchLoader:
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         if self.rows.size and not 0 <= self.rows.min() <= self.rows.max() < batch_size:
             raise UserError(f"rows {self.rows.min()} to {self.rows.max()} of a batch of {batch_size}")
-        self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
+        self._cache: dict[int, dict[str, Any]] = {}
         self._prefetch, self._threads, self._workers = prefetch, threads, workers
         self._step = 0
         self._plans: dict[int, Plan] = {}
         self._starts = {0: 0}  # epoch -> its first step, for epochs that are known
-        self._measure(lengths, buckets)
+        self._sizes = measure(dataset, processor, self.max_length) if sizes is None else np.asarray(sizes, np.int64)
+        # The first rows, not the last used: an order drawn anew each epoch comes by any of them equally often.
+        size = np.array([8, 3 * processor.images.size**2, 24 * 9 * 4])
+        self._cached = int(np.searchsorted(np.cumsum(self._sizes @ size + ROW_BYTES), cache, "right"))
+        self._group(lengths, buckets)
 
     def __len__(self) -> int:
         """Batches in the first epoch."""
@@ -233,16 +241,8 @@ class BatchLoader:
     def _count(self, epoch: int) -> int:
         return len(self._plan(epoch)) if self._fixed is None else self._fixed
 
-    def _measure(self, lengths: Sequence[int] | None, buckets: int) -> None:
-        self._sizes = sizes = np.empty((len(self.dataset), 3), np.int64)  # tokens, pictures, poses
-        for index in range(len(self.dataset)):
-            if self._cache is not None:
-                row = self._cache[index] = self._encode(index, normalise=False)
-                sizes[index] = len(row["input_ids"]), len(row["images"]), len(row["pose_positions"])
-            else:
-                example = self.dataset[index]
-                tokens, images = self.processor.count_tokens(example.messages)
-                sizes[index] = min(tokens, self.max_length), images, len(example.poses)
+    def _group(self, lengths: Sequence[int] | None, buckets: int) -> None:
+        sizes = self._sizes
         self.max_images, self.max_poses = int(sizes[:, 1].max()), max(1, int(sizes[:, 2].max()))
         self._groups: dict[Shape, np.ndarray] = {}
         self._fixed: int | None = None
@@ -317,13 +317,28 @@ class BatchLoader:
         return row if numbers[0] >= 0 else weightless(row)
 
     def _row(self, index: int) -> dict[str, Any]:
-        if self._cache is None:
+        if index >= self._cached:
             return self._encode(index, normalise=True)
-        row = self._cache[index]
+        if (row := self._cache.get(index)) is None:
+            row = self._cache[index] = self._encode(index, normalise=False)
         return {**row, "images": [self.processor.images.normalise(image) for image in row["images"]]}
 
     def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
         return encode_example(self.processor, self.dataset[index], self.max_length, normalise=normalise)
+
+
+def measure(
+    dataset: Sequence[Example], processor: Processor, max_length: int, rows: Sequence[int] | None = None
+) -> np.ndarray:
+    """(N, 3) int64: tokens, pictures and poses of the given rows, by default of all. Their text is read, no picture opened.
+
+    Raises UserError for a malformed row.
+    """
+    chosen = range(len(dataset)) if rows is None else rows
+    sizes = np.empty((len(chosen), 3), np.int64)
+    for place, index in enumerate(chosen):
+        sizes[place] = measure_example(processor, dataset[index], max_length)
+    return sizes
 
 
 class _Steps:

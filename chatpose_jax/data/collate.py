@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,12 @@ def encode_example(
     Raises UserError that names the example, where it is malformed or its answers hold another number of ``<POSE>``
     than it has poses.
     """
-    poses = _poses(example)
-    try:
+    with _named(example):
         encoded = processor.encode(
             example.messages, add_generation_prompt=False, max_length=max_length, normalise=normalise
         )
-    except UserError as error:
-        raise UserError(f"example {example.id!r}: {error}") from None
     found = len(encoded.pose_positions)
-    if found > len(poses) or (found < len(poses) and not encoded.truncated):
-        raise UserError(
-            f"example {example.id!r}: its answers hold {found} <POSE>, but it has {len(poses)} poses; "
-            "there must be one for each"
-        )
+    poses = _poses(example, found, encoded.truncated)
     return {
         "input_ids": encoded.input_ids,
         "labels": encoded.labels,
@@ -45,6 +39,17 @@ def encode_example(
         "pose_positions": encoded.pose_positions,
         "pose_targets": poses[:found],
     }
+
+
+def measure_example(processor: Processor, example: Example, max_length: int) -> tuple[int, int, int]:
+    """(tokens, pictures, poses) of the row that ``encode_example`` would give; no picture is opened.
+
+    Raises UserError as that does, except for what is wrong with a picture.
+    """
+    with _named(example):
+        sizes = processor.measure(example.messages, max_length)
+    _poses(example, sizes.poses, sizes.truncated)
+    return sizes[:3]
 
 
 def collate(
@@ -132,11 +137,25 @@ def weightless(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _poses(example: Example) -> np.ndarray:
+@contextlib.contextmanager
+def _named(example: Example) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"example {example.id!r}: {error}") from None
+
+
+def _poses(example: Example, found: int, truncated: bool) -> np.ndarray:
+    """The poses of an example whose tokens hold ``found`` of them, checked: (P, 24, 3, 3) float32."""
     poses = np.asarray(example.poses, np.float32)
     if poses.size == 0:
-        return np.zeros((0, 24, 3, 3), np.float32)
+        poses = np.zeros((0, 24, 3, 3), np.float32)
     if poses.ndim != 4 or poses.shape[1:] != (24, 3, 3) or not np.isfinite(poses).all():
-        found = f"shape {poses.shape}" if poses.shape[1:] != (24, 3, 3) else "values that are not finite"
-        raise UserError(f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found {found}")
+        wrong = f"shape {poses.shape}" if poses.shape[1:] != (24, 3, 3) else "values that are not finite"
+        raise UserError(f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found {wrong}")
+    if found > len(poses) or (found < len(poses) and not truncated):
+        raise UserError(
+            f"example {example.id!r}: its answers hold {found} <POSE>, but it has {len(poses)} poses; "
+            "there must be one for each"
+        )
     return poses

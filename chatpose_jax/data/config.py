@@ -29,6 +29,8 @@ class DataConfig:
     template: conversation template of ``processing.conversation``, for a model that starts from nothing; others keep their folder's.
     buckets: padded lengths of batches with pictures, and as many of batches without: each compiles a step.
     packing: several conversations in each row of ``train.max_length`` tokens, instead of padded lengths.
+    cache_mib: memory of each process for rows that were encoded once, their pictures at the model's size; 0 keeps none, and Grain's
+        processes keep none.
     threads, workers: Grain's threads (from two on) and processes that prepare batches; 0 workers is threads alone.
     """
 
@@ -46,12 +48,13 @@ class DataConfig:
     template: str = "vicuna_v1"
     buckets: int = 4
     packing: bool = False
+    cache_mib: int = 1024
     threads: int = 1
     workers: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        sizes = ("seed", "train_size", "val_size", "test_size", "workers")
+        sizes = ("seed", "train_size", "val_size", "test_size", "cache_mib", "workers")
         require(self, "data", "at least 0", lambda value: value >= 0, *sizes)
         require(self, "data", "at least 1", lambda value: value >= 1, "buckets", "threads")
         if any(weight < 0 for _, weight in self.mixture):

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -92,6 +92,15 @@ class Encoded:
     images: list[np.ndarray]
     pose_positions: np.ndarray
     truncated: bool = False
+
+
+class Sizes(NamedTuple):
+    """How many tokens, pictures and pose tokens a conversation has, and whether it was cut."""
+
+    tokens: int
+    pictures: int
+    poses: int
+    truncated: bool
 
 
 class Processor:
@@ -198,12 +207,13 @@ class Processor:
             truncated=length < len(ids),
         )
 
-    def count_tokens(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> tuple[int, int]:
-        """(tokens, pictures) of a conversation, without opening its pictures."""
-        ids, _, sources = self._layout(messages, add_generation_prompt)
-        return len(ids), len(sources)
+    def measure(self, messages: Sequence[Mapping[str, Any]], max_length: int | None = None) -> Sizes:
+        """What ``encode`` would give of a whole conversation, without opening its pictures."""
+        ids, _, _ = self._layout(messages, add_generation_prompt=False)
+        length = len(ids) if max_length is None else self._cut(ids, min(max_length, self.ids.context))
+        kept = ids[:length]
+        pictures = kept.count(self.ids.image_token_id) // self.ids.num_patches
+        return Sizes(length, pictures, kept.count(self.ids.pose_token_id), length < len(ids))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of generated ids: poses read ``<POSE>``, other control tokens read nothing, no stray spaces."""

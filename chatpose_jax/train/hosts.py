@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -179,6 +180,13 @@ def meet(where: str) -> None:
     them may have less patience than that (gloo: 30 s).
     """
     multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * MEETING_SECONDS)
+
+
+def gather(value: np.ndarray) -> np.ndarray:
+    """What every process holds, of one shape, stacked on a new first axis by the number of the process. They must come at about
+    the same time: see ``meet``.
+    """
+    return np.asarray(multihost_utils.process_allgather(value))
 
 
 class Stop:

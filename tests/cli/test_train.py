@@ -4,6 +4,10 @@ import dataclasses
 import errno
 import hashlib
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,6 +17,8 @@ from chatpose_jax.cli import train as cli_train
 from chatpose_jax.cli.config import load_config
 from chatpose_jax.cli.main import main
 from chatpose_jax.cli.train import (
+    VALIDATION_READ,
+    VALIDATION_ROWS,
     adopt,
     demand_table,
     initial_params,
@@ -20,7 +26,9 @@ from chatpose_jax.cli.train import (
     run_training,
     training_mesh,
     utilisation,
+    validation_rows,
 )
+from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, create
 from chatpose_jax.models.config import preset
@@ -122,6 +130,131 @@ def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, stat
     monkeypatch.setattr(cli_train, "examples", refused)
     assert main(["train", "--out", str(tmp_path / "run")]) == status
     assert capsys.readouterr().err.startswith(f"error: rows.npz: {os.strerror(number)}")
+
+
+class Rows(Sequence):
+    """Held-out rows without end, nearly: their number, their kinds by index, and how many were taken."""
+
+    def __init__(self, size, kind):
+        self.size, self.kind, self.taken = size, kind, 0
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        self.taken += 1
+        kind = self.kind(index)
+        poses = np.tile(np.eye(3, dtype=np.float32), (int(kind != "instruction"), 24, 1, 1))
+        return Example(f"row-{index}", kind, [{"role": "user", "content": "Who?"}], poses)
+
+
+def test_validation_does_not_read_a_set_to_its_end():
+    rows = Rows(10_000_000, lambda index: "text")
+    assert {kind: len(group) for kind, group in validation_rows(rows).items()} == {"text": VALIDATION_ROWS}
+    assert rows.taken <= VALIDATION_READ
+
+
+def test_validation_finds_a_kind_that_comes_last():
+    """As in a mixture, whose sources stand one after the other."""
+    kinds = ("instruction", "text", "image")
+    found = validation_rows(Rows(3_000_000, lambda index: kinds[index // 1_000_000]))
+    assert {kind: len(group) for kind, group in found.items()} == {"text": VALIDATION_ROWS, "image": VALIDATION_ROWS}
+    few = validation_rows(Rows(60, lambda index: kinds[index % 3]))
+    assert [row.id for row in few["image"]] == [f"row-{index}" for index in range(2, 60, 3)]
+
+
+@pytest.mark.parametrize("rows", [Rows(0, str), Rows(5000, lambda index: "instruction")])
+def test_rows_without_a_pose_validate_nothing(rows):
+    with pytest.raises(UserError, match="no row with a pose among"):
+        validation_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/poses/val.jsonl"), 2, "/poses/val.jsonl: No such file"),
+        (UserError("the split 'val' has no rows"), 2, "the split 'val' has no rows"),
+        (OSError(errno.ESTALE, "Stale file handle", "/poses/val.jsonl"), 1, "/poses/val.jsonl: Stale file handle"),
+    ],
+)  # fmt: skip
+def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys, refusal, status, said):
+    def rows(config, split, size):
+        if split == "val":
+            raise refusal
+        pytest.fail("the training rows were read first")
+
+    monkeypatch.setattr(cli_train, "examples", rows)
+    assert main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"]) == status
+    error = capsys.readouterr().err
+    assert said in error
+    if status == 2:
+        assert "held-out rows are read for train.eval_every=7; --set train.eval_every=0 trains without" in error
+
+
+def test_a_traceback_of_held_out_rows_says_what_wants_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_train, "examples", lambda config, split, size: {"train": []}[split])
+    with pytest.raises(KeyError, match="val") as raised:
+        main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"])
+    assert "train.eval_every=0 trains without" in raised.value.__notes__[0]
+
+
+MEASURING = """
+import sys
+import numpy as np
+from chatpose_jax.cli.train import row_sizes
+from chatpose_jax.data.batches import measure
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.models.config import preset
+from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train import hosts
+
+address, rank = sys.argv[1], int(sys.argv[2])
+hosts.connect(hosts.find(address, 2, rank))
+
+
+class Rows(list):
+    taken = ()
+
+    def __getitem__(self, index):
+        self.taken += (index,)
+        return super().__getitem__(index)
+
+
+processor = tiny_processor(preset("tiny"))
+rows = Rows(SyntheticDataset("val", 13, mixture={"text": 1, "text_turns": 1})[:])
+sizes = row_sizes(rows, processor, 1024)
+assert rows.taken == tuple(range(rank, 13, 2)), rows.taken
+np.testing.assert_array_equal(sizes, measure(rows, processor, 1024))
+for wrong in (rows[: 12 + rank], [*rows[:4], None, *rows[5:]]):
+    try:
+        row_sizes(wrong, processor, 1024)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_each_process_measures_its_share_and_errors_reach_all():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEASURING, address, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    for out, _ in said:
+        assert "UserError the processes read different data: 12 rows and 13" in out
+    assert "AttributeError" in said[0][0]  # row 4 is of process 0
+    assert "UserError process 0 of 2 failed, so all end" in said[1][0]
 
 
 def digests(params):

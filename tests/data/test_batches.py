@@ -1,19 +1,21 @@
 """Rows become arrays of few shapes, in an order that is a function of the seed; a resumed loader goes on exactly."""
 
+import dataclasses
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs
+from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs, measure
 from chatpose_jax.data.collate import collate, encode_example, pack
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, LazyPicture
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import IGNORE, tiny_processor
 
 POSE_ID = 1024
+CACHE = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_malformed_example_is_named(processor, change, error):
         encode_example(processor, Example(**{**vars(good), **change}), 256)
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [0, CACHE])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_row_counts_once_an_epoch(processor, dataset, cache, shuffle):
     loader = BatchLoader(dataset, processor, 4, epochs=1, cache=cache, shuffle=shuffle)
@@ -214,20 +216,81 @@ def test_processes_make_their_rows_of_the_global_batch(processor, dataset, packi
 
 
 def test_cached_pictures_are_the_same(processor, dataset):
-    cached, plain = (BatchLoader(dataset, processor, 4, cache=cache) for cache in (True, False))
+    cached, plain = (BatchLoader(dataset, processor, 4, cache=cache) for cache in (CACHE, 0))
     assert all(same(cached.batch(step), plain.batch(step)) for step in range(len(plain)))
 
 
-def test_cache_takes_each_row_once(processor, dataset):
-    class Counting(list):
-        taken = 0
+class Counting(list):
+    """Rows by index; remembers which were taken."""
 
-        def __getitem__(self, index):
-            Counting.taken += 1
-            return super().__getitem__(index)
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.taken = []
 
-    list(BatchLoader(Counting(dataset), processor, 4, epochs=3, cache=True))
-    assert Counting.taken == len(dataset)
+    def __getitem__(self, index):
+        self.taken.append(index)
+        return super().__getitem__(index)
+
+
+def test_the_cache_keeps_what_fits(processor, dataset):
+    def encoded(cache, epochs=3):
+        rows = Counting(dataset)
+        list(BatchLoader(rows, processor, 4, epochs=epochs, cache=cache))
+        return len(rows.taken) - len(dataset)  # each is measured once
+
+    everything, nothing = encoded(CACHE), encoded(0)
+    assert everything == len(dataset)
+    assert nothing == 3 * encoded(0, epochs=1) >= 3 * len(dataset)
+    assert everything < encoded(300_000) < nothing
+    kept = BatchLoader(dataset, processor, 4, epochs=1, cache=300_000)
+    list(kept)
+    size = sum(leaf.nbytes for row in kept._cache.values() for leaf in [*row.pop("images"), *row.values()])
+    assert 100_000 < size <= 300_000
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_picture_is_opened_before_its_batch_and_none_of_other_processes(processor, dataset, packing):
+    """A set of any size starts at once, and takes the memory of the batches on their way."""
+    drawn = []
+
+    def lazy(index):
+        row = dataset[index]
+        if row.kind != "image":
+            return row
+        question, answer = row.messages
+        picture, text = question["content"]
+        shown = LazyPicture(lambda: drawn.append(index) or picture["image"])
+        content = [{"type": "image", "image": shown}, text]
+        return dataclasses.replace(row, messages=[{**question, "content": content}, answer])
+
+    rows = [lazy(index) for index in range(len(dataset))]
+    plain = BatchLoader(dataset, processor, 4, packing=packing, max_length=400)
+    loader = BatchLoader(rows, processor, 4, packing=packing, max_length=400, rows=[1, 3])
+    assert drawn == []
+    for step in range(6):
+        drawn.clear()
+        batch = loader.batch(step)
+        epoch, place = loader._locate(step)
+        packs = loader._plan(epoch)[place][1]
+        mine = {max(number, ~number) for row in (1, 3) for number in packs[row]}
+        assert set(drawn) == {index for index in mine if dataset[index].kind == "image"}
+        assert same(batch, {name: value[[1, 3]] for name, value in plain.batch(step).items()})
+
+
+def test_rows_are_measured_as_they_are_encoded(processor, dataset):
+    """Cut ones too: pictures and poses behind the cut are not counted."""
+    for length in (40, 90, 100, 400):
+        encoded = [encode_example(processor, row, length) for row in dataset]
+        expected = [(len(row["input_ids"]), len(row["images"]), len(row["pose_positions"])) for row in encoded]
+        np.testing.assert_array_equal(measure(dataset, processor, length), expected)
+        np.testing.assert_array_equal(measure(dataset, processor, length, range(1, 53, 3)), expected[1::3])
+
+
+def test_known_sizes_are_not_measured_again(processor, dataset):
+    rows = Counting(dataset)
+    loader = BatchLoader(rows, processor, 4, sizes=measure(dataset, processor, 1024))
+    assert rows.taken == []
+    assert loader.state() == BatchLoader(dataset, processor, 4).state()
 
 
 @pytest.mark.parametrize("options", [{"threads": 3}, {"threads": 2, "epochs": 1}])

@@ -25,7 +25,7 @@ def text_of(content):
 
 def pictures_of(example):
     parts = [p for m in example.messages if not isinstance(m["content"], str) for p in m["content"]]
-    return [p["image"] for p in parts if p["type"] == "image"]
+    return [np.asarray(p["image"]) for p in parts if p["type"] == "image"]
 
 
 @pytest.fixture(scope="module")

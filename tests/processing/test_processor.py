@@ -189,10 +189,11 @@ def test_truncation_never_cuts_a_picture(tiny):
             assert len(cut.input_ids) == min(length, len(full.input_ids))
 
 
-def test_count_tokens_opens_no_picture(tiny):
+def test_measuring_opens_no_picture(tiny):
     messages = [user("What?", "nowhere.png"), assistant("It is <POSE>.")]
-    expected = len(tiny.encode([user("What?", GREY), messages[1]], False).input_ids)
-    assert tiny.count_tokens(messages) == (expected, 1)
+    full = tiny.encode([user("What?", GREY), messages[1]], False)
+    assert tiny.measure(messages) == (len(full.input_ids), 1, 1, False)
+    assert tiny.measure(messages, int(full.pose_positions[0])) == (full.pose_positions[0], 1, 0, True)
     with pytest.raises(UserError, match=r"messages\[0\].content\[0\]: no picture file"):
         tiny.encode(messages, False)
 

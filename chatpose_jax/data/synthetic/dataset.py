@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from chatpose_jax.data.example import Example, Kind
+from chatpose_jax.data.example import Example, Kind, LazyPicture
 from chatpose_jax.data.synthetic import captions, questions, skeleton
 from chatpose_jax.data.synthetic.families import (
     COLUMN,
@@ -106,7 +106,7 @@ class SyntheticDataset(Sequence[Example]):
     for pictures only. max_yaw: pictures show the body turned by up to this many degrees; a wider range is harder to
     learn.
 
-    Pictures are drawn when a row is taken; ``precompute`` draws all of them at once, skinned in batches. Raises
+    Pictures are ``LazyPicture``s, drawn when they are looked at; ``precompute`` draws all of them at once, skinned in batches. Raises
     UserError for an unknown split or task.
     """
 
@@ -149,9 +149,10 @@ class SyntheticDataset(Sequence[Example]):
             raise IndexError(f"row {index} of {self.size}")
         index %= self.size
         draft = self._draft(index)
-        if draft.shown is not None and index not in self._pictures:
-            return _finish(draft, self._draw([draft])[0])
-        return _finish(draft, self._pictures.get(index))
+        picture: np.ndarray | LazyPicture | None = self._pictures.get(index)
+        if draft.shown is not None and picture is None:
+            picture = LazyPicture(lambda: self._draw([draft])[0])
+        return _finish(draft, picture)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_studio": None}
@@ -212,7 +213,7 @@ def sentence(clause: str) -> str:
     return f"{clause[0].upper()}{clause[1:]}."
 
 
-def _finish(draft: _Draft, picture: np.ndarray | None) -> Example:
+def _finish(draft: _Draft, picture: np.ndarray | LazyPicture | None) -> Example:
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(draft.turns):
         content: Any = question
