@@ -17,6 +17,10 @@ from chatpose_jax.errors import UserError
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
+class Held(UserError):
+    """Somebody else has the lock."""
+
+
 @contextlib.contextmanager
 def only_writer(path: str | Path, lock: Path) -> Iterator[None]:
     """While the block runs no other process, and no other block of this one, holds ``lock`` in such a block.
@@ -30,7 +34,8 @@ def only_writer(path: str | Path, lock: Path) -> Iterator[None]:
         lock: the file that is locked: made, with its folder, if it is missing; removed in the end.
 
     Raises:
-        UserError: somebody else holds it, with the host and the process; the file cannot be made.
+        Held: somebody else holds it, with the host and the process.
+        UserError: the file cannot be made.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +58,9 @@ def _take(path: str | Path, lock: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 500).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise UserError(
-                f"{path}: {holder} is writing it; wait for its end, end it, or choose another folder"
+            raise Held(
+                f"{path}: {holder} is writing it; wait for its end, end it, or choose another folder "
+                f"(where its machine is gone and an NFS server still keeps the lock: delete {lock})"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:

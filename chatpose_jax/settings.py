@@ -58,4 +58,6 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         *items, last = get_args(kind)
         return f"a list, each {_words(items[0])}" if last is ... else f"({', '.join(map(_words, [*items, last]))})"
+    if hasattr(kind, "_fields"):
+        return f"({', '.join(kind._fields)})"
     return {float: "a finite float", type(None): "none", Any: "anything"}.get(kind) or kind.__name__

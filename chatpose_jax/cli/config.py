@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
 
+ROWS = {
+    "train.trainable": ("(pattern, rate or None, decay, 'all' or 'pose' tokens), the last two optional", (2, 3, 4)),
+    "data.mixture": ("(task, weight)", (2,)),
+    "data.sources": ("(source, weight)", (2,)),
+}
+"""Settings that are tables: what a row is, and how long it may be."""
 OPTIONAL = "model.lora"
 """The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -90,6 +96,10 @@ def _apply(config: Any, override: str) -> None:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        if text.lstrip()[:1] in ("(", "[", "{"):
+            raise UserError(
+                f"--set {override}: brackets, but no Python value; look for a missing comma or quote"
+            ) from None
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     *parents, name = key.split(".")
     table = config
@@ -109,8 +119,17 @@ def _apply(config: Any, override: str) -> None:
         table[name] = value
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"--set {override}: expected {type(table[name]).__name__}, such as {table[name]!r}, found {value!r}"
+            f"--set {override}: expected {type(table[name]).__name__}, such as {_plain(table[name])!r}, found {value!r}"
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """As one would write it: named tuples without their names."""
+    return (
+        type(value)(map(tuple, value))
+        if value and isinstance(value, list | tuple) and isinstance(value[0], Rule)
+        else value
+    )
 
 
 def _keys(config: Any, prefix: str = "") -> Iterable[str]:
@@ -128,17 +147,9 @@ def freeze(config: Any) -> RunConfig:
     for name in ("model", "data", "train"):
         if not isinstance(table.get(name), dict):
             raise UserError(f"configuration: expected a table of settings {name!r}, found {table.get(name)!r:.100}")
-    try:
-        rules = tuple(Rule(*row) for row in table["train"].pop("trainable"))
-        weights = {
-            name: tuple((str(part), float(weight)) for part, weight in table["data"].pop(name))
-            for name in ("mixture", "sources")
-        }
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(
-            "train.trainable takes rows of (pattern, rate or None, decay, 'all' or 'pose' tokens), data.mixture pairs of (task, weight), "
-            f"data.sources pairs of (source, weight): {error}"
-        ) from error
+    rows = {key: _rows(table, key) for key in ROWS}
+    weights = {name: rows[f"data.{name}"] for name in ("mixture", "sources")}
+    rules = tuple(Rule(*row) for row in rows["train.trainable"])
     data = _typed(DataConfig, table["data"], "data")
     mesh = _typed(MeshConfig, table["train"].pop("mesh", {}), "train.mesh")
     train = _typed(TrainConfig, {**table["train"], "mesh": mesh}, "train")
@@ -147,6 +158,22 @@ def freeze(config: Any) -> RunConfig:
         dataclasses.replace(data, **weights),
         dataclasses.replace(train, trainable=rules),
     )
+
+
+def _rows(table: Mapping[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
+    """The rows of a setting that is a table of them, taken out of ``table``; raises UserError for what is no row."""
+    words, sizes = ROWS[key]
+    part, _, name = key.partition(".")
+    rows = table[part].pop(name, None)
+    if not isinstance(rows, list | tuple):
+        raise UserError(f"{key}: expected rows of {words}, found {rows!r:.100}")
+    for row in rows:
+        if not isinstance(row, list | tuple) or len(row) not in sizes:
+            raise UserError(
+                f"{key}: expected rows of {words}, found {row!r:.100} in the place of a row; a single row needs a comma "
+                "behind its bracket, ((…),)"
+            )
+    return tuple(map(tuple, rows))
 
 
 def _typed(cls: Any, values: dict[str, Any], where: str) -> Any:

@@ -20,7 +20,7 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.config import RunConfig, load_config
-from chatpose_jax.cli.train import cpu_workers, demand_table, run_training
+from chatpose_jax.cli.train import cpu_workers, demand_table, only_run, run_training
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
@@ -60,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
     clock = Clock()
     config = load_config(args.config, args.overrides)
     demand_table(config)
-    out: Path = args.out
+    with only_run(args.out):
+        return _run(config, args.out, args.rows, clock)
+
+
+def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     size = config.model.vision.image_size
 
     print(f"1/4  Generating people in words and pictures ({size} × {size}) ...", flush=True)
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     print("3/4  Asking about people that it has never seen ...", flush=True)
     model = load(folder)
-    results = evaluate(model, config, args.rows)
+    results = evaluate(model, config, count)
     clock.lap("evaluation")
 
     print("4/4  Three conversations ...", flush=True)

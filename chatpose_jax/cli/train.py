@@ -21,6 +21,7 @@ from chatpose_jax.data.batches import BatchLoader, measure
 from chatpose_jax.data.config import examples
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
+from chatpose_jax.locks import Held, only_writer
 from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, create
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.models.quantize import quantize_int8
@@ -136,12 +137,20 @@ def run_training(
     configuration names, ``folder`` is where the model goes (``out/model``), ``profile`` counts steps to trace."""
     if init is not None:
         config = adopt(config, init)
-    model, settings = config.model, config.train
+    model = config.model
     if not model.scan_layers:
         raise UserError(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
         )
     demand_table(config)  # before anything is read
+    with only_run(out):
+        return _run(config, out, init, data, folder or out / "model", profile)
+
+
+def _run(
+    config: RunConfig, out: Path, init: Path | None, data: Sequence[Example] | None, folder: Path, profile: int
+) -> Path:
+    model, settings = config.model, config.train
     mesh = training_mesh(settings)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
@@ -194,7 +203,7 @@ def run_training(
     )
     with hosts.restartable(out):
         return model_folder.save_folder(
-            folder or out / "model",
+            folder,
             model,
             params,
             processor=processor,
@@ -208,6 +217,25 @@ def run_training(
             passengers=init,
             overwrite=True,
         )
+
+
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """While the block runs no other run may write ``out``: process 0 holds a lock, ``out/.lock``.
+
+    Raises hosts.Fault where another run is there, which may end; UserError where nothing can be written.
+    """
+    with contextlib.ExitStack() as holding:
+        held = ""
+        with together():
+            if hosts.primary():
+                try:
+                    holding.enter_context(only_writer(out, out / ".lock"))
+                except Held as other:
+                    held = str(other)
+        if hosts.gather(np.array([bool(held)])).any():
+            raise hosts.Fault(held or f"{out}: another run is writing it, as process 0 says")
+        yield
 
 
 def demand_table(config: RunConfig) -> None:

@@ -83,8 +83,9 @@ class Checkpoints:
         ]
         if differing:
             raise UserError(
-                f"{self.folder}: the checkpoint at step {step} was made with other settings of {', '.join(differing)}; "
-                "give --out another folder, or go back to those settings"
+                f"{self.folder}: the checkpoint at step {step} was made with other settings of {', '.join(differing)}: go back "
+                f"to those, or begin another run from its result with --init {self.folder.parent / 'model'} --out NEW "
+                f"(where there is no such folder yet, the old settings with --set train.steps={step} write it)"
             )
         self._check_base(step, run.get("frozen"))
         try:

@@ -6,9 +6,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -80,7 +82,12 @@ class Log:
             return
         path = folder / "metrics.jsonl"
         path.touch()
-        os.truncate(path, _length_up_to(path, step))  # in one go: a kill leaves all of the kept lines or more
+        length, garbage = _length_up_to(path, step)
+        if garbage:
+            hosts.say(
+                f"{path}: line {garbage} is no line of this log; kept as {_set_aside(path)}, and begun anew from there"
+            )
+        os.truncate(path, length)  # in one go: a kill leaves all of the kept lines or more
         self.file = path.open("a", buffering=1)
         if wandb:
             self.run = _wandb_run(wandb, folder, settings or {})
@@ -123,18 +130,29 @@ class Log:
             self.run.finish()
 
 
-def _length_up_to(path: Path, step: int) -> int:
-    """Bytes of the lines up to a step; what follows is lost steps, or a line that was cut off by a kill."""
-    length = 0
+def _length_up_to(path: Path, step: int) -> tuple[int, int]:
+    """Bytes of the lines up to a step, behind which are lost steps or a line that was cut off by a kill; and the number of the first
+    line that is neither, 0 where there is none.
+    """
+    length = lost = 0
     with path.open("rb") as file:
-        for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except ValueError:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
                 break
-            length += len(line)
-    return length
+            try:
+                at = json.loads(line)["step"]
+                lost += at > step
+            except (ValueError, TypeError, KeyError):
+                return length, number
+            length += 0 if lost else len(line)
+    return length, 0
+
+
+def _set_aside(path: Path) -> Path:
+    """A copy under a name that is free."""
+    copy = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.damaged-{n}")).exists())
+    shutil.copyfile(path, copy)
+    return copy
 
 
 def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:

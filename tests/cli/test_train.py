@@ -30,6 +30,7 @@ from chatpose_jax.cli.train import (
 )
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
+from chatpose_jax.locks import only_writer
 from chatpose_jax.models.chatpose import abstract_params, create
 from chatpose_jax.models.config import preset
 from chatpose_jax.models.sharding import make_mesh
@@ -130,6 +131,26 @@ def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, stat
     monkeypatch.setattr(cli_train, "examples", refused)
     assert main(["train", "--out", str(tmp_path / "run")]) == status
     assert capsys.readouterr().err.startswith(f"error: rows.npz: {os.strerror(number)}")
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys, command):
+    """The second is told who the first is, before it reads anything, by a status that means: later, perhaps."""
+    monkeypatch.setattr(cli_train, "examples", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr("chatpose_jax.cli.demo.SyntheticDataset", lambda *_: pytest.fail("data were made"))
+    with only_writer(tmp_path, tmp_path / ".lock"):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([command, "--out", str(tmp_path)]) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+    assert f"process {os.getpid()} on {socket.gethostname()}, since 2" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_train, "examples", lambda *_: pytest.fail("data were read"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    assert main(["train", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: {out}: cannot be written (Not a directory)\n"
 
 
 class Rows(Sequence):

@@ -19,7 +19,7 @@ from chatpose_jax.models.chatpose import create, fake_batch
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.hosts import Fault
 from chatpose_jax.train.trainable import PAPER, PROJECTOR, rates
-from chatpose_jax.train.trainer import Interrupted, best_metric, shortest, train
+from chatpose_jax.train.trainer import Interrupted, Log, best_metric, shortest, train
 from tests.train.test_step import CONFIG, SETTINGS
 
 SETTINGS = dataclasses.replace(SETTINGS, steps=6, save_every=2, log_every=1)
@@ -100,6 +100,26 @@ def test_lines_of_lost_steps_and_cut_off_lines_are_dropped(tmp_path, params):
     ]
 
 
+@pytest.mark.parametrize(
+    "garbage", [b"\0\0\0\0\n", b"loss 3\n", b"[5]\n", b'{"loss": 1.0}\n', b'{"step": "two"}\n', b"\xff\n"]
+)
+@pytest.mark.parametrize("place", [0, 1, 9])
+def test_a_log_that_is_none_is_kept_aside_and_told(tmp_path, capsys, garbage, place):
+    """Whatever it is, nobody can make it again; a line of a lost step, or cut off by a kill, is no such thing."""
+    lines = [b'{"step": %d, "loss": 1.5}\n' % step for step in range(1, 6)]
+    lines.insert(place, garbage)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(lines) + b'{"step": 6, "lo')
+    Log(tmp_path, 3).close()
+    kept = [line for line in lines[:place] if line in lines[:3]]
+    assert path.read_bytes() == b"".join(kept)
+    copy = tmp_path / "metrics.jsonl.damaged-1"
+    assert copy.read_bytes() == b"".join(lines) + b'{"step": 6, "lo'
+    assert f"line {min(place, 5) + 1} is no line of this log; kept as {copy}" in capsys.readouterr().out
+    Log(tmp_path, 3).close()
+    assert sorted(tmp_path.iterdir()) == [path, copy]
+
+
 def test_a_finished_run_returns_its_parameters_again(tmp_path, params):
     first = train(CONFIG, SETTINGS, params(), Batches(), tmp_path, progress=False)
     second = train(CONFIG, SETTINGS, params(), Batches(), tmp_path, progress=False)
@@ -112,6 +132,12 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, params):
     wider = CONFIG.replace(lora=dataclasses.replace(CONFIG.lora, alpha=8.0))
     with pytest.raises(UserError, match=r"other settings of model\.lora"):
         train(wider, SETTINGS, params(), Batches(), tmp_path, progress=False)
+    slower = dataclasses.replace(SETTINGS, learning_rate=0.5 * SETTINGS.learning_rate)
+    with pytest.raises(UserError) as raised:
+        train(CONFIG, slower, params(), Batches(), tmp_path, progress=False)
+    assert "other settings of train.learning_rate: go back" in str(raised.value)
+    assert f"with --init {tmp_path / 'model'} --out NEW" in str(raised.value)
+    assert "the old settings with --set train.steps=2 write it" in str(raised.value)
 
 
 def test_spoilt_updates_are_dropped_counted_and_too_many_stop_the_run(tmp_path, params):
