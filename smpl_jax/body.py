@@ -444,6 +444,8 @@ def _inputs(
     rotations = jnp.asarray(rotations, body.dtype)
     if rotations.shape[-3:] != (body.num_joints, 3, 3):
         hint = "; smpl_jax.from_smpl_pose makes them from SMPL's 24" if rotations.shape[-3:] == (24, 3, 3) else ""
+        if rotations.shape[-2:] == (body.num_joints, 3) or rotations.shape[-1:] == (3 * body.num_joints,):
+            hint = f"; smpl_jax.axis_angle_to_matrix makes them from axis-angle (..., {body.num_joints}, 3)"
         raise ValueError(
             f"rotations of body {body.name!r} must have shape (..., {body.num_joints}, 3, 3); "
             f"got {rotations.shape}{hint}"

@@ -206,6 +206,8 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
             ValueError,
             r"\(\.\.\., 55, 3, 3\); got \(24, 3, 3\); smpl_jax.from_smpl_pose",
         ),
+        (lambda b, x: smpl_jax.joints(b, np.zeros((8, 24, 3))), ValueError, "axis_angle_to_matrix makes them from"),
+        (lambda b, x: smpl_jax.joints(b, np.zeros((8, 72))), ValueError, "axis_angle_to_matrix makes them from"),
         (
             lambda b, x: smpl_jax.joints(b, EYE, np.zeros(11)),
             ValueError,

@@ -13,6 +13,7 @@ import pytest
 from smpl_jax import body as body_functions
 from smpl_jax import export, rotations
 from smpl_jax.body import BodyModel
+from smpl_jax.frames import turn
 from smpl_jax.io import load_body
 from smpl_jax.render import clothing_colors
 
@@ -124,6 +125,24 @@ def test_a_skinned_glb_of_a_body_as_it_rests_is_not_turned(tmp_path, body):
     upright[0] = TURN  # the same person, told in the camera frame, stands up in glTF as well
     _, joints = skin(*read_glb(export.write_skinned_glb(tmp_path / "up.glb", body, upright, frame="camera")))
     assert joints["head"][1] > joints["pelvis"][1] and joints["left_wrist"][0] > joints["right_wrist"][0]
+
+
+def test_one_person_told_in_three_frames_is_one_file(tmp_path, body, pose):
+    told = {}
+    for frame in ("model", "camera", "z-up"):
+        turned = pose.copy()
+        turned[0] = turn("model", frame) @ pose[0]
+        place = turn("model", frame) @ np.asarray(body.joint_template)[0]
+        move = (place - np.asarray(body.joint_template)[0]).astype(
+            np.float32
+        )  # the pelvis, which the root leaves alone
+        vertices = np.asarray(body_functions.vertices(body, turned, None, move))
+        rig, _ = skin(*read_glb(export.write_skinned_glb(tmp_path / "r.glb", body, turned, None, move, frame=frame)))
+        document, arrays = read_glb(export.write_glb(tmp_path / "s.glb", vertices, body.faces, frame=frame))
+        told[frame] = rig, arrays[document["meshes"][0]["primitives"][0]["attributes"]["POSITION"]]
+    for rig, static in told.values():
+        np.testing.assert_allclose(rig, told["model"][0], atol=1e-5)
+        np.testing.assert_allclose(static, told["model"][0], atol=1e-5)
 
 
 def test_weights_of_a_skinned_glb_are_normalised(tmp_path, body, pose):
