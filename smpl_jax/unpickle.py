@@ -57,7 +57,40 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise pickle.UnpicklingError("the pickle is cut off")
         self.append(bytearray(data))
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _bytearray8}  # type: ignore[attr-defined, dict-item]
+    # Dictionaries and sets hash what they hold, and a tuple of a tuple of … of one tuple, a few bytes each, takes forever to hash.
+    def _fill(self: Any, table: Any, items: list[Any]) -> None:
+        for key, value in zip(_plain(items[::2]), items[1::2]):
+            table[key] = value
+
+    def _dict(self: Any) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._fill(self.stack[-1], items)
+
+    def _setitem(self: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill(self.stack[-1], [key, value])
+
+    def _setitems(self: Any) -> None:
+        items = self.pop_mark()
+        self._fill(self.stack[-1], items)
+
+    def _additems(self: Any) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_plain(items))
+
+    def _frozenset(self: Any) -> None:
+        self.append(frozenset(_plain(self.pop_mark())))
+
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.BYTEARRAY8[0]: _bytearray8,
+        pickle.DICT[0]: _dict,
+        pickle.SETITEM[0]: _setitem,
+        pickle.SETITEMS[0]: _setitems,
+        pickle.ADDITEMS[0]: _additems,
+        pickle.FROZENSET[0]: _frozenset,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -72,6 +105,14 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         if self._persistent_load is None:
             raise pickle.UnpicklingError("the pickle holds a persistent id, which this kind of file has no use for")
         return self._persistent_load(pid)
+
+
+def _plain(keys: list[Any]) -> list[Any]:
+    """The keys; raises where one is neither text nor a number."""
+    for key in keys:
+        if not isinstance(key, (str, bytes, int, float, type(None))):
+            raise pickle.UnpicklingError(f"the pickle holds a dictionary or set with a {type(key).__name__} as a key")
+    return keys
 
 
 class sealed:

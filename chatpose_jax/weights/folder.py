@@ -27,7 +27,7 @@ from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
 from chatpose_jax.weights.processes import together
-from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.readers import describe_folder, read_json
 
 FORMAT = "chatpose-jax"
 VERSION = 1
@@ -169,6 +169,8 @@ def read_folder(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: a PyTorch checkpoint, not a model folder; convert it first: chatpose convert {path} OUT"
         )
+    if known := describe_folder(path):
+        raise UserError(f"{path}: no model folder, but {known}")
     raise UserError(
         f"{path}: no model folder: expected config.json with format {FORMAT!r}, beside tokenizer/ and params/"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.tokenizer import POSE_LITERALS
-from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.readers import demand_native, describe_folder, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -67,12 +67,15 @@ def _read_tokens(folder: Path) -> Tokens:
     if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
+        demand_native(folder / "tokenizer.model")
         try:
             base = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
         except (RuntimeError, OSError) as error:
             raise UserError(f"{folder / 'tokenizer.model'}: not a SentencePiece model ({error})") from None
     elif pieces:
         base = len(pieces)
+    elif what := describe_folder(folder):
+        raise UserError(f"{folder}: no tokenizer, but {what}")
     else:
         raise UserError(
             f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json; "

@@ -206,7 +206,15 @@ def test_hostile_npz_is_refused(tmp_path):
     assert not TOUCHED
 
 
+# ((), ()), of which a tuple of twice that, and so on: 2^100 steps to hash.
+NESTED = b"(tq\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(100))
 OPCODES = {
+    "has a key that takes forever to hash": b"\x80\x02}" + NESTED + b"Ns.",
+    "has such keys, many at once": b"\x80\x02}(" + NESTED + b"Nu.",
+    "has such a key in text's form": b"(" + NESTED + b"Nd.",
+    "has a set of it": b"\x80\x04\x8f(" + NESTED + b"\x90.",
+    "has a frozen set of it": b"\x80\x04(" + NESTED + b"\x91.",
+    "has a set of it, as Python 2 writes sets": b"c__builtin__\nset\n(](" + NESTED + b"etR.",
     "calls an allowed name with anything": b"cnumpy\ndtype\n(cnumpy\nndarray\ntR.",
     "calls text": b"(Vabc\n(tR.",
     "changes an allowed function": b"c_codecs\nencode\n(dV__class__\nV1\nsb.",

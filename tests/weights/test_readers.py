@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.weights.folder import read_folder
 from chatpose_jax.weights.readers import (
     checkpoint,
     open_checkpoint,
@@ -26,6 +27,7 @@ from chatpose_jax.weights.readers import (
     read_sums,
     read_torch_header,
 )
+from chatpose_jax.weights.tokens import read_tokens
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
@@ -116,11 +118,15 @@ def safetensors(path: Path, header: Any, data: bytes = b"", length: int | None =
         (b'{"a": 1, "a": 2}', None, "a name stands twice"),
         ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, None, "cut off: tensor 'w' ends at"),
         ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, None, "cannot fill bytes 0..8"),
-        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, None, "cannot fill"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, None, "not whole numbers of 0"),
         ({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, None, "dtype 'F99'"),
         ({"w": {"shape": [1]}}, None, "header is damaged"),
         (b'{"w": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}', None, "header is damaged"),
-        ({"w": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 1 << 126]}}, None, "cut off"),
+        (
+            {"w": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 1 << 126]}},
+            None,
+            "not whole numbers",
+        ),
         ({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4 << 40]}}, None, "cut off"),
     ],
 )
@@ -261,22 +267,134 @@ FLOATS = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK
 
 def tensor_of(shape: bytes, strides: bytes) -> bytes:
     """A pickle of one tensor ``w`` over 16 floats; shape and strides as opcodes of a tuple."""
-    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n((" + FLOATS + b"tQK\0" + shape + strides + b"tR"
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n((" + FLOATS + b"tQK\0" + shape + strides + b"\x88}tR"
     return b"\x80\x02}X\x01\0\0\0w" + rebuilt + b"s."
 
 
+GIANT = b"\x8b" + struct.pack("<i", 4000) + b"\x7f" * 4000  # LONG4: 9 600 digits, more than Python prints
+NO_SIZES = {
+    "(4, 4) by (1,)": (b"K\x04K\x04\x86", b"K\x01\x85"),
+    "giant size": (GIANT + b"\x85", b"K\x01\x85"),
+    "giant stride": (b"K\x10\x85", GIANT + b"\x85"),
+    "2^63": (b"\x8a\x09" + bytes(7) + b"\x80\0\x85", b"K\x01\x85"),
+    "negative": (b"J\xff\xff\xff\xff\x85", b"K\x01\x85"),
+    "text": (b"X\x02\0\0\x0016\x85", b"K\x01\x85"),
+    "a fraction": (b"G@0\0\0\0\0\0\0\x85", b"K\x01\x85"),
+    "100 axes": (b"(" + b"K\x01" * 100 + b"t", b"(" + b"K\x01" * 100 + b"t"),
+}
+
+
+@pytest.mark.parametrize(("shape", "strides"), NO_SIZES.values(), ids=NO_SIZES)
+def test_sizes_that_no_tensor_has_are_refused(tmp_path: Path, shape: bytes, strides: bytes) -> None:
+    assert read_torch_header(archive(tmp_path / "m.bin", tensor_of(b"K\x10\x85", b"K\x01\x85")))["w"].shape == (16,)
+    with pytest.raises(UserError, match="sizes, strides or offset are not whole numbers of 0"):
+        read_torch_header(archive(tmp_path / "m.bin", tensor_of(shape, strides)))
+
+
+@pytest.mark.parametrize("number", ["9" * 4300, "1" + "0" * 19, "1.5", '"4"', "true", "-1"])
+@pytest.mark.parametrize("where", ["shape", "data_offsets"])
+def test_sizes_of_safetensors_are_bounded(tmp_path: Path, where: str, number: str) -> None:
+    record = {"shape": "4", "data_offsets": "16"} | {where: number}
+    header = f'{{"w": {{"dtype": "F32", "shape": [{record["shape"]}], "data_offsets": [0, {record["data_offsets"]}]}}}}'
+    with pytest.raises(UserError, match="not whole numbers of 0 … 2\\^63 - 1; the header is damaged"):
+        read_safetensors_header(safetensors(tmp_path / "m.safetensors", header.encode(), bytes(16)))
+
+
+def test_an_expanded_tensor_is_refused_as_such(tmp_path: Path) -> None:
+    """torch reads it; here a few bytes would become a file of any size. What its storage has room for is read."""
+    state = {"w": torch.arange(4.0).expand(3, 4), "v": torch.arange(4.0)}
+    torch.save(state, tmp_path / "m.bin")
+    with pytest.raises(
+        UserError, match=r"'w' of shape \(3, 4\) and strides \(0, 1\) is expanded.*save tensor.contiguous"
+    ):
+        open_checkpoint(tmp_path / "m.bin")
+    twice = torch.arange(16.0)[:4].expand(3, 4)
+    torch.save({"w": twice}, tmp_path / "m.bin")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "m.bin").tensors["w"].read(), twice.numpy())
+
+
+def nested_tuple(depth: int) -> bytes:
+    """Opcodes of a tuple that holds itself twice, and so on: a few bytes a level, twice the text and the time to hash."""
+    return b"(tq\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(depth))
+
+
+def test_names_of_tensors_are_short_texts(tmp_path: Path) -> None:
+    tensor = tensor_of(b"K\x10\x85", b"K\x01\x85")[len(b"\x80\x02}X\x01\0\0\0w") : -len(b"s.")]
+    for name, message in (
+        (nested_tuple(100), "damaged.*a dictionary or set with a tuple as a key"),
+        (b"K\x05", "a tensor has a int as its name; expected text"),
+        (b"X" + struct.pack("<I", 2000) + b"w" * 2000, "a tensor's name has 2000 characters; expected 1000 at most"),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            read_torch_header(archive(tmp_path / "m.bin", b"\x80\x02}" + name + tensor + b"s."))
+        assert len(str(refused.value)) < 1000
+    for opcodes in (
+        b"\x8f(" + nested_tuple(100) + b"\x90.",
+        b"(" + nested_tuple(100) + b"\x91.",
+        b"(" + nested_tuple(100) + b"Nd.",
+    ):
+        with pytest.raises(UserError, match="damaged"):
+            read_torch_header(archive(tmp_path / "m.bin", b"\x80\x04" + opcodes))
+
+
 @pytest.mark.parametrize(
-    ("shape", "strides"),
+    ("make", "message"),
     [
-        (b"K\x04K\x04\x86", b"K\x01\x85"),  # (4, 4) by (1,)
-        (b"K\x20\x85", b"K\0\x85"),  # 32 elements at one place, of 16
+        (lambda: torch._neg_view(torch.arange(4.0)), r"the lazy bit 'neg'.*\.resolve_neg\(\)"),
+        (lambda: torch.nn.Parameter(torch._neg_view(torch.arange(4.0))), "the lazy bit 'neg'"),
+        (lambda: torch.arange(4.0).to(torch.complex64).conj().imag, "the lazy bit 'neg'|a complex tensor"),
+        (lambda: torch.arange(4.0).to(torch.complex64).conj(), "a complex tensor"),
+        (lambda: torch.arange(4.0).to_sparse(), "a sparse tensor"),
+        (lambda: torch.zeros(4, dtype=torch.float8_e4m3fn), "a tensor of a newer dtype"),
+        (lambda: torch.zeros(4, dtype=torch.uint16), "a tensor of a newer dtype"),
+        (lambda: torch.quantize_per_tensor(torch.arange(4.0), 0.1, 0, torch.qint8), "a quantised tensor"),
+        (lambda: torch.empty(4, device="meta"), "a tensor without values"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "a nested tensor"),
+        (lambda: with_attribute(torch.nn.Parameter(torch.arange(4.0))), "a parameter with attributes of its own"),
+        (lambda: with_attribute(torch.arange(4.0)), "a class, or with attributes, of its own"),
     ],
 )
-def test_strides_that_no_tensor_has_are_refused(tmp_path: Path, shape: bytes, strides: bytes) -> None:
-    """Repeated elements would make a file of any size out of a few bytes."""
-    assert read_torch_header(archive(tmp_path / "m.bin", tensor_of(b"K\x10\x85", b"K\x01\x85")))["w"].shape == (16,)
-    with pytest.raises(UserError, match="does not fit its storage of 64 bytes"):
-        read_torch_header(archive(tmp_path / "m.bin", tensor_of(shape, strides)))
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_tensor_of_torch_may_be_besides_is_refused_by_name(tmp_path: Path, make: Any, message: str) -> None:
+    torch.save({"v": torch.ones(2), "w": make()}, tmp_path / "m.bin")
+    with pytest.raises(UserError, match=f"holds .*({message}).*, which is not read here"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+def with_attribute(tensor: Any) -> Any:
+    tensor.note = "x"
+    return tensor
+
+
+def test_what_does_not_change_a_tensors_values_is_read_over(tmp_path: Path) -> None:
+    """requires_grad, a hook (which torch does not write), a parameter without gradient."""
+    leaf = torch.arange(4.0, requires_grad=True)
+    hooked = torch.arange(4.0, requires_grad=True)
+    hooked.register_hook(lambda gradient: gradient)
+    frozen = torch.nn.Parameter(torch.arange(4.0), requires_grad=False)
+    with pytest.warns(UserWarning, match="hooks"):
+        torch.save({"leaf": leaf, "hooked": hooked, "frozen": frozen}, tmp_path / "m.bin")
+    for entry in open_checkpoint(tmp_path / "m.bin").tensors.values():
+        np.testing.assert_array_equal(entry.read(), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("tail", "message"),
+    [
+        (b"\x88}X\x03\0\0\0negI01\ns", "lazy bit 'neg'"),
+        (b"\x88}X\x04\0\0\0conjI00\ns", "lazy bit 'conj'"),  # torch asks whether it is there, not what it says
+        (b"\x88}X\x05\0\0\0otherI01\ns", "metadata of an unknown kind"),
+        (b"\x88K\x01", "metadata of an unknown kind"),
+        (b"}X\x01\0\0\0aK\x01s", "backward hooks"),
+    ],
+)
+def test_metadata_of_a_tensor_is_not_passed_over(tmp_path: Path, tail: bytes, message: str) -> None:
+    """The arguments behind the strides: requires_grad, hooks, metadata."""
+    hooks = b"" if tail.startswith(b"}") else b"}"
+    plain = tensor_of(b"K\x10\x85", b"K\x01\x85")
+    data = plain.replace(b"\x88}tR", b"\x88" + hooks + tail.removeprefix(b"\x88") + b"tR")
+    with pytest.raises(UserError, match=message):
+        read_torch_header(archive(tmp_path / "m.bin", data))
 
 
 def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
@@ -343,6 +461,125 @@ def test_folders_and_indices(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_file_and_an_index_are_two_sets_of_weights(tmp_path: Path) -> None:
+    """transformers reads the file, vLLM the index: a merged model that was saved into its base's folder."""
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file({"a": torch.zeros(2)}, tmp_path / shards[0])
+    save_file({"b": torch.zeros(2)}, tmp_path / shards[1])
+    index(tmp_path, dict(zip("ab", shards)))
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"two sets of weights: model\.safetensors.* and the shards of model\.safetensors\.index\.json"
+    ):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "model.safetensors").tensors["a"].read().tolist() == [1, 1]
+    assert open_checkpoint(tmp_path / "model.safetensors.index.json").tensors["a"].read().tolist() == [0, 0]
+    index(tmp_path, dict.fromkeys("ab", "model.safetensors"))
+    assert open_checkpoint(tmp_path).tensors["a"].read().tolist() == [1, 1], "the index says the same"
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["one file", "shards"])
+def test_safetensors_come_before_bin_as_in_transformers(tmp_path: Path, single: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    model.save_pretrained(tmp_path, max_shard_size="5GB" if single else "1KB")
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save(other, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in again.state_dict().items():
+        np.testing.assert_array_equal(checkpoint.tensors[name].read(), tensor.numpy())
+    assert len(checkpoint.files) == 1 or not single
+    assert checkpoint.unread == (tmp_path / "pytorch_model.bin",)
+
+
+def test_weights_that_config_json_names_are_followed_or_refused(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "other.safetensors"):
+        save_file({"a": torch.zeros(2)}, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    with pytest.raises(
+        UserError, match=r"transformers_weights='other\.safetensors' names other weights than model\.safetensors"
+    ):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"transformers_weights": "model.safetensors"}')
+    assert open_checkpoint(tmp_path).files == (tmp_path / "model.safetensors",)
+
+
+def test_two_projectors(tmp_path: Path) -> None:
+    for name in ("mm_projector.safetensors", "mm_projector.bin"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"two projectors, mm_projector\.safetensors and mm_projector\.bin; move one"):
+        open_checkpoint(tmp_path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976578928\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (LFS, "a Git LFS pointer, not the file itself; run git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", "an HTML page that was saved in the file's place"),
+        (b"<html>" + b"x" * 1000, "an HTML page that was saved in the file's place"),
+        (
+            b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+            "an XML page, as servers answer with an error",
+        ),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+    ],
+)
+def test_files_that_are_something_else_are_called_by_name(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}: {message}"):
+        read_json(tmp_path / name) if name == "config.json" else open_checkpoint(tmp_path)
+
+
+def test_a_tokenizer_that_was_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(LFS)
+    with pytest.raises(UserError, match=r"tokenizer\.model: a Git LFS pointer"):
+        read_tokens(tmp_path)
+
+
+def test_a_cache_of_the_hub_names_the_snapshot(tmp_path: Path) -> None:
+    root = tmp_path / "models--llava-hf--llava-1.5-7b-hf"
+    for revision in ("aaa", "bbb"):
+        (root / "snapshots" / revision).mkdir(parents=True)
+    for read in (open_checkpoint, read_folder, read_tokens):
+        with pytest.raises(
+            UserError, match=f"Hugging Face's cache; name {root}/snapshots/aaa or {root}/snapshots/bbb$"
+        ):
+            read(root)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("bbb")
+    for path in (root, root / "snapshots"):
+        with pytest.raises(UserError, match=f"Hugging Face's cache; name {root}/snapshots/bbb$"):
+            open_checkpoint(path)
+    with pytest.raises(UserError, match="name a snapshot in it"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("__0_0.distcp", r"dcp_to_torch .* model\.bin"),
+        ("zero_to_fp32.py", r"a DeepSpeed checkpoint: python .*/zero_to_fp32\.py .* OUT"),
+        ("model-Q4_K_M.gguf", "GGUF files"),
+    ],
+)
+def test_folders_of_other_programs_are_called_by_name(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UserError, match=message):
         open_checkpoint(tmp_path)
 
 

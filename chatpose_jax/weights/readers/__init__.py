@@ -8,10 +8,12 @@ from chatpose_jax.weights.readers.checkpoint import (
     ADAPTER_FILES,
     PROJECTOR_FILES,
     Checkpoint,
+    find_projector,
     open_checkpoint,
     read_json,
 )
 from chatpose_jax.weights.readers.entry import Index, TensorEntry
+from chatpose_jax.weights.readers.foreign import demand_native, describe_folder
 from chatpose_jax.weights.readers.hashes import SUMS_FILE, Trail, forget, read_sums, sha256
 from chatpose_jax.weights.readers.safetensors import SAFETENSORS_DTYPES, read_safetensors_header
 from chatpose_jax.weights.readers.torch_zip import read_torch_header
@@ -25,6 +27,9 @@ __all__ = [
     "Index",
     "TensorEntry",
     "Trail",
+    "demand_native",
+    "describe_folder",
+    "find_projector",
     "forget",
     "open_checkpoint",
     "read_json",

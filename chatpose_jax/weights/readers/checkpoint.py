@@ -14,6 +14,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.readers.entry import TensorEntry
+from chatpose_jax.weights.readers.foreign import demand_native, describe_folder
 from chatpose_jax.weights.readers.safetensors import read_safetensors_header
 from chatpose_jax.weights.readers.torch_zip import read_torch_header
 
@@ -23,12 +24,11 @@ _HEADERS: dict[str, Callable[[Path], dict[str, TensorEntry]]] = {
     ".pt": read_torch_header,
     ".pth": read_torch_header,
 }
-# In the order in which transformers looks for them.
+# In the order in which all programs look for them: safetensors first. Of one file and an index beside it, transformers takes
+# the file, others (vLLM) the index.
 _CANDIDATES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 # A projector on its own, as LLaVA's pre-training stage writes it beside or instead of a model.
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
@@ -42,11 +42,12 @@ _MAX_SETTINGS = 100_000_000
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """All tensors of a checkpoint, by name, from one file or many. ``folder`` holds config and tokenizer, if there are
-    any."""
+    any. ``unread``: other sets of weights in the folder, which come after this one for every program."""
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
+    unread: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _MAX_SETTINGS:
             raise UserError(f"{path}: {size} bytes are too many for a file of settings; fetch it again")
+        demand_native(path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except UserError:
         raise
@@ -82,34 +84,62 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder (single file, or shards with an index) or one file; reads headers only.
+    """Opens a folder (single file, or shards with an index), one file or one index; reads headers only.
 
-    Raises UserError: no weights there, an index that names a missing file or tensor, a tensor that two shards hold, a
-    damaged file.
+    Raises UserError: no weights there, two sets of weights of which programs do not all take the same, an index that names
+    a missing file or tensor, a tensor that two shards hold, a damaged file.
     """
     path = Path(path)
     if path.is_file():
-        return _from_files(path.parent, [path])
+        return _from_index(path) if path.name.endswith(".index.json") else _from_files(path.parent, [path])
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    for name in _CANDIDATES:
-        candidate = path / name
-        if candidate.is_file():
-            return _from_index(candidate) if name.endswith(".index.json") else _from_files(path, [candidate])
+    found = [[path / name for name in names if (path / name).is_file()] for names in _CANDIDATES]
+    if first := next(filter(None, found), None):
+        _demand_one(path, *first)
+        checkpoint = _from_index(first[0]) if first[0].suffix == ".json" else _from_files(path, first[:1])
+        others = [file for file in path.iterdir() if file.suffix in _HEADERS and _is_shard(file)]
+        others += [file for files in found for file in files if file.suffix in _HEADERS]
+        return dataclasses.replace(checkpoint, unread=tuple(sorted({*others} - {*checkpoint.files})))
     loose = sorted(file for file in path.iterdir() if file.suffix in _HEADERS and _is_shard(file))
-    if len({file.suffix for file in loose}) > 1:
-        loose = [file for file in loose if file.suffix == ".safetensors"]
-    if loose:
-        return _from_files(path, loose)
+    taken = [file for file in loose if file.suffix == ".safetensors"] or loose
+    if taken:
+        return dataclasses.replace(_from_files(path, taken), unread=tuple(sorted({*loose} - {*taken})))
     wrapped = [path / name for name in ADAPTER_FILES if (path / name).is_file()][:1]
     if wrapped:
         return _from_files(path, [*wrapped, *(file for file in [path / _BESIDE_ADAPTERS] if file.is_file())])
-    projectors = [path / name for name in PROJECTOR_FILES if (path / name).is_file()]
-    if projectors:
-        return _from_files(path, projectors[:1])
-    raise UserError(
-        f"{path}: no weights here: expected one of {', '.join(_CANDIDATES)} or shards named model-00001-of-…"
-    )
+    if projector := find_projector(path):
+        return _from_files(path, [projector])
+    if what := describe_folder(path):
+        raise UserError(f"{path}: {what}")
+    expected = ", ".join(name for names in _CANDIDATES for name in names)
+    raise UserError(f"{path}: no weights here: expected one of {expected} or shards named model-00001-of-…")
+
+
+def find_projector(folder: Path) -> Path | None:
+    """The file of a projector on its own in a folder, ``None`` where there is none; raises UserError where there are two."""
+    found = [folder / name for name in PROJECTOR_FILES if (folder / name).is_file()]
+    if len(found) > 1:  # LLaVA's own code knows the second name alone
+        raise UserError(f"{folder}: two projectors, {found[0].name} and {found[1].name}; move one of them away")
+    return found[0] if found else None
+
+
+def _demand_one(folder: Path, first: Path, *others: Path) -> None:
+    """Raises UserError where another program would take another set of weights than ``first``."""
+    for other in others:
+        weight_map = read_json(other).get("weight_map")
+        if not isinstance(weight_map, dict) or any(file != first.name for file in weight_map.values()):
+            raise UserError(
+                f"{folder}: two sets of weights: {first.name}, which transformers reads, and the shards of {other.name}, which "
+                f"other programs read; move one of them away, or give {first.name} or {other.name} instead of the folder"
+            )
+    config = folder / "config.json"
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    if named not in (None, first.name):
+        raise UserError(
+            f"{config}: transformers_weights={named!r} names other weights than {first.name}, which older programs read; give "
+            "the file that is meant instead of the folder"
+        )
 
 
 def _is_shard(file: Path) -> bool:
@@ -121,6 +151,7 @@ def _from_files(folder: Path, files: list[Path]) -> Checkpoint:
     for file in files:
         if file.suffix not in _HEADERS:
             raise UserError(f"{file}: expected one of {', '.join(_HEADERS)}")
+        demand_native(file)
         for name, entry in _HEADERS[file.suffix](file).items():
             if name in tensors:
                 raise UserError(
@@ -137,7 +168,9 @@ def _from_index(index: Path) -> Checkpoint:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a table 'weight_map' of tensor names and files")
-    names = sorted(set(map(str, weight_map.values())))
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: expected names of files in 'weight_map'")
+    names = sorted(set(weight_map.values()))
     # A name from the index stays inside its folder, whatever it says.
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index}: names a file outside its folder: {outside[0]!r}")

@@ -9,12 +9,19 @@ import math
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from chatpose_jax.errors import UserError
 
 Index = tuple[slice, ...]
+
+_MAX_NAME = 1000
+"""Characters of a tensor's name."""
+_MAX_AXES = 64
+"""As many as numpy and torch have."""
+_MAX_SIZE = 1 << 63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +113,23 @@ def _read_into(file: io.RawIOBase, offset: int, values: np.ndarray) -> None:
         if not count:
             raise UserError(f"{getattr(file, 'name', 'file')}: cut off while it was read; fetch it again")
         rest = rest[count:]
+
+
+def demand_name(path: Path, name: Any) -> None:
+    """Raises UserError for a tensor's name that is no short text; whatever else stands there is not printed."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: a tensor has a {type(name).__name__} as its name; expected text")
+    if len(name) > _MAX_NAME:
+        raise UserError(f"{path}: a tensor's name has {len(name)} characters; expected {_MAX_NAME} at most")
+
+
+def are_sizes(values: Any) -> bool:
+    """Whether shape, strides or offsets, as a file gives them, are few whole numbers of 0 … 2^63 − 1."""
+    return (
+        isinstance(values, (tuple, list))
+        and len(values) <= _MAX_AXES
+        and all(type(n) is int and 0 <= n < _MAX_SIZE for n in values)
+    )
 
 
 def demand_inside(path: Path, entries: Iterable[TensorEntry], size: int) -> None:

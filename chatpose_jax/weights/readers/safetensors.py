@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.readers.entry import TensorEntry, demand_inside
+from chatpose_jax.weights.readers.entry import TensorEntry, are_sizes, demand_inside, demand_name
 
 SAFETENSORS_DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -72,13 +72,18 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _safetensors_entry(path: Path, name: str, record: Mapping[str, Any], data_start: int) -> TensorEntry:
+    demand_name(path, name)
     if record["dtype"] not in SAFETENSORS_DTYPES:
         known = ", ".join(SAFETENSORS_DTYPES)
         raise UserError(f"{path}: tensor {name!r} has dtype {record['dtype']!r}; known are {known}")
     dtype = np.dtype(SAFETENSORS_DTYPES[record["dtype"]])
-    shape = tuple(int(n) for n in record["shape"])
-    start, stop = (int(n) for n in record["data_offsets"])
-    if min(shape, default=0) < 0 or start < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+    shape, offsets = record["shape"], record["data_offsets"]
+    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
+        raise UserError(
+            f"{path}: shape and data_offsets of tensor {name!r} are not whole numbers of 0 … 2^63 - 1; the header is damaged"
+        )
+    shape, (start, stop) = tuple(shape), offsets
+    if stop - start != math.prod(shape) * dtype.itemsize:
         raise UserError(
             f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot fill bytes {start}..{stop}; the "
             f"header is damaged"

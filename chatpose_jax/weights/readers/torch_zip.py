@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.readers.entry import TensorEntry, demand_inside
+from chatpose_jax.weights.readers.entry import TensorEntry, are_sizes, demand_inside, demand_name
 from smpl_jax.unpickle import ForbiddenGlobal, RestrictedUnpickler, sealed
 
 _TORCH_STORAGES: dict[str, Any] = {
@@ -52,20 +52,57 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+class _Unread(pickle.UnpicklingError):
+    """A tensor that torch reads, with something to it that is not followed here."""
+
+
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> _Tensor:
+    """requires_grad: of no matter to the values. hooks: torch writes none. metadata: torch's lazy bits, ``neg`` and ``conj``."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
-    return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+    if not are_sizes(shape) or not are_sizes(strides) or not are_sizes((offset,)) or len(shape) != len(strides):
+        raise pickle.UnpicklingError("a tensor whose sizes, strides or offset are not whole numbers of 0 … 2^63 - 1")
+    if hooks:
+        raise _Unread("a tensor with backward hooks")
+    if metadata:
+        bits = [name for name in ("neg", "conj") if isinstance(metadata, dict) and name in metadata]
+        raise _Unread(
+            f"a tensor with the lazy bit {bits[0]!r}, whose stored values are not its values (.resolve_neg(), .resolve_conj())"
+            if bits
+            else "a tensor with metadata of an unknown kind"
+        )
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+def _rebuild_parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
+    if hooks:
+        raise _Unread("a parameter with backward hooks")
     return tensor
 
+
+# What else torch may ask for when it reads a tensor, and what it then is.
+_UNREAD = {
+    "torch._utils._rebuild_tensor_v3": "a tensor of a newer dtype (float8, uint16 …)",
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (device meta)",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device (XLA …)",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device (XLA …)",
+    "torch._utils._rebuild_xla_tensor": "a tensor of another device (XLA)",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor of a class of its own (DTensor …)",
+    "torch._tensor._rebuild_from_type_v2": "a tensor of a class, or with attributes, of its own (DTensor …)",
+    "torch._utils._rebuild_parameter_with_state": "a parameter with attributes of its own",
+    **{f"torch.{kind}Storage": "a complex tensor" for kind in ("ComplexFloat", "ComplexDouble")},
+    **{f"torch.Q{kind}Storage": "a quantised tensor" for kind in ("Int8", "Int32", "UInt8", "UInt4x2", "UInt2x4")},
+}
 
 _PICKLE_TABLE: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": sealed(_rebuild_tensor),
     "torch._utils._rebuild_parameter": sealed(_rebuild_parameter),
-    "collections.OrderedDict": sealed(collections.OrderedDict),
+    "collections.OrderedDict": sealed(lambda: collections.OrderedDict()),  # filled by other opcodes, key by key
     "torch.Size": sealed(tuple),
     # Only ever passed on in a persistent id, so their names will do.
     **{f"torch.{name}": name for name in _TORCH_STORAGES},
@@ -115,7 +152,13 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
             tensors = list(_tensors(_TensorUnpickler(data, _PICKLE_TABLE, persistent_load=_storage).load()))
     except UserError:
         raise
-    except ForbiddenGlobal as error:
+    except (_Unread, ForbiddenGlobal) as error:
+        what = _UNREAD.get(error.name) if isinstance(error, ForbiddenGlobal) else str(error)
+        if what is not None:
+            raise UserError(
+                f"{path}: holds {what}, which is not read here; load it in PyTorch and save its state_dict as plain tensors: "
+                "{name: tensor.to(float dtype).clone() for …}, as safetensors"
+            ) from None
         raise UserError(
             f"{path}: refused: {error}, which a file of weights has no need of; it was not run. "
             "If you trust the file, re-save its state_dict as safetensors where it came from"
@@ -126,6 +169,7 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     with path.open("rb") as file:
         for name, tensor in tensors:
+            demand_name(path, name)
             member = members.get(f"{root}data/{tensor.storage.key}")
             if member is None:
                 raise UserError(
@@ -135,9 +179,14 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
                 raise UserError(f"{path}: the storage of {name!r} is compressed; re-save it as safetensors")
             offset = _member_offset(path, file, member) + tensor.offset * tensor.storage.dtype.itemsize
             entry = TensorEntry(name, path, offset, tensor.storage.dtype, tensor.shape, tensor.strides)
-            inside = tensor.offset * tensor.storage.dtype.itemsize + max(entry.extent(), entry.nbytes)
-            one_each = len(tensor.strides) == len(tensor.shape)
-            if not one_each or min((*tensor.shape, *tensor.strides, tensor.offset)) < 0 or inside > member.file_size:
+            inside = tensor.offset * tensor.storage.dtype.itemsize + entry.extent()
+            if inside <= member.file_size < entry.nbytes:
+                raise UserError(
+                    f"{path}: tensor {name!r} of shape {tensor.shape} and strides {tensor.strides} is expanded: it repeats "
+                    f"what stands once in a storage of {member.file_size} bytes, which is not read here (a few bytes would "
+                    "become a file of any size); save tensor.contiguous() in PyTorch"
+                )
+            if inside > member.file_size:
                 raise UserError(
                     f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} "
                     f"bytes"
@@ -152,8 +201,7 @@ def _tensors(state: Any) -> Iterator[tuple[str, _Tensor]]:
     seen through."""
     if not isinstance(state, dict):
         return
-    found = [(str(name), leaf) for name, leaf in state.items() if isinstance(leaf, _Tensor)]
-    if found:
+    if found := [(name, leaf) for name, leaf in state.items() if isinstance(leaf, _Tensor)]:
         yield from found
         return
     for wrapper in ("state_dict", "model", "module"):
