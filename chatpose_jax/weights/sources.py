@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
-from chatpose_jax.weights.readers import ADAPTER_FILES, PROJECTOR_FILES, Checkpoint, open_checkpoint, read_json
+from chatpose_jax.weights.readers import ADAPTER_FILES, Checkpoint, find_projector, open_checkpoint, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def open_sources(
     Args:
         path: folder or file of the main checkpoint.
         vision: folder or file of CLIP, for layouts without a vision tower.
-        projector: file of the projector, for layouts without one.
+        projector: file of the projector, or the folder that holds it, for layouts without one.
         adapter: PEFT folder, or its file of weights.
         lora_alpha: alpha of adapters that no ``adapter_config.json`` describes.
         layout: one of ``layouts.FAMILIES``; ``None`` recognises it by tensor names.
@@ -82,9 +83,11 @@ def open_sources(
         )
     sources = [main]
     if projector is None and "projector" not in main.layout.parts and path.is_dir():
-        projector = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
+        projector = find_projector(path)
     if projector is not None:
-        sources.append(_source(Path(projector), "llava_projector"))
+        # Of a folder the projector is meant, whatever else is in it.
+        inside = find_projector(Path(projector)) if Path(projector).is_dir() else None
+        sources.append(_source(inside or Path(projector), "llava_projector"))
     if "pose_head" not in main.layout.parts:
         sources += _pose_head(path)
     if vision is not None:
@@ -124,7 +127,7 @@ def changes(sources: Sequence[Source], base_vocab_size: int) -> dict[str, Any]:
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder or file holds an adapter alone. Raises what ``open_checkpoint`` raises."""
-    checkpoint = adapters.unwrapped(open_checkpoint(path))
+    checkpoint = adapters.unwrapped(_bare(open_checkpoint(path)))
     return _base_of_adapter(shapes_of(checkpoint)) is not None
 
 
@@ -143,7 +146,7 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
 
 
 def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> Source:
-    checkpoint = adapters.unwrapped(open_checkpoint(path))
+    checkpoint = adapters.unwrapped(_bare(open_checkpoint(path)))
     shapes = shapes_of(checkpoint)
     settings = _adapter_config(checkpoint)
     lora = adapters.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
@@ -153,10 +156,29 @@ def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> 
         if over is not None:
             return Source(checkpoint, adapters.alone(over, shapes), lora, rows)
     try:
-        layout = recognise(shapes, family)
+        layout = recognise(shapes, checkpoint.config(), family)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return Source(checkpoint, adapters.with_adapters(layout, shapes), lora, rows)
+
+
+# What DataParallel, DeepSpeed, torch.compile, FSDP and activation checkpointing put around a module in a raw state dict.
+_WRAPPERS = re.compile(
+    r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*"
+)
+
+
+def _bare(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the names of wrappers; raises UserError where two tensors get one name."""
+    tensors: dict[str, Any] = {}
+    for name, entry in checkpoint.tensors.items():
+        bare = _WRAPPERS.sub("", name)
+        if bare in tensors:
+            raise UserError(
+                f"{checkpoint.folder}: {tensors[bare].name!r} and {name!r} are both {bare!r}, wrapped and not; keep one of them"
+            )
+        tensors[bare] = entry
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:

@@ -25,7 +25,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-Names = Literal["4", "5", "state_dict"]
+Names = Literal["4", "5", "state_dict", "4_state_dict"]
 Format = Literal["safetensors", "bin"]
 
 VOCAB = 1024
@@ -168,7 +168,9 @@ def make_llava_transformers(
 
 
 def transformers_name(name: str, names: Names) -> str:
-    """A name of the 5.x ``state_dict()`` as files of 4.x or 5.x have it."""
+    """A name of the 5.x ``state_dict()`` as files of 4.x or 5.x, or a ``state_dict()`` of 4.52 to 4.57, have it."""
+    if names == "4_state_dict":
+        return name.replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
     if name.startswith("lm_head."):
         return "language_model." + name
     name = name.removeprefix("model.")

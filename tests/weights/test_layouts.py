@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarr
         assert found[path].tobytes() == np.ascontiguousarray(leaf).tobytes(), path
 
 
-@pytest.mark.parametrize("names", ["4", "5", "state_dict"])
+@pytest.mark.parametrize("names", ["4", "5", "state_dict", "4_state_dict"])
 @pytest.mark.parametrize(("fmt", "dtype"), [("safetensors", "bfloat16"), ("bin", "float16")])
 def test_llava_for_transformers(tmp_path: Path, names: Names, fmt: Format, dtype: str) -> None:
     model = make_llava_transformers(tmp_path / "src", names, fmt, dtype=getattr(torch, dtype), shards=2)
@@ -168,6 +169,43 @@ def test_llava_for_transformers(tmp_path: Path, names: Names, fmt: Format, dtype
     assert (config.pose_token_id, config.image_token_id) == (POSE_ID, IMAGE_ID)
     assert (config.text.num_heads, config.text.num_kv_heads, config.text.rms_norm_eps) == (4, 2, 1e-5)
     assert (config.vision.image_size, config.vision.patch_size, config.vision.num_heads) == (28, 7, 2)
+
+
+def wrapped_with_module(name: str) -> str:
+    """DataParallel, and DeepSpeed's engine."""
+    return f"module.{name}"
+
+
+def wrapped_by_compile(name: str) -> str:
+    """The whole, and each layer."""
+    return "_orig_mod." + re.sub(r"(layers[.][0-9]+[.])", r"\1_orig_mod.", name)
+
+
+def wrapped_by_fsdp(name: str) -> str:
+    """Root and layers, with activation checkpointing inside, beneath DDP."""
+    inner = re.sub(r"(layers[.][0-9]+[.])", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name)
+    return f"module._fsdp_wrapped_module.{inner}"
+
+
+@pytest.mark.parametrize("wrap", [wrapped_with_module, wrapped_by_compile, wrapped_by_fsdp])
+def test_names_of_wrappers_are_seen_through(tmp_path: Path, wrap: Any) -> None:
+    """A raw ``state_dict`` of whatever a training run had around the model."""
+    model = make_llava_transformers(tmp_path / "src", "state_dict", "bin")
+    file = tmp_path / "src" / "pytorch_model.bin"
+    state = torch.load(file)
+    torch.save({wrap(name): tensor for name, tensor in state.items()}, file)
+    _, params = converted(tmp_path / "src", tmp_path / "out")
+    assert_same(params, transformers_tree(model))
+    name = next(iter(state))
+    torch.save(state | {wrap(name): state[name]}, file)
+    with pytest.raises(UserError, match="wrapped and not; keep one of them"):
+        open_sources(tmp_path / "src")
+
+
+def test_torchs_own_wrappers_have_these_names() -> None:
+    linear = torch.nn.Linear(2, 2)
+    assert "module.weight" in torch.nn.DataParallel(linear).state_dict()
+    assert "_orig_mod.weight" in torch.compile(linear).state_dict()
 
 
 @pytest.mark.parametrize("tower", [True, False])
@@ -318,6 +356,32 @@ def test_layouts_are_told_apart_by_names(tmp_path: Path) -> None:
         "chatpose": ["chatpose"],
         "clip": ["clip"],
         "hf": ["llava_transformers_4"],
-        "llava": ["vicuna", "llava_projector"],
+        "llava": ["llava_original_decoder", "llava_projector"],
         "vicuna": ["vicuna"],
     }
+    assert open_sources(tmp_path / "llava", layout="llava_original")[0].layout.name == "llava_original_decoder"
+    assert open_sources(tmp_path / "llava", layout="vicuna")[0].layout.name == "vicuna"
+
+
+def test_a_projector_beside_a_decoder(tmp_path: Path) -> None:
+    """As a file, in its folder, and in a folder that holds more; what config.json beside it says is followed."""
+    make_vicuna(tmp_path / "vicuna")
+    models = make_llava_original(tmp_path / "llava", projector="beside", tower=False)
+    make_clip(tmp_path / "clip", models.clip)
+    for projector in (tmp_path / "llava" / "mm_projector.bin", tmp_path / "llava"):
+        plan, params = load_source(tmp_path / "vicuna", vision=tmp_path / "clip", projector=projector)
+        assert plan.config.vision.select_layer == -2
+        np.testing.assert_array_equal(
+            params["projector"]["fc1"]["kernel"], array(models.extra.mm_projector[0].weight).T
+        )
+    settings = json.loads((tmp_path / "llava" / "config.json").read_text())
+    write_config(tmp_path / "llava", settings | {"mm_vision_select_layer": -3})
+    for main in ("vicuna", "llava"):
+        plan, _ = load_source(
+            tmp_path / main, vision=tmp_path / "clip", projector=tmp_path / "llava" / "mm_projector.bin"
+        )
+        assert plan.config.vision.select_layer == -3
+    write_config(tmp_path / "llava", settings | {"mm_projector_type": "linear"})
+    for main in ("vicuna", "llava"):
+        with pytest.raises(UserError, match="mm_projector_type='linear' is not supported"):
+            load_source(tmp_path / main, vision=tmp_path / "clip", projector=tmp_path / "llava")

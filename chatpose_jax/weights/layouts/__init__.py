@@ -6,6 +6,7 @@ The order is the order of recognition: the first layout whose ``recognise`` acce
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.layouts import chatpose, clip, llava_original, llava_transformers, parts, vicuna
@@ -18,8 +19,9 @@ FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(layout.family for layout in LAYO
 __all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "Rule", "Shape", "Transform", "parts", "recognise"]
 
 
-def recognise(shapes: Mapping[str, Shape], family: str | None = None) -> Layout:
-    """The layout of a checkpoint with these tensors. ``family`` (one of ``FAMILIES``) restricts the choice.
+def recognise(shapes: Mapping[str, Shape], config: Mapping[str, Any], family: str | None = None) -> Layout:
+    """The layout of a checkpoint with these tensors and this ``config.json``. ``family`` (one of ``FAMILIES``) restricts the
+    choice, by names alone.
 
     Raises UserError that shows some of the names where none fits.
     """
@@ -27,7 +29,7 @@ def recognise(shapes: Mapping[str, Shape], family: str | None = None) -> Layout:
         raise UserError(f"no layout {family!r}; the layouts are {', '.join(FAMILIES)}")
     candidates = [layout for layout in LAYOUTS if family in (None, layout.family)]
     for layout in candidates:
-        if layout.recognise(shapes):
+        if layout.recognise(shapes) and (family is not None or layout.configured(config)):
             return layout
     shown = ", ".join(sorted(shapes)[:6])
     raise UserError(

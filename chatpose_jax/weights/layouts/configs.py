@@ -150,15 +150,20 @@ def clip_settings(
 def llava_flat_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], tower: str | None) -> Settings:
     """Settings of the original LLaVA's one-level config (also CHATPOSE-V0's); the tower is ``None`` where it stands
     elsewhere."""
-    _demand(config, "", {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)})
     settings: Settings = {
         "text": llama_settings(config, shapes, "model."),
         "image_token_id": -200,
-        "select_layer": int(config.get("mm_vision_select_layer", -2)),
-    }
+        "select_layer": -2,
+    } | llava_projector_settings(config)
     if tower is not None:
         settings["vision"] = clip_settings({}, shapes, tower, settings["select_layer"])
     return settings
+
+
+def llava_projector_settings(config: Mapping[str, Any]) -> Settings:
+    """What LLaVA's original config, or the one beside a projector on its own, says of the pictures' way into the decoder."""
+    _demand(config, "", {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)})
+    return {"select_layer": int(config["mm_vision_select_layer"])} if "mm_vision_select_layer" in config else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------- back

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatpose_jax.weights.layouts import parts
-from chatpose_jax.weights.layouts.configs import llava_flat_json, llava_flat_settings
+from chatpose_jax.weights.layouts.configs import (
+    llava_flat_json,
+    llava_flat_settings,
+    llava_projector_settings,
+)
 from chatpose_jax.weights.layouts.table import Layout, Settings, Shape
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -30,6 +34,8 @@ def _layout(name: str, title: str, *, tower: bool, projector: bool) -> Layout:
             and ("model.mm_projector.0.weight" in shapes) == projector
             and (f"{TOWER}embeddings.class_embedding" in shapes) == tower
         ),
+        # Without both it has the names of a LLaMA alone.
+        configured=lambda config: tower or projector or any(key.startswith("mm_") for key in config),
         settings=lambda config, shapes: llava_flat_settings(config, shapes, TOWER if tower else None),
         config_json=lambda config: llava_flat_json(config, "llava_llama", "LlavaLlamaForCausalLM"),
     )
@@ -37,7 +43,7 @@ def _layout(name: str, title: str, *, tower: bool, projector: bool) -> Layout:
 
 def _projector_alone(prefix: str) -> Layout:
     def settings(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Settings:
-        return {}
+        return llava_projector_settings(config)
 
     return Layout(
         name="llava_projector",
@@ -57,6 +63,12 @@ LAYOUTS = (
         "llava_original_without_projector",
         "LLaVA-1.5, original names, projector beside it",
         tower=True,
+        projector=False,
+    ),
+    _layout(
+        "llava_original_decoder",
+        "LLaVA-1.5, original names, projector and CLIP beside it",
+        tower=False,
         projector=False,
     ),
     *map(_projector_alone, _PROJECTORS),

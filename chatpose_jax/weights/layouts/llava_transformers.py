@@ -1,5 +1,5 @@
-"""LLaVA-1.5 as ``transformers`` stores it: the file names of 4.x, those of 5.x, and the names of a 5.x
-``state_dict()``."""
+"""LLaVA-1.5 as ``transformers`` stores it: the file names of 4.x, those of 5.x, and the names of a
+``state_dict()`` of 4.52 … 4.57 and of 5.x, which FSDP and DeepSpeed write as they are."""
 
 from __future__ import annotations
 
@@ -72,5 +72,13 @@ LAYOUTS = (
         lm_head="lm_head.",
         projector="model.multi_modal_projector.",
         tower="model.vision_tower.",
+    ),
+    _layout(
+        "llava_transformers_4_state_dict",
+        "LLaVA-1.5 for transformers, names of a state_dict of 4.52 to 4.57",
+        model="model.language_model.",
+        lm_head="lm_head.",
+        projector="model.multi_modal_projector.",
+        tower="model.vision_tower.vision_model.",
     ),
 )

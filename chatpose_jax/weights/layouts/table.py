@@ -108,8 +108,8 @@ _ADAPTED = r"decoder/layers/(attn|mlp)/"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A kind of checkpoint. ``recognise`` looks at tensor names only; ``settings`` turns ``config.json`` and tensor
-    shapes into config parts, and ``config_json`` turns the configuration back.
+    """A kind of checkpoint. ``recognise`` looks at tensor names only, ``configured`` at ``config.json``; ``settings`` turns
+    ``config.json`` and tensor shapes into config parts, and ``config_json`` turns the configuration back.
 
     ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields
     without the vocabulary split), ``head`` (HeadConfig) and ``image_token_id``; it raises UserError for a setting that
@@ -122,6 +122,8 @@ class Layout:
     ignored: tuple[Ignored, ...]
     recognise: Callable[[Mapping[str, Shape]], bool]
     settings: Callable[[Mapping[str, Any], Mapping[str, Shape]], Settings]
+    configured: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    """Tells layouts of the same names apart."""
     family: str = ""
     """Layouts that a user would call by one name (``--layout``)."""
     unused: tuple[Rule, ...] = ()

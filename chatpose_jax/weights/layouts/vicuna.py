@@ -9,7 +9,7 @@ from chatpose_jax.weights.layouts.table import Layout
 LAYOUTS = (
     Layout(
         name="vicuna",
-        title="Vicuna or LLaMA-2 alone",
+        title="Vicuna, LLaMA-2 or another LLaMA: a decoder",
         family="vicuna",
         rules=parts.llama("model.", "lm_head."),
         ignored=parts.BUFFERS,
