@@ -292,6 +292,10 @@ class ChatPose:
         matrices = np.zeros((0, config.head.num_joints, 3, 3), np.float32)
         if sum(counts):
             matrices = np.asarray(self._poses(self.params, jnp.asarray(np.concatenate(states))))
+        if not np.isfinite(matrices).all():
+            raise UserError(
+                "a pose of the answer holds no numbers: the weights of the pose head hold NaN or infinities"
+            )
         for tokens, rows in zip(generated.tokens, np.split(matrices, np.cumsum(counts)[:-1])):
             stopped = len(tokens) > 0 and tokens[-1] == config.eos_token_id
             ids = tokens[:-1] if stopped else tokens

@@ -47,7 +47,8 @@ class DecodeState:
     token: (B,) the newest token, not yet in the cache.
     tokens: (B, N) emitted ids, pad after the end. hidden: (B, N, D) float32, the state that predicted each.
     step: () tokens emitted so far by the longest row. done: (B,) bool, end of sequence emitted. lengths: (B,) tokens emitted, the end included.
-    has_pose: (B,) bool. forced: (B,) index into the forced tail being written, or -1.
+    has_pose: (B,) bool. forced: (B,) index into the forced tail being written, or -1. finite: (B,) bool, all logits so far were
+    numbers; a row ends where they are not.
     """
 
     cache: KVCache
@@ -60,6 +61,7 @@ class DecodeState:
     lengths: jax.Array
     has_pose: jax.Array
     forced: jax.Array
+    finite: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ def _emit(
 ) -> DecodeState:
     """Choose the next token from the states that predict it, (B, D), and record both."""
     tail, limit = settings["tail"], state.tokens.shape[1]
+    finite = state.finite & (state.done | jnp.isfinite(logits).all(axis=-1))
     if config.image_token_id >= 0:  # a placeholder is nothing to say
         logits = logits.at[:, config.image_token_id].set(-jnp.inf)
     token = _choose(
@@ -116,9 +119,10 @@ def _emit(
         ),
         step=state.step + 1,
         lengths=state.lengths + ~state.done,
-        done=state.done | (token == config.eos_token_id),
+        done=state.done | (token == config.eos_token_id) | ~finite,
         has_pose=state.has_pose | ((token == config.pose_token_id) & ~state.done),
         forced=jnp.where(forced >= 0, forced + 1, forced),
+        finite=finite,
     )
 
 
@@ -160,6 +164,7 @@ def prefill(
         lengths=jnp.zeros(batch, jnp.int32),
         has_pose=jnp.zeros(batch, bool),
         forced=jnp.full(batch, -1, jnp.int32),
+        finite=jnp.ones(batch, bool),
     )
     return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
 
@@ -234,7 +239,8 @@ def generate_stream(
         cache: of earlier turns, B rows; ``prompts`` then holds only what is new. It is consumed.
 
     Raises:
-        UserError when a prompt and its answer exceed the context, or the answer is too short for the forced tail.
+        UserError when a prompt and its answer exceed the context, the answer is too short for the forced tail, or the model's logits are no
+        numbers.
     """
     batch, lengths = len(prompts), np.array([len(ids) for ids in prompts], np.int32)
     if max_new_tokens < 1:
@@ -275,6 +281,11 @@ def generate_stream(
     seen = 0
     while True:
         step = int(state.step)
+        if not state.finite.all():
+            raise UserError(
+                f"the model's scores for a token of the answer are not finite numbers: its weights hold NaN or infinities (chatpose convert counts "
+                f"them), or {config.dtype} is too narrow for it: load it with dtype='float32'"
+            )
         yield np.asarray(state.tokens[:, seen:step]), np.asarray(state.lengths)
         seen = step
         if step >= max_new_tokens or bool(state.done.all()):

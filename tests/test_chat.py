@@ -208,6 +208,27 @@ def test_an_error_leaves_the_conversation_usable(model):
     assert isinstance(model.chat([user("x")], max_new_tokens=4).text, str)
 
 
+def test_weights_that_are_no_numbers_are_an_error(params):
+    """In the decoder, and in the pose head alone; the streamed answer too."""
+    broken = {
+        **params,
+        "decoder": {**params["decoder"], "norm": {"scale": params["decoder"]["norm"]["scale"].at[0].set(np.nan)}},
+    }
+    model = ChatPose(CONFIG, broken, tiny_processor(CONFIG))
+    for _ in range(2):
+        with pytest.raises(UserError, match="NaN or infinities"):
+            model.chat([user("x")], max_new_tokens=4)
+        with pytest.raises(UserError, match="NaN or infinities"):
+            next(model.stream([user("x")], max_new_tokens=4))
+    head = {
+        **params["pose_head"],
+        "fc2": {**params["pose_head"]["fc2"], "bias": params["pose_head"]["fc2"]["bias"].at[0].set(np.nan)},
+    }
+    model = ChatPose(CONFIG, {**params, "pose_head": head}, tiny_processor(CONFIG))
+    with pytest.raises(UserError, match="weights of the pose head"):
+        model.chat([user("x")], max_new_tokens=8, force_pose=True)
+
+
 def test_bad_settings(model):
     with pytest.raises(UserError, match="no such folder"):
         chatpose_jax.load("nowhere")

@@ -156,6 +156,7 @@ def plan_decoding(
         lengths=array((batch,), jnp.int32),
         has_pose=array((batch,), bool),
         forced=array((batch,), jnp.int32),
+        finite=array((batch,), bool),
     )
     settings = {
         "temperature": array((), jnp.float32),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import (
@@ -356,3 +357,29 @@ def test_decoding_copies_values_once() -> None:
     text, more = config.text, 4096
     layer = 4 * text.num_kv_heads * text.head_dim * more  # bytes of so many values of one layer
     assert temporaries(512 + more) - temporaries(512) < (text.num_layers + 1.5) * layer
+
+
+@pytest.mark.parametrize("place", ["decoder/lm_head/kernel", "decoder/norm/scale", "decoder/embed_tokens/embedding"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error(place: str, value: float) -> None:
+    """At the first token or at a later one, before it is handed out; and the row that has them ends."""
+    params = script([10, 11, 12, 13, 14, END])
+    flat = flatten_dict(params, sep="/")
+    # The row of a token: of the embedding, one that is not yet in the prompt.
+    where = {"decoder/lm_head/kernel": (0, 30), "decoder/norm/scale": (0,), "decoder/embed_tokens/embedding": (12, 0)}[
+        place
+    ]
+    flat[place] = jnp.asarray(flat[place]).at[where].set(value)
+    broken = unflatten_dict(flat, sep="/")
+    with pytest.raises(UserError, match="not finite numbers: its weights hold NaN or infinities"):
+        run(broken, [prompt(4, last=10)])
+    got: list[int] = []
+    with pytest.raises(UserError, match="not finite numbers"):
+        run(broken, [prompt(4, last=10)], on_tokens=lambda tokens, counts: got.extend(tokens[0].tolist()))
+    assert got == ([11, 12] if place == "decoder/embed_tokens/embedding" else [])
+
+
+def test_rows_that_are_done_may_be_anything() -> None:
+    """The cache of a row that has ended is not read: a batch of rows of other lengths gives no false alarm."""
+    answer = run(script([10, END], [20, 21, 22, 23, 24, 25, END]), [prompt(4, last=10), prompt(9, last=20)])
+    assert [len(tokens) for tokens in answer.tokens] == [1, 6]
