@@ -204,9 +204,9 @@ class _Settler:
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
-    """Stored chunks: the whole leaf if it is small; else one layer, its larger axis halved until a chunk is at most 16
+    """Stored chunks: the whole leaf if little is read for it; else one layer, its larger axis halved until a chunk is at most 16
     MiB, so that a sharded restore reads little beside its own."""
-    if leaf.nbytes <= _CHUNK:
+    if leaf.nbytes * leaf.cost <= _CHUNK:
         return leaf.shape
     shape = [1 if leaf.stacked and axis == 0 else n for axis, n in enumerate(leaf.shape)]
     while math.prod(shape) * leaf.dtype.itemsize > _CHUNK:

@@ -17,9 +17,12 @@ from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.convert import DTYPES, QUANTIZE, convert
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
 from chatpose_jax.weights.layouts import FAMILIES
+from chatpose_jax.weights.nonfinite import describe
 from chatpose_jax.weights.plan import PARTS, Plan, make_plan
 from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
 
+_SHOWN = 8
+"""How many tensors of one kind a report names."""
 TOLERANCE = 2e-5
 """Of ``chatpose verify``, relative."""
 
@@ -47,7 +50,9 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, tokenizer: bool = T
         help="CLIP (openai/clip-vit-large-patch14-336), for weights without a vision tower: CHATPOSE-V0, liuhaotian/…",
     )
     group.add_argument(
-        "--projector", metavar="FILE", help="mm_projector.bin or .safetensors; found by itself beside the weights"
+        "--projector",
+        metavar="FILE",
+        help="mm_projector.bin or .safetensors, or the folder that holds it; found by itself beside the weights",
     )
     group.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter over these weights; it stays an adapter")
     group.add_argument(
@@ -96,6 +101,11 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_init_missing(result)
     result.add_argument("--seed", type=int, default=0, help="of whatever is started at random (default 0)")
+    result.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="go on where weights hold NaN or infinities, and count them in the report; default: an error",
+    )
     result.add_argument("--compress", action="store_true", help="store with zstd: smaller, slower")
     result.add_argument(
         "--overwrite", action="store_true", help="replace a model folder at OUT; never any other folder"
@@ -140,6 +150,7 @@ def run_convert(args: argparse.Namespace) -> int:
         init_missing=args.init_missing,
         pose_head=args.pose_head,
         seed=args.seed,
+        allow_nonfinite=args.allow_nonfinite,
         finish=getattr(args, "finish", None),
         hashes=not args.no_hash,
         sums=args.hashes,
@@ -230,6 +241,12 @@ def describe_plan(plan: Plan) -> list[str]:
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
     if plan.fresh:
         lines.append(f"  {'initialised':<11} {', '.join(plan.fresh)}")
+    if counts := plan.nonfinite.counts:
+        shown = "; ".join(f"{name}: {describe(counts[name])}" for name in sorted(counts)[:_SHOWN])
+        more = f"; … {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        lines.append(f"  {'not finite':<11} {len(counts)} tensors: {shown}{more}")
+    if unread := [str(file) for source in plan.sources for file in source.checkpoint.unread]:
+        lines.append(f"  {'not read':<11} {', '.join(unread)}: programs take the others first")
     for reason, count in collections.Counter(plan.ignored.values()).items():
         lines.append(f"  {'ignored':<11} {count} tensors: {reason}")
     return lines

@@ -48,6 +48,7 @@ def convert(
     init_missing: Sequence[str] = (),
     pose_head: str = "auto",
     seed: int = 0,
+    allow_nonfinite: bool = False,
     finish: Callable[[Path, ModelConfig], Any] | None = None,
     hashes: bool = True,
     sums: str | Path | None = None,
@@ -75,6 +76,7 @@ def convert(
         init_missing: parts (``vision``, ``projector``) to initialise at random where no source has them.
         pose_head: ``"auto"`` takes the source's, or starts a new one where it has none; ``"init"`` always starts one.
         seed: of whatever is initialised.
+        allow_nonfinite: go on where weights hold NaN or infinities, and count them (``plan.nonfinite``). int8 cannot hold them.
         finish: called with the written tokenizer folder and the configuration: the place to check the tokenizer and to
             add the processor's files. What it raises ends the conversion.
         hashes: put SHA-256 of each source file into the provenance, and compare it with ``SHA256SUMS`` in the source's
@@ -89,7 +91,7 @@ def convert(
 
     Raises:
         UserError: everything that is wrong with the sources, in one error, before anything is written; a file with
-            another hash than listed, or a full disk: then what was written is removed.
+            another hash than listed, weights that are no numbers, or a full disk: then what was written is removed.
     """
     with together():
         if is_model_folder(source):
@@ -100,7 +102,13 @@ def convert(
             source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
         )
         plan = make_plan(
-            sources, tokenizer=tokenizer, dtype=_dtype(dtype), init_missing=init_missing, pose_head=pose_head, seed=seed
+            sources,
+            tokenizer=tokenizer,
+            dtype=_dtype(dtype),
+            init_missing=init_missing,
+            pose_head=pose_head,
+            seed=seed,
+            allow_nonfinite=allow_nonfinite,
         )
         plan = _quantized(plan, quantize)
         _check_outside(Path(out), plan)
@@ -110,10 +118,11 @@ def convert(
     primary = jax.process_index() == 0
     trail = Trail()
     shown = progress and primary
+    share = plan.nbytes // jax.process_count()
     try:
         with (
             new_folder(out, overwrite=overwrite) as partial,
-            tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="converting", disable=not shown) as bar,
+            tqdm(total=share, unit="B", unit_scale=True, desc="tokenizer", disable=not shown) as bar,
             concurrent.futures.ThreadPoolExecutor(1) as background,
         ):
             digests = background.submit(_provenance, plan, hashes and primary, expected, trail)
@@ -129,9 +138,12 @@ def convert(
                         write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
                         if finish is not None:
                             finish(partial / TOKENIZER, plan.config)
+                bar.set_description("converting")
+                bar.reset()  # the clock: what came before says nothing of bytes a second
                 write_leaves(
                     partial / PARAMS, plan.leaves, on_bytes=on_bytes, on_read=trail.has_read, compress=compress
                 )
+                plan.nonfinite.gather()
                 if primary:
                     _write_passengers(plan, partial / PASSENGERS)
                 trail.finish()

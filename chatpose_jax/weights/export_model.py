@@ -100,7 +100,7 @@ class StoredModel:
                     values = rule.transform.inverse(self.read(rule.target, layer, index))
                     out = np.empty(values.shape, dtype)
                     copy_array(out, values)
-                    demand_finite_cast(name, out, values.dtype)
+                    demand_finite_cast(name, out, values)
                     if more_rows:
                         total += out.astype(np.float32).sum(0, dtype=np.float64)
                     yield out

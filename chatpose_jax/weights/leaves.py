@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
@@ -26,6 +27,10 @@ class Leaf:
     split_axis: int = 0
     """The axis along which boxes are contiguous in the source file."""
     stacked: bool = False
+    names: tuple[str, ...] = ()
+    """The source tensors that it is made of, one a layer where it is stacked."""
+    cost: int = 1
+    """Bytes that are read for one byte of it."""
     origin: Callable[[Index], tuple[str, int]] = dataclasses.field(default=lambda index: ("", 0), repr=False)
     """Where a box begins: file and byte."""
 
@@ -64,8 +69,10 @@ def source_leaf(
             rows = slice(box[0].start + row_start, box[0].stop + row_start) if row_start else box[0]
             return entry.read((rows, *box[1:]), borrowed=True)
 
-        copy_array(out, rule.transform.read(read, shape, index))
-        demand_finite_cast(entry.name, out, entry.dtype)
+        values = rule.transform.read(read, shape, index)
+        with np.errstate(over="ignore"):  # what it would warn of is an error in the next line
+            copy_array(out, values)
+        demand_finite_cast(entry.name, out, values)
 
     def read(index: Index) -> np.ndarray:
         index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, target.shape, strict=True))
@@ -83,7 +90,8 @@ def source_leaf(
         entry = entries[index[0].start if rule.stacked else 0]
         return str(entry.file), entry.offset + (index[axis].start + row_start) * (entry.nbytes // entry.shape[0])
 
-    return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, origin)
+    names = tuple(entry.name for entry in entries)
+    return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, names, origin=origin)
 
 
 def array_leaf(path: str, array: np.ndarray) -> Leaf:
@@ -105,7 +113,30 @@ def copy_array(out: np.ndarray, source: np.ndarray) -> None:
             out[row : row + 4096, column : column + 16] = source[row : row + 4096, column : column + 16]
 
 
-def demand_finite_cast(name: str, out: np.ndarray, stored: np.dtype) -> None:
-    """Raises UserError where ``out``, cast from ``stored``, has values that float16 cannot hold."""
-    if out.dtype == np.float16 and stored != np.float16 and not np.isfinite(out).all():
-        raise UserError(f"{name}: values beyond float16, which ends at 65504; choose --dtype bfloat16 or float32")
+_PIECE = 1 << 19
+"""Bytes that are compared at once: they stay in the cache for the second look."""
+_WIDER = {"float16": "choose --dtype bfloat16 or float32", "bfloat16": "choose --dtype float32"}
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """As ``np.isfinite(values).all()``, at the speed of memory for the small floats too.
+
+    An exponent of all ones makes the largest words of either sign, taken as whole numbers with and without one.
+    """
+    unsigned, signed = (np.dtype(f"{kind}{values.dtype.itemsize}") for kind in "ui")
+    infinite = np.array(np.inf, values.dtype).view(unsigned)
+    negative = np.array(-np.inf, values.dtype).view(unsigned)
+    words = np.ascontiguousarray(values).reshape(-1).view(unsigned)
+    step = _PIECE // unsigned.itemsize
+    pieces = (words[start : start + step] for start in range(0, len(words), step))
+    return all(piece.max() < negative and piece.view(signed).max() < infinite.view(signed) for piece in pieces)
+
+
+def demand_finite_cast(name: str, out: np.ndarray, values: np.ndarray) -> None:
+    """Raises UserError where ``out``, cast from ``values``, has lost finite ones to a dtype that ends sooner."""
+    ends = float(ml_dtypes.finfo(out.dtype).max)
+    if ends >= float(ml_dtypes.finfo(values.dtype).max) or all_finite(out):
+        return
+    if (~np.isfinite(out) & np.isfinite(values)).any():
+        advice = _WIDER.get(out.dtype.name, "no dtype here holds them")
+        raise UserError(f"{name}: values beyond {out.dtype.name}, which ends at {ends:g}; {advice}")

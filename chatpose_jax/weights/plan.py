@@ -27,6 +27,7 @@ from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
 from chatpose_jax.weights.layouts import Rule
 from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
+from chatpose_jax.weights.nonfinite import Nonfinite
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import Index, TensorEntry
 from chatpose_jax.weights.sources import Source
@@ -40,7 +41,8 @@ PARTS = ("vision", "projector", "decoder", "pose_head")
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything that a conversion will do. ``ignored`` maps source tensors to the reason; ``fresh`` names what no
-    source gave; ``passengers`` are the ignored tensors that ride along, by layout."""
+    source gave; ``passengers`` are the ignored tensors that ride along, by layout; ``nonfinite`` knows what was found in the
+    leaves that have been read."""
 
     config: ModelConfig
     sources: tuple[Source, ...]
@@ -48,6 +50,7 @@ class Plan:
     leaves: Mapping[str, Leaf]
     ignored: Mapping[str, str]
     fresh: tuple[str, ...]
+    nonfinite: Nonfinite
     passengers: Mapping[str, Mapping[str, TensorEntry]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -64,6 +67,7 @@ def make_plan(
     init_missing: Sequence[str] = (),
     pose_head: str = "auto",
     seed: int = 0,
+    allow_nonfinite: bool = False,
 ) -> Plan:
     """Checks everything and plans; see ``convert.convert`` for the arguments. Raises one UserError that lists every
     problem."""
@@ -100,7 +104,7 @@ def make_plan(
             leaves[path] = array_leaf(path, array)
     for part in PARTS:
         if part not in provided | fresh_parts:
-            option = f"--{part} FOLDER" if part in ("vision", "projector") else "another source"
+            option = {"vision": "--vision FOLDER", "projector": "--projector FILE"}.get(part, "another source")
             problems.add("parts without a source", f"{part} (give {option}, or --init-missing {part})")
     problems.raise_if_any(sources)
 
@@ -110,8 +114,9 @@ def make_plan(
     _append_rows(leaves, tree, sources, config.text)
     for source in sources:
         _replace_rows(leaves, source, config.text)
-    leaves = {path: leaves[path] for path in tree}
-    return Plan(config, tuple(sources), vocabulary, leaves, ignored, tuple(fresh), passengers)
+    nonfinite = Nonfinite(allowed=allow_nonfinite)
+    leaves = {path: nonfinite.watched(leaves[path]) for path in tree}
+    return Plan(config, tuple(sources), vocabulary, leaves, ignored, tuple(fresh), nonfinite, passengers)
 
 
 def table_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
@@ -306,4 +311,4 @@ def _overlaid(leaf: Leaf, values: np.ndarray, rows: Mapping[int, int], axis: int
                 out[(at, slice(None)) if axis == 0 else (slice(None), at)] = values[row, across].astype(leaf.dtype)
         return out
 
-    return dataclasses.replace(leaf, read=read)
+    return dataclasses.replace(leaf, read=read, names=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -82,4 +83,5 @@ def _scale(path: str, leaf: Leaf) -> Leaf:
     def origin(index: Index) -> tuple[str, int]:
         return leaf.origin((index[0], slice(0, leaf.shape[1]), index[1]))
 
-    return Leaf(path, shape, np.dtype(np.float32), read, 1, True, origin)
+    cost = leaf.nbytes // (4 * math.prod(shape))
+    return Leaf(path, shape, np.dtype(np.float32), read, 1, True, leaf.names, cost, origin)

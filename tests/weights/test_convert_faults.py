@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,13 +20,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.weights import arrays, leaves  # noqa: E402
 from chatpose_jax.weights.arrays import _Settler  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, new_folder, read_folder  # noqa: E402
+from chatpose_jax.weights.plan import make_plan  # noqa: E402
+from chatpose_jax.weights.quantized import quantized  # noqa: E402
 from chatpose_jax.weights.readers import sha256  # noqa: E402
+from chatpose_jax.weights.sources import open_sources  # noqa: E402
 
 from .sources import VOCAB, Sizes, make_llava_transformers, make_vicuna  # noqa: E402
 
@@ -41,6 +47,8 @@ class Half:
     def __init__(self, total=0, **kwargs): self.total = total
     def __enter__(self): return self
     def __exit__(self, *error): pass
+    def set_description(self, text): pass
+    def reset(self): pass
     def update(self, count):
         before, self.seen = self.seen, self.seen + count
         if before < self.total / 2 <= self.seen:
@@ -305,13 +313,13 @@ def test_what_appears_at_the_place_meanwhile_is_kept(tmp_path: Path) -> None:
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
 
 
-def poison(folder: Path, value: float) -> None:
-    """Writes one value into ``UP``."""
+def poison(folder: Path, value: float, tensor: str = UP, rows: slice = slice(3, 4)) -> None:
+    """Writes a value into the first column of some rows of a tensor."""
     from safetensors.torch import load_file, save_file
 
-    file = next(file for file in folder.glob("*.safetensors") if UP in load_file(file))
+    file = next(file for file in folder.glob("*.safetensors") if tensor in load_file(file))
     state = load_file(file)
-    state[UP][3, 5] = value
+    state[tensor].view(len(state[tensor]), -1)[rows, 0] = value
     save_file(state, file)
 
 
@@ -327,9 +335,143 @@ def test_values_beyond_float16_are_not_made_infinite(copy: Path, tmp_path: Path)
 
 def test_int8_of_what_is_no_number(copy: Path, tmp_path: Path) -> None:
     poison(copy, float("nan"))
-    with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: infinite or not a number"):
+    with pytest.raises(UserError, match=rf"{UP}: 1 NaN in the first"):
         convert(copy, tmp_path / "out", quantize="int8")
+    with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: infinite or not a number"):
+        convert(copy, tmp_path / "out", quantize="int8", allow_nonfinite=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("nan", "1 NaN"), ("-nan", "1 NaN"), ("inf", "1 infinite"), ("-inf", "1 infinite")]
+)
+@pytest.mark.parametrize(
+    "name", [UP, "language_model.model.embed_tokens.weight", "multi_modal_projector.linear_1.bias"]
+)
+def test_what_is_no_number_is_refused(copy: Path, tmp_path: Path, name: str, value: str, said: str) -> None:
+    """On the way to a folder and straight onto devices, also where the dtype changes."""
+    poison(copy, float(value), name)
+    for dtype in (None, "float16", "float32"):
+        with pytest.raises(UserError, match=rf"^{name}: {said} in the first .* --allow-nonfinite"):
+            convert(copy, tmp_path / "out", dtype=dtype)
+    with pytest.raises(UserError, match=rf"^{name}: {said} in the first"):
+        load_source(copy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_number_is_counted(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exactly, in every tensor, added rows and vision tower among them; and one line of the report says so."""
+    head, patches = "language_model.lm_head.weight", "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    poison(copy, float("nan"))
+    poison(
+        copy, float("-inf"), head, rows=slice(1020, 1026)
+    )  # six of the base vocabulary's last rows and the added ones
+    poison(copy, float("nan"), patches, rows=slice(0, 3))
+    poison(copy, float("inf"), UP, rows=slice(7, 9))
+    expected = {UP: (1, 2), head: (0, 6), patches: (3, 0)}
+    plan, _ = load_source(copy, allow_nonfinite=True)
+    assert plan.nonfinite.counts == expected
+    assert main(["convert", str(copy), str(tmp_path / "out"), "--allow-nonfinite"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "not finite" in line)
+    assert line.split(maxsplit=2)[2] == f"3 tensors: {head}: 6 infinite; {UP}: 1 NaN, 2 infinite; {patches}: 3 NaN"
+    assert main(["convert", str(copy), str(tmp_path / "again")]) == 2
+    assert "NaN" in capsys.readouterr().err
+
+
+def test_rows_of_an_adapter_that_are_no_numbers(copy: Path, tmp_path: Path) -> None:
+    """What is no tensor of the base is counted too."""
+    from safetensors.torch import save_file
+
+    rows = torch.full((1, 64), float("nan"))
+    lora = {
+        f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.ones(shape)
+        for side, shape in (("A", (2, 64)), ("B", (64, 2)))
+        for layer in range(3)
+    }
+    name = "base_model.model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta"
+    (tmp_path / "adapter").mkdir()
+    save_file(lora | {name: rows}, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "trainable_token_indices": {"embed_tokens": [5]}}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"^decoder/embed_tokens/embedding: 64 NaN"):
+        convert(copy, tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "value", "message"),
+    [
+        (torch.float64, None, 1e300, "values beyond float32, which ends at 3.40282e\\+38; no dtype here holds them"),
+        (
+            torch.float32,
+            "bfloat16",
+            3.4e38,
+            "values beyond bfloat16, which ends at 3.38953e\\+38; choose --dtype float32",
+        ),
+    ],
+)
+def test_no_cast_makes_values_infinite(
+    tmp_path: Path, stored: Any, dtype: str | None, value: float, message: str
+) -> None:
+    make_llava_transformers(tmp_path / "src", "4", dtype=stored)
+    poison(tmp_path / "src", value)
+    with pytest.raises(UserError, match=rf"{UP}: {message}"):
+        convert(tmp_path / "src", tmp_path / "out", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_finite_is_what_numpy_calls_finite(dtype: str) -> None:
+    """Over every word of 16 bits, and the edges of the larger floats."""
+    if np.dtype(dtype).itemsize == 2:
+        values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    else:
+        ends, tiny = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+        values = np.array([0.0, -0.0, ends, -ends, tiny, -tiny, np.inf, -np.inf, np.nan, -np.nan], dtype)
+    for value in values:
+        assert leaves.all_finite(np.full((2, 3), value)) == math.isfinite(value)
+        assert leaves.all_finite(np.full((4, 6), value)[::2, ::2].T) == math.isfinite(value)
+    many = np.zeros(2 * leaves._PIECE, dtype)
+    for place in (0, leaves._PIECE // many.itemsize, len(many) - 1):
+        assert leaves.all_finite(many)
+        many[place] = np.nan
+        assert not leaves.all_finite(many)
+        many[place] = 0
+    assert leaves.all_finite(np.zeros((0, 3), dtype))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_the_bars_clock_starts_with_the_bytes(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    """Not with the tokenizer, which takes longer: the first bytes would promise days. It ends at its total, in steps of a layer."""
+    told: list[Any] = []
+
+    class Bar(contextlib.nullcontext[Any]):
+        def __init__(self, total: int, **settings: Any):
+            super().__init__(self)
+            told.append(total)
+
+        def reset(self) -> None:
+            told.append("reset")
+
+        def set_description(self, text: str) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            told.append(count)
+
+    monkeypatch.setitem(convert.__globals__, "tqdm", Bar)
+    convert(copy, tmp_path / "out", finish=lambda *_: told.append("tokenizer"), quantize=quantize)
+    total, *before, first = told[:4]
+    assert before == ["tokenizer", "reset"]
+    assert sum([first, *told[4:]]) == total
+
+
+def test_scales_are_read_layer_by_layer(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale is small, what it is computed from is not: all layers at once would be minutes without a word."""
+    monkeypatch.setattr(arrays, "_CHUNK", 30_000)
+    leaf = quantized(make_plan(open_sources(copy))).leaves["decoder/layers/mlp/up_proj/kernel_scale"]
+    assert leaf.nbytes < 30_000 < leaf.nbytes * leaf.cost == 2 * 3 * 64 * 160
+    assert arrays.chunk_shape(leaf) == (1, 160)
 
 
 def test_no_descriptor_is_left_open(llava: Path, tmp_path: Path) -> None:
