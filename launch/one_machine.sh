@@ -4,10 +4,8 @@
 #
 #   launch/one_machine.sh --config chatpose_13b --init out/llava-13b --out out/13b
 #
-# TRIES (20): how often to start again. PAUSE (10): seconds in between. JAX_COMPILATION_CACHE_DIR: where long compilations
-# are kept for the next start; they are run, so strangers must not write there. Empty: nowhere.
-[[ $# -gt 0 ]] || { sed -n '2,8p' "$0"; exit 2; }
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${HOME:-$PWD}/.cache/chatpose/compiled}
+# TRIES (20): how often to start again. PAUSE (10): seconds in between.
+[[ $# -gt 0 ]] || { sed -n '2,7p' "$0"; exit 2; }
 set -um                                     # m: the program is in a group of its own, so a Ctrl-C reaches it once, by the trap
 tries=${TRIES:-20}
 child=

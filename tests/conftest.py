@@ -12,6 +12,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # The tests compile hundreds of small programs and run each a few times: less optimised ones take half of the time in all. `.ci/run` runs the
 # models' tests a second time as users run them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Commands keep compiled programs in the home folder of whoever starts them; tests keep none there.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 

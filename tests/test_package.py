@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.test_architecture import MODULES, imports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +96,48 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
         b"chatpose-jax"
         in subprocess.run(version, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
     )
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """Normalised names of requirements, without versions, extras and markers."""
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in requirements}  # type: ignore[index]
+
+
+def imported(*, at_load: bool) -> dict[str, str]:
+    """Distribution -> one place that imports from it, of all that the packages import and Python does not bring along."""
+    homes = importlib.metadata.packages_distributions()
+    found = {}
+    for path in MODULES:
+        for name, line in imports(path, at_load=at_load):
+            top = name.partition(".")[0]
+            if top in sys.stdlib_module_names or top in {"smpl_jax", "chatpose_jax"}:
+                continue
+            # A namespace package, such as google, has several homes; one that is not installed is called as its module is.
+            for home in homes.get(top) or [top]:
+                found.setdefault(
+                    re.sub(r"[-_.]+", "-", home).lower(), f"{path.relative_to(ROOT)}:{line} imports {name}"
+                )
+    return found
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CORE = distributions(PROJECT["dependencies"])
+EXTRAS = {name: distributions(lines) for name, lines in PROJECT["optional-dependencies"].items()}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """What happens to be installed by others goes when they change their minds. Extras are for what a function imports."""
+    missing = {home: place for home, place in imported(at_load=True).items() if home not in CORE}
+    assert not missing, f"imported with the package, but no dependency: {missing}"
+    optional = set().union(*(names for name, names in EXTRAS.items() if name != "dev"))
+    missing = {home: place for home, place in imported(at_load=False).items() if home not in CORE | optional}
+    assert not missing, f"imported, but neither a dependency nor in an extra: {missing}"
+
+
+def test_what_is_declared_is_imported() -> None:
+    used = imported(at_load=False)
+    idle = {name: sorted(names - used.keys()) for name, names in {"core": CORE, **EXTRAS}.items() if name != "dev"}
+    assert not any(idle.values()), idle
 
 
 def test_the_readme_holds_the_computed_memory_table() -> None:

@@ -19,13 +19,15 @@ import numpy as np
 from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
+from chatpose_jax.cli.compiled import keep_compiled
 from chatpose_jax.cli.config import RunConfig, load_config
-from chatpose_jax.cli.train import cpu_workers, demand_table, only_run, run_training
+from chatpose_jax.cli.train import cpu_workers, demand_table, ending, only_run, run_training
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
+from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.trainer import Interrupted
 from smpl_jax import render
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     clock = Clock()
     config = load_config(args.config, args.overrides)
     demand_table(config)
-    with only_run(args.out):
+    keep_compiled()
+    with hosts.announced(ending), only_run(args.out):
         return _run(config, args.out, args.rows, clock)
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from chatpose_jax.cli.compiled import keep_compiled
 from chatpose_jax.cli.config import RunConfig, load_config
 from chatpose_jax.data.batches import BatchLoader, measure
 from chatpose_jax.data.config import examples
@@ -110,9 +111,12 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
-    hosts.connect(hosts.find(args.coordinator, args.num_processes, args.process_id))
+    others = hosts.find(args.coordinator, args.num_processes, args.process_id)
+    if others is None:
+        keep_compiled()
+    hosts.connect(others)
     try:
-        with hosts.restartable(args.out, starting=True), hosts.together(args.out):
+        with hosts.announced(ending), hosts.restartable(args.out, starting=True), hosts.together(args.out):
             out = run_training(config, args.out, init=args.init, profile=args.profile)
     except Interrupted as stop:
         if hosts.primary():
@@ -122,6 +126,11 @@ def run(args: argparse.Namespace) -> int:
         f'model folder: {out}\nask it: chatpose chat {out} --prompt "Someone kneels. Can you give the SMPL pose?"'
     )
     return 0
+
+
+def ending() -> str:
+    """What a Ctrl-C is answered with where nothing is to be saved."""
+    return "ending, as soon as what is being computed is done"
 
 
 def run_training(

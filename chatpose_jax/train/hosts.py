@@ -10,7 +10,8 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -189,6 +190,35 @@ def gather(value: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(value))
 
 
+@contextmanager
+def announced(said: Callable[[], str]) -> Iterator[None]:
+    """Within the block ``said()`` is printed at the moment of every Ctrl-C and every SIGTERM that Python handles. The handler
+    itself waits until the main thread is back in Python, and compiling keeps it in C++ for tens of seconds.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    try:
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    except ValueError:  # no main thread: whoever owns it hears the signals
+        before = None
+
+    def listen() -> None:
+        while number := reader.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                print(f"\n{said()}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.set_wakeup_fd(before)
+        writer.close()  # which ends the thread
+        thread.join()
+        reader.close()
+
+
 class Stop:
     """The first SIGTERM or Ctrl-C asks the run to stop; the second one ends it.
 
@@ -198,6 +228,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._heard = 0
 
     def after(self, step: int) -> bool:
         """Whether this step is the last. Every process asks after every step."""
@@ -214,6 +245,12 @@ class Stop:
         else:
             self.asked = True
 
+    def _said(self) -> str:
+        self._heard += 1
+        if self._heard > 1:
+            return "ending now; what was saved stands"
+        return "stopping after the step under way, then saving (what is being compiled is finished first); again: end without saving"
+
     @contextmanager
     def listen(self) -> Iterator[Stop]:
         """Obey signals within the block; outside the main thread, whoever owns it handles them."""
@@ -223,7 +260,8 @@ class Stop:
         except ValueError:
             before = {}
         try:
-            yield self
+            with announced(self._said):
+                yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

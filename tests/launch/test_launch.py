@@ -199,21 +199,6 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, stand_in, monkeypatch, stat
     ]
 
 
-@pytest.mark.parametrize(
-    ("home", "given", "expected"),
-    [("/homes/me", None, "/homes/me/.cache/chatpose/compiled"), ("/homes/me", "/scratch/compiled", "/scratch/compiled"),
-     ("/homes/me", "", ""), (None, None, f"{ROOT}/.cache/chatpose/compiled")],
-)  # fmt: skip
-def test_one_machine_keeps_what_it_compiled(tmp_path, stand_in, monkeypatch, home, given, expected):
-    stand_in("chatpose", f'echo "$JAX_COMPILATION_CACHE_DIR" > {tmp_path}/cache')
-    for name, value in (("HOME", home), ("JAX_COMPILATION_CACHE_DIR", given)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    subprocess.run(["bash", LAUNCH / "one_machine.sh", "--out", "run"], check=True, cwd=ROOT)
-    assert (tmp_path / "cache").read_text().strip() == expected
-
-
 @pytest.mark.parametrize(("mounted", "folder"), [(0, "/mnt/runs/compiled"), (1, "none")])
 def test_a_new_tpu_slice_finds_what_the_last_one_compiled(tmp_path, stand_in, monkeypatch, mounted, folder):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

@@ -1,7 +1,11 @@
 """How a process learns of the others: flags, then variables, then the cluster."""
 
 import errno
+import hashlib
+import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -59,6 +63,31 @@ def test_the_first_signal_asks_the_second_ends(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_at_once_though_the_program_is_deep_in_c(capfd, number):
+    """As in a compilation, which nothing interrupts: Python's handlers wait for its end."""
+    stop, heard = Stop(), []
+    said = stop._said
+    stop._said = lambda: heard.append(time.monotonic()) or said()
+    with stop.listen():
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+        ended = time.monotonic()
+        assert stop.after(1)
+    assert len(heard) == 1 and heard[0] < ended - 0.2
+    assert "\nstopping after the step under way, then saving" in capfd.readouterr().err
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_the_second_signal_is_answered_too(capfd):
+    with Stop().listen():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    told = capfd.readouterr().err.split("\n\n")
+    assert [line.split()[0] for line in told] == ["stopping", "ending"]
 
 
 def failing(error, cause=None):

@@ -1,0 +1,81 @@
+"""Compiled programs are kept between runs: the first step of one that was compiled before comes in seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+LIMIT = 2 << 30
+"""Bytes that are kept, of all processors together; what was not read for longest goes first."""
+
+
+def keep_compiled() -> Path | None:
+    """Let JAX keep what it compiles in the user's cache folder, unless ``JAX_COMPILATION_CACHE_DIR`` says where (empty: nowhere)
+    or ``JAX_ENABLE_COMPILATION_CACHE=0`` forbids it; returns the folder, None where nothing was changed.
+
+    Each kind of processor has a folder of its own, for homes are shared between machines, and a program for one CPU may die
+    on another. What lies there is run, so a folder that others may write is not used. For runs of one process: several must
+    find the same programs (see ``launch/``).
+    """
+    if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return None
+    try:
+        folder = cache_home() / "chatpose-jax" / "compiled" / processor()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+            raise PermissionError(0, "others may write there, and what lies there is run", str(folder))
+        prune(folder.parent, LIMIT)
+    except (OSError, RuntimeError) as error:  # no home, no space, read-only
+        print(f"compiled programs are not kept for the next run: {error} (set {VARIABLE})", file=sys.stderr)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
+def cache_home() -> Path:
+    """``$XDG_CACHE_HOME``, which must be absolute to count, or ``~/.cache``."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """A name of what XLA compiles for on this machine's CPU: its architecture, model, instruction set and number of cores."""
+    known = [platform.machine(), platform.processor(), str(os.cpu_count())]
+    if hasattr(os, "sched_getaffinity"):
+        known.append(str(len(os.sched_getaffinity(0))))
+    if cpuinfo.is_file():
+        names = ("model name", "flags", "Features", "CPU part")
+        lines = (line.partition(":") for line in cpuinfo.read_text(errors="replace").splitlines())
+        known += sorted({f"{name.strip()}:{value.strip()}" for name, _, value in lines if name.strip() in names})
+    return f"{platform.machine()}-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}"
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Remove files until what is left below ``folder`` takes at most ``limit`` bytes, those first that were not read for longest."""
+    found = sorted(
+        (
+            (max(stat.st_atime, stat.st_mtime), stat.st_size, file)
+            for file in folder.rglob("*")
+            if (stat := _stat(file))
+        ),
+        key=lambda entry: entry[0],
+        reverse=True,
+    )
+    kept = 0
+    for _, size, file in found:
+        kept += size
+        if kept > limit:
+            file.unlink(missing_ok=True)
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat() if file.is_file() else None
+    except FileNotFoundError:  # another run removed it
+        return None
