@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import os
 import tempfile
 import threading
@@ -32,6 +33,7 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
 from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
+from chatpose_jax.settings import did_you_mean, flag, instance, one_line, whole
 from smpl_jax import body as bodies
 from smpl_jax import io, rotations
 from smpl_jax.body import BodyModel
@@ -41,6 +43,8 @@ Conversation = Sequence[Message]
 
 FRAME = "camera (x right, y down, z away; metres)"
 FORCED_ANSWER = "It is <POSE>."
+SUFFIXES = (".glb", ".obj", ".npz", ".png")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,10 +52,25 @@ class Pose:
     """One body pose of an answer, in the camera frame: x right, y down, z away. An upright person who faces the camera has a root near Rx(π).
 
     matrices: (24, 3, 3) float32; joint 0 is the global orientation, 1 … 23 are relative to their parents, in SMPL's order.
+
+    Raises UserError for matrices of another shape, and for a body that is no ``BodyModel``.
     """
 
     matrices: np.ndarray
     body: BodyModel
+
+    __repr__ = one_line
+
+    def __post_init__(self) -> None:
+        instance("body", self.body, BodyModel, "a smpl_jax.BodyModel, as smpl_jax.load_body gives it")
+        try:
+            matrices = np.asarray(self.matrices, np.float32)
+        except (TypeError, ValueError):
+            matrices = np.zeros(0, np.float32)
+        if matrices.shape != (24, 3, 3):
+            shape = np.shape(self.matrices) if hasattr(self.matrices, "shape") else type(self.matrices).__name__
+            raise UserError(f"matrices must be numbers of shape (24, 3, 3), found {shape}")
+        object.__setattr__(self, "matrices", matrices)
 
     @functools.cached_property
     def axis_angle(self) -> np.ndarray:
@@ -79,10 +98,18 @@ class Pose:
         return np.asarray(_vertices(self.body, self.body_rotations))
 
     def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
-        """(H, W, 3) uint8 picture, one panel a view; "front" is what the camera sees."""
+        """(H, W, 3) uint8 picture, one panel a view, of ``size`` (16 … 4096) pixels each way.
+
+        views: some of "front" (what the camera sees), "three_quarter", "side", "back" and "other_side".
+        Raises UserError for another size or view.
+        """
         from smpl_jax.render import render_body
 
-        return render_body(self.body, self.body_rotations, size=size, views=views, frame="camera")
+        size = whole("size", size, 16, 4096)
+        try:
+            return render_body(self.body, self.body_rotations, size=size, views=_names("views", views), frame="camera")
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def save(self, path: str | os.PathLike[str], *, skinned: bool = True) -> Path:
         """Write ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (axis-angle, matrices, 6D, joints, the frame named) or ``.png``.
@@ -92,33 +119,48 @@ class Pose:
         """
         from smpl_jax import export, render
 
+        instance("path", path, (str, os.PathLike), f"a path that ends in {', '.join(SUFFIXES)}")
+        skinned = flag("skinned", skinned)
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".glb" and skinned:
-            export.write_skinned_glb(path, self.body, self.body_rotations, frame="camera")
-        elif path.suffix == ".glb":
-            export.write_glb(path, self.vertices, np.asarray(self.body.faces), frame="camera")
-        elif path.suffix == ".obj":
-            export.write_obj(path, self.vertices, np.asarray(self.body.faces), frame="camera")
-        elif path.suffix == ".npz":
-            export.write_npz(path, self.matrices, frame=FRAME, joints=self.joints, joint_names=self.body.joint_names)
-        elif path.suffix == ".png":
-            render.save_png(path, self.render(views=("front", "side")))
-        else:
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
             raise UserError(
                 f"{path}: a pose is saved as .glb, .obj, .npz or .png, not {path.suffix or 'without a suffix'!r}"
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".glb" and skinned:
+            export.write_skinned_glb(path, self.body, self.body_rotations, frame="camera")
+        elif suffix == ".glb":
+            export.write_glb(path, self.vertices, np.asarray(self.body.faces), frame="camera")
+        elif suffix == ".obj":
+            export.write_obj(path, self.vertices, np.asarray(self.body.faces), frame="camera")
+        elif suffix == ".npz":
+            export.write_npz(path, self.matrices, frame=FRAME, joints=self.joints, joint_names=self.body.joint_names)
+        else:
+            render.save_png(path, self.render(views=("front", "side")))
         return path
 
     def to_json(self) -> dict[str, Any]:
-        """Axis-angle and joints as lists, with the frame and the body named."""
+        """Axis-angle (24, 3) and joints (J, 3) as lists of float32's shortest decimals, with the frame and the body named."""
         return {
             "frame": FRAME,
             "body": self.body.name,
-            "axis_angle": self.axis_angle.round(6).tolist(),
+            "axis_angle": _decimals(self.axis_angle),
             "joint_names": list(self.body.joint_names),
-            "joints": self.joints.round(6).tolist(),
+            "joints": _decimals(self.joints),
         }
+
+
+def _decimals(array: np.ndarray) -> list[Any]:
+    """Nested lists of the shortest decimals that read back as the same float32: 0.1, where ``tolist`` gives 0.10000000149011612."""
+    return np.asarray(array, np.float32).astype(str).astype(float).tolist()
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not names or not all(isinstance(item, str) for item in names):
+        raise UserError(f"{name} must be names, as ('front', 'side'), found {value!r:.100}")
+    return names
 
 
 @jax.jit
@@ -144,10 +186,60 @@ class Reply:
     ids: np.ndarray
     finish_reason: str
 
+    def __repr__(self) -> str:
+        poses = f"{len(self.poses)} pose{'' if len(self.poses) == 1 else 's'}"
+        return f"Reply({self.text!r:.200}, {poses}, {len(self.ids)} ids, finish_reason={self.finish_reason!r})"
+
     @property
     def message(self) -> dict[str, Any]:
         """The answer as a message to append to the conversation; it carries its exact ids, so that history keeps the pose token itself."""
         return {"role": "assistant", "content": self.text, "ids": self.ids.tolist()}
+
+
+class Stream(Iterator[str]):
+    """An answer as it comes: an iterator over pieces of text, and the whole answer as ``reply`` after the last one.
+
+    From its first piece on the model belongs to this answer: until the last piece, ``close()``, the end of a ``with`` block, or until nobody
+    holds the stream any more. ``yield from`` gives the ``Reply`` too.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Reply]):
+        self._pieces, self._reply = pieces, None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self._reply = self._reply or end.value
+            raise
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer. Raises UserError before the last piece, and where the stream was closed before it."""
+        if self._reply is None:
+            raise UserError("the answer has not come to its end: read the stream to its last piece, then take reply")
+        return self._reply
+
+    def close(self) -> None:
+        """Stop answering, so that the model can answer another question."""
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_settings(
+    *, max_new_tokens: Any = 128, temperature: Any = 0.0, top_p: Any = 1.0, seed: Any = 0, force_pose: Any = False
+) -> dict[str, Any]:
+    """The settings of an answer as ``generate_stream`` takes them. Raises UserError for the first that cannot be used."""
+    return {
+        "max_new_tokens": whole("max_new_tokens", max_new_tokens, 1),
+        "sampling": Sampling(temperature, top_p, seed),
+        "force_pose": flag("force_pose", force_pose),
+    }
 
 
 @dataclasses.dataclass
@@ -166,11 +258,19 @@ class ChatPose:
 
     def __init__(self, config: ModelConfig, params: Params, processor: Processor, body: BodyModel | None = None):
         """params: layers stacked or not, as ``config.scan_layers`` says; unrolled decodes faster."""
+        instance("config", config, ModelConfig, "a chatpose_jax.models.config.ModelConfig")
+        instance("params", params, Mapping, "a nested dict of arrays")
+        instance("processor", processor, Processor, "a chatpose_jax.processing.processor.Processor")
+        instance("body", body, (BodyModel, type(None)), "a smpl_jax.BodyModel, as smpl_jax.load_body gives it")
         self.config, self.params, self.processor = config, params, processor
         self.body = io.load_body() if body is None else body
         self._held: _Held | None = None
         self._lock = threading.Lock()
         self._poses = jax.jit(lambda params, hidden: bind(config, params).poses(hidden))
+
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"ChatPose({size:,} parameters, {self.config.param_dtype}, context {self.processor.ids.context}, body {self.body.name!r})"
 
     def chat(
         self,
@@ -187,24 +287,23 @@ class ChatPose:
         Args:
             messages: dicts with ``role`` ("system", "user", "assistant") and ``content``: a string, or a list of ``{"type": "text", "text": …}`` and
                 ``{"type": "image", "image": path | PIL image | (H, W, 3) array}``. A list of such lists is a batch.
-            max_new_tokens: length of the answer at most.
-            temperature, top_p, seed: 0 is greedy; else nucleus sampling, repeatable by its seed.
-            force_pose: end an answer that offers no pose with one.
+            max_new_tokens: length of the answer at most, a whole number of at least 1.
+            temperature, top_p, seed: temperature 0 is greedy; else nucleus sampling, repeatable by its seed. See ``Sampling`` for what each may be.
+            force_pose: True ends an answer that offers no pose with one.
 
         Returns:
             A ``Reply``; for a batch, a list of them.
 
         Raises:
-            UserError for malformed messages, images that are none, and conversations that exceed the context.
+            UserError for malformed messages, images that are none, settings that are out of range, and conversations that exceed the context.
         """
         batched = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], Mapping)
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "sampling": Sampling(temperature, top_p, seed),
-            "force_pose": force_pose,
-        }
+        settings = check_settings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, force_pose=force_pose
+        )
+        encoded = [self.processor.encode(each) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
         with self._alone():
-            steps = self._answer(messages if batched else [messages], stream_every=max_new_tokens, **settings)  # type: ignore[arg-type, list-item]
+            steps = self._answer(encoded, stream_every=settings["max_new_tokens"], **settings)
             while True:
                 try:
                     next(steps)
@@ -221,14 +320,36 @@ class ChatPose:
         seed: int = 0,
         force_pose: bool = False,
         every: int = 1,
-    ) -> Generator[str, None, Reply]:
-        """``chat`` for one conversation, yielding pieces of text as they come (every ``every`` tokens); the generator's value is the ``Reply``."""
-        sampling = Sampling(temperature, top_p, seed)
+    ) -> Stream:
+        """``chat`` for one conversation, answered piece by piece.
+
+        ::
+
+            stream = model.stream(messages)
+            for piece in stream:
+                print(piece, end="", flush=True)
+            stream.reply.poses
+
+        Args:
+            every: tokens between two pieces, a whole number of at least 1.
+            messages, max_new_tokens, temperature, top_p, seed, force_pose: see ``chat``.
+
+        Raises:
+            UserError at once for what ``chat`` refuses; with the first piece for a conversation that exceeds the context, and while the model
+            still gives another answer.
+        """
+        every = whole("every", every, 1)
+        settings = check_settings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, force_pose=force_pose
+        )
+        if isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple):
+            raise UserError("messages: stream answers one conversation, found a batch of them; chat answers a batch")
+        return Stream(self._pieces(self.processor.encode(messages), stream_every=every, **settings))
+
+    def _pieces(self, encoded: Encoded, **settings: Any) -> Generator[str, None, Reply]:
         with self._alone():
             decoder = self.processor.stream()
-            steps = self._answer(
-                [messages], max_new_tokens=max_new_tokens, sampling=sampling, force_pose=force_pose, stream_every=every
-            )
+            steps = self._answer([encoded], **settings)
             while True:
                 try:
                     ids = next(steps)[0]
@@ -255,9 +376,8 @@ class ChatPose:
         self._held = None
 
     def _answer(
-        self, conversations: Sequence[Conversation], *, force_pose: bool, stream_every: int, **settings: Any
+        self, encoded: Sequence[Encoded], *, force_pose: bool, stream_every: int, **settings: Any
     ) -> Generator[np.ndarray, None, list[Reply]]:
-        encoded = [self.processor.encode(messages) for messages in conversations]
         keys = [self._keys(row) for row in encoded]
         cache, keep = self._reuse(keys)
         patches = self.config.vision.num_patches
@@ -349,8 +469,9 @@ def load(
     """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them, or PyTorch weights as they are.
 
     Args:
-        folder: holds ``config.json``, ``tokenizer/`` and ``params/``; or a checkpoint that ``chatpose convert`` reads,
-            which is then converted on the way to the devices, at every call: nothing is written.
+        folder: holds ``config.json``, ``tokenizer/`` and ``params/``, or such a folder by the name of ``model``, as a demo or a training
+            leaves it; or a checkpoint that ``chatpose convert`` reads, which is then converted on the way to the devices, at every call:
+            nothing is written.
         dtype: "float32", "bfloat16" or "float16" for storage and compute; by default what the folder says.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
         mesh: devices to spread the model over, by ``models.sharding``; each reads only its part. By default one device.
@@ -360,22 +481,37 @@ def load(
     Raises:
         UserError or ``smpl_jax.errors.BodyFileError`` that says what is missing or wrong, and what to do.
     """
-    from chatpose_jax.weights.folder import TOKENIZER, is_model_folder, is_source, load_config, load_params
+    from chatpose_jax.weights.folder import TOKENIZER, find_model, is_model_folder, is_source, load_config, load_params
 
-    folder = Path(folder)
+    path = (str, os.PathLike)
+    instance("folder", folder, path, "a path")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype must be {', '.join(DTYPES)} or None, found {dtype!r:.100}")
+    instance("body", body, (*path, BodyModel, type(None)), "a path, a smpl_jax.BodyModel or None")
+    instance("mesh", mesh, (jax.sharding.Mesh, type(None)), "a jax.sharding.Mesh or None")
+    _check_options(source)
+    folder = find_model(folder)
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
     if source or (is_source(folder) and not is_model_folder(folder)):
         config, params, processor = _load_source(folder, mesh, dtype=dtype, **source)
     else:
         config = load_config(folder)
         if dtype is not None:
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise UserError(f"dtype must be float32, bfloat16 or float16, found {dtype!r}")
             config = config.replace(dtype=dtype, param_dtype=dtype)
         processor = Processor.load(folder / TOKENIZER, config)
         abstract = abstract_params(config.replace(scan_layers=True))
         params = load_params(folder, abstract if mesh is None else place(abstract, mesh))
     return ChatPose(config.replace(scan_layers=False), unstack_layers(params, consume=True), processor, shape)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option of ``load`` that none of what reads PyTorch weights takes."""
+    from chatpose_jax.weights.convert import load_source, make_plan, open_sources
+
+    taken = {name for reader in (load_source, make_plan, open_sources) for name in inspect.signature(reader).parameters}
+    known = taken - {"path", "source", "sources", "options"} | {"body"}
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"load has no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
 
 
 def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -> tuple[ModelConfig, Params, Processor]:

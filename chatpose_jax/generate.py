@@ -19,6 +19,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import Params, bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache, init_cache
+from chatpose_jax.settings import instance, one_line, real, whole
 
 PROMPT_BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 CAPACITY_STEP = 128
@@ -26,17 +27,28 @@ CAPACITY_STEP = 128
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedy at temperature 0, else from the smallest set of tokens whose probability reaches ``top_p``."""
+    """How tokens are chosen: greedy at temperature 0, else from the smallest set of tokens whose probability reaches ``top_p``.
+
+    temperature: 0, or between 1e-6 and 1e6. top_p: between 1e-6 and 1. seed: a whole number in [0, 2³²). Numbers of Python, NumPy or JAX;
+    anything else is a UserError that names it.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature must be 0 (greedy) or above, found {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], found {self.top_p}")
+        object.__setattr__(self, "temperature", real("temperature", self.temperature, _is_temperature, _TEMPERATURES))
+        object.__setattr__(self, "top_p", real("top_p", self.top_p, lambda p: 1e-6 <= p <= 1, "between 1e-6 and 1"))
+        # More bits than 32 would be dropped without a word where JAX computes in 32 bits.
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**32 - 1))
+
+
+_TEMPERATURES = "0 (greedy) or between 1e-6 and 1e6"
+
+
+def _is_temperature(value: float) -> bool:
+    return value == 0 or 1e-6 <= value <= 1e6  # beyond, logits over it are no numbers of float32
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +75,8 @@ class DecodeState:
     forced: jax.Array
     finite: jax.Array
 
+    __repr__ = one_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
@@ -74,6 +88,8 @@ class Generated:
     tokens: list[np.ndarray]
     hidden: list[np.ndarray]
     cache: KVCache
+
+    __repr__ = one_line
 
 
 def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
@@ -239,12 +255,17 @@ def generate_stream(
         cache: of earlier turns, B rows; ``prompts`` then holds only what is new. It is consumed.
 
     Raises:
-        UserError when a prompt and its answer exceed the context, the answer is too short for the forced tail, or the model's logits are no
-        numbers.
+        UserError when a setting is out of range, a prompt is empty, images do not fit their placeholders, a prompt and its answer exceed the
+        context, the answer is too short for the forced tail, or the model's logits are no numbers.
     """
+    max_new_tokens, stream_every = whole("max_new_tokens", max_new_tokens, 1), whole("stream_every", stream_every, 1)
+    instance("sampling", sampling, Sampling, "a chatpose_jax.generate.Sampling")
     batch, lengths = len(prompts), np.array([len(ids) for ids in prompts], np.int32)
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    if batch == 0 or lengths.min() == 0:
+        raise UserError(
+            f"prompts must be one array of ids or more, none of them empty, found lengths {lengths.tolist()}"
+        )
+    _check_images(config, prompts, images)
     if force_tail is not None and max_new_tokens < len(force_tail):
         raise UserError(
             f"max_new_tokens={max_new_tokens} leaves no room for a pose: at least {len(force_tail)} are needed"
@@ -309,7 +330,7 @@ def generate(
     **settings: Any,
 ) -> Generated:
     """``generate_stream`` to its end; ``on_tokens`` is called with what it yields, token by token unless ``stream_every`` says otherwise."""
-    every = stream_every or (max_new_tokens if on_tokens is None else 1)
+    every = (max_new_tokens if on_tokens is None else 1) if stream_every is None else stream_every
     steps = generate_stream(
         config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings
     )
@@ -320,6 +341,25 @@ def generate(
             return end.value
         if on_tokens is not None:
             on_tokens(tokens, counts)
+
+
+def _check_images(
+    config: ModelConfig, prompts: Sequence[np.ndarray], images: Sequence[Sequence[np.ndarray]] | None
+) -> None:
+    """Raises UserError unless each row has the images that its placeholders stand for."""
+    if images is not None and len(images) != len(prompts):
+        raise UserError(f"images must be one list for each of {len(prompts)} prompts, found {len(images)} lists")
+    size, patches = config.vision.image_size, config.vision.num_patches
+    for row, ids in enumerate(prompts):
+        given = [] if images is None else images[row]
+        places = int((np.asarray(ids) == config.image_token_id).sum())
+        if places != patches * len(given):
+            raise UserError(
+                f"prompt {row} has {places} image placeholders and {len(given)} images, which take {patches} placeholders each"
+            )
+        for image in given:
+            if np.shape(image) != (size, size, 3):
+                raise UserError(f"images must be ({size}, {size}, 3), found {np.shape(image)} in row {row}")
 
 
 def _pixels(config: ModelConfig, images: Sequence[Sequence[np.ndarray]] | None, batch: int) -> jax.Array | None:

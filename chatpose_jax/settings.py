@@ -1,10 +1,12 @@
-"""Checks that every dataclass of settings runs when it is made, wherever its values come from: code, command line, a stranger's JSON."""
+"""Checks of values, wherever they come from: code, command line, a stranger's JSON. Settings run them when they are made, functions at their door."""
 
 from __future__ import annotations
 
+import difflib
 import math
+import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from chatpose_jax.errors import UserError
@@ -25,6 +27,67 @@ def require(config: Any, where: str, words: str, holds: Callable[[Any], bool], *
     for name in names:
         if not holds(value := getattr(config, name)):
             raise UserError(f"{where}.{name} must be {words}, found {value!r}")
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An argument that is an integer of Python, NumPy or JAX in [least, most]; raises UserError that names it. A bool is no number."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise UserError(f"{name} must be {_between('a whole number', least, most)}, found {_shown(value)}")
+    return number
+
+
+def real(name: str, value: Any, holds: Callable[[float], bool], words: str) -> float:
+    """An argument that is one real number, of Python, NumPy or JAX, for which ``holds`` is true; raises UserError ("must be <words>")."""
+    try:
+        plain = isinstance(value, bool | str | bytes) or getattr(value, "shape", ()) != () or _dtype_of(value) == "bool"
+        number = None if plain else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not holds(number):
+        raise UserError(f"{name} must be {words}, found {_shown(value)}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """An argument that is True or False, of Python or NumPy; raises UserError that names it."""
+    if not isinstance(value, bool) and not (_dtype_of(value) == "bool" and value.shape == ()):
+        raise UserError(f"{name} must be True or False, found {_shown(value)}")
+    return bool(value)
+
+
+def instance(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> None:
+    """Raises UserError unless an argument is of a type, which ``words`` describe."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} must be {words}, found {type(value).__name__}: {_shown(value)}")
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """How an error about an unknown word ends: with the nearest name, or with nothing where none is near."""
+    near = difflib.get_close_matches(word, list(names), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_line(self: Any) -> str:
+    """A ``__repr__`` of one short line for what holds arrays; see ``smpl_jax.printing``."""
+    from smpl_jax.printing import one_line  # it takes JAX along, which not every program that checks settings needs
+
+    return one_line(self)
+
+
+def _between(words: str, least: int, most: int | None) -> str:
+    return f"{words} of at least {least}" if most is None else f"{words} in [{least}, {most}]"
+
+
+def _shown(value: Any) -> str:
+    return f"{' '.join(repr(value).split()):.100}"
+
+
+def _dtype_of(value: Any) -> str:
+    return str(getattr(value, "dtype", ""))
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from smpl_jax.printing import one_line
 from smpl_jax.rotations import geodesic_distance
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -21,6 +22,9 @@ class Similarity(NamedTuple):
     scale: jax.Array  # (...)
     rotation: jax.Array  # (..., 3, 3)
     translation: jax.Array  # (..., 3)
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def mpjpe(predicted: ArrayLike, target: ArrayLike, root: int | None = 0) -> jax.Array:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from smpl_jax.printing import one_line
+
 # Pairs of (triangle, pixel) handled at a time: bounds memory when a few triangles fill a large picture.
 _PAIRS_AT_ONCE = 1 << 22
 # Nothing nearer than this is drawn; triangles that cross it are dropped, not clipped.
@@ -83,6 +85,9 @@ class Raster(NamedTuple):
     barycentric: NDArray[np.float32]
     depth: NDArray[np.float32]
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 class Fragments(NamedTuple):
     """The visible pixels only: `pixel` (N,) row-major, `face` (N,), `barycentric` (N, 3), `depth` (N,)."""
@@ -91,6 +96,9 @@ class Fragments(NamedTuple):
     face: NDArray[np.intp]
     barycentric: NDArray[np.float32]
     depth: NDArray[np.float32]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def rasterize(vertices: ArrayLike, faces: ArrayLike, camera: Camera, *, cull: bool = True) -> Raster:

@@ -1,15 +1,19 @@
 """The Python API on a tiny random model whose answers are rigged: text, poses, history, cache reuse, batches, errors."""
 
 import base64
+import json
+import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import chatpose_jax
-from chatpose_jax.chat import ChatPose, Pose
+from chatpose_jax.chat import ChatPose, Pose, Stream
 from chatpose_jax.errors import UserError
+from chatpose_jax.generate import Sampling, generate
 from chatpose_jax.models.chatpose import create, unstack_layers
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
@@ -120,16 +124,58 @@ def test_a_batch_equals_its_rows_in_both_turns(model):
 
 
 def test_stream_yields_the_text(model):
-    stream = model.stream([user("Tell me more")], max_new_tokens=20, force_pose=True)
-    pieces = []
+    question, settings = [user("Tell me more")], {"max_new_tokens": 20, "force_pose": True}
+    stream = model.stream(question, **settings)
+    with pytest.raises(UserError, match="not come to its end"):
+        _ = stream.reply
+    text = "".join(stream)
+    assert text.strip() == stream.reply.text.strip()
+    assert_same(stream.reply, fresh(model).chat(question, **settings))
+    assert list(stream) == []
+    assert stream.reply.text.strip() == text.strip(), "reading on past the end loses nothing"
+
+    def pieces():
+        return (yield from model.stream(question, **settings))  # the value of a generator, as before
+
+    generator, seen = pieces(), []
     while True:
         try:
-            pieces.append(next(stream))
+            seen.append(next(generator))
         except StopIteration as end:
-            reply = end.value
+            assert_same(end.value, stream.reply)
             break
-    assert "".join(pieces).strip() == reply.text.strip()
-    assert_same(reply, fresh(model).chat([user("Tell me more")], max_new_tokens=20, force_pose=True))
+    assert "".join(seen) == text
+
+
+def test_a_stream_that_nobody_reads_on_gives_the_model_back(model):
+    question = [user("Tell me more")]
+    stream = model.stream(question, max_new_tokens=20)
+    next(stream)
+    with pytest.raises(UserError, match="still answering"):
+        model.chat(question)
+    with pytest.raises(UserError, match="still answering"):
+        next(model.stream(question))
+    stream.close()
+    model.chat(question, max_new_tokens=2)
+    assert list(stream) == []
+    with pytest.raises(UserError, match="not come to its end"):
+        _ = stream.reply
+    for _ in model.stream(question, max_new_tokens=20):
+        break
+    model.chat(question, max_new_tokens=2)
+    with model.stream(question, max_new_tokens=20) as stream:
+        next(stream)
+    assert_same(model.chat(question, max_new_tokens=8), fresh(model).chat(question, max_new_tokens=8))
+
+
+def test_a_stream_may_end_in_another_thread(model):
+    stream = model.stream([user("Tell me more")], max_new_tokens=6)
+    next(stream)
+    thread = threading.Thread(target=list, args=(stream,))
+    thread.start()
+    thread.join()
+    assert isinstance(stream.reply.text, str)
+    assert isinstance(model.chat([user("x")], max_new_tokens=2).text, str)
 
 
 def test_sampling_repeats_by_seed(model):
@@ -229,15 +275,180 @@ def test_weights_that_are_no_numbers_are_an_error(params):
         model.chat([user("x")], max_new_tokens=8, force_pose=True)
 
 
-def test_bad_settings(model):
+def test_bad_folders():
     with pytest.raises(UserError, match="no such folder"):
         chatpose_jax.load("nowhere")
     with pytest.raises(UserError, match="a file; expected a model folder"):
         chatpose_jax.load(__file__)
-    for setting, words in (
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
+
+
+BAD_SETTINGS = [
+    ("max_new_tokens", value, "a whole number of at least 1") for value in (0, -1, 8.5, True, None, "8", [8], np.float32(8))
+] + [
+    ("temperature", value, r"0 \(greedy\) or between 1e-6 and 1e6") for value in (-1.0, np.nan, np.inf, 1e-30, 1e30, True, None, "1", [1.0], 1j)
+] + [
+    ("top_p", value, "between 1e-6 and 1") for value in (0.0, 1.5, -0.1, np.nan, True, None, "0.5", np.ones(2))
+] + [
+    ("seed", value, r"a whole number in \[0, 4294967295\]") for value in (None, 1.5, -1, 2**32, True, "1", np.bool_(True))
+] + [
+    ("force_pose", value, "True or False") for value in (None, 1, "yes", np.ones(2, bool))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "words"), BAD_SETTINGS)
+def test_a_bad_setting_is_one_clear_error_at_once(model, name, value, words):
+    with pytest.raises(UserError, match=f"^{name} must be {words}, found ") as raised:
+        model.chat([user("x")], **{name: value})
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=f"^{name} must be {words}, found "):
+        model.stream([user("x")], **{name: value})
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, None, "2"])
+def test_pieces_of_no_tokens_are_refused(model, every):
+    with pytest.raises(UserError, match=r"^every must be a whole number of at least 1, found "):
+        model.stream([user("x")], every=every)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(model):
+    plain = model.chat([user("Hm?")], max_new_tokens=9, temperature=0.5, top_p=0.5, seed=3)
+    others = {
+        "max_new_tokens": np.int64(9),
+        "temperature": np.float32(0.5),
+        "top_p": jnp.float32(0.5),
+        "seed": np.uint8(3),
+    }
+    assert_same(model.chat([user("Hm?")], **others, force_pose=np.bool_(False)), plain)
+    assert Sampling(temperature=1, seed=jnp.int32(5)) == Sampling(temperature=1.0, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"folder": None}, "folder must be a path, found NoneType"),
+        ({"folder": 3}, "folder must be a path, found int"),
+        ({"dtype": "float8"}, "dtype must be float32, bfloat16, float16 or None, found 'float8'"),
+        ({"dtype": np.float32}, "dtype must be float32, .*found <class"),
+        ({"body": 3}, "body must be a path, .* found int"),
+        ({"mesh": "all"}, "mesh must be a jax.sharding.Mesh or None, found str"),
+        ({"dtpe": "float32"}, "no option 'dtpe'; did you mean dtype"),
+        ({"visoin": "clip"}, "no option 'visoin'; did you mean vision"),
+    ],
+)
+def test_load_checks_its_arguments(options, words):
+    with pytest.raises(UserError, match=words):
+        chatpose_jax.load(**{"folder": "nowhere", **options})
+
+
+def test_a_model_is_made_of_its_parts(params):
+    processor = tiny_processor(CONFIG)
+    for name, parts in {
+        "config": (None, params, processor),
+        "params": (CONFIG, None, processor),
+        "processor": (CONFIG, params, "tiny"),
+        "body": (CONFIG, params, processor, "body.npz"),
+    }.items():
+        with pytest.raises(UserError, match=f"^{name} must be "):
+            ChatPose(*parts)
+
+
+@pytest.fixture(scope="module")
+def pose():
+    matrices = np.tile(np.eye(3), (24, 1, 1))
+    matrices[0] = np.diag([1, -1, -1])
+    return Pose(matrices, io.load_body())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda pose, folder: pose.render(0), r"size must be a whole number in \[16, 4096\], found 0"),
+        (lambda pose, folder: pose.render(64.5), "size must be a whole number"),
+        (lambda pose, folder: pose.render(64, views="top"), "views must be some of front, .*found top"),
+        (lambda pose, folder: pose.render(64, views=()), "views must be names"),
+        (lambda pose, folder: pose.render(64, views=3), "views must be names"),
+        (lambda pose, folder: pose.save(None), "path must be a path that ends in .glb, .obj, .npz, .png, found NoneType"),
+        (lambda pose, folder: pose.save(folder / "new" / "pose.fbx"), "not '.fbx'"),
+        (lambda pose, folder: pose.save(folder / "new" / "pose"), "not 'without a suffix'"),
+        (lambda pose, folder: Pose(np.eye(3), pose.body), r"shape \(24, 3, 3\), found \(3, 3\)"),
+        (lambda pose, folder: Pose("standing", pose.body), r"shape \(24, 3, 3\), found str"),
+        (lambda pose, folder: Pose(pose.matrices, "smpl.npz"), "body must be a smpl_jax.BodyModel"),
+    ],
+)  # fmt: skip
+def test_a_pose_checks_its_arguments(call, words, pose, tmp_path):
+    with pytest.raises(UserError, match=words):
+        call(pose, tmp_path)
+    assert list(tmp_path.iterdir()) == [], "a refused path leaves no folder behind"
+
+
+def test_one_view_and_capitals_are_understood(pose, tmp_path):
+    np.testing.assert_array_equal(pose.render(32, views="side"), pose.render(32, views=["side"]))
+    assert pose.save(tmp_path / "POSE.OBJ").stat().st_size > 1000
+
+
+def test_json_holds_the_shortest_decimals_of_float32(pose):
+    text = json.dumps(pose.to_json())
+    values = json.loads(text)
+    np.testing.assert_array_equal(np.float32(values["axis_angle"]), pose.axis_angle)
+    np.testing.assert_array_equal(np.float32(values["joints"]), pose.joints)
+    numbers = [number for row in values["axis_angle"] + values["joints"] for number in row]
+    assert (
+        max(len(repr(abs(number)).split("e")[0]) for number in numbers) <= 12
+    )  # nine digits, a point and zeros before them
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "settings", "words"),
+    [
+        ([], None, {}, "prompts must be one array of ids or more"),
+        ([[]], None, {}, "none of them empty"),
+        ([[5]], None, {"stream_every": 0}, "stream_every must be a whole number of at least 1"),
+        ([[5]], None, {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ([[5]], None, {"sampling": {"seed": 1}}, "sampling must be a chatpose_jax.generate.Sampling, found dict"),
+        ([[5]], [], {}, "one list for each of 1 prompts"),
+        ([[5]], [[np.zeros((1, 1, 3), np.float32)]], {}, "prompt 0 has 0 image placeholders and 1 images"),
+        ([[CONFIG.image_token_id] * CONFIG.vision.num_patches], None, {}, "and 0 images"),
+        ([[CONFIG.image_token_id] * CONFIG.vision.num_patches], [[np.zeros((1, 1, 3))]], {}, r"found \(1, 1, 3\) in row 0"),
+    ],
+)  # fmt: skip
+def test_generation_checks_its_arguments(params, prompts, images, settings, words):
+    with pytest.raises(UserError, match=words):
+        generate(CONFIG, params, prompts, images, **settings)
+
+
+def test_the_model_in_a_folder_of_a_training_is_found(params, model, tmp_path):
+    from chatpose_jax.models.chatpose import stack_layers
+    from chatpose_jax.weights.export import export
+
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(UserError, match="demo: no model folder"):
+        chatpose_jax.load(tmp_path / "demo")
+    folder = save_folder(
+        tmp_path / "demo/model", CONFIG.replace(scan_layers=True), stack_layers(params), processor=model.processor
+    )
+    question = [user("Who is this?")]
+    assert_same(
+        chatpose_jax.load(tmp_path / "demo").chat(question, max_new_tokens=4), model.chat(question, max_new_tokens=4)
+    )
+    with pytest.raises(UserError, match=f"demo: no model folder.*; {folder} is one"):
+        export(tmp_path / "demo", tmp_path / "out", "transformers")
+
+
+def test_an_answer_is_one_line(model):
+    reply = model.chat([user("Hello?")], max_new_tokens=16, force_pose=True)
+    for value, words in (
+        (reply, f"{len(reply.poses)} poses, "),
+        (reply.poses[0], "Pose(matrices=float32 (24, 3, 3), body=BodyModel("),
+        (model, "body 'chatpose-default'"),
+        (model.body, "6890 vertices"),
+        (model.processor.encode([user("x", picture(0))]), "images=[float32 (64, 64, 3)]"),
+        (model.stream([user("x")]), "Stream"),
     ):
-        with pytest.raises(UserError, match=words):
-            model.chat([user("x")], **setting)
+        text = repr(value)
+        assert words in text
+        assert "\n" not in text
+        assert len(text) < 700
+
+
+def test_stream_is_public():
+    assert chatpose_jax.Stream is Stream

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from chatpose_jax.settings import one_line
+
 Kind = Literal["text", "image", "instruction"]
 
 
@@ -41,3 +43,5 @@ class Example:
     kind: Kind
     messages: list[dict[str, Any]]
     poses: np.ndarray
+
+    __repr__ = one_line

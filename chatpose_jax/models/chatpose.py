@@ -25,6 +25,7 @@ from chatpose_jax.models.heads import check_head, create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.sharding import constrain, shardings
 from chatpose_jax.models.vision import VisionTower
+from chatpose_jax.settings import one_line
 
 Params = dict[Any, Any]
 """Nested dict of arrays; paths such as ``decoder/layers/attn/q_proj/kernel``. Unrolled layers have integer keys."""
@@ -36,6 +37,8 @@ class Output:
 
     hidden: jax.Array
     cache: KVCache | None = None
+
+    __repr__ = one_line
 
 
 class ChatPoseModel(nnx.Module):

@@ -15,6 +15,7 @@ from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
 from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
 from chatpose_jax.models.sharding import constrain, gather, platform
+from chatpose_jax.settings import one_line
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,8 @@ class KVCache:
     values: Any
     valid: jax.Array
     cursor: jax.Array
+
+    __repr__ = one_line
 
     @property
     def capacity(self) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 
 POSE = "<POSE>"
 """How a pose reads in every text that a user sees or writes, whatever literal the checkpoint's vocabulary holds."""
@@ -62,6 +63,8 @@ class ImageSource:
     value: Any
     where: str
 
+    __repr__ = one_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
@@ -70,6 +73,8 @@ class Turn:
     role: Role
     parts: tuple[str | ImageSource, ...]
     ids: tuple[int, ...] | None = None
+
+    __repr__ = one_line
 
     @property
     def text(self) -> str:
@@ -80,6 +85,8 @@ class Turn:
 class Conversation:
     system: str | None
     turns: tuple[Turn, ...]
+
+    __repr__ = one_line
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:

@@ -7,6 +7,7 @@ import binascii
 import dataclasses
 import io
 import os
+import urllib.parse
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import check_types, require
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What ``load_image`` decodes. Pillow knows more, and some of those start other programs (EPS)."""
@@ -37,8 +39,9 @@ class ImageSettings:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        if self.fit not in ("crop", "pad"):
-            raise UserError(f"images.fit={self.fit!r}: expected 'crop' or 'pad'")
+        check_types(self, "images")
+        require(self, "images", "at least 1", lambda size: size >= 1, "size")
+        require(self, "images", "above 0", lambda std: min(std) > 0, "std")
 
     def __call__(self, source: Any) -> np.ndarray:
         """(size, size, 3) float32, normalised RGB, of whatever ``load_image`` takes."""
@@ -65,19 +68,19 @@ class ImageSettings:
 
 def load_image(source: Any, where: str = "") -> Image.Image:
     """An upright RGB image of a path, bytes, a ``data:`` URI, a PIL image or an array ((H, W), (H, W, 1 | 3 | 4),
-    uint8 or float in [0, 1]).
+    uint8, or float in [0, 1]: float16, bfloat16, float32 or float64, of NumPy, JAX or PyTorch).
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits. Nothing is ever
-    fetched from a network.
-    Raises UserError, which names the file or the part of the message, for what is no picture, is cut off, or is too
-    large to be honest.
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits; of an animation or a
+    file of many pages the first one is taken. Nothing is ever fetched from a network.
+    Raises UserError, which names the file or the part of the message, for what is no picture, is cut off, holds values
+    whose black and white nobody says, or is too large to be honest.
     """
     prefix = f"{where}: " if where else ""
     if isinstance(source, Image.Image):
         return _decode(source, f"{prefix}the PIL image")
     if isinstance(source, bytes | bytearray):
         return _open(io.BytesIO(source), f"{prefix}the picture ({len(source)} bytes)")
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and source[:64].lstrip()[:5].lower() == "data:":
         return _open(io.BytesIO(_data_uri(source, prefix)), f"{prefix}the data: URI")
     if isinstance(source, str) and "://" in source[:16]:
         raise UserError(
@@ -96,17 +99,19 @@ def load_image(source: Any, where: str = "") -> Image.Image:
             raise UserError(f"{prefix}no picture file at {str(path)!r:.120}{hint}")
         return _open(path, name)
     if hasattr(source, "__array__"):
-        return _from_array(np.asarray(source), f"{prefix}the array")
+        return _from_array(_as_array(source, f"{prefix}the array"), f"{prefix}the array")
     raise UserError(f"{prefix}expected a picture as path, bytes, PIL image or array, found {type(source).__name__}")
 
 
 def _data_uri(uri: str, prefix: str) -> bytes:
     header, _, payload = uri.partition(",")
-    if not header.endswith(";base64"):
+    if not header.rstrip().lower().endswith(";base64"):
         raise UserError(f"{prefix}expected 'data:image/…;base64,…', found {uri!r:.60}")
+    # Programs break lines, escape what a URL may not hold, and leave the padding out.
+    payload = "".join(urllib.parse.unquote(payload).split())
     try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
         raise UserError(f"{prefix}the data: URI is no valid base64 ({error})") from None
 
 
@@ -134,8 +139,15 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) < 1:
         raise UserError(f"{name} has no pixels ({image.width} × {image.height})")
     try:
+        white, inverted = _grey_levels(image)
+        transparent = _transparent(image, name)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        image = ImageOps.exif_transpose(image)  # a copy, which may be changed
+        if transparent is not None:
+            image.info["transparency"] = transparent
+        if image.mode.startswith("I;16"):
+            image = _grey_of_16_bits(image, white, inverted)
+        return _to_rgb(image, name)
     except UserError:
         raise
     except (
@@ -144,25 +156,71 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"{name} is damaged or cut off: {error}") from None
 
 
+def _grey_levels(image: Image.Image) -> tuple[int, bool]:
+    """The value of full grey in a picture of more than 8 bits, and whether it means black: what TIFF says and Pillow passes over."""
+    tags = getattr(image, "tag_v2", {})
+    bits, photometric = tags.get(258, (16,)), tags.get(262, 1)
+    return 2 ** int(bits[0]) - 1, photometric == 0
+
+
+def _transparent(image: Image.Image, name: str) -> Any:
+    """The transparent level, palette index or colour of a PNG or GIF, in the values that Pillow decodes to; None where there is none.
+
+    Pillow spreads grey of 2 and 4 bits over 0 … 255 but leaves its transparent level as stored.
+    """
+    level = image.info.get("transparency")
+    tile = getattr(image, "tile", None)  # of a file not yet decoded: how its pixels are packed
+    packing = tile[0][3] if tile else None
+    if level is not None and packing == "RGB;16B":
+        raise UserError(
+            f"{name} has 16 bits a colour and a transparent one, of which 8 bits cannot tell its neighbours; save it with an alpha channel"
+        )
+    levels = {"L;2": 3, "L;4": 15}.get(packing) if isinstance(packing, str) else None
+    return level * 255 // levels if levels and isinstance(level, int) else level
+
+
+def _grey_of_16_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
+    """8 bits of 16-bit or 12-bit grey, with the transparent level as alpha."""
+    values = np.asarray(image).astype(np.int64)
+    grey = np.minimum(values, white) * 255 // white
+    result = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+    if (level := image.info.get("transparency")) is not None:
+        result.putalpha(Image.fromarray(np.where(values == level, 0, 255).astype(np.uint8)))
+    return result
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey (PNG, TIFF); older decoders give it as 32-bit integers
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise UserError(f"{name} holds 32-bit values; convert it to 8 or 16 bits first")
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "I":
+        raise UserError(f"{name} holds 32-bit values of unknown range; convert it to 8 or 16 bits first")
     if image.mode == "F":
         raise UserError(f"{name} holds floating-point values of unknown range; convert it to 8 bits first")
+    if image.mode == "La":  # premultiplied; Pillow knows one way out
+        image = image.convert("LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
+def _as_array(source: Any, name: str) -> np.ndarray:
+    """NumPy's view of an array of NumPy, JAX or PyTorch, floats of fewer bits as float32."""
+    try:
+        if hasattr(source, "detach"):  # PyTorch's, not imported for it: with a gradient, on a device, in bfloat16
+            source = source.detach().cpu()
+            source = source.float() if source.is_floating_point() else source
+        array = np.asarray(source)
+        narrow = array.dtype == np.float16 or (array.dtype.kind == "V" and array.dtype.names is None)
+        return array.astype(np.float32) if narrow else array
+    except Exception as error:  # whatever the foreign library raises
+        raise UserError(f"{name} ({type(source).__name__}) gives no NumPy array: {error!s:.200}") from None
+
+
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise UserError(f"{name} has shape {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        hint = "; channels come last: move the first axis to the end" if array.shape[:1] in ((1,), (3,), (4,)) else ""
+        raise UserError(f"{name} has shape {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4){hint}")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
             raise UserError(f"{name} holds floats outside [0, 1]; give uint8 in [0, 255] or floats in [0, 1]")

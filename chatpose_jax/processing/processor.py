@@ -34,6 +34,7 @@ from chatpose_jax.processing.tokenizer import (
     StreamDecoder,
     TextTokenizer,
 )
+from chatpose_jax.settings import one_line
 
 IGNORE = -100
 """Label of a position that takes no part in the loss."""
@@ -92,6 +93,8 @@ class Encoded:
     images: list[np.ndarray]
     pose_positions: np.ndarray
     truncated: bool = False
+
+    __repr__ = one_line
 
 
 class Sizes(NamedTuple):

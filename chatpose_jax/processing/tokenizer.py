@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,6 +86,7 @@ class TextTokenizer:
                 f"no tokenizer in {str(folder)!r}: expected {' or '.join(_FILES)}; "
                 "copy it from the checkpoint's original folder"
             )
+        import_transformers()
         from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
         loader = PreTrainedTokenizerFast if found[0] == "tokenizer.json" else LlamaTokenizer
@@ -100,6 +102,7 @@ class TextTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which ``read`` and transformers take."""
+        import_transformers()
         from transformers import PreTrainedTokenizerFast
 
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
@@ -174,6 +177,21 @@ class StreamDecoder:
                 text = " " + text
         self._last = text[-1:] or self._last
         return text
+
+
+def import_transformers() -> None:
+    """Load transformers without its advice, printed on loading, that PyTorch is missing: nothing here needs it. The environment and the
+    logging of the program that calls stay as they are.
+    """
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        import transformers  # noqa: F401
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _with_exact_merges(backend: tokenizers.Tokenizer, path: Path) -> tokenizers.Tokenizer:

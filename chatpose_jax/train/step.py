@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from chatpose_jax.models.chatpose import bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.sharding import batch_sharding, on_mesh, shardings
+from chatpose_jax.settings import one_line
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.loss import loss, targets
@@ -32,6 +33,8 @@ class TrainState:
     trainable: table.Flat
     opt_state: Any
     skipped: jax.Array
+
+    __repr__ = one_line
 
 
 Step = Callable[[TrainState, table.Flat, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]

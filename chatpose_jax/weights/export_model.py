@@ -12,6 +12,7 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS
@@ -30,6 +31,8 @@ class ExportPlan:
     json_files: Mapping[str, Any]
     notes: Sequence[str]
     new_tokens: Sequence[str] = ()
+
+    __repr__ = one_line
 
 
 class StoredModel:

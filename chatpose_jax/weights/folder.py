@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from chatpose_jax.weights.readers import describe_folder, read_json
 FORMAT = "chatpose-jax"
 VERSION = 1
 CONFIG, PARAMS, TOKENIZER, PASSENGERS = "config.json", "params", "tokenizer", "passengers"
+MODEL = "model"
+"""Of the folder of a training or a demo: where the model is."""
 
 
 class Savable(Protocol):
@@ -169,6 +172,8 @@ def read_folder(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: a PyTorch checkpoint, not a model folder; convert it first: chatpose convert {path} OUT"
         )
+    if is_model_folder(path / MODEL):
+        raise UserError(f"{path}: no model folder; {path / MODEL} is one")
     if known := describe_folder(path):
         raise UserError(f"{path}: no model folder, but {known}")
     raise UserError(
@@ -180,6 +185,13 @@ def is_model_folder(path: str | Path) -> bool:
     """Whether ``config.json`` says that this program wrote the folder; other programs write a ``config.json`` too."""
     config = Path(path) / CONFIG
     return config.is_file() and read_json(config).get("format") == FORMAT
+
+
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the model that a training or a demo left in it: ``path/model``, where only that is a model folder."""
+    path = Path(path)
+    inner = path / MODEL
+    return inner if not is_model_folder(path) and not is_source(path) and is_model_folder(inner) else path
 
 
 def is_source(path: str | Path) -> bool:

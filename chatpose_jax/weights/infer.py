@@ -13,6 +13,7 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from chatpose_jax.processing.conversation import POSE
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, read_tokens
 
@@ -30,6 +31,8 @@ class Vocabulary:
     pose_token_id: int
     rows: int
     """Rows of the embedding in the result."""
+
+    __repr__ = one_line
 
     @property
     def pose_is_new(self) -> bool:

@@ -23,6 +23,7 @@ from chatpose_jax.models.config import DType, ModelConfig, TextConfig
 from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
 from chatpose_jax.weights.layouts import Rule
@@ -52,6 +53,8 @@ class Plan:
     fresh: tuple[str, ...]
     nonfinite: Nonfinite
     passengers: Mapping[str, Mapping[str, TensorEntry]] = dataclasses.field(default_factory=dict)
+
+    __repr__ = one_line
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
 from chatpose_jax.weights.readers import ADAPTER_FILES, Checkpoint, find_projector, open_checkpoint, read_json
@@ -26,6 +27,8 @@ class Source:
     layout: Layout
     lora: LoRAConfig | None = None
     token_rows: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    __repr__ = one_line
 
     @property
     def shapes(self) -> dict[str, Shape]:

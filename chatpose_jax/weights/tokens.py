@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.tokenizer import POSE_LITERALS
+from chatpose_jax.processing.tokenizer import POSE_LITERALS, import_transformers
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers import demand_native, describe_folder, read_json
 
 TOKENIZER_FILES = (
@@ -30,6 +31,8 @@ class Tokens:
     folder: Path
     base_size: int
     added: Mapping[str, int]
+
+    __repr__ = one_line
 
     @property
     def size(self) -> int:
@@ -108,6 +111,7 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
             shutil.copyfile(tokens.folder / name, out / name)
     if not (out / "tokenizer_config.json").is_file():
         _write_llama_settings(out)
+    import_transformers()
     from transformers import AddedToken, AutoTokenizer
 
     try:

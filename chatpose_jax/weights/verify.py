@@ -29,6 +29,7 @@ from chatpose_jax.models.chatpose import bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import rotary
 from chatpose_jax.processing.processor import Encoded, Processor
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS, TOKENIZER, load_config
@@ -79,6 +80,8 @@ class Prompt:
 
     name: str
     encoded: Encoded
+
+    __repr__ = one_line
 
     @property
     def ids(self) -> np.ndarray:

@@ -1,8 +1,12 @@
 """Ids are those of the slow tokenizer that the released model was tuned with; text streams in whole characters."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,3 +163,24 @@ def test_tokenizer_without_bos_is_refused(tiny, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"'<s>'.*BOS"):
         TextTokenizer.read(tmp_path)
+
+
+QUIET = """
+import logging, os, sys
+sys.modules["torch"] = None  # as where PyTorch is not installed
+before = dict(os.environ)
+from chatpose_jax.processing.processor import tiny_tokenizer
+tiny_tokenizer().save(sys.argv[1])
+assert "transformers" in sys.modules
+assert dict(os.environ) == before
+"""
+
+
+def test_nobody_is_told_that_pytorch_is_missing(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    command = [sys.executable, "-c", QUIET, tmp_path / "out"]
+    done = subprocess.run(
+        command, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

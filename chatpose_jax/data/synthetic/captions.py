@@ -20,6 +20,7 @@ from chatpose_jax.data.synthetic import skeleton
 from chatpose_jax.data.synthetic.families import sample_poses
 from chatpose_jax.data.synthetic.posecodes import CODES, KINDS, Codes, encode
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 
 Detail = Literal["short", "detailed"]
 MAX_WORDS = 70
@@ -138,6 +139,8 @@ class Statistics:
     overall: dict[tuple[str, str], float]
     by_posture: dict[tuple[str, str, str], float]
     by_shape: dict[tuple[str, str, str], float]
+
+    __repr__ = one_line
 
 
 def statistics(codes: Codes) -> Statistics:

@@ -16,6 +16,7 @@ import numpy as np
 from chatpose_jax.data.synthetic import skeleton
 from chatpose_jax.data.synthetic.skeleton import INDEX, rotation
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 
 TRUNK = {  # name: limits in degrees; positive = forwards, to the body's left
     "pitch": (-100, 100),
@@ -168,6 +169,8 @@ class PoseSet:
     angles: np.ndarray
     family: np.ndarray
     arms: np.ndarray
+
+    __repr__ = one_line
 
     def __len__(self) -> int:
         return len(self.rotations)

@@ -15,6 +15,7 @@ import numpy as np
 
 from chatpose_jax.data.synthetic import skeleton
 from chatpose_jax.data.synthetic.skeleton import INDEX
+from chatpose_jax.settings import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Codes:
     posture: np.ndarray
     lead: np.ndarray
     shapes: np.ndarray
+
+    __repr__ = one_line
 
     def named(self, row: int) -> dict[tuple[str, str], str]:
         """The codes of one pose that can be said: (kind, side) → category."""

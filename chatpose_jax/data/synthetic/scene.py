@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from chatpose_jax.settings import one_line
 from smpl_jax import body as body_functions
 from smpl_jax import render
 from smpl_jax.body import BodyModel
@@ -46,6 +47,8 @@ class Scene:
     background: str
     colors: np.ndarray
     noise_seed: int
+
+    __repr__ = one_line
 
 
 def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:

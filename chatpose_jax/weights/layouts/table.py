@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.settings import one_line
 
 Shape = tuple[int, ...]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
@@ -131,6 +132,8 @@ class Layout:
     them."""
     config_json: Callable[[ModelConfig], dict[str, Any]] | None = None
     """``config.json`` of a folder that export writes; ``None`` where nothing is written in this layout."""
+
+    __repr__ = one_line
 
     @property
     def parts(self) -> frozenset[str]:

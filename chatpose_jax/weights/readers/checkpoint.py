@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers.entry import TensorEntry
 from chatpose_jax.weights.readers.foreign import demand_native, describe_folder
 from chatpose_jax.weights.readers.safetensors import read_safetensors_header
@@ -48,6 +49,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
     unread: tuple[Path, ...] = ()
+
+    __repr__ = one_line
 
     @property
     def nbytes(self) -> int:
