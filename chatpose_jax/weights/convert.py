@@ -122,7 +122,10 @@ def convert(
     try:
         with (
             new_folder(out, overwrite=overwrite) as partial,
-            tqdm(total=share, unit="B", unit_scale=True, desc="tokenizer", disable=not shown) as bar,
+            # In steps of a hundredth: of the first few bytes it would promise days.
+            tqdm(
+                total=share, miniters=share // 100, unit="B", unit_scale=True, desc="tokenizer", disable=not shown
+            ) as bar,
             concurrent.futures.ThreadPoolExecutor(1) as background,
         ):
             digests = background.submit(_provenance, plan, hashes and primary, expected, trail)
