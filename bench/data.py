@@ -5,6 +5,8 @@
 Photographs are drawn once, written as JPEG files and read back through the loader that training uses: one thread, more
 threads, and Grain's processes. The last column is what the rate is worth: rows a second that a chip takes at a step
 time; data is prepared on the host's cores while the chip computes.
+
+Then the start: what a loader reads and keeps before its first batch, beside encoding every row, as it did before.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from chatpose_jax.data.batches import BatchLoader
+from chatpose_jax.data.collate import encode_example
 from chatpose_jax.data.example import Example
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.images import ImageSettings
@@ -70,6 +74,34 @@ def rate(loader: BatchLoader, batches: int, batch_size: int) -> tuple[float, flo
     return rows / (time.perf_counter() - start), (_used() - used) / rows
 
 
+def start(data: Sequence[Example], size: int, batch: int) -> None:
+    """Time and memory of a loader before its first batch, and of encoding every row."""
+
+    def taken(make: Callable[[], object]) -> tuple[float, float]:
+        began = time.perf_counter()
+        make()
+        seconds = time.perf_counter() - began
+        tracemalloc.start()  # which slows Python down, so in a turn of its own
+        kept = make()
+        memory, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        del kept
+        return seconds, memory / 2**20
+
+    processor = processor_at(size)
+    encode_example(processor, data[0], 1024)  # what is loaded once
+    ways = {
+        "a loader": lambda: BatchLoader(data, processor, batch, buckets=1, cache=1 << 30),
+        "every row encoded": lambda: [encode_example(processor, row, 1024, normalise=False) for row in data],
+    }
+    print(f"before the first batch, {len(data)} rows   seconds   MiB kept")
+    found = {name: taken(make) for name, make in ways.items()}
+    for name, (seconds, memory) in found.items():
+        print(f"{name:38s} {seconds:10.2f} {memory:10.1f}")
+    (one, less), (other, more) = found.values()
+    print(f"{'ratio':38s} {other / one:10.1f} {more / less:10.1f}")
+
+
 def _used() -> float:
     return sum(os.times()[:4])
 
@@ -90,6 +122,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=336, help="side of the pictures that the model sees")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=500, help="of the set whose start is measured")
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -109,6 +142,7 @@ def main() -> None:
             # What processes use is not this one's before they end: there the rate over all cores says it.
             core = rows / cores if "workers" in options else 1 / seconds
             print(f"{name:20s} {rows:8.1f} {core:18.1f} {1000 / core:10.1f} {rows / 16:20.1f}", flush=True)
+        start(Photographs((files * arguments.rows)[: arguments.rows]), arguments.size, arguments.batch)
 
 
 if __name__ == "__main__":
