@@ -517,6 +517,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -> tuple[ModelConfig, Params, Processor]:
     from chatpose_jax.weights.convert import load_source
     from chatpose_jax.weights.folder import is_model_folder
+    from chatpose_jax.weights.pictures import write_pictures
     from chatpose_jax.weights.tokens import write_tokenizer
 
     if is_model_folder(folder):
@@ -525,4 +526,5 @@ def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -
     plan, params = load_source(folder, mesh=mesh, **options)
     with tempfile.TemporaryDirectory() as temporary:
         write_tokenizer(plan.vocabulary.tokens, Path(temporary), plan.vocabulary.added)
+        write_pictures(Path(temporary), plan.pictures.settings)
         return plan.config, params, Processor.load(temporary, plan.config)

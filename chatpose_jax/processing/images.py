@@ -9,7 +9,7 @@ import io
 import os
 import urllib.parse
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +19,9 @@ from chatpose_jax.settings import check_types, require
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What ``load_image`` decodes. Pillow knows more, and some of those start other programs (EPS)."""
+
+Fit = Literal["crop", "pad"]
+FITS: tuple[Fit, ...] = get_args(Fit)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,7 +37,7 @@ class ImageSettings:
     """
 
     size: int = 336
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Fit = "crop"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -42,6 +45,15 @@ class ImageSettings:
         check_types(self, "images")
         require(self, "images", "at least 1", lambda size: size >= 1, "size")
         require(self, "images", "above 0", lambda std: min(std) > 0, "std")
+
+    @classmethod
+    def from_json(cls, stored: Any, where: object) -> ImageSettings:
+        """Of a table of these fields; ``where`` is for errors. Raises UserError if it is none."""
+        try:
+            numbers = {name: tuple(map(float, stored[name])) for name in ("mean", "std") if name in stored}
+            return cls(**{**stored, **numbers})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: no settings of pictures ({error})") from None
 
     def __call__(self, source: Any) -> np.ndarray:
         """(size, size, 3) float32, normalised RGB, of whatever ``load_image`` takes."""

@@ -132,22 +132,24 @@ class Processor:
     def load(cls, folder: str | Path, config: Any) -> Processor:
         """The processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one.
 
-        Without that file: centre crop and the template that the vocabulary's maker used, which for ``[SEG]`` is that of
-        CHATPOSE-V0's released chat program (``llava_v1``, with markers), for any other LLaVA-1.5's.
+        What that file leaves out: centre crop and the template that the vocabulary's maker used, which for ``[SEG]`` is
+        that of CHATPOSE-V0's released chat program (``llava_v1``, with markers), for any other LLaVA-1.5's.
         """
         folder = Path(folder)
         tokenizer, ids = TextTokenizer.read(folder), ModelIds.of(config)
         file = folder / SETTINGS_FILE
-        if not file.is_file():
-            released = tokenizer.pose_token == RELEASED_POSE
-            return cls(tokenizer, ids, "llava_v1", markers="always") if released else cls(tokenizer, ids)
+        released = tokenizer.pose_token == RELEASED_POSE
+        template: Template | str = "llava_v1" if released else "vicuna_v1"
+        markers: Markers = "always" if released else "auto"
+        images = None
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            images = dict(settings["images"])
-            for name in ("mean", "std"):
-                images[name] = tuple(map(float, images[name]))
-            return cls(tokenizer, ids, Template(**settings["template"]), ImageSettings(**images), settings["markers"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if "template" in settings:
+                template = Template(**settings["template"])
+            if "images" in settings:
+                images = ImageSettings.from_json(settings["images"], repr(str(file)))
+            return cls(tokenizer, ids, template, images, settings.get("markers", markers))
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{str(file)!r} is no processor file ({type(error).__name__}: {error}); convert the checkpoint again"
             ) from None

@@ -13,6 +13,8 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.processing.images import FITS
+from chatpose_jax.weights import pictures
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.convert import DTYPES, QUANTIZE, convert
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
@@ -25,6 +27,8 @@ _SHOWN = 8
 """How many tensors of one kind a report names."""
 TOLERANCE = 2e-5
 """Of ``chatpose verify``, relative."""
+INCOMPLETE = 3
+"""Its exit status where parts of the model could not be compared."""
 
 
 EXAMPLES = """examples, from a download to an answer:
@@ -100,6 +104,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (default): the source's, or a new one to train where it has none; init: a new one",
     )
     _add_init_missing(result)
+    _add_image_fit(result)
     result.add_argument("--seed", type=int, default=0, help="of whatever is started at random (default 0)")
     result.add_argument(
         "--allow-nonfinite",
@@ -121,6 +126,14 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-hash", action="store_true", help="neither compare nor record SHA-256 sums of the source files; faster"
     )
     checks.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+
+
+def _add_image_fit(parser: Any) -> None:
+    parser.add_argument(
+        "--image-fit",
+        choices=FITS,
+        help="how pictures become squares: crop takes the middle, pad keeps all and fills up; default: as the source says",
+    )
 
 
 def _add_init_missing(parser: Any) -> None:
@@ -151,6 +164,7 @@ def run_convert(args: argparse.Namespace) -> int:
         pose_head=args.pose_head,
         seed=args.seed,
         allow_nonfinite=args.allow_nonfinite,
+        image_fit=args.image_fit,
         finish=getattr(args, "finish", None),
         hashes=not args.no_hash,
         sums=args.hashes,
@@ -169,6 +183,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="any checkpoint folder or file, or a model folder")
     add_source_arguments(parser)
     _add_init_missing(parser)
+    _add_image_fit(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not one for all layers")
 
 
@@ -196,7 +211,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     for source in sources:
         print("\n".join(_describe_source(source, args.tensors)))
     try:
-        plan = make_plan(sources, tokenizer=args.tokenizer, init_missing=args.init_missing)
+        plan = make_plan(sources, tokenizer=args.tokenizer, init_missing=args.init_missing, image_fit=args.image_fit)
     except UserError as error:
         print(f"not convertible as it is: {error}")
         return 1
@@ -237,6 +252,7 @@ def describe_plan(plan: Plan) -> list[str]:
     lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
+    lines.append(f"  {'pictures':<11} {pictures.describe(plan.pictures)}")
     for (title, stored, kept), count in _rounded(plan).items():
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
     if plan.fresh:
@@ -294,6 +310,8 @@ def _describe_model_folder(folder: Path, every: bool) -> list[str]:
 def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
     try:
         lines = [line for source in provenance.get("sources", []) for line in _origin_lines(source)]
+        if seen := provenance.get("pictures"):
+            lines.append(f"  {'pictures':<11} {seen}")
         if started := provenance.get("initialised"):
             lines.append(f"  {'initialised':<11} {', '.join(started)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -336,6 +354,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="the PyTorch weights, as given to chatpose convert")
     parser.add_argument("converted", help="the model folder that chatpose convert wrote")
     add_source_arguments(parser, tokenizer=False)
+    _add_image_fit(parser)
     parser.add_argument(
         "--layers",
         type=int,
@@ -356,8 +375,11 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Carries out ``chatpose verify``: 0 if every stage is within the tolerance, else 1. Raises UserError."""
+    """Carries out ``chatpose verify``: 0 if all is compared and within the tolerance, 1 if a stage is not, 3 if parts could not
+    be compared. Raises UserError."""
     from chatpose_jax.weights.verify import verify
+
+    left_out: list[str] = []
 
     stages = verify(
         args.source,
@@ -370,6 +392,8 @@ def run_verify(args: argparse.Namespace) -> int:
         layers=args.layers,
         prompts=args.prompt,
         images=args.image,
+        image_fit=args.image_fit,
+        left_out=left_out,
     )
     failed, worst = 0, 0.0
     for number, stage in enumerate(stages):
@@ -386,6 +410,13 @@ def run_verify(args: argparse.Namespace) -> int:
     if failed:
         print(f"differs: {failed} stages above {args.tolerance:g}")
         return 1
+    if left_out:
+        print(
+            f"incomplete: what was compared is equal (largest relative difference {worst:.2e}); not compared: "
+            f"{', '.join(left_out)} of {args.converted}, for which no weights were given: name every source that chatpose "
+            "convert had (--vision, --projector, --adapter)"
+        )
+        return INCOMPLETE
     print(
         f"equal: the largest relative difference between torch and JAX is {worst:.2e}, the tolerance {args.tolerance:g}"
     )

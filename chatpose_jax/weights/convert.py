@@ -20,12 +20,13 @@ from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, is_model_folder, new_folder, write_config
 from chatpose_jax.weights.paths import by_path
+from chatpose_jax.weights.pictures import describe, write_pictures
 from chatpose_jax.weights.placing import Shardings, place
 from chatpose_jax.weights.plan import Plan, make_plan
 from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
-from chatpose_jax.weights.sources import Source, changes, open_sources
+from chatpose_jax.weights.sources import Source, changes, demand_there, open_sources
 from chatpose_jax.weights.tokens import write_tokenizer
 from chatpose_jax.weights.writers import copied, write_safetensors
 
@@ -49,6 +50,7 @@ def convert(
     pose_head: str = "auto",
     seed: int = 0,
     allow_nonfinite: bool = False,
+    image_fit: str | None = None,
     finish: Callable[[Path, ModelConfig], Any] | None = None,
     hashes: bool = True,
     sums: str | Path | None = None,
@@ -77,6 +79,7 @@ def convert(
         pose_head: ``"auto"`` takes the source's, or starts a new one where it has none; ``"init"`` always starts one.
         seed: of whatever is initialised.
         allow_nonfinite: go on where weights hold NaN or infinities, and count them (``plan.nonfinite``). int8 cannot hold them.
+        image_fit: ``"crop"`` or ``"pad"``, instead of what the sources say of it.
         finish: called with the written tokenizer folder and the configuration: the place to check the tokenizer and to
             add the processor's files. What it raises ends the conversion.
         hashes: put SHA-256 of each source file into the provenance, and compare it with ``SHA256SUMS`` in the source's
@@ -98,6 +101,15 @@ def convert(
             raise UserError(
                 f"{source} is a model folder already: chatpose chat takes it, chatpose export writes it for PyTorch"
             )
+        demand_there(
+            {
+                "the source": source,
+                "--vision": vision,
+                "--projector": projector,
+                "--adapter": adapter,
+                "--tokenizer": tokenizer,
+            }
+        )
         sources = open_sources(
             source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
         )
@@ -109,6 +121,7 @@ def convert(
             pose_head=pose_head,
             seed=seed,
             allow_nonfinite=allow_nonfinite,
+            image_fit=image_fit,
         )
         plan = _quantized(plan, quantize)
         _check_outside(Path(out), plan)
@@ -139,6 +152,7 @@ def convert(
                 with together():
                     if primary:
                         write_tokenizer(plan.vocabulary.tokens, partial / TOKENIZER, plan.vocabulary.added)
+                        write_pictures(partial / TOKENIZER, plan.pictures.settings)
                         if finish is not None:
                             finish(partial / TOKENIZER, plan.config)
                 bar.set_description("converting")
@@ -193,6 +207,7 @@ def load_source(
         for name in ("vision", "projector", "adapter", "lora_alpha", "layout")
         if name in options
     }
+    demand_there({"the source": source, "--tokenizer": options.get("tokenizer")})
     plan = make_plan(open_sources(source, **where), **options | {"dtype": _dtype(options.get("dtype"))})
     plan = _quantized(plan, quantize)
     if mesh is not None and shardings is None:
@@ -255,6 +270,7 @@ def _provenance(plan: Plan, hashes: bool, expected: Mapping[Path, str], trail: T
         "converter": f"chatpose-jax {_version()}",
         "sources": [_source_record(source, digests) for source in plan.sources],
         "initialised": list(plan.fresh),
+        "pictures": describe(plan.pictures),
     }
 
 

@@ -177,6 +177,11 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
         files[pose_head.DESCRIPTION] = pose_head.describe(config, model.pose_token)
     files["generation_config.json"] = _generation(config)
     files["config.json"] = layout.config_json(result)
+    if Processor.load(model.folder / TOKENIZER, config).images.fit == "pad":
+        if format == "llava":
+            files["config.json"]["image_aspect_ratio"] = "pad"
+        elif format == "chatpose":
+            notes.append("pictures were padded to a square here; ChatPose's own code cuts out the middle")
     return ExportPlan(weights, files, notes, new_tokens)
 
 

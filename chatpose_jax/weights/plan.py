@@ -30,6 +30,7 @@ from chatpose_jax.weights.layouts import Rule
 from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
 from chatpose_jax.weights.nonfinite import Nonfinite
 from chatpose_jax.weights.paths import by_path
+from chatpose_jax.weights.pictures import Pictures, infer_pictures
 from chatpose_jax.weights.readers import Index, TensorEntry
 from chatpose_jax.weights.sources import Source
 
@@ -48,6 +49,7 @@ class Plan:
     config: ModelConfig
     sources: tuple[Source, ...]
     vocabulary: Vocabulary
+    pictures: Pictures
     leaves: Mapping[str, Leaf]
     ignored: Mapping[str, str]
     fresh: tuple[str, ...]
@@ -71,17 +73,31 @@ def make_plan(
     pose_head: str = "auto",
     seed: int = 0,
     allow_nonfinite: bool = False,
+    image_fit: str | None = None,
 ) -> Plan:
     """Checks everything and plans; see ``convert.convert`` for the arguments. Raises one UserError that lists every
     problem."""
     if unknown := sorted(set(init_missing) - {"vision", "projector", "pose_head"}):
         raise UserError(f"--init-missing {unknown[0]!r}: expected vision, projector or pose_head")
-    config, vocabulary = infer_config(sources, tokenizer, dtype=dtype)
-    tree: dict[str, jax.ShapeDtypeStruct] = by_path(abstract_params(config))
     provided = {part for source in sources for part in source.layout.parts}
     fresh_parts = set(init_missing)
     if pose_head == "init" or "pose_head" not in provided:
         fresh_parts.add("pose_head")
+    absent = []
+    for part in PARTS:
+        if part not in provided | fresh_parts:
+            option = f"--{part} {'FILE' if part == 'projector' else 'FOLDER'}"
+            way = f"{option}, or --init-missing {part}" if part in ("vision", "projector") else "another source"
+            absent.append(f"{part} (give {way})")
+    try:
+        config, vocabulary = infer_config(sources, tokenizer, dtype=dtype)
+    except UserError as error:
+        # One error for all that is missing: a user fetches it in one go.
+        if absent:
+            raise UserError(f"{error}. Without a source, too: {', '.join(absent)}") from None
+        raise
+    pictures = infer_pictures(sources, config, vocabulary.tokens.folder, image_fit)
+    tree: dict[str, jax.ShapeDtypeStruct] = by_path(abstract_params(config))
 
     problems = _Problems()
     leaves: dict[str, Leaf] = {}
@@ -105,10 +121,8 @@ def make_plan(
     for part in sorted(fresh_parts):
         for path, array in initial(part, config, seed).items():
             leaves[path] = array_leaf(path, array)
-    for part in PARTS:
-        if part not in provided | fresh_parts:
-            option = {"vision": "--vision FOLDER", "projector": "--projector FILE"}.get(part, "another source")
-            problems.add("parts without a source", f"{part} (give {option}, or --init-missing {part})")
+    for part in absent:
+        problems.add("parts without a source", part)
     problems.raise_if_any(sources)
 
     fresh = sorted(fresh_parts)
@@ -119,7 +133,7 @@ def make_plan(
         _replace_rows(leaves, source, config.text)
     nonfinite = Nonfinite(allowed=allow_nonfinite)
     leaves = {path: nonfinite.watched(leaves[path]) for path in tree}
-    return Plan(config, tuple(sources), vocabulary, leaves, ignored, tuple(fresh), nonfinite, passengers)
+    return Plan(config, tuple(sources), vocabulary, pictures, leaves, ignored, tuple(fresh), nonfinite, passengers)
 
 
 def table_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:

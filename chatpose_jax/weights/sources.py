@@ -73,6 +73,7 @@ def open_sources(
     Raises:
         UserError: what ``open_checkpoint`` raises, tensors of no known layout, an adapter that cannot be held.
     """
+    demand_there({"the source": path, "--vision": vision, "--projector": projector, "--adapter": adapter})
     path = Path(path)
     main = _source(path, layout, lora_alpha)
     if main.is_adapter:
@@ -98,6 +99,23 @@ def open_sources(
     if adapter is not None:
         sources += open_adapter(adapter, lora_alpha)
     return sources
+
+
+def demand_there(given: Mapping[str, str | Path | None]) -> None:
+    """Raises one UserError for all paths that are not there; of what reads like a name on the Hugging Face Hub it says how to fetch it."""
+    missing = []
+    for what, path in given.items():
+        if path is None or Path(path).exists():
+            continue
+        said = f"{path}: no such file or folder ({what})"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not Path(path).parent.exists():
+            name = str(path).split("/")[1]
+            said += (
+                f"; if it is a name on the Hugging Face Hub: hf download {path} --local-dir {name}, then give {name}"
+            )
+        missing.append(said)
+    if missing:
+        raise UserError("; ".join(missing))
 
 
 def open_adapter(path: str | Path, lora_alpha: float | None = None) -> list[Source]:

@@ -12,9 +12,11 @@ torch here. Where the conversion has another than the decoder's, torch keeps wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.attention import attention
 from chatpose_jax.models.chatpose import bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import rotary
+from chatpose_jax.processing.images import load_image
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.arrays import Stored
-from chatpose_jax.weights.folder import PARAMS, TOKENIZER, load_config
+from chatpose_jax.weights.folder import PARAMS, TOKENIZER, load_config, read_folder
 from chatpose_jax.weights.paths import nested
+from chatpose_jax.weights.plan import PARTS
+from chatpose_jax.weights.readers import TensorEntry
 from chatpose_jax.weights.sources import Source, open_sources
 
 TEXT_PROMPT = "Show me someone who kneels."
@@ -80,6 +86,7 @@ class Prompt:
 
     name: str
     encoded: Encoded
+    picture: Image.Image | None = None
 
     __repr__ = one_line
 
@@ -104,6 +111,8 @@ def verify(
     layers: int | None = None,
     prompts: Sequence[str] = (),
     images: Sequence[str | Path] = (),
+    image_fit: str | None = None,
+    left_out: list[str] | None = None,
 ) -> Iterator[Difference]:
     """Runs prompts through both sides and yields what differs, stage by stage.
 
@@ -111,11 +120,12 @@ def verify(
     states on both sides, so a fault shows in the layer that has it.
 
     Args:
-        source, vision, projector, adapter, lora_alpha, layout: as ``convert`` took them.
+        source, vision, projector, adapter, lora_alpha, layout, image_fit: as ``convert`` took them.
         converted: the model folder that ``convert`` wrote.
         layers: how many decoder layers run, spread from the first to the last; default all, or 3 of a large model.
         prompts: texts to ask; default one.
-        images: pictures, each asked about in a prompt of its own; default one of noise.
+        images: pictures, each asked about in a prompt of its own; default two of noise, a wide and a tall one.
+        left_out: takes what the conversion had from a source that is not given here, so that nothing can be compared.
 
     Raises:
         UserError: torch or transformers' torch modules are not installed; files that cannot be read; two models of
@@ -125,10 +135,18 @@ def verify(
         source, vision=vision, projector=projector, adapter=adapter, lora_alpha=lora_alpha, layout=layout
     )
     config = load_config(converted)
-    peer = _Torch(sources, config, lora_alpha)
+    peer = _Torch(sources, config, lora_alpha, image_fit)
+    peer.tensors.given = peer.base.given = {
+        Path(file) for file in (source, vision, projector, adapter) if file is not None
+    }
+    if left_out is not None:
+        left_out += _uncompared(sources, Path(converted))
+        if any(target.startswith("pose_head/") for target in peer.where) and not peer.poses_known:
+            left_out.append("pose_head")
     ours = _Jax(Path(converted), config)
     spoken = [*prompts] or [TEXT_PROMPT]
-    shown: list[Any] = [*images] or [_noise(config.vision.image_size)]
+    side = config.vision.image_size
+    shown: list[Any] = [*images] or [_noise(side, 3 * side), _noise(2 * side + 1, side)]
     chosen = _sample(config, layers)
     batch = [_encode(peer, ours, f"text {i + 1}", text) for i, text in enumerate(spoken)]
     if peer.sees:
@@ -137,8 +155,14 @@ def verify(
     for prompt in batch:
         features = expected = None
         if prompt.pixels is not None:
-            expected, features = peer.features(prompt.pixels), ours.features(prompt.pixels)
-            yield Difference.of(prompt.name, "image features", expected, features)
+            seen = peer.pixels(prompt.picture)[None]
+            yield Difference.of(prompt.name, "pixels", seen, prompt.pixels)
+            expected, features = peer.features(seen), ours.features(prompt.pixels)
+            if peer.projects:
+                yield Difference.of(prompt.name, "image features", expected, features)
+            else:  # the conversion has made a projector up: from there on both sides go on with what it gives
+                yield Difference.of(prompt.name, "vision tower", expected, ours.tower(prompt.pixels))
+                expected = features
         states.append((peer.embed(prompt.ids, expected), ours.embed(prompt.ids, features)))
         yield Difference.of(prompt.name, "embeddings", *states[-1])
     for layer in chosen:
@@ -171,11 +195,19 @@ def _sample(config: ModelConfig, layers: int | None) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, layers)})
 
 
-def _noise(size: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def _uncompared(sources: Sequence[Source], converted: Path) -> list[str]:
+    """Parts that the conversion neither finds in these sources nor has made up itself."""
+    made_up = read_folder(converted).get("provenance", {}).get("initialised", [])
+    here = {part for source in sources for part in source.layout.parts}
+    return [part for part in PARTS if part not in {*here, *made_up}]
+
+
+def _noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def _encode(peer: _Torch, ours: _Jax, name: str, text: str, image: Any = None) -> Prompt:
+    image = None if image is None else load_image(image)  # opened alike for both sides, prepared by each
     content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     # A source without a row for the pose token cannot be asked for what follows one.
     answer = "It is <POSE>." if ours.config.pose_token_id < peer.rows else "It is this."
@@ -183,7 +215,7 @@ def _encode(peer: _Torch, ours: _Jax, name: str, text: str, image: Any = None) -
         {"role": "user", "content": [*content, {"type": "text", "text": text}]},
         {"role": "assistant", "content": answer},
     ]
-    return Prompt(name, ours.processor.encode(messages, add_generation_prompt=False))
+    return Prompt(name, ours.processor.encode(messages, add_generation_prompt=False), image)
 
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -192,7 +224,9 @@ def _encode(peer: _Torch, ours: _Jax, name: str, text: str, image: Any = None) -
 class _Torch:
     """The source, run by torch in float32. Arrays come and go as numpy."""
 
-    def __init__(self, sources: Sequence[Source], config: ModelConfig, lora_alpha: float | None):
+    def __init__(
+        self, sources: Sequence[Source], config: ModelConfig, lora_alpha: float | None, image_fit: str | None = None
+    ):
         try:
             import torch
             from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
@@ -207,7 +241,7 @@ class _Torch:
             rule.target: (source, rule.source) for source in sources for rule in source.layout.rules
         }
         self.sources = sources
-        self.lora_alpha = lora_alpha
+        self.lora_alpha, self.image_fit = lora_alpha, image_fit
         # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
         norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
         self.decoder = norm.removesuffix("norm.weight")
@@ -221,7 +255,8 @@ class _Torch:
             text[name.replace("num_layers", "num_hidden_layers")] = getattr(config.text, name)
         self.text = LlamaConfig.from_dict(text)
         self.text._attn_implementation = "eager"
-        self.sees = {"vision/class_embedding", "projector/fc1/kernel"} <= self.where.keys()
+        self.sees = "vision/class_embedding" in self.where
+        self.projects = "projector/fc1/kernel" in self.where
         self.poses_known = config.head.name == "mlp" and "pose_head/fc1/kernel" in self.where
         if self.sees:
             self.vision = CLIPVisionConfig.from_dict(self._vision_settings())
@@ -251,8 +286,40 @@ class _Torch:
         module.load_state_dict(state, assign=True)
         return module.eval()
 
+    def pixels(self, image: Any) -> np.ndarray:
+        """(S, S, 3) of a picture, by transformers' image processor with the settings beside the vision tower; in LLaVA's own
+        layout padded before that, where ``image_aspect_ratio`` says so."""
+        import transformers
+
+        main, tower = self.sources[0], self.where["vision/class_embedding"][0]
+        folder, family = tower.checkpoint.folder, main.layout.family
+        name = "CLIPImageProcessor"
+        settings: dict[str, Any] = {}
+        if any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
+            with contextlib.suppress(OSError):  # a processor_config.json that says nothing of pictures
+                settings, _ = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(
+                    str(folder)
+                )
+        if not settings:
+            settings = dict.fromkeys(("size", "crop_size"), self.config.vision.image_size)
+        aspect = main.checkpoint.config().get("image_aspect_ratio") if family == "llava_original" else None
+        if settings.get("image_processor_type", "").startswith("Llava") and family != "chatpose":
+            name = "LlavaImageProcessor"
+        if self.image_fit is not None or family in ("llava_original", "chatpose"):
+            name, aspect = "CLIPImageProcessor", self.image_fit or aspect
+        kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # Pillow's, as in 4.x
+        settings = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
+        if aspect == "pad":
+            # The filling up of LLaVA's own code: around the picture, in the mean colour.
+            side = max(image.size)
+            colour = tuple(int(255 * channel) for channel in settings.get("image_mean", kind().image_mean))
+            square = Image.new("RGB", (side, side), colour)
+            square.paste(image, tuple((side - length) // 2 for length in image.size))
+            image = square
+        return kind(**settings)(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """(I, H, W, 3) -> (I·N, D), CLIP's chosen hidden states through the projector."""
+        """(I, H, W, 3) -> (I·N, D), CLIP's chosen hidden states, through the projector where the source has one."""
         torch = self.torch
         source, prefix = self._prefix("vision/class_embedding", "embeddings.class_embedding")
         tower = self._clip(source, prefix)
@@ -262,6 +329,8 @@ class _Torch:
             for block in tower.encoder.layers[: self.config.vision.num_used_layers]:
                 x = block(x, None)
                 x = x[0] if isinstance(x, tuple) else x
+            if not self.projects:
+                return x[:, 1:].flatten(0, 1).numpy()
             x = self._linear("projector/fc1", x[:, 1:], self.base)
             return self._linear("projector/fc2", torch.nn.functional.gelu(x), self.base).flatten(0, 1).numpy()
 
@@ -375,6 +444,7 @@ class _TorchTensors:
     def __init__(self, torch: Any, dtype: Any = None):
         self.torch, self.dtype = torch, dtype
         self.mapped: dict[Path, Mapping[str, Any]] = {}
+        self.given: set[Path] = set()
 
     def __call__(self, source: Source, name: str) -> Any:
         tensor = self.stored(source, name).detach()
@@ -387,17 +457,45 @@ class _TorchTensors:
             raise UserError(
                 f"{source.title}: no tensor {name!r}, which torch's module has; this layout is not verified"
             )
-        if entry.file.suffix == ".safetensors":
+        file = self._file(source, entry)
+        if file.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(entry.file, "pt") as file:
-                return file.get_tensor(entry.name)
-        if entry.file not in self.mapped:
-            state = self.torch.load(entry.file, map_location="cpu", mmap=True, weights_only=True)
+            with safe_open(file, "pt") as opened:
+                if entry.name not in opened.keys():  # noqa: SIM118
+                    raise UserError(
+                        f"{file}: no tensor {entry.name!r}, which {entry.file.name} has: two sets of weights"
+                    )
+                return opened.get_tensor(entry.name)
+        if file not in self.mapped:
+            state = self.torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             while entry.name not in state:  # the wrappers that the reader sees through
-                state = next(state[key] for key in ("state_dict", "model", "module") if key in state)
-            self.mapped[entry.file] = state
-        return self.mapped[entry.file][entry.name]
+                state = next((state[key] for key in ("state_dict", "model", "module") if key in state), None)
+                if state is None:
+                    raise UserError(
+                        f"{file}: no tensor {entry.name!r}, which {entry.file.name} has: two sets of weights"
+                    )
+            self.mapped[file] = state
+        return self.mapped[file][entry.name]
+
+    def _file(self, source: Source, entry: TensorEntry) -> Path:
+        """The file that transformers would take the tensor from, in its own order; the reader's for what transformers has no
+        name for (adapters, projectors, a file that was given)."""
+        from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+        folder, files = source.checkpoint.folder, source.checkpoint.files
+        if entry.file in self.given:
+            return entry.file
+        known = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        if not all(re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)", file.name) for file in files):
+            return entry.file
+        first = next((folder / name for name in known if (folder / name).is_file()), None)
+        if first is None:
+            return entry.file
+        if first.suffix != ".json":
+            return first
+        held = json.loads(first.read_text(encoding="utf-8"))["weight_map"]
+        return folder / held[entry.name] if entry.name in held else entry.file
 
 
 # ------------------------------------------------------------------------------------------------------------------ JAX
@@ -428,7 +526,14 @@ class _Jax:
         return array if array.dtype == np.int8 else array.astype(np.float32)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
+        """(I, H, W, 3) -> (I·N, D), as the decoder takes them."""
         return self._run(("vision", "projector"), lambda model, x: model.encode_images(x)[0], pixels[None])
+
+    def tower(self, pixels: np.ndarray) -> np.ndarray:
+        """(I, H, W, 3) -> (I·N, D), before the projector."""
+        return self._run(("vision",), lambda model, x: model.vision(x), pixels).reshape(
+            -1, self.config.vision.hidden_size
+        )
 
     def embed(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
         rows = None if features is None else features[None]

@@ -29,7 +29,9 @@ from chatpose_jax.weights import arrays, cli, placing  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
+from chatpose_jax.weights.plan import make_plan  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
+from chatpose_jax.weights.sources import open_sources  # noqa: E402
 
 from .sources import make_chatpose, make_llava_transformers, make_vicuna, write_state, write_tokenizer  # noqa: E402
 
@@ -117,6 +119,57 @@ def test_settings_that_the_model_cannot_follow(
     (tmp_path / "src/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "src", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "rope_scaling: RoPE of type 'linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "default"}},
+            "rope_parameters: RoPE of type 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta=10000.0, .*rope_theta=500000.0"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor=2.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ],
+)
+def test_rope_that_versions_of_transformers_read_differently(
+    llava: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(llava, tmp_path / "src")
+    config = json.loads((llava / "config.json").read_text())
+    text = {key: value for key, value in config["text_config"].items() if key not in ("rope_parameters", "rope_theta")}
+    (tmp_path / "src/config.json").write_text(json.dumps(config | {"text_config": text | settings}))
+    with pytest.raises(UserError, match=said):
+        make_plan(open_sources(tmp_path / "src"))
+
+
+def test_names_of_the_hub_are_told_from_folders_and_all_at_once(llava: Path, tmp_path: Path) -> None:
+    clip, words = "openai/clip-vit-large-patch14-336", "lmsys/vicuna-13b-v1.5"
+    with pytest.raises(UserError) as error:
+        convert(llava, tmp_path / "out", vision=clip, tokenizer=words, adapter=tmp_path / "none")
+    for part in (
+        f"hf download {clip} --local-dir clip-vit-large-patch14-336",
+        f"hf download {words} --local-dir vicuna-13b-v1.5",
+        f"{tmp_path / 'none'}: no such file or folder (--adapter)",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_missing_tokenizer_does_not_hide_a_missing_tower(tmp_path: Path) -> None:
+    make_vicuna(tmp_path / "src")
+    (tmp_path / "src/tokenizer.json").unlink()
+    with pytest.raises(
+        UserError, match=r"no tokenizer.*Without a source, too: vision \(give --vision .*, projector \("
+    ):
+        make_plan(open_sources(tmp_path / "src"))
 
 
 def test_rope_theta_of_old_and_new_configs(llava: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,8 @@ from chatpose_jax.weights import adapters, cli  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.plan import make_plan  # noqa: E402
+from chatpose_jax.weights.sources import open_sources  # noqa: E402
 from chatpose_jax.weights.verify import Difference, verify  # noqa: E402
 
 from .sources import make_chatpose, make_clip, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
@@ -55,8 +58,18 @@ def test_a_right_conversion_passes(chatpose: tuple[Path, Path, Path], tmp_path: 
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     assert run(source, out, "--vision", clip, "--prompt", "Who is it?", "--image", tmp_path / "p.png") == 0
     table = capsys.readouterr().out
-    stages = ("image features", "embeddings", "layer 0", "layer 1", "layer 2", "final norm", "logits", "poses")
-    for stage in stages[1:]:
+    stages = (
+        "pixels",
+        "image features",
+        "embeddings",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+        "final norm",
+        "logits",
+        "poses",
+    )
+    for stage in stages[2:]:
         assert f"text 1    {stage}" in table
     for stage in stages:
         assert f"image 1   {stage}" in table
@@ -84,8 +97,11 @@ def test_every_layout(make: Callable[[Path], Any], tmp_path: Path) -> None:
         missing = ["projector"]
     vision = tmp_path / "clip" if missing else None
     out = converted(tmp_path / "src", tmp_path / "out", init_missing=missing, vision=vision)
-    stages = list(verify(tmp_path / "src", out, vision=vision))
-    assert {stage.prompt for stage in stages} == ({"text 1"} if missing else {"text 1", "image 1"})
+    left_out: list[str] = []
+    stages = list(verify(tmp_path / "src", out, vision=vision, left_out=left_out))
+    assert not left_out
+    assert {stage.prompt for stage in stages} == {"text 1", "image 1", "image 2"}
+    assert {"pixels", "vision tower" if missing else "image features"} <= {stage.stage for stage in stages}
     assert {"layer 0", "layer 2", "logits"} <= {stage.stage for stage in stages}
     assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
     assert min(stage.largest for stage in stages) > 0.1
@@ -254,3 +270,113 @@ def test_rows_of_another_token_fail(adapted: Path, tmp_path: Path, monkeypatch: 
     )
     out = converted(base, tmp_path / "out", adapter=adapter)
     assert {"embeddings", "logits"} <= wrong(verify(base, out, adapter=adapter))
+
+
+def test_what_is_not_compared_is_said(chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any) -> None:
+    """Converted with CLIP, verified without: equal in words alone is not equal."""
+    source, _, out = chatpose
+    assert run(source, out) == cli.INCOMPLETE
+    said = capsys.readouterr().out
+    assert "incomplete: what was compared is equal" in said and "not compared: vision of" in said
+    assert "equal: the largest" not in said
+
+
+def test_two_sets_of_weights_in_one_folder_are_not_equal(tmp_path: Path) -> None:
+    """Shards converted; then a merged model saved beside them, which transformers takes."""
+    make_llava_transformers(tmp_path / "src", shards=3)
+    out = converted(tmp_path / "src", tmp_path / "out")
+    assert not wrong(verify(tmp_path / "src", out))
+    make_llava_transformers(tmp_path / "other", seed=5)
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "src")
+    try:
+        assert {"layer 0", "logits"} <= wrong(verify(tmp_path / "src", out))
+    except UserError as error:  # or both are named, and none is chosen
+        assert "model.safetensors" in str(error)
+
+
+def write_settings(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
+
+
+def test_pictures_are_prepared_as_the_source_says(tmp_path: Path) -> None:
+    """LLaVA pads, by its config.json, with CLIP's mean beside the tower: the picture path is compared, and seen to differ."""
+    models = make_llava_original(tmp_path / "src", tower=False)
+    make_clip(tmp_path / "clip", models.clip)
+    clip = {"size": 28, "crop_size": 28, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    write_settings(tmp_path / "clip/preprocessor_config.json", feature_extractor_type="CLIPFeatureExtractor", **clip)
+    write_settings(tmp_path / "src/config.json", image_aspect_ratio="pad")
+    options = {"vision": tmp_path / "clip"}
+    out = converted(tmp_path / "src", tmp_path / "out", **options)
+    images = Processor.load(out / "tokenizer", load_config(out)).images
+    assert (images.fit, images.mean, images.std) == ("pad", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    left = np.zeros((30, 90, 3), np.uint8)
+    left[:, :20] = 255
+    assert images.square(left).max() == 255
+    assert "image_aspect_ratio" in json.loads((out / "config.json").read_text())["provenance"]["pictures"]
+    assert not wrong(verify(tmp_path / "src", out, **options))
+
+    cropped = converted(tmp_path / "src", tmp_path / "cropped", image_fit="crop", **options)
+    assert Processor.load(cropped / "tokenizer", load_config(cropped)).images.fit == "crop"
+    assert "pixels" in wrong(verify(tmp_path / "src", cropped, **options))
+    assert not wrong(verify(tmp_path / "src", cropped, image_fit="crop", **options))
+    # What export writes for LLaVA's own code says so, and comes back.
+    export(out, tmp_path / "llava", "llava")
+    assert json.loads((tmp_path / "llava/config.json").read_text())["image_aspect_ratio"] == "pad"
+
+
+def test_chatpose_crops_whatever_its_config_says(chatpose: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, clip, _ = chatpose
+    shutil.copytree(source, tmp_path / "src")
+    write_settings(tmp_path / "src/config.json", image_aspect_ratio="pad")
+    out = converted(tmp_path / "src", tmp_path / "out", vision=clip)
+    assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "crop"
+    assert not wrong(verify(tmp_path / "src", out, vision=clip))
+
+
+HF = {
+    "image_processor_type": "LlavaImageProcessorFast",
+    "do_pad": True,
+    "size": {"shortest_edge": 28},
+    "crop_size": {"height": 28, "width": 28},
+}
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> None:
+    make_llava_transformers(tmp_path / "src")
+    write_settings(tmp_path / "src" / file, **(HF if file.startswith("pre") else {"image_processor": HF}))
+    out = converted(tmp_path / "src", tmp_path / "out")
+    assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "pad"
+    assert not wrong(verify(tmp_path / "src", out))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': this model sees"),
+        ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'"),
+        ("preprocessor_config.json", {"resample": 2}, "resample=2 is not supported; this model has 3"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize=False"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop=False"),
+        ("preprocessor_config.json", {"do_thumbnail": True}, "do_thumbnail=True"),
+        ("preprocessor_config.json", {"size": {"height": 28, "width": 28}}, "without stretching"),
+        ("preprocessor_config.json", {"crop_size": {"height": 28, "width": 14}}, "crop_size=.*the side of a square"),
+        ("preprocessor_config.json", {"size": 32}, "resized to 32 pixels and cropped to 28"),
+        ("preprocessor_config.json", {"size": 56, "crop_size": 56}, "pictures of 56 pixels, the vision tower takes 28"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor=1.0"),
+        ("preprocessor_config.json", {"image_std": [1, 0, 1]}, "std.*above 0"),
+        ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNextImageProcessor"),
+    ],
+)
+def test_settings_of_pictures_that_cannot_be_followed(
+    file: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    make_llava_original(tmp_path / "src")
+    write_settings(tmp_path / "src/preprocessor_config.json", size=28, crop_size=28)
+    make_plan(open_sources(tmp_path / "src"))
+    write_settings(tmp_path / "src" / file, **changes)
+    with pytest.raises(UserError, match=said):
+        make_plan(open_sources(tmp_path / "src"))
+    if file == "config.json":
+        assert make_plan(open_sources(tmp_path / "src"), image_fit="pad").pictures.settings.fit == "pad"

@@ -86,10 +86,6 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
             f"do not give the "
             f"{q_out} query and {kv_out} key rows of the tensors"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"config.json: {where}RoPE of type {kind!r} is not supported; expected 'default'")
     return {
         "hidden_size": width,
         "intermediate_size": mlp,
@@ -98,9 +94,34 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "rope_theta": _rope_theta(config, where),
         "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
     }
+
+
+def _rope_theta(config: Mapping[str, Any], where: str) -> float:
+    """The base of the rotary angles. transformers 4 reads ``rope_theta`` and ``rope_scaling``; 5 reads ``rope_scaling``, or
+    ``rope_parameters`` where there is none, and takes theta from in there. Only what means the same to both, and to this
+    model, passes."""
+    thetas = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"config.json: {where}{key}: RoPE of type {kind!r} is not supported; expected 'default'")
+        known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        if odd := [name for name in rope if name not in known and rope[name] is not None]:
+            raise UserError(
+                f"config.json: {where}{key}: {odd[0]}={rope[odd[0]]!r} beside type 'default'; expected none"
+            )
+        _demand(rope, f"{where}{key}.", {"partial_rotary_factor": (1.0, None)})
+        if rope.get("rope_theta") is not None:
+            thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+    _demand(config, where, {"partial_rotary_factor": (1.0, None)})
+    if len(set(map(float, thetas.values()))) > 1:
+        said = ", ".join(f"{where}{key}={theta}" for key, theta in thetas.items())
+        raise UserError(f"config.json: {said}: versions of transformers take one or the other; leave the right one")
+    return float(next(iter(thetas.values()), 10000.0))
 
 
 def clip_settings(

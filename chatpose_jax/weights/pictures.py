@@ -1,0 +1,173 @@
+"""How a model's sources prepare pictures, as settings of ours: what their files say decides, an option overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.processing.images import FITS, Fit, ImageSettings
+from chatpose_jax.processing.processor import SETTINGS_FILE
+from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.sources import Source
+
+_REMEDY = "say --image-fit crop or pad to leave that out"
+_CLIP = ("CLIPImageProcessor", "CLIPFeatureExtractor")
+_LLAVA = ("LlavaImageProcessor",)
+# What transformers' classes do where their file says nothing, and all that is done here.
+_DEMANDED: dict[str, tuple[Any, ...]] = {
+    "do_resize": (True, None),
+    "do_center_crop": (True, None),
+    "do_rescale": (True, None),
+    "do_normalize": (True, None),
+    "resample": (3, None),  # bicubic, as Pillow numbers it
+}
+_OTHER_STEPS_ALLOWED = ("do_convert_rgb", "do_pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """settings: as the processor takes them. origin: in words, where they come from."""
+
+    settings: ImageSettings
+    origin: str
+
+
+def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: str | None = None) -> Pictures:
+    """What the sources do to a picture before the tower sees it.
+
+    ``processor.json`` beside the tokenizer, which this program writes, says all. Else ``preprocessor_config.json`` (or
+    ``processor_config.json``) beside the vision tower says size, mean, standard deviation and, for transformers, whether
+    pictures are padded; in LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says that. ChatPose's released
+    program crops, whatever its ``config.json`` says.
+
+    Args:
+        tokenizer: the folder that the tokenizer is read from.
+        fit: ``crop`` or ``pad``, instead of what the sources say of it.
+
+    Raises:
+        UserError: a setting that ``ImageSettings`` cannot express; another size than the tower's.
+    """
+    if fit is not None and fit not in FITS:
+        raise UserError(f"--image-fit {fit!r}: expected {' or '.join(FITS)}")
+    chosen: Fit | None = fit
+    said = _ours(tokenizer) or _theirs(sources, config, chosen)
+    settings, origin = said.settings, said.origin
+    if chosen is not None:
+        settings, origin = dataclasses.replace(settings, fit=chosen), f"--image-fit; the rest: {origin}"
+    if settings.size != config.vision.image_size:
+        raise UserError(
+            f"{origin}: pictures of {settings.size} pixels, the vision tower takes {config.vision.image_size}; "
+            "the files belong to two models"
+        )
+    return Pictures(settings, origin)
+
+
+def write_pictures(folder: Path, settings: ImageSettings) -> None:
+    """Puts the settings into ``processor.json`` of a tokenizer's folder; what else it holds stays."""
+    file = folder / SETTINGS_FILE
+    data = read_json(file) if file.is_file() else {}
+    data["images"] = dataclasses.asdict(settings)
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(pictures: Pictures) -> str:
+    """In words, for a report."""
+    settings = pictures.settings
+    how = "padded to a square" if settings.fit == "pad" else "the middle square"
+    return f"{how}, {settings.size} px ({pictures.origin})"
+
+
+def _ours(folder: Path) -> Pictures | None:
+    file = folder / SETTINGS_FILE
+    stored = read_json(file).get("images") if file.is_file() else None
+    return None if stored is None else Pictures(ImageSettings.from_json(stored, file), str(file))
+
+
+def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) -> Pictures:
+    main = sources[0]
+    tower = next((source for source in sources if "vision" in source.layout.parts), main)
+    file, said = _preprocessor(tower.checkpoint.folder)
+    settings, padded = _settings(file, said, config.vision.image_size)
+    origin = f"{file.name} in {tower.title}" if said else f"CLIP's way: {tower.title} has no preprocessor_config.json"
+    fit: Fit = "crop"
+    if main.layout.family == "chatpose":
+        origin += "; cropped, as ChatPose's program does whatever config.json says"
+    elif main.layout.family == "llava_original":
+        fit = "crop" if chosen else _aspect(main)
+        if fit == "pad":
+            origin += f"; image_aspect_ratio in config.json of {main.title}"
+    elif padded:
+        fit = "pad"
+    return Pictures(dataclasses.replace(settings, fit=fit), origin)
+
+
+def _aspect(main: Source) -> Fit:
+    """LLaVA's own code: "pad" fills up to a square with the mean colour, nothing or "square" leaves it to CLIP's processor."""
+    stored, where = main.checkpoint.config(), main.checkpoint.folder / "config.json"
+    for key, allowed in (
+        ("image_aspect_ratio", (None, "square", "pad")),
+        ("mm_patch_merge_type", (None, "flat")),
+    ):
+        if stored.get(key) not in allowed:
+            raise UserError(f"{where}: {key}={stored[key]!r}: this model sees a picture once, as one square; {_REMEDY}")
+    return "pad" if stored.get("image_aspect_ratio") == "pad" else "crop"
+
+
+def _preprocessor(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The file that transformers would read, in its order, and what it says; ``{}`` where there is none."""
+    file = folder / "processor_config.json"
+    nested = read_json(file).get("image_processor") if file.is_file() else None
+    if nested is not None:
+        if not isinstance(nested, dict):
+            raise UserError(f"{file}: image_processor={nested!r}; expected a table")
+        return file, nested
+    file = folder / "preprocessor_config.json"
+    return file, read_json(file) if file.is_file() else {}
+
+
+def _settings(file: Path, said: Mapping[str, Any], tower: int) -> tuple[ImageSettings, bool]:
+    """Of a CLIPImageProcessor or LlavaImageProcessor, and whether it pads."""
+    if not said:
+        return ImageSettings(tower), False
+    kind = str(said.get("image_processor_type") or said.get("feature_extractor_type") or _CLIP[0])
+    plain = kind.removesuffix("Fast").removesuffix("Pil")
+    if plain not in _CLIP + _LLAVA:
+        raise UserError(f"{file}: {kind}: expected one of {', '.join(_CLIP + _LLAVA)}")
+    pads = plain in _LLAVA and bool(said.get("do_pad"))
+    for key, allowed in _DEMANDED.items():
+        if key in said and said[key] not in allowed and not (key == "do_center_crop" and pads):
+            raise UserError(f"{file}: {key}={said[key]!r} is not supported; this model has {allowed[0]!r}")
+    for key, value in said.items():
+        if key.startswith("do_") and value and key not in (*_DEMANDED, *_OTHER_STEPS_ALLOWED):
+            raise UserError(f"{file}: {key}={value!r}: this model has no such step")
+    if abs(float(said.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+        raise UserError(f"{file}: rescale_factor={said['rescale_factor']!r}; this model divides by 255")
+    size = _side(file, "size", said.get("size"), stretched=pads)
+    crop = size if pads and said.get("do_center_crop") is False else _side(file, "crop_size", said.get("crop_size"))
+    if size != crop:
+        raise UserError(f"{file}: resized to {size} pixels and cropped to {crop}; this model does both to one size")
+    stored = {"size": crop} | {
+        ours: said[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if said.get(theirs)
+    }
+    return ImageSettings.from_json(stored, file), pads
+
+
+def _side(file: Path, key: str, value: Any, stretched: bool = True) -> int:
+    """A side in pixels: a number, ``shortest_edge``, or two equal sides. Where it is what pictures are resized to, two sides
+    mean that they are stretched, which changes nothing in a square alone."""
+    if value is None:
+        return 224  # of transformers' classes
+    if isinstance(value, dict):
+        held = {name: side for name, side in value.items() if side is not None}
+        if set(held) == {"shortest_edge"}:
+            value = held["shortest_edge"]
+        elif set(held) == {"height", "width"} and held["height"] == held["width"] and stretched:
+            value = held["height"]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{file}: {key}={value!r}: expected the side of a square, without stretching")
+    return value
