@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chatpose_jax.chat import ChatPose, Reply, load
+from chatpose_jax.chat import ChatPose, Reply, check_settings, load
+from chatpose_jax.cli.terminal import can_draw, drawing
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import load_image
 
@@ -25,7 +26,7 @@ HELP = """Type a question. Commands:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose chat``."""
-    parser.add_argument("model", type=Path, help="model folder, as chatpose train, demo and convert write them")
+    parser.add_argument("model", type=Path, help="model folder, or the folder of a training or demo")
     parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
     parser.add_argument(
         "--image", action="append", default=[], help="picture file shown with the first prompt; may be repeated"
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="write reply.json and each pose as PNG, GLB, OBJ and npz into this folder; it must hold no answer yet",
+        help="write reply.jsonl (what --json prints) and each pose as PNG, GLB, OBJ and npz into this folder; it must hold no answer yet",
     )
     parser.add_argument("--json", action="store_true", help="print the answers to --prompt as JSON, one object a turn")
     parser.add_argument("--force-pose", action="store_true", help="end an answer that offers no pose with one")
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat; returns the exit status."""
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "force_pose")}
+    check_settings(**settings)
     if args.image and not args.prompt:
         raise UserError("--image needs --prompt; in a conversation, type /image FILE")
     for image in args.image:
@@ -63,19 +66,18 @@ def run(args: argparse.Namespace) -> int:
         make_writable(args.out)
         refuse_answered(args.out)
     model = load(args.model, dtype=args.dtype, body=args.body)
-    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "force_pose")}
     if not args.prompt:
         return converse(model, settings)
     messages: list[dict[str, Any]] = []
     replies = []
-    for turn, prompt in enumerate(args.prompt):
-        images = args.image if turn == 0 else []
+    for turn, prompt in enumerate(args.prompt, 1):
+        images = args.image if turn == 1 else []
         messages.append(question(prompt, images))
         reply = answer(model, messages, settings, quiet=args.json)
         messages.append(reply.message)
         replies.append(reply)
         if args.json:
-            print(json.dumps(reply_json(prompt, reply)), flush=True)
+            print(json.dumps(reply_json(turn, prompt, reply)), flush=True)
     if args.out:
         save(list(zip(args.prompt, replies)), args.out)
         print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
@@ -91,22 +93,22 @@ def question(prompt: str, images: Sequence[str]) -> dict[str, Any]:
 
 
 def answer(model: ChatPose, messages: list[dict[str, Any]], settings: dict[str, Any], *, quiet: bool = False) -> Reply:
-    """Stream an answer to the terminal."""
+    """Stream an answer to the terminal, and draw its poses there."""
     stream = model.stream(messages, **settings)
-    while True:
-        try:
-            piece = next(stream)
-        except StopIteration as end:
-            if not quiet:
-                print(flush=True)
-            return end.value
+    for piece in stream:
         if not quiet:
             print(piece, end="", flush=True)
+    if not quiet:
+        print(flush=True)
+        for pose in stream.reply.poses if can_draw(sys.stdout) else []:
+            print(drawing(pose), flush=True)
+    return stream.reply
 
 
-def reply_json(prompt: str, reply: Reply) -> dict[str, Any]:
-    """One turn as JSON values."""
+def reply_json(turn: int, prompt: str, reply: Reply) -> dict[str, Any]:
+    """One turn as JSON values; turns count from 1."""
     return {
+        "turn": turn,
         "prompt": prompt,
         "text": reply.text,
         "finish_reason": reply.finish_reason,
@@ -114,12 +116,14 @@ def reply_json(prompt: str, reply: Reply) -> dict[str, Any]:
     }
 
 
-def save(turns: Sequence[tuple[str, Reply]], out: Path) -> list[Path]:
-    """``reply.json`` and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz."""
+def save(turns: Sequence[tuple[str, Reply]], out: Path, first: int = 1) -> list[Path]:
+    """``reply.jsonl``, one line a turn, and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz; ``first`` is the number of the first turn."""
     make_writable(out)
-    (out / "reply.json").write_text(json.dumps([reply_json(prompt, reply) for prompt, reply in turns], indent=1) + "\n")
-    written = [out / "reply.json"]
-    for t, (_, reply) in enumerate(turns, 1):
+    numbered = list(enumerate(turns, first))
+    lines = [json.dumps(reply_json(t, prompt, reply)) + "\n" for t, (prompt, reply) in numbered]
+    (out / "reply.jsonl").write_text("".join(lines))
+    written = [out / "reply.jsonl"]
+    for t, (_, reply) in numbered:
         for p, pose in enumerate(reply.poses, 1):
             written += [pose.save(out / f"turn-{t}-pose-{p}{suffix}") for suffix in (".png", ".glb", ".obj", ".npz")]
     return written
@@ -137,7 +141,7 @@ def make_writable(out: Path) -> None:
 
 def refuse_answered(out: Path) -> None:
     """Raises UserError where a folder holds an answer: it is neither written over nor mixed with another."""
-    if found := [*out.glob("reply.json"), *out.glob("turn-*-pose-*")]:
+    if found := [*out.glob("reply.json*"), *out.glob("turn-*-pose-*")]:
         raise UserError(f"{out} already holds an answer ({found[0].name}): name another folder")
 
 
@@ -184,7 +188,8 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
                     raise UserError("/save FOLDER writes the last answer; there must be one, and a folder")
                 folder = Path(os.path.expanduser(rest.strip()))
                 refuse_answered(folder)
-                print("\n".join(map(str, save([last], folder))))
+                turn = sum(message["role"] == "user" for message in messages)
+                print("\n".join(map(str, save([last], folder, first=turn))))
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")
             else:

@@ -118,7 +118,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
         answers.append({"files": [str(plot)]})
     print_results(results, clock)
     print(f"\nEverything is in {out}: report.json, the answers with PNG, GLB, OBJ and npz, and the model in {folder}.")
-    print(f"Go on: {sys.argv[0]} chat {folder}")
+    print(f"Go on: {sys.argv[0]} chat {out}")
     return 0
 
 
@@ -163,15 +163,17 @@ def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, An
     answers = []
     for name, row in (("description", text), ("picture", picture), ("follow-up", follow)):
         folder, messages, replies = out / name, [], []
+        files: list[Path] = []
         folder.mkdir(parents=True, exist_ok=True)
         for message in row.messages:
             if message["role"] != "user":
                 continue
             messages.append(message)
+            files += _pictures(message, folder)
             reply = model.chat(messages, max_new_tokens=48)
             messages.append(reply.message)
             replies.append((_words(message), reply))
-        files = chat_command.save(replies, folder)
+        files += chat_command.save(replies, folder)
         files.append(_panel(model, row, replies, folder / "answer.png"))
         for question, reply in replies:
             print(f"\n  you>      {question}\n  chatpose> {reply.text}")
@@ -180,6 +182,13 @@ def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, An
         ]
         answers.append({"name": name, "turns": turns_json, "files": [str(file) for file in files]})
     return answers
+
+
+def _pictures(message: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The pictures of a question as files, to be asked about again."""
+    parts = [] if isinstance(message["content"], str) else message["content"]
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    return [render.save_png(folder / f"question{i or ''}.png", np.asarray(image)) for i, image in enumerate(images)]
 
 
 def _words(message: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from chatpose_jax import __version__
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import did_you_mean
 
 # name: (module, what it does). A module has add_arguments(parser) and run(args) -> exit status.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,19 +27,44 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """One that meets an unknown flag with the usage of the command it was meant for, and with the nearest flag."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            flag, options = word.split("=", 1)[0], self._option_string_actions
+            if word == "--" or (self._subparsers and not word.startswith("-")):
+                break  # what follows is no flag, or a command's
+            if word.startswith("-") and " " not in flag and not _is_number(word):
+                begins = flag.startswith("--") and any(option.startswith(flag) for option in options)
+                if word != "-" and flag not in options and not begins:
+                    self.error(f"no option {flag}{did_you_mean(flag, options)}")
+        return super().parse_known_args(words, namespace)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted; training that can
     go on has others, see ``cli.train``."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which nothing here needs
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # "no GPU found" is no news
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="chatpose", description="Language models that understand 3D human pose, in JAX."
-    )
+    parser = Parser(prog="chatpose", description="Language models that understand 3D human pose, in JAX.")
     parser.add_argument("--version", action="version", version=f"chatpose-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked = next((word for word in argv if word in COMMANDS), None)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        parser.error(
+            f"no command {asked!r}{did_you_mean(asked, COMMANDS) or '; expected one of ' + ', '.join(COMMANDS)}"
+        )
     for name, (module, about) in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=about)
         if name == asked:  # the others stay unread: `chatpose --help` starts at once

@@ -1,7 +1,9 @@
 """Commands as a user types them: files they leave, exit status, one clear line for bad input."""
 
+import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -14,14 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chatpose_jax.chat import Pose
 from chatpose_jax.cli.config import config_names, load_config
 from chatpose_jax.cli.main import COMMANDS, main
+from chatpose_jax.cli.terminal import drawing
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
-from smpl_jax import axis_angle_to_matrix
+from smpl_jax import axis_angle_to_matrix, load_body
 
 CONFIG = preset("tiny").replace(lora=None)
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +76,8 @@ def test_chat_answers_and_writes_every_format(folder, tmp_path, capsys):
     assert status == 0
     assert [turn["prompt"] for turn in turns] == ["What pose is this?", "And now?"]
     assert len(turns[0]["poses"][0]["axis_angle"]) == 24
-    assert json.loads((tmp_path / "answer/reply.json").read_text()) == turns
+    assert (tmp_path / "answer/reply.jsonl").read_text() == out, "the file holds what --json prints"
+    assert [turn["turn"] for turn in turns] == [1, 2]
     assert {f"turn-1-pose-1{s}" for s in (".png", ".obj", ".glb", ".npz")} <= {
         file.name for file in (tmp_path / "answer").iterdir()
     }
@@ -98,7 +103,8 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
         "/save ~/file",
         "/image ~/photo.jpg",
     ]
-    typed = iter([*first, "/reset", "/pose", "Again", "/save ~/second", "/quit"])
+    more = ["/pose", "And then?", "/save ~/second", "/reset", "/pose", "Again", "/save ~/third"]
+    typed = iter([*first, *more, "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     assert main(["chat", str(folder), "--max-new-tokens", "12"]) == 0
     out, _ = lines(capsys)
@@ -108,8 +114,9 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     assert "there must be one" in out
     assert "no command /what" in out
     assert f"{tmp_path / 'file'}: cannot be written" in out
-    for folder in ("saved", "second"):
-        assert (tmp_path / folder / "turn-1-pose-1.glb").exists()
+    for name, turn in (("saved", 1), ("second", 2), ("third", 1)):
+        assert (tmp_path / name / f"turn-{turn}-pose-1.glb").exists()
+        assert json.loads((tmp_path / name / "reply.jsonl").read_text())["turn"] == turn
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,9 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
             "--image: 'https://example.org/a.png' is a web address",
         ),
         (["chat", "{folder}", "--prompt", "x", "--out", "{answered}"], "answered already holds an answer (reply.json)"),
+        (["chat", "nowhere", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be a whole number"),
+        (["chat", "nowhere", "--prompt", "x", "--temperature", "nan"], "temperature must be 0 (greedy) or between"),
+        (["chat", "nowhere", "--seed", "-1"], "seed must be a whole number in [0, 4294967295]"),
         (["chat", "{folder}", "--image", "{text}"], "--image needs --prompt"),
         (["chat", "{folder}", "--prompt", "x", "--image", "{text}"], "notes.txt"),
         (["chat", "{folder}", "--prompt", "x", "--body", "{text}"], "notes.txt"),
@@ -163,6 +173,84 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
     assert err.count("\n") == 1
     assert words.format(**names) in err
     assert "reading data" not in out  # found at once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "words"),
+    [
+        (["chat", "m", "--promt", "x"], "usage: chatpose chat ", "no option --promt; did you mean --prompt?"),
+        (["chat", "--promt=x y", "m"], "usage: chatpose chat ", "no option --promt; did you mean --prompt?"),
+        (["chat", "-prompt", "x"], "usage: chatpose chat ", "no option -prompt; did you mean --prompt?"),
+        (["chat", "m", "--zebra"], "usage: chatpose chat ", "no option --zebra\n"),
+        (["render", "pose.npz", "--uot", "x.png"], "usage: chatpose render ", "no option --uot; did you mean --out?"),
+        (["train", "--confg", "tiny"], "usage: chatpose train ", "no option --confg; did you mean --config?"),
+        (["demo", "--rowz", "3"], "usage: chatpose demo ", "did you mean --rows?"),
+        (["convert", "a", "b", "--visoin", "c"], "usage: chatpose convert ", "did you mean --vision?"),
+        (["export", "a", "b", "--fromat", "c"], "usage: chatpose export ", "did you mean --format?"),
+        (["inspect", "a", "--hepl"], "usage: chatpose inspect ", "did you mean --help?"),
+        (["verify", "a", "b", "--visoin", "c"], "usage: chatpose verify ", "did you mean --vision?"),
+        (["plan", "--taregt", "h100"], "usage: chatpose plan ", "did you mean --target?"),
+        (["--versoin"], "usage: chatpose [-h]", "did you mean --version?"),
+        (["chta", "m"], "usage: chatpose [-h]", "no command 'chta'; did you mean chat?"),
+        (["zebra"], "usage: chatpose [-h]", "no command 'zebra'; expected one of demo, train, chat"),
+    ],
+)
+def test_a_mistyped_flag_shows_its_command_and_the_nearest_flag(arguments, usage, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    _, err = lines(capsys)
+    assert stop.value.code == 2
+    assert err.startswith(usage)
+    assert words in err
+
+
+def test_abbreviations_negative_numbers_and_words_with_dashes_are_no_mistakes(folder, capsys):
+    assert main(["chat", str(folder), "--pro", "- a dash", "--max-new", "2", "--temp", "-1"]) == 2
+    assert lines(capsys)[1].startswith("error: temperature must be 0")
+
+
+class Terminal(io.StringIO):
+    """Standard output as a terminal has it."""
+
+    encoding = "UTF-8"
+
+    def isatty(self):
+        return True
+
+
+def test_an_answer_in_a_terminal_is_drawn(folder, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = {}
+    for name, value in (("colour", None), ("plain", "1"), ("dumb", "1")):
+        monkeypatch.setenv("NO_COLOR", value) if value else monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setenv("TERM", "dumb" if name == "dumb" else "xterm")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        command = ["chat", str(tmp_path / "run"), "--prompt", "Kneel.", "--force-pose", "--max-new-tokens", "8"]
+        assert main(command) == 0, "the folder of a run holds its model"
+        shown[name] = sys.stdout.getvalue()
+    assert "\x1b[38;5;" in shown["colour"]
+    assert "\x1b" not in shown["plain"]
+    assert "█" in shown["plain"]
+    assert not set("█▀▄\x1b") & set(shown["dumb"])
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown["colour"]).replace("█", "▀") == shown["plain"].replace("█", "▀")
+
+
+def test_a_drawing_is_the_picture_in_blocks():
+    """Head up and narrow, arms to both sides, two legs with a gap: an upright person with arms held out."""
+    matrices = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
+    matrices[0] = np.diag([1, -1, -1])
+    pose = Pose(matrices, load_body())
+    both, one = drawing(pose, 80, False).split("\n"), drawing(pose, 40, False).split("\n")
+    assert drawing(pose, 20, False) == ""
+    assert max(map(len, both)) > 40 > max(map(len, one))
+    widths = [len(line.strip()) for line in one]
+    middle = [line.find(line.strip()) + len(line.strip()) / 2 for line in one]
+    assert np.ptp(middle) <= 2, "left and right are alike"
+    assert max(widths) > 25 > 6 > widths[0], "arms wide, head narrow"
+    assert len(one[-2].split()) == 2, "two legs"
 
 
 def _bomb(folder, path):
