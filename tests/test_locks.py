@@ -64,14 +64,15 @@ def test_a_killed_holder_leaves_a_file_that_stops_nobody(tmp_path: Path) -> None
 
 def test_never_two_inside(tmp_path: Path) -> None:
     """Many threads over the moment in which a holder removes the file and others have it open."""
-    lock, inside, most, entered = tmp_path / ".lock", [0], [0], [0]
+    lock, inside, most = tmp_path / ".lock", [0], [0]
 
     def work() -> None:
-        for _ in range(200):
+        entered = 0
+        while entered < 50:  # however often another one was first
             try:
                 with only_writer("out", lock):
                     inside[0] += 1
-                    entered[0] += 1
+                    entered += 1
                     most[0] = max(most[0], inside[0])
                     inside[0] -= 1
             except UserError:
@@ -82,7 +83,7 @@ def test_never_two_inside(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] and entered[0] >= 200
+    assert most == [1]
 
 
 def test_what_the_block_raises_goes_out_and_the_lock_goes(tmp_path: Path) -> None:
