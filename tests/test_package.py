@@ -105,6 +105,7 @@ def distributions(requirements: list[str]) -> set[str]:
 
 def imported(*, at_load: bool) -> dict[str, str]:
     """Distribution -> one place that imports from it, of all that the packages import and Python does not bring along."""
+    pytest.importorskip("skimage")  # else nothing here knows that it comes with scikit-image
     homes = importlib.metadata.packages_distributions()
     found = {}
     for path in MODULES:
