@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import Params, bind
 from chatpose_jax.models.config import ModelConfig
-from chatpose_jax.models.decoder import KVCache, init_cache
+from chatpose_jax.models.decoder import CACHE_AXES, KVCache, init_cache
+from chatpose_jax.models.sharding import RULES, constrain, current_mesh, mesh_of, on_mesh
 from chatpose_jax.settings import instance, one_line, real, whole
 
 PROMPT_BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)
@@ -92,6 +94,28 @@ class Generated:
     __repr__ = one_line
 
 
+def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """How a state, of arrays or abstract shapes, lies on a mesh while it decodes: its rows and heads split as ``models.sharding`` says."""
+
+    def put(x: Any, *logical: Any) -> NamedSharding:
+        return NamedSharding(mesh, RULES.spec(logical, x.shape, mesh))
+
+    spread = jax.tree.map(lambda x: put(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else put(x), state)
+    keys, values = jax.tree.map(lambda x: put(x, *CACHE_AXES), (state.cache.keys, state.cache.values))
+    return dataclasses.replace(spread, cache=dataclasses.replace(spread.cache, keys=keys, values=values))
+
+
+def _splits(batch: int, mesh: Mesh | None) -> bool:
+    """Whether so many rows are split over a mesh."""
+    return mesh is not None and RULES.spec(("batch",), (batch,), mesh)[0] is not None
+
+
+def _spread(state: DecodeState) -> DecodeState:
+    """Pin a state to the mesh that is being traced for."""
+    mesh = current_mesh()
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+
+
 def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
     """(B, V) -> (B,). Nucleus sampling: Holtzman et al. 2019, section 3.1."""
     if greedy:
@@ -115,6 +139,7 @@ def _emit(
 ) -> DecodeState:
     """Choose the next token from the states that predict it, (B, D), and record both."""
     tail, limit = settings["tail"], state.tokens.shape[1]
+    hidden = constrain(hidden, "batch", None)
     finite = state.finite & (state.done | jnp.isfinite(logits).all(axis=-1))
     if config.image_token_id >= 0:  # a placeholder is nothing to say
         logits = logits.at[:, config.image_token_id].set(-jnp.inf)
@@ -126,7 +151,7 @@ def _emit(
     forced = jnp.where(begin, 0, state.forced)
     token = jnp.where(forced >= 0, tail[jnp.clip(forced, 0, tail.shape[0] - 1)], token)
     token = jnp.where(state.done, config.pad_token_id, token)
-    return dataclasses.replace(
+    emitted = dataclasses.replace(
         state,
         token=token,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
@@ -140,9 +165,10 @@ def _emit(
         forced=jnp.where(forced >= 0, forced + 1, forced),
         finite=finite,
     )
+    return _spread(emitted)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "greedy"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "greedy", "mesh"), donate_argnames="cache")
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -155,6 +181,7 @@ def prefill(
     *,
     max_new_tokens: int,
     greedy: bool,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Run the (right-padded) prompt once and emit the first token.
 
@@ -162,30 +189,34 @@ def prefill(
         input_ids: (B, T) with ``lengths`` (B,) true tokens a row, at least one each.
         pixel_values: (B, I, S, S, 3) or None.
         settings: ``temperature``, ``top_p`` () float32, ``force_pose`` () bool, ``tail`` (F,) int32, the ids that a forced answer ends with.
+        mesh: that the parameters lie on; None for one device.
     """
     batch, length = input_ids.shape
-    model = bind(config, params)
-    present = jnp.arange(length) < lengths[:, None]
-    output = model(input_ids, attention_mask=present, pixel_values=pixel_values, cache=cache)
-    hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    assert output.cache is not None
-    state = DecodeState(
-        cache=output.cache,
-        key=key,
-        token=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32),
-        hidden=jnp.zeros((batch, max_new_tokens, hidden.shape[-1]), jnp.float32),
-        step=jnp.zeros((), jnp.int32),
-        done=jnp.zeros(batch, bool),
-        lengths=jnp.zeros(batch, jnp.int32),
-        has_pose=jnp.zeros(batch, bool),
-        forced=jnp.full(batch, -1, jnp.int32),
-        finite=jnp.ones(batch, bool),
-    )
-    return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
+    with on_mesh(mesh, gathers=_splits(batch, mesh)):
+        model = bind(config, params)
+        if pixel_values is not None:
+            pixel_values = constrain(pixel_values, "batch", None, None, None, None)
+        present = jnp.arange(length) < lengths[:, None]
+        output = model(input_ids, attention_mask=present, pixel_values=pixel_values, cache=cache)
+        hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        assert output.cache is not None
+        state = DecodeState(
+            cache=output.cache,
+            key=key,
+            token=jnp.zeros(batch, jnp.int32),
+            tokens=jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32),
+            hidden=jnp.zeros((batch, max_new_tokens, hidden.shape[-1]), jnp.float32),
+            step=jnp.zeros((), jnp.int32),
+            done=jnp.zeros(batch, bool),
+            lengths=jnp.zeros(batch, jnp.int32),
+            has_pose=jnp.zeros(batch, bool),
+            forced=jnp.full(batch, -1, jnp.int32),
+            finite=jnp.ones(batch, bool),
+        )
+        return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames="state")
 def decode(
     config: ModelConfig,
     params: Params,
@@ -194,9 +225,9 @@ def decode(
     settings: dict[str, jax.Array],
     *,
     greedy: bool,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
-    """Emit tokens until every row is done or ``until`` tokens stand."""
-    model = bind(config, params)
+    """Emit tokens until every row is done or ``until`` tokens stand. mesh: as for ``prefill``."""
 
     def body(state: DecodeState) -> DecodeState:
         output = model(state.token[:, None], attention_mask=~state.done[:, None], cache=state.cache)
@@ -205,7 +236,9 @@ def decode(
         state = dataclasses.replace(state, cache=output.cache)
         return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
 
-    return jax.lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.done), body, state)
+    with on_mesh(mesh, gathers=False):
+        model = bind(config, params)
+        return jax.lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.done), body, state)
 
 
 def bucket(length: int) -> int:
@@ -249,6 +282,7 @@ def generate_stream(
 
     Args:
         config: its ``scan_layers`` says how ``params`` lays layers out; unrolled decodes faster.
+        params: on one device, or on a mesh, which then decodes.
         prompts: B arrays of ids, of any lengths, image placeholders expanded.
         images: for each row its (S, S, 3) arrays in order of appearance.
         force_tail: ids, with a pose token among them and the end of sequence last, that replace the end of an answer which offers no pose.
@@ -280,8 +314,9 @@ def generate_stream(
     padded = bucket(int(lengths.max()))
     start = 0 if cache is None else int(cache.cursor)
     capacity = -(-(start + max(padded, int(lengths.max()) + max_new_tokens)) // CAPACITY_STEP) * CAPACITY_STEP
+    mesh = mesh_of(params)
     if cache is None:
-        cache = init_cache(config, batch, capacity)
+        cache = init_cache(config, batch, capacity, mesh)
     elif cache.capacity < capacity:
         cache = _grow(cache, capacity)
 
@@ -297,7 +332,7 @@ def generate_stream(
     }
     state = prefill(
         config, params, cache, jnp.asarray(input_ids), jnp.asarray(lengths), _pixels(config, images, batch),
-        jax.random.key(sampling.seed), settings, max_new_tokens=max_new_tokens, greedy=greedy,
+        jax.random.key(sampling.seed), settings, max_new_tokens=max_new_tokens, greedy=greedy, mesh=mesh,
     )  # fmt: skip
     seen = 0
     while True:
@@ -312,7 +347,13 @@ def generate_stream(
         if step >= max_new_tokens or bool(state.done.all()):
             break
         state = decode(
-            config, params, state, jnp.int32(min(step + stream_every, max_new_tokens)), settings, greedy=greedy
+            config,
+            params,
+            state,
+            jnp.int32(min(step + stream_every, max_new_tokens)),
+            settings,
+            greedy=greedy,
+            mesh=mesh,
         )
     counts, tokens, hidden = np.asarray(state.lengths), np.asarray(state.tokens), np.asarray(state.hidden)
     return Generated([t[:n] for t, n in zip(tokens, counts)], [h[:n] for h, n in zip(hidden, counts)], state.cache)

@@ -138,3 +138,13 @@ def test_no_path_of_one_machine_is_tracked() -> None:
         if b"\0" not in data:
             found += [f"{name}: {match.group().decode()}" for match in homes.finditer(data)]
     assert not found, "\n".join(found)
+
+
+def test_nobody_is_sent_to_a_package_index_for_this_project() -> None:
+    """It is not published: under its name anyone could register a package. What installs it is a path, such as ".[gpu]"."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    advice = re.compile(rb"chatpose-jax\[|install (?:-\S+ )*['\"`]?chatpose[-_]jax")
+    paths = [ROOT / name for name in filter(None, listing.split("\0"))]
+    assert [str(path) for path in paths if path.is_file() and advice.search(path.read_bytes())] == []

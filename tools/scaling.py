@@ -2,7 +2,7 @@
 
 JAX_PLATFORMS=cpu python tools/scaling.py [--folder out/plans] [--only v5e-8 …]
 
-A plan that stands in the folder is not made again. Needs the compilers: pip install "chatpose-jax[tpu,gpu]"; no TPU, no GPU.
+A plan that stands in the folder is not made again. Needs the compilers: pip install ".[tpu,gpu]"; no TPU, no GPU.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def draw_curve(log: list[dict[str, float]], results: Mapping[str, Any], path: Pa
     try:
         import matplotlib
     except ImportError:
-        print("(install chatpose-jax[eval] for a picture of the learning curve)")
+        print('(pip install ".[eval]" in the checkout, for a picture of the learning curve)')
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", default="chatpose_13b", help="a name in configs/ or a Python file with get_config()"
     )
     parser.add_argument(
-        "--target", required=True, help="v5e:2x4, v5p:4x4x4, v6e:2x4, h100, h100:8, …: chip and topology or count"
+        "--target",
+        required=True,
+        help="v5e-16, v5p-128, v4-32, v6e-8 as Google names slices, or chip:topology (v5e:4x4, v5p:4x4x4); h100, h200, a100 (80 GB), "
+        "a100-40 with :COUNT for more than one; cpu:8",
     )
     parser.add_argument(
         "--batch", type=int, help="rows of a step, by default the configuration's; with --decode, conversations (1)"
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--effort",
         type=float,
-        help="of a TPU's compiler for a fast program, -1 to 0 (a run's); less takes less time here, the default is -1",
+        help="of a TPU's compiler for a fast program, -1 to 0 (a run's); less takes less time here, the default is -1; "
+        "newer compilers take levels only, and the plan says which was used",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     parser.add_argument(
@@ -48,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0 when it fits, 1 when it does not."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and a GPU's plugin without its GPU would fail
     config = load_config(args.config, args.overrides)
     from chatpose_jax.planning.plan import describe, mesh_sizes, plan_decoding, plan_training
     from chatpose_jax.planning.targets import EFFORT, parse

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
 
 from chatpose_jax.models.attention import Attend
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
 from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
-from chatpose_jax.models.sharding import constrain, gather, platform
+from chatpose_jax.models.sharding import RULES, constrain, gather, platform
 from chatpose_jax.settings import one_line
+
+CACHE_AXES = ("batch", "heads", None, None)
+"""Logical axes of a layer's keys and values in the cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,17 +51,21 @@ class KVCache:
         return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """An empty cache of ``capacity`` slots in the compute dtype."""
+def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
+    """An empty cache of ``capacity`` slots in the compute dtype. mesh: over which rows and heads are split; by default one device."""
     text = config.text
     shape = (batch, text.num_kv_heads, capacity, text.head_dim)
 
-    def zeros() -> Any:
-        if config.scan_layers:
-            return jnp.zeros((text.num_layers, *shape), config.dtype)
-        return tuple(jnp.zeros(shape, config.dtype) for _ in range(text.num_layers))
+    def zeros(shape: tuple[int, ...], dtype: Any, *logical: Any) -> Any:
+        device = None if mesh is None else NamedSharding(mesh, RULES.spec(logical, shape, mesh))
+        return jnp.zeros(shape, dtype, device=device)
 
-    return KVCache(zeros(), zeros(), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+    def layers() -> Any:
+        if config.scan_layers:
+            return zeros((text.num_layers, *shape), config.dtype, *CACHE_AXES)
+        return tuple(zeros(shape, config.dtype, *CACHE_AXES) for _ in range(text.num_layers))
+
+    return KVCache(layers(), layers(), zeros((batch, capacity), bool, "batch", None), zeros((), jnp.int32))
 
 
 def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -101,6 +109,8 @@ class DecoderAttention(nnx.Module):
         v = project(self.v_proj, 2).swapaxes(1, 2)
         q, k, v = (checkpoint_name(part, "qkv") for part in (q, k, v))
         if cache is not None:
+            # The few new ones go to where the cache is, or the compiler may move the cache.
+            k, v = (constrain(part, *CACHE_AXES) for part in (k, v))
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis=2) for old, new in zip(cache, (k, v)))
             cache = (k, v)
         y = checkpoint_name(attend(q, k, v), "attention")

@@ -150,20 +150,36 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES, *, stacked: bool = 
     return NamedSharding(mesh, PartitionSpec(None, rows) if stacked else PartitionSpec(rows))
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters (arrays, or abstract shapes that ``place`` gave) lie on; None for one device."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    return next(
+        (
+            place.mesh
+            for place in places
+            if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) and place.mesh.size > 1
+        ),
+        None,
+    )
+
+
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_GATHERS: contextvars.ContextVar[bool] = contextvars.ContextVar("gathers", default=True)
 
 
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+def on_mesh(mesh: Mesh | None, *, gathers: bool = True) -> Iterator[None]:
     """Inside a traced function: what is traced in this block will run on ``mesh``, which may be of another machine than this one.
 
     ``None`` is this process's default device. Enter it within the function that is traced, never around a call of a jitted one.
+    gathers: what ``gather`` does. Few tokens had better travel to where the weights are kept.
     """
-    token = _MESH.set(mesh)
+    tokens = _MESH.set(mesh), _GATHERS.set(gathers)
     try:
         yield
     finally:
-        _MESH.reset(token)
+        _MESH.reset(tokens[0])
+        _GATHERS.reset(tokens[1])
 
 
 def current_mesh() -> Mesh | None:
@@ -195,8 +211,9 @@ def gather(x: jax.Array, *logical: Logical) -> jax.Array:
     """A parameter as a product uses it: whole along what only storage splits. Its gradient is split again as it is summed up.
 
     Said outright, for otherwise the compiler may split the product instead, and loop over pieces of the weights.
+    Where ``on_mesh`` asks for that, the parameter is left as it lies.
     """
-    if current_mesh() is None:
+    if current_mesh() is None or not _GATHERS.get():
         return x
     return checkpoint_name(_gather(x, logical), GATHERED)
 

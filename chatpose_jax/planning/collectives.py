@@ -36,15 +36,33 @@ def count(text: str) -> dict[str, float]:
     Of n chips in a ring each sends (n-1)/n of what is gathered or scattered, twice that of what is reduced to all. Operations of one channel
     are parts of one collective that the compiler spread over the program: the largest counts.
     """
-    blocks, entry = _blocks(text)
-    known: dict[str, dict[tuple[str, str], float]] = {}
+    sent: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for (kind, _), (size, _) in _walk(text).items():
+        sent[kind] += size
+    return dict(sent)
 
-    def total(name: str) -> dict[tuple[str, str], float]:
-        """(kind, channel) -> bytes of one run of a block."""
+
+def number(text: str) -> float:
+    """HLO text after optimisation -> how many collectives a step starts, loops and channels as in ``count``."""
+    return sum(times for _, times in _walk(text).values())
+
+
+def _walk(text: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """(kind, channel) -> bytes that each chip sends, and how often."""
+    blocks, entry = _blocks(text)
+    known: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+
+    def most(
+        found: dict[tuple[str, str], tuple[float, float]], key: tuple[str, str], size: float, times: float
+    ) -> None:
+        found[key] = tuple(map(max, found.get(key, (0.0, 0.0)), (size, times)))  # type: ignore[assignment]
+
+    def total(name: str) -> dict[tuple[str, str], tuple[float, float]]:
+        """Of one run of a block."""
         if name in known:
             return known[name]
         found = known[name] = {}
-        for number, line in enumerate(blocks.get(name, [])):
+        for place, line in enumerate(blocks.get(name, [])):
             match = _INSTRUCTION.match(line)
             if match is None or match[2].endswith(("-done", "-update")):  # their start has been counted
                 continue
@@ -52,22 +70,18 @@ def count(text: str) -> dict[str, float]:
             kind = operation.removesuffix("-start")
             if kind in KINDS:
                 channel = _CHANNEL.search(line)
-                key = (kind, channel[1] if channel else f"{name} {number}")
-                found[key] = max(found.get(key, 0.0), _sent(kind, shape, line))
+                most(found, (kind, channel[1] if channel else f"{name} {place}"), _sent(kind, shape, line), 1)
                 continue
             called = _CALLED.findall(line)
             called += [("branch", name.strip(" %")) for group in _BRANCHES.findall(line) for name in group.split(",")]
             trips = _trips(line, blocks.get(dict(called).get("condition", ""), [])) if operation == "while" else 1
             for role, callee in called:
                 times = trips if role == "body" else 1
-                for key, size in total(callee).items():
-                    found[key] = max(found.get(key, 0.0), size * times)
+                for key, (size, often) in total(callee).items():
+                    most(found, key, size * times, often * times)
         return found
 
-    sent: collections.defaultdict[str, float] = collections.defaultdict(float)
-    for (kind, _), size in total(entry).items():
-        sent[kind] += size
-    return dict(sent)
+    return total(entry)
 
 
 def _trips(line: str, condition: list[str]) -> int:

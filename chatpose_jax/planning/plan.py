@@ -6,21 +6,22 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from chatpose_jax import generate
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, fake_batch
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import init_cache
-from chatpose_jax.models.sharding import RULES, batch_sharding, make_mesh, on_mesh, place
+from chatpose_jax.models.sharding import RULES, batch_sharding, make_mesh, place
 from chatpose_jax.planning import collectives
 from chatpose_jax.planning.flops import StepCost, decode_cost, train_cost
-from chatpose_jax.planning.targets import CHIPS, EFFORT, GiB, Target, compiler_options, devices
+from chatpose_jax.planning.targets import CHIPS, EFFICIENCY, EFFORT, GiB, Target, compiler_options, devices
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import abstract_state, make_step
 
@@ -33,6 +34,8 @@ class Plan:
     sent: bytes that each chip sends in a step, by kind of collective.
     compute, memory, network: seconds that operations, memory traffic and collectives would take at the chip's peaks.
     seconds: the longest of the three, were all else hidden behind it. mfu: ``cost.useful`` over what the chips could do in that time.
+    forecast: seconds to expect, at ``targets.EFFICIENCY`` instead of the peaks.
+    options: what the compiler was asked for, in words; "" where there is nothing to say.
     compile_seconds, compile_cpu_seconds: by the clock, and of all processors.
     """
 
@@ -57,6 +60,8 @@ class Plan:
     network: float | None = None
     seconds: float | None = None
     mfu: float | None = None
+    forecast: float | None = None
+    options: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -94,7 +99,10 @@ def plan_training(
         raise UserError(
             f"a row of {length} tokens has no place for {images} picture(s) of {patches} tokens and a conversation"
         )
-    where = _mesh(target, mesh, train.batch_size)
+    where = make_mesh(*mesh, devices=devices(target))
+    ways = math.prod(where.shape[axis] for axis in RULES.axes("batch", where))
+    if train.batch_size % ways:
+        raise UserError(f"{train.batch_size} rows do not divide among data × fsdp = {ways}: change --batch or --mesh")
     params = abstract_params(model)
     state, frozen = abstract_state(train, params, where)
     stacked = train.accumulate > 1
@@ -107,7 +115,7 @@ def plan_training(
     step: Any = make_step(model, train, params, where)
     total = train.batch_size * train.accumulate
     cost = train_cost(model, train, total, length, images)
-    return _compile("train", step, (state, frozen, batch), target, where, total, length, cost, effort)
+    return _compile("train", lambda: step.trace(state, frozen, batch), target, where, total, length, cost, effort)
 
 
 def plan_decoding(
@@ -120,59 +128,39 @@ def plan_decoding(
     effort: float = EFFORT,
 ) -> Plan:
     """One step of the decode loop: a token for each of ``batch`` conversations whose cache holds ``length`` tokens."""
-    where = _mesh(target, mesh, batch)
-    params = place(abstract_params(model), where)
+    where = make_mesh(*mesh, devices=devices(target))
+    cost = decode_cost(model, batch, length)
+    return _compile(
+        "decode", lambda: trace_decoding(model, where, batch, length), target, where, batch, length, cost, effort
+    )
+
+
+def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, new: int = 128) -> Any:
+    """``generate.decode`` of a model that was loaded over ``mesh``, traced as ``ChatPose.chat`` calls it: layers unrolled, the cache on the mesh.
+
+    new: ids and states of so many tokens are kept beside the cache.
+    """
+    model = model.replace(scan_layers=False)
+    params = place(abstract_params(model), mesh)
     cache = jax.eval_shape(lambda: init_cache(model, batch, length))
-
-    def put(x: Any, *logical: Any) -> Any:
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(where, RULES.spec(logical, x.shape, where))
-        )
-
-    heads = ("batch", "heads", None, None)
-    cache = dataclasses.replace(
-        cache,
-        keys=jax.tree.map(lambda x: put(x, *heads), cache.keys),
-        values=jax.tree.map(lambda x: put(x, *heads), cache.values),
-        valid=put(cache.valid, "batch", None),
-        cursor=put(cache.cursor),
-    )
-    new = 64  # answers of so many tokens: only their ids and states depend on it
-    width = model.text.hidden_size
-
-    def array(shape: tuple[int, ...], dtype: Any) -> Any:
-        rows = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
-        return put(jax.ShapeDtypeStruct(shape, dtype), *rows)
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = generate.DecodeState(
-        cache=cache,
-        key=put(key),
-        token=array((batch,), jnp.int32),
-        tokens=array((batch, new), jnp.int32),
-        hidden=array((batch, new, width), jnp.float32),
-        step=array((), jnp.int32),
-        done=array((batch,), bool),
-        lengths=array((batch,), jnp.int32),
-        has_pose=array((batch,), bool),
-        forced=array((batch,), jnp.int32),
-        finite=array((batch,), bool),
-    )
+    one, rows = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
     settings = {
-        "temperature": array((), jnp.float32),
-        "top_p": array((), jnp.float32),
-        "force_pose": array((), bool),
-        "tail": put(jax.ShapeDtypeStruct((2,), jnp.int32), None),
+        "temperature": number,
+        "top_p": number,
+        "force_pose": jax.ShapeDtypeStruct((), bool),
+        "tail": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
-
-    def decode(params: Any, state: Any, until: Any, settings: Any) -> Any:
-        with on_mesh(where):
-            loop: Any = generate.decode
-            return loop.__wrapped__(model, params, state, until, settings, greedy=True)
-
-    step = jax.jit(decode, donate_argnums=1)
-    arguments = (params, state, array((), jnp.int32), settings)
-    return _compile("decode", step, arguments, target, where, batch, length, decode_cost(model, batch, length), effort)
+    ids, key = jax.ShapeDtypeStruct((batch, 1), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    state = generate.prefill.eval_shape(
+        model, params, cache, ids, rows, None, key, settings, max_new_tokens=new, greedy=True, mesh=mesh
+    )
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        generate.state_shardings(state, mesh),
+    )
+    return generate.decode.trace(model, params, state, one, settings, greedy=True, mesh=mesh)
 
 
 def _without_cudnn(model: ModelConfig, target: Target) -> ModelConfig:
@@ -180,18 +168,9 @@ def _without_cudnn(model: ModelConfig, target: Target) -> ModelConfig:
     return model.replace(attention="xla") if target.chip is not None and target.chip.platform == "gpu" else model
 
 
-def _mesh(target: Target, sizes: tuple[int, int, int], batch: int) -> Mesh:
-    mesh = make_mesh(*sizes, devices=devices(target))
-    ways = math.prod(mesh.shape[axis] for axis in RULES.axes("batch", mesh))
-    if batch % ways:
-        raise UserError(f"{batch} rows do not divide among data × fsdp = {ways}: change --batch or --mesh")
-    return mesh
-
-
 def _compile(
     what: str,
-    step: Any,
-    arguments: Any,
+    trace: Callable[[], Any],
     target: Target,
     mesh: Mesh,
     batch: int,
@@ -200,10 +179,11 @@ def _compile(
     effort: float,
 ) -> Plan:
     chip, error, compiled = target.chip, "", None
+    options, words = compiler_options(target, effort)
     begin, busy = time.perf_counter(), time.process_time()
     try:
-        lowered = step.trace(*arguments).lower(lowering_platforms=(_platform(mesh),))
-        compiled = lowered.compile(compiler_options=compiler_options(target, effort))
+        lowered = trace().lower(lowering_platforms=(_platform(mesh),))
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as problem:
         error = " ".join(str(problem).split())
         if "RESOURCE_EXHAUSTED" not in error:
@@ -213,8 +193,9 @@ def _compile(
     memory = None if compiled is None else compiled.memory_analysis()
     peak = None if memory is None else float(memory.peak_memory_in_bytes)
     fits = peak is not None and (capacity is None or peak <= capacity)
-    sent = {} if compiled is None else collectives.count(compiled.as_text())
-    times = _roofline(cost, target, mesh, sent) if compiled is not None else {}
+    text = "" if compiled is None else compiled.as_text()
+    sent = collectives.count(text)
+    times = _roofline(what, cost, target, mesh, batch, sent, collectives.number(text)) if text else {}
     return Plan(
         what=what,
         target=target.name,
@@ -232,25 +213,43 @@ def _compile(
         cost=cost,
         compile_seconds=taken,
         compile_cpu_seconds=busy,
+        options=words,
         **times,
     )
 
 
-def _roofline(cost: StepCost, target: Target, mesh: Mesh, sent: dict[str, float]) -> dict[str, float]:
-    """Seconds at the chip's peaks, and the share of its operations that are useful then."""
+def _roofline(
+    what: str, cost: StepCost, target: Target, mesh: Mesh, batch: int, sent: dict[str, float], collectives: float
+) -> dict[str, float]:
+    """Seconds at the chip's peaks, the share of its operations that are useful then, and seconds to expect."""
     chip = target.chip
     if chip is None:
         return {}
-    # Weights split by fsdp are gathered: written once more before they are read.
-    times = 2 if mesh.shape["fsdp"] > 1 else 1
-    traffic = (
-        cost.passes * times * cost.weights / mesh.shape["tensor"] + (cost.activations + cost.optimizer) / target.chips
-    )
-    compute = cost.hardware / target.chips / chip.flops
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    # Rows that the mesh does not divide are answered by each of its copies.
+    rows = mesh.shape["data"] * fsdp if batch % (mesh.shape["data"] * fsdp) == 0 else 1
+    if (
+        what == "decode"
+    ):  # weights stay where they are: each chip reads its part of them, and of the cache that of its rows and heads
+        copies = 1 if rows > 1 else mesh.shape["data"]
+        traffic = cost.weights / (fsdp * tensor) + cost.activations / (rows * tensor)
+    else:  # weights split by fsdp are gathered: written once more before they are read
+        copies = 1
+        traffic = cost.passes * (2 if fsdp > 1 else 1) * cost.weights / tensor
+        traffic += (cost.activations + cost.optimizer) / target.chips
+    compute = cost.hardware * copies / target.chips / chip.flops
     memory, network = traffic / chip.bandwidth, sum(sent.values()) / chip.network
     seconds = max(compute, memory, network)
-    mfu = cost.useful / (target.chips * chip.flops * seconds)
-    return {"compute": compute, "memory": memory, "network": network, "seconds": seconds, "mfu": mfu}
+    real = EFFICIENCY
+    return {
+        "compute": compute,
+        "memory": memory,
+        "network": network,
+        "seconds": seconds,
+        "mfu": cost.useful / (target.chips * chip.flops * seconds),
+        "forecast": max(compute / real.products, memory / real.memory, network / real.network)
+        + collectives * real.wait,
+    }
 
 
 def _platform(mesh: Mesh) -> str:
@@ -263,16 +262,11 @@ def describe(plan: Plan) -> str:
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     kind = "a training step" if plan.what == "train" else "a decoded token"
     lines = [f"{kind} of {plan.batch} rows × {plan.length} tokens on {plan.target} ({plan.chips} chips: {mesh})"]
+    lines.append(_verdict(plan))
     if plan.peak is None:
-        needed = re.search(r"Used ([\d.]+\w+) of|\(([\d.]+\w)\) exceeds", plan.error)
-        lines.append(
-            "does not fit: " + (plan.error[:300] if needed is None else f"needs {next(filter(None, needed.groups()))}")
-        )
         return "\n".join(lines)
     assert plan.arguments is not None and plan.temporaries is not None
-    room = (
-        "" if plan.capacity is None else f" of {plan.capacity / GiB:.2f} GiB" + ("" if plan.fits else ": DOES NOT FIT")
-    )
+    room = "" if plan.capacity is None else f" of {plan.capacity / GiB:.2f} GiB"
     lines += [
         f"arguments:       {plan.arguments / GiB:8.2f} GiB",
         f"temporaries:     {plan.temporaries / GiB:8.2f} GiB",
@@ -281,14 +275,28 @@ def describe(plan: Plan) -> str:
         f"sent per chip:   {sum(plan.sent.values()) / GiB:8.2f} GiB"
         + "".join(f"  {name} {size / GiB:.2f}" for name, size in sorted(plan.sent.items())),
     ]
-    if plan.seconds is not None:
-        rate = plan.batch * (plan.length if plan.what == "train" else 1) / plan.seconds
+    if plan.seconds is not None and plan.forecast is not None:
+        tokens = plan.batch * (plan.length if plan.what == "train" else 1)
         lines += [
             f"at the chips' peaks: compute {plan.compute:.4f} s, memory {plan.memory:.4f} s, network {plan.network:.4f} s",
-            f"roofline:        {plan.seconds:.4f} s, {rate:,.0f} tokens/s, MFU at most {100 * (plan.mfu or 0):.0f} %",
+            f"roofline:        {plan.seconds:.4f} s, {tokens / plan.seconds:,.0f} tokens/s at most, "
+            f"MFU at most {100 * (plan.mfu or 0):.0f} %",
+            f"forecast:        {plan.forecast:.4f} s, {tokens / plan.forecast:,.0f} tokens/s, assuming {EFFICIENCY} (why: docs/scaling.md)",
         ]
     chip = CHIPS.get(plan.target.partition(":")[0])
     if plan.what == "train" and chip is not None and chip.platform == "gpu":
         lines.append("attention is plain XLA here, for cuDNN's needs the card: the real run takes less memory")
-    lines.append(f"compiled in      {plan.compile_seconds:.1f} s ({plan.compile_cpu_seconds:.0f} s of processor time)")
+    asked = f", effort: {plan.options}" if plan.options else ""
+    lines.append(
+        f"compiled in      {plan.compile_seconds:.1f} s ({plan.compile_cpu_seconds:.0f} s of processor time){asked}"
+    )
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.peak is None:
+        needed = re.search(r"Used ([\d.]+\w+) of|\(([\d.]+\w)\) exceeds", plan.error)
+        return f"DOES NOT FIT: {plan.error[:300] if needed is None else f'needs {next(filter(None, needed.groups()))}'}"
+    if plan.capacity is None:
+        return "whether it fits is not said: how much memory this target has is not known"
+    return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: takes {plan.peak / GiB:.2f} GiB of {plan.capacity / GiB:.2f} GiB a chip"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
 
@@ -37,18 +39,53 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip("tpu", 459e12, 95.74 * GiB, 2.77e12, 5.4e11),
     "v6e": Chip("tpu", 918e12, 31.25 * GiB, 1.64e12, 3.6e11),
     "a100": Chip("gpu", 312e12, 79.1 * GiB, 2.04e12, 3.0e11),
+    "a100-40": Chip("gpu", 312e12, 39.3 * GiB, 1.555e12, 3.0e11),
     "h100": Chip("gpu", 989e12, 79.1 * GiB, 3.35e12, 4.5e11),
     "h200": Chip("gpu", 989e12, 139.8 * GiB, 4.8e12, 4.5e11),
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that programs reach, and seconds that a collective takes however little it sends; docs/scaling.md says whence."""
+
+    products: float
+    memory: float
+    network: float
+    wait: float
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.products:.0f} % of the peak for products, {100 * self.memory:.0f} % for memory, "
+            f"{100 * self.network:.0f} % for the network, {1e6 * self.wait:.0f} µs a collective"
+        )
+
+
+EFFICIENCY = Efficiency(products=0.5, memory=0.65, network=0.65, wait=20e-6)
+
 # What XLA must know of a card that is not there: (cores, L2 bytes, clock in GHz, shared memory a core, a block, compute capability).
 _CARDS: dict[str, tuple[int, int, float, int, int, tuple[int, int], str]] = {
     "a100": (108, 41943040, 1.41, 167936, 166912, (8, 0), "NVIDIA A100-SXM4-80GB"),
+    "a100-40": (108, 41943040, 1.41, 167936, 166912, (8, 0), "NVIDIA A100-SXM4-40GB"),
     "h100": (132, 52428800, 1.98, 233472, 232448, (9, 0), "NVIDIA H100 80GB HBM3"),
     "h200": (132, 52428800, 1.98, 233472, 232448, (9, 0), "NVIDIA H200"),
 }
 
-EXAMPLES = "v5e:2x4, v5e:16x16, v5p:4x4x4, v6e:2x4, h100, h100:8, h200:8"
+ALIASES = {"v5litepod": "v5e", "a100-80": "a100"}
+"""Other names of chips, as their makers and clouds write them."""
+
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
+SLICES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "v4": (2, _TORUS),
+    "v5e": (1, _PLANE),
+    "v5p": (2, _TORUS),
+    "v6e": (1, _PLANE),
+}
+"""For names such as v5p-128: how many a chip counts for (v4 and v5p count TensorCores, two a chip), and the topologies that Google gives out."""
+
+EXAMPLES = "v5e-16, v5p-128, v6e-8, v5e:4x4, v5p:4x4x4, h100, h100:8, h200:8, a100:8, a100-40:8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +98,34 @@ class Target:
 
 
 def parse(name: str) -> Target:
-    """``v5e:4x8`` (a TPU and its topology), ``h100`` or ``h100:8`` (a GPU and how many), ``cpu:8``. Raises UserError."""
+    """``v5e-16`` or ``v5p-128`` (a TPU slice by Google's name), ``v5e:4x8`` (a TPU and its topology), ``h100`` or ``h100:8`` (a GPU and how many),
+    ``cpu:8``. Raises UserError.
+    """
     kind, _, size = name.lower().partition(":")
+    kind = ALIASES.get(kind.removesuffix("gb"), kind.removesuffix("gb"))
+    if not size and (match := re.fullmatch(r"(.*?)-(\d+)", kind)):
+        maker = ALIASES.get(match[1], match[1])
+        if maker in SLICES:
+            kind, size = maker, _topology(name, maker, int(match[2]))
     chip = CHIPS.get(kind)
     form = r"\d+x\d+(x\d+)?" if chip is not None and chip.platform == "tpu" else r"(\d+)?"
     if (chip is None and kind != "cpu") or not re.fullmatch(form, size) or "0" in size.split("x"):
         raise UserError(
-            f"--target {name}: expected a chip ({', '.join(CHIPS)}) and its topology or count, such as {EXAMPLES}"
+            f"--target {name}: expected a chip ({', '.join(CHIPS)}) and its size, topology or count, such as {EXAMPLES}"
         )
     return Target(f"{kind}:{size or 1}", math.prod(int(n) for n in (size or "1").split("x")), chip)
+
+
+def _topology(name: str, kind: str, number: int) -> str:
+    cores, topologies = SLICES[kind]
+    known = {cores * math.prod(map(int, shape.split("x"))): shape for shape in topologies}
+    if number not in known:
+        counts = "TensorCores, two a chip" if cores == 2 else "chips"
+        raise UserError(
+            f"--target {name}: {kind}-N counts {counts}, and N is one of {', '.join(map(str, known))}; "
+            f"for another shape write its topology, such as {kind}:{topologies[3]}"
+        )
+    return known[number]
 
 
 def devices(target: Target) -> Sequence[Any]:
@@ -89,15 +145,38 @@ EFFORT = -1.0
 """The least: most of a TPU compiler's time goes into a fast program, which a plan does not run; docs/scaling.md compares the figures."""
 
 
-def compiler_options(target: Target, effort: float = EFFORT) -> dict[str, Any] | None:
-    """For GPUs no autotuning: it runs kernels, for which the card would have to be here. For TPUs the effort that is spent on a fast program,
-    -1 to 0, where a run has 0.
+def compiler_options(target: Target, effort: float = EFFORT) -> tuple[dict[str, Any] | None, str]:
+    """The options to compile for a target with, and words about them for whoever reads the plan ("" where there is nothing to say).
+
+    For GPUs no autotuning: it runs kernels, for which the card would have to be here. For TPUs the effort that is spent on a fast program, -1 to 0,
+    where a run has 0: compilers name it differently, so this one is asked which name it takes.
     """
     if target.chip is None:
-        return None
+        return None, ""
     if target.chip.platform == "gpu":
-        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-    return {"exec_time_optimization_effort": float(effort)}
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}, ""
+    # A number up to jax 0.10; levels since, of which the lowest makes the program that -1 made.
+    level = "O0" if effort <= -0.5 else "O1"
+    for options in ({"exec_time_optimization_effort": float(effort)}, {"optimization_level": level} if effort else {}):
+        if _takes(target, options):
+            return options or None, ", ".join(
+                f"{name}={value}" for name, value in options.items()
+            ) or "the compiler's default, a run's"
+    return None, f"the compiler's default: it takes no option for effort, --effort {effort:g} was not followed"
+
+
+def _takes(target: Target, options: dict[str, Any]) -> bool:
+    """Whether the target's compiler knows these options, tried on a program of nothing."""
+    mesh = Mesh(np.array(devices(target)[:1]), ("x",))
+    number = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    lowered = jax.jit(lambda x: x).trace(number).lower(lowering_platforms=("tpu",))
+    try:
+        lowered.compile(compiler_options=options)
+    except (jax.errors.JaxRuntimeError, ValueError) as problem:
+        if re.search(r"No such compile option|is not a valid", str(problem)):
+            return False
+        raise
+    return True
 
 
 def _tpu(target: Target) -> Sequence[Any]:
@@ -108,6 +187,8 @@ def _tpu(target: Target) -> Sequence[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if target.chips == 1 else {}
+    if target.name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on Cloud TPUs
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=target.name, **options).devices
     except Exception as error:
@@ -128,7 +209,7 @@ def _gpu(target: Target) -> Sequence[Any]:
     except Exception as error:
         raise UserError(
             f"--target {target.name}: the CUDA plugin refuses: {' '.join(str(error).split())[:300]}; "
-            "set JAX_PLATFORMS=cpu if this machine has no GPU"
+            "JAX_PLATFORMS=cpu must be set before jax looks for devices, as `chatpose plan` does"
         ) from error
 
 
@@ -137,7 +218,7 @@ def _require(module: str, what: str, extra: str) -> None:
 
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f'planning for {what} needs their compiler: pip install "chatpose-jax[{extra}]", or ".[{extra}]" in a checkout (any machine will do)'
+            f'planning for {what} needs their compiler: pip install ".[{extra}]" in the checkout (any machine will do)'
         )
 
 

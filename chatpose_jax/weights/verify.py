@@ -233,7 +233,7 @@ class _Torch:
             from transformers.models.llama import modeling_llama
         except ImportError as error:
             raise UserError(
-                f"chatpose verify compares with PyTorch, which is not here ({error}): pip install 'chatpose-jax[torch]', or '.[torch]' in a checkout"
+                f"chatpose verify compares with PyTorch, which is not here ({error}): pip install '.[torch]' in the checkout"
             ) from None
         self.torch, self.llama, self.clip = torch, modeling_llama, CLIPVisionModel
         self.config = config

@@ -1,6 +1,6 @@
 """Make the default body: `python -m smpl_jax.default_body.generate body.npz`.
 
-Needs scikit-image, scipy and fast-simplification (`pip install 'chatpose-jax[body]'`), only to build; reading the
+Needs scikit-image, scipy and fast-simplification (`pip install '.[body]'`), only to build; reading the
 result needs numpy alone. The same versions, which the file notes as `built_with`, give the same file.
 """
 
@@ -143,7 +143,7 @@ def _check_needs() -> None:
     missing = [package for module, package in _BUILD_NEEDS.items() if find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"building the default body needs {', '.join(missing)}: pip install 'chatpose-jax[body]'. "
+            f"building the default body needs {', '.join(missing)}: pip install '.[body]' in the checkout. "
             "The built body comes with the package; this is only to change it."
         )
 

@@ -1,6 +1,7 @@
 """The sharding table: 13B without allocating it, and a sharded model that computes what one device computes."""
 
 import json
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from chatpose_jax import generate
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch
+from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch, unstack_layers
 from chatpose_jax.models.config import LoRAConfig, LoRATarget, preset
-from chatpose_jax.models.sharding import ShardingRules, partition_specs, place
+from chatpose_jax.models.sharding import ShardingRules, make_mesh, partition_specs, place, shardings
+from chatpose_jax.planning import collectives
+from chatpose_jax.planning.plan import trace_decoding
 from chatpose_jax.train.trainable import flatten
 
 GOLDEN = Path(__file__).with_name("sharding_13b.json")
@@ -63,6 +67,38 @@ def test_a_sharded_model_computes_the_same(shape):
     on = mesh(*shape)
     shards = jax.tree.map(lambda leaf: leaf.sharding, place(abstract_params(config), on))
     np.testing.assert_allclose(hidden(jax.device_put(params, shards)), hidden(params), atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 4, 1), (2, 1, 2), (2, 2, 2)])
+def test_what_is_planned_is_what_answers_over_a_mesh(sizes, monkeypatch):
+    """The loop that answers over a mesh is the program that ``chatpose plan --decode`` compiles; it says what one device says."""
+    count = math.prod(sizes)
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
+    on = make_mesh(*sizes, devices=jax.devices()[:count])
+    stacked = preset("tiny")
+    config, whole = stacked.replace(scan_layers=False), create(stacked, jax.random.key(0))
+    spread = jax.device_put(whole, shardings(whole, on))
+    prompts = [np.arange(5, 16, dtype=np.int32), np.arange(9, 16, dtype=np.int32)]
+    expected = generate.generate(config, unstack_layers(whole), prompts, max_new_tokens=16)
+    lowered, decode = [], generate.decode
+
+    def spy(*args, **kwargs):
+        lowered.append(decode.lower(*args, **kwargs))
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "decode", spy)
+    found = generate.generate(config, unstack_layers(spread), prompts, max_new_tokens=16)
+    for new, old in zip(found.tokens, expected.tokens):
+        np.testing.assert_array_equal(new, old)
+    for new, old in zip(found.hidden, expected.hidden):
+        np.testing.assert_allclose(new, old, atol=1e-4)  # up to 384 products of about 1, summed in another order
+    monkeypatch.undo()
+    planned = trace_decoding(stacked, on, 2, generate.CAPACITY_STEP, 16).lower()
+    assert planned.as_text() == lowered[0].as_text()
+    sent = collectives.count(lowered[0].compile().as_text())
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(whole["decoder"]["layers"]))
+    assert 0 < sum(sent.values()) < 0.1 * weights  # tokens travel, weights stay
 
 
 def test_two_axes_on_one_mesh_axis_are_refused():

@@ -6,6 +6,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,7 +19,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.planning import collectives, targets
 from chatpose_jax.planning.flops import decode_cost, train_cost
-from chatpose_jax.planning.plan import mesh_sizes
+from chatpose_jax.planning.plan import Plan, _roofline, describe, mesh_sizes
 from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import EVERYTHING, HEAD
 
@@ -92,12 +95,49 @@ def test_collectives_are_counted_as_often_as_their_loop_runs(note: str) -> None:
         "reduce-scatter": 16 * 4 * 3 / 4,
         "all-reduce": 2 * 16 * 4 * 7 / 8,
     }
+    assert collectives.number(HLO) == 40 + 1 + 1 + 1
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:64", "v9:2x2", "h100:2x2", "h100:0", "v5e:0x8", ""])
 def test_a_target_that_is_none_is_one_clear_error(name: str) -> None:
     with pytest.raises(UserError, match="expected a chip"):
         targets.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "chips"),
+    [
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5litepod-256", "v5e:16x16", 256),
+        ("v5e-1", "v5e:1x1", 1),
+        ("v5p-128", "v5p:4x4x4", 64),  # TensorCores, two a chip
+        ("v4-8", "v4:2x2x1", 4),
+        ("V6E-8", "v6e:2x4", 8),
+        ("v5e:4x8", "v5e:4x8", 32),
+        ("a100", "a100:1", 1),
+        ("A100-80GB:8", "a100:8", 8),
+        ("a100-40:4", "a100-40:4", 4),
+        ("h200:8", "h200:8", 8),
+    ],
+)
+def test_targets_by_the_names_that_people_use(name: str, target: str, chips: int) -> None:
+    parsed = targets.parse(name)
+    assert (parsed.name, parsed.chips) == (target, chips)
+    assert parsed.chip is not None
+    assert targets.parse(target) == parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("v5p-4", "TensorCores, two a chip"), ("v5e-24", "chips, and N is one of")]
+)
+def test_a_slice_that_google_does_not_give_out(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        targets.parse(name)
+
+
+def test_every_card_has_a_description() -> None:
+    assert {name for name, chip in targets.CHIPS.items() if chip.platform == "gpu"} == set(targets._CARDS)
+    assert {name for name, chip in targets.CHIPS.items() if chip.platform == "tpu"} == set(targets.SLICES)
 
 
 def test_meshes_that_suit_a_target() -> None:
@@ -172,6 +212,62 @@ def test_a_plan_of_decoding(capsys) -> None:  # type: ignore[no-untyped-def]
     assert "a decoded token of 1 rows × 128 tokens" in capsys.readouterr().out
 
 
+def example(**changes):  # type: ignore[no-untyped-def]
+    cost = decode_cost(preset("tiny"), 1, 128)
+    known = {"fits": True, "capacity": 80.0 * 2**30, "arguments": 2.0**30, "temporaries": 2.0**30, "peak": 2.0**30}
+    times = {"compute": 0.1, "memory": 0.2, "network": 0.0, "seconds": 0.2, "mfu": 0.5, "forecast": 0.4}
+    fixed = {
+        "what": "train",
+        "target": "h100:1",
+        "chips": 1,
+        "mesh": {"data": 1},
+        "batch": 4,
+        "length": 128,
+        "error": "",
+    }
+    measured = {"sent": {}, "cost": cost, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0}
+    return Plan(**{**known, **times, **fixed, **measured, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "FITS: takes 1.00 GiB of 80.00 GiB a chip"),
+        ({"peak": 90 * 2.0**30, "fits": False}, "DOES NOT FIT: takes 90.00 GiB of 80.00 GiB a chip"),
+        (
+            {"peak": None, "fits": False, "error": "RESOURCE_EXHAUSTED: Used 20.1G of 15.7G hbm"},
+            "DOES NOT FIT: needs 20.1G",
+        ),
+        ({"capacity": None}, "whether it fits is not said"),
+    ],
+)
+def test_the_second_line_is_the_verdict(changes, verdict) -> None:  # type: ignore[no-untyped-def]
+    assert describe(example(**changes)).splitlines()[1].startswith(verdict)
+
+
+def test_a_forecast_stands_beside_the_bound() -> None:
+    said = describe(example())
+    assert "roofline:        0.2000 s, 2,560 tokens/s at most" in said
+    assert "forecast:        0.4000 s, 1,280 tokens/s, assuming 50 % of the peak for products" in said
+
+
+def test_times_of_decoding_by_hand() -> None:
+    """13B on v5e: each chip reads its part of the weights; rows that the mesh does not divide are answered by every copy."""
+    target, cost = targets.parse("v5e-8"), decode_cost(preset("chatpose_13b"), 1, 1024)
+
+    def times(data: int, fsdp: int, tensor: int) -> dict[str, float]:
+        mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+        return _roofline("decode", cost, target, mesh, 1, {"all-reduce": 1.8e6}, 80)
+
+    split = times(1, 1, 8)
+    assert split["memory"] == pytest.approx((cost.weights + cost.activations) / 8 / 8.2e11)
+    assert split["seconds"] == split["memory"]
+    assert split["forecast"] == pytest.approx(split["memory"] / 0.65 + 80 * 20e-6)
+    assert times(1, 8, 1)["memory"] == pytest.approx((cost.weights / 8 + cost.activations) / 8.2e11)
+    assert times(8, 1, 1)["memory"] == pytest.approx((cost.weights + cost.activations) / 8.2e11)
+    assert times(8, 1, 1)["compute"] == pytest.approx(8 * split["compute"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -188,20 +284,89 @@ def test_a_wrong_request_is_one_clear_line(arguments, words, capsys) -> None:  #
     assert words in capsys.readouterr().err
 
 
-def test_plans_for_tpus_ask_for_the_least_effort():  # most of a compiler's time goes into a fast program
-    assert targets.compiler_options(targets.parse("v5e:2x4")) == {"exec_time_optimization_effort": -1.0}
-    assert targets.compiler_options(targets.parse("v5e:2x4"), 0) == {"exec_time_optimization_effort": 0.0}
-    assert targets.compiler_options(targets.parse("cpu:1")) is None
+class Compiler:
+    """A compiler for TPUs that knows some options: what stands in for ``targets._takes``."""
+
+    def __init__(self, *known: str) -> None:
+        self.known = known
+
+    def __call__(self, target: targets.Target, options: dict[str, object]) -> bool:
+        return set(options) <= set(self.known)
+
+
+@pytest.mark.parametrize(
+    ("known", "effort", "options", "words"),
+    [
+        ("exec_time_optimization_effort", -1, {"exec_time_optimization_effort": -1.0}, "effort=-1.0"),
+        ("exec_time_optimization_effort", 0, {"exec_time_optimization_effort": 0.0}, "effort=0.0"),
+        ("optimization_level", -1, {"optimization_level": "O0"}, "level=O0"),
+        ("optimization_level", -0.2, {"optimization_level": "O1"}, "level=O1"),
+        ("optimization_level", 0, None, "default"),
+        ("", 0, None, "default"),
+        ("", -1, None, "takes no option for effort, --effort -1 was not followed"),
+    ],
+)
+def test_effort_is_asked_for_by_the_name_that_the_compiler_takes(known, effort, options, words, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(targets, "_takes", Compiler(known))
+    found, said = targets.compiler_options(targets.parse("v5e:2x4"), effort)
+    assert found == options and words in said
+    assert targets.compiler_options(targets.parse("cpu:1"), effort) == (None, "")
+
+
+LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs")
+
+
+@LIBTPU
+@pytest.mark.parametrize("effort", ["-1", "0"])
+def test_a_plan_for_a_tpu_by_the_compiler_that_is_here(effort, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "plan.json"
+    words = ("--target", "v5e-4", "--batch", "4", "--length", "128", "--effort", effort, "--json", str(out))
+    assert plan("--decode", *words) == 0
+    printed = capsys.readouterr().out
+    assert "on v5e:2x2 (4 chips" in printed and "\nFITS: takes" in printed and "effort: " in printed
+    assert "not followed" not in printed  # else a compiler takes a name that we do not know
+    data = json.loads(out.read_text())
+    assert data["seconds"] < data["forecast"] < 0.1 and data["sent"]["all-reduce"] > 0
+
+
+def test_the_probe_tells_an_unknown_option_from_a_failure(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(targets, "devices", lambda target: jax.devices("cpu"))
+
+    def refuse(words: str) -> bool:
+        class Lowered:
+            def lower(self, **_):  # type: ignore[no-untyped-def]
+                return self
+
+            trace = lower
+
+            def compile(self, compiler_options):  # type: ignore[no-untyped-def]
+                raise jax.errors.JaxRuntimeError(words)
+
+        monkeypatch.setattr(jax, "jit", lambda function: type("Jitted", (), {"trace": lambda self, x: Lowered()})())
+        return targets._takes(targets.parse("v5e:2x4"), {"x": 1})
+
+    assert not refuse("INVALID_ARGUMENT: No such compile option: 'x'")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lockfile"):
+        refuse("ABORTED: Internal error when accessing libtpu multi-process lockfile")
+
+
+def test_devices_of_a_plan_are_never_looked_for(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A GPU's plugin without its GPU ends in a traceback: the command asks for the CPU itself."""
+    script = "import sys; from chatpose_jax.cli.main import main; main(sys.argv[1:]); import jax; print(jax.default_backend())"
+    command = [sys.executable, "-c", script, "plan", "--config", "tiny", "--target", "cpu:999"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "cpu\n" and done.stderr.startswith("error: this process has"), done.stderr
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert plan("--target", "v5e:2x4", "--batch", "8") == 2
-    assert 'pip install "chatpose-jax[tpu]"' in capsys.readouterr().err
+    assert 'pip install ".[tpu]"' in capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs")
+@LIBTPU
 def test_13b_fits_eight_v5e(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """The paper's recipe, compiled by the real compiler for a machine that is not here."""
     out = tmp_path / "plan.json"

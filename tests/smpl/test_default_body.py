@@ -292,7 +292,7 @@ def test_building_without_its_packages_says_what_to_install(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0
-    assert "chatpose-jax[body]" in result.stderr and "fast-simplification" in result.stderr
+    assert "'.[body]'" in result.stderr and "fast-simplification" in result.stderr
     assert not (tmp_path / "x.npz").exists()
 
 

@@ -214,7 +214,7 @@ def test_without_torch_and_other_mistakes(chatpose: tuple[Path, Path, Path], tmp
     with pytest.raises(UserError, match=r"no model folder|convert it first"):
         list(verify(source, tmp_path / "src"))
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pip install 'chatpose-jax\[torch\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[torch\]' in the checkout"):
         list(verify(source, out, vision=clip))
 
 
