@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a GPU's plugin without its GPU would fail
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for another machine cannot be loaded from it
     config = load_config(args.config, args.overrides)
     from chatpose_jax.planning.plan import describe, mesh_sizes, plan_decoding, plan_training
     from chatpose_jax.planning.targets import EFFORT, parse
