@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -164,6 +164,39 @@ def _demand_plain(settings: Mapping[str, Any], where: Path) -> None:
             f"{where / ADAPTER_CONFIG}: {', '.join(f'{key}={settings[key]!r}' for key in odd)}: this model holds plain LoRA "
             "of one rank and one alpha; merge the adapter into its base in PyTorch first (merge_and_unload)"
         )
+
+
+def targeting(settings: Mapping[str, Any], where: Path) -> Callable[[str], bool] | None:
+    """PEFT's rule of which modules have an adapter, by their names in the base; ``None`` where the settings do not say it.
+
+    Raises UserError for settings that are no such rule.
+    """
+    targets, chosen = settings.get("target_modules"), settings.get("layers_to_transform")
+    excluded, pattern = settings.get("exclude_modules") or [], settings.get("layers_pattern") or []
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return None
+    layers = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    numbered = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+
+    def named(module: str, names: str | list[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def targeted(module: str) -> bool:
+        if (excluded and named(module, excluded)) or not named(module, targets):
+            return False
+        if not layers or isinstance(targets, str) or module in targets:
+            return True
+        found = next((match for each in numbered if (match := re.match(each, module))), None)
+        return found is not None and int(found[1]) in layers
+
+    try:
+        targeted("model.layers.0.self_attn.q_proj")
+    except (re.error, TypeError) as error:
+        raise UserError(f"{where / ADAPTER_CONFIG}: no rule of which modules are adapted ({error})") from None
+    return targeted
 
 
 def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path) -> dict[str, tuple[int, ...]]:

@@ -277,6 +277,11 @@ def _rounded(plan: Plan) -> collections.Counter[tuple[str, str, str]]:
             leaf = plan.leaves.get(place[0].target) if place else None
             if leaf is not None and leaf.dtype.itemsize > 1 and np.promote_types(entry.dtype, leaf.dtype) != leaf.dtype:
                 found[source.title, entry.dtype.name, leaf.dtype.name] += 1
+        base = plan.config.text.base_vocab_size
+        for name, ids in source.token_rows.items():  # rows of new tokens stay in float32
+            stored, kept = source.checkpoint.tensors[name].dtype, np.dtype(plan.config.param_dtype)
+            if any(id < base for id in ids) and np.promote_types(stored, kept) != kept:
+                found[source.title, stored.name, kept.name] += 1
     return found
 
 

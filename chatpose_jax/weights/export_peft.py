@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -40,6 +41,7 @@ def adapter_plan(
         raise UserError("a LlamaForCausalLM has no projector; leave --with-projector out, or say --base-class llava")
     saved = ["multi_modal_projector"] if with_projector or ("projector" in changed.whole & layout.parts) else []
     rules = [rule for rule in layout.lora if rule.target in model.shapes]
+    adapted = _adapted_layers(model)
     rules += [rule for rule in layout.rules if saved and rule.target.startswith("projector/")]
     rows, token_rows = {}, []
     for module in ("embed_tokens", "lm_head"):
@@ -53,6 +55,7 @@ def adapter_plan(
     tensors = [
         dataclasses.replace(tensor, name=adapters.PREFIX + tensor.name)
         for tensor in [*model.tensors(rules, dtype), *token_rows]
+        if _is_held(tensor.name, adapted)
     ]
     settings = {
         "peft_type": "LORA",
@@ -62,10 +65,7 @@ def adapter_plan(
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,
-        # CLIP has projections of the same names, so the decoder's are said in full.
-        "target_modules": rf".*layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
-        if base_class == "llama"
-        else rf".*language_model.*\.({'|'.join(lora.targets)})",
+        "target_modules": _target_modules(base_class, adapted, text.num_layers),
         "modules_to_save": saved or None,
         "trainable_token_indices": rows or None,
         "bias": "none",
@@ -96,6 +96,40 @@ def adapter_plan(
     if "projector" in changed.whole - layout.parts:
         notes.append("the projector, which the adapter had brought, has no place in a LlamaForCausalLM: left out")
     return ExportPlan({"adapter_model": tensors, **head_weights(model)}, files, notes)
+
+
+def _adapted_layers(model: StoredModel) -> dict[str, list[int]]:
+    """Projection → the layers where its adapter is there: A = B = 0 stands for none, and never trains."""
+    found: dict[str, list[int]] = {}
+    for path, shape in model.shapes.items():
+        if not path.endswith("/lora_a"):
+            continue
+        pair = [(name, model.shapes[name][1:]) for name in (path, f"{path[:-1]}b")]
+        found[path.split("/")[-2]] = [
+            layer
+            for layer in range(shape[0])
+            if any(model.read(name, layer, tuple(slice(0, n) for n in size)).any() for name, size in pair)
+        ]
+    return found
+
+
+def _is_held(name: str, adapted: Mapping[str, Sequence[int]]) -> bool:
+    match = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.", name)
+    return match is None or int(match[1]) in adapted[match[2]]
+
+
+def _target_modules(base_class: BaseClass, adapted: Mapping[str, Sequence[int]], layers: int) -> str:
+    """CLIP has projections of the same names, so the decoder's are said in full."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for target, held in adapted.items():
+        if held:
+            groups.setdefault(tuple(held), []).append(target)
+    before = r".*layers" if base_class == "llama" else r".*language_model.*layers"
+    each = []
+    for held, targets in groups.items():
+        numbers = r"\d+" if len(held) == layers else f"({'|'.join(map(str, held))})"
+        each.append(rf"{before}\.{numbers}\.(self_attn|mlp)\.({'|'.join(targets)})")
+    return "|".join(each)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,13 +58,20 @@ def _pieces(whole: slice, step: int) -> list[slice]:
 
 
 def source_leaf(
-    path: str, target: jax.ShapeDtypeStruct, rule: Rule, entries: Sequence[TensorEntry], row_start: int
+    path: str, target: jax.ShapeDtypeStruct, rule: Rule, entries: Sequence[TensorEntry | None], row_start: int
 ) -> Leaf:
-    """The leaf that ``rule`` makes of ``entries``, one a layer where it is stacked. row_start: first row of the source that belongs to it."""
+    """The leaf that ``rule`` makes of ``entries``, one a layer where it is stacked, zeros for a layer without one. row_start:
+    first row of the source that belongs to it."""
     shape = tuple(target.shape[1:] if rule.stacked else target.shape)
     dtype = np.dtype(target.dtype)
 
-    def read_layer(entry: TensorEntry, index: Index, out: np.ndarray) -> None:
+    first = next(entry for entry in entries if entry is not None)
+
+    def read_layer(entry: TensorEntry | None, index: Index, out: np.ndarray) -> None:
+        if entry is None:
+            out[...] = 0
+            return
+
         def read(box: Index) -> np.ndarray:
             rows = slice(box[0].start + row_start, box[0].stop + row_start) if row_start else box[0]
             return entry.read((rows, *box[1:]), borrowed=True)
@@ -88,9 +95,11 @@ def source_leaf(
 
     def origin(index: Index) -> tuple[str, int]:
         entry = entries[index[0].start if rule.stacked else 0]
+        if entry is None:
+            return str(first.file), first.offset
         return str(entry.file), entry.offset + (index[axis].start + row_start) * (entry.nbytes // entry.shape[0])
 
-    names = tuple(entry.name for entry in entries)
+    names = tuple(entry.name if entry is not None else "" for entry in entries)
     return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, names, origin=origin)
 
 

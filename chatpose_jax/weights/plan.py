@@ -227,7 +227,7 @@ def _plan_source(
         if rule.target in skipped:
             ignored.update({name: skipped[rule.target] for name in names if name in tensors})
             continue
-        absent = [name for name in names if name not in tensors]
+        absent = [name for name in names if name not in tensors and not source.spares(name)]
         target = tree.get(rule.target)
         if absent or target is None:
             for name in absent:
@@ -239,10 +239,14 @@ def _plan_source(
         if rule.target in leaves:
             problems.add("duplicate", f"{rule.target} comes from {source.title} and from another source")
             continue
-        fits = [_fits(rule, target, tensors[name], rows, problems) for name in names if rule.rows != "added"]
+        fits = [
+            _fits(rule, target, tensors[name], rows, problems)
+            for name in names
+            if rule.rows != "added" and name in tensors
+        ]
         if all(fits):
             start = config.text.base_vocab_size if rule.rows == "added" else 0
-            leaves[rule.target] = source_leaf(rule.target, target, rule, [tensors[name] for name in names], start)
+            leaves[rule.target] = source_leaf(rule.target, target, rule, [tensors.get(name) for name in names], start)
     for name in tensors:
         if name in known:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ class Source:
     """One checkpoint and what it is.
 
     lora: of the adapters in it. token_rows: tensors that replace rows of the vocabulary, and which.
+    targeted: whether a module has an adapter, where the adapter's settings say it.
     """
 
     checkpoint: Checkpoint
     layout: Layout
     lora: LoRAConfig | None = None
     token_rows: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    targeted: Callable[[str], bool] | None = None
 
     __repr__ = one_line
 
@@ -38,6 +40,13 @@ class Source:
     def title(self) -> str:
         """How errors and reports call it."""
         return self.checkpoint.folder.name or str(self.checkpoint.folder)
+
+    def spares(self, name: str) -> bool:
+        """Whether a tensor of LoRA is rightly absent: the settings give its module no adapter, and the file has none."""
+        module, lora, _ = name.rpartition(".lora_")
+        if not lora or self.targeted is None or self.targeted(module):
+            return False
+        return not any(f"{module}.lora_{side}.weight" in self.checkpoint.tensors for side in "AB")
 
     @property
     def targets(self) -> set[str]:
@@ -172,10 +181,12 @@ def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> 
     settings = _adapter_config(checkpoint)
     lora = adapters.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
     rows = adapters.token_ids(shapes, settings, checkpoint.folder)
+    targeted = adapters.targeting(settings, checkpoint.folder) if lora is not None else None
     if lora is not None and family is None:
         over = _base_of_adapter(shapes)
         if over is not None:
-            return Source(checkpoint, adapters.alone(over, shapes), lora, rows)
+            _demand_all_projections(over, shapes, targeted, checkpoint.folder)
+            return Source(checkpoint, adapters.alone(over, shapes), lora, rows, targeted)
     try:
         layout = recognise(shapes, checkpoint.config(), family)
     except UserError as error:
@@ -200,6 +211,20 @@ def _bare(checkpoint: Checkpoint) -> Checkpoint:
             )
         tensors[bare] = entry
     return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _demand_all_projections(
+    over: Layout, shapes: Mapping[str, Shape], targeted: Callable[[str], bool] | None, folder: Path
+) -> None:
+    """Raises UserError where the settings put adapters on a projection of which the file has nothing in any layer."""
+    held = {place[0].target for name in shapes if (place := dataclasses.replace(over, rules=over.lora).locate(name))}
+    for rule in over.lora:
+        module = rule.source.rpartition(".lora_")[0]
+        if targeted and rule.target not in held and any(targeted(module.replace("{i}", str(n))) for n in range(200)):
+            raise UserError(
+                f"{folder}: {adapters.ADAPTER_CONFIG} puts adapters on {module.split('.')[-1]}, of which the file has none; "
+                "fetch the adapter again"
+            )
 
 
 def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:

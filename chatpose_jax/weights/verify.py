@@ -385,6 +385,8 @@ class _Torch:
             if not (target.startswith("decoder/layers/") and target.endswith("/lora_a")):
                 continue
             first = name.replace("{i}", str(number))
+            if first not in source.checkpoint.tensors:
+                continue  # peft has adapters where its file has them
             a, b = (self.tensors(source, each) for each in (first, first.replace("lora_A", "lora_B")))
             settings = _peft_settings(source)
             alpha = settings["lora_alpha"] if self.lora_alpha is None else self.lora_alpha

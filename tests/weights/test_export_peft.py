@@ -487,3 +487,43 @@ def test_one_set_of_adapters(written: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "base", base.config.to_dict())
     with pytest.raises(UserError, match="both hold adapters, this model holds one set"):
         convert(tmp_path / "base", tmp_path / "out", adapter=written / "adapter", lora_alpha=4)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"target_modules": r".*language_model.*layers\.(0\.self_attn\.q_proj|2\.mlp\.up_proj)"},
+    ],
+    ids=["layers_to_transform", "pattern"],
+)
+def test_an_adapter_on_some_layers(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """A = B = 0 where there is none: exact, and it goes out as it came."""
+    exclude = {"exclude_modules": r".*vision_tower.*"}
+    model = peft_over_llava(tmp_path, **exclude | chosen)
+    theirs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len([name for name in theirs if "lora_" in name]) < 3 * 2 * 2
+    model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
+    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 144))
+    encoded, logits, _ = answers(tmp_path / "jax")
+    np.testing.assert_allclose(logits, llava_answers(model, encoded, -1, head)[0], atol=TOLERANCE)
+    stages = list(verify(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter"))
+    assert all(stage.within(cli.TOLERANCE) for stage in stages)
+
+    export(tmp_path / "jax", tmp_path / "out", "peft")
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name for name in ours if "lora_" in name} == set(theirs)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert sum("lora_" in name for name, _ in again.named_parameters()) == len(theirs)
+    np.testing.assert_allclose(llava_answers(again, encoded, -1, head)[0], logits, atol=TOLERANCE)
+
+    # A layer that the settings do adapt and the file lacks is still missing.
+    lost = next(name for name in theirs if ".layers.2." in name).split(".lora_")[0]
+    kept = {name: tensor for name, tensor in theirs.items() if not name.startswith(lost)}
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(
+        UserError, match=r"missing \(2\): .*layers\.2\.|adapters on up_proj, of which the file has none"
+    ):
+        convert(tmp_path / "base", tmp_path / "x", adapter=tmp_path / "adapter")

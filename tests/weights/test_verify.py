@@ -185,7 +185,7 @@ def test_a_tower_in_another_dtype_than_the_decoder(tmp_path: Path, capsys: Any) 
     ids=["modules", "rows"],
 )
 def test_an_adapter_in_float32_over_a_base_in_half_precision(tmp_path: Path, settings: Any) -> None:
-    """Its tables are rounded with the base, its rows of new tokens are not."""
+    """Its tables are rounded with the base, and the report says so; its rows of new tokens are not."""
     pytest.importorskip("peft")
     from .test_export_peft import peft_over_llava
 
@@ -198,6 +198,8 @@ def test_an_adapter_in_float32_over_a_base_in_half_precision(tmp_path: Path, set
                 parameter += 1e-4 * torch.randn(parameter.shape)
     model.save_pretrained(tmp_path / "adapter")
     converted(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
+    report = "\n".join(cli.describe_plan(make_plan(open_sources(tmp_path / "base", adapter=tmp_path / "adapter"))))
+    assert re.search(r"rounded     \d tensors of adapter: float32 to bfloat16", report)
     assert not wrong(verify(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter"))
 
 
