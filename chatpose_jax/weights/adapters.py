@@ -55,6 +55,36 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
+# What says where adapters are, how they were trained, or what is read elsewhere in here.
+_NEUTRAL = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "trainable_token_indices",
+    "use_rslora",
+    "velora_config",
+}
 # Initialisations that also change the base's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -156,6 +186,7 @@ def lora_config(
 
 def _demand_plain(settings: Mapping[str, Any], where: Path) -> None:
     odd = [key for key, plain in _PLAIN.items() if key in settings and settings[key] not in plain]
+    odd += [key for key in settings if key not in _PLAIN and key not in _NEUTRAL and settings[key]]  # of a later PEFT
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
         odd.append("init_lora_weights")

@@ -376,6 +376,7 @@ def test_an_adapter_in_half_precision_comes_back_bit_by_bit(written: Path, tmp_p
         ({"r": 16}, r"adapters of rank 8 and r=16 in adapter_config\.json; expected one rank for all"),
         ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}: this model holds plain LoRA"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"use_what_a_later_peft_has": True}, "use_what_a_later_peft_has=True"),
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
