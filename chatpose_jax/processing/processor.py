@@ -155,7 +155,7 @@ class Processor:
             ) from None
 
     def save(self, folder: str | Path) -> None:
-        """Write what ``load`` reads: ``tokenizer.json``, ``tokenizer_config.json`` and ``processor.json``."""
+        """Write what ``load`` reads: the tokenizer's files as they came, and ``processor.json``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)

@@ -12,7 +12,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,28 @@ MARKER_LITERALS = ("<im_start>", "<im_end>")
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _OPENING, _CLOSING = "([{\"'“‘", ".,;:!?)]}%\"'”’…"
-_FILES = ("tokenizer.json", "tokenizer.model")
+_FAST, _SLOW, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+TOKENIZER_FILES = (
+    _FAST,
+    _SLOW,
+    SETTINGS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What makes up a tokenizer in a folder of transformers, 4.x or 5.x; either of the first two is needed."""
+ANY_FAST = "PreTrainedTokenizerFast"
+"""The class that reads ``tokenizer.json`` as it stands, in 4.x and 5.x."""
+_LLAMA = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 class TextTokenizer:
@@ -39,9 +60,12 @@ class TextTokenizer:
     bos_token_id, eos_token_id, pad_token_id: ids of ``<s>``, ``</s>`` and ``<unk>`` (rows are padded with unk, as
         LLaVA does).
     pose_token, pose_token_id: the pose token's literal in this vocabulary and its id, or None.
+    files: name -> content, what it was read from; ``save`` writes them again, byte for byte.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, where: str = "the tokenizer") -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, where: str = "the tokenizer", files: Mapping[str, bytes] | None = None
+    ) -> None:
         data = json.loads(backend.to_str())
         model = data["model"]
         if model["type"] != "BPE" or not model.get("byte_fallback"):
@@ -50,6 +74,7 @@ class TextTokenizer:
                 "ChatPose needs Vicuna's tokenizer"
             )
         self.backend = backend
+        self.files = complete({_FAST: backend.to_str().encode()} if files is None else files)
         self.size = backend.get_vocab_size()
         added = {token["content"]: token["id"] for token in data["added_tokens"]}
         vocabulary = {**model["vocab"], **added}
@@ -80,43 +105,31 @@ class TextTokenizer:
         Raises UserError for a folder without one, a damaged file, or another layout than LLaMA's.
         """
         folder = Path(folder)
-        found = [name for name in _FILES if (folder / name).is_file()]
+        files = read_files(folder)
+        found = [name for name in (_FAST, _SLOW) if name in files]
         if not found:
             raise UserError(
-                f"no tokenizer in {str(folder)!r}: expected {' or '.join(_FILES)}; "
+                f"no tokenizer in {str(folder)!r}: expected {_FAST} or {_SLOW}; "
                 "copy it from the checkpoint's original folder"
             )
         import_transformers()
         from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-        loader = PreTrainedTokenizerFast if found[0] == "tokenizer.json" else LlamaTokenizer
+        loader = PreTrainedTokenizerFast if _FAST in files else LlamaTokenizer
         try:
             backend = loader.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-            if "tokenizer.model" in found:
-                backend = _with_exact_merges(backend, folder / "tokenizer.model")
+            if _SLOW in files:
+                backend = _with_exact_merges(backend, folder / _SLOW)
         except Exception as error:  # transformers raises whatever its parsers stumble on
             raise UserError(
                 f"{found[0]} in {str(folder)!r} is damaged or no tokenizer ({type(error).__name__}: {error!s:.200})"
             ) from error
-        return cls(backend, f"the tokenizer in {str(folder)!r}")
+        return cls(backend, f"the tokenizer in {str(folder)!r}", files)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which ``read`` and transformers take."""
-        import_transformers()
-        from transformers import PreTrainedTokenizerFast
-
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-        PreTrainedTokenizerFast(
-            tokenizer_object=self.backend, clean_up_tokenization_spaces=False, **names
-        ).save_pretrained(str(folder))
-
-    def with_pose_token(self, literal: str = POSE) -> TextTokenizer:
-        """This tokenizer with the pose token as its next id, or itself where it has one."""
-        if self.pose_token is not None:
-            return self
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.add_tokens([tokenizers.AddedToken(literal, normalized=False, special=False)])
-        return TextTokenizer(backend)
+        """Write ``files``, which ``read`` and transformers take."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, with SentencePiece's leading space and no BOS; special tokens written in it are ordinary
@@ -192,6 +205,24 @@ def import_transformers() -> None:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+def read_files(folder: str | Path) -> dict[str, bytes]:
+    """The tokenizer's files in a folder, by name."""
+    return {name: (Path(folder) / name).read_bytes() for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
+
+
+def complete(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """With LLaMA's settings (BOS in front, no EOS) where there are none: without them transformers writes no BOS."""
+    if SETTINGS in files:
+        return dict(files)
+    kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True} if _SLOW in files else {"tokenizer_class": ANY_FAST}
+    return {**files, SETTINGS: json_bytes(kind | _LLAMA)}
+
+
+def json_bytes(data: Any) -> bytes:
+    """A JSON file's content."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _with_exact_merges(backend: tokenizers.Tokenizer, path: Path) -> tokenizers.Tokenizer:

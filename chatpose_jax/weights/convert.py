@@ -18,7 +18,15 @@ from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import DType, ModelConfig
 from chatpose_jax.weights.adapters import CHANGES
 from chatpose_jax.weights.arrays import Params, write_leaves
-from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, is_model_folder, new_folder, write_config
+from chatpose_jax.weights.folder import (
+    PARAMS,
+    PASSENGERS,
+    TOKENIZER,
+    is_model_folder,
+    new_folder,
+    unwritable,
+    write_config,
+)
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.pictures import describe, write_pictures
 from chatpose_jax.weights.placing import Shardings, place
@@ -172,10 +180,11 @@ def convert(
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
+        needs = f"the conversion needs {plan.nbytes / 1e9:.2g} GB"
+        if isinstance(error, OSError) and (found := unwritable(out, error, needs)):
+            raise found from None
         if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(
-                f"{out}: the disk is full; the conversion needs {plan.nbytes / 1e9:.2g} GB; nothing was left behind"
-            ) from None
+            raise UserError(f"{out}: the disk is full; {needs}; nothing was left behind") from None
         if "os_error_code" in str(error):  # tensorstore's way to pass on what the system said
             raise UserError(
                 f"{out}: cannot be written ({' '.join(str(error).split())}); nothing was left behind"

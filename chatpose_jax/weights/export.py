@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -19,12 +18,12 @@ from tqdm import tqdm
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType, ModelConfig, VisionConfig
 from chatpose_jax.processing.images import ImageSettings
-from chatpose_jax.processing.processor import SETTINGS_FILE, Processor
+from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
-from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, new_folder
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, new_folder, unwritable
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape
 from chatpose_jax.weights.readers import TensorEntry, read_safetensors_header
 from chatpose_jax.weights.tokens import read_tokens, write_tokenizer
@@ -109,15 +108,12 @@ def export(
                 # peft reads one file, and so do we of a head.
                 files += write_sharded(partial, tensors, limit if stem == "model" else nbytes, bar.update, stem)
             write_tokenizer(model.tokens, partial, plan.new_tokens)
-            if (settings := folder / TOKENIZER / SETTINGS_FILE).is_file():
-                shutil.copyfile(settings, partial / SETTINGS_FILE)
             for name, data in plan.json_files.items():  # config.json last: nothing loads without it
                 (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{out}: the disk is full; the export needs {nbytes / 1e9:.2g} GB; nothing was left behind"
-            ) from None
+        smaller = "; --max-shard-size makes smaller files" if error.errno == errno.EFBIG else ""
+        if found := unwritable(out, error, f"the export needs {nbytes / 1e9:.2g} GB{smaller}"):
+            raise found from None
         raise
     return Exported(tuple(files), nbytes, tuple(plan.notes))
 
@@ -177,7 +173,7 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
         files[pose_head.DESCRIPTION] = pose_head.describe(config, model.pose_token)
     files["generation_config.json"] = _generation(config)
     files["config.json"] = layout.config_json(result)
-    if Processor.load(model.folder / TOKENIZER, config).images.fit == "pad":
+    if _images(model).fit == "pad":
         if format == "llava":
             files["config.json"]["image_aspect_ratio"] = "pad"
         elif format == "chatpose":
@@ -255,9 +251,13 @@ def _generation(config: ModelConfig) -> dict[str, Any]:
     return {name: id for name, id in ids.items() if id >= 0}
 
 
+def _images(model: StoredModel) -> ImageSettings:
+    return Processor.load(model.folder / TOKENIZER, model.config).images
+
+
 def _processor_files(model: StoredModel) -> dict[str, Any]:
     """What transformers' ``AutoProcessor`` reads."""
-    images: ImageSettings = Processor.load(model.folder / TOKENIZER, model.config).images
+    images = _images(model)
     pad = images.fit == "pad"
     preprocessor = {
         "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",

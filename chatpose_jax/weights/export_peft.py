@@ -19,6 +19,7 @@ from chatpose_jax.weights.writers import Tensor
 
 BaseClass = Literal["llava", "llama"]
 BASE_CLASSES: tuple[BaseClass, ...] = get_args(BaseClass)
+_NEEDS = {"llava": "peft 0.15, transformers 4.52 and later", "llama": "peft 0.15 and later"}
 # PEFT knows modules by their names in memory.
 _LAYOUT = {
     "llava": next(layout for layout in LAYOUTS if layout.name == "llava_transformers_5_state_dict"),
@@ -67,14 +68,11 @@ def adapter_plan(
         "lora_dropout": lora.dropout,
         "target_modules": _target_modules(base_class, adapted, text.num_layers),
         "modules_to_save": saved or None,
-        "trainable_token_indices": rows or None,
+        # Settings of later releases only where they say something: releases without them refuse their names.
+        **({"trainable_token_indices": rows} if rows else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
     }
     files = {
         pose_head.DESCRIPTION: pose_head.describe(config, model.pose_token),
@@ -83,6 +81,7 @@ def adapter_plan(
     notes = [
         f"adapters: {lora_words(config)}",
         "the base is not in it: peft loads it onto the base that you started from",
+        f"for {_NEEDS[base_class]}; earlier ones may leave parts of it out without a word",
     ]
     if rows or saved:
         held = [f"rows {_ranges(ids)} of {module}" for module, ids in rows.items()]

@@ -14,6 +14,7 @@ runs that write the same folder the second ends with an error that names the fir
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -112,6 +113,25 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
     if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
         raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
+
+
+_UNWRITABLE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file would pass the limit on file sizes (ulimit -f, or the file system's)",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
+    errno.EIO: "the disk failed",
+    errno.ENAMETOOLONG: "a file name is too long for the file system",
+}
+
+
+def unwritable(out: str | Path, error: OSError, what: str) -> UserError | None:
+    """The error that says why ``out`` was not written; None where the system's reason is not one of writing."""
+    if error.errno not in _UNWRITABLE:
+        return None
+    return UserError(f"{out}: {_UNWRITABLE[error.errno]}; {what}; nothing was left behind")
 
 
 def _make_empty(partial: Path, path: Path) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from chatpose_jax.processing.conversation import POSE
+from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.sources import Source
-from chatpose_jax.weights.tokens import TOKENIZER_FILES, Tokens, new_tokens, read_tokens
+from chatpose_jax.weights.tokens import Tokens, new_tokens, read_tokens
 
 _SPARE_ROWS = 1024
 """How many rows an embedding may have without a token, to be of a round size."""

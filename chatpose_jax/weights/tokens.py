@@ -4,24 +4,40 @@ added, where."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.tokenizer import POSE_LITERALS, import_transformers
+from chatpose_jax.processing.processor import SETTINGS_FILE
+from chatpose_jax.processing.tokenizer import (
+    ANY_FAST,
+    POSE_LITERALS,
+    SETTINGS,
+    complete,
+    import_transformers,
+    json_bytes,
+    read_files,
+)
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers import demand_native, describe_folder, read_json
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "processor.json",  # ours, which export lays beside the weights
-)
+_ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+# transformers 5 writes these, which 4.x does not know or takes for something else.
+_ONLY_IN_5 = ("backend", "is_local", "local_files_only")
+_CLASSES_OF_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend")
+# A space before the text unless it has one, as a pre-tokenizer that tokenizers 0.13 to 0.15 cannot read, and as a
+# normalizer that all read.
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+_SPACE_IN_FRONT = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        {"type": "Replace", "pattern": {"Regex": r"\A(?!▁)"}, "content": "▁"},
+    ],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +115,20 @@ def new_tokens(tokens: Tokens, special: Mapping[int, str], last: int) -> list[st
 
 
 def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
-    """Writes a complete tokenizer to ``out``: the source's files, with ``added`` literals behind its vocabulary.
+    """Writes a complete tokenizer to ``out``: the source's files, with ``added`` literals behind its vocabulary in each
+    of their lists, and without what transformers 4.x cannot read where the same can be said in its words.
 
-    A bare ``tokenizer.model`` is completed with LLaMA's settings (BOS in front, no EOS): without them ``transformers``
-    writes no BOS. Raises UserError if the result has no BOS, or if the added literals do not get the ids that follow
-    ``tokens.size``.
+    A bare ``tokenizer.model`` is completed with LLaMA's settings. The settings of our own processor go along. Raises
+    UserError if transformers does not read the result as ``tokens`` and ``added`` say, or finds no BOS.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (tokens.folder / name).is_file():
-            shutil.copyfile(tokens.folder / name, out / name)
-    if not (out / "tokenizer_config.json").is_file():
-        _write_llama_settings(out)
+    new = {literal: tokens.size + offset for offset, literal in enumerate(added)}
+    for name, content in _files(tokens, new).items():
+        (out / name).write_bytes(content)
+    if (tokens.folder / SETTINGS_FILE).is_file():
+        shutil.copyfile(tokens.folder / SETTINGS_FILE, out / SETTINGS_FILE)
     import_transformers()
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(out), local_files_only=True, trust_remote_code=False)
@@ -120,40 +136,59 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
         raise UserError(
             f"{tokens.folder}: transformers cannot read this tokenizer ({type(error).__name__}: {error})"
         ) from None
-    if len(tokenizer) != tokens.size:
+    for literal, id in new.items():
+        if tokenizer.convert_tokens_to_ids(literal) != id:
+            raise UserError(f"{tokens.folder}: cannot add {literal!r} as id {id}; the vocabulary has it already")
+    if len(tokenizer) != tokens.size + len(new):
         raise UserError(
-            f"{tokens.folder}: transformers counts {len(tokenizer)} tokens, the files {tokens.size}; the tokenizer "
-            f"is incomplete"
+            f"{tokens.folder}: transformers counts {len(tokenizer) - len(new)} tokens, the files {tokens.size}; the "
+            f"tokenizer is incomplete"
         )
     if tokenizer.bos_token_id is None:
         raise UserError(
             f"{tokens.folder}: this tokenizer has no BOS token; LLaMA needs one (tokenizer_config.json: bos_token)"
         )
-    if added:
-        tokenizer.add_tokens(
-            [AddedToken(literal, special=True, normalized=False) for literal in added], special_tokens=True
-        )
-        for offset, literal in enumerate(added):
-            if tokenizer.convert_tokens_to_ids(literal) != tokens.size + offset:
-                raise UserError(
-                    f"{tokens.folder}: cannot add {literal!r} as id {tokens.size + offset}; the vocabulary has it "
-                    f"already"
-                )
-        tokenizer.save_pretrained(str(out))
 
 
-def _write_llama_settings(out: Path) -> None:
-    import json
+def _files(tokens: Tokens, new: Mapping[str, int]) -> dict[str, bytes]:
+    files = complete(read_files(tokens.folder))
+    files[SETTINGS] = json_bytes(_settings(json.loads(files[SETTINGS]), new, "tokenizer.model" in files))
+    if "tokenizer.json" in files:
+        files["tokenizer.json"] = json_bytes(_fast(json.loads(files["tokenizer.json"]), new))
+    if "tokenizer.model" in files or "added_tokens.json" in files:  # the slow tokenizer's only list before 4.34
+        files["added_tokens.json"] = json_bytes({**tokens.added, **new})
+    return files
 
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,
-        "clean_up_tokenization_spaces": False,
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+def _settings(settings: dict[str, Any], new: Mapping[str, int], slow: bool) -> dict[str, Any]:
+    """``tokenizer_config.json`` in the words that 4.x and 5.x share, with ``new`` where it lists the added tokens."""
+    settings = {name: value for name, value in settings.items() if name not in _ONLY_IN_5}
+    if settings.get("tokenizer_class") in (None, *_CLASSES_OF_5):
+        settings["tokenizer_class"] = "LlamaTokenizer" if slow else ANY_FAST
+    if isinstance(settings.get("extra_special_tokens"), list):  # a dict in 4.x
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if "added_tokens_decoder" in settings:
+        settings["added_tokens_decoder"] |= {str(id): {"content": literal, **_ADDED} for literal, id in new.items()}
+    elif slow and new:
+        # Without the list above, 4.x finds a token in the text as it was only if it is special: the second of
+        # "<image><image>" would be letters.
+        settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *new]
+    return settings
+
+
+def _fast(fast: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+    """``tokenizer.json`` with ``new``, in words that tokenizers reads from 0.13 on, as far as it has them."""
+    fast["added_tokens"] = [
+        *(fast.get("added_tokens") or []),
+        *({"id": id, "content": literal, **_ADDED} for literal, id in new.items()),
+    ]
+    model = fast.get("model") or {}
+    merges = model.get("merges") or []
+    pairs = [merge for merge in merges if not isinstance(merge, str)]
+    if not any(" " in piece for pair in pairs for piece in pair):
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    if fast.get("normalizer") is None and fast.get("pre_tokenizer") == _METASPACE:
+        fast["normalizer"], fast["pre_tokenizer"] = _SPACE_IN_FRONT, None
+        for token in fast["added_tokens"]:  # found in the text as it was
+            token["normalized"] = False
+    return fast

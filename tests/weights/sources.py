@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 from transformers import (
@@ -24,6 +25,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+
+from chatpose_jax.processing.tokenizer import TextTokenizer
 
 Names = Literal["4", "5", "state_dict", "4_state_dict"]
 Format = Literal["safetensors", "bin"]
@@ -99,6 +102,53 @@ def write_tokenizer(folder: Path, *, pose: str | None = "<POSE>") -> None:
     (folder / "tokenizer.json").write_text(json.dumps(data | {"added_tokens": kept}))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_sentencepiece(folder: Path, added: dict[str, int], *, fast: bool = False) -> None:
+    """The same ids from a SentencePiece model of 1024 pieces, as LLaMA's releases have it: ``tokenizer.model`` and
+    ``added_tokens.json`` (CHATPOSE-V0); with ``fast`` also ``tokenizer.json`` and the tokens in ``tokenizer_config.json``,
+    as transformers 4.37 saves them (LLaVA for transformers).
+    """
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    text = (Path(__file__).parents[2] / "LICENSE").read_text().splitlines()
+    with (folder / "tokenizer.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=model, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", split_digits=True,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2, num_threads=1,
+        )  # fmt: skip
+    settings: dict[str, Any] = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+    }
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if not fast:
+        return
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokens = {id: {"content": token, **flags} for token, id in {"<unk>": 0, "<s>": 1, "</s>": 2, **added}.items()}
+    settings["added_tokens_decoder"] = {str(id): token for id, token in tokens.items()}
+    data = json.loads(TextTokenizer.read(folder).backend.to_str())
+    data["added_tokens"] = [{"id": id, **token} for id, token in tokens.items()]
+    data["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    data["pre_tokenizer"] = None
+    data["model"]["merges"] = [" ".join(merge) for merge in data["model"]["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

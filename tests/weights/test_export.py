@@ -6,10 +6,13 @@ The peers are transformers (LLaVA-1.5, LLaMA, CLIP), peft, and plain torch for C
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -431,6 +434,11 @@ def test_pictures_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(found, mine.transpose(2, 0, 1), atol=0.05)
     back = model_folder(tmp_path / "hf", tmp_path / "back")
     assert Processor.load(back / TOKENIZER, load_config(back)).images.fit == "pad"
+    # LLaVA's own code asks its config.json.
+    export(tmp_path / "jax", tmp_path / "llava", "llava")
+    assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == "pad"
+    export(plain, tmp_path / "cropped", "llava")
+    assert "image_aspect_ratio" not in json.loads((tmp_path / "cropped" / "config.json").read_text())
 
 
 @register("listed_in_test_export")
@@ -528,6 +536,37 @@ def test_nothing_is_left_of_an_export_that_fails(
     monkeypatch.setattr(writers, "write_safetensors", whole)
     assert main(command) == 0
     assert "model-00001-of-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--max-shard-size", "20KB"]], ids=["one file", "shards"])
+def test_a_limit_on_file_sizes_says_where(plain: Path, tmp_path: Path, options: list[str]) -> None:
+    """The system's own error, of a process with ``ulimit -f``, names no file."""
+    script = (
+        "import resource, sys; from chatpose_jax.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["export", str(plain), str(tmp_path / "out"), "--format", "llava", "--quiet", *options]
+    run = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    message = (
+        r"out: a file would pass the limit on file sizes .*needs [\d.e-]+ GB; --max-shard-size makes smaller files"
+    )
+    assert re.search(message, run.stderr), run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reason", ["EDQUOT", "EROFS", "EACCES", "EIO"])
+def test_what_the_system_refuses_is_one_line(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def refused(*args: Any) -> None:
+        raise OSError(getattr(errno, reason), "without a path")
+
+    monkeypatch.setattr(writers, "write_safetensors", refused)
+    with pytest.raises(UserError, match=r"out: .*; the export needs .* GB; nothing was left behind"):
+        export(plain, tmp_path / "out", "transformers")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_description_must_stand_beside_the_head(plain: Path, tmp_path: Path) -> None:
