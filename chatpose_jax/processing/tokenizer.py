@@ -128,6 +128,7 @@ class TextTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``files``, which ``read`` and transformers take."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
