@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.attention import attention, causal_attention
-from chatpose_jax.models.chatpose import bind, create
+from chatpose_jax.models.chatpose import Params, bind, create
 from chatpose_jax.models.sharding import make_mesh, on_mesh
 
+from ..numerics import agree, rounded
 from . import small
 
 SEGMENTS = np.array([[1] * 90 + [2] * 60 + [0] * 10, [1] * 30 + [2] * 30 + [3] * 100], np.int32)
@@ -42,12 +43,9 @@ def test_splash_attention_is_the_portable_one(segments: np.ndarray | None) -> No
             y = attend(q, k, v) * counts
             return jnp.sum(jnp.sin(y)), y
 
-        return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
 
-    ((_, ours), gradients), ((_, expected), wanted) = run("splash"), run("xla")
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
-    for found, gradient in zip(gradients, wanted):
-        np.testing.assert_allclose(found, gradient, atol=5e-5)
+    jax.tree.map(agree, rounded(lambda qkv: run("xla")(*qkv), (q, k, v)), run("splash")(q, k, v))
 
 
 def test_splash_attention_over_a_mesh() -> None:
@@ -61,8 +59,8 @@ def test_splash_attention_over_a_mesh() -> None:
         with on_mesh(mesh):
             return causal_attention("splash", 128, 128, q.dtype, None)(q, k, v)
 
-    expected = causal_attention("xla", 128, 128, q.dtype, None)(q, k, v)
-    np.testing.assert_allclose(split(q, k, v), expected, atol=2e-5)
+    whole = causal_attention("xla", 128, 128, q.dtype, None)
+    agree(rounded(lambda qkv: whole(*qkv), (q, k, v)), split(q, k, v))
 
 
 def test_cudnn_lowers_for_a_gpu_and_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +92,14 @@ def test_halves_are_the_whole_square(length: int, packed: bool) -> None:
     attend = causal_attention("xla", length, 16, q.dtype, jnp.asarray(ids, jnp.int32) if packed else None)
 
     def run(attend):  # type: ignore[no-untyped-def]
-        return jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v) * counts)), (0, 1, 2))(q, k, v)
+        def total(qkv):  # type: ignore[no-untyped-def]
+            y = attend(*qkv) * counts
+            return jnp.sum(jnp.sin(y)), y
 
-    (ours, gradients), (expected, wanted) = run(attend), run(lambda q, k, v: attention(q, k, v, jnp.asarray(mask)))
-    np.testing.assert_allclose(attend(q, k, v) * counts, attention(q, k, v, jnp.asarray(mask)) * counts, atol=2e-6)
-    np.testing.assert_allclose(ours, expected, rtol=1e-5)
-    for found, gradient in zip(gradients, wanted):
-        np.testing.assert_allclose(found, gradient, atol=1e-5, rtol=1e-5)
+        return jax.value_and_grad(total, has_aux=True)
+
+    whole = run(lambda q, k, v: attention(q, k, v, jnp.asarray(mask)))
+    jax.tree.map(agree, rounded(whole, (q, k, v)), run(attend)((q, k, v)))
 
 
 def test_halves_gather_nothing_twice() -> None:
@@ -123,7 +122,7 @@ def test_halves_gather_nothing_twice() -> None:
     with on_mesh(mesh):
         attend = causal_attention("xla", 300, 16, q.dtype, None)
     ours, plain = split(attend), split(partial(attention, mask=jnp.tri(300, dtype=bool)[None]))
-    np.testing.assert_allclose(ours(q, k, v)[0], plain(q, k, v)[0], rtol=1e-5)
+    agree(rounded(lambda qkv: plain(*qkv)[0], (q, k, v)), ours(q, k, v)[0])
     counts = [step.lower(q, k, v).compile().as_text().count(" all-gather(") for step in (ours, plain)]
     assert counts[0] == counts[1] > 0
 
@@ -150,10 +149,10 @@ def test_packed_conversations_are_those_on_their_own() -> None:
     segments = jnp.asarray([[1] * len(first) + [2] * len(second) + [0] * 3], jnp.int32)
 
     @jax.jit
-    def run(ids: jax.Array, pixels: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    def run(params: Params, ids: jax.Array, pixels: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         return bind(config, params)(ids, pixel_values=pixels, segment_ids=segments).hidden[0]
 
-    packed = run(ids, images[None], segments)
+    packed = rounded(jax.jit(lambda params: run(params, ids, images[None], segments)), params)
     for start, row, image in ((0, first, images[:1]), (len(first), second, images[1:])):
-        alone = run(jnp.asarray([row]), image[None])
-        np.testing.assert_allclose(packed[start : start + len(row)], alone, atol=2e-5)
+        alone = run(params, jnp.asarray([row]), image[None])
+        agree(packed[start : start + len(row)], alone)

@@ -29,6 +29,7 @@ from chatpose_jax.generate import (
 from chatpose_jax.models.chatpose import Params, bind, create, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 
+from ..numerics import Rounded, agree, rounded
 from . import small
 
 POSE, END = small.POSE, 2
@@ -77,6 +78,17 @@ def _forward(config: ModelConfig) -> Any:
     return jax.jit(run)
 
 
+def without_cache(
+    params: Params, whole: Sequence[int], images: np.ndarray | None = None
+) -> tuple[Rounded, np.ndarray, Rounded]:
+    """States (T, D), greedy next tokens (T,) and poses (T, 24, 3, 3) of one row, by the forward that has no cache."""
+    ids, mask = np.zeros((1, WIDTH), np.int32), np.arange(WIDTH)[None] < len(whole)
+    ids[0, : len(whole)] = whole
+    run, pixels = _forward(small.config(2)), None if images is None else images[None]
+    states, greedy, poses = rounded(lambda params: run(params, ids, mask, pixels), params)
+    return states[0, : len(whole)], greedy[0, : len(whole)], poses[0, : len(whole)]
+
+
 def check(
     params: Params, prompt: Sequence[int], tokens: np.ndarray, hidden: np.ndarray, images: np.ndarray | None = None
 ) -> None:
@@ -84,16 +96,11 @@ def check(
 
     By induction over the answer, this is greedy decoding without a cache.
     """
-    config = small.config(2)
-    whole = [*prompt, *tokens.tolist()]
-    ids, mask = np.zeros((1, WIDTH), np.int32), np.arange(WIDTH)[None] < len(whole)
-    ids[0, : len(whole)] = whole
-    states, greedy, poses = _forward(config)(params, ids, mask, None if images is None else images[None])
-    place = slice(len(prompt) - 1, len(whole) - 1)
-    np.testing.assert_array_equal(tokens, greedy[0, place])
-    assert np.abs(hidden - states[0, place]).max() <= 2e-5
-    found = bind(config, params).poses(jnp.asarray(hidden))
-    assert np.abs(np.asarray(found - poses[0, place])).max() <= 2e-5
+    states, greedy, poses = without_cache(params, [*prompt, *tokens.tolist()], images)
+    place = slice(len(prompt) - 1, len(prompt) + len(tokens) - 1)
+    np.testing.assert_array_equal(tokens, greedy[place])
+    agree(states[place], hidden)
+    agree(poses[place], bind(small.config(2), params).poses(jnp.asarray(hidden)))
 
 
 def run(
@@ -230,12 +237,8 @@ def test_force_pose_adds_a_tail_only_where_the_model_offers_none() -> None:
     assert forced.tokens[1].tolist() == plain.tokens[1].tolist() == [21, POSE, 22, END]
     assert forced.tokens[2].tolist() == [31, 30, 31, 30, 31, *TAIL]
     # The forced pose's state is the one before its token, as for an offered one.
-    config = small.config(2)
-    whole = rows[0] + forced.tokens[0].tolist()
-    ids = np.zeros((1, WIDTH), np.int32)
-    ids[0, : len(whole)] = whole
-    states, *_ = _forward(config)(params, ids, np.arange(WIDTH)[None] < len(whole), None)
-    assert np.abs(forced.hidden[0][2] - states[0, len(rows[0]) + 1]).max() <= 2e-5
+    states, *_ = without_cache(params, rows[0] + forced.tokens[0].tolist())
+    agree(states[len(rows[0]) + 1], forced.hidden[0][2])
 
 
 def test_an_offered_pose_in_the_last_place_counts() -> None:
@@ -261,7 +264,8 @@ def test_streamed_pieces_join_to_the_answer() -> None:
         for b, tokens in enumerate(whole.tokens):
             np.testing.assert_array_equal(streamed.tokens[b], tokens)
             np.testing.assert_array_equal(joined[b, : counts[-1][b]], tokens)
-            assert np.abs(streamed.hidden[b] - whole.hidden[b]).max() <= 1e-5
+            states, *_ = without_cache(params, rows[b] + tokens.tolist())
+            agree(states[len(rows[b]) - 1 : -1], whole.hidden[b], streamed.hidden[b])
         assert len(pieces) == {1: 5, 3: 3}[every]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +18,7 @@ from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.models.layers import contract, matmul
 from chatpose_jax.models.remat import POLICIES
 
+from ..numerics import agree, rounded
 from . import small
 
 
@@ -51,19 +56,17 @@ def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
     params = create(config, jax.random.key(0))
     ids = jnp.asarray([small.row(config, 8)] * 2)
 
-    def gradients(remat: str) -> list[np.ndarray]:
+    def gradients(remat: str) -> Callable[[Any], Any]:
         def loss(decoder: dict) -> jax.Array:
             hidden = bind(config, params | {"decoder": decoder})(ids, dropout_key=jax.random.key(1), remat=remat).hidden
             return jnp.sum(hidden.astype(jnp.float32) ** 3)
 
-        return [np.asarray(g, np.float32) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params["decoder"]))]
+        return jax.jit(jax.grad(loss))
 
     policies = set(POLICIES) - {"none"} if scan and dtype == "float32" else {"full"}
-    plain = gradients("none")
+    plain = rounded(gradients("none"), params["decoder"])
     for policy in sorted(policies):
-        for expected, found in zip(plain, gradients(policy), strict=True):
-            largest = (1e-5 if dtype == "float32" else 5e-2) * np.abs(expected).max()
-            np.testing.assert_allclose(found, expected, rtol=0, atol=largest, err_msg=policy)
+        jax.tree.map(partial(agree, message=policy), plain, gradients(policy)(params["decoder"]))
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -96,18 +99,17 @@ def test_unrolled_layers_have_the_gradients_of_scanned_ones() -> None:
     ids = jnp.asarray([small.row(scanned, 8)])
 
     def gradient(config, params):  # type: ignore[no-untyped-def]
-        return jax.jit(jax.grad(lambda params: jnp.sum(bind(config, params)(ids).hidden ** 3)))(params)
+        return jax.grad(lambda params: jnp.sum(bind(config, params)(ids).hidden ** 3))(params)
 
-    apart = unstack_layers(gradient(scanned, params))["decoder"]
-    alone = gradient(unrolled, unstack_layers(params))["decoder"]
-    for found, expected in zip(jax.tree.leaves(alone), jax.tree.leaves(apart), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1.0))
+    apart = rounded(jax.jit(lambda params: unstack_layers(gradient(scanned, params))["decoder"]), params)
+    alone = jax.jit(partial(gradient, unrolled))(unstack_layers(params))["decoder"]
+    jax.tree.map(agree, apart, alone)
 
 
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
 def test_products_elsewhere_are_those_of_the_cpu(shape, monkeypatch):
     """GPU and TPU multiply without flattening rows; only the way differs."""
     x, kernel = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (16, 8))
-    here = layers.matmul(x, kernel)
+    here = rounded(lambda operands: layers.matmul(*operands), (x, kernel))
     monkeypatch.setattr(layers, "platform", lambda: "gpu")
-    np.testing.assert_allclose(layers.matmul(x, kernel), here, rtol=1e-5, atol=1e-6)
+    agree(here, layers.matmul(x, kernel))

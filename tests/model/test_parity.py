@@ -16,20 +16,19 @@ import torch
 from chatpose_jax.models.chatpose import bind, stack_layers, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 
+from ..numerics import Rounded, agree, rounded
 from . import peers, small
-
-TOLERANCE = 2e-5
 
 
 def our_logits(
     config: ModelConfig, params: Any, ids: np.ndarray, mask: np.ndarray, images: np.ndarray | None
-) -> np.ndarray:
+) -> Rounded:
     def run(params: Any) -> jax.Array:
         model = bind(config, params)
         return model.logits(model(ids, attention_mask=mask, pixel_values=images).hidden)
 
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(run)(params))
+        return rounded(jax.jit(run), params)
 
 
 def by_row(config: ModelConfig, rows: list[list[int]], images: np.ndarray) -> np.ndarray:
@@ -70,7 +69,7 @@ def test_logits_match_transformers(name: str, side: str, kv_heads: int) -> None:
         config, peers.to_tree(model, config), ids, mask, None if images is None else by_row(config, rows, images)
     )
     assert np.abs(expected[mask == 1]).max() > 1
-    assert np.abs(found - expected)[mask == 1].max() <= TOLERANCE
+    agree(found[mask == 1], expected[mask == 1])
 
 
 @pytest.mark.parametrize("wrong", ["rms_norm_eps", "rope_theta", "select_layer", "image_order"])
@@ -90,14 +89,15 @@ def test_the_comparison_sees_a_wrong_detail(wrong: str) -> None:
         with torch.no_grad():
             model.model.language_model.embed_tokens.weight.mul_(0.1)
         expected = peers.torch_logits(model, ids, mask, images)
-        assert np.abs(our_logits(small.config(2), params, ids, mask, given) - expected).max() <= TOLERANCE
+        agree(our_logits(small.config(2), params, ids, mask, given), expected)
     elif wrong == "rope_theta":
         config = ModelConfig.from_json(config.to_json() | {"text": config.to_json()["text"] | {"rope_theta": 10100.0}})
     elif wrong == "select_layer":
         params["vision"]["layers"] = jax.tree.map(lambda x: x.at[-1].set(x[0]), params["vision"]["layers"])
     else:
         given = given[:, ::-1]
-    assert np.abs(our_logits(config, params, ids, mask, given) - expected).max() > 2 * TOLERANCE
+    found = our_logits(config, params, ids, mask, given)
+    assert np.abs(found.value - expected).max() > 2 * found.bound
 
 
 def test_poses_match_the_released_head() -> None:
@@ -129,9 +129,9 @@ def test_poses_match_the_released_head() -> None:
         return ours.poses(hidden[tuple(np.array(places).T)])
 
     with jax.default_matmul_precision("highest"):
-        found = np.asarray(jax.jit(run)(peers.to_tree(model, config, head)))
-    assert found.shape == (3, 24, 3, 3)
-    assert np.abs(found - expected).max() <= TOLERANCE
+        found = rounded(jax.jit(run), peers.to_tree(model, config, head))
+    assert found.value.shape == (3, 24, 3, 3)
+    agree(found, expected)
 
 
 def test_scanned_and_unrolled_layers_agree() -> None:
@@ -142,7 +142,6 @@ def test_scanned_and_unrolled_layers_agree() -> None:
     images = small.pixels(stacked, 1)[None]
     params = peers.to_tree(model, stacked)
     apart = unstack_layers(params)
-    found = our_logits(stacked, params, ids, mask, images)
-    assert np.abs(found - our_logits(unrolled, apart, ids, mask, images)).max() <= 5e-6
+    agree(our_logits(stacked, params, ids, mask, images), our_logits(unrolled, apart, ids, mask, images))
     jax.tree.map(np.testing.assert_array_equal, stack_layers(apart), params)
     jax.tree.map(np.testing.assert_array_equal, peers.to_tree(model, unrolled), apart)

@@ -45,6 +45,7 @@ from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import initial  # noqa: E402
 from smpl_jax.rotations import rotation_6d_to_matrix  # noqa: E402
 
+from ..numerics import Rounded, agree, rounded  # noqa: E402
 from .sources import (  # noqa: E402
     POSE_ID,
     VOCAB,
@@ -59,7 +60,6 @@ from .sources import (  # noqa: E402
 )
 from .test_parity import (  # noqa: E402
     PICTURE,
-    TOLERANCE,
     flat_forward,
     gram_schmidt,
     poses_of,
@@ -120,15 +120,17 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         assert torch.equal(found[name], tensor.detach()), name
 
 
-def answers(folder: Path, messages: Any = CONVERSATION) -> tuple[Encoded, np.ndarray, np.ndarray]:
+def answers(folder: Path, messages: Any = CONVERSATION) -> tuple[Encoded, Rounded, Rounded]:
     """(the encoded conversation, our logits, our matrices) of a model folder, in float32."""
     config = load_config(folder).replace(dtype="float32", param_dtype="float32")
     encoded = Processor.load(folder / TOKENIZER, config).encode(messages, add_generation_prompt=False)
     pixels = np.stack(encoded.images)[None] if encoded.images else None
     params = load_params(folder, abstract_params(config))
     with jax.default_matmul_precision("highest"):
-        logits, matrices = forward(config)(params, encoded.input_ids[None], pixels, encoded.pose_positions - 1)
-    return encoded, np.asarray(logits), np.asarray(matrices)
+        run = functools.partial(
+            forward(config), ids=encoded.input_ids[None], pixels=pixels, positions=encoded.pose_positions - 1
+        )
+        return encoded, *rounded(run, params)
 
 
 @functools.lru_cache
@@ -268,8 +270,8 @@ def test_transformers_gives_the_same_logits_with_the_adapters_merged(tmp_path: P
     encoded, logits, matrices = answers(folder)
     expected, poses = llava_answers(model.eval(), encoded, -1, head_on_its_own(tmp_path / "hf"))
     assert expected.std() > 0.1
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    agree(logits, expected)
+    agree(matrices, poses)
     if not passengers:
         return
     # A model without adapters is merged already.
@@ -279,8 +281,8 @@ def test_transformers_gives_the_same_logits_with_the_adapters_merged(tmp_path: P
     assert "no adapters in this model: the weights are its own" in again.notes
     assert_same(weights(tmp_path / "hf2"), weights(tmp_path / "hf"))
     _, same, poses = answers(tmp_path / "back")
-    np.testing.assert_allclose(same, logits, atol=TOLERANCE)
-    np.testing.assert_allclose(poses, matrices, atol=TOLERANCE)
+    agree(same, logits)
+    agree(poses, matrices)
 
 
 def test_a_placeholder_outside_the_vocabulary_moves_into_it_for_transformers(tmp_path: Path) -> None:
@@ -301,12 +303,12 @@ def test_a_placeholder_outside_the_vocabulary_moves_into_it_for_transformers(tmp
     np.testing.assert_allclose(inputs["pixel_values"][0], torch_pixels(mine)[0], atol=1e-6)
     encoded, logits, matrices = answers(folder)
     expected, poses = llava_answers(model.eval(), encoded, image_id, head_on_its_own(tmp_path / "hf"))
-    np.testing.assert_allclose(logits, expected[:, : logits.shape[1]], atol=TOLERANCE)
-    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    agree(logits, expected[:, : logits.value.shape[1]])
+    agree(matrices, poses)
     reference, hidden = flat_forward(models, encoded, -200)
-    np.testing.assert_allclose(logits, reference, atol=TOLERANCE)
+    agree(logits, reference)
     with torch.no_grad():
-        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=TOLERANCE)
+        agree(matrices, poses_of(models, hidden[encoded.pose_positions - 1]))
 
 
 def test_a_new_image_row_is_the_mean_of_the_others(tmp_path: Path) -> None:
@@ -343,10 +345,9 @@ def test_flat_layouts_give_the_same_logits_and_poses(tmp_path: Path, format: str
     models.llama.load_state_dict({name: t for name, t in state.items() if name.removeprefix("model.") not in mine})
     encoded, logits, matrices = answers(folder)
     expected, hidden = flat_forward(models, encoded, -200)
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    agree(logits, expected)
     with torch.no_grad():
-        # Orthogonalising amplifies what the sums of two processors' kernels differ by.
-        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=3 * TOLERANCE)
+        agree(matrices, poses_of(models, hidden[encoded.pose_positions - 1]))
     config = json.loads((tmp_path / "flat" / "config.json").read_text())
     assert (config["vocab_size"], config["mm_vision_select_layer"]) == (VOCAB + 2, -2)
 

@@ -31,6 +31,7 @@ from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.sources import open_adapter  # noqa: E402
 from chatpose_jax.weights.verify import verify  # noqa: E402
 
+from ..numerics import agree  # noqa: E402
 from .sources import (  # noqa: E402
     POSE_ID,
     VOCAB,
@@ -47,7 +48,7 @@ from .sources import (  # noqa: E402
     write_tokenizer,
 )
 from .test_export import answers, head_on_its_own, llava_answers, model_folder, trained  # noqa: E402
-from .test_parity import TOLERANCE, flat_forward, gram_schmidt, poses_of, user  # noqa: E402
+from .test_parity import flat_forward, gram_schmidt, poses_of, user  # noqa: E402
 
 TEXT = [user("Who kneels?"), {"role": "assistant", "content": "It is <POSE>."}]
 
@@ -93,8 +94,8 @@ def test_peft_loads_the_adapter_onto_the_original_base(tmp_path: Path) -> None:
     assert len(held) == 3 * 3 * 2 + 2  # none in CLIP, whose projections have the same names
     encoded, logits, matrices = answers(folder)
     expected, poses = llava_answers(model, encoded, -1, head_on_its_own(tmp_path / "adapter"))
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    agree(logits, expected)
+    agree(matrices, poses)
     with model.disable_adapter():
         plain, _ = llava_answers(model, encoded, -1, head_on_its_own(tmp_path / "adapter"))
     assert np.abs(plain - expected).max() > 0.1
@@ -122,7 +123,7 @@ def test_a_base_with_fewer_rows_is_resized_first(tmp_path: Path) -> None:
     encoded, logits, _ = answers(folder, TEXT)
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(encoded.input_ids).long()[None]).logits[0].numpy()
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    agree(logits, expected)
     assert vicuna.lm_head.weight.shape[0] == VOCAB
 
     options: dict[str, Any] = {"vision": tmp_path / "clip", "init_missing": ["projector"]}
@@ -181,7 +182,7 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 144))
     encoded, logits, _ = answers(tmp_path / "jax")
     expected, _ = llava_answers(model, encoded, -1, head)
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    agree(logits, expected)
     with model.disable_adapter():
         assert np.abs(llava_answers(model, encoded, -1, head)[0] - expected).max() > 0.05
 
@@ -201,7 +202,7 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     # And peft takes it back.
     base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    np.testing.assert_allclose(llava_answers(again, encoded, -1, head)[0], expected, atol=TOLERANCE)
+    agree(logits, llava_answers(again, encoded, -1, head)[0])
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -238,8 +239,8 @@ def test_new_tokens_of_an_adapter(tmp_path: Path, named: bool) -> None:
         hidden = out.hidden_states[-1][0, encoded.pose_positions - 1]
         first, _, second = vicuna.model.text_hidden_fcs[0].modules_to_save["default"]
         poses = gram_schmidt(second(torch.relu(first(hidden))).reshape(-1, 24, 6))
-    np.testing.assert_allclose(logits, out.logits[0].numpy(), atol=TOLERANCE)
-    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    agree(logits, out.logits[0].numpy())
+    agree(matrices, poses)
 
 
 @pytest.mark.parametrize(("whole", "alone"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
@@ -324,9 +325,9 @@ def test_a_training_run_put_together_by_deepspeed(tmp_path: Path, shards: int) -
     assert load_config(tmp_path / "jax").lora == LoRAConfig(4, 8.0, 0.0, ("q_proj", "v_proj"))
     encoded, logits, matrices = answers(tmp_path / "jax")
     expected, hidden = flat_forward(models, encoded, -200)  # peft has changed the modules in place
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    agree(logits, expected)
     with torch.no_grad():
-        np.testing.assert_allclose(matrices, poses_of(models, hidden[encoded.pose_positions - 1]), atol=TOLERANCE)
+        agree(matrices, poses_of(models, hidden[encoded.pose_positions - 1]))
     # Old releases of peft keep the adapted weight's own name.
     old = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
     write_state(folder, old, "bin", shards)

@@ -24,9 +24,9 @@ from chatpose_jax.models.chatpose import bind  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 
+from ..numerics import Rounded, agree, rounded  # noqa: E402
 from .sources import FlatModels, Sizes, make_chatpose, make_llava_transformers  # noqa: E402
 
-TOLERANCE = 2e-5
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
 Messages = list[dict[str, Any]]
 
@@ -42,7 +42,7 @@ def load(source: Path, out: Path, **options: Any) -> ChatPose:
     return chatpose_jax.load(out, dtype="float32")
 
 
-def ours(model: ChatPose, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+def ours(model: ChatPose, encoded: Encoded) -> tuple[Rounded, Rounded]:
     """Logits (T, V), and the matrices (P, 24, 3, 3) of the pose tokens among the ids."""
     pixels = np.stack(encoded.images)[None] if encoded.images else None
 
@@ -52,8 +52,7 @@ def ours(model: ChatPose, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
         return bound.logits(hidden), bound.poses(hidden[encoded.pose_positions - 1])
 
     with jax.default_matmul_precision("highest"):
-        logits, matrices = jax.jit(run)(model.params)
-    return np.asarray(logits), np.asarray(matrices)
+        return rounded(jax.jit(run), model.params)
 
 
 def torch_pixels(encoded: Encoded) -> Any:
@@ -110,8 +109,8 @@ def test_chatpose_gives_torchs_logits_and_poses(chatpose: tuple[FlatModels, Chat
         poses = poses_of(models, hidden[encoded.pose_positions - 1])
     assert expected.std() > 0.1
     assert np.abs(poses - np.eye(3)).max() > 0.5
-    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(matrices, poses, atol=TOLERANCE)
+    agree(logits, expected)
+    agree(matrices, poses)
 
 
 def test_chatpose_answers_a_picture_as_torch_does(chatpose: tuple[FlatModels, ChatPose]) -> None:
@@ -123,7 +122,8 @@ def test_chatpose_answers_a_picture_as_torch_does(chatpose: tuple[FlatModels, Ch
     check_answer(model, messages, reply, logits)
     with torch.no_grad():
         poses = poses_of(models, hidden[encoded.pose_positions - 1])
-    np.testing.assert_allclose([pose.matrices for pose in reply.poses], poses, atol=TOLERANCE)
+    _, matrices = ours(model, encoded)
+    agree(matrices, poses, [pose.matrices for pose in reply.poses])
 
 
 def check_answer(model: ChatPose, messages: Messages, reply: Reply, logits: np.ndarray) -> None:
@@ -163,9 +163,9 @@ def test_llava_of_a_full_vocabulary_chats_as_transformers_does(tmp_path: Path, s
                 .numpy()
             )
         logits, matrices = ours(model, encoded)
-        np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+        agree(logits, expected)
         check_answer(model, messages, reply, expected)
-        np.testing.assert_allclose(reply.poses[-1].matrices, matrices[-1], atol=TOLERANCE)
+        agree(matrices[-1], reply.poses[-1].matrices)
         return [*messages, reply.message]
 
     check([user("Show me someone who kneels.")])

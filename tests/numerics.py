@@ -1,0 +1,75 @@
+"""How closely two computations of one thing must agree: as closely as rounding allows, on whatever processor the tests run.
+
+Programs and processors sum in different orders, so results differ by what rounding does to them: the condition of what is computed times eps. That is
+measured where the test runs. Every weight moves by one rounding, and the results move with it; orthogonalising a 6D rotation, say, may magnify that a
+hundredfold for one joint and not at all for the next. Rounding happens inside sums too, of some hundred terms here: hence a margin. A wrong detail
+of a model is thousands of roundings; tests that need to see one show that they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MARGIN = 16
+DRAWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A result in float64, and by how much each of its entries moves where every weight moves by one rounding. eps: of its dtype."""
+
+    value: np.ndarray
+    noise: np.ndarray
+    eps: float
+
+    def __getitem__(self, place: Any) -> Rounded:
+        """A part of the result."""
+        return Rounded(self.value[place], self.noise[place], self.eps)
+
+    @property
+    def bound(self) -> float:
+        """How far another computation of the same may be from this one, at the most."""
+        return MARGIN * max(float(self.noise.max(initial=0)), self.eps * float(np.abs(self.value).max(initial=0)))
+
+
+def _floating(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+@jax.jit
+def _move(params: Any, key: jax.Array) -> Any:
+    def one(x: jax.Array, key: jax.Array) -> jax.Array:
+        if not _floating(x):
+            return x
+        return x * (1 + jnp.finfo(x.dtype).eps * jax.random.rademacher(key, x.shape, x.dtype))
+
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten([one(*pair) for pair in zip(leaves, jax.random.split(key, len(leaves)))])
+
+
+def rounded(run: Callable[[Any], Any], params: Any) -> Any:
+    """``run(params)``, each of its floating arrays a ``Rounded``, others as they are. It is called five times: compile it."""
+    moved = [run(_move(params, key)) for key in jax.random.split(jax.random.key(0), DRAWS)]
+
+    def one(x: Any, *others: Any) -> Any:
+        if not _floating(x):
+            return np.asarray(x)
+        value = np.asarray(x, np.float64)
+        noise = np.max([np.abs(np.asarray(other, np.float64) - value) for other in others], axis=0)
+        return Rounded(value, noise, float(jnp.finfo(x.dtype).eps))
+
+    return jax.tree.map(one, run(params), *moved)
+
+
+def agree(expected: Rounded, *others: Any, message: str = "") -> None:
+    """Other computations of the same give it, no entry further off than the bound."""
+    for other in others:
+        other = np.asarray(other.value if isinstance(other, Rounded) else other, np.float64)
+        assert other.shape == expected.value.shape, message
+        np.testing.assert_allclose(other, expected.value, rtol=0, atol=expected.bound, err_msg=message)
