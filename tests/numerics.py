@@ -67,6 +67,13 @@ def rounded(run: Callable[[Any], Any], params: Any) -> Any:
     return jax.tree.map(one, run(params), *moved)
 
 
+def near(found: Any, expected: Any, message: str = "") -> None:
+    """For geometry, whose condition is about 1: no entry is off by more than the margin, in roundings of the largest number to float32."""
+    expected = np.asarray(expected, np.float64)
+    bound = MARGIN * float(np.finfo(np.float32).eps) * float(np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=bound, err_msg=message)
+
+
 def agree(expected: Rounded, *others: Any, message: str = "") -> None:
     """Other computations of the same give it, no entry further off than the bound."""
     for other in others:

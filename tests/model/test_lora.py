@@ -135,10 +135,9 @@ def test_adapters_alone_train_through_rematerialised_bfloat16_layers() -> None:
             ).hidden
             return jnp.sum(hidden[..., :7].astype(jnp.float32))  # all of it squared would be the norm, which is fixed
 
-        return jax.jit(jax.grad(loss))(adapters)
+        return jax.jit(jax.grad(loss))
 
-    again, kept = gradient("full"), gradient("none")
+    again, kept = gradient("full")(adapters), rounded(gradient("none"), adapters)
     for path in (path for path in adapters if path[-2:] == ("v_proj", "lora_b")):
-        size = float(jnp.abs(kept[path]).max())
-        assert size > 0
-        np.testing.assert_allclose(again[path], kept[path], rtol=0, atol=0.03 * size, err_msg=str(path))
+        assert kept[path].bound < 0.1 * np.abs(kept[path].value).max(), "else this shows nothing"
+        agree(kept[path], again[path], message=str(path))

@@ -172,8 +172,9 @@ def test_micro_batches_weigh_what_they_hold_of_tokens_and_poses(params):
     (one, whole), (two, parts) = results
     for name in whole:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
-    for path, value in one.trainable.items():
-        np.testing.assert_allclose(value, two.trainable[path], atol=2e-4, err_msg=path)
+    # The moments are the gradients: Adam's first step is their sign, which for a gradient of 0 is that of rounding.
+    for value, expected in zip(jax.tree.leaves(two.opt_state), jax.tree.leaves(one.opt_state), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-4 * np.abs(expected).max(initial=1e-8))
 
 
 def test_an_update_that_is_not_finite_is_dropped_and_counted(params):
