@@ -336,15 +336,17 @@ def generate_stream(
     )  # fmt: skip
     seen = 0
     while True:
-        step = int(state.step)
-        if not state.finite.all():
+        # In one transfer: each of them waits for the device.
+        emitted, finite, done, counts = jax.device_get((state.step, state.finite, state.done, state.lengths))
+        step = int(emitted)
+        if not finite.all():
             raise UserError(
                 f"the model's scores for a token of the answer are not finite numbers: its weights hold NaN or infinities (chatpose convert counts "
                 f"them), or {config.dtype} is too narrow for it: load it with dtype='float32'"
             )
-        yield np.asarray(state.tokens[:, seen:step]), np.asarray(state.lengths)
+        yield np.asarray(state.tokens[:, seen:step]), counts
         seen = step
-        if step >= max_new_tokens or bool(state.done.all()):
+        if step >= max_new_tokens or done.all():
             break
         state = decode(
             config,
@@ -355,7 +357,7 @@ def generate_stream(
             greedy=greedy,
             mesh=mesh,
         )
-    counts, tokens, hidden = np.asarray(state.lengths), np.asarray(state.tokens), np.asarray(state.hidden)
+    tokens, hidden = np.asarray(state.tokens), np.asarray(state.hidden)
     return Generated([t[:n] for t, n in zip(tokens, counts)], [h[:n] for h, n in zip(hidden, counts)], state.cache)
 
 

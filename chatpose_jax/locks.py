@@ -52,7 +52,8 @@ def only_writer(path: str | Path, lock: Path) -> Iterator[None]:
 
 def _take(path: str | Path, lock: Path) -> int:
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        # No link is followed: of a stranger's folder it would say which file of ours is written over.
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

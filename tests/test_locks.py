@@ -98,6 +98,14 @@ def test_where_no_file_can_be_made(tmp_path: Path) -> None:
         pass
 
 
+def test_a_link_in_a_strangers_folder_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"^out: cannot be written"), only_writer("out", tmp_path / ".lock"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(*_: object) -> None:
         raise OSError(95, "Operation not supported")

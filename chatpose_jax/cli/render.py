@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from chatpose_jax.chat import Pose
-from chatpose_jax.errors import UserError
+from chatpose_jax.settings import whole
 from smpl_jax import body, io, render
 from smpl_jax.frames import Frame, turn
 from smpl_jax.poses import PoseFile, read_poses
@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw or export one pose; what the file was taken to mean goes to standard error."""
-    if not 16 <= args.size <= 4096:
-        raise UserError(f"--size must lie between 16 and 4096, found {args.size}")
+    whole("--size", args.size, 16, 4096)
     file = read_poses(args.pose)
     frame = FRAMES[args.frame] if args.frame else file.frame or "camera"
     pose = Pose(camera_pose(file, args.index, frame), io.load_body(args.body))

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig, LoRATarget
 from chatpose_jax.weights.layouts import Layout, Shape
+from chatpose_jax.weights.layouts.configs import llava_projector_settings
 from chatpose_jax.weights.readers import Checkpoint, TensorEntry
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -129,7 +130,7 @@ def alone(layout: Layout, names: Mapping[str, Shape]) -> Layout:
         title="PEFT adapter",
         family="peft",
         rules=tuple(rule for rule in full.rules if rule.source in found),
-        settings=lambda config, shapes: {},
+        settings=lambda config, shapes: llava_projector_settings(config),
         config_json=None,
     )
 

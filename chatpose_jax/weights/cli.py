@@ -418,8 +418,8 @@ def run_verify(args: argparse.Namespace) -> int:
     if left_out:
         print(
             f"incomplete: what was compared is equal (largest relative difference {worst:.2e}); not compared: "
-            f"{', '.join(left_out)} of {args.converted}, for which no weights were given: name every source that chatpose "
-            "convert had (--vision, --projector, --adapter)"
+            f"{', '.join(left_out)} of {args.converted}: no weights were given for that, or the head is none that torch knows here; name "
+            "every source that chatpose convert had (--vision, --projector, --adapter)"
         )
         return INCOMPLETE
     print(

@@ -122,16 +122,24 @@ _UNWRITABLE = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
-    errno.EIO: "the disk failed",
+    errno.EIO: "a disk failed",
     errno.ENAMETOOLONG: "a file name is too long for the file system",
 }
 
 
 def unwritable(out: str | Path, error: OSError, what: str) -> UserError | None:
-    """The error that says why ``out`` was not written; None where the system's reason is not one of writing."""
-    if error.errno not in _UNWRITABLE:
+    """The error that says why ``out`` was not written; None where the system's reason is not one of writing, or is of another file."""
+    if error.errno not in _UNWRITABLE or not _is_of(Path(out), error.filename):
         return None
     return UserError(f"{out}: {_UNWRITABLE[error.errno]}; {what}; nothing was left behind")
+
+
+def _is_of(out: Path, file: Any) -> bool:
+    """Whether a file, as an OSError names it, belongs to what is written to ``out``; where it names none nothing speaks against it."""
+    if not isinstance(file, str | os.PathLike):
+        return True
+    beside = Path(os.path.abspath(out.parent))
+    return any(Path(os.path.abspath(file)).is_relative_to(beside / name) for name in (out.name, f".{out.name}.partial"))
 
 
 def _make_empty(partial: Path, path: Path) -> None:

@@ -42,8 +42,8 @@ def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Pa
 
     ``processor.json`` beside the tokenizer, which this program writes, says all. Else ``preprocessor_config.json`` (or
     ``processor_config.json``) beside the vision tower says size, mean, standard deviation and, for transformers, whether
-    pictures are padded; in LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says that. ChatPose's released
-    program crops, whatever its ``config.json`` says.
+    pictures are padded; in LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says that, beside an adapter
+    or a projector too. ChatPose's released program crops, whatever its ``config.json`` says.
 
     Args:
         tokenizer: the folder that the tokenizer is read from.
@@ -97,18 +97,24 @@ def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) 
     fit: Fit = "crop"
     if main.layout.family == "chatpose":
         origin += "; cropped, as ChatPose's program does whatever config.json says"
-    elif main.layout.family == "llava_original":
-        fit = "crop" if chosen else _aspect(main)
+    elif main.layout.family in ("llava_original", "vicuna"):
+        # An adapter, or a projector over a LLaMA alone, has LLaVA's config.json beside it. As in infer_config an adapter's comes first.
+        teller = next(filter(_tells, sorted(sources, key=lambda source: not source.is_adapter)), main)
+        fit = "crop" if chosen else _aspect(teller)
         if fit == "pad":
-            origin += f"; image_aspect_ratio in config.json of {main.title}"
+            origin += f"; image_aspect_ratio in config.json of {teller.title}"
     elif padded:
         fit = "pad"
     return Pictures(dataclasses.replace(settings, fit=fit), origin)
 
 
-def _aspect(main: Source) -> Fit:
+def _tells(source: Source) -> bool:
+    return "image_aspect_ratio" in source.checkpoint.config()
+
+
+def _aspect(source: Source) -> Fit:
     """LLaVA's own code: "pad" fills up to a square with the mean colour, nothing or "square" leaves it to CLIP's processor."""
-    stored, where = main.checkpoint.config(), main.checkpoint.folder / "config.json"
+    stored, where = source.checkpoint.config(), source.checkpoint.folder / "config.json"
     for key, allowed in (
         ("image_aspect_ratio", (None, "square", "pad")),
         ("mm_patch_merge_type", (None, "flat")),

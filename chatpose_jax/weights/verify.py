@@ -302,10 +302,16 @@ class _Torch:
                 )
         if not settings:
             settings = dict.fromkeys(("size", "crop_size"), self.config.vision.image_size)
-        aspect = main.checkpoint.config().get("image_aspect_ratio") if family == "llava_original" else None
+        aspect = None
+        if family in (
+            "llava_original",
+            "vicuna",
+        ):  # of an adapter before that of its base, as LLaVA's own code loads them
+            told = [source.checkpoint.config() for source in sorted(self.sources, key=lambda each: not each.is_adapter)]
+            aspect = next((config["image_aspect_ratio"] for config in told if "image_aspect_ratio" in config), None)
         if settings.get("image_processor_type", "").startswith("Llava") and family != "chatpose":
             name = "LlavaImageProcessor"
-        if self.image_fit is not None or family in ("llava_original", "chatpose"):
+        if self.image_fit is not None or family in ("llava_original", "vicuna", "chatpose"):
             name, aspect = "CLIPImageProcessor", self.image_fit or aspect
         kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # Pillow's, as in 4.x
         settings = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}

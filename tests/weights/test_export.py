@@ -570,6 +570,18 @@ def test_what_the_system_refuses_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_read_is_not_said_of_what_is_written(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(plain / "params" / "d"))
+
+    monkeypatch.setattr(writers, "write_safetensors", refused)
+    with pytest.raises(PermissionError, match="params/d"):
+        export(plain, tmp_path / "out", "transformers")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_description_must_stand_beside_the_head(plain: Path, tmp_path: Path) -> None:
     export(plain, tmp_path / "hf", "transformers")
     shutil.copytree(tmp_path / "hf", tmp_path / "bare")

@@ -23,6 +23,7 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
+from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights import adapters, cli  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
@@ -291,7 +292,13 @@ def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None
     rows = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in projector.state_dict().items()}
     torch.save(rows, tmp_path / "adapter" / "non_lora_trainables.bin")
     options = {"adapter": tmp_path / "adapter", "vision": tmp_path / "clip"}
-    found = params_of(model_folder(tmp_path / "base", tmp_path / "jax", **options))
+    # Its config.json is LLaVA's: Vicuna's says nothing of pictures.
+    said = {"image_aspect_ratio": "pad", "mm_vision_select_layer": -3}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(said))
+    out = model_folder(tmp_path / "base", tmp_path / "jax", **options)
+    assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "pad"
+    assert load_config(out).vision.select_layer == -3
+    found = params_of(out)
     np.testing.assert_array_equal(found["projector/fc2/kernel"], projector[2].weight.detach().numpy().T)
     adapted = model.base_model.model.model.layers[1].mlp.down_proj
     for name, linear in (("lora_a", adapted.lora_A["default"]), ("lora_b", adapted.lora_B["default"])):
