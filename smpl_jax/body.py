@@ -109,8 +109,8 @@ class BodyModel:
         """
         ids, further = dict(self.vertex_ids), dict(self.regressors)
         for name, number in (vertex_ids or {}).items():
-            if not 0 <= number < self.num_vertices or number != int(number):
-                raise ValueError(f"vertex {name!r} must be a number in [0, {self.num_vertices}); found {number}")
+            if not isinstance(number, int | np.integer) or not 0 <= number < self.num_vertices:
+                raise ValueError(f"vertex {name!r} must be a number in [0, {self.num_vertices}); found {number!r}")
             ids[str(name)] = int(number)
         for name, weights in (regressors or {}).items():
             further[name] = jnp.asarray(weights, self.dtype)

@@ -21,6 +21,6 @@ _TO_MODEL: dict[str, NDArray[np.float64]] = {
 def turn(source: str, target: str = "model") -> NDArray[np.float64]:
     """(3, 3) rotation that takes column vectors told in `source` to `target`; each is one of `Frame`."""
     for name in (source, target):
-        if name not in _TO_MODEL:
+        if not isinstance(name, str) or name not in _TO_MODEL:
             raise ValueError(f"frame must be one of {', '.join(map(repr, _TO_MODEL))}; found {name!r}")
     return _TO_MODEL[target].T @ _TO_MODEL[source]

@@ -230,6 +230,11 @@ def create(
         ValueError: the body is of another type, lacks hands, or a keyword asks for what is not here.
     """
     _refuse(foreign)
+    for name, text in (("model_type", model_type), ("gender", gender), ("ext", ext)):
+        if not isinstance(text, str) and (text is not None or name == "gender"):
+            raise ValueError(f"{name} must be text; found {text!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1; found {batch_size!r}")
     path = _find(model_path, model_type, gender, ext)
     arrays = load_body_arrays(path)
     body = BodyModel.from_arrays(arrays, num_betas=num_betas, num_expression=num_expression_coeffs, dtype=dtype)

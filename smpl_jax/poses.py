@@ -140,7 +140,7 @@ def read_poses(path: str | os.PathLike[str]) -> PoseFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise PoseFileError(f"{path}: no such file")
+        raise PoseFileError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected an .npz or .npy")
     arrays, others = _load(path)
     rows: tuple[_Row, ...] = ((("", WHOLE),),) if "" in arrays else _ROWS
     found = [reading for row in rows for reading in _readings(row, arrays)]

@@ -29,7 +29,7 @@ from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
 from chatpose_jax.weights.processes import together
-from chatpose_jax.weights.readers import describe_folder, read_json
+from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json
 
 FORMAT = "chatpose-jax"
 VERSION = 1
@@ -182,7 +182,8 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {what}; expected a model folder (config.json, tokenizer/, params/)")
+        hint = "" if path.exists() else fetch_hint(path)
+        raise UserError(f"{path}: {what}; expected a model folder (config.json, tokenizer/, params/){hint}")
     if (path / CONFIG).is_file():
         data = read_json(path / CONFIG)
         if data.get("format") == FORMAT:

@@ -13,7 +13,14 @@ from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
-from chatpose_jax.weights.readers import ADAPTER_FILES, Checkpoint, find_projector, open_checkpoint, read_json
+from chatpose_jax.weights.readers import (
+    ADAPTER_FILES,
+    Checkpoint,
+    fetch_hint,
+    find_projector,
+    open_checkpoint,
+    read_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +119,11 @@ def open_sources(
 
 def demand_there(given: Mapping[str, str | Path | None]) -> None:
     """Raises one UserError for all paths that are not there; of what reads like a name on the Hugging Face Hub it says how to fetch it."""
-    missing = []
-    for what, path in given.items():
-        if path is None or Path(path).exists():
-            continue
-        said = f"{path}: no such file or folder ({what})"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not Path(path).parent.exists():
-            name = str(path).split("/")[1]
-            said += (
-                f"; if it is a name on the Hugging Face Hub: hf download {path} --local-dir {name}, then give {name}"
-            )
-        missing.append(said)
+    missing = [
+        f"{path}: no such file or folder ({what}){fetch_hint(path)}"
+        for what, path in given.items()
+        if path is not None and not Path(path).exists()
+    ]
     if missing:
         raise UserError("; ".join(missing))
 

@@ -161,6 +161,8 @@ def test_names_of_the_hub_are_told_from_folders_and_all_at_once(llava: Path, tmp
         f"{tmp_path / 'none'}: no such file or folder (--adapter)",
     ):
         assert part in str(error.value)
+    with pytest.raises(UserError, match=rf"{words}: no such folder; .*hf download {words} --local-dir vicuna-13b-v1.5"):
+        read_folder(words)
 
 
 def test_a_missing_tokenizer_does_not_hide_a_missing_tower(tmp_path: Path) -> None:

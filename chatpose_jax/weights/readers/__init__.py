@@ -13,7 +13,7 @@ from chatpose_jax.weights.readers.checkpoint import (
     read_json,
 )
 from chatpose_jax.weights.readers.entry import Index, TensorEntry
-from chatpose_jax.weights.readers.foreign import demand_native, describe_folder
+from chatpose_jax.weights.readers.foreign import demand_native, describe_folder, fetch_hint
 from chatpose_jax.weights.readers.hashes import SUMS_FILE, Trail, forget, read_sums, sha256
 from chatpose_jax.weights.readers.safetensors import SAFETENSORS_DTYPES, read_safetensors_header
 from chatpose_jax.weights.readers.torch_zip import read_torch_header
@@ -29,6 +29,7 @@ __all__ = [
     "Trail",
     "demand_native",
     "describe_folder",
+    "fetch_hint",
     "find_projector",
     "forget",
     "open_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from chatpose_jax.errors import UserError
@@ -35,6 +36,14 @@ def demand_native(path: Path) -> None:
         start = file.read(_START).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if what := next((what for prefix, what in _FILES if start.startswith(prefix)), None):
         raise UserError(f"{path}: {what}")
+
+
+def fetch_hint(path: str | Path) -> str:
+    """How an error about a path that is not there ends: with the command that fetches it, where it reads like a name on the Hub."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or Path(path).parent.exists():
+        return ""
+    name = Path(path).name
+    return f"; if it is a name on the Hugging Face Hub: hf download {path} --local-dir {name}, then give {name}"
 
 
 def describe_folder(folder: Path) -> str | None:
