@@ -303,10 +303,8 @@ class _Torch:
         if not settings:
             settings = dict.fromkeys(("size", "crop_size"), self.config.vision.image_size)
         aspect = None
-        if family in (
-            "llava_original",
-            "vicuna",
-        ):  # of an adapter before that of its base, as LLaVA's own code loads them
+        if family in ("llava_original", "vicuna"):
+            # An adapter's before its base's, as LLaVA's own code loads them.
             told = [source.checkpoint.config() for source in sorted(self.sources, key=lambda each: not each.is_adapter)]
             aspect = next((config["image_aspect_ratio"] for config in told if "image_aspect_ratio" in config), None)
         if settings.get("image_processor_type", "").startswith("Llava") and family != "chatpose":
