@@ -14,11 +14,13 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (None, True)):
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_enable_compilation_cache", True)
+    for name, value in zip(names, before):
+        jax.config.update(name, value)
 
 
 def test_the_users_cache_folder_is_taken_and_closed_to_others(tmp_path, monkeypatch):
