@@ -18,6 +18,16 @@ import numpy as np
 
 MARGIN = 16
 DRAWS = 4
+EPS = 2.0**-23
+
+# Bounds of what a training step gives, relative, where measuring would mean to train five times. What was tried of processors and threads
+# (CONTRIBUTING.md) used less than a quarter of them.
+LOSS = 5 * MARGIN * EPS
+"""A loss is a mean of positive numbers, whose own condition is 1; what they are made of carries on a rounding of the forward about fivefold."""
+TRAINED = 2 * LOSS
+"""A loss after a few steps, over another mesh or number of processes: the steps carry on what rounding did to the weights."""
+GRADIENT = 10 * LOSS
+"""A gradient, of the largest of its array, and what is computed from gradients: terms of both signs cancel in its sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +80,7 @@ def rounded(run: Callable[[Any], Any], params: Any) -> Any:
 def near(found: Any, expected: Any, message: str = "") -> None:
     """For geometry, whose condition is about 1: no entry is off by more than the margin, in roundings of the largest number to float32."""
     expected = np.asarray(expected, np.float64)
-    bound = MARGIN * float(np.finfo(np.float32).eps) * float(np.abs(expected).max(initial=0))
+    bound = MARGIN * EPS * float(np.abs(expected).max(initial=0))
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=bound, err_msg=message)
 
 

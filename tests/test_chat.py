@@ -19,6 +19,7 @@ from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
 from smpl_jax import io
+from tests.numerics import EPS, MARGIN
 
 CONFIG = preset("tiny").replace(lora=None, scan_layers=False)
 
@@ -58,7 +59,8 @@ def assert_same(a, b):
     np.testing.assert_array_equal(a.ids, b.ids)
     assert len(a.poses) == len(b.poses)
     for x, y in zip(a.poses, b.poses):
-        np.testing.assert_allclose(x.matrices, y.matrices, atol=2e-5)
+        # A fresh head makes 6D vectors near the identity's, where orthogonalising magnifies nothing: 2e-5 is ten times the bound of geometry.
+        np.testing.assert_allclose(x.matrices, y.matrices, atol=10 * MARGIN * EPS)
 
 
 def test_every_pose_token_has_its_pose(model):

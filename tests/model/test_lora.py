@@ -16,7 +16,7 @@ from chatpose_jax.models.chatpose import bind, create
 from chatpose_jax.models.config import LoRAConfig, preset
 from chatpose_jax.models.layers import Linear
 
-from ..numerics import MARGIN, agree, rounded
+from ..numerics import agree, rounded
 from . import small
 
 QV = ("q_proj", "v_proj")
@@ -141,5 +141,5 @@ def test_adapters_alone_train_through_rematerialised_bfloat16_layers() -> None:
     for path in (path for path in adapters if path[-2:] == ("v_proj", "lora_b")):
         size = float(jnp.abs(kept[path]).max())
         assert size > 0
-        # Layers round to bfloat16, whose eps is 2⁻⁷.
-        np.testing.assert_allclose(again[path], kept[path], rtol=0, atol=MARGIN * 2**-7 * size, err_msg=str(path))
+        # Layers round to bfloat16: eight of its roundings, two of which were seen.
+        np.testing.assert_allclose(again[path], kept[path], rtol=0, atol=8 * 2**-8 * size, err_msg=str(path))

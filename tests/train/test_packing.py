@@ -12,6 +12,7 @@ from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.loss import loss
+from tests.numerics import GRADIENT, LOSS
 
 TINY = preset("tiny")
 CONFIG = TINY.replace(
@@ -40,8 +41,8 @@ def test_packed_is_unpacked():
         return loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0)
 
     (expected, parts), (found, others) = value(unpacked), value(packed)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=LOSS)
     for name, part in parts.items():
-        np.testing.assert_allclose(others[name], part, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(others[name], part, rtol=GRADIENT, err_msg=name)
     leaking, _ = value({name: x for name, x in packed.items() if name != "segment_ids"})
     assert abs(float(leaking) - float(expected)) > 1e-3, "else this shows nothing"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.train.hosts import LOST, STOPPED
+from tests.numerics import TRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -96,7 +97,7 @@ def alone(tmp_path_factory, cache):
 def test_losses_are_those_of_one_process(tmp_path, alone, cache, count, devices, sizes):
     with running(tmp_path, 12, count=count, devices=devices, cache=cache, **sizes) as processes:
         said = finished(processes)
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=TRAINED)
     assert "parameters train" in said[0]
     assert all("parameters train" not in words for words in said[1:]), "only process 0 speaks"
 
@@ -112,7 +113,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_others_go_on(tmp_path
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     with running(tmp_path, 12, count=1, cache=cache) as processes:
         assert f"resuming from step {step}" in finished(processes)[0]
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=TRAINED)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -126,4 +127,4 @@ def test_survivors_stop_with_a_clear_error_and_the_restart_resumes(tmp_path, alo
     assert "lost another one" in said or "distributed service" in said
     with running(tmp_path, 12, count=2, data=2, cache=cache) as processes:
         assert "resuming from step 4" in finished(processes)[0]
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=TRAINED)

@@ -15,7 +15,7 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.optimizer import is_matrix, learning_rate, scale_by_muon
 from chatpose_jax.train.step import init_state, make_step
-from tests.numerics import agree, rounded
+from tests.numerics import GRADIENT, LOSS, agree, rounded
 
 CONFIG = preset("tiny").replace(
     vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2),
@@ -71,7 +71,7 @@ def test_cross_entropy_is_the_mean_over_answers(params):
         expected.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[labels[b, t]])
         right.append(row.argmax() == labels[b, t])
     value, accuracy = losses.cross_entropy(model, hidden, jnp.asarray(batch["labels"]))
-    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-5)
+    np.testing.assert_allclose(value, np.mean(expected), rtol=LOSS)
     np.testing.assert_allclose(accuracy, np.mean(right), rtol=1e-6)
 
 
@@ -98,8 +98,8 @@ def test_pose_loss_is_the_papers(params):
     total, parts = jax.jit(lambda params: losses.loss(bind(CONFIG, params), batch, lambda_text=2.0, lambda_pose=0.1))(
         params
     )
-    np.testing.assert_allclose(parts["pose_root"], errors[:, 0].mean(), rtol=1e-5)
-    np.testing.assert_allclose(parts["pose_body"], errors[:, 1:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(parts["pose_root"], errors[:, 0].mean(), rtol=LOSS)
+    np.testing.assert_allclose(parts["pose_body"], errors[:, 1:].mean(), rtol=LOSS)
     np.testing.assert_allclose(total, 2 * parts["text"] + 0.1 * (parts["pose_root"] + parts["pose_body"]), rtol=1e-6)
 
 
@@ -171,10 +171,10 @@ def test_micro_batches_weigh_what_they_hold_of_tokens_and_poses(params):
         results.append(make_step(config, chosen, params)(state, frozen, batch))
     (one, whole), (two, parts) = results
     for name in whole:
-        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(parts[name], whole[name], rtol=GRADIENT, err_msg=name)
     # The moments are the gradients: Adam's first step is their sign, which for a gradient of 0 is that of rounding.
     for value, expected in zip(jax.tree.leaves(two.opt_state), jax.tree.leaves(one.opt_state), strict=True):
-        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-4 * np.abs(expected).max(initial=1e-8))
+        np.testing.assert_allclose(value, expected, rtol=0, atol=GRADIENT * np.abs(expected).max(initial=1e-8))
 
 
 def test_an_update_that_is_not_finite_is_dropped_and_counted(params):

@@ -20,6 +20,7 @@ from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.hosts import Fault
 from chatpose_jax.train.trainable import PAPER, PROJECTOR, rates
 from chatpose_jax.train.trainer import Interrupted, Log, best_metric, shortest, train
+from tests.numerics import TRAINED
 from tests.train.test_step import CONFIG, SETTINGS
 
 SETTINGS = dataclasses.replace(SETTINGS, steps=6, save_every=2, log_every=1)
@@ -183,7 +184,7 @@ def test_a_mesh_trains_to_the_same_losses_and_resumes_on_another(tmp_path, param
         there = create(CONFIG, jax.random.key(0), mesh)
         with contextlib.suppress(Interrupted):
             train(CONFIG, SETTINGS, there, Batches(at=at), tmp_path / "meshes", mesh=mesh, progress=False)
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "meshes"), rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "meshes"), rtol=TRAINED)
 
 
 def test_pictures_and_the_best_are_kept(tmp_path, params):

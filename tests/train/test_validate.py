@@ -10,6 +10,7 @@ from chatpose_jax.train.loss import loss
 from chatpose_jax.train.validate import make_validation
 from smpl_jax import body as bodies
 from smpl_jax import io, metrics
+from tests.numerics import GRADIENT, LOSS
 from tests.train.test_step import CONFIG, SETTINGS, run_model
 
 
@@ -21,7 +22,7 @@ def test_validation_is_the_mean_over_rows_that_hold_a_pose():
     model = bind(CONFIG, params)
     weights = {"lambda_text": SETTINGS.lambda_text, "lambda_pose": SETTINGS.lambda_pose}
     _, parts = jax.jit(lambda params: loss(bind(CONFIG, params), batch, **weights))(params)
-    np.testing.assert_allclose(found["val_image_pose_body"], parts["pose_body"], rtol=1e-5)
+    np.testing.assert_allclose(found["val_image_pose_body"], parts["pose_body"], rtol=LOSS)
     hidden = run_model(params, batch)[[0, 2], batch["pose_index"][0, 0]]
     predicted, true = (
         bodies.joints(body, matrices) for matrices in (model.poses(hidden), batch["pose_targets"][[0, 2], 0])
@@ -39,7 +40,7 @@ def test_a_mesh_validates_to_the_same_and_draws():
     found = there(create(CONFIG, jax.random.key(0), mesh))
     picture = found.pop("val_text_poses")
     assert found.keys() == alone.keys()
-    np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=1e-4)
+    np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=GRADIENT)
     assert picture.dtype == np.uint8
     assert picture.shape[1] > 4 * 128, "two pairs side by side"
     assert picture.shape[0] > 2 * 128, "four rows with a pose: two lines"
