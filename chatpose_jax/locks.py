@@ -17,7 +17,7 @@ from chatpose_jax.errors import UserError
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-class Held(UserError):
+class Locked(UserError):
     """Somebody else has the lock."""
 
 
@@ -34,7 +34,7 @@ def only_writer(path: str | Path, lock: Path) -> Iterator[None]:
         lock: the file that is locked: made, with its folder, if it is missing; removed in the end.
 
     Raises:
-        Held: somebody else holds it, with the host and the process.
+        Locked: somebody else holds it, with the host and the process.
         UserError: the file cannot be made.
     """
     try:
@@ -59,7 +59,7 @@ def _take(path: str | Path, lock: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 500).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise Held(
+            raise Locked(
                 f"{path}: {holder} is writing it; wait for its end, end it, or choose another folder "
                 f"(where its machine is gone and an NFS server still keeps the lock: delete {lock})"
             ) from None

@@ -22,7 +22,7 @@ from chatpose_jax.data.batches import BatchLoader, measure
 from chatpose_jax.data.config import examples
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.locks import Held, only_writer
+from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, create
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.models.quantize import quantize_int8
@@ -240,7 +240,7 @@ def only_run(out: Path) -> Iterator[None]:
             if hosts.primary():
                 try:
                     holding.enter_context(only_writer(out, out / ".lock"))
-                except Held as other:
+                except Locked as other:
                     held = str(other)
         if hosts.gather(np.array([bool(held)])).any():
             raise hosts.Fault(held or f"{out}: another run is writing it, as process 0 says")
