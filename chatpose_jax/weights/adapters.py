@@ -23,6 +23,9 @@ from chatpose_jax.weights.readers import Checkpoint, TensorEntry
 ADAPTER_CONFIG = "adapter_config.json"
 CHANGES = "adapter.json"
 """Among a model folder's passengers: what the adapter changed in its base, see ``sources.changes``."""
+ORIGINALS = "adapter.safetensors"
+"""Beside it: of that, what the base's dtype does not hold exactly, as it came: a part by the path of its leaf, rows of the base
+vocabulary by ``module`` + ``TOKEN_ROWS``, in the order of ``CHANGES``."""
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -86,6 +89,7 @@ _NEUTRAL = {
     "use_rslora",
     "velora_config",
 }
+_SHOWN = 4
 # Initialisations that also change the base's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -199,14 +203,22 @@ def _demand_plain(settings: Mapping[str, Any], where: Path) -> None:
 
 
 def targeting(settings: Mapping[str, Any], where: Path) -> Callable[[str], bool] | None:
-    """PEFT's rule of which modules have an adapter, by their names in the base; ``None`` where the settings do not say it.
+    """PEFT's rule of which of the decoder's projections have an adapter, by their names in the base; ``None`` where the
+    settings do not say it.
 
     Raises UserError for settings that are no such rule.
     """
     targets, chosen = settings.get("target_modules"), settings.get("layers_to_transform")
     excluded, pattern = settings.get("exclude_modules") or [], settings.get("layers_pattern") or []
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+    if targets is None:
         return None
+    if isinstance(targets, str) and chosen is not None:
+        raise UserError(
+            f"{where / ADAPTER_CONFIG}: layers_to_transform={chosen!r} beside target_modules={targets!r}, which PEFT refuses: "
+            "layers_to_transform chooses among a list of target_modules; make one of the two null, as it was trained"
+        )
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = ".*"  # PEFT leaves out the LM head, which is none of the projections
     layers = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
     patterns = [pattern] if isinstance(pattern, str) else pattern
     numbered = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in patterns] or [r".*?\.[^.]*\.(\d+)\."]
@@ -231,22 +243,62 @@ def targeting(settings: Mapping[str, Any], where: Path) -> Callable[[str], bool]
     return targeted
 
 
-def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name → the vocabulary rows that it replaces (``trainable_token_indices``).
+def demand_all(
+    names: Mapping[str, Shape], settings: Mapping[str, Any], targeted: Callable[[str], bool] | None, where: Path
+) -> None:
+    """Raises UserError where the settings list modules of which an adapter's file has nothing, or the file has adapters
+    that PEFT, which goes by the settings, would leave out without a word."""
+    saved, rows = settings.get("modules_to_save") or [], _listed_rows(settings, where)
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        raise UserError(f"{where / ADAPTER_CONFIG}: expected a list of names as modules_to_save, found {saved!r:.100}")
+    for key, listed, held in (
+        # PEFT takes every module whose name ends so, with all that is in it.
+        (
+            "modules_to_save",
+            saved,
+            lambda name, module: f"{module}." in name and TOKEN_ROWS not in name and not _LORA.search(name),
+        ),
+        ("trainable_token_indices", [module for module, ids in rows.items() if ids], _is_rows_of),
+    ):
+        if lost := [module for module in listed if not any(held(name, module) for name in names)]:
+            raise UserError(
+                f"{where}: {key} in {ADAPTER_CONFIG} lists {', '.join(lost)}, of which the adapter's file has nothing; fetch the "
+                "adapter again, or take it off the list if the base has no such module"
+            )
+    modules = (name.rpartition(".lora_")[0] for name in names if _LORA.search(name))
+    if targeted and (foreign := sorted({module for module in modules if not targeted(module)})):
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        raise UserError(
+            f"{where}: adapters on {', '.join(foreign[:_SHOWN])}{more}, where {ADAPTER_CONFIG} has none (target_modules, "
+            "exclude_modules, layers_to_transform); PEFT would leave them out: fetch the adapter again, or correct the settings"
+        )
 
-    Raises UserError where the settings do not name as many rows as the tensor has.
-    """
+
+def _is_rows_of(name: str, module: str) -> bool:
+    """Whether a tensor replaces rows of a module of the vocabulary, as ``trainable_token_indices`` names it."""
+    return f".{name}".endswith(f".{module}{TOKEN_ROWS}")
+
+
+def _listed_rows(settings: Mapping[str, Any], where: Path) -> dict[str, list[Any]]:
+    """Module → the ids that ``trainable_token_indices`` lists for it."""
     listed = settings.get("trainable_token_indices") or {}
     if isinstance(listed, list):
         listed = {"embed_tokens": listed}
     if not isinstance(listed, dict) or not all(isinstance(ids, list) for ids in listed.values()):
         raise UserError(f"{where / ADAPTER_CONFIG}: expected lists of ids as trainable_token_indices")
-    rows = {}
+    return listed
+
+
+def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name → the vocabulary rows that it replaces (``trainable_token_indices``).
+
+    Raises UserError where the settings do not name as many rows as the tensor has.
+    """
+    listed, rows = _listed_rows(settings, where), {}
     for name, shape in names.items():
         if not name.endswith(TOKEN_ROWS):
             continue
-        module = name.removesuffix(TOKEN_ROWS)
-        ids: list[Any] = next((ids for key, ids in listed.items() if module == key or module.endswith(f".{key}")), [])
+        ids: list[Any] = next((ids for module, ids in listed.items() if _is_rows_of(name, module)), [])
         if shape[:1] != (len(ids),) or not all(isinstance(id, int) and id >= 0 for id in ids):
             raise UserError(
                 f"{where}: {name} has {shape[0] if shape else 'no'} rows, trainable_token_indices in {ADAPTER_CONFIG} names {len(ids)} for it; "
@@ -254,3 +306,8 @@ def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Pa
             )
         rows[name] = tuple(ids)
     return rows
+
+
+def row_module(name: str) -> str:
+    """``embed_tokens`` or ``lm_head``, of the name of a tensor that replaces rows of one."""
+    return name.removesuffix(TOKEN_ROWS).rsplit(".", 1)[-1]

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.processing.images import FITS
@@ -20,7 +18,7 @@ from chatpose_jax.weights.convert import DTYPES, QUANTIZE, convert
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
 from chatpose_jax.weights.layouts import FAMILIES
 from chatpose_jax.weights.nonfinite import describe
-from chatpose_jax.weights.plan import PARTS, Plan, make_plan
+from chatpose_jax.weights.plan import PARTS, Plan, make_plan, rounded
 from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
 
 _SHOWN = 8
@@ -253,7 +251,8 @@ def describe_plan(plan: Plan) -> list[str]:
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
     lines.append(f"  {'pictures':<11} {pictures.describe(plan.pictures)}")
-    for (title, stored, kept), count in _rounded(plan).items():
+    dtypes = ((source.title, source.checkpoint.tensors[name].dtype, kept) for source, name, _, kept in rounded(plan))
+    for (title, stored, kept), count in collections.Counter(dtypes).items():
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
     if plan.fresh:
         lines.append(f"  {'initialised':<11} {', '.join(plan.fresh)}")
@@ -266,23 +265,6 @@ def describe_plan(plan: Plan) -> list[str]:
     for reason, count in collections.Counter(plan.ignored.values()).items():
         lines.append(f"  {'ignored':<11} {count} tensors: {reason}")
     return lines
-
-
-def _rounded(plan: Plan) -> collections.Counter[tuple[str, str, str]]:
-    """Source, dtype there and dtype here, of tensors that the dtype here cannot hold exactly; how many."""
-    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
-    for source in plan.sources:
-        for name, entry in source.checkpoint.tensors.items():
-            place = None if name in plan.ignored else source.layout.locate(name)
-            leaf = plan.leaves.get(place[0].target) if place else None
-            if leaf is not None and leaf.dtype.itemsize > 1 and np.promote_types(entry.dtype, leaf.dtype) != leaf.dtype:
-                found[source.title, entry.dtype.name, leaf.dtype.name] += 1
-        base = plan.config.text.base_vocab_size
-        for name, ids in source.token_rows.items():  # rows of new tokens stay in float32
-            stored, kept = source.checkpoint.tensors[name].dtype, np.dtype(plan.config.param_dtype)
-            if any(id < base for id in ids) and np.promote_types(stored, kept) != kept:
-                found[source.title, stored.name, kept.name] += 1
-    return found
 
 
 def _describe_source(source: Source, every: bool) -> list[str]:

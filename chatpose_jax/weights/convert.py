@@ -16,7 +16,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models import sharding
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import DType, ModelConfig
-from chatpose_jax.weights.adapters import CHANGES
+from chatpose_jax.weights import adapters
 from chatpose_jax.weights.arrays import Params, write_leaves
 from chatpose_jax.weights.folder import (
     PARAMS,
@@ -30,13 +30,13 @@ from chatpose_jax.weights.folder import (
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.pictures import describe, write_pictures
 from chatpose_jax.weights.placing import Shardings, place
-from chatpose_jax.weights.plan import Plan, make_plan
+from chatpose_jax.weights.plan import Plan, make_plan, rounded
 from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import SUMS_FILE, Trail, read_sums
 from chatpose_jax.weights.sources import Source, changes, demand_there, open_sources
 from chatpose_jax.weights.tokens import write_tokenizer
-from chatpose_jax.weights.writers import copied, write_safetensors
+from chatpose_jax.weights.writers import Tensor, copied, write_safetensors
 
 DTYPES: tuple[DType, ...] = get_args(DType)
 QUANTIZE = ("none", "int8")
@@ -253,7 +253,25 @@ def _write_passengers(plan: Plan, folder: Path) -> None:
         write_safetensors(folder / f"{name}.safetensors", tensors)
     if changed := changes(plan.sources, plan.config.text.base_vocab_size):
         folder.mkdir(exist_ok=True)
-        (folder / CHANGES).write_text(json.dumps(changed) + "\n", encoding="utf-8")
+        if originals := _originals(plan):
+            write_safetensors(folder / adapters.ORIGINALS, originals)
+        (folder / adapters.CHANGES).write_text(
+            json.dumps(changed | {"dtype": plan.config.param_dtype}) + "\n", encoding="utf-8"
+        )
+
+
+def _originals(plan: Plan) -> list[Tensor]:
+    """What the adapter changed in its base (see ``changes``) and the base's dtype does not hold exactly."""
+    base = plan.config.text.base_vocab_size
+    tensors = []
+    for source, name, path, _ in rounded(plan):
+        entry = source.checkpoint.tensors[name]
+        if ids := source.token_rows.get(name):
+            rows = [row for row, id in enumerate(ids) if id < base]
+            tensors.append(copied(entry, adapters.row_module(name) + adapters.TOKEN_ROWS, rows))
+        elif source.is_adapter and not plan.leaves[path].stacked and not path.startswith("pose_head/"):
+            tensors.append(copied(entry, path))
+    return tensors
 
 
 def _dtype(name: str | None) -> DType | None:

@@ -21,6 +21,7 @@ from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
+from chatpose_jax.weights.adapters import ORIGINALS
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, new_folder, unwritable
@@ -187,6 +188,8 @@ def _passengers(model: StoredModel, layout: Layout, dtype: np.dtype) -> tuple[di
     placed: dict[str, Tensor] = {}
     lost = []
     for file in sorted((model.folder / PASSENGERS).glob("*.safetensors")):
+        if file.name == ORIGINALS:  # of the adapter: the way back to PEFT takes them
+            continue
         origin = _LAYOUT.get(file.stem)
         if origin is None:
             raise UserError(f"{file}: named after no layout that is known; it was written by a later version: upgrade")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.folder import PASSENGERS
 from chatpose_jax.weights.layouts import LAYOUTS, Rule
-from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.readers import TensorEntry, read_json, read_safetensors_header
 from chatpose_jax.weights.writers import Tensor
 
 BaseClass = Literal["llava", "llama"]
@@ -52,10 +53,16 @@ def adapter_plan(
             rules += pair
         elif ids := [*changed.rows.get(module, ()), *range(text.base_vocab_size, text.vocab_size)]:
             rows[module] = ids
-            token_rows.append(_token_rows(model, pair, ids, np.dtype(dtype)))
+            table = _token_rows(model, pair, ids, np.dtype(dtype))
+            token_rows.append(_as_it_came(table, pair[0].target, model, changed, ids))
+    paths = {rule.source: rule.target for rule in rules if rule.rows != "added"}
+    wholes = [
+        _as_it_came(tensor, paths[tensor.name], model, changed) if tensor.name in paths else tensor
+        for tensor in model.tensors(rules, dtype)
+    ]
     tensors = [
         dataclasses.replace(tensor, name=adapters.PREFIX + tensor.name)
-        for tensor in [*model.tensors(rules, dtype), *token_rows]
+        for tensor in [*wholes, *token_rows]
         if _is_held(tensor.name, adapted)
     ]
     settings = {
@@ -133,10 +140,13 @@ def _target_modules(base_class: BaseClass, adapted: Mapping[str, Sequence[int]],
 
 @dataclasses.dataclass(frozen=True)
 class _Changes:
-    """What the adapter that came in had changed in its base: ``whole`` parts, ``rows`` of the base vocabulary."""
+    """What the adapter that came in had changed in its base: ``whole`` parts, ``rows`` of the base vocabulary.
+    ``originals``: of that, what was rounded to ``dtype`` in the model, see ``adapters.ORIGINALS``."""
 
     whole: frozenset[str] = frozenset()
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    originals: Mapping[str, TensorEntry] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
 
 
 def _changes(model: StoredModel) -> _Changes:
@@ -151,7 +161,59 @@ def _changes(model: StoredModel) -> _Changes:
             f"{model.folder}: the adapter that came in also replaced {', '.join(lost[:3])}, which is not written for peft; "
             "choose --format transformers, llava or chatpose"
         )
-    return _Changes(frozenset(module for module in whole.values() if module), data["rows"])
+    originals = file.with_name(adapters.ORIGINALS)
+    return _Changes(
+        frozenset(module for module in whole.values() if module),
+        data["rows"],
+        read_safetensors_header(originals) if originals.is_file() else {},
+        data.get("dtype", "float32"),
+    )
+
+
+def _as_it_came(
+    tensor: Tensor, path: str, model: StoredModel, changed: _Changes, ids: Sequence[int] | None = None
+) -> Tensor:
+    """The tensor with the original in the place of each value that is still what the original was rounded to: trained
+    values are the model's.
+
+    path: of the leaf. ids: which of its rows the tensor has; default all.
+    """
+    module = path.split("/")[1]
+    places = {id: row for row, id in enumerate(range(tensor.shape[0]) if ids is None else ids)}
+    parts = []
+    if original := changed.originals.get(path):
+        parts.append((original, {row: row for row in range(original.shape[0])}))
+    if original := changed.originals.get(module + adapters.TOKEN_ROWS):
+        parts.append((original, {places[id]: row for row, id in enumerate(changed.rows[module])}))
+    if not parts:
+        return tensor
+    roundings = changed.dtype, model.stored.shapes[path].dtype, tensor.dtype
+
+    def blocks() -> Iterator[np.ndarray]:
+        start = 0
+        for block in tensor.blocks():
+            for original, row_of in parts:
+                here = [at for at in range(len(block)) if start + at in row_of]
+                if here:
+                    came = _rows(original, [row_of[start + at] for at in here])
+                    with np.errstate(over="ignore"):
+                        expected = functools.reduce(np.ndarray.astype, roundings, came)
+                    untrained = _bits(expected) == _bits(block[here])
+                    block[here] = np.where(untrained, came.astype(tensor.dtype), block[here])
+            start += len(block)
+            yield block
+
+    return dataclasses.replace(tensor, blocks=blocks)
+
+
+def _rows(entry: TensorEntry, rows: Sequence[int]) -> np.ndarray:
+    first = min(rows)
+    box = slice(first, max(rows) + 1), *(slice(0, n) for n in entry.shape[1:])
+    return entry.read(box)[[row - first for row in rows]]
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def _token_rows(model: StoredModel, pair: Sequence[Rule], ids: Sequence[int], dtype: np.dtype) -> Tensor:

@@ -5,7 +5,7 @@
     config.json    {"format": "chatpose-jax", "version": 1, "model": {...}, "provenance": {...}}
     tokenizer/     a complete tokenizer, the pose token in its vocabulary, and the processor's settings
     params/        Orbax checkpoint (OCDBT) of the parameter tree
-    passengers/    what the model does not use of its sources, for export: a safetensors file for each layout; may be absent
+    passengers/    what the model does not use of its sources, for export: a safetensors file for each layout, and the adapter's; may be absent
 
 A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads. Of two
 runs that write the same folder the second ends with an error that names the first.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -24,7 +24,7 @@ from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
 from chatpose_jax.settings import one_line
-from chatpose_jax.weights.adapters import TOKEN_ROWS
+from chatpose_jax.weights.adapters import row_module
 from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
 from chatpose_jax.weights.layouts import Rule
 from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
@@ -38,6 +38,8 @@ _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes
 _SHOWN = 8
 """How many names of each kind of problem an error shows."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
+_TABLES = {"embed_tokens": "decoder/embed_tokens/embedding", "lm_head": "decoder/lm_head/kernel"}
+_REPLACED = "the adapter brings its own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ def make_plan(
     if any(path.startswith("pose_head/") for path in replaced):  # whatever kind of head the base has
         replaced |= {path for source in sources for path in source.targets if path.startswith("pose_head/")}
     for source in sources:
-        skipped = dict.fromkeys(() if source.is_adapter else replaced, "the adapter brings its own")
+        skipped = dict.fromkeys(() if source.is_adapter else replaced, _REPLACED)
         skipped |= {
             path: f"{path.split('/')[0]} is initialised afresh" for path in tree if path.split("/")[0] in fresh_parts
         }
@@ -142,7 +144,7 @@ def table_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
     listed: dict[str, set[int]] = {"embed_tokens": set(), "lm_head": set()}
     for source in sources:
         for name, ids in source.token_rows.items():
-            listed.setdefault(_module(name), set()).update(ids)
+            listed.setdefault(row_module(name), set()).update(ids)
     held = embedding_rows(sources)
     every = max([held, *(id + 1 for rows in listed.values() for id in rows)])
     allowed = {}
@@ -154,9 +156,33 @@ def table_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
     return allowed
 
 
-def _module(token_rows: str) -> str:
-    """``embed_tokens`` or ``lm_head``, of the name of a tensor that replaces rows of one."""
-    return token_rows.removesuffix(TOKEN_ROWS).rsplit(".", 1)[-1]
+class Rounded(NamedTuple):
+    """A tensor of a source whose values the dtype of their leaf cannot hold exactly."""
+
+    source: Source
+    name: str
+    path: str
+    dtype: np.dtype
+    """The leaf's."""
+
+
+def rounded(plan: Plan) -> Iterator[Rounded]:
+    """What the sources say more exactly than the result does."""
+    base = plan.config.text.base_vocab_size
+    for source in plan.sources:
+        for name, entry in source.checkpoint.tensors.items():
+            if ids := source.token_rows.get(name):
+                # Rows of new tokens stay in float32.
+                path = _TABLES[row_module(name)] if any(id < base for id in ids) else None
+            else:
+                # An adapter's tensor may have the name of the one that it replaces.
+                reason = plan.ignored.get(name)
+                read = reason is None or (source.is_adapter and reason == _REPLACED)
+                place = source.layout.locate(name) if read else None
+                path = place[0].target if place else None
+            leaf = plan.leaves.get(path) if path else None
+            if path and leaf and leaf.dtype.itemsize > 1 and np.promote_types(entry.dtype, leaf.dtype) != leaf.dtype:
+                yield Rounded(source, name, path, leaf.dtype)
 
 
 def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -305,8 +331,8 @@ def _replace_rows(leaves: dict[str, Leaf], source: Source, text: TextConfig) -> 
     """Lays the rows that an adapter has trained over those of the vocabulary, base and added."""
     for name, ids in source.token_rows.items():
         entry = source.checkpoint.tensors[name]
-        module = _module(name)
-        if module not in ("embed_tokens", "lm_head") or entry.shape[1:] != (text.hidden_size,):
+        module = row_module(name)
+        if module not in _TABLES or entry.shape[1:] != (text.hidden_size,):
             raise UserError(
                 f"{source.title}: {name} is {entry.shape}; expected rows of {text.hidden_size} for embed_tokens or lm_head: "
                 "the adapter belongs to another base"

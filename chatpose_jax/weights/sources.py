@@ -152,7 +152,7 @@ def changes(sources: Sequence[Source], base_vocab_size: int) -> dict[str, Any]:
     for source in sources:
         for name, ids in source.token_rows.items():
             if held := [id for id in ids if id < base_vocab_size]:
-                rows[name.removesuffix(adapters.TOKEN_ROWS).rsplit(".", 1)[-1]] = held
+                rows[adapters.row_module(name)] = held
     return {"replaced": sorted(replaced), "rows": rows} if replaced or rows else {}
 
 
@@ -187,6 +187,7 @@ def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> 
         over = _base_of_adapter(shapes)
         if over is not None:
             _demand_all_projections(over, shapes, targeted, checkpoint.folder)
+            adapters.demand_all(shapes, settings, targeted, checkpoint.folder)
             return Source(checkpoint, adapters.alone(over, shapes), lora, rows, targeted)
     try:
         layout = recognise(shapes, checkpoint.config(), family)

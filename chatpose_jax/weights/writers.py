@@ -36,14 +36,18 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def copied(entry: TensorEntry, name: str | None = None) -> Tensor:
-    """A tensor of another file, bit by bit."""
+def copied(entry: TensorEntry, name: str | None = None, rows: Sequence[int] | None = None) -> Tensor:
+    """A tensor of another file, or some of its rows, bit by bit."""
 
     def blocks() -> Iterator[np.ndarray]:
+        if rows is not None:
+            yield entry.read()[list(rows)]
+            return
         for index in row_blocks(entry.shape, entry.dtype.itemsize):
             yield entry.read(index)
 
-    return Tensor(name or entry.name, entry.dtype, entry.shape, blocks)
+    shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+    return Tensor(name or entry.name, entry.dtype, shape, blocks)
 
 
 def row_blocks(shape: Sequence[int], itemsize: int, multiple: int = 1) -> Iterator[Index]:

@@ -33,7 +33,14 @@ from chatpose_jax.weights.plan import make_plan  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
 from chatpose_jax.weights.sources import open_sources  # noqa: E402
 
-from .sources import make_chatpose, make_llava_transformers, make_vicuna, write_state, write_tokenizer  # noqa: E402
+from .sources import (  # noqa: E402
+    make_chatpose,
+    make_llava_original,
+    make_llava_transformers,
+    make_vicuna,
+    write_state,
+    write_tokenizer,
+)
 
 State = dict[str, Any]
 
@@ -501,6 +508,20 @@ def test_load_takes_a_source_as_it_is(tmp_path: Path) -> None:
         chatpose_jax.load(tmp_path / "src")
     with pytest.raises(UserError, match="is a model folder, whole as it is; vision is for PyTorch weights"):
         chatpose_jax.load(tmp_path / "out", vision=tmp_path / "clip")
+
+
+@pytest.mark.parametrize(("fit", "other"), [("crop", "pad"), ("pad", "crop")])
+def test_load_passes_the_picture_fit_on(tmp_path: Path, fit: str, other: str) -> None:
+    """Over what ``config.json`` says: of a wide picture whose left is red, the middle alone is grey."""
+    make_llava_original(tmp_path / "src")
+    config = json.loads((tmp_path / "src/config.json").read_text())
+    (tmp_path / "src/config.json").write_text(json.dumps(config | {"image_aspect_ratio": other}))
+    picture = np.full((28, 84, 3), 127, np.uint8)
+    picture[:, :28] = (255, 0, 0)
+    model = chatpose_jax.load(tmp_path / "src", image_fit=fit)
+    assert model.processor.images.fit == fit
+    red = model.processor.images(picture)[..., 0]
+    assert (red.max() > 1.5) == (fit == "pad")
 
 
 def test_load_spreads_a_source_over_a_mesh(llava: Path) -> None:

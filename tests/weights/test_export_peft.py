@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from flax.traverse_util import unflatten_dict  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration  # noqa: E402
 
@@ -27,9 +28,10 @@ from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights import adapters, cli  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import load_config, load_params  # noqa: E402
+from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
-from chatpose_jax.weights.sources import open_adapter  # noqa: E402
+from chatpose_jax.weights.plan import make_plan  # noqa: E402
+from chatpose_jax.weights.sources import open_adapter, open_sources  # noqa: E402
 from chatpose_jax.weights.verify import verify  # noqa: E402
 
 from ..numerics import agree  # noqa: E402
@@ -204,6 +206,119 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     agree(logits, llava_answers(again, encoded, -1, head)[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "quantize"),
+    [
+        ("float16", {"modules_to_save": ["embed_tokens", "lm_head", "multi_modal_projector"]}, "none"),
+        ("bfloat16", {"trainable_token_indices": {"embed_tokens": [9, 5, POSE_ID], "lm_head": [7, POSE_ID]}}, "none"),
+        ("bfloat16", {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [9, 5]}}, "int8"),
+    ],
+    ids=["modules", "rows", "both over int8"],
+)
+def test_float32_over_a_base_in_half_precision_goes_out_as_it_came(
+    tmp_path: Path, dtype: str, settings: dict[str, Any], quantize: str
+) -> None:
+    """The model computes with what the base's dtype holds, as peft does; on the way out stand the bits that came, until
+    something trains them."""
+    make_llava_transformers(tmp_path / "base", dtype=getattr(torch, dtype))
+    model = peft_over_llava(tmp_path, **settings).float()
+    move(model, 4)  # in float32, which half precision does not hold
+    model.save_pretrained(tmp_path / "adapter")
+    model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", quantize=quantize)
+    came = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+    def exported(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+        """By name; of rows, those that the adapter had brought, in its order."""
+        out = folder.with_name(f"{folder.name}-out{len(options)}")
+        export(folder, out, "peft", **options)
+        ours = load_file(out / "adapter_model.safetensors")
+        listed = peft.LoraConfig.from_pretrained(out).trainable_token_indices or {}
+        for module, ids in (settings.get("trainable_token_indices") or {}).items():
+            name = next(name for name in ours if name.endswith(module + adapters.TOKEN_ROWS))
+            ours[name] = ours[name][[listed[module].index(id) for id in ids]]
+        return {name: ours[name] for name in came}
+
+    def assert_came(found: dict[str, torch.Tensor], but: str = "-") -> None:
+        for name, tensor in came.items():
+            assert found[name].dtype == torch.float32 and (but in name or torch.equal(found[name], tensor)), name
+
+    assert_came(exported(tmp_path / "jax"))
+    half = exported(tmp_path / "jax", dtype=dtype)
+    assert all(torch.equal(half[name], tensor.to(getattr(torch, dtype))) for name, tensor in came.items())
+
+    # A training that leaves the parts alone, in its own dtype even, hands them on.
+    config = load_config(tmp_path / "jax")
+    wider = config.replace(param_dtype="float32")
+    params = load_params(tmp_path / "jax", abstract_params(wider))
+    processor = Processor.load(tmp_path / "jax" / TOKENIZER, config)
+    hand_on = {"processor": processor, "passengers": tmp_path / "jax"}
+    save_folder(tmp_path / "again", wider, params, **hand_on)
+    assert_came(exported(tmp_path / "again"))
+
+    # What was trained goes out as trained, the rest as it came.
+    flat = by_path(params) | {path: np.array(leaf) for path, leaf in by_path(params).items() if "lm_head" in path}
+    flat["decoder/lm_head/kernel"][:, 7] += 0.25
+    save_folder(tmp_path / "moved", wider, unflatten_dict(flat, sep="/"), **hand_on)
+    found = exported(tmp_path / "moved")
+    assert_came(found, but="lm_head")
+    name = next(name for name in came if "lm_head" in name)
+    row = 7 if "lm_head" in settings.get("modules_to_save", ()) else 0
+    assert torch.equal(found[name][row], torch.from_numpy(flat["decoder/lm_head/kernel"][:, 7]))
+    rest = [other for other in range(len(came[name])) if other != row]
+    assert torch.equal(found[name][rest], came[name][rest])
+
+    # Other formats write the weights that the model computes with.
+    export(tmp_path / "jax", tmp_path / "whole", "transformers")
+    embedding = load_file(tmp_path / "whole" / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    table = params_of(tmp_path / "jax")["decoder/embed_tokens/embedding"].astype(np.float32)
+    assert torch.equal(embedding[:VOCAB].float(), torch.from_numpy(table))
+
+    # peft, too, computes with what the base's dtype holds.
+    if quantize == "none":
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").get_base_model()
+        ids = torch.tensor([[5, 9, 7]])
+        theirs = loaded.get_input_embeddings()(ids)[0].detach()
+        assert theirs.dtype == getattr(torch, dtype)
+        assert torch.equal(theirs.float(), torch.from_numpy(table[[5, 9, 7]]))
+
+
+def test_rows_in_float32_beside_their_whole_table(tmp_path: Path) -> None:
+    """As peft saves them where the table was resized: the table in the base's dtype, and the rows that were trained."""
+    make_llava_transformers(tmp_path / "base", dtype=torch.float16)
+    model = peft_over_llava(tmp_path, trainable_token_indices={"embed_tokens": [9, 5]}).float()
+    move(model, 4).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    came = load_file(file)
+    rows = next(name for name in came if name.endswith(adapters.TOKEN_ROWS))
+    whole = rows.replace(adapters.TOKEN_ROWS, ".weight")
+    table = model.get_input_embeddings().base_layer.weight.detach().half() * 2
+    save_file(came | {whole: table}, file)
+    model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
+    export(tmp_path / "jax", tmp_path / "out", "peft")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")[whole]
+    expected = table.float()
+    expected[[9, 5]] = came[rows]
+    assert torch.equal(found, expected)
+
+
+def test_originals_of_an_adapter_that_has_its_bases_names(tmp_path: Path) -> None:
+    """In a LLaMA the replaced tensor and its replacement are called the same."""
+    vicuna = make_vicuna(tmp_path / "base").half()
+    write_state(tmp_path / "base", dict(vicuna.state_dict()), "bin")
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = move(peft.get_peft_model(vicuna.float(), peft.LoraConfig(**settings)))
+    model.save_pretrained(tmp_path / "adapter")
+    options: dict[str, Any] = {"init_missing": ["vision", "projector"]}
+    plan = make_plan(open_sources(tmp_path / "base", adapter=tmp_path / "adapter"), **options)
+    assert "rounded     1 tensors of adapter: float32 to float16" in "\n".join(cli.describe_plan(plan))
+    model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", **options)
+    export(tmp_path / "jax", tmp_path / "out", "peft", base_class="llama")
+    came, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
+    head = "base_model.model.lm_head.weight"
+    assert torch.equal(found[head][:VOCAB], came[head])
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -398,6 +513,37 @@ def test_adapters_that_cannot_be_held(written: Path, tmp_path: Path, settings: A
     with pytest.raises(UserError, match=message):
         convert(written / "base", tmp_path / "out", adapter=adapter)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["lm_head", "multi_modal_projector"]}, "modules_to_save .* lists lm_head, multi_modal_projector, of which"),
+        ({"modules_to_save": "lm_head"}, "expected a list of names as modules_to_save, found 'lm_head'"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices in .* lists embed_tokens, of which"),
+        ({"trainable_token_indices": {"embed_tokens": [], "lm_head": [5]}}, "lists lm_head, of which"),
+        ({"target_modules": ["k_proj", "gate_proj"]}, r"adapters on model\S*0\.self_attn\.q_proj, .*2\.self_attn\.q_proj, where"),
+        ({"target_modules": ["q_proj", "k_proj", "gate_proj"], "layers_to_transform": [1]}, r"layers\.0\.mlp\.gate_proj, .* and 2 more, where"),
+        ({"exclude_modules": ["q_proj"], "target_modules": "all-linear"}, "puts adapters on v_proj, of which the file has none"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] beside target_modules='all-linear'"),
+        ({"layers_to_transform": 0}, r"layers_to_transform=0 beside target_modules="),
+    ],
+)  # fmt: skip
+def test_settings_and_file_belong_together(written: Path, tmp_path: Path, settings: Any, message: str) -> None:
+    """What the settings list and the file lacks, or the file has and the settings do not target, is named."""
+    with pytest.raises(UserError, match=message):
+        open_adapter(changed(written, tmp_path / "adapter", **settings))
+
+
+def test_an_adapter_on_all_linear_modules(tmp_path: Path) -> None:
+    """``all-linear``, without CLIP and projector: what PEFT calls so beside the LM head."""
+    vicuna = make_vicuna(tmp_path / "base")
+    settings = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}
+    move(peft.get_peft_model(vicuna, peft.LoraConfig(**settings))).save_pretrained(tmp_path / "adapter")
+    changed(tmp_path, tmp_path / "literal", target_modules="all-linear")
+    for name in ("adapter", "literal"):
+        (source,) = open_adapter(tmp_path / name)
+        assert source.lora is not None and len(source.lora.targets) == 7
 
 
 def test_an_adapter_of_another_base(written: Path, tmp_path: Path) -> None:
