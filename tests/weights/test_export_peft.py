@@ -294,7 +294,7 @@ def test_rows_in_float32_beside_their_whole_table(tmp_path: Path) -> None:
     came = load_file(file)
     rows = next(name for name in came if name.endswith(adapters.TOKEN_ROWS))
     whole = rows.replace(adapters.TOKEN_ROWS, ".weight")
-    table = model.get_input_embeddings().base_layer.weight.detach().half() * 2
+    table = model.get_input_embeddings().original_module.weight.detach().half() * 2
     save_file(came | {whole: table}, file)
     model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
     export(tmp_path / "jax", tmp_path / "out", "peft")
