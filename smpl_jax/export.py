@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from smpl_jax import rotations as rotation_functions
 from smpl_jax._files import write_whole
 from smpl_jax.body import BodyModel
-from smpl_jax.frames import Frame, turn
+from smpl_jax.frames import Frame, told, turn
 from smpl_jax.raster import mesh, vertex_normals
 from smpl_jax.render import SKIN
 
@@ -166,9 +166,10 @@ def write_npz(
     Args:
         path: where.
         rotations: (..., J, 3, 3).
-        frame: in words, of joint 0's rotation and of the joints.
+        frame: of joint 0's rotation and of the joints: "camera", "model", "y-up" or "z-up", and more words if you like.
         betas: shape coefficients; translation: (..., 3) metres; joints: (..., K, 3) metres; joint_names: K names.
     """
+    told(frame)
     matrices = np.asarray(rotations, np.float32)
     if matrices.ndim < 3 or matrices.shape[-2:] != (3, 3):
         raise ValueError(f"rotations must be (..., J, 3, 3), found {matrices.shape}")

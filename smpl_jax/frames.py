@@ -4,6 +4,7 @@ A body file rests in the model frame, so a pose whose root is the identity is to
 into frames of their own; all of these are metres and right-handed, and none mirrors another.
 """
 
+import re
 from typing import Literal
 
 import numpy as np
@@ -11,11 +12,21 @@ from numpy.typing import NDArray
 
 Frame = Literal["model", "camera", "z-up"]
 
+_WORDS: dict[str, Frame] = {"camera": "camera", "model": "model", "y-up": "model", "z-up": "z-up"}
 _TO_MODEL: dict[str, NDArray[np.float64]] = {
     "model": np.eye(3),  # y up, a resting body faces +z: SMPL's files, smplx, PoseScript, OBJ and glTF
     "camera": np.diag([1.0, -1.0, -1.0]),  # x right, y down, z away: ChatPose, 4D-Humans
     "z-up": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),  # AMASS
 }
+
+
+def told(words: str) -> Frame:
+    """The frame that a file's text starts with: "camera", "model" or "y-up", "z-up", whatever follows. ValueError for another."""
+    first = re.match(r"[\w-]*", words.lower())
+    frame = _WORDS.get(first[0]) if first else None
+    if frame is None:
+        raise ValueError(f"frame is {words!r:.100}; expected {', '.join(_WORDS)}, then more words")
+    return frame
 
 
 def turn(source: str, target: str = "model") -> NDArray[np.float64]:

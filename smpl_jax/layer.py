@@ -278,8 +278,8 @@ def _refuse(foreign: Mapping[str, Any]) -> None:
         if name not in _FOREIGN:
             raise TypeError(f"create() got an unexpected keyword argument {name!r}")
         harmless, instead = _FOREIGN[name]
-        if value is not None and value != harmless:
-            raise ValueError(f"{name}={value!r} is not supported: {instead}")
+        if value is not None and not (isinstance(value, type(harmless)) and value == harmless):
+            raise ValueError(f"{name}={value!r:.50} is not supported: {instead}")
 
 
 def _find(path: str | os.PathLike[str] | None, model_type: str | None, gender: str, ext: str | None) -> Path | None:

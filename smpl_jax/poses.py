@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from smpl_jax import io
+from smpl_jax import frames, io
 from smpl_jax.errors import PoseFileError
 from smpl_jax.frames import Frame
 from smpl_jax.rotations import axis_angle_to_matrix
@@ -46,7 +45,6 @@ _ROWS: tuple[_Row, ...] = (
 _KINDS: dict[str, tuple[Kind, ...]] = {"matrices": ("matrices",), "axis_angle": ("axis-angle",)}
 _ROOTS = ("global_orient", "root_orient")
 _RATES = ("mocap_framerate", "mocap_frame_rate")  # AMASS's two releases write one of them, and nobody else does
-_FRAMES: dict[str, Frame] = {"camera": "camera", "model": "model", "y-up": "model", "z-up": "z-up"}
 
 
 class _Reading(NamedTuple):
@@ -209,10 +207,10 @@ def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[t
 def _frame(path: Path, reading: _Reading, arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> Frame | None:
     told = arrays.get("frame")
     if told is not None and told.dtype.kind == "U" and told.ndim == 0:
-        word = re.match(r"[\w-]*", str(told).lower())
-        if word is None or word[0] not in _FRAMES:
-            raise PoseFileError(f"{path}: its frame is {str(told)!r}; expected {', '.join(_FRAMES)}, then more words")
-        return _FRAMES[word[0]]
+        try:
+            return frames.told(str(told))
+        except ValueError as error:
+            raise PoseFileError(f"{path}: its {error}") from None
     amass = reading.names == ("poses",) and reading.counts[0] in (52, 55)
     return "z-up" if amass or any(rate in arrays or rate in others for rate in _RATES) else None
 

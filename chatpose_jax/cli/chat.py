@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         save(list(zip(args.prompt, replies)), args.out)
         print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
+        if not any(reply.poses for reply in replies):
+            print("no pose in the answer, so no picture or mesh: --force-pose ends it with one", file=sys.stderr)
     elif not args.json and (count := sum(len(reply.poses) for reply in replies)):
         print(f"[{count} pose{'s' if count > 1 else ''}: --out FOLDER writes PNG, GLB, OBJ and npz]", file=sys.stderr)
     return 0

@@ -15,7 +15,7 @@ from smpl_jax.frames import Frame, turn
 from smpl_jax.poses import PoseFile, read_poses
 
 VIEWS = ("front", "side", "back", "three_quarter")
-FRAMES: dict[str, Frame] = {"camera": "camera", "y-up": "model", "z-up": "z-up"}
+FRAMES: dict[str, Frame] = {"camera": "camera", "y-up": "model", "model": "model", "z-up": "z-up"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,9 @@ def camera_pose(file: PoseFile, index: int, frame: Frame) -> np.ndarray:
 def _said(file: PoseFile, frame: Frame, chosen: bool) -> str:
     """One line: which arrays were read as what, and what was not."""
     name = next(name for name, value in FRAMES.items() if value == frame)
-    source = "by --frame" if chosen else "by the file" if file.frame else "assumed; --frame tells another"
+    source = (
+        "by --frame" if chosen else "by the file" if file.frame else "assumed; upside down? --frame y-up, as in smplx"
+    )
     rest = f"; joints left out: {file.num_joints - 22} of hands and face" if file.num_joints > 24 else ""
     rest += f"; not used: {', '.join(file.unused)[:200]}" if file.unused else ""
     what = " + ".join(filter(None, file.names)) or "the array"

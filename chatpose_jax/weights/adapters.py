@@ -237,10 +237,28 @@ def targeting(settings: Mapping[str, Any], where: Path) -> Callable[[str], bool]
         return found is not None and int(found[1]) in layers
 
     try:
+        for names in (targets, excluded):
+            if isinstance(names, str):
+                _demand_quick(names)
+        if odd := [name for name in patterns if not re.fullmatch(r"[\w.]+", name)]:
+            raise ValueError(f"layers_pattern {odd[0]!r:.100}: expected the name of a list of layers")
         targeted("model.layers.0.self_attn.q_proj")
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{where / ADAPTER_CONFIG}: no rule of which modules are adapted ({error})") from None
     return targeted
+
+
+def _demand_quick(pattern: str) -> None:
+    """Raises ValueError for a regular expression that a stranger's adapter brings and that Python may never finish: repetitions of a
+    group, which nest, or too many of them."""
+    if (
+        re.search(r"\)[*+{]", pattern)
+        or len(re.findall(r"[*+{]", pattern)) > 6
+        or len(re.findall(r"(?<!\()\?", pattern)) > 12
+    ):
+        raise ValueError(
+            f"the regular expression {pattern!r:.100} repeats a group, or repeats too often to be sure that it ends; write a list of names instead"
+        )
 
 
 def demand_all(

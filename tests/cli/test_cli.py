@@ -347,7 +347,7 @@ AMASS[:, :66], AMASS[:, 66:], AMASS[:, 0] = UPRIGHT.reshape(2, 72)[:, :66], 0.5,
         (
             {"global_orient": CAMERA[:, :1], "body_pose": CAMERA[:, 1:], "betas": np.zeros((2, 10))},
             [],
-            "read global_orient + body_pose as 24 joints, matrices, frame camera (assumed; --frame tells another); "
+            "read global_orient + body_pose as 24 joints, matrices, frame camera (assumed; upside down? --frame y-up, as in smplx); "
             "not used: betas",
         ),
         ({"global_orient": HALF_TURN, "body_pose": UPRIGHT[:, 1:].reshape(2, 69)}, [], "as 24 joints, axis-angle"),

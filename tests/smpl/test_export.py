@@ -225,12 +225,24 @@ def test_npz_names_its_frame_and_orders(tmp_path, body, pose):
         assert file["joint_names"].tolist() == list(body.joint_names)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, body, pose):
+def test_a_frame_that_no_reader_knows_is_not_written(tmp_path, pose):
+    with pytest.raises(ValueError, match="frame is 'upside down'; expected camera, model, y-up, z-up"):
+        export.write_npz(tmp_path / "pose.npz", pose, frame="upside down")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, pose, monkeypatch):
     target = tmp_path / "pose.npz"
     export.write_npz(target, pose, frame="camera")
     before = target.read_bytes()
-    with pytest.raises(ValueError, match="allow_pickle"):
-        export.write_npz(target, pose, frame=object())
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="no space left"):
+        export.write_npz(target, pose, frame="camera")
     assert target.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["pose.npz"]
 

@@ -181,6 +181,7 @@ def test_defaults_and_shapes(folder):
         ({"model_type": "smplz"}, {}, "model_type must be smpl, smplh or smplx"),
         ({"gender": "female"}, {}, "holds no female smpl body; looked for .*SMPL_FEMALE.npz"),
         ({"use_face_contour": True}, {}, "use_face_contour=True is not supported"),
+        ({"v_template": np.zeros((3, 3))}, {}, "is not supported: replace v_template"),
         ({"vertex_ids": {"nose": 3}}, {}, "vertex_ids lacks reye, leye"),
         ({"vertex_ids": {"nose": 3000}}, {}, r"vertex 'nose' must be a number in \[0, 120\)"),
         ({"vertex_ids": {"nose": "3"}}, {}, r"vertex 'nose' must be a number in \[0, 120\); found '3'"),

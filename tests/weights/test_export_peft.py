@@ -535,6 +535,23 @@ def test_settings_and_file_belong_together(written: Path, tmp_path: Path, settin
         open_adapter(changed(written, tmp_path / "adapter", **settings))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": r"(([a-z_.0-9]+)+)+X"}, "repeats a group"),
+        ({"target_modules": ".*" * 7 + "X"}, "repeats too often"),
+        ({"exclude_modules": r"(a|b)*c"}, "repeats a group"),
+        ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "expected the name of a list of layers"),
+        ({"target_modules": "("}, "no rule of which modules are adapted"),
+    ],
+)
+def test_a_strangers_regular_expression_ends(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adapters.targeting({"target_modules": ["q_proj"], **settings}, Path("adapter"))
+    long = r".*language_model.*\.layers\.[\d]{1,}\..*(q_proj|v_proj)"  # as peft and others write it
+    assert adapters.targeting({"target_modules": long}, Path("adapter"))("language_model.layers.1.self_attn.q_proj")
+
+
 def test_an_adapter_on_all_linear_modules(tmp_path: Path) -> None:
     """``all-linear``, without CLIP and projector: what PEFT calls so beside the LM head."""
     vicuna = make_vicuna(tmp_path / "base")
