@@ -13,6 +13,7 @@ from typing import Any
 from chatpose_jax.data.config import DataConfig
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, preset
+from chatpose_jax.settings import did_you_mean
 from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
 
@@ -74,6 +75,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(
+                f"{path} has no function get_config(), which gives the configuration (docs/training.md shows one)"
+            )
         config = module.get_config()
     except UserError:
         raise
@@ -84,9 +89,24 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: get_config() returned {config!r:.80}; expected a ConfigDict, as chatpose_jax.cli.config.run_config makes one"
         )
     config.lock()
+    alone = _complaint(config)
     for override in overrides:
         _apply(config, override)
-    return freeze(config)
+    try:
+        return freeze(config)
+    except UserError as error:
+        if str(error) == alone:  # of the file, not of an override
+            raise UserError(f"{path}: {error}") from None
+        raise
+
+
+def _complaint(config: Any) -> str:
+    """What is wrong with a configuration; nothing where it can be used."""
+    try:
+        freeze(config)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _apply(config: Any, override: str) -> None:
@@ -143,7 +163,8 @@ def freeze(config: Any) -> RunConfig:
     """``ConfigDict`` -> dataclasses; raises UserError that names a wrong setting."""
     table = config.to_dict()
     if unknown := sorted(set(table) - {"model", "data", "train"}):
-        raise UserError(f"configuration: unknown table {unknown[0]!r}; the tables are model, data, train")
+        near = did_you_mean(unknown[0], ("model", "data", "train")) or "; the tables are model, data, train"
+        raise UserError(f"configuration: unknown table {unknown[0]!r}{near}")
     for name in ("model", "data", "train"):
         if not isinstance(table.get(name), dict):
             raise UserError(f"configuration: expected a table of settings {name!r}, found {table.get(name)!r:.100}")
@@ -177,6 +198,7 @@ def _rows(table: Mapping[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
 
 
 def _typed(cls: Any, values: dict[str, Any], where: str) -> Any:
-    if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
-        raise UserError(f"{where}: unknown setting {unknown[0]!r}")
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"{where}: unknown setting {unknown[0]!r}{did_you_mean(unknown[0], known)}")
     return cls(**values)

@@ -29,7 +29,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
-from chatpose_jax.train.trainer import Interrupted
+from chatpose_jax.train.trainer import Interrupted, demand_same_run
 from smpl_jax import render
 
 TEST_ROWS = 192
@@ -74,6 +74,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     data = config.data
     if data.source != "synthetic":
         raise UserError("the demo generates its data: data.source must stay 'synthetic' (chatpose train takes any)")
+    demand_same_run(out / "run", config.model, config.train, out / "model")  # before minutes of work
     rows = SyntheticDataset("train", data.train_size or None, data.seed, size, dict(data.mixture) or None)
     rows.precompute(cpu_workers())
     clock.lap("data")

@@ -164,11 +164,11 @@ def _run(
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
     size = model.vision.image_size
+    source = examples(config.data, "train", size) if data is None else data
     held_out = None
-    if settings.eval_every:
+    if settings.eval_every:  # behind the training source: what is wrong with both is no matter of validation
         with validating(settings):
             held_out = validation_rows(examples(config.data, "val", size))
-    source = examples(config.data, "train", size) if data is None else data
     hosts.say(f"reading the text of {len(source)} rows ...")
     loader = BatchLoader(
         source,
@@ -209,6 +209,7 @@ def _run(
         flops=functools.partial(utilisation, model, settings),
         peak=peak_flops(jax.devices()[0].device_kind),
         profile=profile,
+        result=folder,
     )
     with hosts.restartable(out):
         return model_folder.save_folder(

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from chatpose_jax.data.example import Example, Kind
 from chatpose_jax.errors import UserError
@@ -99,7 +99,11 @@ SOURCES: dict[str, Source] = {
 
 
 def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
-    """The rows of a split; raises UserError for a source that cannot be found."""
+    """The rows of a split.
+
+    Raises UserError for a source of one's own that cannot be found, that gives no rows, or whose code fails, then or at any row; an
+    OSError of that code stays one. Both name the source, and the row where it was one.
+    """
     if config.source in SOURCES:
         return SOURCES[config.source](config, split, image_size)
     module, _, name = config.source.partition(":")
@@ -113,6 +117,8 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
         raise UserError(
             f"data.source={config.source!r} cannot be imported: {error} (a module of your own must be installed, or its folder be on PYTHONPATH)"
         ) from error
+    except Exception as error:
+        raise _raised(f"data.source={config.source!r} cannot be imported", error) from error
     source: Source | None = getattr(found, name, None)
     if not callable(source):
         raise UserError(f"data.source={config.source!r}: the module {module} has no function {name!r}")
@@ -120,9 +126,55 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
         inspect.signature(source).bind(config, split, image_size)
     except TypeError as error:
         raise UserError(f"data.source={config.source!r}: a source takes (config, split, image_size): {error}") from None
-    rows = source(config, split, image_size)
+    try:
+        rows = source(config, split, image_size)
+    except Exception as error:
+        raise _raised(f"data.source={config.source!r} raised for split {split!r}", error) from error
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise UserError(f"data.source={config.source!r}: expected a sequence of Example, found {type(rows).__name__}")
-    if len(rows) and not isinstance(first := rows[0], Example):
-        raise UserError(f"data.source={config.source!r}: expected rows of Example, found {type(first).__name__}")
-    return rows
+    named = NamedRows(rows, config.source)
+    if len(named):
+        named[0]  # the first fault is found before anything is read
+    return named
+
+
+class NamedRows(Sequence[Example]):
+    """The rows of a source of one's own by index; an error of its code is one line that names the row."""
+
+    def __init__(self, rows: Any, source: str) -> None:
+        self.rows, self.source = rows, source
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        where = f"row {index} of data.source={self.source!r}"
+        try:
+            row = self.rows[index]
+        except Exception as error:
+            raise _raised(where, error) from error
+        if not isinstance(row, Example):
+            raise UserError(f"{where}: expected an Example, found {type(row).__name__}")
+        return row
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("epoch", "shares"):  # of rows that say themselves what an epoch holds: data.mixture.Mixture
+            return getattr(self.rows, name)
+        raise AttributeError(name)
+
+
+def _raised(where: str, error: Exception) -> Exception:
+    """What an error in code of one's own becomes: one line that says where it was raised. What the operating system refused stays an
+    OSError, as others tell by its number whether the run can go on.
+    """
+    if isinstance(error, UserError):
+        return UserError(f"{where}: {error}")
+    kind, words = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, f"{error.strerror or words} ({where}: {kind})", error.filename)
+    return UserError(f"{where}: {kind}" + (f": {words}" if words else ""))

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any, Literal
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.settings import check_types, require
+from chatpose_jax.settings import check_types, did_you_mean, require
 
 DType = Literal["float32", "bfloat16", "float16"]
 LoRATarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -216,7 +216,8 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
         raise UserError(f"{where}: expected a table of settings, found {type(data).__name__}")
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - known):
-        raise UserError(f"{where}: unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+        near = did_you_mean(unknown[0], known) or f"; the settings are {', '.join(sorted(known))}"
+        raise UserError(f"{where}: unknown setting {unknown[0]!r}{near}")
     values = {}
     for key, value in data.items():
         if key in _NESTED and value is not None and cls is ModelConfig:

@@ -27,14 +27,15 @@ class Checkpoints:
     ``keep`` stay, and the one with the least metric.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str]):
+    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Path):
         """identity: JSON that a resumed run must share, such as the model's configuration and the table of what trains.
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
+        result: the model folder of the run, which another one can start from.
         """
         # On a full disk they would tell of every array and thread beside the one error that is raised.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self.folder, self.identity, self.frozen = folder, identity, dict(frozen)
+        self.folder, self.identity, self.frozen, self.result = folder, identity, dict(frozen), result
         best = policies.BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), best_fn=_merit
@@ -60,14 +61,8 @@ class Checkpoints:
             metrics = None if metric is None else {METRIC: metric}
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, or that of ``step``, placed as ``like`` is (arrays or abstract shapes with shardings):
-        on any mesh, by any number of processes.
-
-        Raises UserError when it belongs to another model, table or base, cannot be read, or is not what was saved.
-        """
-        step = self.latest() if step is None else step
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    def demand_settings(self, step: int | None) -> dict[str, Any]:
+        """What stands beside the arrays of a checkpoint. Raises UserError when it was made with other settings, or cannot be read."""
         try:
             run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         except Exception as error:
@@ -84,9 +79,20 @@ class Checkpoints:
         if differing:
             raise UserError(
                 f"{self.folder}: the checkpoint at step {step} was made with other settings of {', '.join(differing)}: go back "
-                f"to those, or begin another run from its result with --init {self.folder.parent / 'model'} --out NEW "
+                f"to those, or begin another run from its result with chatpose train --init {self.result} --out NEW "
                 f"(where there is no such folder yet, the old settings with --set train.steps={step} write it)"
             )
+        return run  # type: ignore[no-any-return]
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, or that of ``step``, placed as ``like`` is (arrays or abstract shapes with shardings):
+        on any mesh, by any number of processes.
+
+        Raises UserError when it belongs to another model, table or base, cannot be read, or is not what was saved.
+        """
+        step = self.latest() if step is None else step
+        run = self.demand_settings(step)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         self._check_base(step, run.get("frozen"))
         try:
             state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state

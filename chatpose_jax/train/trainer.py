@@ -165,6 +165,24 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     )
 
 
+def identity(model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share, as JSON reads them."""
+    settings = {"model": model_config.to_json(), "train": dataclasses.asdict(config)}
+    kept = {table: {k: v for k, v in values.items() if k not in HOW} for table, values in settings.items()}
+    return json.loads(json.dumps(kept))  # type: ignore[no-any-return]
+
+
+def demand_same_run(out: Path, model_config: ModelConfig, config: TrainConfig, result: Path) -> None:
+    """Raises UserError where ``out`` holds a run with other settings, as ``train`` would, before anything was read for it."""
+    if (folder := out / "checkpoints").is_dir():
+        settings = identity(model_config, config)
+        with contextlib.closing(
+            Checkpoints(folder, keep=config.keep, identity=settings, frozen={}, result=result)
+        ) as held:
+            if (step := held.latest()) is not None:
+                held.demand_settings(step)
+
+
 def train(
     model_config: ModelConfig,
     config: TrainConfig,
@@ -178,6 +196,7 @@ def train(
     peak: float | None = None,
     profile: int = 0,
     progress: bool = True,
+    result: Path | None = None,
 ) -> dict[str, Any]:
     """Train until ``config.steps`` and return the parameters. ``out`` holds ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
 
@@ -191,6 +210,7 @@ def train(
         evaluate: called with the parameters every ``eval_every`` steps; its scalars and pictures are logged.
         flops: counts the operations of a step; what they are of ``peak``, the operations per second of a device, is logged.
         profile: write a trace of that many steps to ``out/profile``.
+        result: the folder that the caller writes the model to, for an error that says where to go on from; ``out/model`` by default.
 
     Raises:
         Interrupted; ``hosts.Fault`` when the file system fails; UserError when loss or gradient were not finite for more than
@@ -204,15 +224,13 @@ def train(
             "train.result=best has no validation to choose by (train.eval_every=0): the result will be the last step"
         )
     state, frozen = init_state(config, params, mesh)
-    settings = {
-        "model": {k: v for k, v in model_config.to_json().items() if k not in HOW},
-        "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW},
-    }
+    settings = identity(model_config, config)
     checkpoints = Checkpoints(
         out / "checkpoints",
         keep=config.keep,
-        identity=json.loads(json.dumps(settings)),
+        identity=settings,
         frozen=fingerprint(frozen),
+        result=result or out / "model",
     )
     if checkpoints.latest() is not None:
         state, position = checkpoints.restore(state)

@@ -497,8 +497,25 @@ def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
     (tmp_path / "typo.py").write_text(
         "from chatpose_jax.cli.config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.stepz = 3\n    return c\n"
     )
-    with pytest.raises(UserError, match="unknown setting 'stepz'"):
-        load_config(str(tmp_path / "typo.py"))
+    words = "typo.py: train: unknown setting 'stepz'; did you mean steps?"
+    for overrides in ([], ["train.log_every=3"]):
+        with pytest.raises(UserError, match=words):
+            load_config(str(tmp_path / "typo.py"), overrides)
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match=r"empty.py has no function get_config\(\)"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+def test_an_error_of_an_override_is_not_laid_to_the_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from chatpose_jax.cli.config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.steps = 0\n    return c\n"
+    )
+    path = str(tmp_path / "mine.py")
+    with pytest.raises(UserError, match=r"mine\.py: train\.steps must be"):
+        load_config(path)
+    with pytest.raises(UserError, match=r"^train\.batch_size must be"):
+        load_config(path, ["train.steps=3", "train.batch_size=0"])
+    assert load_config(path, ["train.steps=3"]).train.steps == 3
 
 
 @pytest.mark.slow

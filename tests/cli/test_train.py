@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 
 import jax
@@ -35,7 +36,10 @@ from chatpose_jax.models.chatpose import abstract_params, create
 from chatpose_jax.models.config import preset
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train.checkpoints import Checkpoints
+from chatpose_jax.train.step import TrainState
 from chatpose_jax.train.trainable import PAPER, assign, flatten
+from chatpose_jax.train.trainer import identity
 from chatpose_jax.weights import folder as model_folder
 
 
@@ -204,7 +208,7 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
     def rows(config, split, size):
         if split == "val":
             raise refusal
-        pytest.fail("the training rows were read first")
+        return Rows(9, lambda index: pytest.fail("the training rows were read first"))
 
     monkeypatch.setattr(cli_train, "examples", rows)
     assert main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"]) == status
@@ -212,6 +216,51 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
     assert said in error
     if status == 2:
         assert "held-out rows are read for train.eval_every=7; --set train.eval_every=0 trains without" in error
+
+
+@pytest.mark.parametrize(
+    ("source", "said", "advised"),
+    [
+        ("no_such_module:rows", "cannot be imported", False),
+        ("chatpose_jax.cli.train:nothing", "has no function 'nothing'", False),
+        ("chatpose_jax.data.config:SOURCES.get", "has no function", False),
+        ("chatpose_jax.cli.train:_folder", "a source takes (config, split, image_size)", False),
+        ("a_source_for_tests:both", "raised for split 'train': KeyError: 'rows'", False),
+        ("a_source_for_tests:val", "raised for split 'val': KeyError: 'rows'", True),
+        ("a_source_for_tests:bad_row", "row 3 of data.source='a_source_for_tests:bad_row': KeyError: 'pose'", True),
+    ],
+)
+def test_advice_to_train_without_held_out_rows_needs_training_rows(
+    tmp_path, monkeypatch, capsys, source, said, advised
+):
+    module = types.ModuleType("a_source_for_tests")
+    good = Rows(9, lambda index: "text")
+    module.both = lambda config, split, size: {}["rows"]
+    module.val = lambda config, split, size: good if split == "train" else {}["rows"]
+    bad = Rows(9, lambda index: {}["pose"] if index == 3 else "text")
+    module.bad_row = lambda config, split, size: good if split == "train" else bad
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    settings = ["--set", f"data.source={source!r}", "--set", "train.eval_every=7"]
+    assert main(["train", "--out", str(tmp_path / "run"), *settings]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert ("--set train.eval_every=0 trains without" in error) == advised
+
+
+def test_a_demo_of_other_settings_is_refused_before_its_data_are_made(tmp_path, monkeypatch, capsys):
+    kept = load_config("tiny", ["train.steps=2"])
+    count = jax.numpy.int32(2)
+    state = TrainState(count, {"x": jax.numpy.zeros(2)}, {}, jax.numpy.stack([count, count]))
+    held = Checkpoints(
+        tmp_path / "run" / "checkpoints", keep=1, identity=identity(kept.model, kept.train), frozen={}, result=tmp_path
+    )
+    held.save(state, {})
+    held.wait()
+    held.close()
+    monkeypatch.setattr("chatpose_jax.cli.demo.SyntheticDataset", lambda *_: pytest.fail("data were made"))
+    assert main(["demo", "--out", str(tmp_path), "--set", "train.learning_rate=1e-2"]) == 2
+    error = capsys.readouterr().err
+    assert "other settings of train.learning_rate" in error and f"--init {tmp_path / 'model'} --out NEW" in error
 
 
 def test_a_traceback_of_held_out_rows_says_what_wants_them(tmp_path, monkeypatch):

@@ -36,7 +36,9 @@ def state_of(mesh=None, seed=0):
 
 
 def opened(folder, frozen, keep=2):
-    return Checkpoints(folder, keep=keep, identity={"model": {"width": 24}}, frozen=fingerprint(frozen))
+    return Checkpoints(
+        folder, keep=keep, identity={"model": {"width": 24}}, frozen=fingerprint(frozen), result=folder.parent / "model"
+    )
 
 
 def at(state, step):

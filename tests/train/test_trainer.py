@@ -19,7 +19,7 @@ from chatpose_jax.models.chatpose import create, fake_batch
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.hosts import Fault
 from chatpose_jax.train.trainable import PAPER, PROJECTOR, rates
-from chatpose_jax.train.trainer import Interrupted, Log, best_metric, shortest, train
+from chatpose_jax.train.trainer import Interrupted, Log, best_metric, demand_same_run, shortest, train
 from tests.numerics import TRAINED
 from tests.train.test_step import CONFIG, SETTINGS
 
@@ -137,8 +137,22 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, params):
     with pytest.raises(UserError) as raised:
         train(CONFIG, slower, params(), Batches(), tmp_path, progress=False)
     assert "other settings of train.learning_rate: go back" in str(raised.value)
-    assert f"with --init {tmp_path / 'model'} --out NEW" in str(raised.value)
+    assert f"with chatpose train --init {tmp_path / 'model'} --out NEW" in str(raised.value)
     assert "the old settings with --set train.steps=2 write it" in str(raised.value)
+
+
+def test_a_refusal_names_the_folder_that_the_model_goes_to_and_needs_no_data(tmp_path, params):
+    two = dataclasses.replace(SETTINGS, steps=2)
+    demand_same_run(tmp_path / "run", CONFIG, two, tmp_path / "there")
+    assert list(tmp_path.iterdir()) == []
+    train(CONFIG, two, params(), Batches(), tmp_path / "run", progress=False)
+    demand_same_run(tmp_path / "run", CONFIG, SETTINGS, tmp_path / "there")
+    slower = dataclasses.replace(SETTINGS, learning_rate=0.5 * SETTINGS.learning_rate)
+    words = f"train.learning_rate: go back .*chatpose train --init {tmp_path / 'there'} --out NEW"
+    with pytest.raises(UserError, match=words):
+        demand_same_run(tmp_path / "run", CONFIG, slower, tmp_path / "there")
+    with pytest.raises(UserError, match=words):
+        train(CONFIG, slower, params(), Batches(), tmp_path / "run", progress=False, result=tmp_path / "there")
 
 
 def test_spoilt_updates_are_dropped_counted_and_too_many_stop_the_run(tmp_path, params):
