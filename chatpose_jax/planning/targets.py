@@ -183,8 +183,10 @@ def _tpu(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
     _require("libtpu", "TPUs", "tpu")
-    # No cloud to ask what machine this is, and several plans may be made at once.
+    # No cloud to ask what machine this is, which libtpu reports as errors; and several plans may be made at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of this host; the topology says what is compiled for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if target.chips == 1 else {}
     if target.name.startswith("v4:"):
