@@ -20,6 +20,7 @@ from chatpose_jax.data.collate import Batch, collate, encode_example, measure_ex
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
+from chatpose_jax.settings import flag, whole
 
 TEXT_BESIDE_A_PICTURE = 64
 """Tokens that a conversation about a picture has at least, about: decides how many pictures a packed row has room for."""
@@ -118,8 +119,20 @@ class BatchLoader:
     ) -> None:
         if not len(dataset):
             raise UserError("the data set is empty; expected at least one example")
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be positive")
+        batch_size, max_length = whole("batch_size", batch_size, 1), whole("max_length", max_length, 1)
+        for name, value, least in (
+            ("seed", seed, 0),
+            ("buckets", buckets, 1),
+            ("cache", cache, 0),
+            ("prefetch", prefetch, 0),
+            ("threads", threads, 1),
+            ("workers", workers, 0),
+        ):
+            whole(name, value, least)
+        for name, value in (("shuffle", shuffle), ("packing", packing)):
+            flag(name, value)
+        if epochs is not None:
+            whole("epochs", epochs, 1)
         self.dataset, self.processor, self.batch_size = dataset, processor, batch_size
         self.max_length = min(max_length, processor.ids.context)
         self.seed, self.shuffle, self.epochs, self.packing = seed, shuffle, epochs, packing

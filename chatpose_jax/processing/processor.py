@@ -34,7 +34,7 @@ from chatpose_jax.processing.tokenizer import (
     StreamDecoder,
     TextTokenizer,
 )
-from chatpose_jax.settings import one_line
+from chatpose_jax.settings import one_line, whole
 
 IGNORE = -100
 """Label of a position that takes no part in the loss."""
@@ -194,7 +194,7 @@ class Processor:
         ids, labels, sources = self._layout(messages, add_generation_prompt)
         length = len(ids)
         if max_length is not None:
-            length = self._cut(ids, min(max_length, self.ids.context))
+            length = self._cut(ids, min(whole("max_length", max_length, 1), self.ids.context))
         elif length > self.ids.context:
             pictures = f" ({len(sources)} × {self.ids.num_patches} of them for pictures)" if sources else ""
             raise UserError(

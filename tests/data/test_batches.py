@@ -396,8 +396,13 @@ def test_buckets_pad_least():
     ("options", "error"),
     [
         ({"dataset": []}, "data set is empty"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"rows": [1, 4]}, "rows 1 to 4 of a batch of 4"),
+        ({"max_length": 8.5}, "max_length must be a whole number"),
+        ({"prefetch": -1}, "prefetch must be a whole number"),
+        ({"threads": None}, "threads must be a whole number"),
+        ({"epochs": 0}, "epochs must be a whole number"),
+        ({"packing": "yes"}, "packing must be True or False"),
         ({"lengths": (16,)}, "hold no row of"),
     ],
 )
