@@ -20,8 +20,8 @@ MARGIN = 16
 DRAWS = 4
 EPS = 2.0**-23
 
-# Bounds of what a training step gives, relative, where measuring would mean to train five times. What was tried of processors and threads
-# (CONTRIBUTING.md) used less than a quarter of them.
+# Bounds of what a training step gives, relative, where measuring would mean to train five times. What was recorded on other
+# instruction sets (CONTRIBUTING.md) used less than a quarter of them.
 LOSS = 5 * MARGIN * EPS
 """A loss is a mean of positive numbers, whose own condition is 1; what they are made of carries on a rounding of the forward about fivefold."""
 TRAINED = 2 * LOSS
