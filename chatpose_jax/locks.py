@@ -1,4 +1,4 @@
-"""One writer of a folder at a time, by a lock that ends with the process that holds it."""
+"""A lock that allows one writer of a folder at a time, and that is released when its process ends."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Locked(UserError):
-    """Somebody else has the lock."""
+    """Another process, or another block of this one, holds the lock."""
 
 
 @contextlib.contextmanager
 def only_writer(path: str | Path, lock: Path) -> Iterator[None]:
-    """While the block runs no other process, and no other block of this one, holds ``lock`` in such a block.
+    """Context manager that holds an exclusive lock (``flock``) on the file ``lock``.
 
-    The lock is the kernel's (``flock``): it ends with the process, however that ends, and a file that a killed process
-    leaves behind stops nobody. It holds between machines where the file system passes it on (NFS does; some mounts keep
-    locks to themselves). Of a run of several processes one alone should take it.
+    The kernel releases the lock when the process ends, even if it is killed; a lock file that a killed process leaves behind blocks nobody. The
+    lock works between machines where the file system supports that (NFS does; some mounts lock locally only). In a run of several processes, one
+    process takes it for all.
 
     Args:
-        path: what is guarded, for the error.
-        lock: the file that is locked: made, with its folder, if it is missing; removed in the end.
+        path: what the lock guards, for the error message.
+        lock: the lock file. It is created, with its folder, if missing, and removed at the end.
 
     Raises:
-        Locked: somebody else holds it, with the host and the process.
-        UserError: the file cannot be made.
+        Locked: the lock is held; the message names the host and the process.
+        UserError: the file cannot be created.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -45,14 +45,14 @@ def only_writer(path: str | Path, lock: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it meanwhile finds another file under its name, and opens again.
+        # Remove the file while the lock is held. Another process that has opened it meanwhile sees in `_is_named` that it is gone, and opens again.
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 def _take(path: str | Path, lock: Path) -> int:
     while True:
-        # No link is followed: of a stranger's folder it would say which file of ours is written over.
+        # Do not follow a symbolic link: a link in a stranger's folder could make us overwrite a file of the user's.
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ def _take(path: str | Path, lock: Path) -> int:
 
 
 def _is_named(descriptor: int, lock: Path) -> bool:
-    """Whether the open file still stands under the lock's name: its last holder removes it."""
+    """Whether the open file is still the one under the lock's name; the last holder removes it."""
     try:
         return os.path.samestat(os.fstat(descriptor), lock.stat())
     except FileNotFoundError:

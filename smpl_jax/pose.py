@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from smpl_jax.frames import Frame, turn
+from smpl_jax.frames import Frame
 from smpl_jax.printing import one_line
 
 Family = Literal["shared", "smpl", "smplh", "smplx"]

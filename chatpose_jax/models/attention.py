@@ -1,4 +1,4 @@
-"""Attention behind one function: portable, cuDNN's (GPU) and splash attention (TPU)."""
+"""Attention: a portable implementation, cuDNN's flash attention (GPU) and splash attention (TPU)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from chatpose_jax.models.layers import contract
 from chatpose_jax.models.sharding import RULES, current_mesh, platform
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q, k, v) -> (B, T, H*K), see ``attention``."""
+"""(q, k, v) -> (B, T, H*K); shapes as in ``attention``."""
 
 LANES = 128
-"""Splash attention works on blocks of so many tokens, and heads of a multiple of it."""
+"""Splash attention needs sequences and heads whose sizes are multiples of this."""
 LARGEST_BLOCK = 512
 LEAST_LENGTH_OF_HALVES = 256
-"""Shorter rows are attended to whole: halves would gain less than they cost to compile."""
+"""Shorter sequences are not split in halves: that would save less time than it costs to compile."""
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -30,17 +30,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     Args:
         q: (B, T, H, K).
         k, v: (B, G, S, K), G dividing H: query head h reads key/value head h // (H/G).
-        mask: bool, broadcastable to (B, T, S), True where attended; None attends everywhere. Masked scores are the dtype's minimum rather
-            than -inf, so rows that attend nowhere stay finite.
+        mask: bool, broadcastable to (B, T, S), True where a query may attend to a key; None means everywhere. Masked scores are the dtype's
+            minimum rather than -inf, so that the output stays finite for queries with no key.
 
     Returns:
         (B, T, H*K) in q's dtype.
     """
     batch, length, heads, width = q.shape
     groups, dtype = k.shape[1], q.dtype
-    if platform() == "cpu":  # batched bfloat16 products are slow there, and some layouts fail
+    if platform() == "cpu":  # batched bfloat16 matmuls are slow on CPU, and fail for some layouts
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    # This order of axes because by itself XLA's CPU backend computes the sum over values transposed, and copies it back.
+    # This order of axes avoids a transposed copy of the output, which XLA's CPU backend makes otherwise.
     q = q.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     scores = contract("bgrtk,bgsk->bgrts", q * jnp.asarray(width**-0.5, q.dtype), k)
     if mask is not None:
@@ -51,14 +51,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
 
 
 def causal_attention(setting: str, length: int, head_dim: int, dtype: Any, segments: jax.Array | None) -> Attend:
-    """Attention of whole sequences: each token sees itself and those before it in its segment.
+    """Causal self-attention of whole sequences: a token attends to itself and to earlier tokens of its segment.
 
     Args:
-        setting: ``ModelConfig.attention``. "auto" is splash on TPU, cuDNN on GPU, where they take these heads and this dtype, and else the
-            portable one. Splash runs interpreted on CPU: slow, for tests.
-        segments: (B, T) int32, tokens of equal number see each other; 0 marks padding, which no other token sees. None is one segment.
+        setting: ``ModelConfig.attention``. "auto" is splash on TPU and cuDNN on GPU where they support this head size and dtype, else the
+            portable implementation. On CPU splash runs in interpret mode, which is slow and meant for tests.
+        length: T.
+        head_dim: K.
+        dtype: of q, k and v.
+        segments: (B, T) int32. Tokens attend only within their segment; 0 marks padding, which no other token attends to. None means that each
+            row is one segment.
 
-    Raises UserError for a setting that the platform or the dtype cannot serve.
+    Raises UserError for a setting that the platform, the head size or the dtype does not support.
     """
     kernel = _choose(setting, head_dim, jnp.dtype(dtype))
     if kernel == "splash":
@@ -74,9 +78,11 @@ def causal_attention(setting: str, length: int, head_dim: int, dtype: Any, segme
 
 
 def _halves(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """``attention`` under a causal mask, of long rows by halves: the first one's queries with its own keys, so 3/4 of all scores are made."""
+    """``attention`` with a causal mask. For long sequences the first half of the queries attends to the first half of the keys only, so that
+    3/4 of all scores are computed.
+    """
     length, mesh = q.shape[1], current_mesh()
-    # Over a mesh whose tensor axis the key/value heads do not fill, each half would gather keys and values anew.
+    # Where the mesh's tensor axis does not divide the key/value heads, each half would gather keys and values again.
     whole = mesh is not None and RULES.spec((None, "heads"), k.shape[:2], mesh)[1] is None
     if whole or length < LEAST_LENGTH_OF_HALVES:
         return attention(q, k, v, mask)
@@ -104,16 +110,17 @@ def _choose(setting: str, head_dim: int, dtype: Any) -> str:
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Flash attention (Dao et al. 2022) of NVIDIA's cuDNN; the mask is (B, 1, T, T), beside the causal one."""
+    """Flash attention (Dao et al. 2022) of NVIDIA's cuDNN. mask: (B, 1, T, T), applied together with the causal mask."""
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
     return y.reshape(*q.shape[:2], -1)
 
 
 def _splash(length: int, segments: jax.Array | None) -> Attend:
-    """Splash attention of ``jax.experimental.pallas``: the blocks above the diagonal are never computed.
+    """Splash attention of ``jax.experimental.pallas``, which skips the blocks above the diagonal.
 
-    A length that blocks do not divide is padded with tokens of a segment of their own. On a mesh each device computes its rows and heads.
+    A sequence is padded to a multiple of the block size; the padding is a segment of its own. On a mesh each device computes its own rows and
+    heads (``shard_map``).
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

@@ -25,12 +25,13 @@ CACHE_AXES = ("batch", "heads", None, None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far.
+    """Keys and values of all tokens so far.
 
-    Slots are written in order by all rows together, so rows of different length leave unused slots behind: ``valid`` says which count.
+    All rows write at the same slot (``cursor``). Rows of different lengths therefore have unused slots between their tokens; ``valid`` marks
+    the used ones.
 
-    keys, values: one (B, G, S, K) array a layer; with scanned layers a single (L, B, G, S, K) array each.
-    valid: (B, S) bool, the slots that hold a token.
+    keys, values: one (B, G, S, K) array for each layer; with scanned layers one (L, B, G, S, K) array.
+    valid: (B, S) bool, True where a slot holds a token.
     cursor: () int32, the next slot to write.
     """
 
@@ -47,12 +48,12 @@ class KVCache:
 
     @property
     def lengths(self) -> jax.Array:
-        """(B,) int32, tokens held by each row: also the position of its next token."""
+        """(B,) int32, number of tokens of each row, which is also the position of its next token."""
         return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
-    """An empty cache of ``capacity`` slots in the compute dtype. mesh: over which rows and heads are split; by default one device."""
+    """An empty cache of ``capacity`` slots in the compute dtype. mesh: its rows and heads are sharded on it; None is one device."""
     text = config.text
     shape = (batch, text.num_kv_heads, capacity, text.head_dim)
 
@@ -74,8 +75,8 @@ def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array
     angles = positions[..., None].astype(jnp.float32) * frequencies
     if platform() != "cpu":
         return jnp.cos(angles), jnp.sin(angles)
-    # XLA's CPU backend would fuse these into every unrolled layer and compute them again for every head; it does not fuse out of a loop,
-    # be it one that computes both twice.
+    # On CPU, XLA would fuse cos and sin into every unrolled layer and compute them again for every head. It does not fuse operations out of a
+    # loop, so they are computed in one.
     cos, sin = jax.lax.map(lambda second: jnp.where(second, jnp.sin(angles), jnp.cos(angles)), jnp.array([False, True]))
     return cos, sin
 
@@ -109,7 +110,7 @@ class DecoderAttention(nnx.Module):
         v = project(self.v_proj, 2).swapaxes(1, 2)
         q, k, v = (checkpoint_name(part, "qkv") for part in (q, k, v))
         if cache is not None:
-            # The few new ones go to where the cache is, or the compiler may move the cache.
+            # Shard the new keys and values like the cache; otherwise the compiler may reshard the cache, which is far larger.
             k, v = (constrain(part, *CACHE_AXES) for part in (k, v))
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis=2) for old, new in zip(cache, (k, v)))
             cache = (k, v)
@@ -156,7 +157,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token rows; those from ``base_vocab_size`` on live in ``added``, in float32, so that new tokens can train while the rest is frozen."""
+    """Token embeddings. Rows from ``base_vocab_size`` on are a separate float32 parameter, ``added``: new tokens train while the rest is frozen."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text = config.text
@@ -176,7 +177,7 @@ class Embedding(nnx.Module):
 
 
 class LMHead(nnx.Module):
-    """Untied output projection, split like the embedding: ``kernel`` (D, base vocabulary), ``added`` (D, new tokens)."""
+    """Untied output projection, in two parameters like the embedding: ``kernel`` (D, base vocabulary) and ``added`` (D, new tokens)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text = config.text
@@ -220,9 +221,9 @@ class Decoder(nnx.Module):
             x: (B, T, D) embeddings.
             positions: (B, T) rotary positions.
             attend: attention of T queries to S keys; S = T without a cache, the cache's capacity with one.
-            cache: written at ``cache.cursor``; ``valid`` and ``cursor`` are the caller's to advance.
+            cache: new keys and values are written at ``cache.cursor``; the caller updates ``valid`` and ``cursor``.
             dropout_key: turns adapter dropout on.
-            remat: what of each layer is kept for the backward pass, see ``models.remat``.
+            remat: which activations are saved for the backward pass, see ``models.remat``.
 
         Returns:
             hidden (B, T, D) after the final RMSNorm, and the cache with new keys and values.

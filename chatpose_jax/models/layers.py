@@ -1,4 +1,4 @@
-"""The parts that both towers share: Linear with an optional low-rank adapter, norms, stacked layers."""
+"""Layers that the vision tower and the decoder share: Linear with an optional LoRA adapter, norms, stacked layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def scaled_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``einsum(spec, a, b)`` of two arrays of one dtype, as float32; every index must stand in two of the three terms.
+    """``einsum(spec, a, b)`` of two arrays of the same dtype, with a float32 result.
 
-    XLA's CPU backend multiplies bfloat16 natively only where the result is float32, and JAX's own gradient of such a
-    product would mix float32 with bfloat16, which is slow everywhere: here the gradient stays in the operands' dtype.
+    Each index of ``spec`` appears in exactly two of ``a``, ``b`` and the output, so that both gradients are einsums too.
+
+    XLA's CPU backend has native bfloat16 matmuls only with a float32 result. JAX's own gradient of such a matmul multiplies float32 by
+    bfloat16, which is slow on every platform; here the gradient is computed in the dtype of the operands.
     """
     if a.dtype == jnp.float32:
         return jnp.einsum(spec, a, b)
@@ -40,8 +42,8 @@ def _contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _contract_forward(spec: str, a: Any, b: Any) -> tuple[jax.Array, Any]:
-    # A frozen operand needs no gradient, so the other one need not be kept for it. A number stands in its place: rematerialisation traces this
-    # more than once, and JAX wants as many kept arrays each time.
+    # Where an operand is frozen, its gradient is not needed, so the other operand is not saved. A scalar takes its place because JAX expects the
+    # same number of residuals each time that rematerialisation traces this function.
     nothing = jnp.zeros((), a.value.dtype)
     kept = (b.value if a.perturbed else nothing, a.value if b.perturbed else nothing)
     return _contract(spec, a.value, b.value), kept
@@ -63,9 +65,9 @@ _contract.defvjp(_contract_forward, _contract_backward, symbolic_zeros=True)
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``einsum(spec, a, b)`` of two arrays of one dtype, in that dtype; see ``contract``."""
+    """``einsum(spec, a, b)`` of two arrays of the same dtype, with a result in that dtype; ``spec`` as in ``contract``."""
     if a.dtype == jnp.float32 or platform() != "cpu":
-        # Elsewhere a float32 result would only double what tensor parallelism has to sum over the network.
+        # On GPU and TPU a float32 result would only double the bytes of tensor parallelism's all-reduce.
         return jnp.einsum(spec, a, b)
     return contract(spec, a, b).astype(a.dtype)
 
@@ -76,8 +78,8 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if platform() != "cpu":
         rows = "abcdef"[: x.ndim - 1]
         return product(f"{rows}i,io->{rows}o", x, kernel)
-    # XLA's CPU backend transposes arrays of more than two axes by copying them, which the kernel's gradient would take most of its time for; and it
-    # has no bfloat16 matrix-vector product: a lone row goes through the matrix product as two.
+    # On CPU, XLA copies arrays of more than two axes to transpose them, which would take most of the time of the kernel's gradient: flatten first.
+    # It also has no bfloat16 matrix-vector product: a single row is doubled to use the matrix product.
     flat = x.reshape(-1, x.shape[-1])
     lone = len(flat) == 1 and x.dtype != jnp.float32
     y = product("ni,io->no", jnp.concatenate([flat, flat]) if lone else flat, kernel)
@@ -85,7 +87,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def adapter_axes(rows: str | None, columns: str | None) -> tuple[Logical, Logical]:
-    """Logical axes of an adapter's long sides, by its kernel's: split over whatever its kernel is split over."""
+    """Logical axes of the long sides of ``lora_a`` and ``lora_b``, given those of the kernel: all mesh axes that split the kernel split them."""
     long = {"embed": "embed", "heads": ("heads", "embed"), "mlp": ("mlp", "embed"), None: None}
     return long[rows], long[columns]
 
@@ -93,10 +95,11 @@ def adapter_axes(rows: str | None, columns: str | None) -> tuple[Logical, Logica
 class Linear(nnx.Module):
     """``x @ kernel + bias``, plus ``(alpha/rank) · dropout(x) @ lora_a @ lora_b`` where the layer is adapted (Hu et al. 2021).
 
-    The kernel is (in, out). ``lora_b`` starts at zero, so an adapted layer begins as its base. Adapters are float32, cast at use.
+    The kernel is (in, out). ``lora_b`` is initialised to zero, so that a new adapter changes nothing. Adapters are stored in float32 and cast to
+    ``dtype`` for the matmul.
 
-    quantize: keep the kernel as int8 beside ``kernel_scale`` (out,) float32, see ``quantize_int8``. axes: the kernel's logical axes, by which it is
-    gathered over a mesh; in int8 at half the traffic.
+    quantize: store the kernel in int8 with ``kernel_scale`` (out,) float32, see ``quantize_int8``; its all-gather then moves half the bytes.
+    axes: the kernel's logical axes, for ``gather``.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class Linear(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, out_features), jnp.float32)) if lora else None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        """(..., in) -> (..., out) in ``dtype``. Dropout acts only on the adapter's input, and only when a key is given."""
+        """(..., in) -> (..., out) in ``dtype``. Dropout applies to the adapter's input only, and only when a key is given."""
         x = x.astype(self.dtype)
         y = matmul(x, gather(self.kernel[...], *self.axes))
         if self.kernel_scale is not None:
@@ -146,7 +149,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Zhang & Sennrich 2019, as LLaMA computes it: normalise in float32, cast back, then scale."""
+    """RMSNorm (Zhang & Sennrich 2019) as LLaMA computes it: normalise in float32, cast to the input's dtype, then scale."""
 
     def __init__(self, width: int, *, eps: float, param_dtype: Any):
         self.eps = eps

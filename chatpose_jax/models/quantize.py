@@ -1,4 +1,4 @@
-"""Int8 weights: one scale for each output channel."""
+"""Int8 weights with one scale for each output channel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def int8_scale(kernel: Any) -> Any:
     """(..., in, out) -> float32 (..., out): max|kernel| / 127 over the input axis, 1 where a column is all zero."""
     xp: Any = jnp if isinstance(kernel, jax.Array) else np
     largest = xp.max(xp.abs(kernel.astype(xp.float32)), axis=-2)
-    # A product rounds alike everywhere; compilers make one of a division by a constant, and only some of them.
+    # Multiply by 1/127: some compilers replace a division by a constant with this multiplication, and then the results would differ by rounding.
     return xp.where(largest > 0, largest * np.float32(1 / LARGEST), 1).astype(xp.float32)
 
 

@@ -1,4 +1,4 @@
-"""What of a decoder layer is kept for the backward pass; the rest is computed again there (Chen et al. 2016)."""
+"""Rematerialisation: which activations of a layer are saved for the backward pass, which computes the rest again (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 
 from chatpose_jax.models.sharding import GATHERED, current_mesh
 
-# Names given by checkpoint_name in the layers: queries, keys and values after the rotation; what attention returns; the
-# output projection; the MLP's two inner products; an adapter's inner product.
+# Names that the layers give to activations (checkpoint_name): "qkv" queries, keys and values after RoPE; "attention" its output; "out" the
+# output projection; "mlp" the MLP's gate and up projections; "lora" x @ lora_a.
 POLICIES: dict[str, tuple[str, ...] | None] = {
     "none": None,
     "dots": ("qkv", "attention", "out", "mlp", "lora"),
@@ -18,11 +18,11 @@ POLICIES: dict[str, tuple[str, ...] | None] = {
     "save_attention": ("qkv", "attention"),
     "full": (),
 }
-"""Policy -> names that are kept beside each layer's input; None keeps whatever the gradient reads."""
+"""Policy -> names of the activations that are saved in addition to each layer's input; None saves everything that the gradient needs."""
 
 
 def checkpoint(function: Callable[..., Any], policy: str, *, scanned: bool) -> Callable[..., Any]:
-    """``function``, of which the backward pass finds only what ``policy`` keeps. scanned: it is the body of a ``lax.scan``."""
+    """``jax.checkpoint(function)`` by a row of ``POLICIES``. scanned: whether ``function`` is the body of a ``lax.scan``."""
     names, policies = POLICIES[policy], jax.checkpoint_policies
     if names is not None:
         keep = policies.save_only_these_names(*names) if names else None

@@ -1,7 +1,8 @@
-"""How arrays lie on a device mesh ``data × fsdp × tensor``: a table from paths to logical axes, and rules from those to mesh axes.
+"""Sharding over a device mesh ``data × fsdp × tensor``.
 
-Parameters and batches are placed by it (``place``, ``batch_sharding``); inside a traced function ``on_mesh`` says where it will run, and
-``constrain`` pins an activation there.
+Two tables decide: ``PARAMETERS`` maps a parameter's path to logical axes, ``ShardingRules`` maps logical axes to mesh axes. ``place`` and
+``batch_sharding`` apply them to parameters and batches. Inside a traced function, ``on_mesh`` sets the mesh and ``constrain`` shards an
+activation on it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from chatpose_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 
 Logical = str | tuple[str, ...] | None
-"""A logical axis, several that one dimension is split over in turn, or none."""
+"""The logical axis of one dimension: a name, several names (the dimension is split over all of them), or None (not split)."""
 
-# The first row that matches a path decides. Axes are named from the last one backwards: a leading layer axis is never split.
-# An adapter's factor is as thin as its rank: its long side is split over whatever its kernel is split over.
+# The first row whose pattern matches the path applies. Its axes are those of the last dimensions: the leading layer axis of stacked layers
+# has none and is never split. An adapter's factors are thin (one side is the rank), so only the long side is split, over all mesh axes that
+# split the layer's kernel.
 PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
     (r".*/(q_proj|k_proj|v_proj)/kernel", ("embed", "heads")),
     (r".*/(gate_proj|up_proj|fc1)/kernel", ("embed", "mlp")),
@@ -48,11 +50,11 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Which mesh axes split each logical axis. Mesh axes that a mesh lacks split nothing.
+    """Which mesh axes split each logical axis. A mesh axis that the mesh does not have is left out.
 
     batch: rows of a batch.
-    embed: the residual stream's width in weights, which are gathered over "fsdp" where they are used.
-    heads, mlp, vocabulary: split over "tensor" for good, weights and activations.
+    embed: the residual stream's width, in weights only. These are all-gathered over "fsdp" before each matmul (``gather``).
+    heads, mlp, vocabulary: split over "tensor", in weights and in activations (tensor parallelism).
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -62,14 +64,14 @@ class ShardingRules:
     vocabulary: tuple[str, ...] = ("tensor",)
 
     def axes(self, logical: Logical, mesh: Any) -> tuple[str, ...]:
-        """The mesh axes of one dimension."""
+        """The mesh axes that split a dimension with this logical axis."""
         names = (logical,) if isinstance(logical, str) else logical or ()
         return tuple(axis for name in names for axis in getattr(self, name) if axis in mesh.shape)
 
     def spec(self, logical: Sequence[Logical], shape: Sequence[int], mesh: Any, what: str = "array") -> PartitionSpec:
-        """The spec of an array whose last dimensions have these logical axes.
+        """The ``PartitionSpec`` of an array whose last dimensions have these logical axes.
 
-        A dimension that its mesh axes do not divide stays whole. Raises UserError when two dimensions claim one mesh axis.
+        A dimension that its mesh axes do not divide evenly is not split. Raises UserError when two dimensions need the same mesh axis.
         """
         placed: list[Any] = [None] * len(shape)
         claimed: list[str] = []
@@ -89,12 +91,12 @@ RULES = ShardingRules()
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of automatic axes over ``devices`` (all by default), laid out as their network is.
+    """A mesh of ``AxisType.Auto`` axes over ``devices`` (all by default), in an order that suits their interconnect.
 
     Args:
-        data, fsdp, tensor: devices along each axis; -1 on one of them takes what is left.
+        data, fsdp, tensor: number of devices along each axis; -1, for at most one axis, takes all remaining devices.
 
-    Raises UserError when the sizes do not multiply to the number of devices; one process alone may leave devices unused.
+    Raises UserError when the product of the sizes is not the number of devices. A single process may use fewer devices than it has.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -111,9 +113,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
 
 
 def partition_specs(params: Mapping[Any, Any], mesh: Any, rules: ShardingRules = RULES) -> dict[Any, Any]:
-    """A ``PartitionSpec`` for every parameter (arrays or abstract shapes), in the same nested dict, or dict of paths.
+    """A ``PartitionSpec`` for every parameter.
 
-    mesh: a ``Mesh`` or an ``AbstractMesh``. Raises UserError when two axes of one array claim the same mesh axis.
+    params: arrays or abstract shapes, as a nested dict or a flat dict by path; the result has the same structure.
+    mesh: a ``Mesh`` or an ``AbstractMesh``. Raises UserError when two dimensions of one array need the same mesh axis.
     """
     compiled = [(re.compile(pattern), names) for pattern, names in PARAMETERS]
 
@@ -136,7 +139,7 @@ def shardings(params: Mapping[Any, Any], mesh: Mesh, rules: ShardingRules = RULE
 
 
 def place(abstract: Mapping[Any, Any], mesh: Mesh, rules: ShardingRules = RULES) -> dict[Any, Any]:
-    """The same abstract shapes with a ``NamedSharding`` on each: what ``weights.folder.load_params`` reads straight onto the mesh."""
+    """The same abstract shapes, each with its ``NamedSharding``; ``weights.folder.load_params`` reads arrays directly into that sharding."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         dict(abstract),
@@ -145,13 +148,16 @@ def place(abstract: Mapping[Any, Any], mesh: Mesh, rules: ShardingRules = RULES)
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES, *, stacked: bool = False) -> NamedSharding:
-    """Rows over all devices that do not share a product. stacked: behind a leading axis of micro-batches."""
+    """The sharding of a batch: its rows are split over the mesh axes "data" and "fsdp".
+
+    stacked: the arrays have a leading axis of micro-batches, which is not split.
+    """
     rows = rules.axes("batch", mesh)
     return NamedSharding(mesh, PartitionSpec(None, rows) if stacked else PartitionSpec(rows))
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters (arrays, or abstract shapes that ``place`` gave) lie on; None for one device."""
+    """The mesh of parameters (arrays, or abstract shapes from ``place``); None where they are on one device."""
     places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     return next(
         (
@@ -169,10 +175,13 @@ _GATHERS: contextvars.ContextVar[bool] = contextvars.ContextVar("gathers", defau
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None, *, gathers: bool = True) -> Iterator[None]:
-    """Inside a traced function: what is traced in this block will run on ``mesh``, which may be of another machine than this one.
+    """Context manager for a traced function: the operations traced in the block will run on ``mesh``.
 
-    ``None`` is this process's default device. Enter it within the function that is traced, never around a call of a jitted one.
-    gathers: what ``gather`` does. Few tokens had better travel to where the weights are kept.
+    Use it inside the function that is traced, not around the call of a jitted function: a cached trace would ignore it.
+
+    mesh: may belong to another machine (ahead-of-time compilation); None is this process's default device.
+    gathers: whether ``gather`` all-gathers weights. When decoding, a step has few tokens: it is cheaper to send the activations to the
+        sharded weights.
     """
     tokens = _MESH.set(mesh), _GATHERS.set(gathers)
     try:
@@ -183,20 +192,23 @@ def on_mesh(mesh: Mesh | None, *, gathers: bool = True) -> Iterator[None]:
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh that is being traced for, when it has more than one device."""
+    """The mesh of the enclosing ``on_mesh``; None where there is none or it has one device."""
     mesh = _MESH.get()
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
 def platform() -> str:
-    """``cpu``, ``gpu`` or ``tpu``: what is being traced for, which on a planning machine is not what runs here."""
+    """``cpu``, ``gpu`` or ``tpu``: the platform that the traced program will run on. It may differ from this machine's (``chatpose plan``)."""
     mesh = _MESH.get()
     name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
-    """Pin an activation to the mesh that is being traced for: one logical axis or None a dimension. Without a mesh, nothing."""
+    """Shard an activation on the mesh of the enclosing ``on_mesh``; without a mesh, return it as it is.
+
+    logical: for each dimension its logical axis, or None.
+    """
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -204,14 +216,16 @@ def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
 
 
 STORED = "embed"
-"""The logical axis that weights are split over only where they are kept."""
+"""The logical axis that is split in storage only: ``gather`` all-gathers it before use."""
 
 
 def gather(x: jax.Array, *logical: Logical) -> jax.Array:
-    """A parameter as a product uses it: whole along what only storage splits. Its gradient is split again as it is summed up.
+    """All-gather a weight over "fsdp" before a matmul; its sharding over "tensor" stays. The gradient is reduce-scattered.
 
-    Said outright, for otherwise the compiler may split the product instead, and loop over pieces of the weights.
-    Where ``on_mesh`` asks for that, the parameter is left as it lies.
+    Without this explicit constraint the compiler may shard the matmul instead, and loop over shards of the weight. Under
+    ``on_mesh(gathers=False)`` the weight is returned as it is.
+
+    logical: the logical axis of each dimension of ``x``, or None.
     """
     if current_mesh() is None or not _GATHERS.get():
         return x
@@ -219,7 +233,7 @@ def gather(x: jax.Array, *logical: Logical) -> jax.Array:
 
 
 GATHERED = "gathered"
-"""What remat policies call gathered weights: they are never kept for the backward pass."""
+"""The checkpoint name of all-gathered weights. Remat policies never save them: the backward pass gathers them again."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,4 +1,4 @@
-"""The CLIP vision tower (Radford et al. 2021), ViT with pre-LN and quick GELU, as far as LLaVA reads it."""
+"""The CLIP vision tower (Radford et al. 2021), a ViT with pre-LN and quick GELU, up to the layer whose output LLaVA uses."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class VisionLayer(nnx.Module):
 
 
 def sincos_2d(side: int, width: int) -> jax.Array:
-    """(1 + side², width) position embeddings for a fresh tower: zeros for CLS, then sines and cosines of row and column (Beyer et al. 2022,
-    "Better plain ViT baselines"). CLIP's own start near zero and need far more pictures to become visible beside the patches.
+    """(1 + side², width) initial position embeddings of a tower that trains from scratch: zeros for CLS, then sines and cosines of row and
+    column (Beyer et al. 2022, "Better plain ViT baselines"). CLIP initialises them near zero, which needs far more images to train.
     """
     frequencies = 1.0 / 10000 ** (jnp.arange(width // 4) / max(width // 4 - 1, 1))
     angles = jnp.arange(side)[:, None] * frequencies
@@ -73,9 +73,8 @@ def sincos_2d(side: int, width: int) -> jax.Array:
 
 
 class VisionTower(nnx.Module):
-    """Pixels to patch features: the hidden states before the last ``-1 - select_layer`` blocks, CLS dropped, no post-LN (LLaVA-1.5).
-
-    Blocks that feed nothing are not built.
+    """Images to patch features: the hidden states that ``VisionConfig.select_layer`` selects, without CLS and without the final LayerNorm
+    (LLaVA-1.5). Later blocks are not built.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -95,7 +94,7 @@ class VisionTower(nnx.Module):
         )
 
     def __call__(self, pixels: jax.Array, remat: str = "none") -> jax.Array:
-        """(B, S, S, 3) normalised pixels -> (B, N, D), N = (S / patch)². remat: where the tower trains, see ``models.remat``."""
+        """(B, S, S, 3) normalised pixels -> (B, N, D), N = (S / patch)². remat: see ``models.remat``; matters only where the tower trains."""
         size = self.config.patch_size
         batch, height, width, _ = pixels.shape
         patches = pixels.astype(self.dtype).reshape(batch, height // size, size, width // size, size, 3)
