@@ -1,4 +1,4 @@
-"""What a compiled program sends over the network, read from its text: the compiler's own count forgets that loops repeat."""
+"""Bytes that a compiled program sends over the network, read from its HLO text. (The compiler's own count includes the body of a loop only once.)"""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
 def count(text: str) -> dict[str, float]:
-    """HLO text after optimisation -> bytes that each chip sends, by kind of collective, with loops of known length unrolled.
+    """Optimised HLO text -> bytes that each chip sends, by kind of collective. The body of a loop counts as often as the loop runs.
 
-    Of n chips in a ring each sends (n-1)/n of what is gathered or scattered, twice that of what is reduced to all. Operations of one channel
-    are parts of one collective that the compiler spread over the program: the largest counts.
+    In a ring of n chips each sends (n-1)/n of the array for an all-gather or a reduce-scatter, and twice that for an all-reduce. Operations with the
+    same channel are parts of one collective; the largest of them counts.
     """
     sent: collections.defaultdict[str, float] = collections.defaultdict(float)
     for (kind, _), (size, _) in _walk(text).items():
@@ -43,12 +43,12 @@ def count(text: str) -> dict[str, float]:
 
 
 def number(text: str) -> float:
-    """HLO text after optimisation -> how many collectives a step starts, loops and channels as in ``count``."""
+    """Optimised HLO text -> number of collectives that a step starts; loops and channels as in ``count``."""
     return sum(times for _, times in _walk(text).values())
 
 
 def _walk(text: str) -> dict[tuple[str, str], tuple[float, float]]:
-    """(kind, channel) -> bytes that each chip sends, and how often."""
+    """(kind, channel) -> bytes that each chip sends, and number of times."""
     blocks, entry = _blocks(text)
     known: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
 
@@ -58,13 +58,13 @@ def _walk(text: str) -> dict[tuple[str, str], tuple[float, float]]:
         found[key] = tuple(map(max, found.get(key, (0.0, 0.0)), (size, times)))  # type: ignore[assignment]
 
     def total(name: str) -> dict[tuple[str, str], tuple[float, float]]:
-        """Of one run of a block."""
+        """The same for one execution of a computation."""
         if name in known:
             return known[name]
         found = known[name] = {}
         for place, line in enumerate(blocks.get(name, [])):
             match = _INSTRUCTION.match(line)
-            if match is None or match[2].endswith(("-done", "-update")):  # their start has been counted
+            if match is None or match[2].endswith(("-done", "-update")):  # counted at the -start
                 continue
             shape, operation = match.groups()
             kind = operation.removesuffix("-start")
@@ -85,7 +85,7 @@ def _walk(text: str) -> dict[tuple[str, str], tuple[float, float]]:
 
 
 def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: as the compiler notes it, or by a condition ``counter < constant``; 1 where it depends on data."""
+    """Iterations of a loop: the compiler's annotation, else the constant of its condition ``counter < constant``; 1 where that depends on data."""
     if match := _TRIPS.search(line):
         return int(match[1])
     root = next((text for text in condition if "ROOT" in text and "direction=LT" in text), "")
@@ -110,7 +110,7 @@ def _blocks(text: str) -> tuple[dict[str, list[str]], str]:
 def _sent(kind: str, shape: str, line: str) -> float:
     sizes = [_BYTES.get(dtype, 0) * _elements(dims) for dtype, dims in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape))]
     started = f" {kind}-start(" in line
-    # The start of an operation returns its operands beside its results.
+    # An asynchronous start returns its operands too.
     size = max(sizes, default=0) if started and kind != "all-reduce" else sum(sizes)
     members = _members(line)
     if kind == "collective-permute":
@@ -121,7 +121,7 @@ def _sent(kind: str, shape: str, line: str) -> float:
 
 
 def _members(line: str) -> int:
-    """Chips in a group."""
+    """Number of chips in a replica group."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(match[2])
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):

@@ -1,4 +1,4 @@
-"""Operations and memory traffic of a step, counted from shapes: the compiler counts the body of a loop over layers once."""
+"""Operations and memory traffic of a step, computed from shapes. (The compiler's own count includes the body of the loop over layers only once.)"""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _QKV = re.compile(r".*/(q_proj|k_proj|v_proj)/.*")
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Of one step over all chips.
+    """Cost of one step, summed over all chips.
 
-    useful: floating-point operations that the gradient of what trains needs, nothing twice: forward, the gradient by activations where it
-        is needed, that by weights only where they train. With LoRA about 4 for each parameter of the decoder and token, and attention.
-    six_n: 6 for each parameter of the decoder and token, and attention: what is counted where everything trains, for comparison.
-    hardware: what is executed: ``useful`` and what remat computes again.
-    weights: bytes of decoder weights that each pass reads; passes: how many passes there are.
-    activations: bytes of inputs and results of the products, all passes. optimizer: bytes that the update reads and writes.
+    useful: floating-point operations that the step needs: the forward pass, the gradients of activations where they are needed, and the
+        gradients of weights that train. With LoRA about 4 for each decoder parameter and token, plus attention.
+    six_n: 6 operations for each decoder parameter and token, plus attention: the usual count for full training, for comparison.
+    hardware: operations that are executed: ``useful`` plus recomputation by remat.
+    weights: bytes of decoder weights that one pass reads. passes: number of passes.
+    activations: bytes of inputs and outputs of all matmuls, in all passes. optimizer: bytes that the update reads and writes.
     """
 
     useful: float
@@ -43,9 +43,10 @@ class StepCost:
 
 
 def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, images: int = 1) -> StepCost:
-    """A training step of ``batch`` rows of ``length`` tokens, pictures included, each with ``images`` pictures and one pose.
+    """A training step of ``batch`` rows of ``length`` tokens (image tokens included), each with ``images`` images and one pose.
 
-    A product of n weights takes 2n operations a token; attention half of 4·T²·H·K a row forward, being causal, and twice that backward.
+    A matmul with n weights takes 2n operations for each token. Causal attention takes half of 4·T²·H·K for each row in the forward pass, and twice
+    that in the backward pass.
     """
     params = flatten(abstract_params(model))
     rows = assign(params, train.trainable)
@@ -86,7 +87,7 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
 
 
 def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:
-    """One token for each of ``batch`` conversations of ``length`` tokens."""
+    """One decoding step: a token for each of ``batch`` conversations of ``length`` tokens."""
     params = {path: leaf for path, leaf in flatten(abstract_params(model)).items() if path.startswith("decoder/")}
     text = model.text
     products = sum(2.0 * math.prod(leaf.shape) for path, leaf in params.items() if _MATRIX.fullmatch(path)) * batch
@@ -98,7 +99,7 @@ def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:
 
 
 def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:
-    """Towers that a gradient passes through: those with something that trains, in them or before them."""
+    """Whether each tower needs gradients of its activations: it does where parameters train in it or in a tower before it."""
     order = ("vision", "projector", "decoder", "pose_head")
     return {
         tower: any(trained for path, trained in trains.items() if path.split("/")[0] in order[: place + 1])

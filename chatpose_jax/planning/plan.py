@@ -1,4 +1,4 @@
-"""Will it fit, and how fast could it be? The real step, compiled ahead of time for a machine that is not here."""
+"""``chatpose plan``: whether a step fits a machine, and how fast it could be. The real step is compiled ahead of time; the machine is not needed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from chatpose_jax.train.step import abstract_state, make_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the compiler says of a step, in bytes a chip, and what follows from the chip's peaks, in seconds.
+class StepPlan:
+    """What the compiler reports about a step, in bytes for each chip, and times derived from the chip's peaks, in seconds.
 
-    peak: most bytes in use at once; None where the compiler gave up because it does not fit. error: its words then.
+    peak: most bytes in use at once; None where compilation failed because the step does not fit, and then ``error`` is the compiler's message.
     sent: bytes that each chip sends in a step, by kind of collective.
-    compute, memory, network: seconds that operations, memory traffic and collectives would take at the chip's peaks.
-    seconds: the longest of the three, were all else hidden behind it. mfu: ``cost.useful`` over what the chips could do in that time.
-    forecast: seconds to expect, at ``targets.EFFICIENCY`` instead of the peaks.
-    options: what the compiler was asked for, in words; "" where there is nothing to say.
-    compile_seconds, compile_cpu_seconds: by the clock, and of all processors.
+    compute, memory, network: time of the operations, of the memory traffic and of the collectives at the chip's peaks.
+    seconds: the longest of these three, as if the other two overlapped with it. mfu: ``cost.useful`` / (peak operations in that time).
+    forecast: the expected time, at ``targets.EFFICIENCY`` instead of the peaks.
+    options: description of the compiler options; "" where there are none.
+    compile_seconds, compile_cpu_seconds: wall-clock time and processor time of the compilation.
     """
 
     what: str
@@ -68,8 +68,8 @@ class Plan:
 
 
 def mesh_sizes(target: Target, model: ModelConfig, batch: int, *, decode: bool = False) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) that suits a target. Training: fsdp as far as rows go round, then tensor. Decoding, which reads all weights for each
-    token: tensor as far as heads go round, then data.
+    """A mesh (data, fsdp, tensor) for a target. Training: the largest fsdp that divides the batch, the rest tensor. Decoding reads all weights for
+    each token, so: the largest tensor that divides the heads, the rest data.
     """
     if decode:
         tensor = math.gcd(target.chips, model.text.num_kv_heads)
@@ -87,11 +87,11 @@ def plan_training(
     images: int = 1,
     *,
     effort: float = EFFORT,
-) -> Plan:
-    """A training step of ``train.batch_size × train.accumulate`` rows of ``length`` tokens, of which pictures take their share.
-    effort: see ``compiler_options``.
+) -> StepPlan:
+    """Plan a training step of ``train.batch_size × train.accumulate`` rows of ``length`` tokens, image tokens included.
 
-    Raises UserError for rows or heads that the mesh cannot divide, and for a target whose compiler is not installed.
+    effort: see ``compiler_options``. Raises UserError where the mesh does not divide rows or heads, and where the target's compiler is not
+    installed.
     """
     model = _without_cudnn(model, target)
     patches = model.vision.num_patches * images
@@ -126,8 +126,8 @@ def plan_decoding(
     length: int,
     *,
     effort: float = EFFORT,
-) -> Plan:
-    """One step of the decode loop: a token for each of ``batch`` conversations whose cache holds ``length`` tokens."""
+) -> StepPlan:
+    """Plan one step of the decode loop: a token for each of ``batch`` conversations whose cache holds ``length`` tokens."""
     where = make_mesh(*mesh, devices=devices(target))
     cost = decode_cost(model, batch, length)
     return _compile(
@@ -136,9 +136,9 @@ def plan_decoding(
 
 
 def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, new: int = 128) -> Any:
-    """``generate.decode`` of a model that was loaded over ``mesh``, traced as ``ChatPose.chat`` calls it: layers unrolled, the cache on the mesh.
+    """``generate.decode`` of a model that was loaded over ``mesh``, traced as ``ChatPose.chat`` calls it: layers unrolled, the cache sharded.
 
-    new: ids and states of so many tokens are kept beside the cache.
+    new: length of the answer's buffers of token ids and hidden states.
     """
     model = model.replace(scan_layers=False)
     params = place(abstract_params(model), mesh)
@@ -164,7 +164,7 @@ def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, new:
 
 
 def _without_cudnn(model: ModelConfig, target: Target) -> ModelConfig:
-    """cuDNN's attention is built by cuDNN on the card itself: elsewhere plain attention stands in, which takes more memory."""
+    """The configuration with portable attention for GPU targets: cuDNN's can only be compiled on the card. It takes more memory than cuDNN's."""
     return model.replace(attention="xla") if target.chip is not None and target.chip.platform == "gpu" else model
 
 
@@ -177,7 +177,7 @@ def _compile(
     length: int,
     cost: StepCost,
     effort: float,
-) -> Plan:
+) -> StepPlan:
     chip, error, compiled = target.chip, "", None
     options, words = compiler_options(target, effort)
     begin, busy = time.perf_counter(), time.process_time()
@@ -196,7 +196,7 @@ def _compile(
     text = "" if compiled is None else compiled.as_text()
     sent = collectives.count(text)
     times = _roofline(what, cost, target, mesh, batch, sent, collectives.number(text)) if text else {}
-    return Plan(
+    return StepPlan(
         what=what,
         target=target.name,
         chips=target.chips,
@@ -221,19 +221,19 @@ def _compile(
 def _roofline(
     what: str, cost: StepCost, target: Target, mesh: Mesh, batch: int, sent: dict[str, float], collectives: float
 ) -> dict[str, float]:
-    """Seconds at the chip's peaks, the share of its operations that are useful then, and seconds to expect."""
+    """Times at the chip's peaks, MFU, and the expected time."""
     chip = target.chip
     if chip is None:
         return {}
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    # Rows that the mesh does not divide are answered by each of its copies.
+    # Rows that the mesh does not divide are computed by every data-parallel copy.
     rows = mesh.shape["data"] * fsdp if batch % (mesh.shape["data"] * fsdp) == 0 else 1
     if (
         what == "decode"
-    ):  # weights stay where they are: each chip reads its part of them, and of the cache that of its rows and heads
+    ):  # weights stay sharded: each chip reads its shard, and the part of the cache of its rows and heads
         copies = 1 if rows > 1 else mesh.shape["data"]
         traffic = cost.weights / (fsdp * tensor) + cost.activations / (rows * tensor)
-    else:  # weights split by fsdp are gathered: written once more before they are read
+    else:  # fsdp: each all-gathered weight is written once more before it is read
         copies = 1
         traffic = cost.passes * (2 if fsdp > 1 else 1) * cost.weights / tensor
         traffic += (cost.activations + cost.optimizer) / target.chips
@@ -257,8 +257,8 @@ def _platform(mesh: Mesh) -> str:
     return {"gpu": "cuda"}.get(name, name)
 
 
-def describe(plan: Plan) -> str:
-    """The plan in words, for people."""
+def describe(plan: StepPlan) -> str:
+    """The plan as text for people."""
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     kind = "a training step" if plan.what == "train" else "a decoded token"
     lines = [f"{kind} of {plan.batch} rows × {plan.length} tokens on {plan.target} ({plan.chips} chips: {mesh})"]
@@ -285,7 +285,9 @@ def describe(plan: Plan) -> str:
         ]
     chip = CHIPS.get(plan.target.partition(":")[0])
     if plan.what == "train" and chip is not None and chip.platform == "gpu":
-        lines.append("attention is plain XLA here, for cuDNN's needs the card: the real run takes less memory")
+        lines.append(
+            "planned with portable attention, because cuDNN's compiles only on the card: the real run takes less memory"
+        )
     asked = f", effort: {plan.options}" if plan.options else ""
     lines.append(
         f"compiled in      {plan.compile_seconds:.1f} s ({plan.compile_cpu_seconds:.0f} s of processor time){asked}"
@@ -293,10 +295,10 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: StepPlan) -> str:
     if plan.peak is None:
         needed = re.search(r"Used ([\d.]+\w+) of|\(([\d.]+\w)\) exceeds", plan.error)
         return f"DOES NOT FIT: {plan.error[:300] if needed is None else f'needs {next(filter(None, needed.groups()))}'}"
     if plan.capacity is None:
-        return "whether it fits is not said: how much memory this target has is not known"
+        return "UNKNOWN whether it fits: the memory of this target is not known"
     return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: takes {plan.peak / GiB:.2f} GiB of {plan.capacity / GiB:.2f} GiB a chip"

@@ -1,4 +1,4 @@
-"""Machines to plan for: what a chip can do, and devices of a machine that is not here, for the compiler to compile for."""
+"""Target machines of ``chatpose plan``: the peaks of each chip, and devices to compile for on a machine that has none of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks by the makers' data sheets.
+    """Peak figures from the makers' data sheets.
 
-    flops: dense bfloat16 operations a second. memory: bytes that a program may use. bandwidth: of that memory, bytes a second.
-    network: bytes a second that a chip can send to its neighbours, over all links in one direction.
+    flops: dense bfloat16 operations a second. memory: bytes that a program may use. bandwidth: bytes a second of that memory.
+    network: bytes a second that a chip can send to its neighbours, all links together, in one direction.
     """
 
     platform: str
@@ -47,7 +47,7 @@ CHIPS: dict[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peaks that programs reach, and seconds that a collective takes however little it sends; docs/scaling.md says whence."""
+    """Shares of the peaks that real programs reach, and the seconds that even the smallest collective takes (docs/scaling.md: sources)."""
 
     products: float
     memory: float
@@ -63,7 +63,8 @@ class Efficiency:
 
 EFFICIENCY = Efficiency(products=0.5, memory=0.65, network=0.65, wait=20e-6)
 
-# What XLA must know of a card that is not there: (cores, L2 bytes, clock in GHz, shared memory a core, a block, compute capability).
+# What XLA must know to compile for a GPU that this machine lacks: (cores, L2 bytes, clock in GHz, shared memory of a core, of a block,
+# compute capability, name).
 _CARDS: dict[str, tuple[int, int, float, int, int, tuple[int, int], str]] = {
     "a100": (108, 41943040, 1.41, 167936, 166912, (8, 0), "NVIDIA A100-SXM4-80GB"),
     "a100-40": (108, 41943040, 1.41, 167936, 166912, (8, 0), "NVIDIA A100-SXM4-40GB"),
@@ -72,7 +73,7 @@ _CARDS: dict[str, tuple[int, int, float, int, int, tuple[int, int], str]] = {
 }
 
 ALIASES = {"v5litepod": "v5e", "a100-80": "a100"}
-"""Other names of chips, as their makers and clouds write them."""
+"""Other names of chips, used by their makers and by clouds."""
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -83,14 +84,15 @@ SLICES: dict[str, tuple[int, tuple[str, ...]]] = {
     "v5p": (2, _TORUS),
     "v6e": (1, _PLANE),
 }
-"""For names such as v5p-128: how many a chip counts for (v4 and v5p count TensorCores, two a chip), and the topologies that Google gives out."""
+"""How to read names such as v5p-128: the units that a chip counts for (v4 and v5p count TensorCores, two a chip), and the topologies that Google
+offers."""
 
 EXAMPLES = "v5e-16, v5p-128, v6e-8, v5e:4x4, v5p:4x4x4, h100, h100:8, h200:8, a100:8, a100-40:8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine: ``chips`` of one kind. chip is None on this CPU, of which nothing is known."""
+    """A machine of ``chips`` chips of one kind. chip: None for CPU devices, whose peaks are unknown."""
 
     name: str
     chips: int
@@ -98,8 +100,8 @@ class Target:
 
 
 def parse(name: str) -> Target:
-    """``v5e-16`` or ``v5p-128`` (a TPU slice by Google's name), ``v5e:4x8`` (a TPU and its topology), ``h100`` or ``h100:8`` (a GPU and how many),
-    ``cpu:8``. Raises UserError.
+    """The target of a name: ``v5e-16`` or ``v5p-128`` (a TPU slice by Google's name), ``v5e:4x8`` (a TPU and its topology), ``h100`` or ``h100:8``
+    (GPUs and their number), ``cpu:8``. Raises UserError for any other name.
     """
     kind, _, size = name.lower().partition(":")
     kind = ALIASES.get(kind.removesuffix("gb"), kind.removesuffix("gb"))
@@ -129,7 +131,7 @@ def _topology(name: str, kind: str, number: int) -> str:
 
 
 def devices(target: Target) -> Sequence[Any]:
-    """The target's devices: good for compiling, not for running. Raises UserError that says what to install."""
+    """Devices of the target, to compile for but not to run on. Raises UserError that says what to install."""
     if target.chip is None:
         here = jax.devices("cpu")
         if len(here) < target.chips:
@@ -142,20 +144,20 @@ def devices(target: Target) -> Sequence[Any]:
 
 
 EFFORT = -1.0
-"""The least: most of a TPU compiler's time goes into a fast program, which a plan does not run; docs/scaling.md compares the figures."""
+"""The lowest effort. A TPU compiler spends most of its time on making the program fast, and a plan does not run it; docs/scaling.md compares."""
 
 
 def compiler_options(target: Target, effort: float = EFFORT) -> tuple[dict[str, Any] | None, str]:
-    """The options to compile for a target with, and words about them for whoever reads the plan ("" where there is nothing to say).
+    """Compiler options for a target, and their description for the plan ("" where there are none).
 
-    For GPUs no autotuning: it runs kernels, for which the card would have to be here. For TPUs the effort that is spent on a fast program, -1 to 0,
-    where a run has 0: compilers name it differently, so this one is asked which name it takes.
+    GPU: autotuning is off, because it runs kernels on the card. TPU: ``effort``, from -1 to 0, is how hard the compiler tries to make the program
+    fast; a training run uses 0. The option's name depends on the compiler's version, so each name is tried.
     """
     if target.chip is None:
         return None, ""
     if target.chip.platform == "gpu":
         return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}, ""
-    # A number up to jax 0.10; levels since, of which the lowest makes the program that -1 made.
+    # A number up to jax 0.10, levels since then. The lowest level gives the same program as -1.
     level = "O0" if effort <= -0.5 else "O1"
     for options in ({"exec_time_optimization_effort": float(effort)}, {"optimization_level": level} if effort else {}):
         if _takes(target, options):
@@ -166,7 +168,7 @@ def compiler_options(target: Target, effort: float = EFFORT) -> tuple[dict[str, 
 
 
 def _takes(target: Target, options: dict[str, Any]) -> bool:
-    """Whether the target's compiler knows these options, tried on a program of nothing."""
+    """Whether the target's compiler accepts these options; tried on an empty program."""
     mesh = Mesh(np.array(devices(target)[:1]), ("x",))
     number = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     lowered = jax.jit(lambda x: x).trace(number).lower(lowering_platforms=("tpu",))
@@ -183,14 +185,16 @@ def _tpu(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
     _require("libtpu", "TPUs", "tpu")
-    # No cloud to ask what machine this is, which libtpu reports as errors; and several plans may be made at once.
+    # Without these libtpu asks a metadata server what machine this is, and reports errors where there is none; and only one plan could run at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of this host; the topology says what is compiled for
+    os.environ.setdefault(
+        "TPU_ACCELERATOR_TYPE", "v5litepod-4"
+    )  # this host's type; the topology decides what is compiled for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if target.chips == 1 else {}
     if target.name.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on Cloud TPUs
+        options["chip_config_name"] = "megacore"  # the two cores of a chip are one device, as on Cloud TPU
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=target.name, **options).devices
     except Exception as error:
@@ -225,7 +229,7 @@ def _require(module: str, what: str, extra: str) -> None:
 
 
 def _card(kind: str) -> str:
-    """A card as XLA's ``GpuTargetConfigProto``, in text."""
+    """The text form of XLA's ``GpuTargetConfigProto`` for a GPU."""
     cores, l2, clock, per_core, per_block, (major, minor), title = _CARDS[kind]
     chip = CHIPS[kind]
     return f"""gpu_device_info {{

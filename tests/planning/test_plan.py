@@ -19,7 +19,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.planning import collectives, targets
 from chatpose_jax.planning.flops import decode_cost, train_cost
-from chatpose_jax.planning.plan import Plan, _roofline, describe, mesh_sizes
+from chatpose_jax.planning.plan import StepPlan, _roofline, describe, mesh_sizes
 from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import EVERYTHING, HEAD
 
@@ -226,7 +226,7 @@ def example(**changes):  # type: ignore[no-untyped-def]
         "error": "",
     }
     measured = {"sent": {}, "cost": cost, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0}
-    return Plan(**{**known, **times, **fixed, **measured, **changes})
+    return StepPlan(**{**known, **times, **fixed, **measured, **changes})
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def example(**changes):  # type: ignore[no-untyped-def]
             {"peak": None, "fits": False, "error": "RESOURCE_EXHAUSTED: Used 20.1G of 15.7G hbm"},
             "DOES NOT FIT: needs 20.1G",
         ),
-        ({"capacity": None}, "whether it fits is not said"),
+        ({"capacity": None}, "UNKNOWN whether it fits"),
     ],
 )
 def test_the_second_line_is_the_verdict(changes, verdict) -> None:  # type: ignore[no-untyped-def]
