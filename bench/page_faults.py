@@ -18,7 +18,7 @@ from chatpose_jax.train.allocator import keep_freed_memory
 mode, batch, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 assert mode == "given back" or keep_freed_memory()
 import jax
-from chatpose_jax.cli.config import load_config
+from chatpose_jax.train.run_config import load_config
 from chatpose_jax.models.chatpose import create, fake_batch
 from chatpose_jax.train.step import init_state, make_step
 config = load_config("tiny", [])

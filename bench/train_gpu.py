@@ -3,7 +3,7 @@
 torch runs SDPA attention with gradient checkpointing and fused AdamW; JAX is ``chatpose_jax.train.step`` with the remat
 policy given. Both see the same ids; weights are random, so the losses say only that both train. The two take turns in one
 process and never stand in memory together. Model FLOPs count what LoRA needs: 4 for each parameter and token, and attention
-(``chatpose_jax.planning.flops``); recomputation is not useful work.
+(``chatpose_jax.train.flops``); recomputation is not useful work.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python bench/train_gpu.py --batch 16 --remat full [--json gpu.json]
     python bench/train_gpu.py --preset small --steps 2        # on any machine: shows that it works
@@ -31,9 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chatpose_jax.models.chatpose import create
 from chatpose_jax.models.config import LoRAConfig, TextConfig
 from chatpose_jax.models.remat import POLICIES
-from chatpose_jax.planning.flops import train_cost
-from chatpose_jax.planning.targets import CHIPS
+from chatpose_jax.train.chips import CHIPS
 from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.flops import train_cost
 from chatpose_jax.train.step import init_state, make_step
 from chatpose_jax.train.trainable import Rule
 

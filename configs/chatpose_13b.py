@@ -1,6 +1,6 @@
 """The paper's ChatPose: LLaVA-1.5-13B, LoRA r 128 on q and v, the pose head, the new token's rows (the defaults of TrainConfig)."""
 
-from chatpose_jax.cli.config import run_config
+from chatpose_jax.train.run_config import run_config
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """The paper's recipe on LLaVA-1.5-7B."""
 
-from chatpose_jax.cli.config import run_config
+from chatpose_jax.train.run_config import run_config
 
 
 def get_config():

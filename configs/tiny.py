@@ -1,6 +1,6 @@
 """A ChatPose that learns from nothing in minutes on two CPU cores: the demo."""
 
-from chatpose_jax.cli.config import run_config
+from chatpose_jax.train.run_config import run_config
 from chatpose_jax.train.trainable import EVERYTHING
 
 

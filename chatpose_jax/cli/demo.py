@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -20,8 +21,7 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.compiled import keep_compiled
-from chatpose_jax.cli.config import RunConfig, load_config
-from chatpose_jax.cli.train import cpu_workers, demand_table, ending, only_run, run_training
+from chatpose_jax.cli.train import ending
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
@@ -29,6 +29,8 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
+from chatpose_jax.train.run import demand_table, only_run, run_training
+from chatpose_jax.train.run_config import RunConfig, load_config
 from chatpose_jax.train.trainer import Interrupted, demand_same_run
 from smpl_jax import render
 
@@ -282,3 +284,8 @@ def print_results(results: Mapping[str, Any], clock: Clock) -> None:
                 f"{'  first answer':18} {r['kept_mpjpe']:6.0f} mm {r['kept_pa_mpjpe']:6.0f} mm {r['kept_mpjre']:7.1f}"
             )
     print("\n" + ", ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in clock.laps.items()))
+
+
+def cpu_workers() -> int:
+    """Processes worth starting for work in pure Python."""
+    return min(os.cpu_count() or 1, 8)

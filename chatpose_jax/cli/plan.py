@@ -8,9 +8,9 @@ import json
 import math
 from pathlib import Path
 
-from chatpose_jax.cli.config import load_config
 from chatpose_jax.errors import UserError
 from chatpose_jax.train.config import MeshConfig
+from chatpose_jax.train.run_config import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,10 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import init_cache
 from chatpose_jax.models.sharding import RULES, batch_sharding, make_mesh, place
 from chatpose_jax.planning import collectives
-from chatpose_jax.planning.flops import StepCost, decode_cost, train_cost
-from chatpose_jax.planning.targets import CHIPS, EFFICIENCY, EFFORT, GiB, Target, compiler_options, devices
+from chatpose_jax.planning.targets import EFFICIENCY, EFFORT, Target, compiler_options, devices
+from chatpose_jax.train.chips import CHIPS, GiB
 from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.flops import StepCost, decode_cost, train_cost
 from chatpose_jax.train.step import abstract_state, make_step
 
 

@@ -14,35 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
-
-GiB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Peak figures from the makers' data sheets.
-
-    flops: dense bfloat16 operations a second. memory: bytes that a program may use. bandwidth: bytes a second of that memory.
-    network: bytes a second that a chip can send to its neighbours, all links together, in one direction.
-    """
-
-    platform: str
-    flops: float
-    memory: float
-    bandwidth: float
-    network: float
-
-
-CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 275e12, 30.75 * GiB, 1.23e12, 2.7e11),
-    "v5e": Chip("tpu", 197e12, 15.75 * GiB, 8.2e11, 1.8e11),
-    "v5p": Chip("tpu", 459e12, 95.74 * GiB, 2.77e12, 5.4e11),
-    "v6e": Chip("tpu", 918e12, 31.25 * GiB, 1.64e12, 3.6e11),
-    "a100": Chip("gpu", 312e12, 79.1 * GiB, 2.04e12, 3.0e11),
-    "a100-40": Chip("gpu", 312e12, 39.3 * GiB, 1.555e12, 3.0e11),
-    "h100": Chip("gpu", 989e12, 79.1 * GiB, 3.35e12, 4.5e11),
-    "h200": Chip("gpu", 989e12, 139.8 * GiB, 4.8e12, 4.5e11),
-}
+from chatpose_jax.train.chips import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)

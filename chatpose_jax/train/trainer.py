@@ -59,12 +59,15 @@ Flops = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
 Evaluation = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Parameters -> scalars, and pictures as (H, W, 3) uint8 arrays."""
 
+Callback = Callable[[int, Mapping[str, Any]], bool | None]
+"""(step, values of a line of the log) -> True to stop after the next step, as an interrupt does; every process must say the same."""
+
 
 class Interrupted(Exception):
     """Training was asked to stop; everything up to ``step`` is saved."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        super().__init__(f"stopped at step {step}; the same command or call goes on from there")
         self.step = step
 
 
@@ -73,7 +76,14 @@ class Log:
     Biases every now and then. After a resume the lines of lost steps are dropped. Only process 0 writes.
     """
 
-    def __init__(self, folder: Path, step: int, wandb: str = "", settings: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = hosts.say,
+    ):
         self.folder, self.first = folder, step
         self.file: Any = None
         self.writer: Any = None
@@ -84,9 +94,7 @@ class Log:
         path.touch()
         length, garbage = _length_up_to(path, step)
         if garbage:
-            hosts.say(
-                f"{path}: line {garbage} is no line of this log; kept as {_set_aside(path)}, and begun anew from there"
-            )
+            say(f"{path}: line {garbage} is no line of this log; kept as {_set_aside(path)}, and begun anew from there")
         os.truncate(path, length)  # in one go: a kill leaves all of the kept lines or more
         self.file = path.open("a", buffering=1)
         if wandb:
@@ -196,6 +204,8 @@ def train(
     peak: float | None = None,
     profile: int = 0,
     progress: bool = True,
+    callback: Callback | None = None,
+    say: Callable[[str], None] = hosts.say,
     result: Path | None = None,
 ) -> dict[str, Any]:
     """Train until ``config.steps`` and return the parameters. ``out`` holds ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
@@ -210,6 +220,9 @@ def train(
         evaluate: called with the parameters every ``eval_every`` steps; its scalars and pictures are logged.
         flops: counts the operations of a step; what they are of ``peak``, the operations per second of a device, is logged.
         profile: write a trace of that many steps to ``out/profile``.
+        progress: show a progress bar, on process 0.
+        callback: called with every line of the log, as soon as it is there: a step or two after the one that it tells of.
+        say: takes the lines that tell what happens.
         result: the folder that the caller writes the model to, for an error that says where to go on from; ``out/model`` by default.
 
     Raises:
@@ -218,11 +231,9 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     hosts.meet("train")
-    hosts.say(table.describe(params, config.trainable))
+    say(table.describe(params, config.trainable))
     if config.result == "best" and not config.eval_every:
-        hosts.say(
-            "train.result=best has no validation to choose by (train.eval_every=0): the result will be the last step"
-        )
+        say("train.result=best has no validation to choose by (train.eval_every=0): the result will be the last step")
     state, frozen = init_state(config, params, mesh)
     settings = identity(model_config, config)
     checkpoints = Checkpoints(
@@ -239,9 +250,9 @@ def train(
                 f"{out} holds a run at step {int(state.step)}, beyond train.steps={config.steps}: choose another folder, or raise it"
             )
         batches.restore(position)
-        hosts.say(f"resuming from step {int(state.step)} in {out}")
+        say(f"resuming from step {int(state.step)} in {out}")
     first = int(state.step)
-    log = Log(out, first, config.wandb, settings)
+    log = Log(out, first, config.wandb, settings, say)
     bar = tqdm(
         total=config.steps,
         initial=first,
@@ -252,7 +263,7 @@ def train(
     )
     loop = _Loop(
         config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
-        evaluate, flops, peak, profile, out,
+        evaluate, flops, peak, profile, out, callback, say,
     )  # fmt: skip
     with hosts.restartable(out), contextlib.ExitStack() as closing:
         for thing in (checkpoints, log, bar):
@@ -263,13 +274,13 @@ def train(
         complete = int(state.step) == config.steps
         if complete and config.result == "best" and config.eval_every:
             if (best := checkpoints.best()) is None:
-                hosts.say(
+                say(
                     f"train.result=best, but no validation of this run gave val_…_{config.best} (train.best, train.eval_every={config.eval_every}): "
                     "the result is the last step"
                 )
             else:
                 state, _ = checkpoints.restore(state, best)
-                hosts.say(f"the result is the checkpoint of step {best}, the best by {config.best}")
+                say(f"the result is the checkpoint of step {best}, the best by {config.best}")
     if not complete:
         raise Interrupted(int(state.step))
     return table.merge(state.trainable, frozen)
@@ -292,6 +303,8 @@ class _Loop:
     peak: float | None
     profile: int
     out: Path
+    callback: Callback | None
+    say: Callable[[str], None]
 
     @functools.cached_property
     def rates(self) -> dict[str, float]:
@@ -314,11 +327,11 @@ class _Loop:
             logs, saves = (step % every == 0 or last for every in (config.log_every, config.save_every))
             evaluates = config.eval_every and (step % config.eval_every == 0 or step == config.steps)
             while len(under_way) > (0 if logs or saves or evaluates else AHEAD):
-                self._arrived(*under_way.popleft(), meter, chart=logs and not under_way)
+                self._arrived(*under_way.popleft(), meter, stop, chart=logs and not under_way)
             metric = None
             if self.evaluate is not None and evaluates:
                 values = self.evaluate(table.merge(state.trainable, self.frozen))
-                self.log(step, values)
+                self._tell(step, values, stop)
                 metric = best_metric(values, config.best)
             if saves:
                 self.log.flush()
@@ -332,7 +345,14 @@ class _Loop:
         return state
 
     def _arrived(
-        self, step: int, metrics: Mapping[str, jax.Array], sizes: tuple[Any, ...], meter: Meter, *, chart: bool
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        sizes: tuple[Any, ...],
+        meter: Meter,
+        stop: hosts.Stop,
+        *,
+        chart: bool,
     ) -> None:
         """Wait for a step, log it, and stop where too many in a row were of no use."""
         scalars = {name: shortest(value) for name, value in jax.device_get(metrics).items()}
@@ -340,7 +360,7 @@ class _Loop:
         scalars |= {f"learning_rate_{row}": shortest(base * np.float32(lr)) for row, lr in self.rates.items()}
         meter.done(*sizes)
         speed = meter.report() if chart else {}
-        self.log(step, {**scalars, **speed}, chart=chart)
+        self._tell(step, {**scalars, **speed}, stop, chart=chart)
         check_skipped(scalars, step, self.config.max_skipped, self.checkpoints.latest())
         if chart:
             shown = {name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root") if name in scalars}
@@ -348,6 +368,11 @@ class _Loop:
             if scalars["skipped"]:
                 shown["skipped"] = f"{scalars['skipped']}"
             self.bar.set_postfix(shown, refresh=False)
+
+    def _tell(self, step: int, values: Mapping[str, Any], stop: hosts.Stop, *, chart: bool = True) -> None:
+        self.log(step, values, chart=chart)
+        if self.callback is not None and self.callback(step, values):
+            stop.asked = True
 
     def _sizes(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int, Mapping[str, float]]:
         """Rows, tokens and operations of the global batch, of which this process holds its share."""
@@ -366,9 +391,9 @@ class _Loop:
         if traced == self.profile > 0 or (over and 0 < traced < self.profile):
             jax.block_until_ready(state.step)
             jax.profiler.stop_trace()
-            hosts.say(f"a profile of {traced} steps is in {self.out / 'profile'}: open it with xprof or Perfetto")
+            self.say(f"a profile of {traced} steps is in {self.out / 'profile'}: open it with xprof or Perfetto")
         elif over and self.profile and traced <= 0:
-            hosts.say(
+            self.say(
                 f"no profile: it begins with step {PROFILE_AFTER}, after compilation, and this run took {number - 1}"
             )
 

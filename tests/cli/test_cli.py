@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from chatpose_jax.chat import Pose
-from chatpose_jax.cli.config import config_names, load_config
 from chatpose_jax.cli.main import COMMANDS, main
 from chatpose_jax.cli.terminal import drawing
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train.run_config import config_names, load_config
 from chatpose_jax.weights.folder import save_folder
 from smpl_jax import axis_angle_to_matrix, load_body
 
@@ -495,7 +495,7 @@ def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="ZeroDivisionError"):
         load_config(str(tmp_path / "mine.py"))
     (tmp_path / "typo.py").write_text(
-        "from chatpose_jax.cli.config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.stepz = 3\n    return c\n"
+        "from chatpose_jax.train.run_config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.stepz = 3\n    return c\n"
     )
     words = "typo.py: train: unknown setting 'stepz'; did you mean steps?"
     for overrides in ([], ["train.log_every=3"]):
@@ -508,7 +508,7 @@ def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
 
 def test_an_error_of_an_override_is_not_laid_to_the_file(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from chatpose_jax.cli.config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.steps = 0\n    return c\n"
+        "from chatpose_jax.train.run_config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.steps = 0\n    return c\n"
     )
     path = str(tmp_path / "mine.py")
     with pytest.raises(UserError, match=r"mine\.py: train\.steps must be"):
@@ -523,7 +523,7 @@ def test_train_from_a_model_folder_with_lora(folder, tmp_path, capsys):
     settings = ["train.steps=2", "train.eval_every=0", "data.train_size=24", "train.batch_size=8"]
     rows = "train.trainable=[['.*/lora_[ab]',1,0],['pose_head/.*',1,0],['.*',None,0]]"
     (tmp_path / "lora.py").write_text(
-        "from chatpose_jax.cli.config import run_config\n"
+        "from chatpose_jax.train.run_config import run_config\n"
         "def get_config():\n    c = run_config('tiny')\n    c.train.accumulate = 1\n    c.train.max_length = 320\n    return c\n"
     )
     overrides = [word for setting in (*settings, rows) for word in ("--set", setting)]

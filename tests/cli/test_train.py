@@ -14,21 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from chatpose_jax.cli import train as cli_train
-from chatpose_jax.cli.config import load_config
 from chatpose_jax.cli.main import main
-from chatpose_jax.cli.train import (
-    VALIDATION_READ,
-    VALIDATION_ROWS,
-    adopt,
-    demand_table,
-    initial_params,
-    peak_flops,
-    run_training,
-    training_mesh,
-    utilisation,
-    validation_rows,
-)
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
@@ -36,7 +22,20 @@ from chatpose_jax.models.chatpose import abstract_params, create
 from chatpose_jax.models.config import preset
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train import run as train_run
 from chatpose_jax.train.checkpoints import Checkpoints
+from chatpose_jax.train.chips import peak_flops
+from chatpose_jax.train.flops import utilisation
+from chatpose_jax.train.run import (
+    VALIDATION_READ,
+    VALIDATION_ROWS,
+    demand_table,
+    run_training,
+    training_mesh,
+    validation_rows,
+)
+from chatpose_jax.train.run_config import load_config
+from chatpose_jax.train.start import adopt, initial_params
 from chatpose_jax.train.step import TrainState
 from chatpose_jax.train.trainable import PAPER, assign, flatten
 from chatpose_jax.train.trainer import identity
@@ -132,7 +131,7 @@ def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, stat
     def refused(*_, **__):
         raise OSError(number, os.strerror(number), "rows.npz")
 
-    monkeypatch.setattr(cli_train, "examples", refused)
+    monkeypatch.setattr(train_run, "examples", refused)
     assert main(["train", "--out", str(tmp_path / "run")]) == status
     assert capsys.readouterr().err.startswith(f"error: rows.npz: {os.strerror(number)}")
 
@@ -140,7 +139,7 @@ def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, stat
 @pytest.mark.parametrize("command", ["train", "demo"])
 def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys, command):
     """The second is told who the first is, before it reads anything, by a status that means: later, perhaps."""
-    monkeypatch.setattr(cli_train, "examples", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(train_run, "examples", lambda *_: pytest.fail("data were read"))
     monkeypatch.setattr("chatpose_jax.cli.demo.SyntheticDataset", lambda *_: pytest.fail("data were made"))
     with only_writer(tmp_path, tmp_path / ".lock"):
         before = sorted(tmp_path.rglob("*"))
@@ -150,7 +149,7 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys, command):
 
 
 def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli_train, "examples", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(train_run, "examples", lambda *_: pytest.fail("data were read"))
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "run"
     assert main(["train", "--out", str(out)]) == 2
@@ -210,7 +209,7 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
             raise refusal
         return Rows(9, lambda index: pytest.fail("the training rows were read first"))
 
-    monkeypatch.setattr(cli_train, "examples", rows)
+    monkeypatch.setattr(train_run, "examples", rows)
     assert main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"]) == status
     error = capsys.readouterr().err
     assert said in error
@@ -264,7 +263,7 @@ def test_a_demo_of_other_settings_is_refused_before_its_data_are_made(tmp_path, 
 
 
 def test_a_traceback_of_held_out_rows_says_what_wants_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_train, "examples", lambda config, split, size: {"train": []}[split])
+    monkeypatch.setattr(train_run, "examples", lambda config, split, size: {"train": []}[split])
     with pytest.raises(KeyError, match="val") as raised:
         main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"])
     assert "train.eval_every=0 trains without" in raised.value.__notes__[0]
@@ -273,7 +272,7 @@ def test_a_traceback_of_held_out_rows_says_what_wants_them(tmp_path, monkeypatch
 MEASURING = """
 import sys
 import numpy as np
-from chatpose_jax.cli.train import row_sizes
+from chatpose_jax.train.run import row_sizes
 from chatpose_jax.data.batches import measure
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.models.config import preset

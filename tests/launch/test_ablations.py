@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import chatpose_jax.models.heads as heads
-from chatpose_jax.cli.config import load_config
 from chatpose_jax.cli.train import add_arguments
 from chatpose_jax.data.config import examples
 from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.train.run_config import load_config
 from chatpose_jax.train.trainable import HEAD, PAPER, PROJECTOR, assign
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

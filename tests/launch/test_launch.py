@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from chatpose_jax.cli import train
-from chatpose_jax.cli.config import load_config
 from chatpose_jax.train.hosts import Hosts, find
+from chatpose_jax.train.run_config import load_config
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]

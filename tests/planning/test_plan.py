@@ -18,9 +18,9 @@ from chatpose_jax.cli.plan import fitting
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.planning import collectives, targets
-from chatpose_jax.planning.flops import decode_cost, train_cost
 from chatpose_jax.planning.plan import StepPlan, _roofline, describe, mesh_sizes
 from chatpose_jax.train.config import MeshConfig, TrainConfig
+from chatpose_jax.train.flops import decode_cost, train_cost
 from chatpose_jax.train.trainable import EVERYTHING, HEAD
 
 PAPER = TrainConfig(batch_size=16, accumulate=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -84,6 +85,21 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
         activations=moved,
         optimizer=4.0 * 7 * updated,
     )
+
+
+def utilisation(model: ModelConfig, settings: TrainConfig, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Operations of a step on these rows: ``mfu`` counts what this run's gradient needs (with LoRA about 4 for each parameter
+    and token), ``mfu_6n`` what it would need if everything trained.
+    """
+    pixels = batch.get("pixel_values")
+    cost = _train_cost(model, settings, *batch["input_ids"].shape, 0 if pixels is None else pixels.shape[1])
+    return {"mfu": cost.useful, "mfu_6n": cost.six_n}
+
+
+_cost = functools.lru_cache(maxsize=64)(train_cost)
+
+
+_train_cost = functools.lru_cache(maxsize=64)(train_cost)
 
 
 def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:

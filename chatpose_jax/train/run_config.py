@@ -86,7 +86,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if not hasattr(config, "lock"):
         raise UserError(
-            f"{path}: get_config() returned {config!r:.80}; expected a ConfigDict, as chatpose_jax.cli.config.run_config makes one"
+            f"{path}: get_config() returned {config!r:.80}; expected a ConfigDict, as chatpose_jax.train.run_config.run_config makes one"
         )
     config.lock()
     alone = _complaint(config)

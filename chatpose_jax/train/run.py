@@ -1,0 +1,280 @@
+"""A run: a configuration, its data, where it starts, the trainer, and a model folder at the end. ``chatpose train`` is this and a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from chatpose_jax.data.batches import BatchLoader, measure
+from chatpose_jax.data.config import examples
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+from chatpose_jax.locks import Locked, only_writer
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.processing.processor import Processor
+from chatpose_jax.train import feed, hosts
+from chatpose_jax.train.chips import peak_flops
+from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.flops import utilisation
+from chatpose_jax.train.run_config import RunConfig
+from chatpose_jax.train.start import adopt, initial_params, make_processor
+from chatpose_jax.train.trainable import assign
+from chatpose_jax.train.trainer import Callback, train
+from chatpose_jax.train.validate import make_validation
+from chatpose_jax.weights import folder as model_folder
+from chatpose_jax.weights.processes import together
+from smpl_jax import io
+
+VALIDATION_ROWS = 128
+VALIDATION_READ = 1024
+"""Rows that are read to find those of each kind: a set may hold one kind alone, or one after the other."""
+VALIDATION_BATCH = 32
+VALIDATION_PICTURES = 4
+"""Rows of each kind whose bodies are drawn at every validation."""
+
+
+def run_training(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    init: str | os.PathLike[str] | None = None,
+    data: Sequence[Example] | None = None,
+    folder: Path | None = None,
+    profile: int = 0,
+    progress: bool = True,
+    callback: Callback | None = None,
+    say: Callable[[str], None] = hosts.say,
+) -> Path:
+    """Train by a configuration until ``train.steps``, and write the model. A run that ``out`` holds goes on.
+
+    What holds for the whole process is the caller's: several processes join by ``hosts.connect`` first, and on CPU a run is faster after
+    ``allocator.keep_freed_memory()``.
+
+    Args:
+        config: ``run_config.load_config`` makes one.
+        out: run folder: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``. One run at a time may write it.
+        init: model folder to start from; None starts from nothing, which only the preset ``tiny`` can.
+        data: rows to train on, in the place of the training split that the configuration names.
+        folder: where the model goes, ``out/model`` by default.
+        profile: steps to trace into ``out/profile``.
+        progress: show a progress bar.
+        callback: called with (step, values) for each step and each validation, as ``metrics.jsonl`` gets them, by every process; True
+            stops the run as an interrupt does.
+        say: takes the lines that tell what happens; prints them by default.
+
+    Returns:
+        The model folder, which ``chatpose_jax.load`` takes.
+
+    Raises:
+        Interrupted (``trainer``) after Ctrl-C, SIGTERM or a callback's True: everything is saved, and the same call goes on from there.
+        UserError for what is wrong with settings, data or weights. hosts.Fault where another run writes ``out``, or the file system fails.
+    """
+    out, init = Path(out), None if init is None else Path(init)
+    if init is not None:
+        config = adopt(config, init)
+    if not config.model.scan_layers:
+        raise UserError(
+            "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
+        )
+    demand_table(config)  # before anything is read
+    with only_run(out):
+        return _run(config, out, init, data, folder or out / "model", profile, progress, callback, say)
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    init: Path | None,
+    data: Sequence[Example] | None,
+    folder: Path,
+    profile: int,
+    progress: bool,
+    callback: Callback | None,
+    say: Callable[[str], None],
+) -> Path:
+    model, settings = config.model, config.train
+    mesh = training_mesh(settings)
+    rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
+    processor = make_processor(config, init)
+    size = model.vision.image_size
+    source = examples(config.data, "train", size) if data is None else data
+    held_out = None
+    if settings.eval_every:  # behind the training source: what is wrong with both is no matter of validation
+        with validating(settings):
+            held_out = validation_rows(examples(config.data, "val", size))
+    say(f"reading the text of {len(source)} rows ...")
+    loader = BatchLoader(
+        source,
+        processor,
+        settings.batch_size * settings.accumulate,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        buckets=config.data.buckets,
+        packing=config.data.packing,
+        cache=0 if config.data.workers else config.data.cache_mib << 20,
+        sizes=row_sizes(source, processor, settings.max_length),
+        prefetch=2,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        rows=rows,
+    )
+    say(
+        f"batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}: "
+        "the first step of each shape waits for its compilation"
+    )
+    validate = None
+    if held_out is not None:
+        whole = feed.row_shards(mesh) * -(-VALIDATION_BATCH // feed.row_shards(mesh))
+        with validating(settings):
+            batches = validation_batches(held_out, processor, config, whole, mesh)
+        validate = make_validation(
+            model, settings, batches, io.load_body(), mesh=mesh, rows=whole, pictures=VALIDATION_PICTURES
+        )
+    params = initial_params(config, init, mesh, say)
+    params = train(
+        model,
+        settings,
+        params,
+        loader,
+        out,
+        mesh=mesh,
+        evaluate=validate,
+        flops=functools.partial(utilisation, model, settings),
+        peak=peak_flops(jax.devices()[0].device_kind),
+        profile=profile,
+        progress=progress,
+        callback=callback,
+        say=say,
+        result=folder,
+    )
+    with hosts.restartable(out):
+        return model_folder.save_folder(
+            folder,
+            model,
+            params,
+            processor=processor,
+            provenance={
+                "trained": {
+                    "steps": settings.steps,
+                    "from": str(init) if init else "scratch",
+                    "data": config.data.source,
+                }
+            },
+            passengers=init,
+            overwrite=True,
+        )
+
+
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """While the block runs no other run may write ``out``: process 0 holds a lock, ``out/.lock``.
+
+    Raises hosts.Fault where another run is there, which may end; UserError where nothing can be written.
+    """
+    with contextlib.ExitStack() as holding:
+        held = ""
+        with together():
+            if hosts.primary():
+                try:
+                    holding.enter_context(only_writer(out, out / ".lock"))
+                except Locked as other:
+                    held = str(other)
+        if hosts.gather(np.array([bool(held)])).any():
+            raise hosts.Fault(held or f"{out}: another run is writing it, as process 0 says")
+        yield
+
+
+def demand_table(config: RunConfig) -> None:
+    """Raises UserError where the model cannot be built, as by an unknown head, or the table of what trains does not fit it. Nothing is allocated."""
+    assign(abstract_params(config.model), config.train.trainable)
+
+
+def training_mesh(settings: TrainConfig) -> Mesh | None:
+    """The mesh of the settings over the devices of all processes; None where that is one device."""
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    return mesh if mesh.size > 1 else None
+
+
+def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
+    """(N, 3) tokens, pictures and poses of all rows, of which each process reads its share.
+
+    Raises UserError for a malformed row, and where the processes see different data.
+    """
+    rank, count = jax.process_index(), jax.process_count()
+    mine = range(rank, len(source), count)
+    with together():  # one alone stumbles over a row of its own
+        sizes = measure(source, processor, min(max_length, processor.ids.context), mine)
+    if count == 1:
+        return sizes
+    totals = hosts.gather(np.array([len(source)]))
+    if totals.min() != totals.max():
+        raise UserError(
+            f"the processes read different data: {totals.min()} rows and {totals.max()}; all must see the same"
+        )
+    share = hosts.gather(np.pad(sizes, [(0, -(-len(source) // count) - len(sizes)), (0, 0)]))
+    return share.swapaxes(0, 1).reshape(-1, 3)[: len(source)]
+
+
+@contextlib.contextmanager
+def validating(settings: TrainConfig) -> Iterator[None]:
+    """Around what reads held-out rows: errors say why these are read, and how to do without."""
+    why = f"held-out rows are read for train.eval_every={settings.eval_every}; --set train.eval_every=0 trains without"
+    try:
+        yield
+    except (UserError, OSError) as error:
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise UserError(f"{what}; {why}") from error
+    except Exception as error:
+        error.add_note(why)
+        raise
+
+
+def validation_rows(rows: Sequence[Example]) -> dict[str, list[Example]]:
+    """Up to ``VALIDATION_ROWS`` held-out rows with a pose of each kind, among ``VALIDATION_READ`` from all over the set.
+
+    Raises UserError where there is none.
+    """
+    groups: dict[str, list[Example]] = {}
+    for index in np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), VALIDATION_READ)).astype(int)):
+        row = rows[int(index)]
+        if len(row.poses) and len(groups.setdefault(row.kind, [])) < VALIDATION_ROWS:
+            groups[row.kind].append(row)
+    if not groups:
+        raise UserError(f"no row with a pose among {min(len(rows), VALIDATION_READ)} of {len(rows)} held-out ones")
+    return groups
+
+
+def validation_batches(
+    groups: Mapping[str, Sequence[Example]],
+    processor: Processor,
+    config: RunConfig,
+    size: int = VALIDATION_BATCH,
+    mesh: Mesh | None = None,
+) -> dict[str, list[Any]]:
+    """Finite batches of ``size`` held-out rows, by kind; on a mesh, this process's part of each."""
+    length, mine = config.train.max_length, feed.local_rows(mesh, size)
+    return {
+        kind: list(
+            BatchLoader(
+                group,
+                processor,
+                min(size, len(group)) if mesh is None else size,
+                max_length=length,
+                shuffle=False,
+                epochs=1,
+                buckets=1,
+                rows=mine,
+            )
+        )
+        for kind, group in groups.items()
+    }

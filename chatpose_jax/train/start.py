@@ -1,0 +1,100 @@
+"""Where a run starts: the towers, the processor and the parameters of a model folder, or fresh ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, create
+from chatpose_jax.models.config import ModelConfig, preset
+from chatpose_jax.models.quantize import quantize_int8
+from chatpose_jax.models.sharding import place, shardings
+from chatpose_jax.processing.processor import Processor, tiny_processor
+from chatpose_jax.train import hosts
+from chatpose_jax.train.run_config import RunConfig
+from chatpose_jax.train.trainable import Flat, flatten, unflatten
+from chatpose_jax.weights import folder as model_folder
+
+
+def adopt(config: RunConfig, init: Path) -> RunConfig:
+    """The configuration with the towers and token ids of the model that it starts from; in int8 where either is."""
+    base = model_folder.load_config(init)
+    keep = config.model
+    changes = {
+        name: getattr(keep, name) for name in ("lora", "head", "dtype", "param_dtype", "scan_layers", "attention")
+    }
+    if keep.quantize != "none":
+        changes["quantize"] = keep.quantize
+    return dataclasses.replace(config, model=base.replace(**changes))
+
+
+def make_processor(config: RunConfig, init: Path | None) -> Processor:
+    """The processor of the model started from, or the embedded one of ``tiny``."""
+    if init is not None:
+        return Processor.load(init / model_folder.TOKENIZER, config.model)
+    if config.model.text.vocab_size != preset("tiny").text.vocab_size:
+        raise UserError(
+            "this configuration needs weights to start from: give --init FOLDER, made by 'chatpose convert' from LLaVA-1.5; "
+            "only the preset tiny trains from nothing"
+        )
+    return tiny_processor(config.model, config.data.template)
+
+
+def initial_params(
+    config: RunConfig, init: Path | None, mesh: Mesh | None = None, say: Callable[[str], None] = hosts.say
+) -> Params:
+    """Fresh parameters, or those of ``init`` with fresh adapters and head where it has none; made or read onto the mesh, and then
+    quantised where the configuration asks for it and ``init`` is not. ``say`` is told where they come from.
+
+    Raises UserError when the folder holds adapters that this configuration has no place for, or parts do not fit.
+    """
+    key = jax.random.key(config.train.seed)
+    if init is None:
+        return attend_evenly(create(config.model, key, mesh))
+    base = model_folder.load_config(init)
+    model = config.model.replace(quantize=base.quantize)
+    wanted, held = flatten(abstract_params(model)), flatten(abstract_params(base))
+    if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
+        raise UserError(
+            f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: "
+            "set model.lora as the folder has it"
+        )
+    other_head = model.head != base.head
+    fresh = sorted(path for path in wanted if path not in held or (other_head and path.startswith("pose_head/")))
+    if wrong := [path for path in wanted if path not in fresh and held[path].shape != wanted[path].shape]:
+        raise UserError(
+            f"{init}: {wrong[0]} is {held[wrong[0]].shape}, this configuration needs {wanted[wrong[0]].shape}"
+        )
+    kept = {path: leaf for path, leaf in wanted.items() if path not in fresh}
+    target = unflatten({**held, **kept})
+    loaded = flatten(model_folder.load_params(init, target if mesh is None else place(target, mesh)))
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        everything = flatten(create(model, key))
+        return {path: everything[path] for path in fresh}
+
+    places = None if mesh is None else shardings({path: wanted[path] for path in fresh}, mesh)
+    made = jax.jit(make, out_shardings=places)(key) if fresh else {}
+    say(f"starting from {init}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    if other_head and any(path.startswith("pose_head/") for path in held):
+        say(
+            f"its pose head, {base.head}, is left behind for {model.head}: set model.head as the folder has it to go on from it"
+        )
+    whole = {path: made[path] if path in made else loaded.pop(path) for path in wanted}
+    return unflatten(whole if config.model == model else to_int8(whole, config.model, mesh))
+
+
+def to_int8(flat: Flat, model: ModelConfig, mesh: Mesh | None) -> Flat:
+    """Arrays by path with the kernels that ``model`` keeps in int8 quantised where they lie, one after the other; empties ``flat``."""
+    wanted = flatten(abstract_params(model))
+    for path in [path for path, leaf in wanted.items() if leaf.dtype == np.int8]:
+        pair = {name: wanted[name] for name in (path, f"{path}_scale")}
+        places = None if mesh is None else tuple(shardings(pair, mesh).values())
+        flat |= zip(pair, jax.jit(quantize_int8, out_shardings=places)(flat.pop(path)))
+    return {path: flat.pop(path) for path in wanted}

@@ -1,0 +1,49 @@
+"""A whole run as a library call: what a notebook does, from docs/training.md."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+import chatpose_jax
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.train.run import run_training
+from chatpose_jax.train.run_config import load_config
+from chatpose_jax.train.trainable import flatten
+from chatpose_jax.weights import folder as model_folder
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+SMALL = [
+    "train.steps=5", "train.log_every=1", "train.batch_size=2", "train.eval_every=0",
+    "data.train_size=8", "data.buckets=1", "data.mixture=(('text_short',1),)",
+]  # fmt: skip
+
+
+def stored(folder):
+    return flatten(model_folder.load_params(folder, abstract_params(model_folder.load_config(folder))))
+
+
+def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    section = DOCS.read_text().split("## From Python")[1]
+    code = re.search(r"```python\n(.*?)```", section, flags=re.S)[1]
+    code = code.replace('["train.steps=500", "train.log_every=5"]', "SMALL").replace("== 20", "== 3")
+    monkeypatch.chdir(tmp_path)
+    names = {"SMALL": SMALL}
+    exec(compile(code, str(DOCS), "exec"), names)
+    said = capsys.readouterr().out
+    assert "stopped at step 4" in said and "resuming from step 4" in said
+    assert names["folder"] == Path("out/notebook/model")
+    assert isinstance(names["model"], chatpose_jax.chat.ChatPose)
+    lines = [json.loads(line) for line in Path("out/notebook/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert list(names["losses"].items()) == [(line["step"], line["loss"]) for line in lines[:4]]
+
+    told = []
+    whole = run_training(load_config("tiny", SMALL), tmp_path / "whole", progress=False, say=told.append)
+    assert capsys.readouterr().out == ""
+    assert any("reading the text of 8 rows" in line for line in told)
+    once, twice = stored(whole), stored(names["folder"])
+    assert once.keys() == twice.keys()
+    for path, leaf in once.items():
+        np.testing.assert_array_equal(leaf, twice[path], err_msg=path)
