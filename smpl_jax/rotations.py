@@ -145,6 +145,61 @@ def quaternion_to_axis_angle(quaternion: ArrayLike) -> jax.Array:
     return 2 * jnp.where(small, series, jnp.arctan2(sine, w) / sine)[..., None] * xyz
 
 
+@jax.custom_jvp
+def matrix_9d_to_rotation(matrix: ArrayLike) -> jax.Array:
+    """The rotation nearest to any matrix, in the Frobenius norm: its singular values set to 1, the least one's sign
+    such that the determinant is 1 (Levinson et al., NeurIPS 2020, "SVD+").
+
+    Args:
+        matrix: (..., 3, 3), nine free numbers; its scale does not count.
+
+    Returns:
+        (..., 3, 3). The first derivative is right wherever the nearest rotation is unique, equal singular values
+        included: at a rotation itself, say, where that of an SVD is not defined. Where several rotations are nearest (a
+        matrix of rank 1 or 0, a reflection whose lesser singular values agree) one of them is returned, and the
+        derivative along the directions in which they differ is 0.
+
+    Raises:
+        ValueError: the last axes are not (3, 3).
+    """
+    u, _, vt = _proper_svd(_floating(matrix, (3, 3), "matrices"))
+    return _product(u, vt)
+
+
+@matrix_9d_to_rotation.defjvp
+def _matrix_9d_to_rotation_jvp(primals: tuple[ArrayLike], tangents: tuple[ArrayLike]) -> tuple[jax.Array, jax.Array]:
+    """M = U S Vᵀ, R = U Vᵀ: dR = U Z Vᵀ with Z_ij = (A_ij - A_ji) / (s_i + s_j), A = Uᵀ dM V. No s_i - s_j, by which
+    the derivatives of U and V alone divide, is left.
+    """
+    matrix, tangent = _floating(primals[0], (3, 3), "matrices"), jnp.asarray(tangents[0])
+    u, s, vt = _proper_svd(matrix)
+    a = _product(_product(jnp.swapaxes(u, -1, -2), tangent), jnp.swapaxes(vt, -1, -2))
+    sums = s[..., :, None] + s[..., None, :]
+    unique = sums > 4 * jnp.finfo(s.dtype).eps * s[..., :1, None]
+    z = jnp.where(unique, (a - jnp.swapaxes(a, -1, -2)) / jnp.where(unique, sums, 1.0), 0.0)
+    return _product(u, vt), _product(_product(u, z), vt)
+
+
+def _proper_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, s, Vᵀ with det(U Vᵀ) = 1: the last singular value and column of U are negated where they must be."""
+    u, s, vt = jnp.linalg.svd(matrix)
+    sign = jnp.where(jnp.linalg.det(u) * jnp.linalg.det(vt) < 0, -1.0, 1.0).astype(s.dtype)
+    last = jnp.stack([jnp.ones_like(sign), jnp.ones_like(sign), sign], axis=-1)
+    return u * last[..., None, :], s * last, vt
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Accelerators multiply float32 matrices in bfloat16 or TF32 unless told otherwise.
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def exponential_volume(axis_angle: ArrayLike) -> jax.Array:
+    """What the exponential map makes of a small volume at axis-angle vectors (..., 3): 2 (1 - cos t) / t², t = |v|,
+    shape (...). With it densities of axis-angles become densities of rotations (Chirikjian 2012, section 10.4).
+    """
+    return _half_angle(_floating(axis_angle, (3,), "axis-angle vectors"))[1] ** 2
+
+
 def geodesic_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
     """Angle in radians, [0, π], of the rotation between two stacks of matrices (..., 3, 3); shape (...), with
     broadcasting.

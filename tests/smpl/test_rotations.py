@@ -150,6 +150,73 @@ def test_upright_root_in_three_frames():
         np.testing.assert_allclose(rot.axis_angle_to_matrix(np.array(root)) @ np.array([0.0, 1, 0]), up, atol=1e-6)
 
 
+def procrustes(matrix):
+    """The nearest rotation, by SciPy's Kabsch: it turns the unit vectors onto the matrix's columns."""
+    return Rotation.align_vectors(matrix.T, np.eye(3))[0].as_matrix()
+
+
+NINES = {
+    "a rotation": as_matrix(np.array([0.3, -1.0, 2.0])),
+    "the identity": np.eye(3),
+    "of equal singular values": 0.2 * as_matrix(np.array([0.3, -1.0, 2.0])),
+    "of two equal ones": as_matrix(np.array([1.0, 0, 0])) @ np.diag([3.0, 0.5, 0.5]),
+    "of two large equal ones": np.diag([2.0, 2.0, 1e-3]) @ as_matrix(np.array([0, 1.0, 0])),
+    "of rank 2": np.diag([2.0, 1.0, 0.0]) @ as_matrix(np.array([0, 1.0, 2.0])),
+    "a reflection": as_matrix(np.array([0.0, 1, 1])) @ np.diag([1.0, -0.3, 2.0]),
+    "tiny": 1e-12 * np.arange(9.0).reshape(3, 3) ** 2,
+}
+
+
+def test_9d_against_scipy(dtype):
+    random = np.random.default_rng(0).normal(size=(4, 10, 3, 3))
+    found = jax.jit(rot.matrix_9d_to_rotation)(random.astype(dtype))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(jnp.linalg.det(found), 1, atol=TOLERANCE[dtype])
+    expected = np.stack([procrustes(m) for m in random.reshape(-1, 3, 3)]).reshape(random.shape)
+    # A rounding of the matrix turns the rotation by as much over the least sum of singular values.
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype] * 50)
+    for name, matrix in NINES.items():
+        found = rot.matrix_9d_to_rotation(matrix.astype(dtype))
+        np.testing.assert_allclose(found, procrustes(matrix), atol=TOLERANCE[dtype] * 50, err_msg=name)
+
+
+@pytest.mark.parametrize("matrix", NINES.values(), ids=NINES.keys())
+def test_gradient_of_9d_against_differences(matrix):
+    """In float64, where JAX's own SVD has no gradient as well: at equal singular values."""
+    with jax.enable_x64(True):
+        scale = np.linalg.norm(matrix)
+        function = jax.jit(lambda d: rot.matrix_9d_to_rotation(jnp.asarray(matrix) + scale * d))
+        forward, reverse = (jax.jit(of(function))(jnp.zeros((3, 3))) for of in (jax.jacfwd, jax.jacrev))
+        step = 1e-6 * np.eye(9).reshape(9, 3, 3)
+        numeric = np.stack([(function(d) - function(-d)) / 2e-6 for d in step], axis=-1).reshape(3, 3, 3, 3)
+    np.testing.assert_allclose(forward, numeric, atol=1e-7 * np.abs(numeric).max())
+    np.testing.assert_allclose(reverse, forward, atol=1e-12 * np.abs(numeric).max())
+
+
+@pytest.mark.parametrize(
+    "matrix", [np.zeros((3, 3)), np.diag([2.0, 0, 0]), -np.eye(3)], ids=["zero", "rank 1", "inversion"]
+)
+def test_9d_without_one_nearest_rotation_is_finite(matrix, dtype):
+    jacobian, value = jax.jit(lambda m: (jax.jacrev(rot.matrix_9d_to_rotation)(m), rot.matrix_9d_to_rotation(m)))(
+        matrix.astype(dtype)
+    )
+    np.testing.assert_allclose(value @ value.T, np.eye(3), atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(jnp.linalg.det(value), 1, atol=TOLERANCE[dtype])
+    assert jnp.isfinite(jacobian).all()
+
+
+def test_volume_of_the_exponential_map_is_its_jacobian(rotvecs, dtype):
+    """det of the left Jacobian, whose columns are the axial vectors of (dR/dv_i) Rᵀ."""
+
+    def jacobian(v):
+        spin = jnp.einsum("ijk,lj->ilk", jax.jacfwd(rot.axis_angle_to_matrix)(v), rot.axis_angle_to_matrix(v))
+        return jnp.stack([spin[2, 1], spin[0, 2], spin[1, 0]])
+
+    flat = jnp.asarray(rotvecs.reshape(-1, 3))
+    volume, expected = jax.jit(jax.vmap(lambda v: (rot.exponential_volume(v), jnp.linalg.det(jacobian(v)))))(flat)
+    np.testing.assert_allclose(volume, expected, atol=1e-5 if dtype == np.float32 else 1e-12)
+
+
 def test_integers_and_lists_are_taken():
     assert rot.axis_angle_to_matrix(np.zeros((2, 3), int)).dtype == jnp.float32
 
@@ -167,6 +234,7 @@ def test_integers_and_lists_are_taken():
         ),
         (lambda: rot.matrix_to_rotation_6d(np.eye(3), "colums"), "unknown 6D order"),
         (lambda: rot.matrix_to_axis_angle(np.eye(4)), r"got \(4, 4\)"),
+        (lambda: rot.matrix_9d_to_rotation(np.zeros(9)), r"must have shape \(\.\.\., 3, 3\); got \(9,\)"),
         (lambda: rot.quaternion_to_matrix(np.zeros(3)), r"must have shape \(\.\.\., 4\)"),
     ],
 )
