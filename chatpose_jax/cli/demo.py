@@ -21,6 +21,7 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.compiled import keep_compiled
+from chatpose_jax.cli.flags import add_config
 from chatpose_jax.cli.train import ending
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
@@ -43,15 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for the model, answers, pictures and report.json"
     )
-    parser.add_argument("--config", default="tiny")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a setting of the training",
-    )
+    add_config(parser, "tiny")
     parser.add_argument("--rows", type=int, default=TEST_ROWS, help="held-out rows of each kind to evaluate")
 
 

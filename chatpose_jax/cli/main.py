@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from chatpose_jax import __version__
+from chatpose_jax.cli.flags import as_overrides
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import did_you_mean
 
@@ -32,6 +33,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
         words = list(sys.argv[1:] if args is None else args)
+        if "--set" in self._option_string_actions:
+            try:
+                words = as_overrides(words)
+            except UserError as error:
+                self.error(str(error))
         for word in words:
             flag, options = word.split("=", 1)[0], self._option_string_actions
             if word == "--" or (self._subparsers and not word.startswith("-")):

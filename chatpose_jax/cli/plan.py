@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+from chatpose_jax.cli.flags import add_config
 from chatpose_jax.errors import UserError
 from chatpose_jax.train.config import MeshConfig
 from chatpose_jax.train.run_config import load_config
@@ -15,9 +16,7 @@ from chatpose_jax.train.run_config import load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose plan``."""
-    parser.add_argument(
-        "--config", default="chatpose_13b", help="a name in configs/ or a Python file with get_config()"
-    )
+    add_config(parser, "chatpose_13b", "train.remat=save_qkv")
     parser.add_argument(
         "--target",
         required=True,
@@ -40,14 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "newer compilers take levels only, and the plan says which was used",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a setting, such as train.remat=save_qkv",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

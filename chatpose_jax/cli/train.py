@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from chatpose_jax.cli.compiled import keep_compiled
+from chatpose_jax.cli.flags import add_config
 from chatpose_jax.errors import UserError
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
@@ -17,11 +18,7 @@ from chatpose_jax.train.trainer import Interrupted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose train``."""
-    parser.add_argument(
-        "--config",
-        default="tiny",
-        help="a name in configs/ (tiny, the default; chatpose_7b, chatpose_13b) or a Python file with get_config()",
-    )
+    add_config(parser, "tiny")
     parser.add_argument(
         "--out", required=True, type=_folder, help="run folder: checkpoints/, tensorboard/, metrics.jsonl, model/"
     )
@@ -30,14 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="model folder to start from (chatpose convert makes one): its towers win over the configuration's; "
         "adapters and pose head are as model.lora and model.head say",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a setting: --set train.steps=100",
     )
     parser.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into OUT/profile"

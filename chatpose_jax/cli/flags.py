@@ -1,0 +1,48 @@
+"""How a command line names a configuration and changes it: ``--config``, ``--set KEY=VALUE`` and ``--config.KEY=VALUE``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from chatpose_jax.errors import UserError
+
+PREFIX = "--config."
+
+
+def add_config(parser: argparse.ArgumentParser, default: str, example: str = "train.steps=100") -> None:
+    """Adds ``config``, a name or a file, and ``overrides``, a list of ``KEY=VALUE``, to what a command takes."""
+    parser.add_argument(
+        "--config",
+        default=default,
+        help=f"a name in configs/ (tiny, chatpose_7b, chatpose_13b) or a Python file with get_config(); {default} by default",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help=f"override a setting: --set {example}; {PREFIX}{example} and '{PREFIX}{example.replace('=', ' ')}' do the same",
+    )
+
+
+def as_overrides(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` written as ``--set=KEY=VALUE``.
+
+    Raises UserError for a key without a value.
+    """
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            return [*found, word, *rest]
+        if word.startswith(PREFIX):
+            key, equals, value = word.removeprefix(PREFIX).partition("=")
+            if not equals:
+                value = next(rest, "--")
+            if value.startswith("--"):
+                raise UserError(f"{word}: expected a value, such as {PREFIX}train.steps=100")
+            word = f"--set={key}={value}"
+        found.append(word)
+    return found
