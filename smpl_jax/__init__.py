@@ -1,13 +1,36 @@
-"""Human body models of the SMPL family in JAX: rotations, posing, safe files, metrics.
+"""Human body models of the SMPL family in JAX: rotations, poses, posing, safe files, metrics.
 
 ``smpl_jax.render`` and ``smpl_jax.export`` are modules of their own.
 """
 
-from smpl_jax.body import BodyModel, BodyOutput, forward, from_smpl_pose, joints, regress, to_smpl_pose, vertices
+from smpl_jax.body import (
+    BodyModel,
+    BodyOutput,
+    forward,
+    from_smpl_pose,
+    joints,
+    pelvis,
+    regress,
+    to_smpl_pose,
+    vertices,
+)
 from smpl_jax.errors import BodyFileError, PoseFileError
 from smpl_jax.io import load_body, load_body_arrays, save_body_npz
 from smpl_jax.layer import Layer, LayerOutput, create
 from smpl_jax.metrics import geodesic_degrees, mpjpe, mpjre, pa_mpjpe, procrustes, procrustes_align
+from smpl_jax.pose import (
+    Pose,
+    check,
+    complete,
+    concatenate,
+    for_body,
+    stack,
+    to_betas,
+    to_family,
+    to_frame,
+    unmeasured,
+)
+from smpl_jax.posed import PosedBody
 from smpl_jax.poses import PoseFile, read_poses
 from smpl_jax.rotations import (
     axis_angle_to_matrix,
@@ -27,11 +50,17 @@ __all__ = [
     "BodyOutput",
     "Layer",
     "LayerOutput",
+    "Pose",
     "PoseFile",
     "PoseFileError",
+    "PosedBody",
     "axis_angle_to_matrix",
     "axis_angle_to_quaternion",
+    "check",
+    "complete",
+    "concatenate",
     "create",
+    "for_body",
     "forward",
     "from_smpl_pose",
     "geodesic_degrees",
@@ -45,6 +74,7 @@ __all__ = [
     "mpjpe",
     "mpjre",
     "pa_mpjpe",
+    "pelvis",
     "procrustes",
     "procrustes_align",
     "quaternion_to_axis_angle",
@@ -53,6 +83,11 @@ __all__ = [
     "regress",
     "rotation_6d_to_matrix",
     "save_body_npz",
+    "stack",
+    "to_betas",
+    "to_family",
+    "to_frame",
     "to_smpl_pose",
+    "unmeasured",
     "vertices",
 ]

@@ -287,6 +287,16 @@ def forward(
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), output)
 
 
+def pelvis(body: BodyModel, betas: ArrayLike | None = None) -> jax.Array:
+    """Joint 0 of the resting body, (..., 3) metres: the point that the root's rotation turns the body about.
+
+    betas: (..., n) shape coefficients, n <= ``body.num_betas``.
+    """
+    shape = _coefficients(body, "betas", betas, body.num_betas)
+    directions = body.joint_shapedirs[: body.num_betas, 0]
+    return body.joint_template[0] + jnp.einsum("...s,sc->...c", shape, directions, precision=_HIGHEST)
+
+
 def from_smpl_pose(body: BodyModel, rotations: ArrayLike) -> jax.Array:
     """SMPL's 24 rotations as rotations for any model of the family.
 

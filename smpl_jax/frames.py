@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 Frame = Literal["model", "camera", "z-up"]
 
 _WORDS: dict[str, Frame] = {"camera": "camera", "model": "model", "y-up": "model", "z-up": "z-up"}
+_DESCRIBED: dict[str, str] = {
+    "camera": "camera (x right, y down, z away; metres)",
+    "model": "model (y up, a resting body faces +z; metres)",
+    "z-up": "z-up (a resting body that stands up faces -y; metres)",
+}
 _TO_MODEL: dict[str, NDArray[np.float64]] = {
     "model": np.eye(3),  # y up, a resting body faces +z: SMPL's files, smplx, PoseScript, OBJ and glTF
     "camera": np.diag([1.0, -1.0, -1.0]),  # x right, y down, z away: ChatPose, 4D-Humans
@@ -27,6 +32,11 @@ def told(words: str) -> Frame:
     if frame is None:
         raise ValueError(f"frame is {words!r:.100}; expected {', '.join(_WORDS)}, then more words")
     return frame
+
+
+def described(frame: Frame) -> str:
+    """A frame's name and axes, as files say it: ``told`` reads it back."""
+    return _DESCRIBED[frame]
 
 
 def turn(source: str, target: str = "model") -> NDArray[np.float64]:

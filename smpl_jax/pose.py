@@ -1,24 +1,43 @@
-"""One pose: what goes from a data row to a loss, from a head to a reply, from a fit to a file."""
+"""One pose: what goes from a data row to a loss, from a head to a reply, from a fit to a file.
+
+The functions here take and give poses of any batch shape. They compute with NumPy where a pose holds NumPy's arrays, and with JAX,
+under ``jit`` too, where it holds JAX's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from smpl_jax.frames import Frame
+from smpl_jax import body as bodies
+from smpl_jax.body import BodyModel
+from smpl_jax.frames import Frame, turn
 from smpl_jax.printing import one_line
 
 Family = Literal["shared", "smpl", "smplh", "smplx"]
 
-JOINTS: dict[Family, int] = {"shared": 22, "smpl": 24, "smplh": 52, "smplx": 55}
-"""Rotations of a pose by body family, the root first. Joints 0 … 21, "shared", are the same in all; SMPL adds two rigid hands, SMPL-H
-30 finger joints, SMPL-X jaw, eyes and the 30 finger joints."""
-SHARED = JOINTS["shared"]
-HANDS = 30
-"""Finger joints of both hands, the left one's first: the last joints of SMPL-H and SMPL-X."""
+PARTS = {"body": 22, "rigid hands": 2, "jaw and eyes": 3, "fingers": 30}
+"""Joints by the part of the body that they move. "body" is what all families share, the root first; "fingers" are the left hand's, then
+the right hand's."""
+FAMILIES: dict[Family, tuple[str, ...]] = {
+    "shared": ("body",),
+    "smpl": ("body", "rigid hands"),
+    "smplh": ("body", "fingers"),
+    "smplx": ("body", "jaw and eyes", "fingers"),
+}
+"""Parts of a pose by body family, in the order of the joints."""
+JOINTS: dict[Family, int] = {name: sum(PARTS[part] for part in parts) for name, parts in FAMILIES.items()}
+"""Rotations of a pose by body family: 22, 24, 52 and 55."""
+SHARED = PARTS["body"]
+HANDS = PARTS["fingers"]
+_SHAPE_SPACES: dict[Family, str] = {"smpl": "SMPL", "smplh": "SMPL", "smplx": "SMPL-X"}  # SMPL-H has SMPL's betas
 
 
 @partial(
@@ -30,10 +49,13 @@ HANDS = 30
 class Pose:
     """Poses of one body family in one frame, in any batch shape (...). A pytree of arrays, NumPy's or JAX's; the frame is static.
 
+    The constructor checks nothing, since JAX calls it with other things than arrays; ``check`` does.
+
     rotations: (..., J, 3, 3), relative to the parents, joint 0 the global orientation told in ``frame``; J is one of ``JOINTS``.
     frame: "camera" (x right, y down, z away), "model" (y up) or "z-up"; see ``smpl_jax.frames``.
-    betas: (..., n) shape coefficients, or None where nothing is known of the shape.
-    translation: (..., 3) metres in ``frame``, or None.
+    betas: (..., n) shape coefficients, or None where nothing is known of the shape. They belong to the body file that they were made
+        with: the same numbers mean another shape for SMPL-X, and for the body of this package.
+    translation: (..., 3) metres in ``frame``, or None. As in SMPL it is added to the body after its root was turned about the pelvis.
     measured: (..., J) bool, the joints that were measured or estimated; the others are filled in and count in no loss or metric. None
         means all.
     has_betas, has_translation: (...) bool, which poses of a batch have betas or a translation at all, the others being filled with
@@ -68,13 +90,14 @@ class Pose:
     @property
     def hands(self) -> Any:
         """(..., 30, 3, 3), the finger joints, left hand first; None for families without fingers."""
-        return self.rotations[..., -HANDS:, :, :] if self.num_joints > SHARED + HANDS - 1 else None
+        return self.rotations[..., -HANDS:, :, :] if self.num_joints >= SHARED + HANDS else None
 
     def __getitem__(self, index: Any) -> Pose:
         """The poses at an index of the batch axes."""
         return jax.tree.map(lambda x: x[index], self)
 
     def replace(self, **changes: Any) -> Pose:
+        """The same pose with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -85,3 +108,301 @@ def family_of(num_joints: int) -> Family:
             return name
     known = ", ".join(f"{count} ({name})" for name, count in JOINTS.items())
     raise ValueError(f"a pose has {known} joints; found {num_joints}")
+
+
+def check(pose: Pose) -> Pose:
+    """The pose itself, if it is one: for poses that come from data or from a user. Looks at values, so it does not work under ``jit``.
+
+    Raises:
+        ValueError: the shapes of the fields do not agree, no family has so many joints, the frame is unknown, numbers are not finite, or
+            a matrix is no rotation (R Rᵀ = 1 within 1e-3, det R = 1). Joints that were not measured need rotations too.
+    """
+    check_shapes(pose)
+    rotations = np.asarray(pose.rotations)
+    apart = np.abs(rotations @ rotations.swapaxes(-1, -2) - np.eye(3)).max(axis=(-1, -2), initial=0)
+    wrong = np.argwhere((apart > 1e-3) | (np.linalg.det(rotations) < 0))
+    if len(wrong):
+        *at, joint = wrong[0].tolist()
+        where = f" of pose {', '.join(map(str, at))}" if at else ""
+        raise ValueError(f"rotations must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); joint {joint}{where} is none")
+    return pose
+
+
+def check_shapes(pose: Pose) -> Pose:
+    """``check`` without a look at whether matrices are rotations: what a network predicts may be off by more than data may."""
+    if not isinstance(pose, Pose):
+        raise ValueError(f'expected a smpl_jax.Pose, found {type(pose).__name__}; Pose(rotations, "camera") makes one')
+    turn(pose.frame)
+    rotations = _shaped("rotations", pose.rotations, (..., "J", 3, 3), jnp.floating)
+    family_of(rotations.shape[-3])
+    batch = rotations.shape[:-3]
+    fields: list[tuple[str, tuple[Any, ...], Any]] = [
+        ("betas", (*batch, "n"), jnp.floating),
+        ("translation", (*batch, 3), jnp.floating),
+        ("measured", rotations.shape[:-2], np.bool_),
+        ("has_betas", batch, np.bool_),
+        ("has_translation", batch, np.bool_),
+    ]
+    for name, shape, kind in fields:
+        if getattr(pose, name) is not None:
+            _shaped(name, getattr(pose, name), shape, kind)
+    for name in ("betas", "translation"):
+        if getattr(pose, f"has_{name}") is not None and getattr(pose, name) is None:
+            raise ValueError(f"has_{name} is there, but {name} is None")
+    return pose
+
+
+def _shaped(name: str, value: Any, shape: tuple[Any, ...], kind: Any) -> np.ndarray:
+    """An array of a shape, in which text stands for any number, and of finite numbers; else ValueError."""
+    array = np.asarray(value)
+    tail = shape[1:] if shape[:1] == (...,) else shape
+    fits = array.ndim >= len(tail) and (len(tail) < len(shape) or array.ndim == len(tail))
+    found = array.shape[array.ndim - len(tail) :]
+    if not fits or not all(isinstance(n, str) or n == m for n, m in zip(tail, found)):
+        expected = ", ".join("..." if n is ... else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape ({expected}), found {array.dtype} {array.shape}")
+    if not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} must be {'True or False' if kind is np.bool_ else 'numbers'}, found {array.dtype}")
+    if kind is not np.bool_ and not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite numbers, found NaN or infinities")
+    return array
+
+
+def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
+    """The same poses told in another frame: the root's rotation and the translation are turned together.
+
+    Args:
+        pose: in any frame.
+        frame: "camera", "model" or "z-up".
+        body: the body that the translation is for; only poses with a translation need it. SMPL turns the root about the pelvis, which
+            is not at the origin, so a translation turns about the body's resting pelvis p: t' = T (t + p) - p. Then vertices and joints
+            of the result are those of ``pose``, turned.
+
+    Raises:
+        ValueError: an unknown frame, or a pose with a translation and no body.
+    """
+    told = turn(pose.frame, frame)
+    if frame == pose.frame:
+        return pose
+    if pose.translation is not None and body is None:
+        raise ValueError(
+            f"a translation turns about the pelvis of a body: to_frame(pose, {frame!r}, body), "
+            "or pose.replace(translation=None, has_translation=None)"
+        )
+    xp = _numpy(pose)
+    turned = xp.asarray(told, pose.rotations.dtype)
+
+    def apply(vectors: Any) -> Any:  # broadcast products, exact since T holds 0 and ±1: accelerators round in a matmul
+        return (turned * vectors[..., None, :]).sum(-1)
+
+    root = apply(pose.rotations[..., 0, :, :].swapaxes(-1, -2)).swapaxes(-1, -2)
+    rotations = xp.concatenate([root[..., None, :, :], pose.rotations[..., 1:, :, :]], -3)
+    translation = pose.translation
+    if translation is not None and body is not None:
+        pelvis = xp.asarray(bodies.pelvis(body, _betas_of(pose, body)))
+        moved = (apply(translation + pelvis) - pelvis).astype(translation.dtype)
+        has = pose.has_translation
+        translation = moved if has is None else xp.where(has[..., None], moved, 0).astype(translation.dtype)
+    return pose.replace(rotations=rotations, frame=frame, translation=translation)
+
+
+def to_family(pose: Pose, name: Family) -> Pose:
+    """The same poses with the joints of another body family.
+
+    Parts that both families have are kept: the 22 joints of the body in all, the fingers between SMPL-H and SMPL-X. Parts that only the
+    new one has are filled in: they rest (identity; fingers are flat), and ``measured`` says that they were not measured. Parts that
+    only the old one has are dropped, SMPL's two rigid hands too. Betas are dropped between SMPL or SMPL-H and SMPL-X, for which the same
+    numbers mean another shape. The translation stays: it is right up to the distance of the two resting pelvises.
+
+    Raises:
+        ValueError: an unknown family, or a pose of none.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}; found {name!r}")
+    source = pose.family
+    if name == source:
+        return pose
+    xp, dtype = _numpy(pose), pose.rotations.dtype
+    ends = np.cumsum([PARTS[part] for part in FAMILIES[source]]).tolist()
+    places = {part: slice(end - PARTS[part], end) for part, end in zip(FAMILIES[source], ends)}
+    measured = pose.measured
+    if measured is None and not set(FAMILIES[name]) <= set(places):
+        measured = xp.ones((*pose.shape, pose.num_joints), bool)
+    rotations, known = [], []
+    for part in FAMILIES[name]:
+        shape = (*pose.shape, PARTS[part])
+        kept = part in places
+        rest = xp.broadcast_to(xp.eye(3, dtype=dtype), (*shape, 3, 3))
+        rotations.append(pose.rotations[..., places[part], :, :] if kept else rest)
+        if measured is not None:
+            known.append(measured[..., places[part]] if kept else xp.zeros(shape, bool))
+    out = pose.replace(
+        rotations=xp.concatenate(rotations, -3), measured=None if measured is None else xp.concatenate(known, -1)
+    )
+    if {source, name} <= set(_SHAPE_SPACES) and _SHAPE_SPACES[source] != _SHAPE_SPACES[name]:
+        out = out.replace(betas=None, has_betas=None)
+    return out
+
+
+def to_betas(pose: Pose, count: int) -> Pose:
+    """The same poses with `count` betas: further ones are zeros, and what is beyond is cut off. SMPL orders betas by how much they change
+    the body, so that the first few are the best few. A pose without betas stays without."""
+    if pose.betas is None:
+        return pose
+    more = count - pose.betas.shape[-1]
+    betas = pose.betas[..., :count]
+    if more > 0:
+        betas = _numpy(pose).pad(betas, [(0, 0)] * (betas.ndim - 1) + [(0, more)])
+    return pose.replace(betas=betas)
+
+
+def for_body(pose: Pose, body: BodyModel) -> dict[str, Any]:
+    """Arguments of ``smpl_jax.joints``, ``vertices`` and ``forward``: ``smpl_jax.joints(body, **for_body(pose, body))``.
+
+    The family is changed to the body's (see ``to_family``); betas and translation are passed on.
+
+    Returns:
+        ``rotations`` (..., J, 3, 3), and ``betas`` (..., n) and ``translation`` (..., 3) or None.
+
+    Raises:
+        ValueError: the body is of no family; or the betas are not the body's: there are more than it was loaded with
+            (``load_body(path, num_betas=…)`` loads more, ``to_betas`` cuts), or they are SMPL's and the body is SMPL-X's, or the reverse.
+    """
+    return {
+        "rotations": _fit(pose, body).rotations,
+        "betas": _betas_of(pose, body),
+        "translation": pose.translation,
+    }
+
+
+def _fit(pose: Pose, body: BodyModel) -> Pose:
+    if pose.num_joints == body.num_joints:
+        return pose
+    if body.num_joints not in JOINTS.values():
+        raise ValueError(
+            f"body {body.name!r} has {body.num_joints} joints, which is no family's, "
+            f"and the pose has {pose.num_joints}; expected as many"
+        )
+    return to_family(pose, family_of(body.num_joints))
+
+
+def _betas_of(pose: Pose, body: BodyModel) -> Any:
+    """Betas of a pose as a body takes them; ValueError where they are not its own."""
+    if pose.betas is None:
+        return None
+    count = pose.betas.shape[-1]
+    if count > body.num_betas:
+        raise ValueError(
+            f"the pose has {count} betas, body {body.name!r} was loaded with {body.num_betas}: load_body(path, "
+            f"num_betas={count}) takes all, to_betas(pose, {body.num_betas}) cuts them"
+        )
+    if pose.num_joints != body.num_joints:
+        ours, theirs = (_SHAPE_SPACES.get(family_of(n)) for n in (pose.num_joints, body.num_joints))
+        if ours and theirs and ours != theirs:
+            raise ValueError(
+                f"the pose has betas of {ours}, which mean another shape for body {body.name!r} of {theirs}: "
+                "pose.replace(betas=None, has_betas=None) is the average shape"
+            )
+    return pose.betas
+
+
+def unmeasured(shape: Sequence[int], family: Family = "smpl", frame: Frame = "camera") -> Pose:
+    """Poses of a batch shape that fill a place where there is none: identity rotations, no joint measured. NumPy's arrays."""
+    rotations = np.broadcast_to(np.eye(3, dtype=np.float32), (*shape, JOINTS[family], 3, 3)).copy()
+    return Pose(rotations, frame, measured=np.zeros((*shape, JOINTS[family]), bool))
+
+
+def complete(pose: Pose, num_betas: int = 10) -> Pose:
+    """The same poses with every field there, so that batches are all alike: where a field is None, zeros, and the ``has_…`` say so.
+
+    Args:
+        pose: any.
+        num_betas: betas of the result; there may be fewer in ``pose``, and are zeros then.
+
+    Raises:
+        ValueError: the pose has more betas; ``to_betas`` cuts.
+    """
+    width = 0 if pose.betas is None else pose.betas.shape[-1]
+    if width > num_betas:
+        raise ValueError(
+            f"the pose has {width} betas, {num_betas} were asked for; to_betas(pose, {num_betas}) cuts them"
+        )
+    return _fill(pose, set(_FIELDS), num_betas)
+
+
+_SIZES: dict[str, Callable[[Pose, int], int]] = {
+    "betas": lambda pose, num_betas: num_betas,
+    "translation": lambda pose, num_betas: 3,
+    "measured": lambda pose, num_betas: pose.num_joints,
+}
+
+
+def _fill(pose: Pose, names: set[str], num_betas: int) -> Pose:
+    """The pose with those optional fields there, and the ``has_…`` of those that may be missing in a part of a batch."""
+    xp, changes = _numpy(pose), {}
+    pose = to_betas(pose, num_betas)
+    for name in names:
+        there = getattr(pose, name) is not None
+        if name.startswith("has_"):
+            if not there:
+                changes[name] = xp.full(pose.shape, getattr(pose, name.removeprefix("has_")) is not None)
+        elif not there:
+            size = (*pose.shape, _SIZES[name](pose, num_betas))
+            changes[name] = xp.ones(size, bool) if name == "measured" else xp.zeros(size, pose.rotations.dtype)
+    return pose.replace(**changes)
+
+
+def stack(poses: Sequence[Pose], axis: int = 0) -> Pose:
+    """Poses of one batch shape, frame and family along a new batch axis.
+
+    Where some lack betas, a translation or ``measured``, and others do not, these are filled in and ``has_betas``, ``has_translation``,
+    ``measured`` say which. Fewer betas are padded with zeros. A field that none has stays None.
+
+    Raises:
+        ValueError: no poses, something that is no pose, or poses of several frames, families or shapes.
+    """
+    return _join(poses, axis, "stack", lambda pose: pose.shape)
+
+
+def concatenate(poses: Sequence[Pose], axis: int = 0) -> Pose:
+    """Poses one after the other along a batch axis that they have; else like ``stack``."""
+    return _join(poses, axis, "concatenate", lambda pose: pose.shape[:axis] + pose.shape[axis:][1:])
+
+
+def _join(poses: Sequence[Pose], axis: int, how: str, alike: Callable[[Pose], tuple[int, ...]]) -> Pose:
+    if not len(poses):
+        raise ValueError(f"{how} needs at least one pose")
+    for pose in poses:
+        if not isinstance(pose, Pose):
+            raise ValueError(
+                f'{how} takes smpl_jax.Pose, found {type(pose).__name__}; Pose(rotations, "camera") makes one'
+            )
+    first = poses[0]
+    least = 0 if how == "stack" else 1
+    if not 0 <= axis <= len(first.shape) - least:
+        raise ValueError(f"axis must be one of the batch axes, 0 to {len(first.shape) - least}; found {axis}")
+    for pose in poses[1:]:
+        for what, a, b in (
+            ("frames", first.frame, pose.frame),
+            ("numbers of joints", first.num_joints, pose.num_joints),
+            ("batch shapes", alike(first), alike(pose)),
+        ):
+            if a != b:
+                hint = {"frames": "; to_frame changes them", "numbers of joints": "; to_family changes them"}
+                raise ValueError(f"{how} takes poses of equal {what}, found {a} and {b}{hint.get(what, '')}")
+    names = {name for name in _FIELDS if any(getattr(pose, name) is not None for pose in poses)}
+    for name in ("betas", "translation"):
+        if name in names and any(getattr(pose, name) is None for pose in poses):
+            names.add(f"has_{name}")
+    width = max((pose.betas.shape[-1] for pose in poses if pose.betas is not None), default=0)
+    xp = _numpy(poses)
+    filled = [_fill(pose, names, width) for pose in poses]
+    return jax.tree.map(lambda *leaves: getattr(xp, how)(leaves, axis), *filled)
+
+
+_FIELDS = ("betas", "translation", "measured", "has_betas", "has_translation")
+
+
+def _numpy(poses: Any) -> ModuleType:
+    """``jax.numpy`` where any array is JAX's, else ``numpy``."""
+    return jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(poses)) else np
