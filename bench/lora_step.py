@@ -80,7 +80,7 @@ def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, mo
         "attention_mask": np.ones_like(ids),
         "labels": ids,
         "pose_index": np.zeros((len(ids), 1), np.int32),
-        "pose_targets": np.zeros((len(ids), 1, config.head.num_joints, 3, 3), np.float32),
+        "pose_targets": np.zeros((len(ids), 1, 24, 3, 3), np.float32),
         "pose_mask": np.zeros((len(ids), 1), bool),
     }
     params = our_params(model, config)

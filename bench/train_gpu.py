@@ -93,7 +93,7 @@ def jax_step(text: TextConfig, lora: LoRAConfig, ids: np.ndarray, settings: Trai
         "input_ids": ids,
         "labels": ids,
         "pose_index": np.zeros((len(ids), 1), np.int32),
-        "pose_targets": np.zeros((len(ids), 1, config.head.num_joints, 3, 3), np.float32),
+        "pose_targets": np.zeros((len(ids), 1, 24, 3, 3), np.float32),
         "pose_mask": np.zeros((len(ids), 1), bool),
     }
     params = create(config, jax.random.key(0))

@@ -31,6 +31,8 @@ from chatpose_jax.generate import Generated, Sampling, generate_stream, rewind
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
+from chatpose_jax.models.heads import abstract_head
+from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import did_you_mean, flag, instance, one_line, whole
@@ -266,7 +268,9 @@ class ChatPose:
         self.body = io.load_body() if body is None else body
         self._held: _Held | None = None
         self._lock = threading.Lock()
-        self._poses = jax.jit(lambda params, hidden: bind(config, params).poses(hidden))
+        self._poses = jax.jit(
+            lambda params, hidden: bind(config, params).poses(States(hidden[None]), jax.random.key(0)).rotations[0]
+        )
 
     def __repr__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -409,7 +413,7 @@ class ChatPose:
         config, replies = self.config, []
         states = [hidden[tokens == config.pose_token_id] for tokens, hidden in zip(generated.tokens, generated.hidden)]
         counts = [len(state) for state in states]
-        matrices = np.zeros((0, config.head.num_joints, 3, 3), np.float32)
+        matrices = np.zeros((0, abstract_head(config.head).num_joints, 3, 3), np.float32)
         if sum(counts):
             matrices = np.asarray(self._poses(self.params, jnp.asarray(np.concatenate(states))))
         if not np.isfinite(matrices).all():

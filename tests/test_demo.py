@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-import chatpose_jax.models.heads as heads
 from chatpose_jax.cli.demo import draw_curve
 from chatpose_jax.cli.main import main
+from chatpose_jax.models.heads import HEADS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["train.steps=3", "train.eval_every=3", "data.train_size=48", "data.val_size=48", "train.batch_size=8"]
@@ -47,16 +46,12 @@ def test_the_demo_leaves_answers_and_a_report(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_head_of_the_docs_is_one_file_and_trains(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
-    (tmp_path / "heads").mkdir()
-    (tmp_path / "heads/deep.py").write_text(next(block for block in blocks if "DeepHead" in block))
-    monkeypatch.setattr(heads, "__path__", [*heads.__path__, str(tmp_path / "heads")])
-    try:
-        options = ("model.head.name=deep", "model.head.options=(('hidden', 48),)")
-        assert main(["demo", "--out", str(tmp_path / "run"), "--rows", "8", *sets(*options)]) == 0
-        assert main(["chat", str(tmp_path / "run/model"), "--prompt", "Kneel.", "--force-pose"]) == 0
-    finally:
-        heads._REGISTRY.pop("deep", None)
-        sys.modules.pop("chatpose_jax.models.heads.deep", None)
+    (tmp_path / "deep_of_the_docs.py").write_text(next(block for block in blocks if "DeepHead" in block))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(HEADS, "deep", "deep_of_the_docs:DeepHead")
+    options = ("model.head.name=deep", "model.head.options=(('hidden', 48),)")
+    assert main(["demo", "--out", str(tmp_path / "run"), "--rows", "8", *sets(*options)]) == 0
+    assert main(["chat", str(tmp_path / "run/model"), "--prompt", "Kneel.", "--force-pose"]) == 0
 
 
 @pytest.mark.slow

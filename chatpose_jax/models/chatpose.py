@@ -21,11 +21,13 @@ from jax.sharding import Mesh
 from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
-from chatpose_jax.models.heads import check_head, create_head
+from chatpose_jax.models.heads import abstract_head, check_head, create_head
+from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.sharding import constrain, shardings
 from chatpose_jax.models.vision import VisionTower
 from chatpose_jax.settings import one_line
+from smpl_jax.pose import Pose
 
 Params = dict[Any, Any]
 """Nested dict of arrays; paths such as ``decoder/layers/attn/q_proj/kernel``. Unrolled layers have integer keys."""
@@ -122,9 +124,26 @@ class ChatPoseModel(nnx.Module):
         """(..., D) -> (..., V) float32."""
         return self.decoder.lm_head(hidden)
 
-    def poses(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) states that predict pose tokens -> (..., J, 3, 3) float32 rotation matrices."""
-        return self.pose_head(hidden.astype(jnp.float32))
+    def states(self, hidden: jax.Array, pose_index: jax.Array, segment_ids: jax.Array | None = None) -> States:
+        """What the pose head reads of (B, T, D) final states of whole rows.
+
+        Args:
+            pose_index: (B, P), the position of the state that predicts each pose token.
+            segment_ids: (B, T), of packed rows: a pose sees its own conversation only.
+        """
+        token = jnp.take_along_axis(hidden, pose_index[..., None], axis=1).astype(jnp.float32)
+        token = constrain(token, "batch", None, None)
+        if self.pose_head.reads == "token":
+            return States(token)
+        before = jnp.arange(hidden.shape[1]) <= pose_index[..., None]
+        if segment_ids is not None:
+            own = jnp.take_along_axis(segment_ids, pose_index, axis=1)
+            before &= segment_ids[:, None] == own[..., None]
+        return States(token, hidden, before)
+
+    def poses(self, states: States, key: jax.Array) -> Pose:
+        """The pose head's poses, batch shape (B, P). key: what a head that draws draws from."""
+        return self.pose_head(dataclasses.replace(states, token=states.token.astype(jnp.float32)), key)
 
 
 def _positions(segments: jax.Array) -> jax.Array:
@@ -184,13 +203,14 @@ def fake_batch(
     total = patches + length
     ids = rng.integers(3, config.text.base_vocab_size, (batch, total), dtype=np.int32)
     ids[:, :patches], ids[:, -2] = config.image_token_id, config.pose_token_id
+    joints = abstract_head(config.head).num_joints
     labels = np.where(np.arange(total) < total - length // 2, -100, ids).astype(np.int32)
     data = {
         "input_ids": ids,
         "attention_mask": np.ones((batch, total), np.int32),
         "labels": labels,
         "pose_index": np.full((batch, 1), total - 3, np.int32),
-        "pose_targets": np.broadcast_to(np.eye(3, dtype=np.float32), (batch, 1, config.head.num_joints, 3, 3)).copy(),
+        "pose_targets": np.broadcast_to(np.eye(3, dtype=np.float32), (batch, 1, joints, 3, 3)).copy(),
         "pose_mask": np.ones((batch, 1), bool),
     }
     if images:

@@ -147,15 +147,13 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Pose head: ``name`` is looked up in ``models.heads``; ``options`` go to its constructor unread. ``num_joints`` rotations come out."""
+    """Pose head: ``name`` is looked up in ``models.heads``; ``options`` go to its constructor unread."""
 
     name: str = "mlp"
-    num_joints: int = 24
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self, "model.head")
-        require(self, "model.head", "at least 1", lambda value: value >= 1, "num_joints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +212,12 @@ _NESTED: dict[str, type] = {"vision": VisionConfig, "text": TextConfig, "lora": 
 def _from_dict(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a table of settings, found {type(data).__name__}")
+    if cls is HeadConfig and "num_joints" in data:  # as folders were written when every head had 24
+        if data["num_joints"] != 24:
+            raise UserError(
+                f"{where}.num_joints={data['num_joints']!r}: heads say themselves how many joints they give; only 24 can be read here"
+            )
+        data = {key: value for key, value in data.items() if key != "num_joints"}
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - known):
         near = did_you_mean(unknown[0], known) or f"; the settings are {', '.join(sorted(known))}"

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from chatpose_jax.models.chatpose import ChatPoseModel
 from chatpose_jax.models.layers import matmul, product
 from chatpose_jax.models.sharding import constrain, gather
+from chatpose_jax.train import pose_loss
+from smpl_jax.pose import Pose
 
 CHUNK = 256
 """Positions of each row whose logits exist at a time."""
@@ -139,12 +141,14 @@ def loss(
     lambda_text: float,
     lambda_pose: float,
     weights: tuple[Any, Any] = (1.0, 1.0),
+    key: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total loss of a batch (``docs/architecture.md`` names its arrays) and every part of it, without λ.
 
     weights: of all that concerns text, of all that concerns poses: this batch's shares, where it is a part of a larger one.
+    key: what the pose head's loss draws from; None is one key for all batches, as validation wants it.
     """
     segments = batch.get("segment_ids")
     # Rows are padded on the right, so no token that counts ever looks at padding: attention needs no mask but the causal one.
@@ -157,12 +161,12 @@ def loss(
     ).hidden
     text, accuracy = cross_entropy(model, hidden, batch["labels"], segments)
     hidden = constrain(hidden, "batch", None, None)
-    states = jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1)
-    wanted = batch["pose_targets"]
     pose = model.pose_head.loss(
-        constrain(states.reshape(-1, states.shape[-1]).astype(jnp.float32), "batch", None),
-        wanted.reshape(-1, *wanted.shape[2:]),
-        batch["pose_mask"].reshape(-1),
+        model.states(hidden, batch["pose_index"], segments),
+        Pose(batch["pose_targets"], "camera"),
+        batch["pose_mask"],
+        jax.random.key(0) if key is None else key,
+        pose_loss.matrices,
     )
     text, accuracy = weights[0] * text, weights[0] * accuracy
     pose = {name: weights[1] * value for name, value in pose.items()}

@@ -37,6 +37,9 @@ class TrainState:
     __repr__ = one_line
 
 
+POSES = int.from_bytes(b"pose")
+"""Tells the key of the pose head's loss from dropout's, which are numbered from 0 on."""
+
 Step = Callable[[TrainState, table.Flat, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -123,6 +126,7 @@ def make_step(
             lambda_text=config.lambda_text,
             lambda_pose=config.lambda_pose,
             weights=weights,
+            key=jax.random.fold_in(key, POSES),
             dropout_key=key if drop else None,
             remat=config.remat,
         )

@@ -54,8 +54,8 @@ def make_validation(
             hidden = model(
                 batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch.get("pixel_values")
             ).hidden
-            states = jnp.take_along_axis(hidden, batch["pose_index"][:, :1, None], axis=1)[:, 0]
-            matrices = jnp.stack([model.poses(states), batch["pose_targets"][:, 0]])
+            poses = model.poses(model.states(hidden, batch["pose_index"][:, :1]), jax.random.key(0))
+            matrices = jnp.stack([poses.rotations[:, 0], batch["pose_targets"][:, 0]])
             joints = bodies.joints(body, bodies.from_smpl_pose(body, matrices))[..., :24, :]
             distances = jnp.stack([metrics.mpjpe(*joints), metrics.pa_mpjpe(*joints)])
         return parts, (distances, matrices, batch["pose_mask"][:, 0])

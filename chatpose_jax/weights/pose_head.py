@@ -15,7 +15,7 @@ from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig, ModelConfig
-from chatpose_jax.models.heads import create_head
+from chatpose_jax.models.heads import abstract_head
 from chatpose_jax.weights.layouts import Layout, Rule, parts
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import read_json
@@ -34,16 +34,17 @@ def rules(head: HeadConfig, paths: Iterable[str]) -> tuple[Rule, ...]:
 def describe(config: ModelConfig, pose_token: str) -> dict[str, Any]:
     """The description: all that a program in another framework needs to use the weights."""
     head, width = config.head, config.text.hidden_size
+    joints = abstract_head(head).num_joints
     layers = {
         "layers": ["Linear", "ReLU", "Linear"],
-        "sizes": [width, width, 6 * head.num_joints],
+        "sizes": [width, width, 6 * joints],
         "output": "6 numbers a joint: the first column of its rotation matrix, then the second, before Gram-Schmidt",
     }
     return {
         "format": FORMAT,
         "version": 1,
         "name": head.name,
-        "num_joints": head.num_joints,
+        "num_joints": joints,
         "options": dict(head.options),
         **(layers if head.name == "mlp" else {}),
         "input": "hidden state after the final norm, at the position before the pose token",
@@ -69,9 +70,11 @@ def layout(folder: Path) -> Layout:
         raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
     try:
         options = tuple((str(key), _frozen(value)) for key, value in dict(data["options"]).items())
-        head = HeadConfig(str(data["name"]), int(data["num_joints"]), options)
+        head = HeadConfig(str(data["name"]), options)
         hash(head)  # a configuration is a key of caches
         paths = head_paths(head)
+        if int(data["num_joints"]) != (found := abstract_head(head).num_joints):
+            raise UserError(f"num_joints is {data['num_joints']}, but this head gives {found}")
     except Exception as error:  # whatever a head makes of its options
         raise UserError(f"{file}: not a description of a pose head ({type(error).__name__}: {error})") from None
     return Layout(
@@ -88,8 +91,8 @@ def layout(folder: Path) -> Layout:
 def head_paths(head: HeadConfig) -> list[str]:
     """The leaves of a head, ``pose_head/…``."""
     # The names do not depend on the width.
-    state = nnx.eval_shape(lambda: nnx.state(create_head(head, 8, rngs=nnx.Rngs(0))))
-    return [f"pose_head/{path}" for path in by_path(nnx.to_pure_dict(state))]
+    state = nnx.to_pure_dict(nnx.state(abstract_head(head)))
+    return [f"pose_head/{path}" for path in by_path(state)]
 
 
 def _frozen(value: Any) -> Any:

@@ -31,6 +31,7 @@ from chatpose_jax.models.attention import attention
 from chatpose_jax.models.chatpose import bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import rotary
+from chatpose_jax.models.heads.base import States
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import one_line
@@ -566,7 +567,9 @@ class _Jax:
         return self._run(("decoder/lm_head",), lambda model, x: model.logits(x), hidden)
 
     def poses(self, hidden: np.ndarray) -> np.ndarray:
-        return self._run(("pose_head",), lambda model, x: model.poses(x), hidden)
+        return self._run(
+            ("pose_head",), lambda model, x: model.poses(States(x[None]), jax.random.key(0)).rotations[0], hidden
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

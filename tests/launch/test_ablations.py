@@ -4,15 +4,14 @@ import argparse
 import dataclasses
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
-import chatpose_jax.models.heads as heads
 from chatpose_jax.cli.train import add_arguments
 from chatpose_jax.data.config import examples
 from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.heads import HEADS
 from chatpose_jax.train.run_config import load_config
 from chatpose_jax.train.trainable import HEAD, PAPER, PROJECTOR, assign
 
@@ -26,11 +25,9 @@ TRAINS = {"the pose head alone": HEAD, "the projector trains too": PROJECTOR}
 def deep_head(tmp_path, monkeypatch):
     """The head of docs/extending.md, as if it stood in ``models/heads``."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), flags=re.S)
-    (tmp_path / "deep.py").write_text(next(block for block in blocks if "DeepHead" in block))
-    monkeypatch.setattr(heads, "__path__", [*heads.__path__, str(tmp_path)])
-    yield
-    heads._REGISTRY.pop("deep", None)
-    sys.modules.pop("chatpose_jax.models.heads.deep", None)
+    (tmp_path / "deep_in_the_table.py").write_text(next(block for block in blocks if "DeepHead" in block))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(HEADS, "deep", "deep_in_the_table:DeepHead")
 
 
 def test_every_row_of_the_table_is_read():

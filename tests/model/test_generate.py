@@ -28,6 +28,7 @@ from chatpose_jax.generate import (
 )
 from chatpose_jax.models.chatpose import Params, bind, create, unstack_layers
 from chatpose_jax.models.config import ModelConfig
+from tests.heads import matrices
 
 from ..numerics import Rounded, agree, rounded
 from . import small
@@ -73,7 +74,7 @@ def _forward(config: ModelConfig) -> Any:
     def run(params: Params, ids: jax.Array, mask: jax.Array, pixels: jax.Array | None) -> Any:
         model = bind(config, params)
         hidden = model(ids, attention_mask=mask, pixel_values=pixels).hidden
-        return hidden, model.logits(hidden).argmax(-1), model.poses(hidden)
+        return hidden, model.logits(hidden).argmax(-1), matrices(model, hidden)
 
     return jax.jit(run)
 
@@ -100,7 +101,7 @@ def check(
     place = slice(len(prompt) - 1, len(prompt) + len(tokens) - 1)
     np.testing.assert_array_equal(tokens, greedy[place])
     agree(states[place], hidden)
-    agree(poses[place], bind(small.config(2), params).poses(jnp.asarray(hidden)))
+    agree(poses[place], matrices(bind(small.config(2), params), jnp.asarray(hidden)))
 
 
 def run(

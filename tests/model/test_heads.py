@@ -1,8 +1,8 @@
-"""The registry of pose heads, and the paper's loss."""
+"""The table of pose heads, what a head must be, and the paper's loss."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,11 @@ from flax import nnx
 from chatpose_jax.errors import UserError
 from chatpose_jax.models import heads
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.config import HeadConfig, preset
+from chatpose_jax.models.config import HeadConfig, ModelConfig, preset
+from chatpose_jax.models.heads.base import PoseHead, States
 from chatpose_jax.models.heads.mlp import MLPHead
+from chatpose_jax.train import pose_loss
+from smpl_jax.pose import Pose
 from tests.numerics import LOSS
 
 
@@ -25,55 +28,96 @@ def test_unknown_head_and_refused_option_are_named() -> None:
         heads.create_head(HeadConfig("mlp", options=(("depth", 3),)), 8, rngs=nnx.Rngs(0))
 
 
-def test_a_name_taken_twice_is_an_error() -> None:
-    assert "mlp" in heads.head_names()
-    with pytest.raises(ValueError, match="registered twice"):
-        heads.register("mlp")(heads.PoseHead)
+@pytest.mark.parametrize("name", heads.HEADS)
+def test_every_head_of_the_table_fits_every_model(name: str) -> None:
+    abstract_params(preset("tiny").replace(head=HeadConfig(name)))
 
 
-def test_a_head_that_makes_no_rotations_is_named_with_both_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Angles(heads.PoseHead):
-        def __init__(self, width: int, num_joints: int, *, rngs: nnx.Rngs):
-            self.linear = nnx.Linear(width, num_joints * 3, rngs=rngs)
+class Rest(PoseHead):
+    """Gives the pose that the class says."""
 
-        def __call__(self, hidden: jax.Array) -> jax.Array:
-            return self.linear(hidden).reshape(*hidden.shape[:-1], -1, 3)
+    made: ClassVar[Any] = None
 
-    monkeypatch.setitem(heads._REGISTRY, "angles", Angles)
-    wrong = preset("tiny").replace(head=HeadConfig("angles"))
-    with pytest.raises(
-        UserError, match=r"'angles' makes float32 \(2, 24, 3\) .*expected rotation matrices, float32 \(2, 24, 3, 3\)"
-    ):
-        abstract_params(wrong)
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, states: States, key: jax.Array) -> Any:
+        return type(self).made(*states.token.shape[:2])
+
+
+def eye(*shape: int, **more: Any) -> Pose:
+    return Pose(jnp.broadcast_to(jnp.eye(3), (*shape, 3, 3)), **{"frame": "camera", **more})
+
+
+WRONG = {
+    "angles": (lambda b, p: jnp.zeros((b, p, 24, 3)), "gives ShapeDtypeStruct; expected a smpl_jax.pose.Pose"),
+    "joints": (lambda b, p: eye(b, p, 22), r"gives rotations float32 \(2, 3, 22, 3, 3\) .*\(2, 3, 24, 3, 3\)"),
+    "frame": (lambda b, p: eye(b, p, 24, frame="model"), "gives poses in the frame 'model'; expected 'camera'"),
+    "betas": (lambda b, p: eye(b, p, 24, betas=jnp.zeros((b, 10))), r"gives betas float32 \(2, 10\) .*\(2, 3, 10\)"),
+    "half": (lambda b, p: eye(b, p, 24, translation=jnp.zeros((b, p, 3), jnp.bfloat16)), "gives translation bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_head_gives_is_checked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    made, message = WRONG[name]
+    monkeypatch.setattr(Rest, "made", staticmethod(made))
+    monkeypatch.setitem(heads.HEADS, name, f"{__name__}:Rest")
+    with pytest.raises(UserError, match=f"pose head '{name}' {message}"):
+        abstract_params(preset("tiny").replace(head=HeadConfig(name)))
+
+
+@pytest.mark.parametrize(("field", "value"), [("reads", "tokens"), ("num_joints", 23)])
+def test_what_a_head_says_of_itself_is_checked(monkeypatch: pytest.MonkeyPatch, field: str, value: object) -> None:
+    monkeypatch.setattr(Rest, field, value)
+    monkeypatch.setitem(heads.HEADS, "rest", f"{__name__}:Rest")
+    with pytest.raises(UserError, match=f"{field}={value!r}.*expected 'token' or 'conversation', and one of 22, 24"):
+        abstract_params(preset("tiny").replace(head=HeadConfig("rest")))
+
+
+class Odd(MLPHead):
+    found: ClassVar[Any] = None
+
+    def loss(self, *arguments: Any) -> Any:
+        return type(self).found
 
 
 @pytest.mark.parametrize("made", [jnp.zeros(()), {"text": jnp.zeros(())}, {"pose": jnp.zeros(2)}], ids=str)
 def test_a_loss_that_is_no_dict_of_new_scalars_is_refused(monkeypatch: pytest.MonkeyPatch, made: object) -> None:
-    class Odd(MLPHead):
-        def loss(self, hidden: jax.Array, target: jax.Array, mask: jax.Array) -> Any:
-            return made
-
-    monkeypatch.setitem(heads._REGISTRY, "odd", Odd)
+    monkeypatch.setattr(Odd, "found", made)
+    monkeypatch.setitem(heads.HEADS, "odd", f"{__name__}:Odd")
     with pytest.raises(UserError, match=r"the loss of pose head 'odd' is .*expected a dict of scalars"):
         abstract_params(preset("tiny").replace(head=HeadConfig("odd")))
 
 
+def test_a_number_of_joints_in_json_is_read_where_it_is_24() -> None:
+    """Folders, and the states of runs, of before a head said itself how many joints it gives."""
+    data = preset("tiny").to_json()
+    assert "num_joints" not in data["head"]
+    assert ModelConfig.from_json(data | {"head": {**data["head"], "num_joints": 24}}) == preset("tiny")
+    with pytest.raises(UserError, match=r"model\.head\.num_joints=52: .*only 24"):
+        ModelConfig.from_json(data | {"head": {**data["head"], "num_joints": 52}})
+
+
 def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:
-    head = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(head(jnp.zeros((1, 16))), np.broadcast_to(np.eye(3), (1, 24, 3, 3)))
-    hidden = jax.random.normal(jax.random.key(1), (2, 5, 16)) * 100
-    poses = head(hidden)
+    head, key = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0)), jax.random.key(0)
+    np.testing.assert_array_equal(
+        head(States(jnp.zeros((1, 1, 16))), key).rotations, np.broadcast_to(np.eye(3), (1, 1, 24, 3, 3))
+    )
+    poses = head(States(jax.random.normal(jax.random.key(1), (2, 5, 16)) * 100), key).rotations
     assert poses.shape == (2, 5, 24, 3, 3)
     np.testing.assert_allclose(poses @ poses.swapaxes(-1, -2), np.broadcast_to(np.eye(3), poses.shape), atol=1e-5)
     np.testing.assert_allclose(jnp.linalg.det(poses), 1, atol=1e-5)
 
 
 def test_loss_is_the_papers_and_ignores_rows_without_a_pose() -> None:
-    head = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0))
-    hidden = jax.random.normal(jax.random.key(1), (3, 16))
-    target = jnp.asarray(np.random.default_rng(0).standard_normal((3, 24, 3, 3)), jnp.float32)
-    loss = head.loss(hidden, target, jnp.array([True, False, True]))
-    error = np.abs(np.asarray(head(hidden)) - np.asarray(target))[[0, 2]]
+    head, key = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0)), jax.random.key(0)
+    states = States(jax.random.normal(jax.random.key(1), (3, 1, 16)))
+    wanted = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 24, 3, 3)), jnp.float32)
+    target = Pose(wanted, "camera")
+    loss = head.loss(states, target, jnp.array([[True], [False], [True]]), key, pose_loss.matrices)
+    error = np.abs(np.asarray(head(states, key).rotations) - np.asarray(wanted))[[0, 2], 0]
     assert loss["pose_root"] == pytest.approx(error[:, 0].mean(), rel=LOSS)
     assert loss["pose_body"] == pytest.approx(error[:, 1:].mean(), rel=LOSS)
-    assert all(value == 0 for value in head.loss(hidden, target, jnp.zeros(3, bool)).values())
+    nothing = head.loss(states, target, jnp.zeros((3, 1), bool), key, pose_loss.matrices)
+    assert all(value == 0 for value in nothing.values())

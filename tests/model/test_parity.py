@@ -15,6 +15,7 @@ import torch
 
 from chatpose_jax.models.chatpose import bind, stack_layers, unstack_layers
 from chatpose_jax.models.config import ModelConfig
+from tests.heads import matrices
 
 from ..numerics import Rounded, agree, rounded
 from . import peers, small
@@ -126,7 +127,7 @@ def test_poses_match_the_released_head() -> None:
     def run(params: Any) -> jax.Array:
         ours = bind(config, params)
         hidden = ours(ids, attention_mask=mask, pixel_values=by_row(config, rows, images)).hidden
-        return ours.poses(hidden[tuple(np.array(places).T)])
+        return matrices(ours, hidden[tuple(np.array(places).T)])
 
     with jax.default_matmul_precision("highest"):
         found = rounded(jax.jit(run), peers.to_tree(model, config, head))

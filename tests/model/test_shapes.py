@@ -14,6 +14,7 @@ import pytest
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, attend_evenly, bind, create, fake_batch
 from chatpose_jax.models.config import PRESETS, ModelConfig, TextConfig, preset
+from tests.heads import matrices
 
 
 def count(tree: Any, part: str = "") -> int:
@@ -51,8 +52,8 @@ def test_fake_batch_runs_through_tiny() -> None:
         hidden = model(
             batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]
         ).hidden
-        return model.logits(hidden[:, -1]), model.poses(
-            jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1)
+        return model.logits(hidden[:, -1]), matrices(
+            model, jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1)
         )
 
     logits, poses = jax.jit(run)(params)
@@ -72,7 +73,9 @@ def test_every_preset_takes_its_fake_batch(name: str) -> None:
     def run(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         model = bind(config, params)
         hidden = model(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden
-        return model.logits(hidden), model.poses(jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1))
+        return model.logits(hidden), matrices(
+            model, jnp.take_along_axis(hidden, batch["pose_index"][..., None], axis=1)
+        )
 
     logits, poses = jax.eval_shape(run, abstract_params(config), batch)
     assert logits.shape == (*batch["labels"].shape, config.text.vocab_size)

@@ -15,6 +15,7 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.optimizer import is_matrix, learning_rate, scale_by_muon
 from chatpose_jax.train.step import init_state, make_step
+from tests.heads import matrices
 from tests.numerics import GRADIENT, LOSS, agree, rounded
 
 CONFIG = preset("tiny").replace(
@@ -94,7 +95,7 @@ def test_pose_loss_is_the_papers(params):
     model, hidden = bind(CONFIG, params), np.asarray(run_model(params, batch))
     position = np.flatnonzero(batch["input_ids"][0] == CONFIG.pose_token_id)[-1]
     assert batch["pose_index"][0, 0] == position - 1
-    errors = np.abs(np.asarray(model.poses(hidden[[0, 2], position - 1])) - np.eye(3))
+    errors = np.abs(np.asarray(matrices(model, hidden[[0, 2], position - 1])) - np.eye(3))
     total, parts = jax.jit(lambda params: losses.loss(bind(CONFIG, params), batch, lambda_text=2.0, lambda_pose=0.1))(
         params
     )

@@ -33,8 +33,8 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, bind  # noqa: E402
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig  # noqa: E402
-from chatpose_jax.models.heads import register  # noqa: E402
-from chatpose_jax.models.heads.base import PoseHead  # noqa: E402
+from chatpose_jax.models.heads import HEADS  # noqa: E402
+from chatpose_jax.models.heads.base import PoseHead, States  # noqa: E402
 from chatpose_jax.models.layers import Linear  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
@@ -43,7 +43,9 @@ from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import initial  # noqa: E402
+from smpl_jax.pose import Pose  # noqa: E402
 from smpl_jax.rotations import rotation_6d_to_matrix  # noqa: E402
+from tests.heads import matrices  # noqa: E402
 
 from ..numerics import Rounded, agree, rounded  # noqa: E402
 from .sources import (  # noqa: E402
@@ -140,7 +142,7 @@ def forward(config: ModelConfig) -> Any:
     def run(params: Any, ids: Any, pixels: Any, positions: Any) -> tuple[jax.Array, jax.Array]:
         model = bind(config, params)
         hidden = model(ids, pixel_values=pixels).hidden[0]
-        return model.logits(hidden), model.poses(hidden[positions])
+        return model.logits(hidden), matrices(model, hidden[positions])
 
     return jax.jit(run)
 
@@ -442,24 +444,26 @@ def test_pictures_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> N
     assert "image_aspect_ratio" not in json.loads((tmp_path / "cropped" / "config.json").read_text())
 
 
-@register("listed_in_test_export")
 class ListedHead(PoseHead):
     """A head whose layers are a list, with an option."""
 
-    def __init__(self, width: int, num_joints: int, *, rngs: nnx.Rngs, hidden: int = 8):
-        self.num_joints = num_joints
+    def __init__(self, width: int, *, rngs: nnx.Rngs, hidden: int = 8):
         self.layers = nnx.List(
-            [Linear(width, hidden, bias=True, rngs=rngs), Linear(hidden, num_joints * 6, bias=True, rngs=rngs)]
+            [Linear(width, hidden, bias=True, rngs=rngs), Linear(hidden, self.num_joints * 6, bias=True, rngs=rngs)]
         )
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, states: States, key: jax.Array) -> Pose:
+        x = states.token
         for layer in self.layers:
-            hidden = layer(hidden)
-        return rotation_6d_to_matrix(hidden.reshape(*hidden.shape[:-1], self.num_joints, 6), order="columns")
+            x = layer(x)
+        return Pose(rotation_6d_to_matrix(x.reshape(*x.shape[:-1], self.num_joints, 6), order="columns"), "camera")
 
 
-def test_a_head_of_another_kind_goes_out_and_comes_back(plain: Path, tmp_path: Path) -> None:
-    config = load_config(plain).replace(head=HeadConfig("listed_in_test_export", 24, (("hidden", 12),)))
+def test_a_head_of_another_kind_goes_out_and_comes_back(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HEADS, "listed_in_test_export", f"{__name__}:ListedHead")
+    config = load_config(plain).replace(head=HeadConfig("listed_in_test_export", (("hidden", 12),)))
     params = by_path(load_params(plain, abstract_params(load_config(plain))))
     params = {path: leaf for path, leaf in params.items() if not path.startswith("pose_head/")}
     head = initial("pose_head", config, 3)
@@ -595,6 +599,7 @@ def test_a_description_must_stand_beside_the_head(plain: Path, tmp_path: Path) -
     for change, message in (
         ({"version": 2}, r"expected format 'chatpose-pose-head' in version 1"),
         ({"num_joints": 1e999}, "not a description of a pose head"),
+        ({"num_joints": 52}, "num_joints is 52, but this head gives 24"),
         ({"name": "../mlp"}, r"not a description of a pose head .*no pose head '\.\./mlp'"),
         ({"options": {"a": {"b": []}}}, r"not a description of a pose head .*unhashable"),
     ):

@@ -23,6 +23,7 @@ from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.models.chatpose import bind  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
+from tests import heads  # noqa: E402
 
 from ..numerics import Rounded, agree, rounded  # noqa: E402
 from .sources import FlatModels, Sizes, make_chatpose, make_llava_transformers  # noqa: E402
@@ -49,7 +50,7 @@ def ours(model: ChatPose, encoded: Encoded) -> tuple[Rounded, Rounded]:
     def run(params: Any) -> tuple[jax.Array, jax.Array]:
         bound = bind(model.config, params)
         hidden = bound(encoded.input_ids[None], pixel_values=pixels).hidden[0]
-        return bound.logits(hidden), bound.poses(hidden[encoded.pose_positions - 1])
+        return bound.logits(hidden), heads.matrices(bound, hidden[encoded.pose_positions - 1])
 
     with jax.default_matmul_precision("highest"):
         return rounded(jax.jit(run), model.params)
