@@ -47,7 +47,7 @@ cache_key._hash_accelerator_config = lambda digest, *ignored: digest.update(b"cp
 sys.exit(main())
 """
 SETTINGS = (
-    "data.train_size=64", "data.mixture=(('image', 1),)", "data.buckets=1", "train.eval_every=0",
+    "data.sources.synthetic.train_size=64", "data.sources.synthetic.tasks={'image': 1}", "data.buckets=1", "train.eval_every=0",
     "train.optimizer=adamw",  # cheap steps: most of the time goes into starting anyway
     "train.log_every=1000000",  # every step has its line in any case
     f"train.save_every={SAVE_EVERY}", "train.keep=2",

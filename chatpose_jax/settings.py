@@ -6,8 +6,8 @@ import difflib
 import math
 import operator
 import types
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from chatpose_jax.errors import UserError
 
@@ -15,11 +15,17 @@ from chatpose_jax.errors import UserError
 def check_types(config: Any, where: str) -> None:
     """Raises UserError for the first field of a dataclass whose value is not of the annotated type.
 
-    A bool is no number, an int is a float, a float is finite; ``Literal``, unions, tuples and NamedTuples are looked into.
+    A bool is no number, an int is a float, a float is finite; ``Literal``, unions, tuples, sequences, mappings and NamedTuples are looked
+    into. Other types with parameters (``Callable[…]``) are checked without them.
     """
     for name, kind in get_type_hints(type(config)).items():
-        if not _fits(value := getattr(config, name), kind):
-            raise UserError(f"{where}.{name}: expected {_words(kind)}, found {value!r:.100}")
+        check_value(f"{where}.{name}", getattr(config, name), kind)
+
+
+def check_value(where: str, value: Any, kind: Any) -> None:
+    """Raises UserError for a value that is not of an annotated type, by the rules of ``check_types``."""
+    if not _fits(value, kind):
+        raise UserError(f"{where}: expected {_words(kind)}, found {value!r:.100}")
 
 
 def require(config: Any, where: str, words: str, holds: Callable[[Any], bool], *names: str) -> None:
@@ -95,7 +101,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if origin is Literal:
-        return isinstance(value, str) and value in inner
+        return any(type(value) is type(option) and value == option for option in inner)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in inner)
     if origin is tuple:
@@ -104,6 +110,16 @@ def _fits(value: Any, kind: Any) -> bool:
         if inner[-1:] == (...,):
             return all(_fits(item, inner[0]) for item in value)
         return len(value) == len(inner) and all(map(_fits, value, inner))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
+        )
+    if isinstance(origin, type) and issubclass(origin, Sequence):  # settings hold lists as tuples
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value)
+    if origin is Annotated:
+        return _fits(value, inner[0])
+    if origin is not None:
+        return isinstance(value, origin)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
@@ -121,6 +137,12 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         *items, last = get_args(kind)
         return f"a list, each {_words(items[0])}" if last is ... else f"({', '.join(map(_words, [*items, last]))})"
+    if isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping):
+        return f"a table of {' to '.join(map(_words, get_args(kind)))}"
+    if isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Sequence):
+        return f"a list, each {_words(get_args(kind)[0])}"
+    if get_origin(kind) is not None:
+        return str(kind)
     if hasattr(kind, "_fields"):
         return f"({', '.join(kind._fields)})"
     return {float: "a finite float", type(None): "none", Any: "anything"}.get(kind) or kind.__name__

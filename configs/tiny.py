@@ -10,10 +10,11 @@ def get_config():
     config.model.text.num_layers = 1  # two learn no faster, and each step takes longer
 
     config.data.template = "plain"
-    config.data.train_size = 12000
-    config.data.mixture = (
-        ("text", 7), ("text_short", 2), ("situation", 2), ("text_turns", 7), ("image", 66), ("image_turns", 8), ("image_words", 4), ("words", 1),
-    )  # fmt: skip
+    tasks = {
+        "text": 7, "text_short": 2, "situation": 2, "text_turns": 7,
+        "image": 66, "image_turns": 8, "image_words": 4, "words": 1,
+    }  # fmt: skip
+    config.data.sources = (("synthetic", 1.0, {"train_size": 12000, "tasks": tasks}),)
 
     config.data.buckets = 3  # a fourth saves less padding than its compilation takes
 

@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path for package in ("smpl_jax", "chatpose_jax") for path in (ROOT / package).rglob("*.py"))
-OPEN_TO_ALL = {"chatpose_jax.errors", "chatpose_jax.locks", "chatpose_jax.settings", "chatpose_jax.__version__"}
+OPEN_TO_ALL = {
+    "chatpose_jax.errors",
+    "chatpose_jax.locks",
+    "chatpose_jax.named",
+    "chatpose_jax.settings",
+    "chatpose_jax.__version__",
+}
 # Not in the core install, or too slow to load for everyone: only the function that needs one imports it.
 LAZY_ONLY = {"torch", "matplotlib", "skimage", "fast_simplification", "scipy", "peft", "smplx", "body_models"}
 # A model must be usable without the machinery of data, settings and tokens.

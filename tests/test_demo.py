@@ -11,11 +11,12 @@ from chatpose_jax.cli.main import main
 from chatpose_jax.models.heads import HEADS
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["train.steps=3", "train.eval_every=3", "data.train_size=48", "data.val_size=48", "train.batch_size=8"]
+QUICK = ["train.steps=3", "train.eval_every=3", "train.batch_size=8"]
+FEW = ["data.sources.synthetic.train_size=48", "data.sources.synthetic.val_size=48"]
 
 
-def sets(*settings):
-    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
+def sets(*settings, few=FEW):
+    return [word for setting in (*QUICK, *few, *settings) for word in ("--set", setting)]
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_the_data_set_of_the_docs_trains(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
     (tmp_path / "mydata.py").write_text(next(block for block in blocks if "class Waves" in block))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main(["train", "--out", str(tmp_path / "run"), *sets("data.source=mydata:make")]) == 0
+    assert main(["train", "--out", str(tmp_path / "run"), *sets("data.sources=mydata:make", few=())]) == 0
 
 
 def test_the_curve_of_a_head_with_a_loss_of_its_own_is_drawn(tmp_path):

@@ -21,7 +21,7 @@ WORDS_ONLY = {"text": 18, "text_short": 4, "situation": 6, "text_turns": 7, "wor
 
 def texts(split: str, size: int) -> Iterator[str]:
     """Questions and answers as the tokenizer meets them: behind a space, or at a line's start behind a picture."""
-    for example in SyntheticDataset(split, size, mixture=WORDS_ONLY):  # type: ignore[arg-type]
+    for example in SyntheticDataset(split, size, tasks=WORDS_ONLY):  # type: ignore[arg-type]
         for message in example.messages:
             yield from (f" {stretch.strip()}" for stretch in message["content"].split(POSE))
 

@@ -25,6 +25,7 @@ from chatpose_jax.cli.flags import add_config
 from chatpose_jax.cli.train import ending
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.sources import check_sources, examples
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
@@ -67,10 +68,13 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
 
     print(f"1/4  Generating people in words and pictures ({size} × {size}) ...", flush=True)
     data = config.data
-    if data.source != "synthetic":
-        raise UserError("the demo generates its data: data.source must stay 'synthetic' (chatpose train takes any)")
+    if [row.name for row in data.sources] != ["synthetic"]:
+        raise UserError(
+            "the demo generates its data: data.sources must be one row, of the source 'synthetic' (chatpose train takes any)"
+        )
+    check_sources(data)
     demand_same_run(out / "run", config.model, config.train, out / "model")  # before minutes of work
-    rows = SyntheticDataset("train", data.train_size or None, data.seed, size, dict(data.mixture) or None)
+    rows: Any = examples(data, "train", size)
     rows.precompute(cpu_workers())
     clock.lap("data")
 

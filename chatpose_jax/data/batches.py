@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chatpose_jax.data.collate import Batch, collate, encode_example, measure_example, pack, weightless
+from chatpose_jax.data.collate import Batch, collate, encode_example, pack, weightless
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import flag, whole
@@ -91,7 +92,7 @@ class BatchLoader:
         padding.
     packing: put several conversations into each row of ``max_length`` tokens (``pack``) instead of padding them.
     cache: bytes for encoded rows, pictures as uint8, which are kept once they were taken, as many as fit.
-    sizes: what ``measure`` gives of all rows, where it is known; else they are measured here, no picture opened.
+    sizes: what ``data.sizes.measure`` gives of all rows, where it is known; else they are measured here, no picture opened.
     prefetch: batches that are prepared ahead; 0 prepares them when asked for.
     threads: of Grain's, that prepare batches ahead; 1 is a thread without Grain. Decoding pictures runs in parallel.
     workers: processes of Grain's, that prepare batches ahead: for rows made by Python code, which threads take in turn.
@@ -337,21 +338,15 @@ class BatchLoader:
         return {**row, "images": [self.processor.images.normalise(image) for image in row["images"]]}
 
     def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
-        return encode_example(self.processor, self.dataset[index], self.max_length, normalise=normalise)
-
-
-def measure(
-    dataset: Sequence[Example], processor: Processor, max_length: int, rows: Sequence[int] | None = None
-) -> np.ndarray:
-    """(N, 3) int64: tokens, pictures and poses of the given rows, by default of all. Their text is read, no picture opened.
-
-    Raises UserError for a malformed row.
-    """
-    chosen = range(len(dataset)) if rows is None else rows
-    sizes = np.empty((len(chosen), 3), np.int64)
-    for place, index in enumerate(chosen):
-        sizes[place] = measure_example(processor, dataset[index], max_length)
-    return sizes
+        example = self.dataset[index]
+        row = encode_example(self.processor, example, self.max_length, normalise=normalise)
+        found = [len(row[name]) for name in ("input_ids", "images", "pose_positions")]
+        if found != (planned := self._sizes[index].tolist()):
+            raise UserError(
+                f"example {example.id!r}, row {index}: the epoch was planned for {planned} tokens, pictures and poses, and it has {found}; "
+                "a row must always be the same, and a data set's own sizes() must be right"
+            )
+        return row
 
 
 class _Steps:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.sizes import known_sizes
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.processor import Processor
 
 
 class Mixture(Sequence[Example]):
@@ -45,6 +47,10 @@ class Mixture(Sequence[Example]):
             raise IndexError(f"row {index} of {len(self)}")
         source = bisect.bisect_right(self._ends, index)
         return self.sources[source][index - (self._ends[source] - len(self.sources[source]))]
+
+    def sizes(self, processor: Processor, max_length: int) -> np.ndarray:
+        """What each source knows of its rows, one source after another; see ``data.sizes.known_sizes``."""
+        return np.concatenate([known_sizes(source, processor, max_length) for source in self.sources])
 
     def epoch(self, number: int, seed: int) -> np.ndarray:
         """The rows of an epoch, source by source; a row that is drawn twice stands there twice."""

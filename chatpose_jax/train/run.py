@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from chatpose_jax.data.batches import BatchLoader, measure
-from chatpose_jax.data.config import examples
+from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.sizes import measure
+from chatpose_jax.data.sources import check_sources, examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.chatpose import abstract_params
@@ -87,6 +88,7 @@ def run_training(
             "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
         )
     demand_table(config)  # before anything is read
+    check_sources(config.data)
     with only_run(out):
         return _run(config, out, init, data, folder or out / "model", profile, progress, callback, say)
 
@@ -167,7 +169,7 @@ def _run(
                 "trained": {
                     "steps": settings.steps,
                     "from": str(init) if init else "scratch",
-                    "data": config.data.source,
+                    "data": config.data.sources,
                 }
             },
             passengers=init,

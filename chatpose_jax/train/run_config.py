@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatpose_jax.data.config import DataConfig
+from chatpose_jax.data import moved
+from chatpose_jax.data.config import DataConfig, source_rows
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.settings import did_you_mean
@@ -19,10 +20,10 @@ from chatpose_jax.train.trainable import Rule
 
 ROWS = {
     "train.trainable": ("(pattern, rate or None, decay, 'all' or 'pose' tokens), the last two optional", (2, 3, 4)),
-    "data.mixture": ("(task, weight)", (2,)),
-    "data.sources": ("(source, weight)", (2,)),
 }
 """Settings that are tables: what a row is, and how long it may be."""
+SOURCES = "data.sources"
+"""The table whose rows have options of their own: ``data.sources.NAME.OPTION`` is one of them."""
 OPTIONAL = "model.lora"
 """The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -46,6 +47,7 @@ def run_config(model: str) -> Any:
         "data": dataclasses.asdict(DataConfig()),
         "train": dataclasses.asdict(TrainConfig()),
     }
+    table["data"]["sources"] = [list(row) for row in DataConfig().sources]
     table["train"]["trainable"] = [list(row) for row in TrainConfig().trainable]
     return ConfigDict(table)
 
@@ -121,6 +123,13 @@ def _apply(config: Any, override: str) -> None:
                 f"--set {override}: brackets, but no Python value; look for a missing comma or quote"
             ) from None
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    table_name, _, name = key.partition(".")
+    if table_name == "data" and name in moved.MOVED:
+        raise UserError(moved.in_an_override(name, value))
+    if key.startswith(f"{SOURCES}."):
+        key, value = SOURCES, _with_option(config, key, value)
+    if key == SOURCES and isinstance(value, str):  # a name alone
+        value = [[value]]
     *parents, name = key.split(".")
     table = config
     for parent in parents:
@@ -141,6 +150,23 @@ def _apply(config: Any, override: str) -> None:
         raise UserError(
             f"--set {override}: expected {type(table[name]).__name__}, such as {_plain(table[name])!r}, found {value!r}"
         ) from error
+
+
+def _with_option(config: Any, key: str, value: Any) -> list[list[Any]]:
+    """The rows of ``data.sources`` with one option of one of them set, by ``data.sources.NAME.OPTION``."""
+    rows = source_rows(config.data.sources)
+    name, _, option = key.removeprefix(f"{SOURCES}.").rpartition(".")
+    names = [row.name for row in rows]
+    if not name:
+        raise UserError(f"--set {key}: expected {SOURCES}.NAME.OPTION=VALUE, such as {SOURCES}.{names[0]}.{option}=…")
+    if (count := names.count(name)) != 1:
+        if not count:
+            hint = did_you_mean(name, names) or f"; the names are {', '.join(names)}"
+            raise UserError(f"--set {key}: no row of {SOURCES} has the name {name!r}{hint}")
+        raise UserError(
+            f'--set {key}: {count} rows have the name {name!r}, so give all rows: --set "{SOURCES}={tuple(map(tuple, rows))!r}"'
+        )
+    return [[row.name, row.weight, {**row.options, **({option: value} if row.name == name else {})}] for row in rows]
 
 
 def _plain(value: Any) -> Any:
@@ -169,14 +195,15 @@ def freeze(config: Any) -> RunConfig:
         if not isinstance(table.get(name), dict):
             raise UserError(f"configuration: expected a table of settings {name!r}, found {table.get(name)!r:.100}")
     rows = {key: _rows(table, key) for key in ROWS}
-    weights = {name: rows[f"data.{name}"] for name in ("mixture", "sources")}
+    if set(moved.MOVED) & set(table["data"]):
+        raise UserError(moved.in_a_file(table["data"]))
     rules = tuple(Rule(*row) for row in rows["train.trainable"])
     data = _typed(DataConfig, table["data"], "data")
     mesh = _typed(MeshConfig, table["train"].pop("mesh", {}), "train.mesh")
     train = _typed(TrainConfig, {**table["train"], "mesh": mesh}, "train")
     return RunConfig(
         ModelConfig.from_json(table["model"]),
-        dataclasses.replace(data, **weights),
+        data,
         dataclasses.replace(train, trainable=rules),
     )
 

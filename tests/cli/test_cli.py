@@ -413,7 +413,7 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("train.schedule=step", "linear"),
         ("train.optimizer=sgd", "adamw"),
         ("train.trainable=[1]", "rows of"),
-        ("data.mixture=[3]", "data.mixture: expected rows of .task, weight., found 3 in the place of a row"),
+        ("data.sources=[3]", "data.sources: expected rows of .name, weight, .*, found 3 in the place of a row"),
         ("train.steps=none", "train.steps: expected int, found None"),
         ("train.steps={[]:1}", "no Python value"),
         ("train.learning_rate=none", "train.learning_rate: expected a finite float, found None"),
@@ -435,13 +435,24 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("train.trainable=[['.*',1.0,0,'some']]", "'all' or 'pose'"),
         ("train.max_length=5", "train.max_length must be at least 64, found 5"),
         ("train=none", "table of settings"),
-        ("data.train_size=-3", "data.train_size must be at least 0, found -3"),
+        ("data.cache_mib=-3", "data.cache_mib must be at least 0, found -3"),
         ("data.buckets=0", "data.buckets must be at least 1"),
-        ("data.mixture=none", "data.mixture: expected rows of .task, weight., found None"),
-        ("data.mixture=(('image', 1))", "found 'image' in the place of a row; a single row needs a comma"),
-        ("data.sources=('synthetic', 1)", "data.sources: expected rows of .source, weight., found 'synthetic'"),
+        ("data.sources=none", "data.sources: expected rows of .name, weight, .*, found None"),
+        ("data.sources=(('synthetic', 1))", "found 'synthetic' in the place of a row; a single row needs a comma"),
         ("data.sources=(('synthetic', 'x'),)", "data.sources: expected"),
-        ("data.mixture=[['text',-1]]", "must not be negative"),
+        ("data.sources=(('synthetic', -1),)", "weights must be positive"),
+        ("data.sources.synthetic=3", "expected data.sources.NAME.OPTION=VALUE"),
+        ("data.sources.syntetic.seed=3", "no row of data.sources has the name 'syntetic'; did you mean synthetic?"),
+        ("data.sources.mine:rows.seed=3", "no row of data.sources has the name 'mine:rows'; the names are synthetic"),
+        (
+            "data.sources.synthetic.seed=3",
+            "3 rows have the name 'synthetic', so give all rows: --set .*'kind': 'image'",
+        ),
+        ("data.source=mine:rows", "--set data.source: data.sources says this now; type --set data.sources=mine:rows"),
+        ("data.source=mixture", "type --set .data.sources=...synthetic., 1.0, {'kind': 'text'}., .*'image'}.."),
+        ("data.train_size=3", "type --set data.sources.synthetic.train_size=3"),
+        ("data.mixture=(('image',1),)", "type --set .data.sources.synthetic.tasks={'image': 1}"),
+        ("data.mixture=3", "type --set .data.sources.synthetic.tasks=3"),
         ("model.dtype=float33", "'float32' or 'bfloat16' or 'float16', found 'float33'"),
         ("model.text=none", "model.text: this is a table of settings"),
         ("model.text.num_heads=0", "model.text.num_heads must be at least 1"),
@@ -460,6 +471,55 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
 def test_a_wrong_override_is_one_clear_error(override, words):
     with pytest.raises(UserError, match=words):
         load_config("chatpose_7b", [override])
+
+
+def test_sources_are_set_by_name_and_option():
+    def sources(*overrides, config="tiny"):
+        return tuple(map(tuple, load_config(config, overrides).data.sources))
+
+    assert sources("data.sources=mine:rows") == (("mine:rows", 1.0, {}),)
+    assert sources("data.sources=my.data:rows", "data.sources.my.data:rows.file=/a/b.json") == (
+        ("my.data:rows", 1.0, {"file": "/a/b.json"}),
+    )
+    ((_, _, before),), ((_, _, after),) = sources(), sources("data.sources.synthetic.train_size=7")
+    assert after == {**before, "train_size": 7} != before
+    rows = "(('a:b', 2, {'x': [1, {'y': None}]}), ('a:b',), ('synthetic', 1.5))"
+    expected = (("a:b", 2, {"x": (1, {"y": None})}), ("a:b", 1.0, {}), ("synthetic", 1.5, {}))
+    assert sources(f"data.sources={rows}") == expected
+    assert sources(f"data.sources={rows}", "data.sources.synthetic.seed=4") == (*expected[:2], ("synthetic", 1.5, {"seed": 4}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("d.source = 'mine:rows'", "data.source: data.sources says this now; write config.data.sources = (('mine:rows', 1.0, {}),)"),
+        (
+            "d.train_size = 9; d.mixture = (('text', 2), ('image', 1))",
+            "data.mixture, data.train_size: data.sources says this now; "
+            "write config.data.sources = (('synthetic', 1.0, {'train_size': 9, 'tasks': {'text': 2, 'image': 1}}),)",
+        ),
+        (
+            "d.source = 'mixture'; d.val_size = 5",
+            "write config.data.sources = (('synthetic', 1.0, {'kind': 'text', 'val_size': 5}), ('synthetic', 1.0, {'kind': "
+            "'instruction', 'val_size': 5}), ('synthetic', 2.0, {'kind': 'image', 'val_size': 5}))",
+        ),
+        (
+            "d.source = 'mixture'; d.sources = (('synthetic-text', 3), ('mine:rows', 1))",
+            "write config.data.sources = (('synthetic', 3, {'kind': 'text'}), ('mine:rows', 1, {}))",
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_of_versions_before_is_told_what_to_write(tmp_path, lines, words):
+    """And what it is told to write is taken."""
+    path = tmp_path / "mine.py"
+    head = "from chatpose_jax.train.run_config import run_config\ndef get_config():\n    config = run_config('tiny')\n"
+    text = head + "    d = config.data\n    {}\n    return config\n"
+    path.write_text(text.format(lines))
+    with pytest.raises(UserError) as raised:
+        load_config(str(path))
+    assert str(raised.value).startswith(f"{path}: data.") and str(raised.value).endswith(words)
+    path.write_text(text.format(words[words.index("config.data") :]))
+    assert load_config(str(path)).data.sources != load_config("tiny").data.sources
 
 
 def test_the_adapters_may_be_left_out():
@@ -523,7 +583,7 @@ def test_an_error_of_an_override_is_not_laid_to_the_file(tmp_path):
 
 @pytest.mark.slow
 def test_train_from_a_model_folder_with_lora(folder, tmp_path, capsys):
-    settings = ["train.steps=2", "train.eval_every=0", "data.train_size=24", "train.batch_size=8"]
+    settings = ["train.steps=2", "train.eval_every=0", "data.sources.synthetic.train_size=24", "train.batch_size=8"]
     rows = "train.trainable=[['.*/lora_[ab]',1,0],['pose_head/.*',1,0],['.*',None,0]]"
     (tmp_path / "lora.py").write_text(
         "from chatpose_jax.train.run_config import run_config\n"

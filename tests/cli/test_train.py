@@ -95,7 +95,7 @@ def base(tmp_path_factory):
 
 LORA = (
     "model.lora={'rank':2,'alpha':4.0,'dropout':0.0,'targets':('q_proj','v_proj')}", "train.steps=2", "train.batch_size=2",
-    "data.train_size=8", "train.eval_every=0", "data.buckets=1", "data.mixture=(('image',1),)",
+    "data.sources.synthetic.train_size=8", "train.eval_every=0", "data.buckets=1", "data.sources.synthetic.tasks={'image': 1}",
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_no_bad_input(tmp_path, monkeypatch, capsys, number, stat
 def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys, command):
     """The second is told who the first is, before it reads anything, by a status that means: later, perhaps."""
     monkeypatch.setattr(train_run, "examples", lambda *_: pytest.fail("data were read"))
-    monkeypatch.setattr("chatpose_jax.cli.demo.SyntheticDataset", lambda *_: pytest.fail("data were made"))
+    monkeypatch.setattr("chatpose_jax.cli.demo.examples", lambda *_: pytest.fail("data were made"))
     with only_writer(tmp_path, tmp_path / ".lock"):
         before = sorted(tmp_path.rglob("*"))
         assert main([command, "--out", str(tmp_path)]) == 1
@@ -222,11 +222,15 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
     [
         ("no_such_module:rows", "cannot be imported", False),
         ("chatpose_jax.cli.train:nothing", "has no function 'nothing'", False),
-        ("chatpose_jax.data.config:SOURCES.get", "has no function", False),
-        ("chatpose_jax.cli.train:_folder", "a source takes (config, split, image_size)", False),
+        ("chatpose_jax.data.sources:SOURCES.get", "has no function", False),
+        (
+            "chatpose_jax.train.run:validation_batches",
+            "a source takes the split, and its options by keyword: write def",
+            False,
+        ),
         ("a_source_for_tests:both", "raised for split 'train': KeyError: 'rows'", False),
         ("a_source_for_tests:val", "raised for split 'val': KeyError: 'rows'", True),
-        ("a_source_for_tests:bad_row", "row 3 of data.source='a_source_for_tests:bad_row': KeyError: 'pose'", True),
+        ("a_source_for_tests:bad_row", "row 3 of data.sources[0] 'a_source_for_tests:bad_row': KeyError: 'pose'", True),
     ],
 )
 def test_advice_to_train_without_held_out_rows_needs_training_rows(
@@ -234,12 +238,12 @@ def test_advice_to_train_without_held_out_rows_needs_training_rows(
 ):
     module = types.ModuleType("a_source_for_tests")
     good = Rows(9, lambda index: "text")
-    module.both = lambda config, split, size: {}["rows"]
-    module.val = lambda config, split, size: good if split == "train" else {}["rows"]
+    module.both = lambda split: {}["rows"]
+    module.val = lambda split: good if split == "train" else {}["rows"]
     bad = Rows(9, lambda index: {}["pose"] if index == 3 else "text")
-    module.bad_row = lambda config, split, size: good if split == "train" else bad
+    module.bad_row = lambda split: good if split == "train" else bad
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    settings = ["--set", f"data.source={source!r}", "--set", "train.eval_every=7"]
+    settings = ["--set", f"data.sources={source}", "--set", "train.eval_every=7"]
     assert main(["train", "--out", str(tmp_path / "run"), *settings]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -256,7 +260,7 @@ def test_a_demo_of_other_settings_is_refused_before_its_data_are_made(tmp_path, 
     held.save(state, {})
     held.wait()
     held.close()
-    monkeypatch.setattr("chatpose_jax.cli.demo.SyntheticDataset", lambda *_: pytest.fail("data were made"))
+    monkeypatch.setattr("chatpose_jax.cli.demo.examples", lambda *_: pytest.fail("data were made"))
     assert main(["demo", "--out", str(tmp_path), "--set", "train.learning_rate=1e-2"]) == 2
     error = capsys.readouterr().err
     assert "other settings of train.learning_rate" in error and f"--init {tmp_path / 'model'} --out NEW" in error
@@ -273,7 +277,7 @@ MEASURING = """
 import sys
 import numpy as np
 from chatpose_jax.train.run import row_sizes
-from chatpose_jax.data.batches import measure
+from chatpose_jax.data.sizes import measure
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
@@ -292,7 +296,7 @@ class Rows(list):
 
 
 processor = tiny_processor(preset("tiny"))
-rows = Rows(SyntheticDataset("val", 13, mixture={"text": 1, "text_turns": 1})[:])
+rows = Rows(SyntheticDataset("val", 13, tasks={"text": 1, "text_turns": 1})[:])
 sizes = row_sizes(rows, processor, 1024)
 assert rows.taken == tuple(range(rank, 13, 2)), rows.taken
 np.testing.assert_array_equal(sizes, measure(rows, processor, 1024))

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs, measure
+from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs
 from chatpose_jax.data.collate import collate, encode_example, pack
 from chatpose_jax.data.example import Example, LazyPicture
+from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import IGNORE, tiny_processor

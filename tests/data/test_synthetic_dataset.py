@@ -8,7 +8,7 @@ import pytest
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic import preview, questions
-from chatpose_jax.data.synthetic.dataset import DEFAULT_MIXTURE, TASKS, SyntheticDataset, to_camera
+from chatpose_jax.data.synthetic.dataset import DEFAULT_TASKS, TASKS, SyntheticDataset, to_camera
 from chatpose_jax.data.synthetic.families import POSTURES, sample_poses
 from chatpose_jax.data.synthetic.report import report
 from chatpose_jax.data.synthetic.scene import MAX_YAW, Studio, backdrop, draw_scene
@@ -16,7 +16,7 @@ from chatpose_jax.data.synthetic.situations import SITUATIONS
 from chatpose_jax.errors import UserError
 
 RX_PI = np.diag([1.0, -1.0, -1.0])
-WORDS_ONLY = {name: w for name, w in DEFAULT_MIXTURE.items() if not name.startswith("image")}
+WORDS_ONLY = {name: w for name, w in DEFAULT_TASKS.items() if not name.startswith("image")}
 
 
 def text_of(content):
@@ -50,7 +50,7 @@ def test_turns_alternate_and_only_the_first_holds_a_picture(rows):
         assert all(p.shape == (32, 32, 3) and p.dtype == np.uint8 for p in pictures_of(row))
 
 
-def test_the_mixture_holds_all_kinds_and_pose_free_answers(rows):
+def test_the_tasks_hold_all_kinds_and_pose_free_answers(rows):
     assert {r.kind for r in rows} == {"text", "image", "instruction"}
     assert all((len(r.poses) == 0) == (r.kind == "instruction") for r in rows)
     assert all(len(pictures_of(r)) == 1 for r in rows if r.kind == "image")
@@ -75,8 +75,8 @@ def test_random_access_is_deterministic_and_does_not_depend_on_size():
 
 
 def test_precomputed_pictures_are_the_lazy_ones():
-    lazy = SyntheticDataset("val", 6, image_size=24, mixture={"image": 1})
-    drawn = SyntheticDataset("val", 6, image_size=24, mixture={"image": 1}).precompute(workers=2)
+    lazy = SyntheticDataset("val", 6, image_size=24, tasks={"image": 1})
+    drawn = SyntheticDataset("val", 6, image_size=24, tasks={"image": 1}).precompute(workers=2)
     for i in range(6):
         difference = pictures_of(lazy[i])[0].astype(int) - pictures_of(drawn[i])[0]
         # Skinning one body or a batch may round differently at the border of a triangle.
@@ -94,7 +94,7 @@ def test_splits_and_seeds_hold_different_poses():
 
 
 def test_a_person_who_stands_before_the_camera_has_a_root_near_rx_pi():
-    data = SyntheticDataset("val", 200, mixture={"text": 1})
+    data = SyntheticDataset("val", 200, tasks={"text": 1})
     upright = [
         row.poses[0, 0]
         for row in data
@@ -117,7 +117,7 @@ def test_to_camera_turns_the_root_only_and_keeps_up_down():
 def test_picture_targets_are_seen_from_the_scene():
     def sideways(max_yaw):
         """How far each person looks to the side: the camera's x of the direction that the body faces."""
-        data = SyntheticDataset("val", 30, image_size=24, mixture={"image": 1}, max_yaw=max_yaw)
+        data = SyntheticDataset("val", 30, image_size=24, tasks={"image": 1}, max_yaw=max_yaw)
         return np.stack([row.poses[0, 0, 0, 2] for row in data])
 
     turned = np.abs(sideways(40.0) - sideways(0.0))
@@ -127,7 +127,7 @@ def test_picture_targets_are_seen_from_the_scene():
 
 
 def test_edits_change_what_they_say():
-    data = SyntheticDataset("train", 400, mixture={"text_turns": 1})
+    data = SyntheticDataset("train", 400, tasks={"text_turns": 1})
     seen = 0
     for row in data:
         if len(row.poses) == 2:
@@ -156,16 +156,16 @@ def test_lists_are_as_long_as_they_should_be():
 
 
 def test_vocabulary_is_modest():
-    data = SyntheticDataset("train", 1200, mixture=WORDS_ONLY)
+    data = SyntheticDataset("train", 1200, tasks=WORDS_ONLY)
     vocabulary = {w for row in data for m in row.messages for w in re.findall(r"[a-z]+", m["content"].lower())}
     assert 200 < len(vocabulary) < 500
 
 
-def test_mixtures_choose_tasks():
+def test_tasks_are_chosen():
     for task, (kind, _) in TASKS.items():
-        row = SyntheticDataset("val", 2, image_size=16, mixture={task: 1})[1]
+        row = SyntheticDataset("val", 2, image_size=16, tasks={task: 1})[1]
         assert isinstance(row, Example) and row.kind == kind and row.id.endswith(task)
-        assert SyntheticDataset("val", 2, mixture={task: 1}).kind(1) == kind
+        assert SyntheticDataset("val", 2, tasks={task: 1}).kind(1) == kind
 
 
 def test_a_data_set_travels_to_other_processes():
@@ -177,10 +177,10 @@ def test_a_data_set_travels_to_other_processes():
 def test_bad_settings_are_told():
     with pytest.raises(UserError, match="Unknown split 'dev'"):
         SyntheticDataset("dev")
-    with pytest.raises(UserError, match="mixture"):
-        SyntheticDataset("val", mixture={"songs": 1})
-    with pytest.raises(UserError, match="mixture"):
-        SyntheticDataset("val", mixture={"text": 0})
+    with pytest.raises(UserError, match="tasks: there is no 'songs'; the tasks are text, text_short"):
+        SyntheticDataset("val", tasks={"songs": 1})
+    with pytest.raises(UserError, match="tasks: weights must not be negative, nor all 0"):
+        SyntheticDataset("val", tasks={"text": 0})
 
 
 def test_pictures_show_a_body_in_its_place():

@@ -64,7 +64,7 @@ class Oracle:
 
 
 def test_evaluation_counts_every_row_and_the_share_that_offers_a_pose(body):
-    examples = SyntheticDataset("test", 10, mixture={"text": 1})[:10]
+    examples = SyntheticDataset("test", 10, tasks={"text": 1})[:10]
     baseline = mean_pose(np.stack([example.poses[0] for example in examples]))
     results = evaluate_chat(Oracle(examples, body), examples, baseline, batch_size=4)
     assert results["count"] == 10
@@ -75,7 +75,7 @@ def test_evaluation_counts_every_row_and_the_share_that_offers_a_pose(body):
 
 
 def test_follow_ups_are_measured_beside_the_models_own_first_answer(body):
-    rows = SyntheticDataset("test", 16, mixture={"text_turns": 1})
+    rows = SyntheticDataset("test", 16, tasks={"text_turns": 1})
     examples = [row for row in rows if len(row.poses) == 2][:6]
 
     def asked(messages):

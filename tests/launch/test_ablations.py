@@ -1,7 +1,6 @@
 """The ablations of docs/training.md: every line parses, builds a model, and changes what its row says."""
 
 import argparse
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chatpose_jax.cli.train import add_arguments
-from chatpose_jax.data.config import examples
+from chatpose_jax.data.sources import examples
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.heads import HEADS
 from chatpose_jax.train.run_config import load_config
@@ -45,4 +44,4 @@ def test_ablations_are_overrides_that_fit(name, deep_head):
     params = abstract_params(config.model)
     found, expected = assign(params, config.train.trainable), assign(params, TRAINS.get(name, PAPER))
     assert {path: row[1:] for path, row in found.items()} == {path: row[1:] for path, row in expected.items()}
-    assert len(examples(dataclasses.replace(config.data, train_size=4), "train", 32))
+    assert len(examples(config.data, "train", 32))

@@ -361,7 +361,7 @@ def test_xpk_gets_the_command_in_one_piece(tmp_path, stand_in, monkeypatch):
     stand_in("xpk", f'printf "%s\\n" "$@" > {tmp_path}/arguments')
     monkeypatch.setenv("CLUSTER", "mine")
     monkeypatch.setenv("IMAGE", "registry/chatpose:tpu")
-    words = ["--config", "chatpose_13b", "--out", "/runs/a b", "--set", "data.source='mine:rows'"]
+    words = ["--config", "chatpose_13b", "--out", "/runs/a b", "--set", "data.sources='mine:rows'"]
     subprocess.run(["bash", LAUNCH / "xpk.sh", *words], check=True)
     *options, command = (tmp_path / "arguments").read_text().splitlines()
     assert options == [
@@ -403,7 +403,7 @@ def test_two_processes_train_under_slurm(tmp_path, stand_in, monkeypatch):
         "--out",
         tmp_path / "run",
         "--set",
-        "data.train_size=16",
+        "data.sources.synthetic.train_size=16",
     ]
     command += [word for setting in settings for word in ("--set", f"train.{setting}")]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -23,7 +23,7 @@ CONFIG = TINY.replace(
 def test_packed_is_unpacked():
     processor = tiny_processor(CONFIG)
     tasks = {"text": 1, "image": 1, "text_turns": 1, "image_words": 1, "words": 1}
-    examples = SyntheticDataset("train", 10, mixture=tasks, image_size=CONFIG.vision.image_size)
+    examples = SyntheticDataset("train", 10, tasks=tasks, image_size=CONFIG.vision.image_size)
     rows = [encode_example(processor, example, 512) for example in examples]
     options = {"pad_id": processor.ids.pad_token_id, "image_size": CONFIG.vision.image_size}
     unpacked = collate(rows, 320, max_images=1, max_poses=2, **options)

@@ -24,10 +24,11 @@ from chatpose_jax.data.synthetic.posecodes import Codes, encode
 from chatpose_jax.data.synthetic.scene import MAX_YAW, Scene, Studio, draw_scene
 from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import did_you_mean, whole
 
 Split = Literal["train", "val", "test"]
 SPLITS: dict[str, int] = {"train": 8000, "val": 512, "test": 512}  # rows when no size is given
-DEFAULT_MIXTURE: dict[str, float] = {
+DEFAULT_TASKS: dict[str, float] = {
     "text": 18, "text_short": 4, "situation": 6, "text_turns": 7, "image": 40, "image_turns": 10,
     "image_words": 10, "words": 5,
 }  # fmt: skip
@@ -97,12 +98,38 @@ class _Row:
         return self.pick(questions.DESCRIBE), self.caption("detailed" if draw < 0.8 else "short")
 
 
+def synthetic(
+    split: Split,
+    *,
+    image_size: int,
+    seed: int,
+    kind: Kind | None = None,
+    tasks: Mapping[str, float] = DEFAULT_TASKS,
+    train_size: int = SPLITS["train"],
+    val_size: int = SPLITS["val"],
+    test_size: int = SPLITS["test"],
+    max_yaw: float = MAX_YAW,
+) -> SyntheticDataset:
+    """The source "synthetic" of ``data.sources``. Its options are those of ``SyntheticDataset``, the size of each split apart.
+
+    kind: of ``tasks``, those whose rows are of this kind alone.
+
+    Raises UserError as ``SyntheticDataset`` does, and where no task of that kind has a weight.
+    """
+    sizes = {"train": train_size, "val": val_size, "test": test_size}
+    for name, size in sizes.items():
+        whole(f"{name}_size", size, 1)
+    if kind is not None:
+        tasks = {task: weight for task, weight in tasks.items() if task not in TASKS or TASKS[task][0] == kind}
+    return SyntheticDataset(split, sizes[split], seed, image_size, tasks, max_yaw)
+
+
 class SyntheticDataset(Sequence[Example]):
     """Generated conversations, by random access; row i of a split and seed is always the same, whatever the size.
 
     split: "train", "val" or "test": poses of different splits are drawn independently and never coincide. size: rows
-    (``SPLITS`` by default). image_size: side of the square pictures in pixels. mixture: weights of the tasks
-    (``TASKS``; ``DEFAULT_MIXTURE`` by default), e.g. ``{"text": 1}`` for detailed descriptions only or ``{"image": 1}``
+    (``SPLITS`` by default). image_size: side of the square pictures in pixels. tasks: weights of the tasks
+    (``TASKS``; ``DEFAULT_TASKS`` by default), e.g. ``{"text": 1}`` for detailed descriptions only or ``{"image": 1}``
     for pictures only. max_yaw: pictures show the body turned by up to this many degrees; a wider range is harder to
     learn.
 
@@ -116,18 +143,20 @@ class SyntheticDataset(Sequence[Example]):
         size: int | None = None,
         seed: int = 0,
         image_size: int = 64,
-        mixture: Mapping[str, float] | None = None,
+        tasks: Mapping[str, float] | None = None,
         max_yaw: float = MAX_YAW,
     ):
         if split not in SPLITS:
             raise UserError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
-        mixture = DEFAULT_MIXTURE if mixture is None else mixture
-        unknown = set(mixture) - set(TASKS)
-        if unknown or not any(w > 0 for w in mixture.values()) or any(w < 0 for w in mixture.values()):
-            raise UserError(f"A mixture gives non-negative weights to {', '.join(TASKS)}; found {dict(mixture)}.")
+        tasks = DEFAULT_TASKS if tasks is None else tasks
+        if unknown := set(tasks) - set(TASKS):
+            hint = did_you_mean(min(unknown), TASKS) or f"; the tasks are {', '.join(TASKS)}"
+            raise UserError(f"tasks: there is no {min(unknown)!r}{hint}")
+        if not any(w > 0 for w in tasks.values()) or any(w < 0 for w in tasks.values()):
+            raise UserError(f"tasks: weights must not be negative, nor all 0, found {dict(tasks)}")
         self.split, self.seed, self.image_size, self.max_yaw = split, seed, image_size, max_yaw
         self.size = SPLITS[split] if size is None else size
-        self.mixture = dict(mixture)
+        self.tasks = dict(tasks)
         self._entropy = [seed, list(SPLITS).index(split)]
         self._blocks: dict[int, tuple[PoseSet, Codes]] = {}
         self._pictures: dict[int, np.ndarray] = {}
@@ -194,7 +223,7 @@ class SyntheticDataset(Sequence[Example]):
         return self._blocks[number]
 
     def _task(self, rng: np.random.Generator) -> str:
-        weights = np.array([self.mixture.get(name, 0.0) for name in TASKS])
+        weights = np.array([self.tasks.get(name, 0.0) for name in TASKS])
         return list(TASKS)[int(rng.choice(len(TASKS), p=weights / weights.sum()))]
 
     def _draft(self, index: int) -> _Draft:

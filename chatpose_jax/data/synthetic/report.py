@@ -25,8 +25,8 @@ def report(train_size: int = 4000, val_size: int = 400) -> dict[str, float]:
     ``nearest`` (the training pose whose description shares most n-grams) and ``ridge``.
     """
     train, val = (
-        SyntheticDataset("train", train_size, mixture={"text": 1}),
-        SyntheticDataset("val", val_size, mixture={"text": 1}),
+        SyntheticDataset("train", train_size, tasks={"text": 1}),
+        SyntheticDataset("val", val_size, tasks={"text": 1}),
     )
     (train_texts, train_poses), (val_texts, val_poses) = _rows(train), _rows(val)
     index = {gram: i for i, gram in enumerate(sorted({g for text in train_texts for g in _grams(text)}))}

@@ -1,0 +1,124 @@
+"""The rows of a split: the sources that ``data.sources`` names, found, their options checked, and joined."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax import named
+from chatpose_jax.data.config import DataConfig, SourceRow, Split
+from chatpose_jax.data.example import Example
+from chatpose_jax.data.mixture import Mixture
+from chatpose_jax.data.moved import KINDS
+from chatpose_jax.errors import UserError
+from chatpose_jax.processing.processor import Processor
+
+SOURCES = {"synthetic": "chatpose_jax.data.synthetic.dataset:synthetic"}
+"""Sources in the package: name -> ``package.module:function``. A source is called as ``make(split, *, image_size, seed, **options)`` and
+gives a sequence of ``Example``. Its keyword-only parameters are its options; ``image_size`` (pixels) and ``seed`` are given to one that
+names them, and may be set as options too.
+"""
+
+
+def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
+    """The rows of a split: those of the one source, or a mixture by weight.
+
+    Raises UserError for a source that cannot be found, for an option that it does not take, and where it gives no rows or its code fails,
+    then or at any row. An OSError of that code stays one. All name the source, and the row where it was one.
+    """
+    parts = [rows(split) for rows in _bound(config, image_size)]
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        if not len(part):
+            raise UserError(f"{part.where} has no rows for split {split!r}; a mixture needs some of each source")
+    return Mixture(parts, [row.weight for row in config.sources])
+
+
+def check_sources(config: DataConfig) -> None:
+    """Raises UserError as ``examples`` does for a name or an option; no source is called."""
+    _bound(config, image_size=1)
+
+
+def _bound(config: DataConfig, image_size: int) -> list[Callable[[Split], NamedRows]]:
+    """For each source a function of the split, once all of them are checked."""
+    return [_bind(row, number, image_size, config.seed) for number, row in enumerate(config.sources)]
+
+
+def _bind(row: SourceRow, number: int, image_size: int, seed: int) -> Callable[[Split], NamedRows]:
+    where = f"data.sources[{number}] {row.name!r}"
+    if row.name in KINDS:
+        raise UserError(f'{where} is now ("synthetic", {row.weight!r}, {{"kind": "{KINDS[row.name]}"}})')
+    make = named.find(where, row.name, SOURCES)
+    signature = named.signature(where, make)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is p.empty]
+    if len(needed) != 1 and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        name = row.name.partition(":")[2]
+        raise UserError(
+            f"{where}: a source takes the split, and its options by keyword: write def {name}(split, *, image_size, seed), "
+            f"found def {name}{signature}"
+        )
+    offered = {"image_size": image_size, "seed": seed}
+    options = {name: value for name, value in offered.items() if name in signature.parameters} | dict(row.options)
+    named.check_options(where, signature, options)
+    return functools.partial(_open, where, functools.partial(make, **options))
+
+
+def _open(where: str, make: Callable[[Split], Any], split: Split) -> NamedRows:
+    try:
+        rows = make(split)
+    except Exception as error:
+        raise named.raised(f"{where} raised for split {split!r}", error) from error
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise UserError(f"{where}: expected a sequence of Example, found {type(rows).__name__}")
+    found = NamedRows(rows, where)
+    if len(found) and not hasattr(rows, "sizes"):
+        found[0]  # the first fault is found before the text of all rows is read
+    return found
+
+
+class NamedRows(Sequence[Example]):
+    """The rows of a source; an error of its code is one line that names the source and the row.
+
+    rows: what the source gave; its other attributes can be had from here. where: how errors name the source.
+    """
+
+    def __init__(self, rows: Any, where: str) -> None:
+        self.rows, self.where = rows, where
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        where = f"row {index} of {self.where}"
+        try:
+            row = self.rows[index]
+        except Exception as error:
+            raise named.raised(where, error) from error
+        if not isinstance(row, Example):
+            raise UserError(f"{where}: expected an Example, found {type(row).__name__}")
+        return row
+
+    def sizes(self, processor: Processor, max_length: int) -> np.ndarray | None:
+        """What the rows say of their sizes (``data.sizes.known_sizes``); None where they say nothing."""
+        if not hasattr(self.rows, "sizes"):
+            return None
+        try:
+            return self.rows.sizes(processor, max_length)
+        except Exception as error:
+            raise named.raised(f"sizes of {self.where}", error) from error
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rows" or name.startswith("_"):  # while a copy is unpickled there are no rows
+            raise AttributeError(name)
+        return getattr(self.rows, name)

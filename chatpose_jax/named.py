@@ -1,0 +1,77 @@
+"""Code that a setting names: an entry of a table, or ``package.module:name`` of the user's own; and its options, checked."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.settings import check_value, did_you_mean
+
+
+def find(where: str, name: str, table: Mapping[str, str]) -> Any:
+    """The function or class of a name.
+
+    where: what errors begin with, such as ``data.sources[0] 'mydata:make'``.
+    table: the names of those in the package, each with its ``package.module:name``.
+
+    Raises UserError where there is none, or where importing its module fails; an OSError of that import stays one.
+    """
+    module, _, attribute = table.get(name, name).partition(":")
+    if not (module and attribute):
+        raise UserError(
+            f"{where}: expected {' or '.join(map(repr, table))}, or 'package.module:function'{did_you_mean(name, table)}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(
+            f"{where} cannot be imported: {error} (a module of your own must be installed, or its folder be on PYTHONPATH)"
+        ) from error
+    except Exception as error:
+        raise raised(f"{where} cannot be imported", error) from error
+    if not callable(found):
+        raise UserError(f"{where}: the module {module} has no function {attribute!r}")
+    return found
+
+
+def signature(where: str, function: Any) -> inspect.Signature:
+    """The signature of a function or class, its annotations evaluated. Raises UserError where it cannot be read."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except Exception as error:  # annotations are code
+        raise UserError(f"{where}: its signature cannot be read ({type(error).__name__}: {error})") from None
+
+
+def check_options(where: str, found: inspect.Signature, options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that is no keyword-only parameter, one of another type than its annotation, and one that is missing.
+
+    An option without annotation may be anything; a list counts as a tuple.
+    """
+    parameters = found.parameters.values()
+    known = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for name, value in options.items():
+        if name in known:
+            if (kind := known[name].annotation) is not inspect.Parameter.empty:
+                check_value(f"{where}: the option {name}", value, kind)
+        elif not open_ended:
+            hint = did_you_mean(str(name), known) or "; its options are " + (", ".join(known) or "none")
+            raise UserError(f"{where} has no option {name!r}{hint}")
+    if missing := [p.name for p in known.values() if p.default is p.empty and p.name not in options]:
+        raise UserError(f"{where} needs the option {missing[0]!r}")
+
+
+def raised(where: str, error: Exception) -> Exception:
+    """One line for an error in the user's own code, to be raised from it: ``where`` it happened, its type and its words.
+
+    An OSError stays one, with its number: callers tell by it whether a run can go on.
+    """
+    if isinstance(error, UserError):
+        return UserError(f"{where}: {error}")
+    kind, words = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, f"{error.strerror or words} ({where}: {kind})", error.filename)
+    return UserError(f"{where}: {kind}" + (f": {words}" if words else ""))
