@@ -16,7 +16,7 @@ from chatpose_jax.weights import folder as model_folder
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 SMALL = [
     "train.steps=5", "train.log_every=1", "train.batch_size=2", "train.eval_every=0",
-    "data.train_size=8", "data.buckets=1", "data.mixture=(('text_short',1),)",
+    "data.sources.synthetic.train_size=8", "data.sources.synthetic.tasks={'text_short': 1}", "data.buckets=1",
 ]  # fmt: skip
 
 
