@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.generate import Generated, Sampling, generate_stream, rewind
+from chatpose_jax.generate import Generated, Sampling, generate_stream, pose_key, pose_states, rewind
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
-from chatpose_jax.models.heads import abstract_head
-from chatpose_jax.models.heads.base import States
+from chatpose_jax.models.heads import head_class
+from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import did_you_mean, flag, instance, one_line, whole
@@ -180,13 +180,15 @@ class Reply:
     """An answer.
 
     text: pose tokens read ``<POSE>``. poses: one for each, in order. ids: the generated ids, without the end of sequence.
-    finish_reason: "stop", or "length" when ``max_new_tokens`` cut the answer off.
+    finish_reason: "stop", or "length" when ``max_new_tokens`` cut the answer off. samples: for each pose the list of its samples, the
+    first of which stands in ``poses``.
     """
 
     text: str
     poses: list[Pose]
     ids: np.ndarray
     finish_reason: str
+    samples: list[list[Pose]]
 
     def __repr__(self) -> str:
         poses = f"{len(self.poses)} pose{'' if len(self.poses) == 1 else 's'}"
@@ -234,13 +236,20 @@ class Stream(Iterator[str]):
 
 
 def check_settings(
-    *, max_new_tokens: Any = 128, temperature: Any = 0.0, top_p: Any = 1.0, seed: Any = 0, force_pose: Any = False
+    *,
+    max_new_tokens: Any = 128,
+    temperature: Any = 0.0,
+    top_p: Any = 1.0,
+    seed: Any = 0,
+    force_pose: Any = False,
+    samples: Any = 1,
 ) -> dict[str, Any]:
-    """The settings of an answer as ``generate_stream`` takes them. Raises UserError for the first that cannot be used."""
+    """The settings of an answer, checked. Raises UserError for the first that cannot be used."""
     return {
         "max_new_tokens": whole("max_new_tokens", max_new_tokens, 1),
         "sampling": Sampling(temperature, top_p, seed),
         "force_pose": flag("force_pose", force_pose),
+        "samples": whole("samples", samples, 1),
     }
 
 
@@ -268,8 +277,9 @@ class ChatPose:
         self.body = io.load_body() if body is None else body
         self._held: _Held | None = None
         self._lock = threading.Lock()
-        self._poses = jax.jit(
-            lambda params, hidden: bind(config, params).poses(States(hidden[None]), jax.random.key(0)).rotations[0]
+        self._sample = jax.jit(
+            lambda params, states, key, count: bind(config, params).pose_head.sample(states, key, count),
+            static_argnums=3,
         )
 
     def __repr__(self) -> str:
@@ -285,6 +295,7 @@ class ChatPose:
         top_p: float = 1.0,
         seed: int = 0,
         force_pose: bool = False,
+        samples: int = 1,
     ) -> Any:
         """Answer a conversation, or a batch of them.
 
@@ -292,8 +303,10 @@ class ChatPose:
             messages: dicts with ``role`` ("system", "user", "assistant") and ``content``: a string, or a list of ``{"type": "text", "text": …}`` and
                 ``{"type": "image", "image": path | PIL image | (H, W, 3) array}``. A list of such lists is a batch.
             max_new_tokens: length of the answer at most, a whole number of at least 1.
-            temperature, top_p, seed: temperature 0 is greedy; else nucleus sampling, repeatable by its seed. See ``Sampling`` for what each may be.
+            temperature, top_p, seed: temperature 0 is greedy; else nucleus sampling, repeatable by its seed. A pose head that draws takes its
+                key from the same seed. See ``Sampling`` for what each may be.
             force_pose: True ends an answer that offers no pose with one.
+            samples: poses for each pose token, of a head that draws; the first is the same for any number.
 
         Returns:
             A ``Reply``; for a batch, a list of them.
@@ -302,8 +315,13 @@ class ChatPose:
             UserError for malformed messages, images that are none, settings that are out of range, and conversations that exceed the context.
         """
         batched = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], Mapping)
-        settings = check_settings(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, force_pose=force_pose
+        settings = self._settings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            force_pose=force_pose,
+            samples=samples,
         )
         encoded = [self.processor.encode(each) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
         with self._alone():
@@ -323,6 +341,7 @@ class ChatPose:
         top_p: float = 1.0,
         seed: int = 0,
         force_pose: bool = False,
+        samples: int = 1,
         every: int = 1,
     ) -> Stream:
         """``chat`` for one conversation, answered piece by piece.
@@ -336,15 +355,20 @@ class ChatPose:
 
         Args:
             every: tokens between two pieces, a whole number of at least 1.
-            messages, max_new_tokens, temperature, top_p, seed, force_pose: see ``chat``.
+            messages, max_new_tokens, temperature, top_p, seed, force_pose, samples: see ``chat``.
 
         Raises:
             UserError at once for what ``chat`` refuses; with the first piece for a conversation that exceeds the context, and while the model
             still gives another answer.
         """
         every = whole("every", every, 1)
-        settings = check_settings(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, force_pose=force_pose
+        settings = self._settings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            force_pose=force_pose,
+            samples=samples,
         )
         if isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple):
             raise UserError("messages: stream answers one conversation, found a batch of them; chat answers a batch")
@@ -364,6 +388,14 @@ class ChatPose:
                 if piece := "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id):
                     yield piece
 
+    def _settings(self, **settings: Any) -> dict[str, Any]:
+        checked = check_settings(**settings)
+        if checked["samples"] > 1 and not head_class(self.config.head.name).draws:
+            raise UserError(
+                f"samples={checked['samples']}: the pose head {self.config.head.name!r} draws nothing, so each pose has one sample"
+            )
+        return checked
+
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
@@ -380,7 +412,14 @@ class ChatPose:
         self._held = None
 
     def _answer(
-        self, encoded: Sequence[Encoded], *, force_pose: bool, stream_every: int, **settings: Any
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        sampling: Sampling,
+        samples: int,
+        force_pose: bool,
+        stream_every: int,
+        max_new_tokens: int,
     ) -> Generator[np.ndarray, None, list[Reply]]:
         keys = [self._keys(row) for row in encoded]
         cache, keep = self._reuse(keys)
@@ -396,7 +435,8 @@ class ChatPose:
             force_tail=self._forced_tail if force_pose else None,
             cache=cache,
             stream_every=stream_every,
-            **settings,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
         )
         try:
             while True:
@@ -407,25 +447,31 @@ class ChatPose:
         held = np.asarray(generated.cache.lengths)
         rows = [np.concatenate([key, tokens])[:n] for key, tokens, n in zip(keys, generated.tokens, held)]
         self._held = _Held(rows, generated.cache)
-        return self._replies(generated)
+        return self._replies(generated, sampling, samples)
 
-    def _replies(self, generated: Generated) -> list[Reply]:
-        config, replies = self.config, []
-        states = [hidden[tokens == config.pose_token_id] for tokens, hidden in zip(generated.tokens, generated.hidden)]
-        counts = [len(state) for state in states]
-        matrices = np.zeros((0, abstract_head(config.head).num_joints, 3, 3), np.float32)
-        if sum(counts):
-            matrices = np.asarray(self._poses(self.params, jnp.asarray(np.concatenate(states))))
-        if not np.isfinite(matrices).all():
+    def _replies(self, generated: Generated, sampling: Sampling, samples: int) -> list[Reply]:
+        replies = []
+        for tokens, drawn in zip(generated.tokens, self._draw(generated, sampling, samples)):
+            stopped = len(tokens) > 0 and tokens[-1] == self.config.eos_token_id
+            ids = tokens[:-1] if stopped else tokens
+            finish = "stop" if stopped else "length"
+            replies.append(Reply(self.processor.decode(ids), [first for first, *_ in drawn], ids, finish, drawn))
+        return replies
+
+    def _draw(self, generated: Generated, sampling: Sampling, samples: int) -> list[list[list[Pose]]]:
+        """For each row and each of its pose tokens, the samples of that pose."""
+        states, mask = pose_states(self.config, generated)
+        if not mask.any():
+            return [[] for _ in mask]
+        drawn = jax.device_get(self._sample(self.params, states, pose_key(sampling), samples))
+        if not all(np.isfinite(leaf[:, mask]).all() for leaf in jax.tree.leaves(drawn)):
             raise UserError(
                 "a pose of the answer holds no numbers: the weights of the pose head hold NaN or infinities"
             )
-        for tokens, rows in zip(generated.tokens, np.split(matrices, np.cumsum(counts)[:-1])):
-            stopped = len(tokens) > 0 and tokens[-1] == config.eos_token_id
-            ids = tokens[:-1] if stopped else tokens
-            poses = [Pose(row, self.body) for row in rows]
-            replies.append(Reply(self.processor.decode(ids), poses, ids, "stop" if stopped else "length"))
-        return replies
+        return [
+            [[Pose(drawn[s, b, p].rotations, self.body) for s in range(samples)] for p in np.flatnonzero(row)]
+            for b, row in enumerate(mask)
+        ]
 
     @functools.cached_property
     def _forced_tail(self) -> list[int]:
@@ -468,6 +514,7 @@ def load(
     dtype: str | None = None,
     body: str | os.PathLike[str] | BodyModel | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    head: str | type[PoseHead] | None = None,
     **source: Any,
 ) -> ChatPose:
     """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them, or PyTorch weights as they are.
@@ -479,6 +526,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16" for storage and compute; by default what the folder says.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
         mesh: devices to spread the model over, by ``models.sharding``; each reads only its part. By default one device.
+        head: "package.module:Class", or the class, of a folder whose pose head is of a package of your own: a folder by itself makes this
+            program import nothing. By default the folder's head, of those in the box and of installed packages.
         source: for PyTorch weights, the options of ``weights.convert.load_source``: ``vision``, ``projector``,
             ``tokenizer``, ``layout``, ``init_missing``, ….
 
@@ -493,13 +542,14 @@ def load(
         raise UserError(f"dtype must be {', '.join(DTYPES)} or None, found {dtype!r:.100}")
     instance("body", body, (*path, BodyModel, type(None)), "a path, a smpl_jax.BodyModel or None")
     instance("mesh", mesh, (jax.sharding.Mesh, type(None)), "a jax.sharding.Mesh or None")
+    instance("head", head, (str, type, type(None)), "'package.module:Class', the class or None")
     _check_options(source)
     folder = find_model(folder)
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
     if source or (is_source(folder) and not is_model_folder(folder)):
         config, params, processor = _load_source(folder, mesh, dtype=dtype, **source)
     else:
-        config = load_config(folder)
+        config = load_config(folder, head)
         if dtype is not None:
             config = config.replace(dtype=dtype, param_dtype=dtype)
         processor = Processor.load(folder / TOKENIZER, config)

@@ -20,6 +20,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import Params, bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import CACHE_AXES, KVCache, init_cache
+from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.sharding import RULES, constrain, current_mesh, mesh_of, on_mesh
 from chatpose_jax.settings import instance, one_line, real, whole
 
@@ -85,11 +86,14 @@ class Generated:
     """tokens: for each row its new ids, the end of sequence included if it came. hidden: (len, D) float32 beside them.
 
     cache: holds the prompt and every token but the last of the longest row; feed it back with the ids it holds to continue.
+    slots: (len,) int32 beside the tokens, where in the cache the state in ``hidden`` stands: what it has seen are the row's valid
+        slots up to that one.
     """
 
     tokens: list[np.ndarray]
     hidden: list[np.ndarray]
     cache: KVCache
+    slots: list[np.ndarray]
 
     __repr__ = one_line
 
@@ -251,8 +255,10 @@ def _grow(cache: KVCache, capacity: int) -> KVCache:
     def pad(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
-    keys, values = (jax.tree.map(lambda x: pad(x, x.ndim - 2), part) for part in (cache.keys, cache.values))
-    return dataclasses.replace(cache, keys=keys, values=values, valid=pad(cache.valid, 1))
+    keys, values, states = (
+        jax.tree.map(lambda x: pad(x, x.ndim - 2), part) for part in (cache.keys, cache.values, cache.states)
+    )
+    return dataclasses.replace(cache, keys=keys, values=values, valid=pad(cache.valid, 1), states=states)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -358,7 +364,15 @@ def generate_stream(
             mesh=mesh,
         )
     tokens, hidden = np.asarray(state.tokens), np.asarray(state.hidden)
-    return Generated([t[:n] for t, n in zip(tokens, counts)], [h[:n] for h, n in zip(hidden, counts)], state.cache)
+    # The last token of each prompt predicts the first of its answer; from the second on all rows write the same slot.
+    later = start + lengths.max() + np.arange(max_new_tokens - 1)
+    slots = [np.append(start + n - 1, later).astype(np.int32) for n in lengths]
+    return Generated(
+        [t[:n] for t, n in zip(tokens, counts)],
+        [h[:n] for h, n in zip(hidden, counts)],
+        state.cache,
+        [s[:n] for s, n in zip(slots, counts)],
+    )
 
 
 def generate(
@@ -384,6 +398,31 @@ def generate(
             return end.value
         if on_tokens is not None:
             on_tokens(tokens, counts)
+
+
+def pose_states(config: ModelConfig, generated: Generated) -> tuple[States, np.ndarray]:
+    """What the pose head reads of an answer: States of P pose tokens a row, the most that a row has.
+
+    Returns them with the (B, P) mask of the places that hold a pose token; the others may see their whole row.
+    """
+    places = [np.flatnonzero(tokens == config.pose_token_id) for tokens in generated.tokens]
+    mask = np.arange(max(map(len, places))) < np.array([[len(place)] for place in places])
+    token, slots = (
+        np.zeros((*mask.shape, config.text.hidden_size), np.float32),
+        np.full(mask.shape, generated.cache.capacity),
+    )
+    token[mask] = np.concatenate([hidden[place] for hidden, place in zip(generated.hidden, places)])
+    slots[mask] = np.concatenate([slot[place] for slot, place in zip(generated.slots, places)])
+    conversation, valid = generated.cache.states, generated.cache.valid
+    if conversation is None:
+        return States(jnp.asarray(token)), mask
+    before = valid[:, None] & (jnp.arange(generated.cache.capacity) <= jnp.asarray(slots)[..., None])
+    return States(jnp.asarray(token), conversation, before), mask
+
+
+def pose_key(sampling: Sampling) -> jax.Array:
+    """The key of what a pose head draws; that of token n is ``fold_in(key(seed), n)``, and no answer has so many tokens."""
+    return jax.random.fold_in(jax.random.key(sampling.seed), 0xFFFFFFFF)
 
 
 def _check_images(

@@ -22,7 +22,7 @@ def find(where: str, name: str, table: Mapping[str, str]) -> Any:
     module, _, attribute = table.get(name, name).partition(":")
     if not (module and attribute):
         raise UserError(
-            f"{where}: expected {' or '.join(map(repr, table))}, or 'package.module:function'{did_you_mean(name, table)}"
+            f"{where}: expected {' or '.join(map(repr, table))}, or 'package.module:name'{did_you_mean(name, table)}"
         )
     try:
         found = getattr(importlib.import_module(module), attribute, None)
@@ -33,7 +33,7 @@ def find(where: str, name: str, table: Mapping[str, str]) -> Any:
     except Exception as error:
         raise raised(f"{where} cannot be imported", error) from error
     if not callable(found):
-        raise UserError(f"{where}: the module {module} has no function {attribute!r}")
+        raise UserError(f"{where}: the module {module} has no function or class {attribute!r}")
     return found
 
 

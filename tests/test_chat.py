@@ -1,6 +1,7 @@
 """The Python API on a tiny random model whose answers are rigged: text, poses, history, cache reuse, batches, errors."""
 
 import base64
+import functools
 import json
 import threading
 
@@ -14,12 +15,12 @@ import chatpose_jax
 from chatpose_jax.chat import ChatPose, Pose, Stream
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling, generate
-from chatpose_jax.models.chatpose import create, unstack_layers
-from chatpose_jax.models.config import preset
+from chatpose_jax.models.chatpose import bind, create, unstack_layers
+from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
 from smpl_jax import io
-from tests.numerics import EPS, MARGIN
+from tests.numerics import EPS, MARGIN, agree, rounded
 
 CONFIG = preset("tiny").replace(lora=None, scan_layers=False)
 
@@ -294,6 +295,8 @@ BAD_SETTINGS = [
     ("seed", value, r"a whole number in \[0, 4294967295\]") for value in (None, 1.5, -1, 2**32, True, "1", np.bool_(True))
 ] + [
     ("force_pose", value, "True or False") for value in (None, 1, "yes", np.ones(2, bool))
+] + [
+    ("samples", value, "a whole number of at least 1") for value in (0, 1.5, True, None, "2")
 ]  # fmt: skip
 
 
@@ -332,6 +335,7 @@ def test_numbers_of_numpy_and_jax_are_numbers(model):
         ({"dtype": "float8"}, "dtype must be float32, bfloat16, float16 or None, found 'float8'"),
         ({"dtype": np.float32}, "dtype must be float32, .*found <class"),
         ({"body": 3}, "body must be a path, .* found int"),
+        ({"head": 3}, "head must be 'package.module:Class', the class or None, found int"),
         ({"mesh": "all"}, "mesh must be a jax.sharding.Mesh or None, found str"),
         ({"dtpe": "float32"}, "no option 'dtpe'; did you mean dtype"),
         ({"visoin": "clip"}, "no option 'visoin'; did you mean vision"),
@@ -454,3 +458,73 @@ def test_an_answer_is_one_line(model):
 
 def test_stream_is_public():
     assert chatpose_jax.Stream is Stream
+
+
+def with_head(params, name):
+    """The same model with one of ``tests.model.toy_heads``, and that head's fresh weights."""
+    config = CONFIG.replace(head=HeadConfig(f"tests.model.toy_heads:{name}"))
+    head = create(config.replace(scan_layers=True), jax.random.key(1))["pose_head"]
+    return ChatPose(config, {**params, "pose_head": head}, tiny_processor(config))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def poses_of_one_pass(config, params, ids, pixels, index):
+    model = bind(config, params)
+    return model.poses(model.states(model(ids, pixel_values=pixels).hidden, index), jax.random.key(0)).rotations[0]
+
+
+def check_against_one_pass(model, messages, reply):
+    """A reply's poses are those of one forward pass over prompt, pictures and answer."""
+    prompt = model.processor.encode(messages)
+    places = np.flatnonzero(reply.ids == model.config.pose_token_id) + len(prompt.input_ids)
+    ids = np.concatenate([prompt.input_ids, reply.ids])[None]
+    pixels = np.stack(prompt.images)[None] if prompt.images else None
+    whole = rounded(lambda params: poses_of_one_pass(model.config, params, ids, pixels, places[None] - 1), model.params)
+    agree(whole, [pose.matrices for pose in reply.poses])
+
+
+def test_a_head_that_reads_the_conversation_sees_all_of_it(params):
+    """In a batch of two lengths, in a later turn that reuses the cache, and streamed: what one forward pass shows it."""
+    model = with_head(params, "Looking")
+    conversations = [
+        [user("Who is this, and how do they stand?", picture(4))],
+        [user("One?")],
+    ]
+    for _ in range(2):
+        replies = model.chat(conversations, max_new_tokens=10, force_pose=True)
+        for messages, reply in zip(conversations, replies):
+            check_against_one_pass(model, messages, reply)
+        conversations = [[*c, r.message, user("And then?")] for c, r in zip(conversations, replies)]
+    stream = fresh(model).stream(conversations[0], max_new_tokens=10, force_pose=True)
+    "".join(stream)
+    check_against_one_pass(model, conversations[0], stream.reply)
+    other = fresh(model).chat(
+        [user("Who is this, and how do they stand?", picture(5))], max_new_tokens=10, force_pose=True
+    )
+    with pytest.raises(AssertionError):  # so that the comparison can see another picture
+        check_against_one_pass(model, [user("Who is this, and how do they stand?", picture(4))], other)
+
+
+def test_samples_repeat_by_seed_and_the_first_is_always_the_same(params):
+    model, question = with_head(params, "Drawing"), [user("Kneel.")]
+    settings = {"max_new_tokens": 10, "force_pose": True}
+    one, again, other = (model.chat(question, seed=seed, **settings) for seed in (1, 1, 2))
+    assert one.text == other.text, "greedy text does not depend on the seed"
+    assert_same(one, again)
+    assert np.abs(one.poses[0].matrices - other.poses[0].matrices).max() > 1e-3
+    stream = model.stream(question, seed=1, samples=3, **settings)
+    "".join(stream)
+    for reply in (model.chat(question, seed=1, samples=3, **settings), stream.reply):
+        assert [len(drawn) for drawn in reply.samples] == [3] * len(reply.poses)
+        assert_same(reply, one)
+        for pose, drawn in zip(reply.poses, reply.samples):
+            assert drawn[0] is pose
+            assert np.abs(drawn[1].matrices - drawn[2].matrices).max() > 1e-3
+
+
+def test_samples_of_a_head_that_draws_nothing_are_refused_at_once(model):
+    reply = model.chat([user("Hi")], max_new_tokens=8, force_pose=True)
+    assert reply.samples == [[pose] for pose in reply.poses]
+    for ask in (model.chat, model.stream):
+        with pytest.raises(UserError, match=r"^samples=2: the pose head 'mlp' draws nothing"):
+            ask([user("Hi")], samples=2)

@@ -41,8 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampled text, and of what a pose head draws")
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="poses for each pose token, of a head that draws"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the folder says")
+    parser.add_argument(
+        "--head",
+        metavar="MODULE:CLASS",
+        help="the model's pose head, where it is of a package of your own: a folder by itself makes nothing be imported",
+    )
     parser.add_argument(
         "--body",
         type=Path,
@@ -52,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat; returns the exit status."""
-    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "force_pose")}
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "force_pose", "samples")
+    settings = {name: getattr(args, name) for name in names}
     check_settings(**settings)
     if args.image and not args.prompt:
         raise UserError("--image needs --prompt; in a conversation, type /image FILE")
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--out needs --prompt; in a conversation, type /save FOLDER")
         make_writable(args.out)
         refuse_answered(args.out)
-    model = load(args.model, dtype=args.dtype, body=args.body)
+    model = load(args.model, dtype=args.dtype, body=args.body, head=args.head)
     if not args.prompt:
         return converse(model, settings)
     messages: list[dict[str, Any]] = []
@@ -108,26 +117,33 @@ def answer(model: ChatPose, messages: list[dict[str, Any]], settings: dict[str, 
 
 
 def reply_json(turn: int, prompt: str, reply: Reply) -> dict[str, Any]:
-    """One turn as JSON values; turns count from 1."""
-    return {
+    """One turn as JSON values; turns count from 1. ``samples`` is there where poses have more than one."""
+    values = {
         "turn": turn,
         "prompt": prompt,
         "text": reply.text,
         "finish_reason": reply.finish_reason,
         "poses": [pose.to_json() for pose in reply.poses],
     }
+    if any(len(drawn) > 1 for drawn in reply.samples):
+        values["samples"] = [[pose.to_json() for pose in drawn] for drawn in reply.samples]
+    return values
 
 
 def save(turns: Sequence[tuple[str, Reply]], out: Path, first: int = 1) -> list[Path]:
-    """``reply.jsonl``, one line a turn, and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz; ``first`` is the number of the first turn."""
+    """``reply.jsonl``, one line a turn, and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz, its further samples as
+    ``turn-T-pose-P-sample-2`` and so on; ``first`` is the number of the first turn.
+    """
     make_writable(out)
     numbered = list(enumerate(turns, first))
     lines = [json.dumps(reply_json(t, prompt, reply)) + "\n" for t, (prompt, reply) in numbered]
     (out / "reply.jsonl").write_text("".join(lines))
     written = [out / "reply.jsonl"]
     for t, (_, reply) in numbered:
-        for p, pose in enumerate(reply.poses, 1):
-            written += [pose.save(out / f"turn-{t}-pose-{p}{suffix}") for suffix in (".png", ".glb", ".obj", ".npz")]
+        for p, drawn in enumerate(reply.samples, 1):
+            for s, pose in enumerate(drawn, 1):
+                stem = out / (f"turn-{t}-pose-{p}" + (f"-sample-{s}" if s > 1 else ""))
+                written += [pose.save(f"{stem}{suffix}") for suffix in (".png", ".glb", ".obj", ".npz")]
     return written
 
 

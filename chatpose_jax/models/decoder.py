@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from chatpose_jax.models.attention import Attend
 from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
+from chatpose_jax.models.heads import head_class
 from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
 from chatpose_jax.models.sharding import RULES, constrain, gather, platform
@@ -20,12 +21,14 @@ from chatpose_jax.settings import one_line
 
 CACHE_AXES = ("batch", "heads", None, None)
 """Logical axes of a layer's keys and values in the cache."""
+STATE_AXES = ("batch", None, None)
+"""Logical axes of the final states in the cache."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all tokens so far.
+    """Keys and values of all tokens so far, and their final states where the pose head reads the conversation.
 
     All rows write at the same slot (``cursor``). Rows of different lengths therefore have unused slots between their tokens; ``valid`` marks
     the used ones.
@@ -33,12 +36,14 @@ class KVCache:
     keys, values: one (B, G, S, K) array for each layer; with scanned layers one (L, B, G, S, K) array.
     valid: (B, S) bool, True where a slot holds a token.
     cursor: () int32, the next slot to write.
+    states: (B, S, D) after the final norm, in the compute dtype, for a pose head that reads the conversation; None for others.
     """
 
     keys: Any
     values: Any
     valid: jax.Array
     cursor: jax.Array
+    states: jax.Array | None = None
 
     __repr__ = one_line
 
@@ -53,7 +58,10 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
-    """An empty cache of ``capacity`` slots in the compute dtype. mesh: its rows and heads are sharded on it; None is one device."""
+    """An empty cache of ``capacity`` slots in the compute dtype. mesh: its rows and heads are sharded on it; None is one device.
+
+    It keeps final states where the pose head of ``config`` reads the conversation.
+    """
     text = config.text
     shape = (batch, text.num_kv_heads, capacity, text.head_dim)
 
@@ -66,7 +74,9 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None
             return zeros((text.num_layers, *shape), config.dtype, *CACHE_AXES)
         return tuple(zeros(shape, config.dtype, *CACHE_AXES) for _ in range(text.num_layers))
 
-    return KVCache(layers(), layers(), zeros((batch, capacity), bool, "batch", None), zeros((), jnp.int32))
+    reads = head_class(config.head.name).reads
+    states = zeros((batch, capacity, text.hidden_size), config.dtype, *STATE_AXES) if reads == "conversation" else None
+    return KVCache(layers(), layers(), zeros((batch, capacity), bool, "batch", None), zeros((), jnp.int32), states)
 
 
 def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -226,7 +236,7 @@ class Decoder(nnx.Module):
             remat: which activations are saved for the backward pass, see ``models.remat``.
 
         Returns:
-            hidden (B, T, D) after the final RMSNorm, and the cache with new keys and values.
+            hidden (B, T, D) after the final RMSNorm, and the cache with new keys, values and states.
         """
         angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
         cursor = None if cache is None else cache.cursor
@@ -247,6 +257,11 @@ class Decoder(nnx.Module):
                 x, kv = run(layer, x, kv, None if keys is None else keys[i])
                 outputs.append(kv)
             pairs = None if cache is None else tuple(zip(*outputs))
+        hidden = self.norm(x)
         if cache is not None:
-            cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1])
-        return self.norm(x), cache
+            states = cache.states
+            if states is not None:
+                new = constrain(hidden, *STATE_AXES).astype(states.dtype)
+                states = jax.lax.dynamic_update_slice_in_dim(states, new, cache.cursor, axis=1)
+            cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1], states=states)
+        return hidden, cache

@@ -20,11 +20,12 @@ from chatpose_jax.train import hosts
 from chatpose_jax.train.run_config import RunConfig
 from chatpose_jax.train.trainable import Flat, flatten, unflatten
 from chatpose_jax.weights import folder as model_folder
+from chatpose_jax.weights.arrays import read_metadata
 
 
 def adopt(config: RunConfig, init: Path) -> RunConfig:
     """The configuration with the towers and token ids of the model that it starts from; in int8 where either is."""
-    base = model_folder.load_config(init)
+    base = model_folder.read_config(init)
     keep = config.model
     changes = {
         name: getattr(keep, name) for name in ("lora", "head", "dtype", "param_dtype", "scan_layers", "attention")
@@ -57,9 +58,9 @@ def initial_params(
     key = jax.random.key(config.train.seed)
     if init is None:
         return attend_evenly(create(config.model, key, mesh))
-    base = model_folder.load_config(init)
+    base = model_folder.read_config(init)
     model = config.model.replace(quantize=base.quantize)
-    wanted, held = flatten(abstract_params(model)), flatten(abstract_params(base))
+    wanted, held = flatten(abstract_params(model)), read_metadata(init / model_folder.PARAMS)
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
         raise UserError(
             f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: "

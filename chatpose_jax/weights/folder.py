@@ -27,6 +27,8 @@ import jax
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.heads import trusted_head
+from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
 from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json
@@ -230,8 +232,22 @@ def is_source(path: str | Path) -> bool:
     return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """The model configuration of a folder; raises what ``read_folder`` raises."""
+def load_config(path: str | Path, head: str | type[PoseHead] | None = None) -> ModelConfig:
+    """The model configuration of a folder, ready to be built.
+
+    head: the pose head as the user names it, "package.module:Class" or the class, where it is none that this program finds by itself:
+        a folder may be a stranger's, and makes this program import nothing.
+
+    Raises UserError: what ``read_folder`` raises; a head that the user has to name.
+    """
+    config = read_config(path)
+    return config.replace(head=trusted_head(str(path), config.head, head))
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The model configuration of a folder as it stands, to be looked at: nothing is imported, so that its pose head may be anything. Raises
+    what ``read_folder`` raises.
+    """
     try:
         return ModelConfig.from_json(read_folder(path)["model"])
     except KeyError:

@@ -221,7 +221,7 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
     ("source", "said", "advised"),
     [
         ("no_such_module:rows", "cannot be imported", False),
-        ("chatpose_jax.cli.train:nothing", "has no function 'nothing'", False),
+        ("chatpose_jax.cli.train:nothing", "has no function or class 'nothing'", False),
         ("chatpose_jax.data.sources:SOURCES.get", "has no function", False),
         (
             "chatpose_jax.train.run:validation_batches",

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from chatpose_jax import generate
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch, unstack_layers
-from chatpose_jax.models.config import LoRAConfig, LoRATarget, preset
+from chatpose_jax.models.config import HeadConfig, LoRAConfig, LoRATarget, preset
 from chatpose_jax.models.sharding import ShardingRules, make_mesh, partition_specs, place, shardings
 from chatpose_jax.planning import collectives
 from chatpose_jax.planning.plan import trace_decoding
@@ -71,14 +71,20 @@ def test_a_sharded_model_computes_the_same(shape):
     agree(rounded(hidden, params), hidden(jax.device_put(params, shards)))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 4, 1), (2, 1, 2), (2, 2, 2)])
-def test_what_is_planned_is_what_answers_over_a_mesh(sizes, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "head"),
+    [
+        *((sizes, "mlp") for sizes in [(1, 1, 4), (1, 4, 1), (2, 1, 2), (2, 2, 2)]),
+        ((2, 1, 2), "tests.model.toy_heads:Looking"),
+    ],
+)
+def test_what_is_planned_is_what_answers_over_a_mesh(sizes, head, monkeypatch):
     """The loop that answers over a mesh is the program that ``chatpose plan --decode`` compiles; it says what one device says."""
     count = math.prod(sizes)
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices")
     on = make_mesh(*sizes, devices=jax.devices()[:count])
-    stacked = preset("tiny")
+    stacked = preset("tiny").replace(head=HeadConfig(head))
     config, whole = stacked.replace(scan_layers=False), create(stacked, jax.random.key(0))
     spread = jax.device_put(whole, shardings(whole, on))
     prompts = [np.arange(5, 16, dtype=np.int32), np.arange(9, 16, dtype=np.int32)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import dataclasses
+import functools
+import importlib.metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from chatpose_jax import named
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig
 from chatpose_jax.models.heads.base import PoseHead, States
+from chatpose_jax.settings import did_you_mean
 from smpl_jax.pose import JOINTS, Pose
 
 HEADS: dict[str, str] = {
@@ -21,27 +24,81 @@ HEADS: dict[str, str] = {
 """Name, as in ``model.head.name``, to "module:Class". A module is imported when its head is asked for."""
 RESERVED = {"loss", "text", "token_accuracy"}
 """Names of the rest of the loss, which no part of a head's may have."""
+GROUP = "chatpose_jax.heads"
+"""Entry points by which a package that is installed offers heads."""
+_GIVEN: dict[str, type[PoseHead]] = {}
+"""Classes that were handed over instead of named, by the name that they have in a configuration."""
 
 
 def head_class(name: str) -> type[PoseHead]:
-    """The class that ``model.head.name`` names; UserError lists the names that there are."""
-    if name not in HEADS:
-        raise UserError(f"no pose head {name!r}; the heads are {', '.join(sorted(HEADS))} (model.head.name)")
-    module, _, attribute = HEADS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    """The class of a head: a name of ``HEADS`` or of an installed package's entry point, or ``package.module:Class``, which is imported.
+
+    Raises UserError where there is none, it cannot be imported, or it is no PoseHead. A name that stands in a file goes through
+    ``trusted_head`` first.
+    """
+    where = f"pose head {name!r}"
+    known = HEADS if name in HEADS or ":" in name else {**_offered(), **HEADS}
+    if name not in known and ":" not in name:
+        raise UserError(
+            f"no {where}{did_you_mean(name, known)}; the heads are {', '.join(sorted(known))}, and package.module:Class of your own "
+            "(model.head.name)"
+        )
+    found = _GIVEN.get(name) or named.find(where, name, known)
+    if not (isinstance(found, type) and issubclass(found, PoseHead)):
+        raise UserError(f"{where}: expected a class derived from {PoseHead.__module__}.PoseHead, found {found!r:.100}")
+    return found
+
+
+@functools.cache
+def _offered() -> dict[str, str]:
+    """The entry points of ``GROUP``: name to "module:Class"."""
+    offered: dict[str, str] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        if offered.setdefault(point.name, point.value) != point.value:
+            raise UserError(
+                f"two installed packages offer a pose head {point.name!r}, {offered[point.name]} and {point.value}: uninstall one"
+            )
+    return offered
+
+
+def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | None = None) -> HeadConfig:
+    """The head that a file names, checked before anything is imported: the file may be a stranger's.
+
+    Args:
+        where: what errors begin with, such as the file.
+        head: as the file has it.
+        given: the head as the user names it, "package.module:Class" or the class; takes the place of the file's name, for classes move.
+
+    Raises UserError for a head of one's own that the user did not name, and where the user names one but the file does not need it.
+    """
+    own = head.name not in HEADS and head.name not in _offered()
+    if given is None:
+        if own:
+            raise UserError(
+                f"{where}: its pose head {head.name!r} is not part of this program, and no file makes it import code. If you trust that code, "
+                f"name its class: --head {head.name if ':' in head.name else 'package.module:Class'}, or load(…, head=…)"
+            )
+        return head
+    name = given if isinstance(given, str) else f"{given.__module__}:{given.__qualname__}"
+    if not isinstance(given, str):
+        _GIVEN[name] = given
+    if not own and name != head.name:
+        raise UserError(
+            f"{where}: its pose head is {head.name!r}, which is found by that name; --head {name} is another's"
+        )
+    return dataclasses.replace(head, name=name)
 
 
 def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
-    """The head that ``config.name`` names, for hidden states of ``width``; UserError lists the known names or options."""
-    kind, options = head_class(config.name), dict(config.options)
+    """The head that ``config`` names, for hidden states of ``width``. Raises UserError for options that it does not take."""
+    kind, options, where = head_class(config.name), dict(config.options), f"pose head {config.name!r}"
+    takes = named.signature(where, kind.__init__)
+    takes = takes.replace(parameters=[each for name, each in takes.parameters.items() if name != "rngs"])
+    named.check_options(where, takes, options)
     try:
         return kind(width, rngs=rngs, **options)
     except TypeError as error:
-        keywords = [p.name for p in inspect.signature(kind.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        known = ", ".join(name for name in keywords if name != "rngs") or "none"
-        raise UserError(
-            f"pose head {config.name!r} refuses its options {options}: {error}; it knows {known} (model.head.options)"
-        ) from error
+        raise UserError(f"{where} cannot be made as (width, *, rngs, **options) with {options}: {error}") from error
 
 
 def abstract_head(config: HeadConfig, width: int = 8) -> PoseHead:

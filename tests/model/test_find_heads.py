@@ -1,0 +1,141 @@
+"""Pose heads are found by name, by an entry point, as package.module:Class; what is wrong is one line, and a file names none by itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models import heads
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.config import HeadConfig, preset
+from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.models.heads.mlp import MLPHead
+
+MODULE = """
+from pathlib import Path
+
+from chatpose_jax.models.heads.mlp import MLPHead
+
+Path(__file__).with_name("imported").touch()
+
+
+class Own(MLPHead):
+    def __init__(self, width, *, rngs, depth: int = 1, options=None):
+        super().__init__(width, rngs=rngs)
+        self.depth = depth
+
+
+class Moody(MLPHead):
+    def __init__(self, width):
+        pass
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path with the module ``outside_heads``, which leaves a file behind when it is imported, and one that raises."""
+    (tmp_path / "outside_heads.py").write_text(MODULE)
+    (tmp_path / "broken_heads.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "raising_heads.py").write_text("raise RuntimeError('two\\nlines')\n")
+    info = tmp_path / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[chatpose_jax.heads]\noutside = outside_heads:Own\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    heads._offered.cache_clear()
+    yield tmp_path
+    heads._offered.cache_clear()
+    for name in ("outside_heads", "broken_heads", "raising_heads"):
+        sys.modules.pop(name, None)
+
+
+def make(name: str, **options: object) -> PoseHead:
+    return heads.create_head(HeadConfig(name, tuple(options.items())), 8, rngs=nnx.Rngs(0))
+
+
+def test_a_head_of_ones_own_is_found_by_its_class_and_by_its_packages_name(package: Path) -> None:
+    assert make("outside_heads:Own", depth=2).depth == 2
+    assert type(make("outside")).__name__ == "Own"
+    config = preset("tiny").replace(head=HeadConfig("outside_heads:Own", (("depth", 3),)))
+    assert abstract_params(config)["pose_head"].keys() == abstract_params(preset("tiny"))["pose_head"].keys()
+
+
+def test_two_packages_of_one_name_are_refused_and_the_boxs_names_stay(package: Path) -> None:
+    points = package / "outside-1.0.dist-info/entry_points.txt"
+    points.write_text("[chatpose_jax.heads]\nmlp = outside_heads:Own\n")
+    assert heads.head_class("mlp") is MLPHead
+    other = package / "other-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    for folder, place in ((points.parent, "outside_heads:Own"), (other, "other:Head")):
+        (folder / "entry_points.txt").write_text(f"[chatpose_jax.heads]\nshared = {place}\n")
+    with pytest.raises(UserError, match=r"two installed packages offer a pose head 'shared', .*outside_heads:Own"):
+        make("shared")
+    assert heads.head_class("mlp") is MLPHead
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("nowhere.heads:Own", {}, "'nowhere.heads:Own' cannot be imported: No module named 'nowhere' .*installed.*PYTHONPATH"),
+        ("outside_heads.deep:Own", {}, "cannot be imported: No module named 'outside_heads.deep'"),
+        ("broken_heads:Own", {}, "'broken_heads:Own' cannot be imported: No module named 'nothing_of_that_name'"),
+        ("raising_heads:Own", {}, "'raising_heads:Own' cannot be imported: RuntimeError: two lines"),
+        ("outside_heads:Owm", {}, "the module outside_heads has no function or class 'Owm'"),
+        ("outside_heads:number", {}, "has no function or class 'number'"),
+        ("outside_heads:", {}, "expected 'mlp'.*'package.module:name'"),
+        (":Own", {}, "expected 'mlp'.*'package.module:name'"),
+        ("pathlib:Path", {}, r"'pathlib:Path': expected a class derived from chatpose_jax.models.heads.base.PoseHead, found <class"),
+        ("outsid", {}, "no pose head 'outsid'; did you mean outside.; the heads are .*mlp.*outside, and package.module:Class"),
+        ("outside_heads:Own", {"dept": 2}, "pose head 'outside_heads:Own' has no option 'dept'; did you mean depth"),
+        ("outside_heads:Own", {"depth": "two"}, "the option depth: expected int, found 'two'"),
+        ("outside_heads:Own", {"rngs": 3}, "has no option 'rngs'"),
+        ("outside_heads:Moody", {}, r"'outside_heads:Moody' cannot be made as \(width, \*, rngs, \*\*options\)"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_head_is_one_line(
+    package: Path, name: str, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        make(name, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_names_no_head_of_somebodys_own_by_itself(package: Path) -> None:
+    own = HeadConfig("outside_heads:Own", (("depth", 2),))
+    with pytest.raises(
+        UserError, match=r"^here: its pose head 'outside_heads:Own' is not part.*--head outside_heads:Own"
+    ):
+        heads.trusted_head("here", own)
+    assert heads.trusted_head("here", own, "outside_heads:Own") == own
+    assert not (package / "imported").exists(), "neither refusing nor allowing imports"
+    for name in ("mlp", "outside"):
+        assert heads.trusted_head("here", HeadConfig(name)) == HeadConfig(name)
+    with pytest.raises(
+        UserError, match=r"its pose head 'deep' is not part of this program.*--head package.module:Class"
+    ):
+        heads.trusted_head("here", HeadConfig("deep"))  # as it was called where users added files to this package
+    with pytest.raises(
+        UserError, match="its pose head is 'mlp', which is found by that name; --head outside_heads:Own"
+    ):
+        heads.trusted_head("here", HeadConfig("mlp"), "outside_heads:Own")
+
+
+def test_a_class_may_be_handed_over_and_may_have_moved(package: Path) -> None:
+    class Local(MLPHead):
+        pass
+
+    given = heads.trusted_head("here", HeadConfig("nowhere:Local"), Local)
+    assert heads.head_class(given.name) is Local
+    moved = heads.trusted_head("here", HeadConfig("nowhere:Own", (("depth", 2),)), "outside_heads:Own")
+    assert moved == HeadConfig("outside_heads:Own", (("depth", 2),))
+    with pytest.raises(UserError, match="expected a class derived from"):
+        heads.head_class(heads.trusted_head("here", HeadConfig("nowhere:Own"), Path).name)  # type: ignore[arg-type]
