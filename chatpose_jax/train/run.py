@@ -114,7 +114,7 @@ def _run(
     if settings.eval_every:  # behind the training source: what is wrong with both is no matter of validation
         with validating(settings):
             held_out = validation_rows(examples(config.data, "val", size))
-    say(f"reading the text of {len(source)} rows ...")
+    say(f"measuring {len(source)} rows ...")
     loader = BatchLoader(
         source,
         processor,

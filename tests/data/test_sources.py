@@ -4,13 +4,16 @@ import dataclasses
 import errno
 import json
 import pickle
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import DataConfig, SourceRow
@@ -371,3 +374,27 @@ def test_a_row_of_another_size_than_was_said_is_named(own, processor):
     loader = BatchLoader(examples(own(lambda split: Knowing(rows, wrong)), "train", 64), processor, 1)
     with pytest.raises(UserError, match=rf"example '{rows[0].id}', row 0: the epoch was planned for \[\d+, 0, 1\]"):
         loader.batch(0)
+
+
+def test_the_json_lines_of_the_docs(tmp_path, monkeypatch, processor):
+    """docs/extending.md, with a picture in one row."""
+    text = (Path(__file__).resolve().parents[2] / "docs/extending.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (tmp_path / "mydata.py").write_text(next(block for block in blocks if "class Lines" in block))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mydata", raising=False)
+    Image.fromarray(np.full((40, 30, 3), 200, np.uint8)).save(tmp_path / "a.jpg")
+    row = {"question": "Which pose?", "answer": "It is <POSE>.", "pose": [[3.14159, 0, 0], *[[0, 0, 0]] * 23]}
+    lines = [json.dumps(row), json.dumps({**row, "image": "a.jpg"})]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    rows = examples(DataConfig(sources=(("mydata:rows", 1.0, {"folder": str(tmp_path)}),)), "train", 64)
+    assert [row.kind for row in rows[:]] == ["text", "image"]
+    assert measure(rows, processor, 1024)[:, 1:].tolist() == [[0, 1], [1, 1]]
+    batch = next(iter(BatchLoader(rows, processor, 2, packing=True)))
+    assert batch["pose_mask"].sum() == 2 and batch["pixel_values"].any()
+    with pytest.raises(UserError, match=r"'mydata:rows' needs the option 'folder'"):
+        check_sources(DataConfig(sources="mydata:rows"))
+    (tmp_path / "train.jsonl").write_text(lines[0] + '\n{"question": "Which?"}\n')
+    rows = examples(DataConfig(sources=(("mydata:rows", 1.0, {"folder": str(tmp_path)}),)), "train", 64)
+    with pytest.raises(UserError, match=r"^row 1 of data.sources\[0\] 'mydata:rows': KeyError: 'answer'$"):
+        rows[1]

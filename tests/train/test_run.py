@@ -16,7 +16,7 @@ from chatpose_jax.weights import folder as model_folder
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 SMALL = [
     "train.steps=5", "train.log_every=1", "train.batch_size=2", "train.eval_every=0",
-    "data.train_size=8", "data.buckets=1", "data.mixture=(('text_short',1),)",
+    "data.sources.synthetic.train_size=8", "data.sources.synthetic.tasks={'text_short': 1}", "data.buckets=1",
 ]  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, m
     told = []
     whole = run_training(load_config("tiny", SMALL), tmp_path / "whole", progress=False, say=told.append)
     assert capsys.readouterr().out == ""
-    assert any("reading the text of 8 rows" in line for line in told)
+    assert any("measuring 8 rows" in line for line in told)
     once, twice = stored(whole), stored(names["folder"])
     assert once.keys() == twice.keys()
     for path, leaf in once.items():
