@@ -14,6 +14,7 @@ from smpl_jax.body import (
     to_smpl_pose,
     vertices,
 )
+from smpl_jax.cameras import translation_to_weak, weak_to_translation
 from smpl_jax.errors import BodyFileError, PoseFileError
 from smpl_jax.io import load_body, load_body_arrays, save_body_npz
 from smpl_jax.layer import Layer, LayerOutput, create
@@ -30,6 +31,7 @@ from smpl_jax.pose import (
     to_frame,
     unmeasured,
 )
+from smpl_jax.pose_writers import write_poses
 from smpl_jax.posed import PosedBody
 from smpl_jax.poses import PoseFile, read_poses
 from smpl_jax.rotations import (
@@ -88,6 +90,9 @@ __all__ = [
     "to_family",
     "to_frame",
     "to_smpl_pose",
+    "translation_to_weak",
     "unmeasured",
     "vertices",
+    "weak_to_translation",
+    "write_poses",
 ]

@@ -34,6 +34,7 @@ from jax.typing import DTypeLike
 
 from smpl_jax.body import BodyModel
 from smpl_jax.errors import BodyFileError
+from smpl_jax.pose import JOINTS, Family
 from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, Record, RestrictedUnpickler, numpy_table, records, sealed
 
 MAX_BYTES = 2**30
@@ -52,11 +53,12 @@ _FINGERS = [
     for finger in ("index", "middle", "pinky", "ring", "thumb")
     for i in (1, 2, 3)
 ]
-_FAMILY = {
-    24: ("smpl", [*_BODY_JOINTS, "left_hand", "right_hand"]),
-    52: ("smplh", [*_BODY_JOINTS, *_FINGERS]),
-    55: ("smplx", [*_BODY_JOINTS, "jaw", "left_eye_smplhf", "right_eye_smplhf", *_FINGERS]),
+_JOINT_NAMES: dict[Family, list[str]] = {
+    "smpl": [*_BODY_JOINTS, "left_hand", "right_hand"],
+    "smplh": [*_BODY_JOINTS, *_FINGERS],
+    "smplx": [*_BODY_JOINTS, "jaw", "left_eye_smplhf", "right_eye_smplhf", *_FINGERS],
 }
+_FAMILY = {JOINTS[name]: (name, names) for name, names in _JOINT_NAMES.items()}
 
 _REQUIRED = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "f", "kintree_table")
 _HANDS = ("hands_componentsl", "hands_componentsr", "hands_meanl", "hands_meanr")
@@ -394,7 +396,7 @@ def _landmarks(raw: Mapping[str, Any], faces: np.ndarray, num_vertices: int, whe
 def _split_expression(shapedirs: np.ndarray, num_joints: int) -> tuple[np.ndarray, np.ndarray]:
     """SMPL-X keeps both in one array: 300 + 100 directions, or 10 + 10 in the small release."""
     count = shapedirs.shape[-1]
-    betas = count if num_joints != 55 else 300 if count >= 400 else min(count, 10)
+    betas = count if num_joints != JOINTS["smplx"] else 300 if count >= 400 else min(count, 10)
     return shapedirs[..., :betas], shapedirs[..., betas:]
 
 

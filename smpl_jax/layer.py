@@ -21,17 +21,19 @@ from smpl_jax import body as bodies
 from smpl_jax.body import BodyModel
 from smpl_jax.errors import BodyFileError
 from smpl_jax.io import load_body_arrays
+from smpl_jax.pose import HANDS, JOINTS, SHARED
 from smpl_jax.rotations import axis_angle_to_matrix
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Parts of a pose in the order of the joints, by the body's number of joints.
+_BODY = (("global_orient", 1), ("body_pose", SHARED - 1))
 _FACE = (("jaw_pose", 1), ("leye_pose", 1), ("reye_pose", 1))
-_HANDS = (("left_hand_pose", 15), ("right_hand_pose", 15))
+_HANDS = (("left_hand_pose", HANDS // 2), ("right_hand_pose", HANDS // 2))
 _PARTS: dict[int, tuple[str, tuple[tuple[str, int], ...]]] = {
-    24: ("smpl", (("global_orient", 1), ("body_pose", 23))),
-    52: ("smplh", (("global_orient", 1), ("body_pose", 21), *_HANDS)),
-    55: ("smplx", (("global_orient", 1), ("body_pose", 21), *_FACE, *_HANDS)),
+    JOINTS["smpl"]: ("smpl", (("global_orient", 1), ("body_pose", JOINTS["smpl"] - 1))),
+    JOINTS["smplh"]: ("smplh", (*_BODY, *_HANDS)),
+    JOINTS["smplx"]: ("smplx", (*_BODY, *_FACE, *_HANDS)),
 }
 # The vertices that smplx appends to the joints, in its order: its names, and those of our files.
 # fmt: off
@@ -239,7 +241,7 @@ def create(
     arrays = load_body_arrays(path)
     body = BodyModel.from_arrays(arrays, num_betas=num_betas, num_expression=num_expression_coeffs, dtype=dtype)
     if body.num_joints not in _PARTS:
-        raise ValueError(f"{path} has {body.num_joints} joints; create takes SMPL's 24, SMPL-H's 52 and SMPL-X's 55")
+        raise ValueError(f"{path} has {body.num_joints} joints; create takes {', '.join(map(str, _PARTS))}")
     kind = _PARTS[body.num_joints][0]
     if model_type is not None and model_type.lower() != kind:
         raise ValueError(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from smpl_jax.pose import JOINTS
 from smpl_jax.printing import one_line
 from smpl_jax.rotations import geodesic_distance
 
@@ -85,7 +86,7 @@ def procrustes(source: ArrayLike, target: ArrayLike) -> Similarity:
     return Similarity(scale, rotation, target_mean[..., 0, :] - moved_mean)
 
 
-def mpjre(predicted: ArrayLike, target: ArrayLike, num_joints: int = 23) -> jax.Array:
+def mpjre(predicted: ArrayLike, target: ArrayLike, num_joints: int = JOINTS["smpl"] - 1) -> jax.Array:
     """Mean per-joint rotation error as ChatPose's tables print it: 100 x the mean absolute difference of matrix
     entries.
 

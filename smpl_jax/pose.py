@@ -118,14 +118,17 @@ def check(pose: Pose) -> Pose:
             a matrix is no rotation (R Rᵀ = 1 within 1e-3, det R = 1). Joints that were not measured need rotations too.
     """
     check_shapes(pose)
-    rotations = np.asarray(pose.rotations)
-    apart = np.abs(rotations @ rotations.swapaxes(-1, -2) - np.eye(3)).max(axis=(-1, -2), initial=0)
-    wrong = np.argwhere((apart > 1e-3) | (np.linalg.det(rotations) < 0))
-    if len(wrong):
-        *at, joint = wrong[0].tolist()
+    for *at, joint in no_rotations(pose.rotations):
         where = f" of pose {', '.join(map(str, at))}" if at else ""
         raise ValueError(f"rotations must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); joint {joint}{where} is none")
     return pose
+
+
+def no_rotations(matrices: Any) -> list[list[int]]:
+    """Indices (...) of those matrices (..., 3, 3) that are no rotations."""
+    matrices = np.asarray(matrices)
+    apart = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3)).max(axis=(-1, -2), initial=0)
+    return np.argwhere((apart > 1e-3) | (np.linalg.det(matrices) < 0)).tolist()
 
 
 def check_shapes(pose: Pose) -> Pose:

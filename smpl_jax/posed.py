@@ -18,6 +18,7 @@ from smpl_jax import rotations
 from smpl_jax.body import BodyModel
 from smpl_jax.frames import described
 from smpl_jax.pose import Pose, check_shapes, for_body
+from smpl_jax.pose_writers import write_poses
 from smpl_jax.printing import one_line
 
 SUFFIXES = (".glb", ".obj", ".npz", ".png")
@@ -111,7 +112,7 @@ class PosedBody:
             writes the posed mesh alone, as every viewer shows it.
 
         Raises:
-            ValueError: a path without one of these endings.
+            ValueError: a path without one of these endings; for ``.npz``, matrices that are no rotations.
         """
         from smpl_jax import export, render
 
@@ -135,15 +136,8 @@ class PosedBody:
         elif suffix == ".obj":
             export.write_obj(path, self.vertices, faces, frame=frame)
         elif suffix == ".npz":
-            export.write_npz(
-                path,
-                self.matrices,
-                frame=described(frame),
-                betas=self.pose.betas,
-                translation=self.pose.translation,
-                joints=self.joints,
-                joint_names=self.body.joint_names,
-            )
+            shown = None if self.pose.betas is None else self.body.name  # betas mean nothing without their body
+            write_poses(path, self.pose, joints=self.joints, joint_names=self.body.joint_names, body=shown)
         else:
             render.save_png(path, self.render(views=("front", "side")))
         return path

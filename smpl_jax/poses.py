@@ -1,8 +1,8 @@
-"""Pose files of other programs: what their arrays mean goes by name and shape together.
+"""Reads pose files of this and other programs: what their arrays mean goes by name and shape together.
 
-A shape alone says little: 72 numbers are 24 joints with the root for one program and 23 joints beside it are 69 for
-another. So a table lists which arrays make a pose and how many joints each may hold; what fits no row, or fits in two
-ways that differ, is an error that lists the choices. Nothing in a file is run: plain arrays only.
+A shape alone says little: one program writes 24 joints as 72 numbers, another the root as 3 and the other 23 joints as 69.
+So a table lists which arrays make a pose and how many joints each may hold; what fits no row, or fits in two ways that
+differ, is an error that lists the choices. Nothing in a file is run: plain arrays only.
 """
 
 from __future__ import annotations
@@ -15,36 +15,53 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import numpy as np
 
 from smpl_jax import frames, io
 from smpl_jax.errors import PoseFileError
 from smpl_jax.frames import Frame
+from smpl_jax.pose import HANDS, JOINTS, PARTS, SHARED, Pose, no_rotations
 from smpl_jax.rotations import axis_angle_to_matrix
 
 Kind = Literal["matrices", "axis-angle"]
-WHOLE = (22, 24, 52, 55)
-"""Joints of a pose with its root: what the family shares, SMPL, SMPL-H, SMPL-X."""
+_WHOLE = tuple(JOINTS.values())  # joints of a pose with its root
+_BODY = (JOINTS["smpl"] - 1, SHARED - 1)  # without its root: SMPL's 23, the 21 of SMPL-H and SMPL-X
 
 # A row is one way to write a pose: the arrays of its joints in order, and how many joints each may hold. An array in
 # brackets may be missing.
 _Row = tuple[tuple[str, tuple[int, ...]], ...]
 _ROWS: tuple[_Row, ...] = (
-    (("matrices", WHOLE),),  # smpl_jax, ChatPose-JAX
-    (("axis_angle", WHOLE),),
-    (("poses", WHOLE),),  # AMASS, 3DPW, EasyMocap
-    (("pose", WHOLE),),  # SPIN's data sets
-    (("full_pose", WHOLE),),  # smplx
-    (("fullpose", WHOLE),),  # GRAB
-    (("global_orient", (1,)), ("body_pose", (23, 21))),  # smplx, 4D-Humans (HMR2), NeuMan
-    (("body_pose", (24,)),),  # data sets of 4D-Humans: the root is its first joint
-    (("root_orient", (1,)), ("pose_body", (21, 23)), ("[pose_hand]", (30, 2))),  # AMASS for SMPL-X, human_body_prior
+    (("matrices", _WHOLE),),  # smpl_jax, ChatPose-JAX
+    (("axis_angle", _WHOLE),),
+    (("poses", _WHOLE),),  # AMASS, 3DPW, EasyMocap
+    (("pose", _WHOLE),),  # SPIN's data sets
+    (("full_pose", _WHOLE),),  # smplx
+    (("fullpose", _WHOLE),),  # GRAB
+    (("global_orient", (1,)), ("body_pose", _BODY)),  # smplx, 4D-Humans (HMR2), NeuMan
+    (("body_pose", (JOINTS["smpl"],)),),  # data sets of 4D-Humans: the root is its first joint
+    (  # AMASS for SMPL-X
+        ("root_orient", (1,)),
+        ("pose_body", (SHARED - 1,)),
+        ("pose_jaw", (1,)),
+        ("pose_eye", (2,)),
+        ("pose_hand", (HANDS,)),
+    ),
+    (("root_orient", (1,)), ("pose_body", _BODY), ("[pose_hand]", (HANDS, PARTS["rigid hands"]))),  # human_body_prior
 )
 _KINDS: dict[str, tuple[Kind, ...]] = {"matrices": ("matrices",), "axis_angle": ("axis-angle",)}
 _ROOTS = ("global_orient", "root_orient")
 _RATES = ("mocap_framerate", "mocap_frame_rate")  # AMASS's two releases write one of them, and nobody else does
+# What may lie beside a pose, by the names that programs give it; the first that is there and fits is taken.
+_BETAS = ("betas", "shape")  # SPIN's data sets write shape
+_TRANSLATIONS = ("translation", "trans", "transl")  # smpl_jax; AMASS, 3DPW; smplx, NeuMan
+_POSE_FLAGS = ("has_body_pose", "has_smpl")  # 4D-Humans, SPIN: 0 where the pose is a filler
+_BETAS_FLAGS = ("has_betas", "has_smpl")
+_TRANSLATION_FLAGS = ("has_translation",)
+_TEXTS = ("frame", "gender", "body")
+_BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
 
 
 class _Reading(NamedTuple):
@@ -58,10 +75,13 @@ class _Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PoseFile:
-    """A pose file of which it is known what it means.
+    """A pose file of which it is known what it means. ``file[3]`` is a pose, ``file[10:20]`` and ``file.poses()`` are a batch of them; only
+    the poses that are asked for are converted. ``len(file)`` counts them.
 
-    names: the arrays that make its poses. unused: what else lies in the file. num_joints: 22, 24, 52 or 55, the root
-    first. kind: how the file writes a rotation. frame: of the root, None where the file does not say.
+    names: the arrays that make its poses. unused: what else lies in the file and is not in its poses. num_joints: 22, 24, 52
+    or 55, the root first. kind: how the file writes a rotation. frame: of root and translation; None where the file does not
+    say, and then ``read_poses(path, frame=…)`` has to. shape: the batch shape that the poses have in the file. gender, rate
+    (poses a second), body (whose betas these are): None where the file does not say.
     """
 
     path: Path
@@ -70,53 +90,96 @@ class PoseFile:
     num_joints: int
     kind: Kind
     frame: Frame | None
+    shape: tuple[int, ...]
+    gender: str | None
+    rate: float | None
+    body: str | None
     _readings: tuple[_Reading, ...] = dataclasses.field(repr=False)
     _arrays: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    _fields: Mapping[str, np.ndarray] = dataclasses.field(repr=False)  # of ``Pose``, each of one row or of a row a pose
 
     def __len__(self) -> int:
         return self._readings[0].poses
 
-    def rotations(self, index: int = 0) -> np.ndarray:
-        """Pose `index` of the file as (J, 3, 3) float32 matrices relative to the parents, joint 0 in the file's frame.
+    def __iter__(self) -> Iterator[Pose]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int | slice) -> Pose:
+        """One pose, or several of batch shape (n,): float32 NumPy arrays, rotations as matrices, in the file's frame.
+
+        A pose that the file marks as a filler (``has_body_pose`` of 4D-Humans) has no joint measured.
 
         Raises:
-            PoseFileError: there is no such pose, it is not finite or no rotations, or arrays of the file that should
-                say the same differ.
+            PoseFileError: there is no such pose, it is not finite or no rotations, the frame is unknown, or arrays of the file
+                that should say the same differ.
         """
-        if not 0 <= index < len(self):
-            raise PoseFileError(f"{self.path}: pose {index} was asked for, but there are {len(self)} poses")
+        if self.frame is None:
+            raise PoseFileError(
+                f"{self.path}: does not say its frame; read_poses(path, frame=…) with one of {', '.join(get_args(Frame))}"
+            )
+        count = len(self)
+        if isinstance(index, slice):
+            which = np.arange(count)[index]
+        elif 0 <= index < count:
+            which = np.array([index])
+        else:
+            raise PoseFileError(f"{self.path}: pose {index} was asked for, but there are {count} poses")
+        fields = {name: rows[which if len(rows) > 1 else np.zeros_like(which)] for name, rows in self._fields.items()}
+        for name in ("betas", "translation"):
+            if (has := fields.get(f"has_{name}")) is not None:
+                fields[name] = np.where(has[:, None], fields[name], 0)
+        pose = Pose(self._rotations(which), self.frame, **fields)
+        for name in ("betas", "translation"):
+            if name in fields and not np.isfinite(fields[name]).all():
+                raise PoseFileError(f"{self.path}: {name} must be finite numbers; those of pose {index} are not")
+        if isinstance(index, slice):
+            return pose
+        pose = pose[0]
+        for name in ("betas", "translation"):
+            if (has := getattr(pose, f"has_{name}")) is not None:
+                pose = pose.replace(**{name: getattr(pose, name) if has else None, f"has_{name}": None})
+        return pose
+
+    def poses(self) -> Pose:
+        """All poses, of batch shape ``shape``."""
+        return jax.tree.map(lambda x: x.reshape(*self.shape, *x.shape[1:]), self[:])
+
+    def _rotations(self, which: np.ndarray) -> np.ndarray:
+        """(n, J, 3, 3) float32 of the poses `which`."""
         first, *others = self._readings
-        pose = self._pose(first, index)
+        pose = self._matrices(first, which)
         for other in others:
-            again = self._pose(other, min(index, other.poses - 1))
-            shared = len(again) if len(again) in (1, len(pose)) else 22
-            if other.poses != len(self) or np.abs(pose[:shared] - again[:shared]).max() > 1e-3:
+            again = self._matrices(other, np.minimum(which, other.poses - 1))
+            shared = again.shape[1] if again.shape[1] in (1, pose.shape[1]) else SHARED
+            apart = np.abs(pose[:, :shared] - again[:, :shared]).max(initial=0)
+            if other.poses != len(self) or apart > 1e-3:
                 raise PoseFileError(
                     f"{self.path}: {_listed(first.names)} and {_listed(other.names)} give different poses; "
                     "save the one that you mean without the other"
                 )
         return pose
 
-    def _pose(self, reading: _Reading, index: int) -> np.ndarray:
+    def _matrices(self, reading: _Reading, which: np.ndarray) -> np.ndarray:
         parts = []
         for name, count in zip(reading.names, reading.counts):
             tail = (count, 3, 3) if reading.kind == "matrices" else (count, 3)
-            parts.append(np.asarray(self._arrays[name].reshape(-1, *tail)[index], np.float32))
-        turns, names = np.concatenate(parts), _listed(reading.names) or "the array"
-        if not np.isfinite(turns).all():
-            raise PoseFileError(f"{self.path}: {names} must be finite numbers; pose {index} is not")
+            parts.append(np.asarray(self._arrays[name].reshape(-1, *tail)[which], np.float32))
+        turns = np.concatenate(parts, 1)
+        bad = ~np.isfinite(turns).reshape(len(turns), -1).all(1)
+        if bad.any():
+            names = _listed(reading.names) or "the array"
+            raise PoseFileError(f"{self.path}: {names} must be finite numbers; pose {which[bad.argmax()]} is not")
         if reading.kind == "axis-angle":
             return np.asarray(axis_angle_to_matrix(turns))
-        apart = np.abs(turns @ turns.swapaxes(-1, -2) - np.eye(3)).max(axis=(-1, -2))
-        if wrong := np.flatnonzero((apart > 1e-3) | (np.linalg.det(turns) < 0)).tolist():
+        for at, joint in no_rotations(turns):
             raise PoseFileError(
-                f"{self.path}: {names} must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); "
-                f"joint {wrong[0]} of pose {index} is none"
+                f"{self.path}: {_listed(reading.names) or 'the array'} must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); "
+                f"joint {joint} of pose {which[at]} is none"
             )
         return turns
 
 
-def read_poses(path: str | os.PathLike[str]) -> PoseFile:
+def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> PoseFile:
     """Open an ``.npz`` or ``.npy`` of poses and find out what it means.
 
     An ``.npz`` is read by the names of its arrays; each may be rotation matrices (..., J, 3, 3) or axis-angle (..., J, 3)
@@ -128,19 +191,31 @@ def read_poses(path: str | os.PathLike[str]) -> PoseFile:
 
     An ``.npy`` is one array of 22, 24, 52 or 55 joints.
 
+    Beside them are read, where they are there and fit the poses: ``betas``; ``translation``, ``trans`` or ``transl``; ``measured``;
+    the flags of what is a filler, ``has_betas``, ``has_translation``, ``has_body_pose``; and the texts and numbers that `PoseFile`
+    has. One row serves all poses, or there is one for each. What is not read is listed as ``unused``.
+
+    Args:
+        path: the file.
+        frame: of root and translation; overrides what the file says, and has to be given where it says nothing before poses are taken
+            from it.
+
     Returns:
-        The file; its `frame` is what its text ``frame`` says (``smpl_jax.export.write_npz``); "z-up" for AMASS, told by
-        its frame rate or by ``poses`` of SMPL-H's or SMPL-X's 52 or 55 joints; else None.
+        The file; its ``frame`` is what its text ``frame`` says (``write_poses``); "z-up" for AMASS, told by its frame rate or
+        by ``poses`` of SMPL-H's or SMPL-X's 52 or 55 joints; else None.
 
     Raises:
         PoseFileError: the file is missing, cut off or no file of plain arrays; no array in it is a pose; or two
             meanings fit.
+        ValueError: an unknown frame.
     """
+    if frame is not None:
+        frames.turn(frame)
     path = Path(path)
     if not path.is_file():
         raise PoseFileError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected an .npz or .npy")
     arrays, others = _load(path)
-    rows: tuple[_Row, ...] = ((("", WHOLE),),) if "" in arrays else _ROWS
+    rows: tuple[_Row, ...] = ((("", _WHOLE),),) if "" in arrays else _ROWS
     found = [reading for row in rows for reading in _readings(row, arrays)]
     if not found:
         raise PoseFileError(f"{path}: {_no_pose(arrays, others)}")
@@ -156,19 +231,84 @@ def read_poses(path: str | os.PathLike[str]) -> PoseFile:
                 )
             found.append(reading)
             used.add(root)
+    fields, beside = _beside(first, arrays)
+    texts = {name: text for name in _TEXTS if (text := _text(arrays.get(name))) is not None}
+    rates = {name: float(arrays[name]) for name in _RATES if name in arrays and _is_number(arrays[name])}
     return PoseFile(
         path=path,
         names=first.names,
-        unused=tuple(sorted({*arrays, *others} - used - {"frame", *_RATES})),
+        unused=tuple(sorted({*arrays, *others} - used - beside - set(texts) - set(_RATES) - {"frame"})),
         num_joints=sum(first.counts),
         kind=first.kind,
-        frame=_frame(path, first, arrays, others),
+        frame=frame or _frame(path, first, arrays, others),
+        shape=_batch(first, arrays),
+        gender=texts.get("gender"),
+        rate=next(iter(rates.values()), None),
+        body=texts.get("body"),
         _readings=tuple(found),
         _arrays=arrays,
+        _fields=fields,
     )
 
 
-def _readings(row: _Row, arrays: Mapping[str, np.ndarray], whole: tuple[int, ...] = WHOLE) -> Iterator[_Reading]:
+def _beside(first: _Reading, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], set[str]]:
+    """What else of ``Pose`` the file holds, each of one row or of a row a pose, and the names of the arrays that it came from."""
+    fields: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+
+    def take(names: tuple[str, ...], kinds: str, axes: int, width: int | None = None) -> np.ndarray | None:
+        """The first array that is there and fits, as (1 or as many as poses, width): `axes` is 1 for rows, 0 for one number each."""
+        for name in names:
+            array = arrays.get(name)
+            if array is None or array.dtype.kind not in kinds or array.ndim < axes or not array.size:
+                continue
+            rows = array.reshape(-1, *array.shape[array.ndim - axes :])
+            fits = len(rows) in (1, first.poses) and width in (None, *array.shape[-1:])
+            if fits and (name != "shape" or first.names == ("pose",)):
+                used.add(name)
+                return rows
+        return None
+
+    for field, names, width, marks in (
+        ("betas", _BETAS, None, _BETAS_FLAGS),
+        ("translation", _TRANSLATIONS, 3, _TRANSLATION_FLAGS),
+    ):
+        rows, has = take(names, "fiu", 1, width), take(marks, "fiub", 0)
+        if rows is None or (has is not None and not (has > 0).any()):
+            continue
+        fields[field] = rows.astype(np.float32)
+        if has is not None and not (has > 0).all():
+            fields[f"has_{field}"] = has > 0
+    joints = sum(first.counts)
+    measured = take(("measured",), "b", 1, joints)
+    flags = take(_POSE_FLAGS, "fiub", 0)
+    if measured is None and flags is not None and not (flags > 0).all():
+        measured = np.broadcast_to((flags > 0)[:, None], (len(flags), joints))
+    if measured is not None:
+        fields["measured"] = measured
+    return fields, used
+
+
+def _batch(reading: _Reading, arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """The batch shape of the array that holds most of the joints."""
+    count, name = max(zip(reading.counts, reading.names))
+    shape = arrays[name].shape
+    tails = [tail for _, tail in _tails(count) if shape[len(shape) - len(tail) :] == tail]
+    return shape[: len(shape) - len(tails[0])]
+
+
+def _text(array: np.ndarray | None) -> str | None:
+    """One text, which some programs write as bytes."""
+    if array is None or array.ndim or array.dtype.kind not in "US":
+        return None
+    return str(array) if array.dtype.kind == "U" else array.item().decode("utf-8", "replace")
+
+
+def _is_number(array: np.ndarray) -> bool:
+    return array.size == 1 and array.ndim == 0 and array.dtype.kind in "fiu" and bool(np.isfinite(array))
+
+
+def _readings(row: _Row, arrays: Mapping[str, np.ndarray], whole: tuple[int, ...] = _WHOLE) -> Iterator[_Reading]:
     """The meaning that fits names and shapes of a row: as many poses of one kind in each part, `whole` joints in all.
 
     There is one at most: numbers in a last axis of 3 or of 3 J and a last but one of 3 or of J tell the kinds apart, and
@@ -192,36 +332,39 @@ def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[t
     if array.dtype.kind not in "fiu":
         return
     for count in counts:
-        tails: list[tuple[Kind, tuple[int, ...]]] = [
-            ("matrices", (count, 3, 3)),
-            ("axis-angle", (count, 3)),
-            ("axis-angle", (3 * count,)),
-        ]
-        tails += [("matrices", (3, 3))] if count == 1 else []
-        for kind, tail in tails:
+        for kind, tail in _tails(count):
             lead = array.ndim - len(tail)
             if lead >= 0 and array.shape[lead:] == tail and kind in _KINDS.get(name, (kind,)):
                 yield count, kind, math.prod(array.shape[:lead])
 
 
+def _tails(count: int) -> list[tuple[Kind, tuple[int, ...]]]:
+    """How the last axes of an array may hold so many rotations."""
+    tails: list[tuple[Kind, tuple[int, ...]]] = [
+        ("matrices", (count, 3, 3)),
+        ("axis-angle", (count, 3)),
+        ("axis-angle", (3 * count,)),
+    ]
+    return [*tails, ("matrices", (3, 3))] if count == 1 else tails
+
+
 def _frame(path: Path, reading: _Reading, arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> Frame | None:
-    told = arrays.get("frame")
-    if told is not None and told.dtype.kind == "U" and told.ndim == 0:
+    if (text := _text(arrays.get("frame"))) is not None:
         try:
-            return frames.told(str(told))
+            return frames.told(text)
         except ValueError as error:
             raise PoseFileError(f"{path}: its {error}") from None
-    amass = reading.names == ("poses",) and reading.counts[0] in (52, 55)
+    amass = reading.names == ("poses",) and reading.counts[0] in (JOINTS["smplh"], JOINTS["smplx"])
     return "z-up" if amass or any(rate in arrays or rate in others for rate in _RATES) else None
 
 
 def _no_pose(arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> str:
     """What is wrong with a file that holds no pose, and what one would be."""
-    candidates = [f"{name} {a.dtype} of shape {a.shape}".strip() for name, a in arrays.items() if name != "frame"]
+    candidates = [f"{name} {a.dtype} of shape {a.shape}".strip() for name, a in arrays.items() if name not in _TEXTS]
     found = "; ".join([*candidates, ", ".join(others)] if others else candidates)[:300] or "nothing"
-    if "body_pose" in arrays and "global_orient" not in arrays and any(_shapes("", arrays["body_pose"], (23, 21))):
+    if "body_pose" in arrays and "global_orient" not in arrays and any(_shapes("", arrays["body_pose"], _BODY)):
         return f"body_pose has no root: save global_orient (1 joint) beside it; found {found}"
-    if "" in arrays and any(_shapes("", arrays[""], (23, 21))):
+    if "" in arrays and any(_shapes("", arrays[""], _BODY)):
         return (
             f"23 or 21 joints are a body without its root: save 22, 24, 52 or 55 joints, the root first; found {found}"
         )
@@ -241,7 +384,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Arrays whose names can belong to a pose, and the names of what else there is; a ``.npy`` (mapped, not read) has
     the name "".
     """
-    wanted = {name.strip("[]") for row in _ROWS for name, _ in row} | {"frame"}
+    wanted = {name.strip("[]") for row in _ROWS for name, _ in row} | _BESIDE
     try:
         data: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):

@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from chatpose_jax.chat import Pose
+from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
-from smpl_jax import body, io, render
-from smpl_jax.frames import Frame, turn
+from smpl_jax import io, render
+from smpl_jax.body import BodyModel
+from smpl_jax.frames import Frame
+from smpl_jax.pose import FAMILIES, PARTS, Pose, family_of, to_betas, to_family, to_frame
+from smpl_jax.posed import PosedBody
 from smpl_jax.poses import PoseFile, read_poses
 
 VIEWS = ("front", "side", "back", "three_quarter")
@@ -49,33 +50,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw or export one pose; what the file was taken to mean goes to standard error."""
     whole("--size", args.size, 16, 4096)
-    file = read_poses(args.pose)
-    frame = FRAMES[args.frame] if args.frame else file.frame or "camera"
-    pose = Pose(camera_pose(file, args.index, frame), io.load_body(args.body))
-    if args.out.suffix == ".png":
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        render.save_png(args.out, pose.render(args.size, args.views))
-    else:
-        pose.save(args.out, skinned=args.skinned)
-    print(_said(file, frame, chosen=args.frame is not None), file=sys.stderr)
+    chosen = FRAMES[args.frame] if args.frame else None
+    told = read_poses(args.pose, chosen)
+    file = told if told.frame else read_poses(args.pose, "camera")
+    body = io.load_body(args.body)
+    pose = file[args.index]
+    fitted, left_out = fit(pose, body, shaped=args.body is not None or file.body == body.name)
+    try:
+        posed = PosedBody(fitted, body)
+        if args.out.suffix == ".png":
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            render.save_png(args.out, posed.render(args.size, args.views))
+        else:
+            posed.save(args.out, skinned=args.skinned)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    source = (
+        "by --frame" if chosen else "by the file" if told.frame else "assumed; upside down? --frame y-up, as in smplx"
+    )
+    print(_said(file, source, left_out), file=sys.stderr)
     print(args.out)
     return 0
 
 
-def camera_pose(file: PoseFile, index: int, frame: Frame) -> np.ndarray:
-    """(24, 3, 3) float32 rotations of one pose in the camera frame; `frame` is that of the file's root."""
-    pose = np.array(body.to_smpl_pose(file.rotations(index)))
-    pose[0] = turn(frame, "camera") @ pose[0]
-    return pose
+def fit(pose: Pose, body: BodyModel, shaped: bool) -> tuple[Pose, list[str]]:
+    """The pose in the camera frame with the body's joints, and in words what of it the body cannot show.
+
+    shaped: whether the body is one that the betas may belong to; the one that comes with the package has betas of its own.
+    """
+    family = family_of(body.num_joints)
+    dropped = [part for part in FAMILIES[pose.family] if part not in FAMILIES[family]]
+    left_out = [f"joints left out: {sum(map(PARTS.__getitem__, dropped))} of {', '.join(dropped)}"] if dropped else []
+    betas = pose.betas
+    if betas is not None and not shaped:
+        pose = pose.replace(betas=None)
+        left_out.append("betas not used: they belong to the body that the pose was made with; --body takes its file")
+    pose = to_family(pose, family)
+    if betas is not None and shaped and pose.betas is None:
+        left_out.append(f"betas not used: they are not those of {family}")
+    elif pose.betas is not None and len(betas) > body.num_betas:
+        pose = to_betas(pose, body.num_betas)
+        left_out.append(f"betas used: the first {body.num_betas} of {len(betas)}")
+    return to_frame(pose, "camera", body), left_out
 
 
-def _said(file: PoseFile, frame: Frame, chosen: bool) -> str:
+def _said(file: PoseFile, source: str, left_out: list[str]) -> str:
     """One line: which arrays were read as what, and what was not."""
-    name = next(name for name, value in FRAMES.items() if value == frame)
-    source = (
-        "by --frame" if chosen else "by the file" if file.frame else "assumed; upside down? --frame y-up, as in smplx"
-    )
-    rest = f"; joints left out: {file.num_joints - 22} of hands and face" if file.num_joints > 24 else ""
-    rest += f"; not used: {', '.join(file.unused)[:200]}" if file.unused else ""
+    name = next(name for name, value in FRAMES.items() if value == file.frame)
     what = " + ".join(filter(None, file.names)) or "the array"
-    return f"read {what} as {file.num_joints} joints, {file.kind}, frame {name} ({source}){rest}"
+    rest = [*left_out, *([f"not used: {', '.join(file.unused)[:200]}"] if file.unused else [])]
+    return "; ".join([f"read {what} as {file.num_joints} joints, {file.kind}, frame {name} ({source})", *rest])

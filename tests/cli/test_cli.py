@@ -27,6 +27,8 @@ from chatpose_jax.train.run_config import config_names, load_config
 from chatpose_jax.weights.folder import save_folder
 from smpl_jax import axis_angle_to_matrix, load_body
 
+from ..smpl.models import random_arrays
+
 CONFIG = preset("tiny").replace(lora=None)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -351,14 +353,14 @@ AMASS[:, :66], AMASS[:, 66:], AMASS[:, 0] = UPRIGHT.reshape(2, 72)[:, :66], 0.5,
             {"global_orient": CAMERA[:, :1], "body_pose": CAMERA[:, 1:], "betas": np.zeros((2, 10))},
             [],
             "read global_orient + body_pose as 24 joints, matrices, frame camera (assumed; upside down? --frame y-up, as in smplx); "
-            "not used: betas",
+            "betas not used: they belong to the body that the pose was made with",
         ),
         ({"global_orient": HALF_TURN, "body_pose": UPRIGHT[:, 1:].reshape(2, 69)}, [], "as 24 joints, axis-angle"),
         ({"global_orient": np.zeros((2, 3)), "body_pose": UPRIGHT[:, 1:22]}, ["--frame", "y-up"], "y-up (by --frame)"),
         (
             {"poses": AMASS, "mocap_framerate": 120.0},
             [],
-            "frame z-up (by the file); joints left out: 30 of hands and face",
+            "frame z-up (by the file); joints left out: 30 of fingers",
         ),
         ({"axis_angle": UPRIGHT, "frame": np.array("model")}, [], "frame y-up (by the file)"),
     ],
@@ -372,6 +374,44 @@ def test_render_takes_a_pose_as_its_file_means_it(arrays, options, said, tmp_pat
     assert out == f"{tmp_path / 'out.npz'}\n" and said in err and err.count("\n") == 1
     with np.load(tmp_path / "out.npz") as file:
         np.testing.assert_allclose(file["matrices"], CAMERA[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "joints", "betas", "shaped", "words", "kept"),
+    [
+        ("smpl", 24, 10, True, [], 10),
+        ("smpl", 24, 4, True, [], 4),
+        ("smpl", 24, 16, True, ["betas used: the first 10 of 16"], 10),
+        ("smpl", 24, 10, False, ["betas not used: they belong to the body"], None),
+        ("smpl", 55, 10, True, ["joints left out: 33 of jaw and eyes, fingers", "betas not used: they are not those of smpl"], None),
+        ("smplh", 52, 16, True, ["betas used: the first 10 of 16"], 10),
+        ("smplh", 24, 10, True, ["joints left out: 2 of rigid hands"], 10),
+        ("smplx", 55, 10, True, [], 10),
+    ],
+)  # fmt: skip
+def test_render_says_what_a_body_cannot_show(kind, joints, betas, shaped, words, kept, tmp_path):
+    from chatpose_jax.cli.render import fit
+    from smpl_jax import Pose, PosedBody, load_body
+
+    np.savez(tmp_path / "body.npz", **random_arrays(kind, 60))
+    body = load_body(tmp_path / "body.npz")
+    pose = Pose(np.tile(np.eye(3), (joints, 1, 1)), "z-up", np.ones(betas, np.float32), np.ones(3, np.float32))
+    fitted, left_out = fit(pose, body, shaped=shaped)
+    assert fitted.frame == "camera" and (None if fitted.betas is None else len(fitted.betas)) == kept
+    assert len(left_out) == len(words) and all(said.startswith(word) for said, word in zip(left_out, words))
+    assert PosedBody(fitted, body).joints.shape == (body.num_joints, 3)
+
+
+def test_render_gives_a_body_of_its_own_the_shape_it_had(tmp_path, capsys):
+    from smpl_jax import Pose, PosedBody, load_body, read_poses
+
+    pose = Pose(CAMERA[0].astype(np.float32), "camera", betas=np.float32([1, -1]), translation=np.float32([0, 0, 3]))
+    PosedBody(pose, load_body()).save(tmp_path / "in.npz")
+    assert main(["render", str(tmp_path / "in.npz"), "--out", str(tmp_path / "out.npz")]) == 0
+    assert "betas" not in lines(capsys)[1]
+    again = read_poses(tmp_path / "out.npz")[0]
+    np.testing.assert_array_equal(again.betas, pose.betas)
+    np.testing.assert_array_equal(again.translation, pose.translation)
 
 
 def test_render_writes_a_glb_with_and_without_skin(tmp_path):

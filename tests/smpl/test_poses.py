@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from smpl_jax import PoseFileError, axis_angle_to_matrix, read_poses, to_smpl_pose
-from smpl_jax.export import write_npz
+from smpl_jax import PoseFileError, axis_angle_to_matrix, read_poses
 from smpl_jax.frames import turn
 
 TRUE = np.random.default_rng(7).normal(0, 0.4, (5, 55, 3)).astype(np.float32)  # five poses of SMPL-X
@@ -87,7 +86,16 @@ def test_what_others_write_is_read_as_they_mean_it(name, tmp_path):
     arrays, joints, frame = WRITERS[name]
     file = read_poses(save(tmp_path, arrays))
     assert (len(file), file.num_joints, file.frame) == (5, joints, frame)
-    np.testing.assert_allclose(file.rotations(3), MATRICES[3, :joints], atol=1e-6)
+    if frame is None:
+        with pytest.raises(
+            PoseFileError, match="does not say its frame; read_poses\\(path, frame=…\\) with one of model, camera"
+        ):
+            file[3]
+        file = read_poses(tmp_path / "pose.npz", "camera")
+    assert file[3].frame == (frame or "camera") and file[3].shape == ()
+    np.testing.assert_allclose(file[3].rotations, MATRICES[3, :joints], atol=1e-6)
+    np.testing.assert_allclose(file[1:4].rotations, MATRICES[1:4, :joints], atol=1e-6)
+    np.testing.assert_array_equal(np.stack([pose.rotations for pose in file]), file.poses().rotations)
     assert set(file.unused) <= set(arrays) | {"matrices (Python objects)"} and not set(file.unused) & set(file.names)
 
 
@@ -99,13 +107,13 @@ def test_no_number_of_poses_is_taken_for_a_number_of_joints(batch, matrices, joi
     poses = np.resize(TRUE[:, :joints], (batch, joints, 3))
     poses = np.asarray(axis_angle_to_matrix(poses)) if matrices else poses
     for root in (poses[:, 0], poses[:, :1]):
-        file = read_poses(save(tmp_path, {"global_orient": root, "body_pose": poses[:, 1:]}))
+        file = read_poses(save(tmp_path, {"global_orient": root, "body_pose": poses[:, 1:]}), "model")
         assert (len(file), file.num_joints) == (batch, joints)
         expected = poses[-1] if matrices else axis_angle_to_matrix(poses[-1])
-        np.testing.assert_allclose(file.rotations(batch - 1), expected, atol=1e-6)
+        np.testing.assert_allclose(file[batch - 1].rotations, expected, atol=1e-6)
     if batch == 1:
         one = {"global_orient": poses[0, 0], "body_pose": poses[0, 1:]}
-        np.testing.assert_allclose(read_poses(save(tmp_path, one)).rotations(), expected, atol=1e-6)
+        np.testing.assert_allclose(read_poses(save(tmp_path, one), "model")[0].rotations, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +131,12 @@ def test_no_number_of_poses_is_taken_for_a_number_of_joints(batch, matrices, joi
 def test_an_unnamed_array_is_a_whole_pose(shape, poses, joints, tmp_path):
     values = np.zeros(shape) if shape[-2:] != (3, 3) else np.broadcast_to(np.eye(3), shape)
     np.save(tmp_path / "pose.npy", values)
-    file = read_poses(tmp_path / "pose.npy")
+    file = read_poses(tmp_path / "pose.npy", "model")
     assert (len(file), file.num_joints) == (poses, joints)
-    np.testing.assert_array_equal(to_smpl_pose(file.rotations(poses - 1)), np.tile(np.eye(3), (24, 1, 1)))
+    np.testing.assert_array_equal(file[poses - 1].rotations, np.tile(np.eye(3), (joints, 1, 1)))
+    assert len(file.shape) == len(shape) - (
+        2 if shape[-1] == 3 and shape[-2:] != (3, 3) else 3 if shape[-2:] == (3, 3) else 1
+    )
 
 
 def turned(axis_angle):
@@ -171,7 +182,7 @@ def turned(axis_angle):
 def test_what_is_no_pose_or_more_than_one_is_an_error_that_lists_the_choices(arrays, words, tmp_path):
     path = save(tmp_path, arrays)
     with pytest.raises(PoseFileError, match=words) as caught:
-        read_poses(path).rotations()
+        read_poses(path, None if "frame" in arrays else "model")[0]
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -212,7 +223,7 @@ def test_unnamed_arrays_that_are_no_pose(tmp_path):
         read_poses(tmp_path / "pose.npy")
     np.save(tmp_path / "pose.npy", np.zeros((2, 72)))
     with pytest.raises(PoseFileError, match="pose 2 was asked for, but there are 2 poses"):
-        read_poses(tmp_path / "pose.npy").rotations(2)
+        read_poses(tmp_path / "pose.npy", "model")[2]
 
 
 def test_a_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
@@ -225,12 +236,95 @@ def test_a_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("told", "frame"), [("camera (x right, y down, z away)", "camera"), ("model", "model"), ("Z-up: metres", "z-up")]
 )
-def test_our_own_files_say_their_frame(told, frame, tmp_path):
-    path = write_npz(tmp_path / "pose.npz", MATRICES[0, :24], frame=told, joints=np.zeros((24, 3)))
-    file = read_poses(path)
-    assert (file.names, file.frame) == (("matrices",), frame)
-    assert file.unused == ("joints", "rotation_6d", "rotation_6d_order")
-    np.testing.assert_array_equal(file.rotations(), MATRICES[0, :24])
+def test_a_file_says_its_frame_in_words(told, frame, tmp_path):
+    path = save(tmp_path, {"matrices": MATRICES[0, :24], "frame": np.array(told)})
+    assert (read_poses(path).frame, read_poses(path)[0].frame) == (frame, frame)
+    assert read_poses(path, "model").frame == "model", "who reads it may know better"
+    with pytest.raises(ValueError, match="frame must be one of"):
+        read_poses(path, "world")
+
+
+BETAS, PLACES = (np.random.default_rng(8).normal(size=(5, n)).astype(np.float32) for n in (10, 3))
+POSES = TRUE[:, :24].reshape(5, 72)
+FLAGS = np.array([1, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "betas", "translation", "unused"),
+    [
+        ({"poses": POSES, "betas": BETAS, "trans": PLACES}, BETAS, PLACES, ()),
+        ({"poses": POSES, "betas": BETAS[0]}, np.tile(BETAS[0], (5, 1)), None, ()),  # AMASS, 3DPW: one for all
+        ({"poses": POSES, "betas": BETAS[:1], "transl": PLACES[0]}, np.tile(BETAS[0], (5, 1)), np.tile(PLACES[0], (5, 1)), ()),
+        ({"poses": POSES, "betas": BETAS[:, None], "translation": PLACES}, BETAS, PLACES, ()),
+        ({"pose": POSES, "shape": BETAS}, BETAS, None, ()),  # SPIN
+        ({"poses": POSES, "shape": BETAS}, None, None, ("shape",)),
+        ({"poses": POSES, "betas": BETAS[:3], "trans": np.zeros((5, 4))}, None, None, ("betas", "trans")),
+        ({"poses": POSES, "betas": np.array(1.0), "trans": np.zeros((0, 3))}, None, None, ("betas", "trans")),
+        ({"poses": POSES, "betas": np.array(["a"]), "transl": PLACES, "trans": PLACES}, None, PLACES, ("betas", "transl")),
+        ({"poses": POSES, "betas": BETAS, "has_betas": np.zeros(5)}, None, None, ()),
+        ({"poses": POSES, "betas": BETAS, "has_betas": np.ones(5)}, BETAS, None, ()),
+        ({"poses": POSES, "dmpls": np.zeros((5, 8)), "cam_t": PLACES}, None, None, ("cam_t", "dmpls")),
+    ],
+)  # fmt: skip
+def test_shape_and_place_lie_beside_the_pose(arrays, betas, translation, unused, tmp_path):
+    file = read_poses(save(tmp_path, arrays), "model")
+    for found, expected in ((file.poses().betas, betas), (file.poses().translation, translation)):
+        if expected is None:
+            assert found is None
+        else:
+            np.testing.assert_array_equal(found, expected)
+    if betas is not None:
+        np.testing.assert_array_equal(file[2].betas, betas[2])
+        np.testing.assert_array_equal(file[::2].betas, betas[::2])
+    assert file.unused == unused and file.poses().has_betas is None
+
+
+def test_fillers_are_marked(tmp_path):
+    """4D-Humans' data sets and SPIN's hold zeros, or anything, where a person has no fit."""
+    arrays = {"body_pose": POSES, "betas": BETAS, "has_body_pose": FLAGS, "has_betas": FLAGS}
+    file = read_poses(save(tmp_path, arrays), "camera")
+    pose = file.poses()
+    assert pose.measured.all(1).tolist() == [True, True, False, True, True] and not pose.measured[2].any()
+    assert pose.has_betas.tolist() == [True, True, False, True, True] and not pose.betas[2].any()
+    assert file[2].betas is None and not file[2].measured.any() and file[1].measured.all()
+    assert file.unused == ()
+    spin = read_poses(save(tmp_path, {"pose": POSES, "shape": BETAS, "has_smpl": FLAGS.astype(bool)}), "camera").poses()
+    assert spin.has_betas.tolist() == spin.measured.all(1).tolist() == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["betas", "trans"])
+def test_shape_and_place_must_be_numbers(name, tmp_path):
+    arrays = {"poses": POSES, name: np.full((5, 3), np.nan)}
+    with pytest.raises(PoseFileError, match=r"(betas|translation) must be finite numbers; those of pose 1 are not"):
+        read_poses(save(tmp_path, arrays), "model")[1]
+
+
+@pytest.mark.parametrize("gender", [np.array("male"), np.array(b"male")])
+def test_what_a_file_says_about_itself_can_be_read(gender, tmp_path):
+    arrays = {
+        "poses": TRUE[:, :52].reshape(5, 156),
+        "gender": gender,
+        "mocap_framerate": 120.0,
+        "dmpls": np.zeros((5, 8)),
+    }
+    file = read_poses(save(tmp_path, arrays))
+    assert (file.gender, file.rate, file.unused, file.shape) == ("male", 120.0, ("dmpls",), (5,))
+    many = read_poses(save(tmp_path, {"pose": POSES, "gender": np.array(["m"] * 5)}))
+    assert many.gender is None and many.unused == ("gender",)
+
+
+def test_all_parts_of_smplx_make_its_whole_pose(tmp_path):
+    arrays = {
+        "root_orient": TRUE[:, 0],
+        "pose_body": TRUE[:, 1:22].reshape(5, 63),
+        "pose_hand": TRUE[:, 25:].reshape(5, 90),
+        "pose_jaw": TRUE[:, 22],
+        "pose_eye": TRUE[:, 23:25].reshape(5, 6),
+        "mocap_frame_rate": np.float64(30),
+    }
+    file = read_poses(save(tmp_path, arrays))
+    assert file.num_joints == 55 and file.unused == ()
+    np.testing.assert_allclose(file[4].rotations, MATRICES[4], atol=1e-6)
 
 
 def test_frames_are_turns_of_an_upright_person():
@@ -242,13 +336,3 @@ def test_frames_are_turns_of_an_upright_person():
             np.testing.assert_allclose(turn(source, target) @ root, expected, atol=1e-6)
     with pytest.raises(ValueError, match="frame must be one of 'model', 'camera', 'z-up'; found 'world'"):
         turn("world")
-
-
-def test_to_smpl_pose_keeps_what_bodies_share():
-    np.testing.assert_array_equal(to_smpl_pose(MATRICES[:, :24]), MATRICES[:, :24])
-    for joints in (22, 52, 55):
-        pose = to_smpl_pose(MATRICES[:, :joints])
-        np.testing.assert_array_equal(pose[:, :22], MATRICES[:, :22])
-        np.testing.assert_array_equal(pose[:, 22:], np.broadcast_to(np.eye(3), (5, 2, 3, 3)))
-    with pytest.raises(ValueError, match="22, 24, 52 or 55"):
-        to_smpl_pose(MATRICES[:, :23])

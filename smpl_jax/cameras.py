@@ -1,0 +1,55 @@
+"""Weak-perspective cameras, as networks that see a crop predict them, and translations in metres.
+
+HMR, SPIN and HMR2 (4D-Humans) predict (s, tx, ty) for a square crop: s scales metres so that the crop is from -1 to 1, tx and ty
+are metres that the body is moved by before. A pinhole camera of focal length f pixels shows a body of the same size at the depth
+2 f / (size s), where one metre covers s size / 2 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def weak_to_translation(
+    camera: ArrayLike, focal: ArrayLike, size: ArrayLike, offset: ArrayLike | Sequence[float] = (0.0, 0.0)
+) -> jax.Array:
+    """The translation of a body in the camera frame that a weak-perspective camera stands for.
+
+    As SPIN (``train/trainer.py``) and HMR2 (``hmr2/models/hmr2.py``) compute it for the crop, and HMR2's ``cam_crop_to_full``
+    (``hmr2/utils/renderer.py``) for the whole picture; without the 1e-9 that they add to the denominator.
+
+    Args:
+        camera: (..., 3), s > 0, tx, ty.
+        focal: (...) focal length of the pinhole camera, pixels; HMR2 has 5000 for a crop of 256, and 5000 / 256 times the longer
+            side for the whole picture.
+        size: (...) side of the crop, in the pixels that ``focal`` counts.
+        offset: (..., 2) pixels from the principal point, mostly the middle of the picture, to the middle of the crop, x right, y down;
+            zeros for a camera of the crop itself.
+
+    Returns:
+        (..., 3) metres: ``Pose.translation`` in the frame "camera".
+    """
+    camera, focal, size, offset = (jnp.asarray(x, jnp.result_type(float)) for x in (camera, focal, size, offset))
+    metres = 2 / (size * camera[..., 0])  # of one pixel at the body's depth
+    return _joined(camera[..., 1:] + offset * metres[..., None], (focal * metres)[..., None])
+
+
+def translation_to_weak(
+    translation: ArrayLike, focal: ArrayLike, size: ArrayLike, offset: ArrayLike | Sequence[float] = (0.0, 0.0)
+) -> jax.Array:
+    """The weak-perspective camera (..., 3) of a translation (..., 3) with z > 0: the inverse of ``weak_to_translation``."""
+    translation, focal, size, offset = (
+        jnp.asarray(x, jnp.result_type(float)) for x in (translation, focal, size, offset)
+    )
+    metres = translation[..., 2] / focal
+    return _joined((2 / (size * metres))[..., None], translation[..., :2] - offset * metres[..., None])
+
+
+def _joined(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Along the last axis, the others broadcast."""
+    lead = jnp.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    return jnp.concatenate([jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in (a, b)], -1)

@@ -1,0 +1,165 @@
+"""Writes poses to files: this package's npz, AMASS's two kinds, plain axis-angle. ``smpl_jax.read_poses`` reads each back.
+
+Each file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from smpl_jax import rotations
+from smpl_jax._files import write_whole
+from smpl_jax.frames import described
+from smpl_jax.pose import HANDS, JOINTS, SHARED, Pose, check, to_betas
+
+Layout = Literal["smpl_jax", "amass", "axis-angle"]
+_AMASS_BETAS = 16
+_GENDERS = ("female", "male", "neutral")
+
+
+def write_poses(
+    path: str | os.PathLike[str],
+    pose: Pose,
+    layout: Layout = "smpl_jax",
+    *,
+    gender: str | None = None,
+    rate: float | None = None,
+    joints: ArrayLike | None = None,
+    joint_names: Sequence[str] | None = None,
+    body: str | None = None,
+) -> Path:
+    """Write poses for NumPy and for other programs: ``np.load(path, allow_pickle=False)``.
+
+    Layouts:
+
+    * "smpl_jax", ``.npz``: ``axis_angle`` (..., J, 3) radians, ``matrices`` (..., J, 3, 3), ``rotation_6d`` (..., J, 6) with
+      ``rotation_6d_order`` ("columns": first column, then second), ``frame`` in words, the other fields of the pose under their names
+      where they are not None, and ``joints``, ``joint_names``, ``body`` where given.
+    * "amass", ``.npz``, poses of batch shape (T,) in the frame "z-up": of SMPL-H's 52 joints as AMASS's SMPL+H release (``poses`` (T, 156),
+      ``trans``, ``betas`` (16,), ``dmpls``, ``gender``, ``mocap_framerate``), of SMPL-X's 55 as its SMPL-X release (``poses`` (T, 165), its parts
+      ``root_orient`` … ``pose_eye``, ``surface_model_type``, ``mocap_frame_rate`` …). These formats have a shape, a place and, for
+      SMPL-H, soft tissue (``dmpls``) always: zeros stand there for what the pose lacks, and ``has_betas``, ``has_translation`` and ``measured``,
+      which other programs do not look at, say so.
+    * "axis-angle", ``.npy``: (..., 3 J) float32 radians, and nothing else: who reads it has to know the frame.
+
+    Args:
+        path: where; its suffix has to be the layout's.
+        pose: any, with rotations that are rotations.
+        layout: one of the above.
+        gender: "female", "male" or "neutral", of the body that the betas belong to; "amass" needs it.
+        rate: poses a second; "amass" needs it.
+        joints: (..., K, 3) metres in the pose's frame, with their K ``joint_names``; body: name of the body that they and the betas belong to.
+            For "smpl_jax" alone.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the pose is none, or the layout cannot hold it or lacks something; the text says what to do.
+    """
+    check(pose)
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {', '.join(map(repr, get_args(Layout)))}; found {layout!r}")
+    suffix = ".npy" if layout == "axis-angle" else ".npz"
+    if Path(path).suffix.lower() != suffix:
+        raise ValueError(f"{path}: the layout {layout!r} is written to {suffix} files")
+    given = {"gender": gender, "rate": rate, "joints": joints, "joint_names": joint_names, "body": body}
+    taken = {"smpl_jax": ("joints", "joint_names", "body"), "amass": ("gender", "rate"), "axis-angle": ()}[layout]
+    if foreign := [name for name, value in given.items() if value is not None and name not in taken]:
+        raise ValueError(f"a file of layout {layout!r} holds no {', '.join(foreign)}")
+    if 0 in pose.shape:
+        raise ValueError(f"{path}: no pose to write, found the batch shape {pose.shape}")
+    pose = jax.tree.map(np.asarray, pose)
+    if layout == "axis-angle":
+        return _write_axis_angle(path, pose)
+    arrays = _amass(pose, gender, rate) if layout == "amass" else _ours(pose, given)
+    return write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+def _ours(pose: Pose, given: dict[str, Any]) -> dict[str, np.ndarray]:
+    matrices = np.asarray(pose.rotations, np.float32)
+    arrays = {
+        "axis_angle": _axis_angle(pose),
+        "matrices": matrices,
+        "rotation_6d": np.asarray(rotations.matrix_to_rotation_6d(matrices, order="columns"), np.float32),
+        "rotation_6d_order": np.array("columns"),
+        "frame": np.array(described(pose.frame)),
+    }
+    for name in ("betas", "translation", "measured", "has_betas", "has_translation"):
+        if (value := getattr(pose, name)) is not None:
+            arrays[name] = value.astype(bool if value.dtype == bool else np.float32)
+    if given["joints"] is not None:
+        arrays["joints"] = np.asarray(given["joints"], np.float32)
+    if given["joint_names"] is not None:
+        arrays["joint_names"] = np.array(list(given["joint_names"]), np.str_)
+    if given["body"] is not None:
+        arrays["body"] = np.array(given["body"])
+    return arrays
+
+
+def _amass(pose: Pose, gender: str | None, rate: float | None) -> dict[str, Any]:
+    if pose.num_joints not in (JOINTS["smplh"], JOINTS["smplx"]):
+        raise ValueError(
+            f"AMASS holds poses of SMPL-H or SMPL-X, found {pose.num_joints} joints ({pose.family}); "
+            "to_family(pose, 'smplh') fills in fingers at rest"
+        )
+    if pose.frame != "z-up":
+        raise ValueError(
+            f"AMASS is told in the frame 'z-up', found {pose.frame!r}; to_frame(pose, 'z-up', body) turns it"
+        )
+    if len(pose.shape) != 1 or not pose.shape[0]:
+        raise ValueError(
+            f"AMASS holds a sequence of poses, batch shape (T,), found {pose.shape}; pose[None] makes one of one"
+        )
+    if gender not in _GENDERS:
+        raise ValueError(f"AMASS needs gender, one of {', '.join(_GENDERS)}; found {gender!r}")
+    number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
+    if not number or not 0 < float(rate or 0) < math.inf:
+        raise ValueError(f"AMASS needs rate, a positive number of poses a second; found {rate!r}")
+    size, poses = pose.shape[0], _axis_angle(pose).reshape(*pose.shape, -1).astype(np.float64)
+    trans = np.zeros((size, 3)) if pose.translation is None else pose.translation.astype(np.float64)
+    betas, extra = np.zeros(_AMASS_BETAS), {}
+    if pose.betas is not None:
+        if (pose.betas != pose.betas[:1]).any() or (pose.has_betas is not None and not pose.has_betas.all()):
+            raise ValueError("AMASS has one shape for all poses of a file; the betas of these differ")
+        betas = to_betas(pose, max(_AMASS_BETAS, pose.betas.shape[-1])).betas[0].astype(np.float64)
+    else:
+        extra["has_betas"] = np.array(False)
+    if pose.translation is None:
+        extra["has_translation"] = np.array(False)
+    extra |= {name: value for name in ("measured", "has_translation") if (value := getattr(pose, name)) is not None}
+    arrays = {"trans": trans, "gender": np.array(gender), "betas": betas, "poses": poses} | extra
+    if pose.num_joints == JOINTS["smplh"]:
+        return arrays | {"mocap_framerate": np.float64(rate), "dmpls": np.zeros((size, 8))}
+    ends = 3 * np.cumsum([1, SHARED - 1, 1, 2, HANDS])
+    parts = np.split(poses, ends[:-1], axis=1)
+    return arrays | {
+        "surface_model_type": np.array("smplx"),
+        "mocap_frame_rate": np.float64(rate),
+        "mocap_time_length": np.float64(size / float(rate)),  # type: ignore[arg-type]
+        "num_betas": np.array(len(betas)),
+        **dict(zip(("root_orient", "pose_body", "pose_jaw", "pose_eye", "pose_hand"), parts)),
+    }
+
+
+def _write_axis_angle(path: str | os.PathLike[str], pose: Pose) -> Path:
+    if lost := [name for name in ("betas", "translation", "measured") if getattr(pose, name) is not None]:
+        none = ", ".join(f"{name}=None" for name in lost)
+        raise ValueError(
+            f"an axis-angle file holds rotations alone, and would lose {', '.join(lost)}; pose.replace({none}, …)"
+        )
+    array = _axis_angle(pose).reshape(*pose.shape, -1)
+    return write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def _axis_angle(pose: Pose) -> np.ndarray:
+    """(..., J, 3) float32."""
+    return np.asarray(rotations.matrix_to_axis_angle(np.asarray(pose.rotations, np.float32)), np.float32)
