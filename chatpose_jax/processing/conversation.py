@@ -1,4 +1,4 @@
-"""Messages as users write them, checked, and the template that lays them out as one prompt.
+"""Checks the messages of a user, and holds the templates that turn them into one prompt.
 
 Messages are those of OpenAI's chat API and of transformers: ``{"role": …, "content": str | [parts]}``. A part is
 ``{"type": "text", "text": str}``, ``{"type": "image", "image": path | bytes | PIL image | array}`` (transformers also
@@ -17,15 +17,16 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line
 
 POSE = "<POSE>"
-"""How a pose reads in every text that a user sees or writes, whatever literal the checkpoint's vocabulary holds."""
+"""Stands for a pose in every text that a user sees or writes. The token in the vocabulary may have another name."""
 
 Role = Literal["user", "assistant"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """``{system} {user}: question {assistant}: answer</s>{user}: …``; a generation prompt ends with ``{assistant}:``
-    and no space.
+    """The words around the turns: ``{system} {user}: question {assistant}: answer</s>{user}: …``.
+
+    A generation prompt ends with ``{assistant}:`` and no space.
 
     Source: Vicuna v1 as LLaVA-1.5 uses it (its conversation mode "v1": separators " " and "</s>").
     """
@@ -56,8 +57,9 @@ def template(name: str) -> Template:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """A picture that a message holds, not yet opened: path, bytes, PIL image, array or data: URI; ``where`` names it
-    in errors.
+    """An image in a message, not yet opened.
+
+    value: path, bytes, PIL image, array or ``data:`` URI. where: names it in errors.
     """
 
     value: Any
@@ -68,7 +70,10 @@ class ImageSource:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One checked message. ``ids``: the exact token ids of an answer, which then stand instead of its text."""
+    """One checked message of the user or the assistant.
+
+    ids: the exact token ids of an answer; they replace its text.
+    """
 
     role: Role
     parts: tuple[str | ImageSource, ...]
@@ -90,11 +95,10 @@ class Conversation:
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
-    """Check ``messages`` and bring them to one form. Outer white space of a text is dropped.
+    """Checks ``messages`` and gives them one form. White space around a text is dropped.
 
-    Raises UserError that names the message (``messages[i]``) for every malformed one: unknown role, a system message
-    that is not first, two turns of one role in a row, an assistant that speaks first, empty content, an unknown part,
-    a picture outside a user turn.
+    Raises UserError, which names the message (``messages[i]``), for: an unknown role, a system message that is not the first, two turns
+    of one role in a row, a conversation that the assistant begins, empty content, an unknown part, an image outside a user turn.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise UserError(
@@ -133,11 +137,11 @@ def _parse_turn(role: Role, message: Mapping[str, Any], where: str) -> Turn:
     ids = message.get("ids")
     if ids is not None:
         if role != "assistant":
-            raise UserError(f"{where}: 'ids' are the generated ids of an answer and belong in assistant messages only")
+            raise UserError(f"{where}: only an assistant message may have 'ids', the token ids of its answer")
         return Turn(role, (), _parse_ids(ids, where))
     parts = _parse_parts(message, where)
     if role == "assistant" and any(isinstance(part, ImageSource) for part in parts):
-        raise UserError(f"{where}: an assistant message cannot hold a picture; move it to a user message")
+        raise UserError(f"{where}: an assistant message cannot hold an image; move it to a user message")
     return Turn(role, parts)
 
 
@@ -152,7 +156,7 @@ def _parse_ids(ids: Any, where: str) -> tuple[int, ...]:
 def _only_text(message: Mapping[str, Any], where: str) -> str:
     parts = _parse_parts(message, where)
     if any(isinstance(part, ImageSource) for part in parts):
-        raise UserError(f"{where}: a system message cannot hold a picture; move it to a user message")
+        raise UserError(f"{where}: a system message cannot hold an image; move it to a user message")
     return "\n".join(str(part) for part in parts)
 
 
@@ -165,7 +169,7 @@ def _parse_parts(message: Mapping[str, Any], where: str) -> tuple[str | ImageSou
     parts = [_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
     kept = tuple(part for part in parts if part)
     if not kept:
-        raise UserError(f"{where}: empty content; write some text or add a picture")
+        raise UserError(f"{where}: empty content; write some text or add an image")
     return kept
 
 
@@ -189,7 +193,7 @@ def _parse_part(part: Any, where: str) -> str | ImageSource:
             raise UserError(f"{where}: unknown part type {kind!r}; the types are 'text', 'image' and 'image_url'")
     if value is None:
         raise UserError(
-            f"{where}: the part holds no picture; give 'image': path, PIL image or array, "
+            f"{where}: the part holds no image; give 'image': path, PIL image or array, "
             "or 'image_url': {'url': path or data: URI}"
         )
     return ImageSource(value, where)

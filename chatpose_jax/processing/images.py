@@ -1,4 +1,4 @@
-"""Pictures: opening them safely, and CLIP's preprocessing, with Pillow and NumPy only."""
+"""Opens images safely and preprocesses them as CLIP does, with Pillow and NumPy only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_types, require
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What ``load_image`` decodes. Pillow knows more, and some of those start other programs (EPS)."""
+"""Formats that ``load_image`` decodes. Pillow knows more, and some of those (EPS) start other programs."""
 
 Fit = Literal["crop", "pad"]
 FITS: tuple[Fit, ...] = get_args(Fit)
@@ -31,9 +31,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ImageSettings:
     """CLIP preprocessing to ``size`` × ``size`` pixels.
 
-    fit: ``crop`` resizes the shortest side to ``size`` and cuts out the centre (CLIP, and ChatPose's released code);
-        ``pad`` first fills the picture up to a square with the mean colour (LLaVA-1.5), which keeps people at the
-        sides of a landscape photograph.
+    fit: ``crop`` resizes the shortest side to ``size`` and takes the centre, as CLIP and ChatPose's released code do. ``pad`` first pads
+        the image to a square with the mean colour, as LLaVA-1.5 does; this keeps people at the sides of a landscape photograph.
+    mean, std: of each RGB channel, for pixels in [0, 1].
     """
 
     size: int = 336
@@ -48,23 +48,23 @@ class ImageSettings:
 
     @classmethod
     def from_json(cls, stored: Any, where: object) -> ImageSettings:
-        """Of a table of these fields; ``where`` is for errors. Raises UserError if it is none."""
+        """From a JSON object with these fields. Raises UserError, which begins with ``where``, for anything else."""
         try:
             numbers = {name: tuple(map(float, stored[name])) for name in ("mean", "std") if name in stored}
             return cls(**{**stored, **numbers})
         except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: no settings of pictures ({error})") from None
+            raise UserError(f"{where}: expected settings of images ({error})") from None
 
     def __call__(self, source: Any) -> np.ndarray:
-        """(size, size, 3) float32, normalised RGB, of whatever ``load_image`` takes."""
+        """Loads an image (``load_image``) and gives (size, size, 3) float32, normalised RGB."""
         return self.normalise(self.square(source))
 
     def square(self, source: Any, where: str = "") -> np.ndarray:
-        """(size, size, 3) uint8 RGB: resized and cropped or padded, not yet normalised; a quarter of the memory."""
+        """Loads an image and gives (size, size, 3) uint8 RGB: resized, and cropped or padded. ``normalise`` is the next step."""
         image = load_image(source, where)
         if self.fit == "pad":
             image = _pad_to_square(image, tuple(int(255 * channel) for channel in self.mean))
-        image = _without_far_ends(image)
+        image = _crop_to_aspect(image)
         width, height = image.size
         short = min(width, height)
         width, height = self.size * width // short, self.size * height // short
@@ -79,40 +79,46 @@ class ImageSettings:
 
 
 def load_image(source: Any, where: str = "") -> Image.Image:
-    """An upright RGB image of a path, bytes, a ``data:`` URI, a PIL image or an array ((H, W), (H, W, 1 | 3 | 4),
-    uint8, or float in [0, 1]: float16, bfloat16, float32 or float64, of NumPy, JAX or PyTorch).
+    """Loads an upright RGB image.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits; of an animation or a
-    file of many pages the first one is taken. Nothing is ever fetched from a network.
-    Raises UserError, which names the file or the part of the message, for what is no picture, is cut off, holds values
-    whose black and white nobody says, or is too large to be honest.
+    EXIF orientation is applied. Transparent pixels become white. 16-bit grey becomes 8-bit. The first frame or page of a file is taken.
+    Nothing is fetched from a network.
+
+    Args:
+        source: a path, bytes, a ``data:`` URI, a PIL image, or an array of NumPy, JAX or PyTorch: (H, W), (H, W, 1), (H, W, 3) or
+            (H, W, 4), uint8 or float in [0, 1] (float16, bfloat16, float32, float64).
+        where: begins the errors, such as the part of a message.
+
+    Raises:
+        UserError for what is no image, is damaged or cut off, has values of unknown range (32-bit integers, floats in a file), or has more
+        pixels than Pillow considers safe.
     """
     prefix = f"{where}: " if where else ""
     if isinstance(source, Image.Image):
         return _decode(source, f"{prefix}the PIL image")
     if isinstance(source, bytes | bytearray):
-        return _open(io.BytesIO(source), f"{prefix}the picture ({len(source)} bytes)")
+        return _open(io.BytesIO(source), f"{prefix}the image ({len(source)} bytes)")
     if isinstance(source, str) and source[:64].lstrip()[:5].lower() == "data:":
         return _open(io.BytesIO(_data_uri(source, prefix)), f"{prefix}the data: URI")
     if isinstance(source, str) and "://" in source[:16]:
         raise UserError(
-            f"{prefix}{source!r:.120} is a web address, and pictures are never fetched; download it and give the path"
+            f"{prefix}{source!r:.120} is a web address, and images are never fetched; download it and give the path"
         )
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         name = f"{prefix}{str(path)!r:.120}"
-        # A file system takes 255 characters a name; what comes as a longer text is a picture in base64 more often than a path.
-        hint = "; a picture as text must be a URI: 'data:image/png;base64,…'" if len(str(path)) > 255 else ""
+        # File names have at most 255 characters, so a longer text is probably an image in base64.
+        hint = "; an image as text must be a URI: 'data:image/png;base64,…'" if len(str(path)) > 255 else ""
         try:
             found = path.is_file()
         except OSError as error:
             raise UserError(f"{name} cannot be opened: {error.strerror}{hint}") from None
         if not found:
-            raise UserError(f"{prefix}no picture file at {str(path)!r:.120}{hint}")
+            raise UserError(f"{prefix}no image file at {str(path)!r:.120}{hint}")
         return _open(path, name)
     if hasattr(source, "__array__"):
         return _from_array(_as_array(source, f"{prefix}the array"), f"{prefix}the array")
-    raise UserError(f"{prefix}expected a picture as path, bytes, PIL image or array, found {type(source).__name__}")
+    raise UserError(f"{prefix}expected an image as path, bytes, PIL image or array, found {type(source).__name__}")
 
 
 def _data_uri(uri: str, prefix: str) -> bytes:
@@ -134,7 +140,7 @@ def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        raise UserError(f"{name} is no picture; expected one of {', '.join(FORMATS)}") from None
+        raise UserError(f"{name} is no image; expected one of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} would unpack to too many pixels ({error}); scale it down first") from None
     except OSError as error:
@@ -145,7 +151,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise UserError(
-            f"{name} has {image.width} × {image.height} pixels, more than the {limit} that Pillow holds safe; "
+            f"{name} has {image.width} × {image.height} pixels, more than the {limit} that Pillow considers safe; "
             "scale it down first"
         )
     if min(image.size) < 1:
@@ -154,7 +160,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         white, inverted = _grey_levels(image)
         transparent = _transparent(image, name)
         image.load()
-        image = ImageOps.exif_transpose(image)  # a copy, which may be changed
+        image = ImageOps.exif_transpose(image)  # a copy, so it may be changed
         if transparent is not None:
             image.info["transparency"] = transparent
         if image.mode.startswith("I;16"):
@@ -162,30 +168,28 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return _to_rgb(image, name)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders of damaged files raise whatever they stumble on (SyntaxError, struct.error, IndexError…)
+    except Exception as error:  # decoders raise anything for damaged files (SyntaxError, struct.error, IndexError…)
         raise UserError(f"{name} is damaged or cut off: {error}") from None
 
 
 def _grey_levels(image: Image.Image) -> tuple[int, bool]:
-    """The value of full grey in a picture of more than 8 bits, and whether it means black: what TIFF says and Pillow passes over."""
+    """The largest value of grey with more than 8 bits, and whether it is black. TIFF files say both, and Pillow ignores it."""
     tags = getattr(image, "tag_v2", {})
     bits, photometric = tags.get(258, (16,)), tags.get(262, 1)
     return 2 ** int(bits[0]) - 1, photometric == 0
 
 
 def _transparent(image: Image.Image, name: str) -> Any:
-    """The transparent level, palette index or colour of a PNG or GIF, in the values that Pillow decodes to; None where there is none.
+    """The transparent level, palette index or colour of a PNG or GIF, in the values that Pillow decodes to; or None.
 
-    Pillow spreads grey of 2 and 4 bits over 0 … 255 but leaves its transparent level as stored.
+    Pillow scales grey of 2 and 4 bits to 0 … 255, but not its transparent level.
     """
     level = image.info.get("transparency")
     tile = getattr(image, "tile", None)  # of a file not yet decoded: how its pixels are packed
     packing = tile[0][3] if tile else None
     if level is not None and packing == "RGB;16B":
         raise UserError(
-            f"{name} has 16 bits a colour and a transparent one, of which 8 bits cannot tell its neighbours; save it with an alpha channel"
+            f"{name} has 16 bits a channel and one transparent colour, which 8 bits cannot tell from similar ones; save it with an alpha channel"
         )
     levels = {"L;2": 3, "L;4": 15}.get(packing) if isinstance(packing, str) else None
     return level * 255 // levels if levels and isinstance(level, int) else level
@@ -206,7 +210,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"{name} holds 32-bit values of unknown range; convert it to 8 or 16 bits first")
     if image.mode == "F":
         raise UserError(f"{name} holds floating-point values of unknown range; convert it to 8 bits first")
-    if image.mode == "La":  # premultiplied; Pillow knows one way out
+    if image.mode == "La":  # premultiplied alpha: Pillow converts it to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -215,15 +219,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _as_array(source: Any, name: str) -> np.ndarray:
-    """NumPy's view of an array of NumPy, JAX or PyTorch, floats of fewer bits as float32."""
+    """A NumPy array of an array of NumPy, JAX or PyTorch; float16 and bfloat16 become float32."""
     try:
-        if hasattr(source, "detach"):  # PyTorch's, not imported for it: with a gradient, on a device, in bfloat16
+        if hasattr(source, "detach"):  # a PyTorch tensor: it may need a gradient, be on a device, or be bfloat16
             source = source.detach().cpu()
             source = source.float() if source.is_floating_point() else source
         array = np.asarray(source)
         narrow = array.dtype == np.float16 or (array.dtype.kind == "V" and array.dtype.names is None)
         return array.astype(np.float32) if narrow else array
-    except Exception as error:  # whatever the foreign library raises
+    except Exception as error:  # another library may raise anything
         raise UserError(f"{name} ({type(source).__name__}) gives no NumPy array: {error!s:.200}") from None
 
 
@@ -242,8 +246,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return _decode(Image.fromarray(np.ascontiguousarray(array)), name)
 
 
-def _without_far_ends(image: Image.Image, aspect: int = 16) -> Image.Image:
-    """The middle of a very long picture: resized whole, 1 × 100000 pixels would take gigabytes before the crop."""
+def _crop_to_aspect(image: Image.Image, aspect: int = 16) -> Image.Image:
+    """The middle of a very long image. Resized whole, 1 × 100000 pixels would take gigabytes before they are cropped."""
     width, height = image.size
     limit = aspect * min(width, height)
     left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
@@ -255,7 +259,7 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     side = max(width, height)
     if side * side > (Image.MAX_IMAGE_PIXELS or side * side):
         raise UserError(
-            f"a picture of {width} × {height} pixels is too long to be padded to a square; "
+            f"an image of {width} × {height} pixels is too long to be padded to a square; "
             "crop it or set images.fit='crop'"
         )
     square = Image.new("RGB", (side, side), colour)

@@ -1,13 +1,11 @@
 """Messages to ids, labels and pixels, and ids back to text.
 
-Layout of one conversation (Vicuna v1 as LLaVA-1.5 uses it; ``□`` is one image token, of which a picture has
-``num_patches``)::
+Layout of one conversation (Vicuna v1 as LLaVA-1.5 uses it). ``□`` is one image token; an image has ``num_patches`` of them::
 
     <s> {system} USER: □□…□ \\n question ASSISTANT: answer </s> USER: …
 
-Every stretch of text is tokenised alone and ids are spliced between, never written as text and tokenised again. Hence
-the ids of a chat's history, followed by the generated ids and ``</s>``, are exactly the beginning of the next turn's
-prompt, which is what lets a KV cache be kept.
+Each stretch of text between special tokens is tokenised by itself. Generated ids are never decoded and tokenised again. So the prompt of the
+next turn begins with exactly the ids of the last prompt, the generated ids and ``</s>``: the KV cache can be kept.
 """
 
 from __future__ import annotations
@@ -37,18 +35,18 @@ from chatpose_jax.processing.tokenizer import (
 from chatpose_jax.settings import one_line, whole
 
 IGNORE = -100
-"""Label of a position that takes no part in the loss."""
+"""Label of a position that does not count in the loss."""
 
 SETTINGS_FILE = "processor.json"
 
 Markers = Literal["auto", "always", "never"]
-"""``<im_start>`` and ``<im_end>`` around a picture: where the vocabulary has them, always (then as ordinary text where
-it lacks them, which is what CHATPOSE-V0's released chat program does with its vocabulary of 32001), or never."""
+"""Whether ``<im_start>`` and ``<im_end>`` stand around an image: "auto", where the vocabulary has them; "always", as ordinary text where it
+has not; "never". CHATPOSE-V0's released chat program does "always", with a vocabulary that has not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelIds:
-    """What processing must know of a model; ``of`` reads it from a ``ModelConfig``."""
+    """What the processor needs to know of a model; ``of`` reads it from a ``ModelConfig``."""
 
     vocab_size: int
     context: int
@@ -62,7 +60,7 @@ class ModelIds:
 
     @classmethod
     def of(cls, config: Any) -> ModelIds:
-        """config: a ``chatpose_jax.models.config.ModelConfig`` (not imported: processing stands below the model)."""
+        """Reads a ``chatpose_jax.models.config.ModelConfig``, which this package may not import."""
         return cls(
             vocab_size=config.text.vocab_size,
             context=config.text.max_position_embeddings,
@@ -80,12 +78,11 @@ class ModelIds:
 class Encoded:
     """One conversation as arrays.
 
-    input_ids, labels: (T,) int32, images expanded; ``labels`` equal ``input_ids`` on answers and their ``</s>`` and
-        are -100 elsewhere (not shifted).
-    images: one (S, S, 3) float32 normalised RGB array for each picture in order (uint8 and not normalised where asked
-        for).
-    pose_positions: (P,) int32, position p of each pose token; the hidden state that predicts it is at p - 1.
-    truncated: whether ``max_length`` cut something off.
+    input_ids: (T,) int32; each image is ``num_patches`` image tokens.
+    labels: (T,) int32, not shifted: ``input_ids`` in answers and at their ``</s>``, -100 elsewhere.
+    images: one (S, S, 3) float32 array of normalised RGB for each image, in order; uint8 RGB where ``encode`` does not normalise.
+    pose_positions: (P,) int32, position p of each pose token. The hidden state at p - 1 predicts it.
+    truncated: whether ``max_length`` cut tokens off.
     """
 
     input_ids: np.ndarray
@@ -98,10 +95,10 @@ class Encoded:
 
 
 class Sizes(NamedTuple):
-    """How many tokens, pictures and pose tokens a conversation has, and whether it was cut."""
+    """Numbers of tokens, images and pose tokens of a conversation, and whether ``max_length`` cut tokens off."""
 
     tokens: int
-    pictures: int
+    images: int
     poses: int
     truncated: bool
 
@@ -109,8 +106,7 @@ class Sizes(NamedTuple):
 class Processor:
     """Tokenizer, conversation template and image preprocessing of one model.
 
-    Raises UserError where the tokenizer does not fit the model: no BOS, no pose token, another id than the model's,
-    more rows than the model.
+    Raises UserError where the tokenizer does not fit the model: no BOS or pose token, other ids than the model's, or more rows.
     """
 
     def __init__(
@@ -130,10 +126,10 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | Path, config: Any) -> Processor:
-        """The processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one.
+        """Reads the processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one.
 
-        What that file leaves out: centre crop and the template that the vocabulary's maker used, which for ``[SEG]`` is
-        that of CHATPOSE-V0's released chat program (``llava_v1``, with markers), for any other LLaVA-1.5's.
+        Without that file: centre crop, and LLaVA-1.5's template. If the pose token is ``[SEG]``, the template is that of CHATPOSE-V0's
+        released chat program (``llava_v1``, with markers).
         """
         folder = Path(folder)
         tokenizer, ids = TextTokenizer.read(folder), ModelIds.of(config)
@@ -155,7 +151,7 @@ class Processor:
             ) from None
 
     def save(self, folder: str | Path) -> None:
-        """Write what ``load`` reads: the tokenizer's files as they came, and ``processor.json``."""
+        """Writes what ``load`` reads: the tokenizer's files, unchanged, and ``processor.json``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
@@ -168,9 +164,7 @@ class Processor:
 
     @property
     def pose_token(self) -> str:
-        """The pose token's literal in the vocabulary: ``<POSE>`` or ``[SEG]``. Users see and write ``<POSE>`` in
-        either case.
-        """
+        """The pose token in the vocabulary: ``<POSE>`` or ``[SEG]``. Users see and write ``<POSE>`` in both cases."""
         assert self.tokenizer.pose_token is not None  # _check
         return self.tokenizer.pose_token
 
@@ -182,23 +176,26 @@ class Processor:
         max_length: int | None = None,
         normalise: bool = True,
     ) -> Encoded:
-        """Encode a conversation.
+        """Encodes a conversation.
 
-        messages: see ``conversation``. An assistant message may carry ``"ids"``, the exact ids that were generated
-            (pose tokens in, ``</s>`` out), which then stand instead of its text.
-        add_generation_prompt: end with ``ASSISTANT:``; the last message must then be the user's.
-        max_length: cut what is longer (training), never within a picture; a picture or a pose token behind the cut is
-            dropped. Without it, a conversation that exceeds the model's context is a UserError.
-        normalise: False leaves images as uint8, for ``images.normalise`` later.
+        Args:
+            messages: see ``conversation``. An assistant message may have ``"ids"``, the token ids that were generated, with pose tokens and
+                without ``</s>``; they replace its text.
+            add_generation_prompt: end with ``ASSISTANT:``. The last message must then be the user's.
+            max_length: cut longer conversations, for training. An image is never cut in two; images and poses after the cut are dropped.
+            normalise: False leaves images as uint8; ``images.normalise`` can follow later.
+
+        Raises:
+            UserError for malformed messages or images, and without ``max_length`` for a conversation longer than the model's context.
         """
         ids, labels, sources = self._layout(messages, add_generation_prompt)
         length = len(ids)
         if max_length is not None:
             length = self._cut(ids, min(whole("max_length", max_length, 1), self.ids.context))
         elif length > self.ids.context:
-            pictures = f" ({len(sources)} × {self.ids.num_patches} of them for pictures)" if sources else ""
+            images = f" ({len(sources)} × {self.ids.num_patches} of them for images)" if sources else ""
             raise UserError(
-                f"the conversation has {length} tokens{pictures}, but the model's context holds {self.ids.context}; "
+                f"the conversation has {length} tokens{images}, but the model's context holds {self.ids.context}; "
                 "shorten it or drop early turns"
             )
         input_ids = np.asarray(ids[:length], np.int32)
@@ -207,25 +204,25 @@ class Processor:
         return Encoded(
             input_ids=input_ids,
             labels=np.asarray(labels[:length], np.int32),
-            images=[self.images.normalise(picture) for picture in pixels] if normalise else pixels,
+            images=[self.images.normalise(image) for image in pixels] if normalise else pixels,
             pose_positions=np.flatnonzero(input_ids == self.ids.pose_token_id).astype(np.int32),
             truncated=length < len(ids),
         )
 
     def measure(self, messages: Sequence[Mapping[str, Any]], max_length: int | None = None) -> Sizes:
-        """What ``encode`` would give of a whole conversation, without opening its pictures."""
+        """The sizes of what ``encode`` gives for a whole conversation. No image is opened."""
         ids, _, _ = self._layout(messages, add_generation_prompt=False)
         length = len(ids) if max_length is None else self._cut(ids, min(max_length, self.ids.context))
         kept = ids[:length]
-        pictures = kept.count(self.ids.image_token_id) // self.ids.num_patches
-        return Sizes(length, pictures, kept.count(self.ids.pose_token_id), length < len(ids))
+        images = kept.count(self.ids.image_token_id) // self.ids.num_patches
+        return Sizes(length, images, kept.count(self.ids.pose_token_id), length < len(ids))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of generated ids: poses read ``<POSE>``, other control tokens read nothing, no stray spaces."""
+        """Text of generated ids. A pose token becomes ``<POSE>``, other control tokens become nothing."""
         return self.tokenizer.decode(map(int, ids))
 
     def stream(self) -> StreamDecoder:
-        """A decoder that takes ids one by one."""
+        """A decoder that takes one id at a time."""
         return StreamDecoder(self.tokenizer)
 
     def _layout(
@@ -291,7 +288,7 @@ class Processor:
         return answer
 
     def _cut(self, ids: list[int], max_length: int) -> int:
-        """The greatest length <= max_length that does not end within a picture."""
+        """The greatest length <= max_length that does not cut an image in two."""
         if len(ids) <= max_length:
             return len(ids)
         seen = sum(token == self.ids.image_token_id for token in ids[:max_length])
@@ -302,7 +299,7 @@ class Processor:
         if tokenizer.pose_token_id is None:
             raise UserError(
                 f"the tokenizer has no pose token: expected {' or '.join(map(repr, POSE_LITERALS))} with id "
-                f"{ids.pose_token_id} among its added tokens, found {tokenizer.size} rows without; convert the "
+                f"{ids.pose_token_id} among its added tokens, and none of its {tokenizer.size} rows is one; convert the "
                 "checkpoint with 'chatpose convert', or add it to added_tokens.json"
             )
         expected = {"pose": ids.pose_token_id, "BOS": ids.bos_token_id, "</s>": ids.eos_token_id}
@@ -330,7 +327,7 @@ class Processor:
 
 
 class _Writer:
-    """Collects text until ids come between; a stretch of text is tokenised as a whole."""
+    """Joins text and ids. Text that comes in pieces is tokenised as a whole, once ids follow."""
 
     def __init__(self, tokenizer: TextTokenizer, bos_token_id: int) -> None:
         self.ids = [bos_token_id]
@@ -350,9 +347,7 @@ class _Writer:
         self._pending, self._strip = "", strip
 
     def control(self, ids: list[int], strip: bool = False) -> None:
-        """Ids without loss. ``strip``: they are added tokens of the vocabulary, beside which the slow tokenizer drops
-        white space.
-        """
+        """Adds ids without labels. strip: drop white space around them, as the slow tokenizer does around added tokens."""
         self.flush(strip)
         self.ids += ids
         self.labels += [IGNORE] * len(ids)
@@ -364,23 +359,17 @@ class _Writer:
 
 
 def split_pose(text: str) -> list[str]:
-    """Stretches of text around each ``<POSE>``; white space beside a pose is dropped, as LLaMA's slow tokenizer does
-    beside added tokens.
-    """
+    """The texts between each ``<POSE>``. White space around a pose is dropped, as LLaMA's slow tokenizer does around added tokens."""
     return [stretch.strip() for stretch in text.split(POSE)]
 
 
 @functools.cache
 def tiny_tokenizer() -> TextTokenizer:
-    """The embedded tokenizer of the preset ``tiny``: 1024 rows made by ``processing.train_tokenizer``, then ``<POSE>``
-    and ``<image>``.
-    """
+    """The tokenizer of the preset ``tiny``, from package data: 1024 rows made by ``processing.train_tokenizer``, ``<POSE>``, ``<image>``."""
     with resources.as_file(resources.files("chatpose_jax.processing") / "data" / "tiny_tokenizer") as folder:
         return TextTokenizer.read(folder)
 
 
 def tiny_processor(config: Any, template: Template | str = "plain") -> Processor:
-    """The processor of the preset ``tiny``, from package data. ``config``: ``preset("tiny")`` or one with its token
-    ids.
-    """
+    """The processor of the preset ``tiny``. config: ``preset("tiny")``, or one with the same token ids."""
     return Processor(tiny_tokenizer(), ModelIds.of(config), template)

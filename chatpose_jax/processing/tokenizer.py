@@ -1,9 +1,7 @@
-"""LLaMA's tokenizer, as the slow one that Vicuna was tuned with: text to ids piece by piece, and ids back to text as
-they stream.
+"""LLaMA's tokenizer: text to ids, and ids to text as they are generated. It gives the ids of the slow tokenizer, which Vicuna was tuned with.
 
-Special tokens never pass through text. transformers' own pipelines disagree about the space beside an added token
-(legacy or not, before or after a round trip through a folder), so only the vocabulary and the merges are taken from
-them; the rules around them are written out here.
+Special tokens are never part of a text. The tokenizers of transformers differ in the space beside an added token (legacy or not, before or
+after they are saved and read), so only vocabulary and merges come from there. The rules around them are here.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from chatpose_jax.processing.conversation import POSE
 
 RELEASED_POSE = "[SEG]"
 POSE_LITERALS = (POSE, RELEASED_POSE)
-"""Spellings of the pose token in vocabularies: the paper's, and the one that CHATPOSE-V0's tokenizer holds."""
+"""Names of the pose token in vocabularies: the paper's, and that of CHATPOSE-V0."""
 IMAGE_LITERAL = "<image>"
 MARKER_LITERALS = ("<im_start>", "<im_end>")
 
@@ -40,9 +38,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What makes up a tokenizer in a folder of transformers, 4.x or 5.x; either of the first two is needed."""
+"""The files of a tokenizer, as transformers 4.x and 5.x write them. One of the first two is needed."""
 ANY_FAST = "PreTrainedTokenizerFast"
-"""The class that reads ``tokenizer.json`` as it stands, in 4.x and 5.x."""
+"""The class of transformers 4.x and 5.x that changes nothing in ``tokenizer.json``."""
 _LLAMA = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -55,12 +53,11 @@ _LLAMA = {
 
 
 class TextTokenizer:
-    """Vocabulary and merges of a LLaMA-layout tokenizer (BPE with byte fallback over ``▁``-marked words).
+    """A tokenizer in LLaMA's layout: BPE with byte fallback, ``▁`` for a space.
 
-    bos_token_id, eos_token_id, pad_token_id: ids of ``<s>``, ``</s>`` and ``<unk>`` (rows are padded with unk, as
-        LLaVA does).
-    pose_token, pose_token_id: the pose token's literal in this vocabulary and its id, or None.
-    files: name -> content, what it was read from; ``save`` writes them again, byte for byte.
+    bos_token_id, eos_token_id, pad_token_id: ids of ``<s>``, ``</s>`` and ``<unk>``, with which LLaVA pads.
+    pose_token, pose_token_id: the pose token in this vocabulary and its id, or None.
+    files: name -> content of the files that it was read from; ``save`` writes the same bytes.
     """
 
     def __init__(
@@ -89,7 +86,7 @@ class TextTokenizer:
         self._silent = set(added.values()) | {self.bos_token_id, self.eos_token_id, self.pad_token_id}
         self._pieces = {index: piece for piece, index in vocabulary.items()}
 
-        # Without added tokens, and without merges that could build one, no text of a user can become a control id.
+        # No text of a user may become a control id, so added tokens go, and all merges that could make one.
         control = {"<s>", "</s>", "<unk>", *added}
         model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in control]
         data.update(
@@ -99,10 +96,9 @@ class TextTokenizer:
 
     @classmethod
     def read(cls, folder: str | Path) -> TextTokenizer:
-        """The tokenizer of a checkpoint folder: ``tokenizer.json``, or ``tokenizer.model`` with ``added_tokens.json``;
-        nothing is downloaded.
+        """Reads a folder with ``tokenizer.json``, or with ``tokenizer.model`` and ``added_tokens.json``. Nothing is downloaded.
 
-        Raises UserError for a folder without one, a damaged file, or another layout than LLaMA's.
+        Raises UserError for a folder without either, a damaged file, or a layout that is not LLaMA's.
         """
         folder = Path(folder)
         files = read_files(folder)
@@ -120,31 +116,29 @@ class TextTokenizer:
             backend = loader.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
             if _SLOW in files:
                 backend = _with_exact_merges(backend, folder / _SLOW)
-        except Exception as error:  # transformers raises whatever its parsers stumble on
+        except Exception as error:  # its parsers may raise anything
             raise UserError(
                 f"{found[0]} in {str(folder)!r} is damaged or no tokenizer ({type(error).__name__}: {error!s:.200})"
             ) from error
         return cls(backend, f"the tokenizer in {str(folder)!r}", files)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``files``, which ``read`` and transformers take."""
+        """Writes ``files``, which ``read`` and transformers can read."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, with SentencePiece's leading space and no BOS; special tokens written in it are ordinary
-        characters.
-        """
+        """Ids of a text, with SentencePiece's leading space and without BOS. Names of special tokens in it are ordinary characters."""
         return self._bpe.encode(_SPACE + text.replace(" ", _SPACE), add_special_tokens=False).ids if text else []
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of generated ids; the pose token reads ``<POSE>``, other control ids read nothing."""
+        """Text of generated ids. A pose token becomes ``<POSE>``, other control ids become nothing."""
         stream = StreamDecoder(self)
         return "".join([stream.push(index) for index in ids]) + stream.flush()
 
     def piece(self, index: int) -> bytes | None:
-        """UTF-8 bytes that a text id stands for (spaces real), or None for a control id or a row without a piece."""
+        """The UTF-8 bytes of an id, with real spaces; None for a control id or a row without a piece."""
         piece = self._pieces.get(index)
         if piece is None or index in self._silent:
             return None
@@ -154,21 +148,21 @@ class TextTokenizer:
 
 
 class StreamDecoder:
-    """Ids in, text out, one by one: never half a UTF-8 character, and the pieces joined are what ``decode`` gives.
+    """Decodes one id at a time. It never gives half a UTF-8 character, and its texts joined are those of ``decode``.
 
-    The space that SentencePiece puts before every stretch of text is not shown at the start, and after a pose only
-        before a word: "It is <POSE>."
+    SentencePiece puts a space before each stretch of text. It is dropped at the start, and after a pose unless a word follows:
+    "It is <POSE>."
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = ""
-        self._prefix = True  # the next text begins a stretch: its first space is SentencePiece's, not the writer's
-        self._gap = False  # a pose was shown last: a word needs a space before it
+        self._prefix = True  # the next text begins a stretch, so its first space is SentencePiece's
+        self._gap = False  # a pose came last, so a word needs a space before it
 
     def push(self, index: int) -> str:
-        """The text that became certain with this id; may be empty."""
+        """The text that is complete with this id; may be empty."""
         if index == self._tokenizer.pose_token_id:
             before = self._text(self._bytes.decode(b"", final=True))
             last = (before or self._last)[-1:]
@@ -179,7 +173,7 @@ class StreamDecoder:
         return self._text(self._bytes.decode(piece)) if piece is not None else ""
 
     def flush(self) -> str:
-        """What is left when no id follows: the replacement character where a UTF-8 character was never finished."""
+        """The rest, when no id follows: a replacement character where a UTF-8 character is not complete."""
         return self._text(self._bytes.decode(b"", final=True))
 
     def _text(self, text: str) -> str:
@@ -194,8 +188,9 @@ class StreamDecoder:
 
 
 def import_transformers() -> None:
-    """Load transformers without its advice, printed on loading, that PyTorch is missing: nothing here needs it. The environment and the
-    logging of the program that calls stay as they are.
+    """Imports transformers without its printed advice that PyTorch is missing, which nothing here needs.
+
+    The environment and the logging of the calling program do not change.
     """
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
@@ -209,12 +204,12 @@ def import_transformers() -> None:
 
 
 def read_files(folder: str | Path) -> dict[str, bytes]:
-    """The tokenizer's files in a folder, by name."""
+    """The files of the tokenizer in a folder: name -> content."""
     return {name: (Path(folder) / name).read_bytes() for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
 
 
 def complete(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """With LLaMA's settings (BOS in front, no EOS) where there are none: without them transformers writes no BOS."""
+    """Adds LLaMA's settings (BOS, no EOS) where there are none. Without them transformers adds no BOS."""
     if SETTINGS in files:
         return dict(files)
     kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True} if _SLOW in files else {"tokenizer_class": ANY_FAST}
@@ -222,15 +217,14 @@ def complete(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def json_bytes(data: Any) -> bytes:
-    """A JSON file's content."""
+    """The content of a JSON file."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _with_exact_merges(backend: tokenizers.Tokenizer, path: Path) -> tokenizers.Tokenizer:
-    """Order merges by the scores of ``tokenizer.model``.
+    """Orders merges by the scores of ``tokenizer.model``, as SentencePiece does.
 
-    SentencePiece merges the pair with the highest score first. transformers (5.23) orders by id, which differs where
-    scores do not fall with ids: runs of spaces, for one ("a  b").
+    transformers (5.23) orders them by id. That differs where a greater id has a greater score, as for several spaces ("a  b").
     """
     import sentencepiece
 

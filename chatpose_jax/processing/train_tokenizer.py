@@ -1,8 +1,7 @@
-"""Make a small tokenizer in LLaMA's layout: ``python -m chatpose_jax.processing.train_tokenizer OUT TEXT…``.
+"""Trains a small tokenizer in LLaMA's layout: ``python -m chatpose_jax.processing.train_tokenizer OUT TEXT…``.
 
-1024 rows: ``<unk>``, ``<s>``, ``</s>``, 256 bytes (so that any text has ids), printable ASCII, and merges learnt on the
-lines of the TEXT files; then ``<POSE>`` = 1024 and ``<image>`` = 1025. The embedded tokenizer of the preset ``tiny`` is
-made of the generated data set by ``tools/tiny_tokenizer.py``.
+It has 1024 rows: ``<unk>``, ``<s>``, ``</s>``, 256 bytes, so that any text has ids, printable ASCII, and merges learnt from the lines of the
+TEXT files. ``<POSE>`` is 1024 and ``<image>`` 1025. ``tools/tiny_tokenizer.py`` makes that of the preset ``tiny`` from the generated set.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _CONTROL = ["<unk>", "<s>", "</s>"]
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _SPACE = "▁"
 
-# What people may ask beyond the given text; it weighs little, so it takes only the merges that are left.
+# Words that people may use beyond the given text. They count little, so they get only the merges that are left.
 _GENERAL = """
 a an the and or but with without while then now again still just very slightly fully partly almost about roughly
 exactly more less most least same other another each every first second last one two three four five six seven eight
@@ -46,16 +45,16 @@ football basketball swimming skating boxing archery guitar
 
 
 def build(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
-    """Learn ``rows`` base rows from ``texts``, add the pose and image tokens. The same text gives the same tokenizer.
+    """Learns ``rows`` base rows from ``texts`` and adds the pose and image tokens. The same text gives the same tokenizer.
 
-    Merges may cross spaces, never punctuation (Liu et al. 2025, "SuperBPE"): sequences are shorter, and what belongs together is one token.
+    Merges may cross spaces but not punctuation (Liu et al. 2025, "SuperBPE"): sequences become shorter, and common phrases one token.
 
-    Raises ValueError where the text is too little for that many rows.
+    Raises ValueError if the text is too short for that many rows.
     """
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split("\n", "removed"),  # a line's first word follows no space, as behind a picture
+            pre_tokenizers.Split("\n", "removed"),  # the first word of a line follows no space, as after an image
             pre_tokenizers.Punctuation(),
             pre_tokenizers.Digits(individual_digits=True),
         ]
@@ -94,13 +93,13 @@ def build(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
 
 
 def tokens_a_word(tokenizer: TextTokenizer, texts: Iterable[str]) -> float:
-    """Ids for each space-separated word."""
+    """The mean number of ids for each word between spaces."""
     counts = [(len(tokenizer.encode(text)), len(text.split())) for text in texts]
     return sum(tokens for tokens, _ in counts) / max(1, sum(words for _, words in counts))
 
 
 def write(texts: Iterable[str], out: Path) -> TextTokenizer:
-    """Learn from ``texts`` and write ``out/tokenizer.json``."""
+    """Learns from ``texts`` and writes ``out/tokenizer.json``."""
     tokenizer = TextTokenizer(build(texts))
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=False) + "\n", encoding="utf-8")

@@ -111,7 +111,7 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     assert main(["chat", str(folder), "--max-new-tokens", "12"]) == 0
     out, _ = lines(capsys)
     assert out.count("error: ") == len(wrong) + 1
-    assert "/image: no picture file at 'nowhere.png'" in out
+    assert "/image: no image file at 'nowhere.png'" in out
     assert "File name too long" in out
     assert "there must be one" in out
     assert "no command /what" in out
@@ -125,7 +125,7 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["chat", "nowhere", "--prompt", "x"], "nowhere: no such folder"),
-        (["chat", "{folder}", "--prompt", "x", "--image", "nowhere.jpg"], "--image: no picture file at 'nowhere.jpg'"),
+        (["chat", "{folder}", "--prompt", "x", "--image", "nowhere.jpg"], "--image: no image file at 'nowhere.jpg'"),
         (
             ["chat", "{folder}", "--prompt", "x", "--image", "https://example.org/a.png"],
             "--image: 'https://example.org/a.png' is a web address",

@@ -183,7 +183,7 @@ def test_a_level_is_white_or_hidden_at_every_depth(data, expected):
 def test_a_transparent_colour_of_16_bits_is_refused():
     """Pillow keeps 8 of them, in which a neighbour of the hidden colour looks like it."""
     data = one_row(16, 2, struct.pack(">6H", 1, 2, 3, 1, 2, 4), 2, transparent=struct.pack(">3H", 1, 2, 3))
-    with pytest.raises(UserError, match=r"16 bits a colour and a transparent one.*alpha channel"):
+    with pytest.raises(UserError, match=r"16 bits a channel and one transparent colour.*alpha channel"):
         load_image(data)
 
 
@@ -276,16 +276,16 @@ def test_sixteen_bit_png_is_scaled():
 @pytest.mark.parametrize(
     ("name", "data", "error"),
     [
-        ("text.png", b"this is no picture", "is no picture"),
-        ("empty.jpg", b"", "is no picture"),
-        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no picture"),
+        ("text.png", b"this is no picture", "is no image"),
+        ("empty.jpg", b"", "is no image"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
         ("cut.png", encoded(picture(64, 64))[:2000], "damaged or cut off"),
         ("cut.jpg", encoded(picture(64, 64), "JPEG")[:700], "damaged or cut off"),
-        ("cut.webp", encoded(picture(64, 64), "WEBP")[:700], "cannot be read|damaged or cut off|is no picture"),
+        ("cut.webp", encoded(picture(64, 64), "WEBP")[:700], "cannot be read|damaged or cut off|is no image"),
         ("lies.png", png(300, 300), "damaged or cut off"),
         ("large.png", png(12_000, 12_000), "144000000|pixels"),
         ("bomb.png", png(100_000, 100_000), "too many pixels"),
-        ("zero.png", png(0, 5), "is no picture|damaged|no pixels|cannot be read"),
+        ("zero.png", png(0, 5), "is no image|damaged|no pixels|cannot be read"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -301,12 +301,12 @@ def test_hostile_files(tmp_path, name, data, error):
 @pytest.mark.parametrize(
     ("source", "error"),
     [
-        ("nowhere.png", "no picture file at 'nowhere.png'"),
+        ("nowhere.png", "no image file at 'nowhere.png'"),
         ("https://example.org/a.png", "never fetched"),
         ("file:///etc/hostname", "never fetched"),
         ("data:image/png;base64,%%%", "no valid base64"),
-        ("iVBORw0KGgo" * 400, "File name too long; a picture as text must be a URI: 'data:"),
-        ("iVBORw0KGgo/" * 100, "no picture file at .*a picture as text must be a URI: 'data:"),
+        ("iVBORw0KGgo" * 400, "File name too long; an image as text must be a URI: 'data:"),
+        ("iVBORw0KGgo/" * 100, "no image file at .*an image as text must be a URI: 'data:"),
         ("data:image/png,abc", "expected 'data:image"),
         (3, "found int"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),

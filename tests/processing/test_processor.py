@@ -168,7 +168,7 @@ def test_too_long_a_prompt_names_both_lengths(tiny):
         tiny.encode([user("word " * 1100)])
     patches = tiny.ids.num_patches
     pictures = 1024 // patches + 1
-    with pytest.raises(UserError, match=rf"{pictures} × {patches} of them for pictures"):
+    with pytest.raises(UserError, match=rf"{pictures} × {patches} of them for images"):
         tiny.encode([user("Who?", *[GREY] * pictures)])
 
 
@@ -194,7 +194,7 @@ def test_measuring_opens_no_picture(tiny):
     full = tiny.encode([user("What?", GREY), messages[1]], False)
     assert tiny.measure(messages) == (len(full.input_ids), 1, 1, False)
     assert tiny.measure(messages, int(full.pose_positions[0])) == (full.pose_positions[0], 1, 0, True)
-    with pytest.raises(UserError, match=r"messages\[0\].content\[0\]: no picture file"):
+    with pytest.raises(UserError, match=r"messages\[0\].content\[0\]: no image file"):
         tiny.encode(messages, False)
 
 
