@@ -61,7 +61,7 @@ class BodyModel:
     num_expression: int
 
     def __repr__(self) -> str:
-        count = next(iter(np.shape(self.template)[::-1]), "?")  # a pytree of something else may wear this class
+        count = next(iter(np.shape(self.template)[::-1]), "?")  # JAX puts other things than arrays in its place, too
         return f"BodyModel({self.name!r}, {count} vertices, {self.num_joints} joints, {self.num_betas} betas)"
 
     @property
@@ -181,8 +181,8 @@ class BodyModel:
     def subset(self, vertex_ids: ArrayLike) -> "BodyModel":
         """The same body with only the given vertices, in the given order; joints are unchanged.
 
-        Kept are the faces, named vertices and regressors that lie wholly within the subset. Time falls with the number
-        of vertices.
+        Faces, named vertices and regressors are kept if all their vertices are in the subset. The time to pose the body
+        falls with the number of vertices.
 
         Args:
             vertex_ids: (N,) integers, without repeats; concrete, not traced.
@@ -374,7 +374,7 @@ class _Inputs(NamedTuple):
 @partial(jax.jit, static_argnames="chunk")
 def _forward(body: BodyModel, inputs: _Inputs, chunk: int | None) -> BodyOutput:
     size = len(inputs.rotations)
-    if size == 0:  # reshapes with -1 cannot tell what nothing is made of
+    if size == 0:  # a reshape with -1 fails for an empty array
         empty = partial(jnp.zeros, dtype=body.dtype)
         return BodyOutput(empty((0, body.num_vertices, 3)), empty((0, body.num_joints, 3)))
     if chunk is None or size <= chunk:
@@ -412,8 +412,8 @@ def _pose(body: BodyModel, inputs: _Inputs) -> BodyOutput:
 
     transforms = jnp.concatenate([orientation, from_rest[..., None]], axis=-1)  # (B, J, 3, 4)
     skin = jnp.matmul(transforms.transpose(0, 2, 3, 1).reshape(size * 12, -1), body.weights, precision=_HIGHEST)
-    # Written out by component for the gradient's sake: the transpose of a broadcast product is a sum over three rows,
-    # which XLA on CPU does not vectorise, and that of a slice pads where that of a split concatenates.
+    # Written out by component so that the gradient is fast: that of a broadcast product is a sum over three rows, which
+    # XLA on CPU does not vectorise; that of a slice is a padding, where that of a split is a concatenation.
     t = [row[:, 0] for row in jax.lax.split(skin.reshape(size, 12, -1), [1] * 12, axis=1)]
     x, y, z = (plane[:, 0] for plane in jax.lax.split(shaped, [1] * 3, axis=1))
     posed = jnp.stack([t[i] * x + t[i + 1] * y + t[i + 2] * z + t[i + 3] for i in (0, 4, 8)], axis=1)

@@ -1,8 +1,7 @@
 """Files for other programs: OBJ, GLB (glTF 2.0), npz. Each file appears whole or not at all.
 
-Frames: `frame` says which of `smpl_jax.frames` a mesh or pose is told in, the model's (y up, facing +z) by default. OBJ
-and glTF are y up, so what is told in another frame is turned; nothing is mirrored. npz files keep the frame that they
-are given and name it.
+`frame` names the frame of the mesh or pose (`smpl_jax.frames`), by default the model frame: y up, facing +z. OBJ and glTF
+are y up, so what is in another frame is turned; nothing is mirrored.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from smpl_jax import rotations as rotation_functions
 from smpl_jax._files import write_whole
 from smpl_jax.body import BodyModel
-from smpl_jax.frames import Frame, told, turn
+from smpl_jax.frames import Frame, parse_frame, turn
 from smpl_jax.raster import mesh, vertex_normals
 from smpl_jax.render import SKIN
 
@@ -169,7 +168,7 @@ def write_npz(
         frame: of joint 0's rotation and of the joints: "camera", "model", "y-up" or "z-up", and more words if you like.
         betas: shape coefficients; translation: (..., 3) metres; joints: (..., K, 3) metres; joint_names: K names.
     """
-    told(frame)
+    parse_frame(frame)
     matrices = np.asarray(rotations, np.float32)
     if matrices.ndim < 3 or matrices.shape[-2:] != (3, 3):
         raise ValueError(f"rotations must be (..., J, 3, 3), found {matrices.shape}")

@@ -1,7 +1,7 @@
-"""The frames that a pose or a mesh may be told in.
+"""Coordinate frames of poses and meshes.
 
-A body file rests in the model frame, so a pose whose root is the identity is told in it. Other programs turn the root
-into frames of their own; all of these are metres and right-handed, and none mirrors another.
+A body file rests in the model frame, so a pose whose root is the identity is in that frame. Other programs turn the root
+into frames of their own. All frames are right-handed, in metres; none is a mirror image of another.
 """
 
 import re
@@ -25,7 +25,7 @@ _TO_MODEL: dict[str, NDArray[np.float64]] = {
 }
 
 
-def told(words: str) -> Frame:
+def parse_frame(words: str) -> Frame:
     """The frame that a file's text starts with: "camera", "model" or "y-up", "z-up", whatever follows. ValueError for another."""
     first = re.match(r"[\w-]*", words.lower())
     frame = _WORDS.get(first[0]) if first else None
@@ -34,13 +34,13 @@ def told(words: str) -> Frame:
     return frame
 
 
-def described(frame: Frame) -> str:
-    """A frame's name and axes, as files say it: ``told`` reads it back."""
+def describe_frame(frame: Frame) -> str:
+    """The name and the axes of a frame, as text for a file; ``parse_frame`` reads it back."""
     return _DESCRIBED[frame]
 
 
 def turn(source: str, target: str = "model") -> NDArray[np.float64]:
-    """(3, 3) rotation that takes column vectors told in `source` to `target`; each is one of `Frame`."""
+    """(3, 3) rotation from `source` to `target`, for column vectors; each is one of `Frame`. ValueError for another name."""
     for name in (source, target):
         if not isinstance(name, str) or name not in _TO_MODEL:
             raise ValueError(f"frame must be one of {', '.join(map(repr, _TO_MODEL))}; found {name!r}")

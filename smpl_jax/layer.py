@@ -47,7 +47,7 @@ _VERTEX_JOINTS = {
     "rring": "right_ring_tip", "rpinky": "right_pinky_tip",
 }
 # fmt: on
-# Keywords of smplx.create that mean nothing here: the one value that changes nothing, and what to do for another.
+# Keywords of smplx.create that are not supported: the value that is accepted, for it changes nothing, and what to do for others.
 _FOREIGN: dict[str, tuple[Any, str]] = {
     "use_face_contour": (False, "contour landmarks depend on the pose of the head; the 51 fixed ones are in .joints"),
     "joint_mapper": (None, "index .joints, whose names are .joint_names"),
@@ -225,7 +225,7 @@ def create(
             ``smplx.vertex_ids.vertex_ids["smplh"]``: SMPL's own files name none. A body that names all 21 needs none.
         batch_size: of the output where no argument has a batch axis.
         dtype: of everything; float64 needs ``jax_enable_x64``.
-        foreign: ``create_*`` of smplx, which mean nothing here: nothing is stored, all is passed at the call.
+        foreign: ``create_*`` of smplx, accepted and ignored: a ``Layer`` stores no parameters, all are passed at the call.
 
     Raises:
         BodyFileError: no such file, or no body in it.

@@ -51,7 +51,7 @@ class Pose:
 
     The constructor checks nothing, since JAX calls it with other things than arrays; ``check`` does.
 
-    rotations: (..., J, 3, 3), relative to the parents, joint 0 the global orientation told in ``frame``; J is one of ``JOINTS``.
+    rotations: (..., J, 3, 3), relative to the parents, joint 0 the global orientation in ``frame``; J is one of ``JOINTS``.
     frame: "camera" (x right, y down, z away), "model" (y up) or "z-up"; see ``smpl_jax.frames``.
     betas: (..., n) shape coefficients, or None where nothing is known of the shape. They belong to the body file that they were made
         with: the same numbers mean another shape for SMPL-X, and for the body of this package.
@@ -172,7 +172,7 @@ def _shaped(name: str, value: Any, shape: tuple[Any, ...], kind: Any) -> np.ndar
 
 
 def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
-    """The same poses told in another frame: the root's rotation and the translation are turned together.
+    """The same poses in another frame: the root's rotation and the translation change together.
 
     Args:
         pose: in any frame.
@@ -184,7 +184,7 @@ def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
     Raises:
         ValueError: an unknown frame, or a pose with a translation and no body.
     """
-    told = turn(pose.frame, frame)
+    matrix = turn(pose.frame, frame)
     if frame == pose.frame:
         return pose
     if pose.translation is not None and body is None:
@@ -193,9 +193,11 @@ def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
             "or pose.replace(translation=None, has_translation=None)"
         )
     xp = _numpy(pose)
-    turned = xp.asarray(told, pose.rotations.dtype)
+    turned = xp.asarray(matrix, pose.rotations.dtype)
 
-    def apply(vectors: Any) -> Any:  # broadcast products, exact since T holds 0 and ±1: accelerators round in a matmul
+    def apply(
+        vectors: Any,
+    ) -> Any:  # broadcast products are exact, for T holds 0 and ±1; accelerators round in a matmul
         return (turned * vectors[..., None, :]).sum(-1)
 
     root = apply(pose.rotations[..., 0, :, :].swapaxes(-1, -2)).swapaxes(-1, -2)

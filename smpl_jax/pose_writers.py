@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from smpl_jax import rotations
 from smpl_jax._files import write_whole
-from smpl_jax.frames import described
+from smpl_jax.frames import describe_frame
 from smpl_jax.pose import HANDS, JOINTS, SHARED, Pose, check, to_betas
 
 Layout = Literal["smpl_jax", "amass", "axis-angle"]
@@ -91,7 +91,7 @@ def _ours(pose: Pose, given: dict[str, Any]) -> dict[str, np.ndarray]:
         "matrices": matrices,
         "rotation_6d": np.asarray(rotations.matrix_to_rotation_6d(matrices, order="columns"), np.float32),
         "rotation_6d_order": np.array("columns"),
-        "frame": np.array(described(pose.frame)),
+        "frame": np.array(describe_frame(pose.frame)),
     }
     for name in ("betas", "translation", "measured", "has_betas", "has_translation"):
         if (value := getattr(pose, name)) is not None:
@@ -112,9 +112,7 @@ def _amass(pose: Pose, gender: str | None, rate: float | None) -> dict[str, Any]
             "to_family(pose, 'smplh') fills in fingers at rest"
         )
     if pose.frame != "z-up":
-        raise ValueError(
-            f"AMASS is told in the frame 'z-up', found {pose.frame!r}; to_frame(pose, 'z-up', body) turns it"
-        )
+        raise ValueError(f"AMASS has the frame 'z-up', found {pose.frame!r}; to_frame(pose, 'z-up', body) turns it")
     if len(pose.shape) != 1 or not pose.shape[0]:
         raise ValueError(
             f"AMASS holds a sequence of poses, batch shape (T,), found {pose.shape}; pose[None] makes one of one"

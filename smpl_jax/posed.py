@@ -16,7 +16,7 @@ import numpy as np
 from smpl_jax import body as bodies
 from smpl_jax import rotations
 from smpl_jax.body import BodyModel
-from smpl_jax.frames import described
+from smpl_jax.frames import describe_frame
 from smpl_jax.pose import Pose, check_shapes, for_body
 from smpl_jax.pose_writers import write_poses
 from smpl_jax.printing import one_line
@@ -147,7 +147,7 @@ class PosedBody:
         are lists of float32's shortest decimals."""
         more = {name: getattr(self.pose, name) for name in ("betas", "translation")}
         return {
-            "frame": described(self.pose.frame),
+            "frame": describe_frame(self.pose.frame),
             "body": self.body.name,
             "axis_angle": _decimals(self.axis_angle),
             "joint_names": list(self.body.joint_names),

@@ -75,7 +75,7 @@ class _Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PoseFile:
-    """A pose file of which it is known what it means. ``file[3]`` is a pose, ``file[10:20]`` and ``file.poses()`` are a batch of them; only
+    """An opened pose file whose meaning is known. ``file[3]`` is a pose, ``file[10:20]`` and ``file.poses()`` are a batch of them; only
     the poses that are asked for are converted. ``len(file)`` counts them.
 
     names: the arrays that make its poses. unused: what else lies in the file and is not in its poses. num_joints: 22, 24, 52
@@ -201,7 +201,7 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
             from it.
 
     Returns:
-        The file; its ``frame`` is what its text ``frame`` says (``write_poses``); "z-up" for AMASS, told by its frame rate or
+        The file; its ``frame`` is what its text ``frame`` says (``write_poses``); "z-up" for AMASS, known by its frame rate or
         by ``poses`` of SMPL-H's or SMPL-X's 52 or 55 joints; else None.
 
     Raises:
@@ -351,7 +351,7 @@ def _tails(count: int) -> list[tuple[Kind, tuple[int, ...]]]:
 def _frame(path: Path, reading: _Reading, arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> Frame | None:
     if (text := _text(arrays.get("frame"))) is not None:
         try:
-            return frames.told(text)
+            return frames.parse_frame(text)
         except ValueError as error:
             raise PoseFileError(f"{path}: its {error}") from None
     amass = reading.names == ("poses",) and reading.counts[0] in (JOINTS["smplh"], JOINTS["smplx"])
@@ -359,7 +359,7 @@ def _frame(path: Path, reading: _Reading, arrays: Mapping[str, np.ndarray], othe
 
 
 def _no_pose(arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> str:
-    """What is wrong with a file that holds no pose, and what one would be."""
+    """The error text for a file that holds no pose: what was expected and what was found."""
     candidates = [f"{name} {a.dtype} of shape {a.shape}".strip() for name, a in arrays.items() if name not in _TEXTS]
     found = "; ".join([*candidates, ", ".join(others)] if others else candidates)[:300] or "nothing"
     if "body_pose" in arrays and "global_orient" not in arrays and any(_shapes("", arrays["body_pose"], _BODY)):

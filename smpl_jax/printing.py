@@ -20,7 +20,7 @@ def one_line(self: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value in a few words: an array by dtype and shape, what holds many things by their number, anything else cut short."""
+    """A value in a few words: an array by dtype and shape, a long container by its length, anything else cut short."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype} {tuple(value.shape)}"
     if isinstance(value, Mapping) and len(value) > 3:

@@ -1,4 +1,4 @@
-"""Which triangle each pixel of a mesh's picture sees: a camera, and a rasteriser in plain numpy.
+"""A camera, and a rasteriser in plain numpy that finds the triangle which each pixel of a picture shows.
 
 The rasteriser is vectorised over (triangle, pixel) pairs: every triangle lists the pixel centres of its bounding box,
 the edge functions keep those inside, and one `np.maximum.at` over (inverse depth, pair) keys does the depth test.
@@ -79,7 +79,7 @@ class Camera:
 
 
 class Raster(NamedTuple):
-    """What each pixel sees; see `rasterize`."""
+    """The nearest triangle at each pixel; see `rasterize`."""
 
     face: NDArray[np.int32]
     barycentric: NDArray[np.float32]
@@ -127,7 +127,7 @@ def rasterize(vertices: ArrayLike, faces: ArrayLike, camera: Camera, *, cull: bo
 
 
 def mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Vertices (V, 3) float32 and faces (F, 3) intp; ValueError where they are none."""
+    """Vertices (V, 3) float32 and faces (F, 3) intp; ValueError for arrays that are no mesh."""
     points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"vertices must be (V, 3), found {points.shape}")

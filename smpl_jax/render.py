@@ -1,8 +1,8 @@
 """Pictures of meshes and bodies in plain numpy: no display, no GPU, no system package.
 
-`frame` says which of `smpl_jax.frames` a body is told in: the model's by default, where a resting body is upright and
-faces the viewer. Cameras and lights live in the camera frame, which is also the one ChatPose predicts in: x right,
-**y down**, z away from the viewer. There an upright body that faces the viewer has a global orientation near Rx(π).
+`frame` names the body's frame (`smpl_jax.frames`): by default the model frame, where a resting body is upright and
+faces the viewer. Cameras and lights are in the camera frame, in which ChatPose predicts: x right, **y down**, z away from
+the viewer. There an upright body that faces the viewer has a global orientation near Rx(π).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def render_mesh(
     Args:
         vertices: (V, 3) metres in `frame`.
         faces: (F, 3) vertex indices, counter-clockwise seen from outside.
-        frame: of the vertices. It has no default: what smplx gives is in "model", what a camera's calibration goes with
-            in "camera".
+        frame: of the vertices. It has no default: vertices of smplx are in "model", those that fit a camera's calibration in
+            "camera".
         camera: the view, in the camera frame; by default one that frames the mesh in a picture of `size`.
         size: side of a square picture, or (height, width), when no camera is given.
         colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).

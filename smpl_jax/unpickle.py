@@ -25,9 +25,9 @@ class ForbiddenGlobal(pickle.UnpicklingError):
 class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """An unpickler that resolves names in a table alone.
 
-    It derives from the standard library's Python implementation, not the C one: the work is in a few large buffers, so
-    it is as fast, its memo is a dictionary that a file cannot make it allocate by the gigabyte, and every opcode can
-    be read.
+    It derives from the standard library's Python implementation, not from the one in C. It is as fast, for the work is in a
+    few large buffers. Its memo is a dictionary, so a file cannot make it allocate gigabytes, and each opcode can be
+    replaced.
 
     Args:
         file: binary, with ``read`` and ``readline``.
@@ -57,7 +57,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise pickle.UnpicklingError("the pickle is cut off")
         self.append(bytearray(data))
 
-    # Dictionaries and sets hash what they hold, and a tuple of a tuple of … of one tuple, a few bytes each, takes forever to hash.
+    # A dictionary or set hashes its keys. A few bytes of nested tuples can take exponential time to hash, so keys are text or numbers.
     def _fill(self: Any, table: Any, items: list[Any]) -> None:
         for key, value in zip(_plain(items[::2]), items[1::2]):
             table[key] = value
@@ -133,8 +133,8 @@ class sealed:
 
 
 class Record:
-    """What stands for an object of a foreign class: the class's name, and the state the object was saved with, nothing
-    done with either.
+    """Stands for an object of a foreign class: the name of the class and the saved state of the object. Neither is
+    imported or run.
     """
 
     name: str = ""

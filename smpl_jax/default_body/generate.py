@@ -41,7 +41,7 @@ _LANDMARKS: dict[str, tuple[str, tuple[float, float, float]]] = {
     "left_big_toe": ("left_foot", (-0.5, 0, 1)),
     "left_small_toe": ("left_foot", (1, 0, 0.5)),
 }
-# Landmarks that are no extremes: the vertex nearest to a place (floor frame).
+# Landmarks that are not the furthest vertex in any direction: the vertex nearest to a place (floor frame).
 _PLACES = {"left_eye": (0.0315, 1.6105, 0.086), "mouth": (0.0, 1.549, 0.095)}
 
 
@@ -55,7 +55,7 @@ def build() -> dict[str, NDArray[Any]]:
     half = mesh.half_surface(surface.body, (0.0, -0.02, -0.20), (0.90, 1.76, 0.24), _GRID_STEP)
     thinned = mesh.thin(*mesh.largest_piece(*half), surface.normals, mesh.FACES // 2)
     vertices, faces, twin = mesh.mirror(*thinned)
-    # Features that the collapses have found stay where they are; trunk and limbs become even.
+    # Vertices of head, hands and feet hardly move, to keep their features; those of trunk and limbs become evenly spaced.
     amount = np.where(mesh.detailed(vertices), 0.08, 0.5)
     vertices = mesh.relax(vertices, faces, surface.body, surface.normals, 8, amount)
     joints = skeleton.joint_positions()
@@ -66,7 +66,7 @@ def build() -> dict[str, NDArray[Any]]:
         "f": faces,
         "weights": weights,
         "J_regressor": rig.joint_regressor(vertices, weights, joints, twin),
-        "kintree_table": np.stack([skeleton.PARENTS, np.arange(24)]),
+        "kintree_table": np.stack([skeleton.PARENTS, np.arange(len(skeleton.PARENTS))]),
         "shapedirs": rig.shape_directions(vertices, faces, weights, joints),
         "posedirs": rig.pose_correctives(vertices, faces, weights, joints, twin),
         "joint_names": np.array(skeleton.JOINT_NAMES),
@@ -125,7 +125,7 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     packed |= {
         "J_regressor_data": arrays["J_regressor"][row, column].astype(np.float32),
         "J_regressor_indices": column.astype(np.int32),
-        "J_regressor_indptr": np.searchsorted(row, np.arange(25)).astype(np.int32),
+        "J_regressor_indptr": np.searchsorted(row, np.arange(len(arrays["J_regressor"]) + 1)).astype(np.int32),
         "J_regressor_shape": np.array(arrays["J_regressor"].shape, np.int32),
     }
     return packed

@@ -132,7 +132,7 @@ def thin(
     uneven = vertices + normals(vertices.astype(np.float32)) * ripple[:, None]
     uneven[vertices[:, 0] == 0, 0] = 0.0
     large, triangles = magnifier(uneven), faces.astype(np.int32)
-    # A collapse on the rim removes one face and any other two, so a run can stop one short; another pace does not.
+    # A collapse on the rim removes one face, any other two, so a run can end one face short; then the next pace is tried.
     for pace in (2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.2, 3.4, 3.6, 3.8):
         points, kept = fast_simplification.simplify(large, triangles, target_count=count, agg=pace)
         kept = kept.astype(np.int64)

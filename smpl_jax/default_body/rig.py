@@ -1,4 +1,4 @@
-"""Everything of the default body but its skin: skinning weights, joint regressor, shape directions, pose correctives.
+"""All of the default body except its surface: skinning weights, joint regressor, shape directions, pose correctives.
 
 All functions take vertices in the floor frame of `skeleton` (floor at y = 0, x = body's left, y up, z forward, metres)
 and return exactly symmetric results. `twin` (V,) is the index of each vertex's mirror image.
@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from smpl_jax.default_body.mesh import neighbours
 from smpl_jax.default_body.skeleton import JOINT_NAMES, MIRROR_JOINTS, PARENTS
+from smpl_jax.pose import JOINTS
 
 Array = NDArray[np.float64]
 
 _ID = {name: k for k, name in enumerate(JOINT_NAMES)}
 _FLIP = np.array([-1.0, 1.0, 1.0])
+_COUNT = JOINTS["smpl"]
 
 
 def _ramp(t: Array, reach: float) -> Array:
@@ -38,7 +40,7 @@ def skinning_weights(vertices: Array, faces: NDArray[np.int64], twin: NDArray[np
     for _ in range(6):
         w = 0.5 * w + 0.5 * (average @ w)
     w = (w + w[twin][:, MIRROR_JOINTS]) / 2
-    # Taking away whatever does not exceed the fifth treats left and right alike where they tie, on the midline.
+    # Four weights stay: those above the fifth largest. Where left and right tie, on the midline, both stay or both go.
     fifth = np.sort(w, 1)[:, -5:-4]
     w = np.where((w > fifth + 1e-12) & (w > 0.004), w, 0)
     w /= w.sum(1, keepdims=True)
@@ -61,7 +63,7 @@ def _left_limbs(p: Array) -> Array:
     wrist = _ramp(x - 0.690, 0.030)
     # The thumb leaves the hand before the knuckles and stays with the wrist.
     fingers = _ramp(x - 0.776, 0.016) * (1 - _ramp(z - 0.045, 0.006))
-    w = np.zeros((len(p), 24))
+    w = np.zeros((len(p), _COUNT))
     for name, value in {
         "left_hip": leg * (1 - knee),
         "left_knee": leg * knee * (1 - ankle),
@@ -88,7 +90,7 @@ def _trunk(p: Array) -> Array:
         # The chin belongs to the head, the nape as high as the ears to the neck.
         "head": _ramp(y - 1.532 + 0.70 * (z - 0.004), 0.034),
     }
-    w = np.zeros((len(p), 24))
+    w = np.zeros((len(p), _COUNT))
     reached, last = np.ones(len(p)), "pelvis"
     for name, step in steps.items():
         w[:, _ID[last]] = reached * (1 - step)
@@ -108,8 +110,8 @@ def joint_regressor(vertices: Array, weights: Array, joints: Array, twin: NDArra
     """
     from scipy.optimize import nnls
 
-    regressor = np.zeros((24, len(vertices)))
-    for j in range(24):
+    regressor = np.zeros((_COUNT, len(vertices)))
+    for j in range(_COUNT):
         if MIRROR_JOINTS[j] < j:
             regressor[j] = regressor[MIRROR_JOINTS[j]][twin]
             continue
@@ -226,16 +228,16 @@ def pose_correctives(
     twin: NDArray[np.int64],
     samples: int = 160,
 ) -> Array:
-    """(V, 3, 207) rest-frame offsets, linear in R - I of joints 1 to 23 (row-major), that undo what skinning loses.
+    """(V, 3, 207) rest-frame offsets, linear in R - I of joints 1 to 23 (row-major), that correct the errors of linear blend skinning.
 
     One joint turns at a time, over the range that a person has. The target turns each vertex about the joint by a *part
     of the rotation* instead of blending matrices, which keeps its distance from the joint: no collapse at the elbow, no
     candy wrapper at the wrist. Ridge regression of the posed difference gives the directions. It is fitted inside that
     range because a linear map of R - I extrapolates badly: fitted on all rotations it bulges.
     """
-    directions = np.zeros((len(vertices), 3, 23, 3, 3))
+    directions = np.zeros((len(vertices), 3, _COUNT - 1, 3, 3))
     descends = _descendants()
-    for j in range(1, 24):
+    for j in range(1, _COUNT):
         if MIRROR_JOINTS[j] < j:
             continue
         share = weights[:, descends[j]].sum(1)
@@ -261,18 +263,18 @@ def pose_correctives(
     directions = flat.reshape(directions.shape)
     # Mirror: offsets change sign in x, and so does each entry of R with exactly one index on x.
     sign = _FLIP[:, None] * _FLIP
-    for j in range(1, 24):
+    for j in range(1, _COUNT):
         k = int(MIRROR_JOINTS[j])
         image = directions[twin][:, :, k - 1] * _FLIP[:, None, None] * sign
         directions[:, :, j - 1] = (
             image if k < j else (directions[:, :, j - 1] + image) / 2 if k == j else directions[:, :, j - 1]
         )
-    return directions.reshape(len(vertices), 3, 207)
+    return directions.reshape(len(vertices), 3, -1)
 
 
 def _descendants() -> list[list[int]]:
-    below: list[list[int]] = [[j] for j in range(24)]
-    for j in range(23, 0, -1):
+    below: list[list[int]] = [[j] for j in range(_COUNT)]
+    for j in range(_COUNT - 1, 0, -1):
         below[PARENTS[j]] += below[j]
     return below
 

@@ -48,6 +48,12 @@ def random_arrays(
     }
 
 
+def random_rotations(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """(..., 3, 3) float32, uniform."""
+    q = np.linalg.qr(rng.normal(size=(*shape, 3, 3)))[0]
+    return (q * np.linalg.det(q)[..., None, None]).astype(np.float32)
+
+
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
     """Writes what Python 2 wrote: byte strings for bytes and text alike, binary (protocol 2) or escaped (protocol 0)."""
 

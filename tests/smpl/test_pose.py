@@ -10,13 +10,13 @@ from smpl_jax import Pose, load_body
 from smpl_jax.frames import turn
 from smpl_jax.pose import JOINTS, family_of
 
-from .models import random_arrays
+from .models import random_arrays, random_rotations
 
 RNG = np.random.default_rng(3)
 
 
 def rotations(*shape):
-    return np.asarray(smpl_jax.axis_angle_to_matrix(RNG.normal(0, 0.5, (*shape, 3)).astype(np.float32)))
+    return random_rotations(RNG, *shape)
 
 
 def numbers(*shape):
@@ -223,7 +223,7 @@ def test_what_does_not_stack_is_one_line(poses, words):
 
 
 def spoilt(index, value):
-    array = rotations(2, 24).copy()
+    array = rotations(2, 24)
     array[index] = value
     return array
 
