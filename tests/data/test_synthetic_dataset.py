@@ -206,5 +206,5 @@ def test_words_determine_poses_far_better_than_the_mean():
 
 def test_preview_draws_every_posture(monkeypatch):
     monkeypatch.setattr(preview, "POSTURES", {"stand": POSTURES["stand"], "sit": POSTURES["sit"]})
-    sheet = preview.contact_sheet(per_family=1, columns=2)
+    sheet = preview.posture_sheet(per_family=1, columns=2)
     assert sheet.ndim == 3 and sheet.shape[1] > sheet.shape[0] and sheet.std() > 10

@@ -1,9 +1,9 @@
 """Captions of poses in words: posecodes are selected, joined and written as sentences.
 
-Selection: codes that the posture or the arm's shape already implies, and codes true of more than 40 % of all poses, are
-not said; codes true of fewer than 6 % are never skipped; of the rest 15 % are skipped at random. Joining: left and
-right with the same code become "both" (symmetry), hand and elbow codes hang on the arm's sentence (entity), parts that
-do the same share a verb (interpretation), codes of one leg share a sentence (focus).
+Selection: a code is not said if the posture or the arm's shape implies it, or if it is true of more than 40 % of all poses. A code that is
+true of fewer than 6 % is always said. Of the rest, 15 % are skipped at random. Joining: left and right with the same code become "both"
+(symmetry), codes of hand and elbow join the sentence of the arm (entity), parts that do the same share a verb (interpretation), codes of one
+leg share a sentence (focus).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_WORDS = 70
 RARE, TRIVIAL, IMPLIED, SKIP = 0.06, 0.40, 0.70, 0.15
 
 SUBJECTS = ("a person", "someone", "the person", "a figure")
-# {lead} is the leg in front or raised, or the side lain on; {other} the other one.
+# {lead} is the leg in front or raised, or the side that the body lies on; {other} is the other one.
 POSTURES: dict[str, tuple[str, ...]] = {
     "stand": ("stands upright", "is standing", "stands on both feet"),
     "step": (
@@ -116,7 +116,7 @@ WHOLE: dict[str, dict[str, str]] = {
     "head_nod": {"up": "the chin is up", "down": "the chin is down"},
 }
 ARM_KINDS = (*HAND, "elbow", "elbow_height", "forearm")
-# Super-codes that say all there is to say of some kinds, or make them meaningless (support codes).
+# Kinds that are not said beside a posture or a shape, which says as much or makes them meaningless.
 _PLACED = tuple(kind for kind in ARM_KINDS if kind not in ("elbow", "hand_ground"))
 _LYING = ("trunk_lean", "knee_ground", "foot_lift", "hand_ground", "forearm")
 SILENCED: dict[str, tuple[str, ...]] = {
@@ -131,9 +131,10 @@ SILENCED: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """How often each category is true: of all poses, given the posture, and given the arm's shape (both arms pooled).
+    """Shares of poses for which each category is true.
 
-    overall: (kind, category) → share. by_posture, by_shape: (posture or shape, kind, category) → share.
+    overall: (kind, category) → share of all poses. by_posture: (posture, kind, category) → share of poses with that posture. by_shape:
+    (shape, kind, category) → share of arms with that shape, left and right together.
     """
 
     overall: dict[tuple[str, str], float]
@@ -144,9 +145,7 @@ class Statistics:
 
 
 def statistics(codes: Codes) -> Statistics:
-    """Rarity statistics of a pose set's codes; sided codes count both sides together, so that left and right are
-    treated alike.
-    """
+    """Statistics of the codes of poses. Left and right are counted together, so that both are treated alike."""
     overall: dict[tuple[str, str], float] = {}
     by_posture: dict[tuple[str, str, str], float] = {}
     by_shape: dict[tuple[str, str, str], float] = {}
@@ -165,17 +164,21 @@ def statistics(codes: Codes) -> Statistics:
 
 @functools.cache
 def reference_statistics() -> Statistics:
-    """Statistics of the generated set itself (2,000 poses of a fixed seed)."""
+    """Statistics of 2,000 generated poses of a fixed seed."""
     return statistics(encode(sample_poses(2000, seed=20240617).rotations))
 
 
 def describe(rotations: ArrayLike, detail: Detail = "detailed", seed: int = 0, family: str | None = None) -> str:
-    """One pose in words.
+    """Describes one pose in words.
 
-    rotations: (24, 3, 3), joint 0 the global orientation in a y-up frame (any heading: yaw is removed first). detail:
-    "short" names the posture and the arms, "detailed" adds elbows, hands, legs, trunk and head, at most ``MAX_WORDS``
-    words. seed: chooses noise, what is left out, and wording. family: the posture's name where it is known
-    (``captions.POSTURES``); otherwise it is told from the joints. Raises UserError for a wrong shape.
+    Args:
+        rotations: (24, 3, 3) matrices, joint 0 the global orientation in a y-up frame. Yaw is removed first.
+        detail: "short" names the posture and the arms. "detailed" adds elbows, hands, legs, trunk and head, in at most ``MAX_WORDS`` words.
+        seed: of the noise, of what is left out, and of the wording.
+        family: the posture's name (``captions.POSTURES``) where it is known; otherwise the joints decide.
+
+    Raises:
+        UserError for another shape.
     """
     array = np.asarray(rotations, float)
     if array.shape != (24, 3, 3):
@@ -207,21 +210,21 @@ def caption(
 
 
 def summary(codes: Codes, row: int, rng: np.random.Generator, family: str | None = None) -> str:
-    """The posture alone, one short clause with its subject and no full stop."""
+    """The posture alone: a short clause with a subject and no full stop."""
     return _Writer(codes, row, rng, family).summary()
 
 
 def arms(codes: Codes, row: int, rng: np.random.Generator) -> str:
-    """Sentences about the arms alone."""
+    """The arms alone, in sentences."""
     return " ".join(f"{s[0].upper()}{s[1:]}." for s in _Writer(codes, row, rng, None).arms(detailed=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Clause:
-    """A part of one side ("the left knee") does something.
+    """A clause about a part of one side, such as "the left knee".
 
-    side: "left", "right", "both", or "" for a clause that is already whole. share: how common it is; the most common
-    clauses go first when words run out.
+    side: "left", "right", "both", or "" where ``rest`` is the whole clause. share: of poses for which it is true. Where there are too many
+    words, the clause with the largest share is left out first.
     """
 
     part: str
@@ -234,7 +237,7 @@ class _Clause:
         return f"both {plural(self.part)}" if self.side == "both" else f"the {self.side} {self.part}"
 
     def sentence(self, later: bool = False) -> str:
-        """Subject and predicate; later: not the first about its side, which then need not be said again."""
+        """Subject and predicate. later: an earlier clause has named the side, so this one does not."""
         many = self.side == "both" or " and " in self.part
         ending = {"s": "s" if many else "", "es": "" if many else "es"}
         subject = f"the {plural(self.part) if self.side == 'both' else self.part}" if later else self.subject()
@@ -254,9 +257,9 @@ class _Writer:
         return options[int(self.rng.integers(len(options)))]
 
     def _select(self, named: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
-        """The codes worth saying."""
+        """The codes that are said."""
         out = {}
-        # One number for each code, said or not, so that the wording that follows does not depend on the pose.
+        # One number for each code, so that the wording that is drawn next does not depend on the pose.
         chance = dict(zip(CODES, self.rng.random(len(CODES))))
         for (kind, side), category in named.items():
             skipped = chance[kind, side] < SKIP
@@ -284,7 +287,7 @@ class _Writer:
         return ("left", "right") if self.rng.random() < 0.5 else ("right", "left")
 
     def _arm(self, side: str, detailed: bool) -> str:
-        """One sentence about an arm (or both): its shape, then the elbow and the hand where they are not implied."""
+        """A sentence about one arm or both: the shape, then elbow and hand where the shape does not imply them."""
         sides = ("left", "right") if side == "both" else (side,)
         shape = self.shapes[sides[0]]
         details: list[str] = []
@@ -354,7 +357,7 @@ class _Writer:
         return [f"{s[0].upper()}{s[1:]}." for s in (opening, *sentences)]
 
     def _share_verbs(self, clauses: list[_Clause]) -> list[_Clause]:
-        """Thigh, knee or foot of one side that do the same become one clause with two subjects."""
+        """Joins parts of one leg that do the same into one clause with two subjects."""
         out: list[_Clause] = []
         for clause in clauses:
             same = [o for o in out if (o.side, o.verb, o.rest) == (clause.side, clause.verb, clause.rest)]
@@ -371,7 +374,7 @@ def _join(parts: list[str]) -> str:
 
 
 def plural(noun: str) -> str:
-    """The plural of a body part, also of two joined by "and"."""
+    """The plural of a body part, or of two joined by "and"."""
     return " and ".join({"foot": "feet"}.get(word, f"{word}s") for word in noun.split(" and "))
 
 

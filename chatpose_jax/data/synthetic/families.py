@@ -1,9 +1,8 @@
-"""Human-looking poses from joint-limited families: 15 postures times 8 places for each arm.
+"""Random human poses: 15 postures, with 8 places for each arm.
 
-A pose is 30 anatomical angles in degrees. A family gives each a mean and a spread; angles are clipped to limits of
-human joints, both legs share a common factor, left and right are exchanged at random, and poses whose limbs run through
-each other or that would fall over are drawn again. To add a posture or an arm family, add a row to ``POSTURES`` or
-``ARMS``.
+A pose is 30 anatomical angles in degrees. A family gives each angle a mean and a standard deviation. Angles are clipped to the limits of human
+joints. The legs are correlated. Left and right are exchanged at random. A pose is drawn again if limbs intersect or the body would fall over.
+To add a posture or a place for an arm, add a row to ``POSTURES`` or ``ARMS``.
 """
 
 from __future__ import annotations
@@ -55,8 +54,9 @@ Spread = tuple[float, float]  # mean, standard deviation (degrees)
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One place for an arm. elevation: 0 hangs, 180 straight up; plane: 0 at the side, 90 in front; twist: positive
-    turns the forearm inwards.
+    """A place for an arm, in degrees.
+
+    elevation: 0 hangs, 180 is straight up. plane: 0 is to the side, 90 to the front. twist: positive turns the forearm inwards.
     """
 
     elevation: Spread
@@ -74,7 +74,7 @@ ARMS = {
     "chest": Arm((34, 6), (45, 8), (42, 6), (105, 8)),
     "head": Arm((108, 7), (28, 8), (-48, 7), (130, 6)),
     "wave": Arm((82, 8), (8, 8), (-54, 5), (82, 9)),
-    # Used by postures that stand on their hands only, hence not among the free ones.
+    # Only for postures in which the hands carry the body, so not in FREE_ARMS.
     "prop": Arm((80, 5), (82, 5), (0, 8), (9, 5)),
 }
 FREE_ARMS = tuple(name for name in ARMS if name != "prop")
@@ -90,12 +90,14 @@ class Leg:
 
 @dataclasses.dataclass(frozen=True)
 class Posture:
-    """lead, other: the two legs (left and right, exchanged at random).
+    """A posture, in degrees.
 
-    shin: forward lean of the other leg's shin; the pelvis' pitch follows from it so that the foot stands on the ground.
-    pitch: pelvis pitch itself, where no foot carries the body. on_floor: the legs lie on the ground, so that hip
-    flexion follows from the knee. ankle: None for a flat foot. support: "ground" (balance is tested), "seat" (the
-    pelvis carries too), "moving" (balance is not tested).
+    lead, other: the two legs; which of them is the left one is random.
+    shin: forward lean of the other leg's shin. The pitch of the pelvis follows from it, so that the foot stands on the ground.
+    pitch: of the pelvis, where no foot carries the body.
+    on_floor: the legs lie on the ground, so hip flexion follows from the knee.
+    ankle: None for a flat foot.
+    support: what carries the body: "ground", "seat" (the pelvis too), or "moving", for which balance is not tested.
     """
 
     lead: Leg
@@ -157,7 +159,7 @@ _TRIES = 64
 
 @dataclasses.dataclass(frozen=True)
 class PoseSet:
-    """N poses. Rotations are in the body frame (x = the body's left, y up), yaw removed: the body faces +z.
+    """N poses in the body frame: x to the body's left, y up, facing +z.
 
     rotations: (N, 24, 3, 3) float32, joint 0 the global orientation. joints: (N, 24, 3) metres, pelvis at the origin.
     angles: (N, 30) degrees, columns ``COLUMNS``. family: (N,) names of ``POSTURES``. arms: (N, 2) names of ``ARMS``,
@@ -183,10 +185,11 @@ class PoseSet:
 def sample_poses(
     n: int, seed: int | Sequence[int], family: str | None = None, arms: tuple[str | None, str | None] = (None, None)
 ) -> PoseSet:
-    """Draw N plausible poses; the same arguments give the same poses.
+    """Draws ``n`` plausible poses. The same arguments give the same poses.
 
-    family, arms (left, right): fix these to names of ``POSTURES`` and ``ARMS``; None draws them uniformly. Raises
-    UserError for unknown names and for combinations that no body can take.
+    family: a name of ``POSTURES``; None draws one. arms: names of ``ARMS`` for the left and the right arm; None draws one.
+
+    Raises UserError for an unknown name, and for a combination that gives no plausible pose.
     """
     for name, table in ((family, POSTURES), (arms[0], ARMS), (arms[1], ARMS)):
         if name is not None and name not in table:
@@ -235,7 +238,7 @@ def _draw(n: int, rng: np.random.Generator, family: str | None, arms: tuple[str 
     flip = rng.random(n) < 0.5
     angles[flip] = angles[flip][:, _SWAP] * _SIGN
     left, right = (np.full(n, fixed) if fixed else drawn for fixed, drawn in zip(arms, (left, right)))
-    if family and (arms[0] or arms[1]):  # a fixed arm frees the other one of being the same
+    if family and (arms[0] or arms[1]):  # of a fixed arm the other one need not be the same
         left, right = left.astype(object), right.astype(object)
     for side, names in (("left", left), ("right", right)):
         start = COLUMN[f"{side}_elevation"]
@@ -271,7 +274,9 @@ def _draw_posture(posture: Posture, n: int, rng: np.random.Generator) -> np.ndar
     out[:, COLUMN["pitch"]] = pitch
     out[:, COLUMN["roll"]] = posture.roll
     for side, angles in legs.items():
-        if posture.on_floor:  # thigh and shin are about equally long, so the thigh rises by half the knee's bend
+        if (
+            posture.on_floor
+        ):  # thigh and shin have about the same length, so the thigh rises by half the angle of the knee
             angles[:, 0] = 90 + pitch + angles[:, 3] / 2
         shin = pitch - angles[:, 0] + angles[:, 3]
         start = COLUMN[f"{side}_hip_flexion"]
@@ -316,7 +321,7 @@ def _rotations(angles: np.ndarray) -> np.ndarray:
         out[:, INDEX[f"{side}_hip"]] = rotation("x", -hip) @ spread
         out[:, INDEX[f"{side}_knee"]] = rotation("x", knee)
         out[:, INDEX[f"{side}_ankle"]] = rotation("x", -ankle)
-        # The arm first hangs, then rises in its plane: from the T-pose the twist would be undefined.
+        # The arm hangs first and then rises in its plane. Started from the T-pose, its twist would be undefined.
         raised = rotation("y", -sign * plane) @ rotation("z", sign * elevation) @ rotation("y", sign * plane)
         swing = raised @ rotation("z", np.full(len(angles), -90.0 * sign))
         collar = skeleton.rotation_power(swing, 0.25)
@@ -371,12 +376,12 @@ _SHARES = {
 }  # fmt: skip
 _MASS = np.array([_SHARES.get(name.removeprefix("left_").removeprefix("right_"), 0.0) for name in skeleton.NAMES])
 _MASS /= _MASS.sum()
-_CONTACT = 0.10  # metres above the lowest skin that still counts as touching the ground
+_CONTACT = 0.10  # metres above the lowest skin that count as touching the ground
 _MARGIN = 0.10  # metres that a foot or a hip reaches beyond its joint
 
 
 def plausible(poses: PoseSet) -> np.ndarray:
-    """Which poses (N,) bool keep their limbs apart and their centre of mass above what carries them."""
+    """(N,) bool: no limbs of the pose intersect, and its centre of mass lies above what carries it."""
     joints = poses.joints
     support = np.array([POSTURES[f].support for f in poses.family])
     return ~_intersects(joints) & ((support == "moving") | _balanced(joints, support == "seat"))

@@ -1,9 +1,8 @@
-"""Posecodes: what can be said of a pose, measured on the joints and sorted into named categories.
+"""Posecodes: properties of a pose, measured on the joints and sorted into named categories.
 
-The idea is PoseScript's (Delmas et al., ECCV 2022): elementary codes come from thresholds on angles, distances,
-relative positions and heights, and super-codes from conditions on them. The table of codes, its thresholds and all
-words are this project's own. Arms are measured in the frame of the chest and legs in that of the pelvis, so that "in
-front" and "overhead" keep their sense for a body that lies or bends.
+The idea is PoseScript's (Delmas et al., ECCV 2022). Elementary codes are thresholds on angles, distances, relative positions and heights.
+Super-codes are conditions on them. The codes, thresholds and words are this project's own. Arms are measured in the frame of the chest, legs in
+that of the pelvis: "in front" and "overhead" then also make sense for a body that lies or bends.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from chatpose_jax.settings import one_line
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """Thresholds (ascending), the spread of the uniform noise added before them, and the names of the categories ("" =
-    never said).
+class Scale:
+    """How a kind of code sorts values into categories.
+
+    thresholds: ascending. noise: values get uniform noise in ± this before they are sorted. categories: one name more than thresholds; ""
+    is never said.
     """
 
     thresholds: tuple[float, ...]
@@ -33,43 +34,43 @@ class Kind:
         return np.searchsorted(np.array(self.thresholds), values, side="left")
 
 
-_ANGLE = Kind((45, 75, 105, 135, 160), 4, ("folded", "sharply", "right_angle", "half", "slightly", "straight"))
-_UPRIGHT = Kind((12, 78), 4, ("vertical", "", "level"))
-_NEAR = Kind((0.20,), 0.02, ("close", ""))
-KINDS: dict[str, Kind] = {
+_ANGLE = Scale((45, 75, 105, 135, 160), 4, ("folded", "sharply", "right_angle", "half", "slightly", "straight"))
+_UPRIGHT = Scale((12, 78), 4, ("vertical", "", "level"))
+_NEAR = Scale((0.20,), 0.02, ("close", ""))
+KINDS: dict[str, Scale] = {
     # degrees at the middle joint
     "elbow": _ANGLE,
     "knee": _ANGLE,
-    # hand against the own shoulder in the chest's frame, metres
-    "hand_height": Kind(
+    # hand relative to the shoulder of its side, in the frame of the chest, metres
+    "hand_height": Scale(
         (-0.50, -0.30, -0.12, 0.10, 0.30), 0.03, ("low", "waist", "chest", "shoulder", "head", "overhead")
     ),
-    "hand_depth": Kind((-0.10, 0.16, 0.36), 0.03, ("behind", "", "front", "far_front")),
-    "hand_side": Kind((-0.12, 0.16, 0.36), 0.03, ("across", "", "out", "far_out")),
-    "elbow_height": Kind((-0.17, -0.07, 0.09), 0.02, ("", "lifted", "level", "above")),
+    "hand_depth": Scale((-0.10, 0.16, 0.36), 0.03, ("behind", "", "front", "far_front")),
+    "hand_side": Scale((-0.12, 0.16, 0.36), 0.03, ("across", "", "out", "far_out")),
+    "elbow_height": Scale((-0.17, -0.07, 0.09), 0.02, ("", "lifted", "level", "above")),
     # degrees between a segment and the vertical, 0 to 90
     "forearm": _UPRIGHT,
     "shin": _UPRIGHT,
-    # hand to another joint, metres
+    # distance of the hand from another joint, metres
     "hand_hand": _NEAR,
-    "hand_head": Kind((0.21,), 0.02, ("close", "")),
-    "hand_hip": Kind((0.19,), 0.02, ("close", "")),
+    "hand_head": Scale((0.21,), 0.02, ("close", "")),
+    "hand_hip": Scale((0.19,), 0.02, ("close", "")),
     "hand_knee": _NEAR,
-    "hand_foot": Kind((0.25,), 0.02, ("close", "")),
-    "hand_ground": Kind((0.10,), 0.02, ("touching", "")),
+    "hand_foot": Scale((0.25,), 0.02, ("close", "")),
+    "hand_ground": Scale((0.10,), 0.02, ("touching", "")),
     # legs in the frame of the pelvis: hip flexion and abduction in degrees
-    "thigh": Kind((-7, 18, 42, 66, 98), 3, ("back", "", "little", "raised", "level", "drawn_up")),
-    "thigh_side": Kind((-6, 13, 26), 3, ("crossed", "", "out", "far_out")),
-    "knee_ground": Kind((0.10,), 0.02, ("touching", "")),
-    "foot_lift": Kind((0.12, 0.32), 0.02, ("", "lifted", "high")),
-    "feet_apart": Kind((0.16, 0.30, 0.48), 0.02, ("together", "", "apart", "wide")),
+    "thigh": Scale((-7, 18, 42, 66, 98), 3, ("back", "", "little", "raised", "level", "drawn_up")),
+    "thigh_side": Scale((-6, 13, 26), 3, ("crossed", "", "out", "far_out")),
+    "knee_ground": Scale((0.10,), 0.02, ("touching", "")),
+    "foot_lift": Scale((0.12, 0.32), 0.02, ("", "lifted", "high")),
+    "feet_apart": Scale((0.16, 0.30, 0.48), 0.02, ("together", "", "apart", "wide")),
     # trunk and head in degrees
-    "trunk_lean": Kind((-18, 14, 38), 3, ("back", "", "forward", "far_forward")),
-    "trunk_side": Kind((-8, 8), 2, ("right", "", "left")),
-    "trunk_turn": Kind((-11, 11), 2, ("right", "", "left")),
-    "back_curve": Kind((28, 48), 3, ("", "curved", "rounded")),
-    "head_turn": Kind((-16, 16), 3, ("right", "", "left")),
-    "head_nod": Kind((-14, 14), 3, ("up", "", "down")),
+    "trunk_lean": Scale((-18, 14, 38), 3, ("back", "", "forward", "far_forward")),
+    "trunk_side": Scale((-8, 8), 2, ("right", "", "left")),
+    "trunk_turn": Scale((-11, 11), 2, ("right", "", "left")),
+    "back_curve": Scale((28, 48), 3, ("", "curved", "rounded")),
+    "head_turn": Scale((-16, 16), 3, ("right", "", "left")),
+    "head_nod": Scale((-14, 14), 3, ("up", "", "down")),
 }
 SIDED = (
     "elbow", "knee", "hand_height", "hand_depth", "hand_side", "elbow_height", "hand_head", "hand_hip", "hand_knee",
@@ -79,7 +80,7 @@ CODES: tuple[tuple[str, str], ...] = tuple(
     (kind, side) for kind in KINDS for side in (("left", "right") if kind in SIDED else ("",))
 )
 
-# Shapes of an arm, from codes of that arm; the first that holds wins. They replace the codes they were made of.
+# Shapes of an arm, as conditions on its codes. The first that holds wins. A caption says the shape instead of these codes.
 ARM_SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     "prop": {"hand_ground": ("touching",), "elbow": ("half", "slightly", "straight")},
     "hip": {"hand_hip": ("close",), "elbow": ("sharply", "right_angle", "half"), "elbow_height": ("", "lifted")},
@@ -112,8 +113,8 @@ class Codes:
     """Codes of N poses.
 
     categories: (N, len(CODES)) int, an index into ``KINDS[kind].categories``. posture: (N,) names of ``POSTURE_NAMES``.
-    lead: (N,) "left" or "right", the side that a one-sided posture names (the leg in front or raised, the side lain
-    on). shapes: (N, 2) names of ``ARM_SHAPES`` or "".
+    lead: (N,) "left" or "right", the side that a one-sided posture names: the leg in front or raised, or the side that
+    the body lies on. shapes: (N, 2) names of ``ARM_SHAPES`` or "".
     """
 
     categories: np.ndarray
@@ -124,12 +125,12 @@ class Codes:
     __repr__ = one_line
 
     def named(self, row: int) -> dict[tuple[str, str], str]:
-        """The codes of one pose that can be said: (kind, side) → category."""
+        """The codes of one pose that a caption may say: (kind, side) → category."""
         names = {code: KINDS[code[0]].categories[c] for code, c in zip(CODES, self.categories[row])}
         return {code: name for code, name in names.items() if name}
 
 
-def measure(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+def code_values(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
     """Values (N,) of all codes, metres or degrees, for poses (N, 24, 3, 3) in the body frame with yaw removed."""
     joints, world = skeleton.forward(rotations)
     at = {name: joints[:, i] for name, i in INDEX.items()}
@@ -183,7 +184,7 @@ def measure(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
     gaze = _within(world[:, INDEX["spine3"]], world[:, INDEX["head"], :, 2])
     out["head_turn", ""] = np.rad2deg(np.arctan2(gaze[:, 0], gaze[:, 2]))
     out["head_nod", ""] = -np.rad2deg(np.arcsin(np.clip(gaze[:, 1], -1, 1)))
-    # Kept for the postures, not a code of its own.
+    # No codes: only the postures need these.
     out["_hip_height", ""] = at["pelvis"][:, 1] - ground
     out["_tilt", ""] = np.rad2deg(np.arccos(np.clip(spine[:, 1] / np.linalg.norm(spine, axis=-1), -1, 1)))
     out["_belly", ""] = chest[:, 1, 2]
@@ -197,10 +198,8 @@ def measure(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
 
 
 def encode(rotations: np.ndarray, rng: np.random.Generator | None = None) -> Codes:
-    """Codes of poses (N, 24, 3, 3) in the body frame with yaw removed; with a generator, values get noise before they
-    meet the thresholds.
-    """
-    values = measure(rotations)
+    """Codes of poses (N, 24, 3, 3) in the body frame with yaw removed. With a generator the values get noise before they are sorted."""
+    values = code_values(rotations)
     posture, lead = _postures(values)
     columns = []
     for kind, side in CODES:
@@ -210,7 +209,7 @@ def encode(rotations: np.ndarray, rng: np.random.Generator | None = None) -> Cod
         columns.append(KINDS[kind].sort(value))
     categories = np.stack(columns, 1)
     shapes = np.stack([_shapes(categories, side) for side in ("left", "right")], 1)
-    # A hand that happens to touch the floor carries nothing in a body that lies.
+    # The hands of a body that lies carry nothing, even where they touch the floor.
     lying = np.isin(posture, ("supine", "prone", "side"))
     shapes[lying] = np.stack([_shapes(categories[lying], side, skip=("prop",)) for side in ("left", "right")], 1)
     return Codes(categories, posture, lead, shapes)

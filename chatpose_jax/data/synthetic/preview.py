@@ -1,4 +1,4 @@
-"""A contact sheet of the generated set: ``python -m chatpose_jax.data.synthetic.preview OUT.png``."""
+"""Draws a sheet of the generated set: ``python -m chatpose_jax.data.synthetic.preview OUT.png``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from smpl_jax import render
 _PANEL, _TEXT = 150, 110  # pixels
 
 
-def contact_sheet(per_family: int = 2, seed: int = 0, columns: int = 6) -> np.ndarray:
-    """Poses of every posture, from the front and from the side, above their captions: (H, W, 3) uint8."""
+def posture_sheet(per_family: int = 2, seed: int = 0, columns: int = 6) -> np.ndarray:
+    """A sheet (H, W, 3) uint8 of poses of every posture, from the front and the side, with their captions."""
     rng = np.random.default_rng(seed)
     studio = Studio()
     panels = []
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--per-family", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(render.save_png(arguments.out, contact_sheet(arguments.per_family, arguments.seed)))
+    print(render.save_png(arguments.out, posture_sheet(arguments.per_family, arguments.seed)))
 
 
 if __name__ == "__main__":

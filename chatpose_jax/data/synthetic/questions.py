@@ -1,6 +1,4 @@
-"""What users ask and how the assistant answers: lists to choose from. {caption} is a caption with its full stop, {edit}
-a change of the pose.
-"""
+"""Questions of users and answers of the assistant, to choose from. {caption} is a caption with its full stop, {edit} a change of the pose."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ DESCRIBE = (
 SUMMARISE = ("What is this person doing?", "Say in a few words what the person does.", "Which posture is it?")
 ARMS = ("Where are the arms?", "What are the arms doing?", "How does the person hold the arms?")
 
-# A change of the pose: an arm family for one or both sides, or angles of trunk and head (degrees), and the words.
+# Changes of a pose: a place of ``families.ARMS`` for one arm or both, or angles of trunk and head in degrees.
 ARM_EDITS: dict[str, tuple[str, str]] = {  # family: (words for one arm, words for both)
     "up": ("raise the {side} arm above the head", "raise both arms above the head"),
     "side": ("stretch the {side} arm out to the side", "stretch both arms out to the sides"),

@@ -1,4 +1,4 @@
-"""Pictures of posed bodies: random camera, shape, clothes, light and background."""
+"""Renders images of posed bodies with random camera, body shape, clothes, light and background."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _JOINTS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """All that a picture shows besides the pose.
+    """Everything in an image but the pose.
 
     yaw, pitch: view in degrees (``dataset.to_camera``). betas: (10,) body shape. palette: (24, 3) sRGB, the colour of
-    each joint's skin or clothes. hair: sRGB. fov: degrees. margin: free border as a fraction of the picture. shift:
-    (2,) displacement of the crop, the same unit. light: (3,) towards the light, camera frame. background: "flat",
+    each joint's skin or clothes. hair: sRGB. fov: degrees. margin: free border as a fraction of the image. shift:
+    (2,) displacement of the body, as a fraction too. light: (3,) towards the light, camera frame. background: "flat",
     "gradient", "noise" or "room". colors: two sRGB colours of it. noise_seed: of the noise.
     """
 
@@ -52,7 +52,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
-    """A random scene; the view's yaw is uniform within ±max_yaw degrees, its pitch within ±6°."""
+    """A random scene. The yaw of the view is uniform within ±max_yaw degrees, its pitch within ±6."""
     skin = np.array(_SKINS[int(rng.integers(len(_SKINS)))]) + rng.normal(0, 0.02, 3)
     palette = np.tile(skin, (24, 1))
     clothes = {
@@ -73,7 +73,7 @@ def draw_scene(rng: np.random.Generator, max_yaw: float = MAX_YAW) -> Scene:
         shift=rng.uniform(-0.02, 0.02, 2),
         light=np.array([rng.uniform(-0.8, 0.8), -rng.uniform(0.4, 1.0), -rng.uniform(0.5, 1.0)]),
         background=("flat", "gradient", "noise", "room")[int(rng.integers(4))],
-        # Walls are light and clothes dark, as in a studio: thousands of pictures then teach what else takes millions.
+        # Light walls and dark clothes: a vision tower then learns from thousands of images instead of millions.
         colors=0.7 * rng.uniform(0.85, 1.0, (2, 1)) + 0.3 * rng.uniform(0.6, 1.0, (2, 3)),
         noise_seed=int(rng.integers(2**31)),
     )
@@ -91,33 +91,33 @@ _HAIR = (
 
 
 class Studio:
-    """Draws posed bodies. The body is the package's default one, or any with SMPL's 24 joints."""
+    """Renders posed bodies. body: one with SMPL's 24 joints; the default body where it is None."""
 
     batch = 64  # bodies skinned by one call
 
     def __init__(self, body: BodyModel | None = None):
         self.body = load_body() if body is None else body
         self.faces = np.asarray(self.body.faces)
-        self.owner = np.asarray(self.body.weights).argmax(0)  # the joint that moves a vertex most
+        self.owner = np.asarray(self.body.weights).argmax(0)  # the joint with the largest weight
 
     def render(self, rotations: np.ndarray, scene: Scene, size: int) -> np.ndarray:
-        """One picture (size, size, 3) uint8 of a pose (24, 3, 3) in the camera frame."""
+        """One image (size, size, 3) uint8 of a pose (24, 3, 3) in the camera frame."""
         return self.render_batch([rotations], [scene], size)[0]
 
     def render_batch(
         self, rotations: Sequence[np.ndarray], scenes: Sequence[Scene], size: int, workers: int = 1
     ) -> list[np.ndarray]:
-        """Pictures (size, size, 3) uint8 of poses (24, 3, 3) in the camera frame; workers: threads that draw."""
-        pictures: list[np.ndarray] = []
+        """Images (size, size, 3) uint8 of poses (24, 3, 3) in the camera frame. workers: threads that render."""
+        images: list[np.ndarray] = []
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for start in range(0, len(scenes), self.batch):
                 part = scenes[start : start + self.batch]
                 vertices = self._skin(rotations[start : start + self.batch], part)
-                pictures += pool.map(functools.partial(self._draw, size=size), vertices, part)
-        return pictures
+                images += pool.map(functools.partial(self._draw, size=size), vertices, part)
+        return images
 
     def _skin(self, rotations: Sequence[np.ndarray], scenes: Sequence[Scene]) -> np.ndarray:
-        """Vertices (N, V, 3), metres; padded to a full batch or to one, so that only two programs are compiled."""
+        """Vertices (N, V, 3) in metres. Batches are padded to 1 or ``batch`` bodies, so that only two programs are compiled."""
         count = 1 if len(scenes) == 1 else self.batch
         pad = ((0, count - len(scenes)),)
         poses = np.pad(np.stack(rotations).astype(np.float32), (*pad, (0, 0), (0, 0), (0, 0)))
@@ -146,7 +146,7 @@ class Studio:
 
     @functools.cached_property
     def _hair(self) -> np.ndarray:
-        """Vertices of the head's top and back: hair."""
+        """Which vertices are hair: the top and the back of the head."""
         rest = np.asarray(self.body.template).T
         head = self.owner == 15
         low, high = rest[head].min(0), rest[head].max(0)
@@ -163,14 +163,14 @@ def backdrop(scene: Scene, size: int) -> np.ndarray:
     first, second = scene.colors
     ramp = np.linspace(0, 1, size)[:, None, None]
     if scene.background == "gradient":
-        picture = first * (1 - ramp) + second * ramp * np.ones((1, size, 1))
+        image = first * (1 - ramp) + second * ramp * np.ones((1, size, 1))
     elif scene.background == "room":  # a wall and a floor
-        picture = np.where(ramp < 0.72, first, second) * np.ones((1, size, 1))
+        image = np.where(ramp < 0.72, first, second) * np.ones((1, size, 1))
     else:
-        picture = np.broadcast_to(first, (size, size, 3))
+        image = np.broadcast_to(first, (size, size, 3))
     if scene.background == "noise":  # coarse spots
         rng = np.random.default_rng(scene.noise_seed)
         spots = rng.normal(0, 0.03, (8, 8, 3))
         cells = np.minimum(np.arange(size) * 8 // size, 7)
-        picture = picture + spots[cells][:, cells]
-    return np.ascontiguousarray(np.clip(picture, 0, 1) * 255, np.uint8)
+        image = image + spots[cells][:, cells]
+    return np.ascontiguousarray(np.clip(image, 0, 1) * 255, np.uint8)

@@ -1,7 +1,7 @@
 """Situations that ask for a pose without naming it.
 
-One line each: what a person does (after "a person who …"), the posture, and the families of two arms; None lets the
-sampler choose. Arms may be exchanged left for right, because no line names a side. To add a situation, add a line.
+Each line says what a person does (after "a person who …"), the posture, and the places of the two arms; None draws one. No line names a side,
+so the arms may be exchanged. To add a situation, add a line.
 """
 
 from __future__ import annotations

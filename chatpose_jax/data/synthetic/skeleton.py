@@ -1,6 +1,4 @@
-"""Kinematics of the default body's 24 joints in plain numpy: small batches on the host, where a jit call would cost
-more than the work.
-"""
+"""Kinematics of the default body's 24 joints in NumPy. For small batches on the host a jit call costs more than the work."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ NAMES = ("pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee",
 # fmt: on
 INDEX = {name: i for i, name in enumerate(NAMES)}
 
-# Half thickness of the flesh at each joint, metres: how far the skin lies below the joint where the body rests on it.
+# Metres from each joint to the skin, where the body rests on it.
 _THICKNESS = {
     "pelvis": 0.11, "spine1": 0.11, "spine2": 0.11, "spine3": 0.11, "head": 0.09, "hip": 0.10, "knee": 0.055,
     "ankle": 0.07, "foot": 0.025, "shoulder": 0.07, "elbow": 0.04, "wrist": 0.025, "hand": 0.02,
@@ -48,7 +46,7 @@ def rotation(axis: str, degrees: np.ndarray) -> np.ndarray:
 
 
 def rotation_power(matrices: np.ndarray, fraction: float) -> np.ndarray:
-    """The same turn (..., 3, 3) carried out to a fraction of its angle, by Rodrigues' formula; angles below π."""
+    """Rotations (..., 3, 3) about the same axes by a fraction of their angles, which must be below π (Rodrigues' formula)."""
     cosine = np.clip((np.trace(matrices, axis1=-2, axis2=-1) - 1) / 2, -1, 1)
     angle = np.arccos(cosine)
     skew = matrices - np.swapaxes(matrices, -1, -2)
@@ -75,16 +73,16 @@ def forward(rotations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mirror(rotations: np.ndarray) -> np.ndarray:
-    """The pose (N, 24, 3, 3) seen in a mirror: left and right joints swap, rotations are reflected in x = 0."""
+    """Mirrored poses (N, 24, 3, 3): left and right joints change places, rotations are reflected in x = 0."""
     flip = np.array([-1.0, 1.0, 1.0])
     return rotations[:, MIRROR] * np.outer(flip, flip)
 
 
 def remove_yaw(rotations: np.ndarray) -> np.ndarray:
-    """Turn bodies (N, 24, 3, 3), y up, about the vertical so that they face +z.
+    """Turns bodies (N, 24, 3, 3), y up, about the vertical so that they face +z.
 
-    The heading is where the pelvis faces; for a body that lies on its back or face it is where the top of the head
-    would point if it stood up.
+    A body faces where its pelvis does. One that lies faces where it would if it stood up: on its back from head to feet, on its face from feet
+    to head.
     """
     root = rotations[:, 0]
     facing, up = root[:, :, 2], root[:, :, 1]
