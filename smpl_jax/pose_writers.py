@@ -160,4 +160,9 @@ def _write_axis_angle(path: str | os.PathLike[str], pose: Pose) -> Path:
 
 def _axis_angle(pose: Pose) -> np.ndarray:
     """(..., J, 3) float32."""
-    return np.asarray(rotations.matrix_to_axis_angle(np.asarray(pose.rotations, np.float32)), np.float32)
+    return np.asarray(_to_axis_angle(np.asarray(pose.rotations, np.float32)))
+
+
+_to_axis_angle = jax.jit(
+    rotations.matrix_to_axis_angle
+)  # one program for each shape, where op by op it would be dozens

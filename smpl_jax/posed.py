@@ -65,7 +65,7 @@ class PosedBody:
     @functools.cached_property
     def axis_angle(self) -> np.ndarray:
         """(J, 3) float32, radians."""
-        return np.asarray(rotations.matrix_to_axis_angle(self.matrices))
+        return np.asarray(_axis_angle(self.matrices))
 
     @functools.cached_property
     def rotation_6d(self) -> np.ndarray:
@@ -154,6 +154,9 @@ class PosedBody:
             "joints": _decimals(self.joints),
             **{name: _decimals(value) for name, value in more.items() if value is not None},
         }
+
+
+_axis_angle = jax.jit(rotations.matrix_to_axis_angle)
 
 
 @jax.jit

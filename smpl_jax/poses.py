@@ -64,6 +64,9 @@ _TEXTS = ("frame", "gender", "body")
 _BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
 
 
+_to_matrix = jax.jit(axis_angle_to_matrix)  # one program for each shape, where op by op it would be a dozen
+
+
 class _Reading(NamedTuple):
     """One meaning of the arrays of a row."""
 
@@ -170,7 +173,7 @@ class PoseFile:
             names = _listed(reading.names) or "the array"
             raise PoseFileError(f"{self.path}: {names} must be finite numbers; pose {which[bad.argmax()]} is not")
         if reading.kind == "axis-angle":
-            return np.asarray(axis_angle_to_matrix(turns))
+            return np.asarray(_to_matrix(turns))
         for at, joint in no_rotations(turns):
             raise PoseFileError(
                 f"{self.path}: {_listed(reading.names) or 'the array'} must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); "

@@ -1,6 +1,7 @@
 """Poses written and read back, by this package and as others read AMASS."""
 
 import json
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -28,8 +29,7 @@ def same(a, b, atol=5e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=0), a, b)
 
 
-@pytest.mark.parametrize("joints", [22, 24, 52, 55])
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+@pytest.mark.parametrize(("shape", "joints"), [((), 24), ((4,), 22), ((4,), 52), ((2, 3), 55)])
 def test_what_is_written_reads_back_equal(shape, joints, tmp_path):
     bare = Pose(rotations(*shape, joints), "camera")
     measured = RNG.random((*shape, joints)) < 0.5
@@ -142,7 +142,10 @@ def bodies(tmp_path_factory):
         }
         more = {"dynamic_lmk_faces_idx": np.zeros((79, 17), int), "dynamic_lmk_bary_coords": np.zeros((79, 17, 3))}
         more |= {"lmk_faces_idx": np.arange(51), "lmk_bary_coords": np.full((51, 3), 1 / 3)}
-        arrays = random_arrays(kind, 10475 if kind == "smplx" else 6890, 20 if kind == "smplx" else 16)
+        size = (
+            {"smplh": 6890, "smplx": 10475}[kind] if find_spec("smplx") else 200
+        )  # smplx picks vertices by their numbers
+        arrays = random_arrays(kind, size, 20 if kind == "smplx" else 16)
         np.savez(folder / kind / f"{kind.upper()}_MALE.npz", **arrays, **hands, **(more if kind == "smplx" else {}))
     return folder
 
@@ -187,7 +190,7 @@ def test_what_others_read_from_our_amass_is_our_body(kind, bodies, tmp_path):
         ({}, "amass", {"gender": "male", "rate": 0}, "needs rate.*found 0"),
         ({}, "amass", {"gender": "male", "rate": float("nan")}, "needs rate"),
         ({}, "amass", {"gender": "male", "rate": 30, "body": "x"}, "a file of layout 'amass' holds no body"),
-        ({"frame": "camera"}, "amass", {"gender": "male", "rate": 30}, r"told in the frame 'z-up', found 'camera'; to_frame"),
+        ({"frame": "camera"}, "amass", {"gender": "male", "rate": 30}, r"AMASS has the frame 'z-up', found 'camera'; to_frame"),
         ({"rotations": rotations(4, 24), "betas": None}, "amass", {"gender": "male", "rate": 30}, r"24 joints \(smpl\); to_family"),
         ({"betas": numbers(4, 16)}, "amass", {"gender": "male", "rate": 30}, "one shape for all poses of a file"),
         ({"rotations": rotations(52), "betas": None, "translation": None}, "amass", {"gender": "male", "rate": 30}, r"pose\[None\]"),
