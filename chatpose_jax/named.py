@@ -1,4 +1,4 @@
-"""Code that a setting names: an entry of a table, or ``package.module:name`` of the user's own; and its options, checked."""
+"""Finds code by the name in a setting, an entry of a table or the user's own ``package.module:name``, and checks its options."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from chatpose_jax.settings import check_value, did_you_mean
 
 
 def find(where: str, name: str, table: Mapping[str, str]) -> Any:
-    """The function or class of a name.
+    """The function or class that a name stands for.
 
-    where: what errors begin with, such as ``data.sources[0] 'mydata:make'``.
-    table: the names of those in the package, each with its ``package.module:name``.
+    where: begins the errors, such as ``data.sources[0] 'mydata:make'``.
+    table: names of what is in the package -> ``package.module:name``.
 
-    Raises UserError where there is none, or where importing its module fails; an OSError of that import stays one.
+    Raises UserError where there is none, or its module cannot be imported. An OSError of the import stays an OSError.
     """
     module, _, attribute = table.get(name, name).partition(":")
     if not (module and attribute):
@@ -46,17 +46,23 @@ def signature(where: str, function: Any) -> inspect.Signature:
 
 
 def check_options(where: str, found: inspect.Signature, options: Mapping[str, Any]) -> None:
-    """Raises UserError for an option that is no keyword-only parameter, one of another type than its annotation, and one that is missing.
+    """Raises UserError for an option that is no keyword-only parameter or not of the annotated type, and for one that is missing.
 
-    An option without annotation may be anything; a list counts as a tuple.
+    An option without annotation may be anything. Sequences are tuples.
     """
     parameters = found.parameters.values()
     known = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in options.items():
         if name in known:
-            if (kind := known[name].annotation) is not inspect.Parameter.empty:
+            if (kind := known[name].annotation) is inspect.Parameter.empty:
+                continue
+            try:
                 check_value(f"{where}: the option {name}", value, kind)
+            except TypeError as error:  # no type that isinstance takes, such as a Protocol
+                raise UserError(
+                    f"{where}: values cannot be checked against the annotation of its option {name} ({error})"
+                ) from None
         elif not open_ended:
             hint = did_you_mean(str(name), known) or "; its options are " + (", ".join(known) or "none")
             raise UserError(f"{where} has no option {name!r}{hint}")
@@ -65,9 +71,9 @@ def check_options(where: str, found: inspect.Signature, options: Mapping[str, An
 
 
 def raised(where: str, error: Exception) -> Exception:
-    """One line for an error in the user's own code, to be raised from it: ``where`` it happened, its type and its words.
+    """The error to raise for an error in the user's own code: one line that says where, its type and its message.
 
-    An OSError stays one, with its number: callers tell by it whether a run can go on.
+    An OSError stays one, with its number, by which callers tell whether a run can go on.
     """
     if isinstance(error, UserError):
         return UserError(f"{where}: {error}")

@@ -16,8 +16,8 @@ class SourceRow(NamedTuple):
     """One source of rows.
 
     name: an entry of ``data.sources.SOURCES``, or ``package.module:function`` of one's own.
-    weight: its share of an epoch is its weight over the sum of all weights.
-    options: keyword arguments of the source, which are checked against its signature.
+    weight: its share of an epoch is this over the sum of all weights.
+    options: keyword arguments of the source, checked by its signature.
     """
 
     name: str
@@ -29,15 +29,15 @@ class SourceRow(NamedTuple):
 class DataConfig:
     """Where rows come from and how they become batches.
 
-    sources: rows of (name, weight, options), see ``SourceRow``; the last two may be left out. One row is that data set itself, several
-        are a mixture by weight (``data.mixture``). A name alone is one row.
-    seed: of what the sources draw; a source takes it by a parameter ``seed``.
-    template: conversation template of ``processing.conversation``, for a model that starts from nothing; others keep their folder's.
-    buckets: padded lengths of batches with pictures, and as many of batches without: each compiles a step.
-    packing: several conversations in each row of ``train.max_length`` tokens, instead of padded lengths.
-    cache_mib: memory of each process for rows that were encoded once, their pictures at the model's size; 0 keeps none, and Grain's
-        processes keep none.
-    threads, workers: Grain's threads (from two on) and processes that prepare batches; 0 workers is threads alone.
+    sources: rows of (name, weight, options), see ``SourceRow``; the last two are optional. One row is that data set. Several rows are a
+        mixture by weight (``data.mixture``). A name alone is one row.
+    seed: passed to each source that has a parameter ``seed``.
+    template: conversation template of ``processing.conversation``, for a model that starts from nothing. Others have one in their folder.
+    buckets: number of padded lengths for batches with images, and for batches without. A step is compiled for each.
+    packing: put several conversations into each row of ``train.max_length`` tokens, instead of padding each.
+    cache_mib: encoded rows that each process keeps, at most so many MiB, with images at the model's size. 0 keeps none. Grain's processes
+        keep none.
+    threads, workers: threads and processes that prepare batches. From two threads or one process on they are Grain's.
     """
 
     sources: tuple[SourceRow, ...] = (SourceRow("synthetic"),)
@@ -59,9 +59,9 @@ class DataConfig:
 
 
 def source_rows(value: Any) -> tuple[SourceRow, ...]:
-    """The rows of ``data.sources`` as a person or JSON writes them, in one form: lists are tuples, what is left out has its default.
+    """The rows of ``data.sources`` in one form, from a name alone, lists or tuples. Lists in them become tuples.
 
-    Raises UserError for what is no row.
+    Raises UserError for anything else.
     """
     rows = ((value,),) if isinstance(value, str) else value
     expected = "data.sources: expected rows of (name, weight, {option: value}), the last two optional"

@@ -1,4 +1,4 @@
-"""Several data sets as one, in fixed proportions."""
+"""Mixes several data sets in fixed proportions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from chatpose_jax.processing.processor import Processor
 
 
 class Mixture(Sequence[Example]):
-    """Rows of all sources by index, one source after another; an epoch draws from each by its weight.
+    """The rows of all sources, one source after another; an epoch has rows of each by its weight.
 
-    An epoch has as many rows as all sources together (about: each share is rounded). A source whose share is larger than
-    itself is repeated, in a new order each time; one whose share is smaller goes on in the next epoch where it stopped.
-    Which rows an epoch holds is a pure function of its number and the seed.
+    An epoch has as many rows as all sources together, up to rounding of the shares. A source that is smaller than its share is repeated, in a
+    new order each time. A larger one continues in the next epoch where it stopped. The rows of an epoch depend on its number and the seed
+    alone.
 
-    sources: sequences of ``Example``. weights: one for each, positive; only their proportions matter.
+    sources: sequences of ``Example``. weights: a positive number for each; only their proportions matter.
     """
 
     def __init__(self, sources: Sequence[Sequence[Example]], weights: Sequence[float]) -> None:
@@ -49,11 +49,11 @@ class Mixture(Sequence[Example]):
         return self.sources[source][index - (self._ends[source] - len(self.sources[source]))]
 
     def sizes(self, processor: Processor, max_length: int) -> np.ndarray:
-        """What each source knows of its rows, one source after another; see ``data.sizes.known_sizes``."""
+        """The sizes that the sources know, one source after another; see ``data.sizes.known_sizes``."""
         return np.concatenate([known_sizes(source, processor, max_length) for source in self.sources])
 
     def epoch(self, number: int, seed: int) -> np.ndarray:
-        """The rows of an epoch, source by source; a row that is drawn twice stands there twice."""
+        """The indices of an epoch's rows, source by source. A row that is drawn twice is in it twice."""
         drawn = []
         for index, (source, end, share) in enumerate(zip(self.sources, self._ends, self.shares)):
             size = len(source)

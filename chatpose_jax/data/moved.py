@@ -1,4 +1,4 @@
-"""Data settings of versions before, and what to write instead."""
+"""Settings of earlier versions, and what to write instead."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from chatpose_jax.data.config import DataConfig, SourceRow, source_rows
 
 SIZES = ("train_size", "val_size", "test_size")
 MOVED = ("source", "mixture", *SIZES)
-"""Fields of ``DataConfig`` that are gone."""
+"""Fields that ``DataConfig`` had."""
 KINDS = {"synthetic-text": "text", "synthetic-instruction": "instruction", "synthetic-image": "image"}
-"""Sources that are gone -> the option ``kind`` of "synthetic"."""
+"""Names of earlier sources -> the option ``kind`` of "synthetic"."""
 _MIXTURE = (("synthetic-text", 1.0), ("synthetic-instruction", 1.0), ("synthetic-image", 2.0))
 
 
 def in_a_file(data: Mapping[str, Any]) -> str:
-    """One line about the settings of ``data`` that are gone, with the line to write."""
+    """One line that names the earlier settings in ``data`` and says what to write."""
     gone = ", ".join(f"data.{name}" for name in MOVED if name in data)
     return f"{gone}: data.sources says this now; write config.data.sources = {_rows(data)!r}"
 
 
 def in_an_override(name: str, value: Any) -> str:
-    """What to type in the place of ``--set data.NAME=VALUE``, for a name of ``MOVED``."""
+    """One line that says what to type instead of ``--set data.NAME=VALUE``, for a name of ``MOVED``."""
     if name == "source":
         told = f'"data.sources={_rows({name: value})!r}"' if value == "mixture" else f"data.sources={value}"
     elif name == "mixture":

@@ -1,4 +1,4 @@
-"""How long rows are, which plans an epoch: what a data set knows, and the rest by reading its text."""
+"""Sizes of rows, by which an epoch is planned: from the data set if it knows them, else by reading the text of the rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from chatpose_jax.processing.processor import Processor
 def measure(
     dataset: Sequence[Example], processor: Processor, max_length: int, rows: Sequence[int] | None = None
 ) -> np.ndarray:
-    """(N, 3) int64: tokens, pictures and poses of the given rows, by default of all.
+    """(N, 3) int64: tokens, images and poses of the given rows, by default of all.
 
-    What the data set knows (``known_sizes``) is taken from it; of the other rows the text is read. No picture is opened.
+    Rows whose sizes the data set does not know (``known_sizes``) are read. No image is opened.
 
     Raises UserError for a malformed row.
     """
@@ -29,12 +29,12 @@ def measure(
 
 
 def known_sizes(dataset: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
-    """(N, 3) int64: tokens, pictures and poses of each row that the data set knows; -1 in the others.
+    """(N, 3) int64: tokens, images and poses of each row, as the data set knows them; -1 where it does not.
 
-    A data set knows by an optional method ``sizes(processor, max_length)``, which gives such an array or None. Tokens count as
-    ``processor`` encodes the row, at most ``max_length``; pictures and poses that this cuts off do not count.
+    A data set may have a method ``sizes(processor, max_length)`` that gives such an array, or None. It counts what ``processor`` gives for a
+    row that is cut at ``max_length`` tokens.
 
-    Raises UserError where the method gives something else.
+    Raises UserError where the method gives anything else.
     """
     unknown = np.full((len(dataset), 3), -1, np.int64)
     method = getattr(dataset, "sizes", None)
@@ -48,14 +48,14 @@ def known_sizes(dataset: Sequence[Example], processor: Processor, max_length: in
     sizes = np.asarray(given)
     if sizes.shape != unknown.shape or sizes.dtype.kind not in "iu":
         raise UserError(
-            f"{name}: sizes() must give integers ({len(dataset)}, 3), tokens, pictures and poses of each row, or None; "
+            f"{name}: sizes() must give integers ({len(dataset)}, 3), tokens, images and poses of each row, or None; "
             f"found {sizes.dtype} {sizes.shape}"
         )
     sizes = sizes.astype(np.int64)
     known = sizes[:, 0] >= 0
     if wrong := np.flatnonzero(known & ((sizes < [1, 0, 0]).any(axis=1) | (sizes[:, 0] > max_length))).tolist():
         raise UserError(
-            f"{name}: sizes() gives {sizes[wrong[0]].tolist()} tokens, pictures and poses for row {wrong[0]}; "
+            f"{name}: sizes() gives {sizes[wrong[0]].tolist()} tokens, images and poses for row {wrong[0]}; "
             f"expected 1 to {max_length} tokens"
         )
     return np.where(known[:, None], sizes, -1)

@@ -1,4 +1,4 @@
-"""The rows of a split: the sources that ``data.sources`` names, found, their options checked, and joined."""
+"""Finds the sources that ``data.sources`` names, checks their options, and gives the rows of a split."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
 SOURCES = {"synthetic": "chatpose_jax.data.synthetic.dataset:synthetic"}
-"""Sources in the package: name -> ``package.module:function``. A source is called as ``make(split, *, image_size, seed, **options)`` and
-gives a sequence of ``Example``. Its keyword-only parameters are its options; ``image_size`` (pixels) and ``seed`` are given to one that
-names them, and may be set as options too.
+"""Sources in the package: name -> ``package.module:function``.
+
+A source is called as ``make(split, *, image_size, seed, **options)`` and gives a sequence of ``Example``. Its keyword-only parameters are its
+options. ``image_size`` (pixels) and ``seed`` are passed only if it has such parameters, and options may replace them.
 """
 
 
 def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
-    """The rows of a split: those of the one source, or a mixture by weight.
+    """The rows of a split: those of the only source, or a mixture by weight.
 
-    Raises UserError for a source that cannot be found, for an option that it does not take, and where it gives no rows or its code fails,
-    then or at any row. An OSError of that code stays one. All name the source, and the row where it was one.
+    Raises UserError, which names the source, where a source is not found, an option does not fit, the source gives no sequence of ``Example``,
+    or its code fails. Its code may also fail at a row, later; the error then names the row. An OSError of its code stays an OSError.
     """
     parts = [rows(split) for rows in _bound(config, image_size)]
     if len(parts) == 1:
@@ -40,12 +41,12 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
 
 
 def check_sources(config: DataConfig) -> None:
-    """Raises UserError as ``examples`` does for a name or an option; no source is called."""
+    """Raises UserError as ``examples`` does for a name or an option. No source is called."""
     _bound(config, image_size=1)
 
 
 def _bound(config: DataConfig, image_size: int) -> list[Callable[[Split], NamedRows]]:
-    """For each source a function of the split, once all of them are checked."""
+    """A function of the split for each source. All are checked first."""
     return [_bind(row, number, image_size, config.seed) for number, row in enumerate(config.sources)]
 
 
@@ -78,14 +79,14 @@ def _open(where: str, make: Callable[[Split], Any], split: Split) -> NamedRows:
         raise UserError(f"{where}: expected a sequence of Example, found {type(rows).__name__}")
     found = NamedRows(rows, where)
     if len(found) and not hasattr(rows, "sizes"):
-        found[0]  # the first fault is found before the text of all rows is read
+        found[0]  # finds a first error before all rows are read
     return found
 
 
 class NamedRows(Sequence[Example]):
-    """The rows of a source; an error of its code is one line that names the source and the row.
+    """The rows of a source. An error of its code becomes one line that names the source and the row.
 
-    rows: what the source gave; its other attributes can be had from here. where: how errors name the source.
+    rows: what the source gave. Other attributes than those here are its attributes. where: names the source in errors.
     """
 
     def __init__(self, rows: Any, where: str) -> None:
@@ -110,7 +111,7 @@ class NamedRows(Sequence[Example]):
         return row
 
     def sizes(self, processor: Processor, max_length: int) -> np.ndarray | None:
-        """What the rows say of their sizes (``data.sizes.known_sizes``); None where they say nothing."""
+        """The sizes that the rows know (``data.sizes.known_sizes``), or None."""
         if not hasattr(self.rows, "sizes"):
             return None
         try:
@@ -119,6 +120,6 @@ class NamedRows(Sequence[Example]):
             raise named.raised(f"sizes of {self.where}", error) from error
 
     def __getattr__(self, name: str) -> Any:
-        if name == "rows" or name.startswith("_"):  # while a copy is unpickled there are no rows
+        if name == "rows" or name.startswith("_"):  # pickle asks for some before there are rows
             raise AttributeError(name)
         return getattr(self.rows, name)

@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import pytest
@@ -204,6 +204,16 @@ def test_a_source_of_versions_before_is_told_the_new_form(own, make):
     assert "found def make(" in line
 
 
+def test_an_annotation_that_cannot_be_checked_is_one_line(own):
+    class Opener(Protocol):
+        def open(self): ...
+
+    def make(split, *, by: Opener | None = None, to: Opener):
+        return []
+
+    assert "checked against the annotation of its option to" in refused(own(make, to=3))
+
+
 def test_a_signature_that_cannot_be_read_is_one_line(own):
     def make(split, *, x: "NoSuchType" = 3):  # noqa: F821
         return []
@@ -347,7 +357,7 @@ def test_only_the_rows_that_nobody_knows_are_read(processor):
     [
         ([[9, 0, 1]] * 3, r"must give integers \(4, 3\).*found int64 \(3, 3\)"),
         ([[9.0, 0, 1]] * 4, "found float64"),
-        ([[9, 0, 1]] * 3 + [[0, 0, 0]], r"gives \[0, 0, 0\] tokens, pictures and poses for row 3; expected 1 to 64"),
+        ([[9, 0, 1]] * 3 + [[0, 0, 0]], r"gives \[0, 0, 0\] tokens, images and poses for row 3; expected 1 to 64"),
         ([[9, 0, 1]] * 3 + [[9, -1, 0]], "for row 3"),
         ([[65, 0, 0]] + [[9, 0, 1]] * 3, "for row 0; expected 1 to 64 tokens"),
         (failing(KeyError("x")), "KeyError: 'x'"),
