@@ -24,7 +24,7 @@ from tests.numerics import LOSS
 def test_unknown_head_and_refused_option_are_named() -> None:
     with pytest.raises(UserError, match=r"no pose head 'no_such'; the heads are .*mlp"):
         heads.create_head(HeadConfig("no_such"), 8, rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="pose head 'mlp' has no option 'depth'; its options are none"):
+    with pytest.raises(UserError, match="pose head 'mlp' has no option 'depth'; its options are rotation, start"):
         heads.create_head(HeadConfig("mlp", options=(("depth", 3),)), 8, rngs=nnx.Rngs(0))
 
 

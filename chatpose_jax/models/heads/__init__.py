@@ -20,6 +20,10 @@ from smpl_jax.pose import JOINTS, Pose
 
 HEADS: dict[str, str] = {
     "mlp": "chatpose_jax.models.heads.mlp:MLPHead",
+    "shape": "chatpose_jax.models.heads.shape:ShapeHead",
+    "queries": "chatpose_jax.models.heads.queries:QueriesHead",
+    "flow": "chatpose_jax.models.heads.flow:FlowHead",
+    "gaussian": "chatpose_jax.models.heads.gaussian:GaussianHead",
 }
 """Name, as in ``model.head.name``, to "module:Class". A module is imported when its head is asked for."""
 RESERVED = {"loss", "text", "token_accuracy"}

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from chatpose_jax.models.heads.base import PoseHead, States
+from chatpose_jax.models.heads.parts import ROTATIONS, RotationName, Start, last_linear, start_numbers
 from chatpose_jax.models.layers import Linear
 from smpl_jax.pose import Pose
-from smpl_jax.rotations import rotation_6d_to_matrix
 
 
 class MLPHead(PoseHead):
-    """6D columns (Zhou et al. 2019 in HMR2's order) through Gram–Schmidt. Starts at the identity, where Gram–Schmidt is well behaved."""
+    """rotation: a row of ``parts.ROTATIONS``, the numbers that come out for each joint. start: see ``parts.start_numbers``."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, rotation: RotationName = "6d", start: Start = "identity"):
+        self.rotation = rotation
         self.fc1 = Linear(width, width, bias=True, rngs=rngs)
-        self.fc2 = Linear(width, self.num_joints * 6, bias=True, axes=("mlp", "embed"), rngs=rngs)
-        self.fc2.kernel[...] = self.fc2.kernel[...] * 0.1
-        self.fc2.bias[...] = jnp.tile(jnp.array([1.0, 0, 0, 0, 1, 0]), self.num_joints)  # type: ignore[index]
+        self.fc2 = last_linear(width, start_numbers(rotation, self.num_joints, start), axes=("mlp", "embed"), rngs=rngs)
+
+    def features(self, token: jax.Array) -> jax.Array:
+        """(..., D) -> (..., D), what the last layer reads."""
+        return jax.nn.relu(self.fc1(token))
+
+    def rotations(self, features: jax.Array) -> jax.Array:
+        """(..., D) -> (..., J, 3, 3)."""
+        numbers = self.fc2(features).reshape(*features.shape[:-1], self.num_joints, -1)
+        return ROTATIONS[self.rotation].to_matrix(numbers)
 
     def __call__(self, states: States, key: jax.Array) -> Pose:
-        x = self.fc2(jax.nn.relu(self.fc1(states.token)))
-        return Pose(rotation_6d_to_matrix(x.reshape(*x.shape[:-1], self.num_joints, 6), order="columns"), "camera")
+        return Pose(self.rotations(self.features(states.token)), "camera")

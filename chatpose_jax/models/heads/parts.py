@@ -1,0 +1,82 @@
+"""What several heads share: how joints are told in numbers, layers that start at given numbers, means over what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatpose_jax.models.layers import Linear
+from chatpose_jax.settings import whole
+from smpl_jax.pose import Pose
+from smpl_jax.rotations import (
+    axis_angle_to_matrix,
+    matrix_9d_to_rotation,
+    quaternion_to_matrix,
+    rotation_6d_to_matrix,
+)
+
+RotationName = Literal["6d", "svd9d", "quaternion", "axis_angle"]
+Start = Literal["upright", "identity"]
+
+
+class Rotation(NamedTuple):
+    """identity: the numbers of no rotation. half_turn: of half a turn about x. to_matrix: (..., their count) -> (..., 3, 3)."""
+
+    identity: tuple[float, ...]
+    half_turn: tuple[float, ...]
+    to_matrix: Callable[[jax.Array], jax.Array]
+
+
+def _nearest(x: jax.Array) -> jax.Array:
+    return matrix_9d_to_rotation(x.reshape(*x.shape[:-1], 3, 3))
+
+
+ROTATIONS: dict[RotationName, Rotation] = {
+    "6d": Rotation((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), partial(rotation_6d_to_matrix, order="columns")),
+    "svd9d": Rotation((1, 0, 0, 0, 1, 0, 0, 0, 1), (1, 0, 0, 0, -1, 0, 0, 0, -1), _nearest),
+    "quaternion": Rotation((1, 0, 0, 0), (0, 1, 0, 0), quaternion_to_matrix),
+    "axis_angle": Rotation((0, 0, 0), (math.pi, 0, 0), axis_angle_to_matrix),
+}
+"""6D columns through Gram–Schmidt (Zhou et al. 2019, in HMR2's order), nine numbers through an SVD (Levinson et al. 2020), quaternions of
+any length, axis-angles in radians."""
+
+
+def start_numbers(rotation: RotationName, joints: int, start: Start = "upright") -> jax.Array:
+    """(J, n), the numbers of the pose that a head starts from, in the representation ``rotation``.
+
+    start: "upright", the rest pose of a person who stands upright and faces the camera; or "identity", which in the camera frame is upside down.
+        From there the L1 on matrices must grow before it can fall: half a turn from its target it has a local minimum.
+    """
+    row = ROTATIONS[rotation]
+    root = row.half_turn if start == "upright" else row.identity
+    return jnp.array([root] + [row.identity] * (joints - 1), jnp.float32)
+
+
+def sizes(**options: int) -> None:
+    """Raises UserError for the first option of a head that is no whole number of at least 1."""
+    for name, value in options.items():
+        whole(f"model.head.options: {name}", value, 1)
+
+
+def last_linear(
+    width: int, start: jax.Array, *, axes: tuple[str | None, str | None] = (None, None), rngs: nnx.Rngs
+) -> Linear:
+    """A last layer (..., width) -> (..., start.size) whose output starts near the numbers ``start``, whatever its input."""
+    linear = Linear(width, start.size, bias=True, axes=axes, rngs=rngs)
+    linear.kernel[...] = linear.kernel[...] * 0.1
+    linear.bias[...] = start.reshape(-1)  # type: ignore[index]
+    return linear
+
+
+def measured_mean(values: jax.Array, target: Pose, mask: jax.Array) -> jax.Array:
+    """Mean of (B, P, J) numbers over the measured joints of the poses that exist; 0 where there are none."""
+    counts = jnp.broadcast_to(mask[..., None], values.shape)
+    if target.measured is not None:
+        counts = counts & target.measured
+    return jnp.where(counts, values, 0).sum() / jnp.maximum(counts.sum(), 1)

@@ -1,0 +1,92 @@
+"""A query for each joint that reads the whole conversation: a small transformer decoder (Vaswani et al. 2017) with learned queries, as in
+DETR (Carion et al. 2020)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.attention import attention
+from chatpose_jax.models.heads.base import PoseHead, States
+from chatpose_jax.models.heads.parts import ROTATIONS, sizes, start_numbers
+from chatpose_jax.models.layers import Linear, RMSNorm, contract
+from smpl_jax.pose import Pose
+
+
+def _norm(width: int) -> RMSNorm:
+    return RMSNorm(width, eps=1e-6, param_dtype=jnp.float32)
+
+
+class Attention(nnx.Module):
+    """From ``x`` to ``memory``, both ``width`` wide; it projects each, and the result."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q_proj = Linear(width, width, axes=("embed", "heads"), rngs=rngs)
+        self.k_proj = Linear(width, width, axes=("embed", "heads"), rngs=rngs)
+        self.v_proj = Linear(width, width, axes=("embed", "heads"), rngs=rngs)
+        self.o_proj = Linear(width, width, axes=("heads", "embed"), rngs=rngs)
+
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """x (B, Q, W), memory (B, S, W), mask (B, Q, S) or None -> (B, Q, W)."""
+        q, k, v = (
+            y.reshape(*y.shape[:-1], self.heads, -1) for y in (self.q_proj(x), self.k_proj(memory), self.v_proj(memory))
+        )
+        return self.o_proj(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
+
+
+class Layer(nnx.Module):
+    """Pre-norm: among the joints of one pose, then to the conversation, then a feed-forward of four times the width."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.self_norm, self.self_attn = _norm(width), Attention(width, heads, rngs=rngs)
+        self.cross_norm, self.cross_attn = _norm(width), Attention(width, heads, rngs=rngs)
+        self.mlp_norm = _norm(width)
+        self.fc1 = Linear(width, 4 * width, bias=True, rngs=rngs)
+        self.fc2 = Linear(4 * width, width, bias=True, axes=("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: jax.Array, memory: jax.Array, before: jax.Array) -> jax.Array:
+        """x (B, P, J, W), memory (B, T, W), before (B, P, T) -> (B, P, J, W)."""
+        batch, poses, joints, width = x.shape
+        y = self.self_norm(x).reshape(batch * poses, joints, width)
+        x = x + self.self_attn(y, y, None).reshape(x.shape)
+        # All joints of all poses are the queries of one product: keys and values exist once for each conversation.
+        y = self.cross_norm(x).reshape(batch, poses * joints, width)
+        x = x + self.cross_attn(y, memory, jnp.repeat(before, joints, axis=1)).reshape(x.shape)
+        return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x))))
+
+
+class QueriesHead(PoseHead):
+    """One learned query for each joint. Joints look at each other both ways, and at the states of the conversation up to their pose token.
+
+    Each query begins with the token's own state added, which says which pose of the conversation is asked for. All is float32, but for the one
+    product that reads the conversation, whose factors have the dtype of its states.
+
+    layers, heads: of the transformer. hidden: its width, a multiple of ``heads``.
+    """
+
+    reads = "conversation"
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, layers: int = 2, heads: int = 8, hidden: int = 512):
+        sizes(layers=layers, heads=heads, hidden=hidden)
+        if hidden % heads:
+            raise UserError(f"model.head.options: hidden={hidden} is no multiple of heads={heads}")
+        self.queries = nnx.Param(jax.random.normal(rngs.params(), (self.num_joints, hidden)))
+        self.token = Linear(width, hidden, axes=(None, None), rngs=rngs)
+        self.memory = Linear(width, hidden, axes=(None, None), rngs=rngs)
+        self.memory_norm, self.norm = _norm(hidden), _norm(hidden)
+        self.layers = nnx.List([Layer(hidden, heads, rngs=rngs) for _ in range(layers)])
+        self.rotation = Linear(hidden, 6, axes=(None, None), rngs=rngs)
+        self.rotation.kernel[...] = self.rotation.kernel[...] * 0.1
+        self.start = nnx.Param(start_numbers("6d", self.num_joints))
+
+    def __call__(self, states: States, key: jax.Array) -> Pose:
+        assert states.conversation is not None and states.before is not None
+        read = states.conversation
+        memory = self.memory_norm(contract("btd,dw->btw", read, self.memory.kernel[...].astype(read.dtype)))
+        x = self.queries[...] + self.token(states.token)[..., None, :]
+        for layer in self.layers:
+            x = layer(x, memory, states.before)
+        return Pose(ROTATIONS["6d"].to_matrix(self.start[...] + self.rotation(self.norm(x))), "camera")

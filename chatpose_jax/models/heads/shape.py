@@ -1,0 +1,50 @@
+"""The paper's head that gives the body's shape as well: ten betas beside the rotations, as HMR does (Kanazawa et al. 2018)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatpose_jax.models.heads.base import Distance, States
+from chatpose_jax.models.heads.mlp import MLPHead
+from chatpose_jax.models.heads.parts import RotationName, Start, last_linear
+from smpl_jax.pose import Pose
+
+BETAS = 10
+
+
+class ShapeHead(MLPHead):
+    """``mlp`` and one more layer on the same features, which starts at the mean body.
+
+    weight: of the betas' L1 beside the pose's loss.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        rotation: RotationName = "6d",
+        start: Start = "upright",
+        weight: float = 0.1,
+    ):
+        super().__init__(width, rngs=rngs, rotation=rotation, start=start)
+        self.weight = weight
+        self.betas = last_linear(width, jnp.zeros(BETAS), rngs=rngs)
+
+    def __call__(self, states: States, key: jax.Array) -> Pose:
+        features = self.features(states.token)
+        return Pose(self.rotations(features), "camera", betas=self.betas(features))
+
+    def loss(
+        self, states: States, target: Pose, mask: jax.Array, key: jax.Array, distance: Distance
+    ) -> dict[str, jax.Array]:
+        """The distance, and where it has no part ``betas`` by the configuration, mean |Δβ| over the poses whose betas are known."""
+        made = self(states, key)
+        parts = distance(made, target, mask)
+        if target.betas is None or "betas" in parts:
+            return parts
+        known = mask if target.has_betas is None else mask & target.has_betas
+        error = jnp.abs(made.betas - target.betas).mean(axis=-1)
+        return {**parts, "betas": self.weight * jnp.where(known, error, 0).sum() / jnp.maximum(known.sum(), 1)}

@@ -1,0 +1,88 @@
+"""The density is one, its samples follow it, and it is likeliest where it is true."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chatpose_jax.models.heads.gaussian import LARGEST, LEAST, Rotations
+from smpl_jax.pose import Pose
+from smpl_jax.rotations import axis_angle_to_matrix, geodesic_distance, quaternion_to_matrix
+
+from .common import make, states
+
+KEY = jax.random.key(0)
+MEAN = axis_angle_to_matrix(jnp.array([0.5, 2.0, -1.0]))
+AXES = axis_angle_to_matrix(jnp.array([1.0, 0.3, 0.4]))
+DEVIATIONS = {"widest": [LARGEST] * 3, "one wide": [LARGEST, 0.3, 0.3], "uneven": [1.2, 0.8, 0.5], "round": [0.5] * 3}
+
+
+def distribution(deviations: list[float]) -> Rotations:
+    return Rotations(MEAN, AXES, jnp.array(deviations))
+
+
+def draw(of: Rotations, count: int) -> jax.Array:
+    return jax.vmap(of.sample)(jax.random.split(KEY, count))
+
+
+@pytest.mark.parametrize("deviations", DEVIATIONS.values(), ids=DEVIATIONS)
+def test_density_integrates_to_one_and_samples_follow_it(deviations: list[float]) -> None:
+    """Over uniform rotations the density's mean is 1, and the mean of density times anything is the samples' mean of it."""
+    of, count = distribution(deviations), 200_000
+    uniform = quaternion_to_matrix(jax.random.normal(KEY, (count, 4)))
+    density = np.asarray(jnp.exp(jax.jit(of.log_density)(uniform)), np.float64)
+    assert density.mean() == pytest.approx(1, abs=0.005 + 4 * density.std() / count**0.5)
+    samples = jax.jit(lambda: draw(of, count))()
+
+    def moments(rotations: jax.Array) -> np.ndarray:
+        """The distance from the mean, and the mean rotation's entries: what turns differently about different axes."""
+        angle = geodesic_distance(rotations, MEAN)[:, None]
+        return np.asarray(jnp.concatenate([angle, rotations.reshape(-1, 9)], axis=1), np.float64)
+
+    weighed = density[:, None] * moments(uniform)
+    bound = 0.01 + 4 * (weighed.std(axis=0) + moments(samples).std(axis=0)) / count**0.5
+    np.testing.assert_array_less(np.abs(weighed.mean(axis=0) - moments(samples).mean(axis=0)), bound)
+
+
+def test_likelihood_is_least_at_the_truth() -> None:
+    """Gibbs' inequality: of all parameters the true ones give samples the least negative log-likelihood."""
+    truth = distribution([0.9, 0.4, 0.2])
+    samples = draw(truth, 20_000)
+    turn = axis_angle_to_matrix(jnp.array([0.1, -0.1, 0.1]))
+    others = {
+        "mean": truth._replace(mean=truth.mean @ turn),
+        "axes": truth._replace(axes=truth.axes @ turn),
+        "wider": truth._replace(deviations=truth.deviations * 1.15),
+        "narrower": truth._replace(deviations=truth.deviations / 1.15),
+        "another axis wide": truth._replace(deviations=truth.deviations[::-1]),
+    }
+    least = -truth.log_density(samples).mean()
+    for name, other in others.items():
+        assert -other.log_density(samples).mean() > least + 0.005, name
+
+
+def test_likelihood_of_the_head_is_by_joint_and_most_at_the_mean() -> None:
+    head, given = make("gaussian"), states()
+    made = head(given, KEY)
+    likelihood = head.log_likelihood(given, made)
+    assert likelihood.shape == (2, 3, 24)
+    turned = Pose(made.rotations @ axis_angle_to_matrix(jnp.array([0.3, 0, 0])), "camera")
+    assert (head.log_likelihood(given, turned) < likelihood).all()
+
+
+def test_deviations_are_bounded_whatever_the_state() -> None:
+    head, given = make("gaussian"), states()
+    for scale in (1e-3, 1e4):
+        of = head.distribution(given.token * scale)
+        assert (of.deviations >= LEAST).all() and (of.deviations <= LARGEST).all()
+        assert jnp.isfinite(of.log_density(jnp.eye(3))).all()
+
+
+def test_samples_are_seeded_and_differ() -> None:
+    head, given = make("gaussian"), states()
+    samples = head.sample(given, KEY, 4)
+    assert head.draws and samples.shape == (4, 2, 3)
+    np.testing.assert_array_equal(samples.rotations, head.sample(given, KEY, 4).rotations)
+    assert geodesic_distance(samples.rotations[0], samples.rotations[1]).min() > 1e-3
