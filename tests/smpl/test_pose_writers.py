@@ -140,7 +140,7 @@ def written(kind, num_vertices, folder):
         more |= {"joint2num": np.array({f"joint{i}": i for i in range(55)}, object)}
     hands = {f"hands_{name}{s}": np.zeros((45, 45)[:n]) for name, n in (("components", 2), ("mean", 1)) for s in "lr"}
     path = folder / kind / f"{kind.upper()}_MALE.npz"
-    np.savez(path, **random_arrays(kind, num_vertices, 20 if kind == "smplx" else 10), **hands, **more)
+    np.savez(path, **random_arrays(kind, num_vertices, 400 if kind == "smplx" else 10), **hands, **more)
     pose = sequence(kind, 3)
     pose = pose.replace(betas=np.tile(pose.betas[:1, :10], (3, 1)))
     body = load_body(path)
@@ -155,14 +155,15 @@ def test_body_models_shows_our_amass_as_we_do(kind, tmp_path):
     path, expected, given = written(kind, 200, tmp_path)
     peer = getattr(module, kind.upper())(model_path=path, flat_hand_mean=True)
     head = [np.concatenate([given["pose_jaw"], given["pose_eye"]], 1).reshape(3, 3, 3)] if kind == "smplx" else []
+    shapes = 300 if kind == "smplx" else 10
     vertices = peer.forward_vertices(
         given["pose_body"].reshape(3, 21, 3),
         *head,
         given["pose_hand"].reshape(3, 30, 3),
         pelvis_rotation=given["root_orient"],
-        shape=given["betas"][:, :10],
+        shape=np.pad(given["betas"][:, :10], ((0, 0), (0, shapes - 10))),
         global_translation=given["trans"],
-        **({"expression": np.zeros((3, 10), np.float32)} if kind == "smplx" else {}),
+        **({"expression": np.zeros((3, 100), np.float32)} if kind == "smplx" else {}),
     )
     np.testing.assert_allclose(vertices, expected, atol=METRES)
 
