@@ -8,16 +8,16 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ChatPose", "Pose", "Reply", "Stream", "UserError", "__version__", "load"]
+__all__ = ["ChatPose", "Reply", "Stream", "UserError", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from chatpose_jax.chat import ChatPose, Pose, Reply, Stream, load
+    from chatpose_jax.chat import ChatPose, Reply, Stream, load
     from chatpose_jax.errors import UserError
 
 
 def __getattr__(name: str) -> Any:
     """The API arrives on first use, so that ``import chatpose_jax.models`` needs neither a tokenizer nor a body."""
-    if name in ("ChatPose", "Pose", "Reply", "Stream", "load"):
+    if name in ("ChatPose", "Reply", "Stream", "load"):
         from chatpose_jax import chat
 
         return getattr(chat, name)

@@ -27,152 +27,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.generate import Generated, Sampling, generate_stream, pose_key, pose_states, rewind
+from chatpose_jax.generate import Generated, Returning, Sampling, generate_stream, pose_key, pose_states, rewind
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
 from chatpose_jax.models.heads import head_class
-from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.models.heads.base import PoseHead, States
 from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
-from chatpose_jax.settings import did_you_mean, flag, instance, one_line, whole
-from smpl_jax import body as bodies
-from smpl_jax import io, rotations
+from chatpose_jax.settings import did_you_mean, flag, instance, whole
+from smpl_jax import io
 from smpl_jax.body import BodyModel
+from smpl_jax.pose import for_body
+from smpl_jax.posed import PosedBody
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
-FRAME = "camera (x right, y down, z away; metres)"
 FORCED_ANSWER = "It is <POSE>."
-SUFFIXES = (".glb", ".obj", ".npz", ".png")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pose:
-    """One body pose of an answer, in the camera frame: x right, y down, z away. An upright person who faces the camera has a root near Rx(π).
-
-    matrices: (24, 3, 3) float32; joint 0 is the global orientation, 1 … 23 are relative to their parents, in SMPL's order.
-
-    Raises UserError for matrices of another shape, and for a body that is no ``BodyModel``.
-    """
-
-    matrices: np.ndarray
-    body: BodyModel
-
-    __repr__ = one_line
-
-    def __post_init__(self) -> None:
-        instance("body", self.body, BodyModel, "a smpl_jax.BodyModel, as smpl_jax.load_body gives it")
-        try:
-            matrices = np.asarray(self.matrices, np.float32)
-        except (TypeError, ValueError):
-            matrices = np.zeros(0, np.float32)
-        if matrices.shape != (24, 3, 3):
-            shape = np.shape(self.matrices) if hasattr(self.matrices, "shape") else type(self.matrices).__name__
-            raise UserError(f"matrices must be numbers of shape (24, 3, 3), found {shape}")
-        object.__setattr__(self, "matrices", matrices)
-
-    @functools.cached_property
-    def axis_angle(self) -> np.ndarray:
-        """(24, 3) float32, radians."""
-        return np.asarray(rotations.matrix_to_axis_angle(self.matrices))
-
-    @functools.cached_property
-    def rotation_6d(self) -> np.ndarray:
-        """(24, 6) float32: the first two columns of each matrix, one after the other."""
-        return np.asarray(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
-
-    @property
-    def body_rotations(self) -> np.ndarray:
-        """(J, 3, 3): the pose as the body model takes it; hands and face of SMPL-X at rest."""
-        return np.asarray(bodies.from_smpl_pose(self.body, self.matrices))
-
-    @functools.cached_property
-    def joints(self) -> np.ndarray:
-        """(J, 3) float32 metres, by the body's ``joint_names``."""
-        return np.asarray(_joints(self.body, self.body_rotations))
-
-    @functools.cached_property
-    def vertices(self) -> np.ndarray:
-        """(V, 3) float32 metres."""
-        return np.asarray(_vertices(self.body, self.body_rotations))
-
-    def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
-        """(H, W, 3) uint8 picture, one panel a view, of ``size`` (16 … 4096) pixels each way.
-
-        views: some of "front" (what the camera sees), "three_quarter", "side", "back" and "other_side".
-        Raises UserError for another size or view.
-        """
-        from smpl_jax.render import render_body
-
-        size = whole("size", size, 16, 4096)
-        try:
-            return render_body(self.body, self.body_rotations, size=size, views=_names("views", views), frame="camera")
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    def save(self, path: str | os.PathLike[str], *, skinned: bool = True) -> Path:
-        """Write ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (axis-angle, matrices, 6D, joints, the frame named) or ``.png``.
-
-        skinned: a ``.glb`` holds the resting body and the skeleton that poses it, which programs that do not skin show in a T-pose. False
-        writes the posed mesh alone, as every viewer shows it.
-        """
-        from smpl_jax import export, render
-
-        instance("path", path, (str, os.PathLike), f"a path that ends in {', '.join(SUFFIXES)}")
-        skinned = flag("skinned", skinned)
-        path = Path(path)
-        suffix = path.suffix.lower()
-        if suffix not in SUFFIXES:
-            raise UserError(
-                f"{path}: a pose is saved as .glb, .obj, .npz or .png, not {path.suffix or 'without a suffix'!r}"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if suffix == ".glb" and skinned:
-            export.write_skinned_glb(path, self.body, self.body_rotations, frame="camera")
-        elif suffix == ".glb":
-            export.write_glb(path, self.vertices, np.asarray(self.body.faces), frame="camera")
-        elif suffix == ".obj":
-            export.write_obj(path, self.vertices, np.asarray(self.body.faces), frame="camera")
-        elif suffix == ".npz":
-            export.write_npz(path, self.matrices, frame=FRAME, joints=self.joints, joint_names=self.body.joint_names)
-        else:
-            render.save_png(path, self.render(views=("front", "side")))
-        return path
-
-    def to_json(self) -> dict[str, Any]:
-        """Axis-angle (24, 3) and joints (J, 3) as lists of float32's shortest decimals, with the frame and the body named."""
-        return {
-            "frame": FRAME,
-            "body": self.body.name,
-            "axis_angle": _decimals(self.axis_angle),
-            "joint_names": list(self.body.joint_names),
-            "joints": _decimals(self.joints),
-        }
-
-
-def _decimals(array: np.ndarray) -> list[Any]:
-    """Nested lists of the shortest decimals that read back as the same float32: 0.1, where ``tolist`` gives 0.10000000149011612."""
-    return np.asarray(array, np.float32).astype(str).astype(float).tolist()
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    names = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not names or not all(isinstance(item, str) for item in names):
-        raise UserError(f"{name} must be names, as ('front', 'side'), found {value!r:.100}")
-    return names
-
-
-@jax.jit
-def _joints(body: BodyModel, matrices: jax.Array) -> jax.Array:
-    return bodies.joints(body, matrices)
-
-
-@jax.jit
-def _vertices(body: BodyModel, matrices: jax.Array) -> jax.Array:
-    return bodies.vertices(body, matrices)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,10 +58,10 @@ class Reply:
     """
 
     text: str
-    poses: list[Pose]
+    poses: list[PosedBody]
     ids: np.ndarray
     finish_reason: str
-    samples: list[list[Pose]]
+    samples: list[list[PosedBody]]
 
     def __repr__(self) -> str:
         poses = f"{len(self.poses)} pose{'' if len(self.poses) == 1 else 's'}"
@@ -208,21 +81,18 @@ class Stream(Iterator[str]):
     """
 
     def __init__(self, pieces: Generator[str, None, Reply]):
-        self._pieces, self._reply = pieces, None
+        self._answer = Returning(pieces)
+        self._pieces = iter(self._answer)
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self._reply = self._reply or end.value
-            raise
+        return next(self._pieces)
 
     @property
     def reply(self) -> Reply:
         """The whole answer. Raises UserError before the last piece, and where the stream was closed before it."""
-        if self._reply is None:
+        if not hasattr(self._answer, "value"):
             raise UserError("the answer has not come to its end: read the stream to its last piece, then take reply")
-        return self._reply
+        return self._answer.value
 
     def close(self) -> None:
         """Stop answering, so that the model can answer another question."""
@@ -281,6 +151,23 @@ class ChatPose:
             lambda params, states, key, count: bind(config, params).pose_head.sample(states, key, count),
             static_argnums=3,
         )
+        self._check_body()
+
+    def _check_body(self) -> None:
+        """Raises UserError for a body that cannot show what the pose head gives, before an answer took its time."""
+
+        def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        state, whole = (1, 1, self.config.text.hidden_size), head_class(self.config.head.name).reads == "conversation"
+        conversation = (abstract(state, self.config.dtype), abstract((1, 1, 1), bool)) if whole else ()
+        states = States(abstract(state, jnp.float32), *conversation)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        drawn = jax.eval_shape(lambda *given: self._sample(*given, 1), self.params, states, key)
+        try:
+            for_body(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), drawn), self.body)
+        except ValueError as error:
+            raise UserError(f"the pose head {self.config.head.name!r} needs another body: {error}") from None
 
     def __repr__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -325,12 +212,10 @@ class ChatPose:
         )
         encoded = [self.processor.encode(each) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
         with self._alone():
-            steps = self._answer(encoded, stream_every=settings["max_new_tokens"], **settings)
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    return end.value if batched else end.value[0]
+            steps = Returning(self._answer(encoded, stream_every=settings["max_new_tokens"], **settings))
+            for _ in steps:
+                pass
+        return steps.value if batched else steps.value[0]
 
     def stream(
         self,
@@ -377,16 +262,13 @@ class ChatPose:
     def _pieces(self, encoded: Encoded, **settings: Any) -> Generator[str, None, Reply]:
         with self._alone():
             decoder = self.processor.stream()
-            steps = self._answer([encoded], **settings)
-            while True:
-                try:
-                    ids = next(steps)[0]
-                except StopIteration as end:
-                    if rest := decoder.flush():
-                        yield rest
-                    return end.value[0]
+            steps = Returning(self._answer([encoded], **settings))
+            for [ids], _ in steps:
                 if piece := "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id):
                     yield piece
+            if rest := decoder.flush():
+                yield rest
+            return steps.value[0]
 
     def _settings(self, **settings: Any) -> dict[str, Any]:
         checked = check_settings(**settings)
@@ -420,14 +302,15 @@ class ChatPose:
         force_pose: bool,
         stream_every: int,
         max_new_tokens: int,
-    ) -> Generator[np.ndarray, None, list[Reply]]:
+    ) -> Generator[tuple[np.ndarray, np.ndarray], None, list[Reply]]:
+        """Yields what ``generate_stream`` yields."""
         keys = [self._keys(row) for row in encoded]
         cache, keep = self._reuse(keys)
         patches = self.config.vision.num_patches
         skip = [
             int((row.input_ids[:n] == self.config.image_token_id).sum()) // patches for row, n in zip(encoded, keep)
         ]
-        steps = generate_stream(
+        generated = yield from generate_stream(
             self.config,
             self.params,
             [row.input_ids[n:] for row, n in zip(encoded, keep)],
@@ -438,12 +321,6 @@ class ChatPose:
             sampling=sampling,
             max_new_tokens=max_new_tokens,
         )
-        try:
-            while True:
-                tokens, _ = next(steps)
-                yield tokens
-        except StopIteration as end:
-            generated: Generated = end.value
         held = np.asarray(generated.cache.lengths)
         rows = [np.concatenate([key, tokens])[:n] for key, tokens, n in zip(keys, generated.tokens, held)]
         self._held = _Held(rows, generated.cache)
@@ -458,7 +335,7 @@ class ChatPose:
             replies.append(Reply(self.processor.decode(ids), [first for first, *_ in drawn], ids, finish, drawn))
         return replies
 
-    def _draw(self, generated: Generated, sampling: Sampling, samples: int) -> list[list[list[Pose]]]:
+    def _draw(self, generated: Generated, sampling: Sampling, samples: int) -> list[list[list[PosedBody]]]:
         """For each row and each of its pose tokens, the samples of that pose."""
         states, mask = pose_states(self.config, generated)
         if not mask.any():
@@ -469,7 +346,7 @@ class ChatPose:
                 "a pose of the answer holds no numbers: the weights of the pose head hold NaN or infinities"
             )
         return [
-            [[Pose(drawn[s, b, p].rotations, self.body) for s in range(samples)] for p in np.flatnonzero(row)]
+            [[PosedBody(drawn[s, b, p], self.body) for s in range(samples)] for p in np.flatnonzero(row)]
             for b, row in enumerate(mask)
         ]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from chatpose_jax.models.decoder import CACHE_AXES, KVCache, init_cache
 from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.sharding import RULES, constrain, current_mesh, mesh_of, on_mesh
 from chatpose_jax.settings import instance, one_line, real, whole
+
+Y = TypeVar("Y")
+R = TypeVar("R")
 
 PROMPT_BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 CAPACITY_STEP = 128
@@ -375,6 +378,19 @@ def generate_stream(
     )
 
 
+class Returning(Iterable[Y], Generic[Y, R]):
+    """A generator to iterate over once, whose return value is ``value`` after its last item."""
+
+    value: R
+
+    def __init__(self, steps: Generator[Y, None, R]):
+        self._steps = steps
+
+    def __iter__(self) -> Generator[Y, None, R]:
+        self.value = yield from self._steps
+        return self.value
+
+
 def generate(
     config: ModelConfig,
     params: Params,
@@ -388,16 +404,13 @@ def generate(
 ) -> Generated:
     """``generate_stream`` to its end; ``on_tokens`` is called with what it yields, token by token unless ``stream_every`` says otherwise."""
     every = (max_new_tokens if on_tokens is None else 1) if stream_every is None else stream_every
-    steps = generate_stream(
-        config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings
+    steps = Returning(
+        generate_stream(config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings)
     )
-    while True:
-        try:
-            tokens, counts = next(steps)
-        except StopIteration as end:
-            return end.value
+    for tokens, counts in steps:
         if on_tokens is not None:
             on_tokens(tokens, counts)
+    return steps.value
 
 
 def pose_states(config: ModelConfig, generated: Generated) -> tuple[States, np.ndarray]:

@@ -1,8 +1,8 @@
 """The Python API on a tiny random model whose answers are rigged: text, poses, history, cache reuse, batches, errors."""
 
 import base64
+import dataclasses
 import functools
-import json
 import threading
 
 import jax
@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 import chatpose_jax
-from chatpose_jax.chat import ChatPose, Pose, Stream
+from chatpose_jax.chat import ChatPose, Stream
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling, generate
 from chatpose_jax.models.chatpose import bind, create, unstack_layers
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
-from smpl_jax import io
+from smpl_jax import PosedBody, load_body
 from tests.numerics import EPS, MARGIN, agree, rounded
 
 CONFIG = preset("tiny").replace(lora=None, scan_layers=False)
@@ -198,27 +198,6 @@ def test_images_as_path_array_pil_and_openai_are_the_same(model, tmp_path):
         assert_same(reply, replies[0])
 
 
-def test_a_pose_knows_its_body(tmp_path):
-    matrices = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
-    matrices[0] = np.diag([1, -1, -1])
-    pose = Pose(matrices, io.load_body())
-    np.testing.assert_allclose(np.abs(pose.axis_angle[0]), [np.pi, 0, 0], atol=1e-5)
-    np.testing.assert_allclose(pose.rotation_6d[1], [1, 0, 0, 0, 1, 0])
-    head, foot = (pose.body.joint_names.index(name) for name in ("head", "left_foot"))
-    assert pose.joints[head, 1] < pose.joints[foot, 1], "y points down: an upright head has the smaller y"
-    assert pose.vertices.shape == (6890, 3)
-    assert pose.render(64).shape == (64, 64, 3)
-    for suffix in (".glb", ".obj", ".npz", ".png"):
-        assert pose.save(tmp_path / f"pose{suffix}").stat().st_size > 1000
-    assert b'"skins"' in (tmp_path / "pose.glb").read_bytes()
-    assert b'"skins"' not in pose.save(tmp_path / "static.glb", skinned=False).read_bytes()
-    saved = np.load(tmp_path / "pose.npz", allow_pickle=False)
-    np.testing.assert_array_equal(saved["matrices"], matrices)
-    assert "camera" in str(saved["frame"])
-    with pytest.raises(UserError, match="saved as"):
-        pose.save(tmp_path / "pose.fbx")
-
-
 def test_load_gives_the_model_that_was_saved(params, model, tmp_path):
     from chatpose_jax.models.chatpose import stack_layers
 
@@ -358,51 +337,6 @@ def test_a_model_is_made_of_its_parts(params):
             ChatPose(*parts)
 
 
-@pytest.fixture(scope="module")
-def pose():
-    matrices = np.tile(np.eye(3), (24, 1, 1))
-    matrices[0] = np.diag([1, -1, -1])
-    return Pose(matrices, io.load_body())
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda pose, folder: pose.render(0), r"size must be a whole number in \[16, 4096\], found 0"),
-        (lambda pose, folder: pose.render(64.5), "size must be a whole number"),
-        (lambda pose, folder: pose.render(64, views="top"), "views must be some of front, .*found top"),
-        (lambda pose, folder: pose.render(64, views=()), "views must be names"),
-        (lambda pose, folder: pose.render(64, views=3), "views must be names"),
-        (lambda pose, folder: pose.save(None), "path must be a path that ends in .glb, .obj, .npz, .png, found NoneType"),
-        (lambda pose, folder: pose.save(folder / "new" / "pose.fbx"), "not '.fbx'"),
-        (lambda pose, folder: pose.save(folder / "new" / "pose"), "not 'without a suffix'"),
-        (lambda pose, folder: Pose(np.eye(3), pose.body), r"shape \(24, 3, 3\), found \(3, 3\)"),
-        (lambda pose, folder: Pose("standing", pose.body), r"shape \(24, 3, 3\), found str"),
-        (lambda pose, folder: Pose(pose.matrices, "smpl.npz"), "body must be a smpl_jax.BodyModel"),
-    ],
-)  # fmt: skip
-def test_a_pose_checks_its_arguments(call, words, pose, tmp_path):
-    with pytest.raises(UserError, match=words):
-        call(pose, tmp_path)
-    assert list(tmp_path.iterdir()) == [], "a refused path leaves no folder behind"
-
-
-def test_one_view_and_capitals_are_understood(pose, tmp_path):
-    np.testing.assert_array_equal(pose.render(32, views="side"), pose.render(32, views=["side"]))
-    assert pose.save(tmp_path / "POSE.OBJ").stat().st_size > 1000
-
-
-def test_json_holds_the_shortest_decimals_of_float32(pose):
-    text = json.dumps(pose.to_json())
-    values = json.loads(text)
-    np.testing.assert_array_equal(np.float32(values["axis_angle"]), pose.axis_angle)
-    np.testing.assert_array_equal(np.float32(values["joints"]), pose.joints)
-    numbers = [number for row in values["axis_angle"] + values["joints"] for number in row]
-    assert (
-        max(len(repr(abs(number)).split("e")[0]) for number in numbers) <= 12
-    )  # nine digits, a point and zeros before them
-
-
 @pytest.mark.parametrize(
     ("prompts", "images", "settings", "words"),
     [
@@ -444,7 +378,7 @@ def test_an_answer_is_one_line(model):
     reply = model.chat([user("Hello?")], max_new_tokens=16, force_pose=True)
     for value, words in (
         (reply, f"{len(reply.poses)} poses, "),
-        (reply.poses[0], "Pose(matrices=float32 (24, 3, 3), body=BodyModel("),
+        (reply.poses[0], "PosedBody(pose=Pose(rotations=float32 (24, 3, 3), frame='camera', "),
         (model, "body 'chatpose-default'"),
         (model.body, "6890 vertices"),
         (model.processor.encode([user("x", picture(0))]), "images=[float32 (64, 64, 3)]"),
@@ -528,3 +462,21 @@ def test_samples_of_a_head_that_draws_nothing_are_refused_at_once(model):
     for ask in (model.chat, model.stream):
         with pytest.raises(UserError, match=r"^samples=2: the pose head 'mlp' draws nothing"):
             ask([user("Hi")], samples=2)
+
+
+def test_shape_and_place_that_a_head_gives_are_in_the_reply(params, tmp_path):
+    reply = with_head(params, "Drawing").chat([user("Kneel.")], max_new_tokens=8, force_pose=True)
+    pose = reply.poses[0]
+    assert isinstance(pose, PosedBody)
+    assert (pose.pose.betas.shape, pose.pose.translation.shape, pose.pose.frame) == ((10,), (3,), "camera")
+    assert len(pose.to_json()["betas"]) == 10
+    np.testing.assert_array_equal(np.load(pose.save(tmp_path / "pose.npz"))["betas"], pose.pose.betas)
+
+
+def test_a_body_that_cannot_have_the_heads_shape_is_refused_before_it_answers(params):
+    model, body = with_head(params, "Drawing"), load_body()
+    few = dataclasses.replace(body, num_betas=4)
+    with pytest.raises(
+        UserError, match=r"the pose head '.*Drawing' needs another body: the pose has 10 betas.*loaded with 4"
+    ):
+        ChatPose(model.config, model.params, model.processor, few)

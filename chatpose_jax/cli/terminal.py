@@ -8,7 +8,8 @@ from typing import TextIO
 
 import numpy as np
 
-from chatpose_jax.chat import Pose
+from smpl_jax.pose import for_body
+from smpl_jax.posed import PosedBody
 
 WIDTH, ROWS = 36, 20
 """Of one view: columns, and lines of two pixels each."""
@@ -22,7 +23,7 @@ def can_draw(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb" and encoding == "utf8"
 
 
-def drawing(pose: Pose, columns: int | None = None, colours: bool | None = None) -> str:
+def drawing(pose: PosedBody, columns: int | None = None, colours: bool | None = None) -> str:
     """A pose as lines of half blocks: seen by the camera and, where ``columns`` are enough, from three quarters; "" where they are too few.
 
     columns: of the terminal, by default as it says. colours: of 256; by default unless the user set NO_COLOR.
@@ -35,9 +36,18 @@ def drawing(pose: Pose, columns: int | None = None, colours: bool | None = None)
     if not views:
         return ""
     size = (2 * ROWS * _FINE, WIDTH * _FINE)
+    fitted = for_body(pose.pose, pose.body)
     picture = render_body(
-        pose.body, pose.body_rotations, size=size, views=views, frame="camera", background=_KEY, supersample=1, ground=False
-    )  # fmt: skip
+        pose.body,
+        fitted["rotations"],
+        fitted["betas"],
+        size=size,
+        views=views,
+        frame=pose.pose.frame,
+        background=_KEY,
+        supersample=1,
+        ground=False,
+    )
     blocks = picture.reshape(2 * ROWS, _FINE, -1, _FINE, 3).swapaxes(1, 2).reshape(2 * ROWS, -1, _FINE**2, 3)
     drawn = (blocks != _KEY).any(-1)
     count = drawn.sum(-1)

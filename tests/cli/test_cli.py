@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chatpose_jax.chat import Pose
 from chatpose_jax.cli.main import COMMANDS, main
 from chatpose_jax.cli.terminal import drawing
 from chatpose_jax.errors import UserError
@@ -25,7 +24,7 @@ from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.run_config import config_names, load_config
 from chatpose_jax.weights.folder import save_folder
-from smpl_jax import axis_angle_to_matrix, load_body
+from smpl_jax import Pose, PosedBody, axis_angle_to_matrix, load_body
 
 from ..smpl.models import random_arrays
 
@@ -186,7 +185,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
         (["chat", "m", "--promt", "x"], "usage: chatpose chat ", "no option --promt; did you mean --prompt?"),
         (["chat", "--promt=x y", "m"], "usage: chatpose chat ", "no option --promt; did you mean --prompt?"),
         (["chat", "-prompt", "x"], "usage: chatpose chat ", "no option -prompt; did you mean --prompt?"),
-        (["chat", "m", "--zebra"], "usage: chatpose chat ", "no option --zebra\n"),
+        (["chat", "m", "--quagga"], "usage: chatpose chat ", "no option --quagga\n"),
         (["render", "pose.npz", "--uot", "x.png"], "usage: chatpose render ", "no option --uot; did you mean --out?"),
         (["train", "--confg", "tiny"], "usage: chatpose train ", "no option --confg; did you mean --config?"),
         (["demo", "--rowz", "3"], "usage: chatpose demo ", "did you mean --rows?"),
@@ -247,7 +246,7 @@ def test_a_drawing_is_the_picture_in_blocks():
     """Head up and narrow, arms to both sides, two legs with a gap: an upright person with arms held out."""
     matrices = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
     matrices[0] = np.diag([1, -1, -1])
-    pose = Pose(matrices, load_body())
+    pose = PosedBody(Pose(matrices, "camera"), load_body())
     both, one = drawing(pose, 80, False).split("\n"), drawing(pose, 40, False).split("\n")
     assert drawing(pose, 20, False) == ""
     assert max(map(len, both)) > 40 > max(map(len, one))

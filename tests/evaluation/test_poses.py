@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from chatpose_jax.chat import Pose
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, first_question, mean_pose, pose_errors
-from smpl_jax import io
+from smpl_jax import Pose, PosedBody, io
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ class Oracle:
         return [self.reply(m, i % 2 == 0) for i, m in enumerate(messages)]
 
     def reply(self, messages, offers):
-        poses = [Pose(self.truth[str(messages)], self.body)] if offers else []
+        poses = [PosedBody(Pose(self.truth[str(messages)], "camera"), self.body)] if offers else []
         return type("Reply", (), {"poses": poses})()
 
 
@@ -93,7 +92,7 @@ def test_follow_ups_are_measured_beside_the_models_own_first_answer(body):
 
         def reply(self, pose):
             message = {"role": "assistant", "content": "<POSE>"}
-            return type("Reply", (), {"poses": [Pose(pose, body)], "message": message})()
+            return type("Reply", (), {"poses": [PosedBody(Pose(pose, "camera"), body)], "message": message})()
 
     baseline = mean_pose(np.stack([example.poses[0] for example in examples]))
     follows, stays = (evaluate_follow_ups(Follower(n), examples, baseline, batch_size=4) for n in (1, 0))

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import jax
 from flax import nnx
 
+from chatpose_jax.settings import one_line
 from smpl_jax.pose import JOINTS, Pose
 
 Distance = Callable[[Pose, Pose, jax.Array], dict[str, jax.Array]]
@@ -29,6 +30,8 @@ class States:
     token: jax.Array
     conversation: jax.Array | None = None
     before: jax.Array | None = None
+
+    __repr__ = one_line
 
 
 class PoseHead(nnx.Module):
