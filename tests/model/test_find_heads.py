@@ -94,7 +94,7 @@ def test_two_packages_of_one_name_are_refused_and_the_boxs_names_stay(package: P
         ("outside_heads:", {}, "expected 'mlp'.*'package.module:name'"),
         (":Own", {}, "expected 'mlp'.*'package.module:name'"),
         ("pathlib:Path", {}, r"'pathlib:Path': expected a class derived from chatpose_jax.models.heads.base.PoseHead, found <class"),
-        ("outsid", {}, "no pose head 'outsid'; did you mean outside.; the heads are .*mlp.*outside, and package.module:Class"),
+        ("outsid", {}, "no pose head 'outsid'; did you mean outside.; the heads are .*mlp.*outside, .*and package.module:Class"),
         ("outside_heads:Own", {"dept": 2}, "pose head 'outside_heads:Own' has no option 'dept'; did you mean depth"),
         ("outside_heads:Own", {"depth": "two"}, "the option depth: expected int, found 'two'"),
         ("outside_heads:Own", {"rngs": 3}, "has no option 'rngs'"),
