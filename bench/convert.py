@@ -35,18 +35,16 @@ import numpy as np
 
 CHILD = """
 import json, re, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 task, source, out, devices = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 import jax
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.sharding import make_mesh, shardings
-from chatpose_jax.processing.processor import Processor
-from chatpose_jax.weights import placing
+from chatpose_jax.weights.devices import device_parts
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.convert import convert, load_source
-from chatpose_jax.weights.plan import make_plan
-from chatpose_jax.weights.sources import open_sources
+from chatpose_jax.weights.plan import plan_conversion
+from chatpose_jax.weights.spec import SourceSpec
 def status(name):  # of this process since exec; ru_maxrss would start from the parent's
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 before = status("VmRSS")
@@ -56,19 +54,18 @@ if task == "load":
     plan, params = load_source(source, mesh=make_mesh(fsdp=devices))
     arrays = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
 elif task == "shards":
-    plan = make_plan(open_sources(source))
+    plan = plan_conversion(SourceSpec(source))
     placed = by_path(shardings(abstract_params(plan.config), make_mesh(fsdp=devices)))
-    with ThreadPoolExecutor(placing._READERS) as pool:
-        for path, leaf in plan.leaves.items():
-            for parts in placing.handed_out(leaf, placed[path], pool):
-                del parts
+    for path, leaf in plan.leaves.items():
+        for parts in device_parts(leaf, placed[path]):
+            del parts
 elif task == "verify":
     from chatpose_jax.cli.main import main
     if main(["verify", source, out]):
         sys.exit("verify: the two sides differ")
 else:
-    finish = lambda folder, config: Processor.load(folder, config).save(folder)
-    convert(source, out, finish=finish, hashes=task == "hash", compress=task == "zstd", quantize="int8" if task == "int8" else "none")
+    spec = SourceSpec(source, quantize="int8" if task == "int8" else "none")
+    convert(spec, out, hashes=task == "hash", compress=task == "zstd")
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps(dict(seconds=seconds, cpu=cpu, start_mb=before, peak_mb=status("VmHWM"), arrays_mb=arrays / 1e6)))
 """

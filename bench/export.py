@@ -31,6 +31,7 @@ import json, re, sys, time
 from pathlib import Path
 task, folder, out = sys.argv[1:]
 from chatpose_jax.weights.export import export
+from chatpose_jax.weights.spec import SourceSpec
 def status(name):  # of this process since exec; ru_maxrss would start from the parent's
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 before = status("VmRSS")
@@ -54,8 +55,9 @@ def write_adapter(folder: Path, source: Path, rank: int = 128) -> None:
     from safetensors.numpy import save_file
 
     from chatpose_jax.weights.sources import open_sources
+    from chatpose_jax.weights.spec import SourceSpec
 
-    (main,) = open_sources(source)
+    (main,) = open_sources(SourceSpec(source))
     rng = np.random.default_rng(1)
     tensors = {}
     for name, shape in main.shapes.items():
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     args = parser.parse_args()
     from chatpose_jax.weights.convert import convert
+    from chatpose_jax.weights.spec import SourceSpec
 
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         root = Path(temporary)
@@ -85,7 +88,7 @@ def main() -> None:
         source.mkdir()
         size = write_source(source, SIZES[args.size], args.layers, "safetensors", args.tokenizer, 2 << 30)
         write_adapter(root / "adapter", source)
-        convert(source, model, adapter=root / "adapter", hashes=False)
+        convert(SourceSpec(source, adapter=root / "adapter"), model, hashes=False)
         print(f"{args.size}, {args.layers or 'all'} layers: {size / 1e9:.2f} GB")
         print(f"{'task':<10}{'GB':>7}{'seconds':>9}{'CPU s':>8}{'MB/s':>7}{'peak MB':>9}{'at start':>10}")
         drop_from_cache(source)

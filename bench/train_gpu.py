@@ -35,7 +35,7 @@ from chatpose_jax.train.chips import CHIPS
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.flops import train_cost
 from chatpose_jax.train.step import init_state, make_step
-from chatpose_jax.train.trainable import Rule
+from chatpose_jax.train.trainable import NameRule
 
 PRESETS = {
     "13b": (TextConfig(vocab_size=32000), LoRAConfig()),
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         learning_rate=RATE,
         warmup_steps=0,
         final_lr_ratio=1.0,
-        trainable=(Rule(".*/lora_[ab]", 1.0), Rule(".*", None)),
+        trainable=(NameRule(".*/lora_[ab]", 1.0), NameRule(".*", None)),
         remat=args.remat,
     )
     cost = train_cost(our_config(text, "bfloat16", scan=True, lora=lora), settings, args.batch, args.length, images=0)

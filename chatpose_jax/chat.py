@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import os
 import tempfile
 import threading
@@ -405,7 +404,7 @@ def load(
         mesh: devices to spread the model over, by ``models.sharding``; each reads only its part. By default one device.
         head: "package.module:Class", or the class, of a folder whose pose head is of a package of your own: a folder by itself makes this
             program import nothing. By default the folder's head, of those in the box and of installed packages.
-        source: for PyTorch weights, the options of ``weights.convert.load_source``: ``vision``, ``projector``,
+        source: for PyTorch weights, the fields of ``weights.spec.SourceSpec``: ``vision``, ``projector``,
             ``tokenizer``, ``layout``, ``init_missing``, ….
 
     Raises:
@@ -436,26 +435,22 @@ def load(
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Raises UserError for an option of ``load`` that none of what reads PyTorch weights takes."""
-    from chatpose_jax.weights.convert import load_source, make_plan, open_sources
+    """Raises UserError for an option of ``load`` that is no field of ``SourceSpec``."""
+    from chatpose_jax.weights.spec import SourceSpec
 
-    taken = {name for reader in (load_source, make_plan, open_sources) for name in inspect.signature(reader).parameters}
-    known = taken - {"path", "source", "sources", "options"} | {"body"}
+    known = {field.name for field in dataclasses.fields(SourceSpec)} - {"path"} | {"body", "mesh", "head"}
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"load has no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
 
 
 def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -> tuple[ModelConfig, Params, Processor]:
-    from chatpose_jax.weights.convert import load_source
+    from chatpose_jax.weights.convert import load_source, write_processor
     from chatpose_jax.weights.folder import is_model_folder
-    from chatpose_jax.weights.pictures import write_pictures
-    from chatpose_jax.weights.tokens import write_tokenizer
+    from chatpose_jax.weights.spec import SourceSpec
 
     if is_model_folder(folder):
         named = sorted(set(options) - {"dtype"})
         raise UserError(f"{folder} is a model folder, whole as it is; {', '.join(named)} is for PyTorch weights")
-    plan, params = load_source(folder, mesh=mesh, **options)
+    plan, params = load_source(SourceSpec(folder, **options), mesh=mesh)
     with tempfile.TemporaryDirectory() as temporary:
-        write_tokenizer(plan.vocabulary.tokens, Path(temporary), plan.vocabulary.added)
-        write_pictures(Path(temporary), plan.pictures.settings)
-        return plan.config, params, Processor.load(temporary, plan.config)
+        return plan.config, params, write_processor(plan, Path(temporary))

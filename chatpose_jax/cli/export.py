@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
-from chatpose_jax.weights.convert import DTYPES
+from chatpose_jax.models.config import DType
 from chatpose_jax.weights.export import FORMATS, export
 from chatpose_jax.weights.export_peft import BASE_CLASSES
 
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pose head among them; peft: adapters, token rows and head, without the base",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: the base's, as stored; for peft float32, which adapters are stored in"
+        "--dtype",
+        choices=get_args(DType),
+        help="default: the base's, as stored; for peft float32, which adapters are stored in",
     )
     parser.add_argument(
         "--no-merge",

@@ -1,6 +1,166 @@
-"""``chatpose inspect``."""
+"""``chatpose inspect``: what a folder of weights holds, in words."""
 
-from chatpose_jax.weights.cli import add_inspect_arguments as add_arguments
-from chatpose_jax.weights.cli import run_inspect as run
+from __future__ import annotations
 
-__all__ = ["add_arguments", "run"]
+import argparse
+import collections
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chatpose_jax.cli.source_options import add_source_options, source_of
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.weights.arrays import read_metadata
+from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
+from chatpose_jax.weights.nonfinite import describe
+from chatpose_jax.weights.plan import PARTS, Conversion, plan_conversion, rounded
+from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
+
+_SHOWN = 8
+"""How many tensors of one kind a report names."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose inspect``."""
+    parser.add_argument("path", metavar="folder", help="any checkpoint folder or file, or a model folder")
+    add_source_options(parser)
+    parser.add_argument("--tensors", action="store_true", help="list every tensor, not one for all layers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out ``chatpose inspect``: 0 if all is there, 1 if something is missing. Raises UserError for what
+    cannot be read.
+    """
+    spec, folder = source_of(args), Path(args.path)
+    if is_model_folder(folder):
+        print("\n".join(_describe_model_folder(folder, args.tensors)))
+        return 0
+    if is_adapter(folder):
+        for source in open_adapter(folder, spec.lora_alpha):
+            print("\n".join(_describe_source(source, args.tensors)))
+        print(f"needs its base: chatpose convert BASE OUT --adapter {folder}")
+        return 1
+    for source in open_sources(spec):
+        print("\n".join(_describe_source(source, args.tensors)))
+    try:
+        plan = plan_conversion(spec)
+    except UserError as error:
+        print(f"not convertible as it is: {error}")
+        return 1
+    print("\n".join(describe_plan(plan)))
+    return 0
+
+
+def describe_config(config: ModelConfig) -> list[str]:
+    """The configuration in a few lines."""
+    text, vision, lora = config.text, config.vision, config.lora
+    rows = [
+        (
+            "decoder",
+            f"{text.num_layers} layers, width {text.hidden_size}, {text.num_heads} heads "
+            f"({text.num_kv_heads} key/value), MLP {text.intermediate_size}, context {text.max_position_embeddings}, "
+            f"RMSNorm eps {text.rms_norm_eps:g}, RoPE theta {text.rope_theta:g}",
+        ),
+        (
+            "vision",
+            f"{vision.num_used_layers} of {vision.num_layers} layers, width {vision.hidden_size}, "
+            f"{vision.image_size} px in patches of {vision.patch_size}: {vision.num_patches} tokens",
+        ),
+        (
+            "vocabulary",
+            f"{text.vocab_size} rows, {text.base_vocab_size} of them base; pose token {config.pose_token_id}",
+        ),
+        *([("adapters", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")] if lora else []),
+        ("storage", f"{config.param_dtype}; computes in {config.dtype}"),
+    ]
+    return [f"  {name:<11} {value}" for name, value in rows]
+
+
+def describe_plan(plan: Conversion) -> list[str]:
+    """What a conversion does, in lines: the model, what is new, what is left out and why."""
+    lines = ["model", *describe_config(plan.config)]
+    tokens = plan.vocabulary.tokens
+    known = ", ".join(f"{literal} {id}" for literal, id in sorted(tokens.added.items(), key=lambda item: item[1]))
+    lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
+    if plan.vocabulary.added:
+        lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
+    lines.append(f"  {'pictures':<11} {plan.pictures.describe()}")
+    dtypes = ((source.title, source.checkpoint.tensors[name].dtype, kept) for source, name, _, kept in rounded(plan))
+    for (title, stored, kept), count in collections.Counter(dtypes).items():
+        lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
+    if plan.fresh:
+        lines.append(f"  {'initialised':<11} {', '.join(plan.fresh)}")
+    if counts := plan.nonfinite.counts:
+        shown = "; ".join(f"{name}: {describe(counts[name])}" for name in sorted(counts)[:_SHOWN])
+        more = f"; … {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        lines.append(f"  {'not finite':<11} {len(counts)} tensors: {shown}{more}")
+    if unread := [str(file) for source in plan.sources for file in source.checkpoint.unread]:
+        lines.append(f"  {'not read':<11} {', '.join(unread)}: programs take the others first")
+    for reason, count in collections.Counter(plan.ignored.values()).items():
+        lines.append(f"  {'ignored':<11} {count} tensors: {reason}")
+    return lines
+
+
+def _describe_source(source: Source, every: bool) -> list[str]:
+    checkpoint, parts = source.checkpoint, source.layout.parts
+    count = collections.Counter(entry.dtype.name for entry in checkpoint.tensors.values())
+    dtypes = ", ".join(f"{number} {name}" for name, number in count.items())
+    lines = [
+        f"{checkpoint.folder}: {source.layout.title} ({source.layout.name})",
+        f"  {'files':<11} {len(checkpoint.files)}, {checkpoint.nbytes / 1e9:.2f} GB",
+        f"  {'tensors':<11} {len(checkpoint.tensors)} ({dtypes})",
+        f"  {'has':<11} {', '.join(part for part in PARTS if part in parts)}",
+        f"  {'has not':<11} {', '.join(part for part in PARTS if part not in parts) or 'nothing'}",
+        *([f"  {'adapters':<11} {describe_adapters(source)}"] if source.lora else []),
+    ]
+    return lines + _tensor_lines(checkpoint.tensors, every)
+
+
+def _describe_model_folder(folder: Path, every: bool) -> list[str]:
+    data, config, stored = read_folder(folder), load_config(folder), read_metadata(folder / PARAMS)
+    lines = [
+        f"{folder}: model folder",
+        *describe_config(config),
+        f"  {'parameters':<11} {sum(math.prod(leaf.shape) for leaf in stored.values()) / 1e6:.1f} M in {len(stored)} arrays",
+        f"  {'tokenizer':<11} {', '.join(sorted(file.name for file in (folder / TOKENIZER).iterdir()))}",
+        *_provenance_lines(folder, data.get("provenance", {})),
+    ]
+    return lines + _tensor_lines(stored, every)
+
+
+def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
+    try:
+        lines = [line for source in provenance.get("sources", []) for line in _origin_lines(source)]
+        if seen := provenance.get("pictures"):
+            lines.append(f"  {'pictures':<11} {seen}")
+        if started := provenance.get("initialised"):
+            lines.append(f"  {'initialised':<11} {', '.join(started)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / CONFIG}: the provenance is not as this program writes it ({type(error).__name__}: {error}); "
+            "it was changed by hand: restore it, or delete the key 'provenance'"
+        ) from None
+    return lines
+
+
+def _origin_lines(source: Mapping[str, Any]) -> list[str]:
+    lines = [f"  {'from':<11} {source['name']} ({source['layout']}, {len(source['files'])} files)"]
+    for file in source["files"]:
+        lines.append(f"  {'':<11} {file.get('sha256', 'not hashed')}  {file['name']}  {file['bytes'] / 1e9:.2f} GB")
+    return lines
+
+
+def _tensor_lines(tensors: Mapping[str, Any], every: bool) -> list[str]:
+    """Name, shape and dtype of every tensor; or of one for all layers."""
+    if every:
+        return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]
+    groups: collections.Counter[tuple[str, Any, Any]] = collections.Counter()
+    for name, leaf in tensors.items():
+        groups[re.sub(r"(?<=[./])\d+(?=[./])", "*", name, count=1), tuple(leaf.shape), leaf.dtype] += 1
+    return [
+        f"  {name}  {shape}  {dtype}{f'  × {count}' if count > 1 else ''}"
+        for (name, shape, dtype), count in sorted(groups.items(), key=lambda group: group[0][0])
+    ]

@@ -1,6 +1,69 @@
 """``chatpose verify``."""
 
-from chatpose_jax.weights.cli import add_verify_arguments as add_arguments
-from chatpose_jax.weights.cli import run_verify as run
+from __future__ import annotations
 
-__all__ = ["add_arguments", "run"]
+import argparse
+
+from chatpose_jax.cli.source_options import add_source_options, source_of
+from chatpose_jax.verify import verify
+
+TOLERANCE = 2e-5
+"""Relative; see ``Difference.within``."""
+INCOMPLETE = 3
+"""Exit status where parts of the model could not be compared."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose verify``."""
+    parser.add_argument("path", metavar="source", help="the PyTorch weights, as given to chatpose convert")
+    parser.add_argument("converted", help="the model folder that chatpose convert wrote")
+    add_source_options(parser, planned=False)
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="run N decoder layers, from the first to the last, each on torch's states (default: all; 3 of a large model)",
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="ask this; may be repeated")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="ask about this picture; may be repeated"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of the largest difference, relative to the stage's largest value where that exceeds 1, ten times as much for "
+        f"poses (default {TOLERANCE:g}; weights that were cast or quantised on the way need more)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out ``chatpose verify``: 0 if all is compared and within the tolerance, 1 if a stage is not, 3 if parts could not
+    be compared. Raises UserError."""
+    comparison = verify(source_of(args), args.converted, layers=args.layers, prompts=args.prompt, images=args.image)
+    failed, worst = 0, 0.0
+    for number, stage in enumerate(comparison.stages):
+        if not number:
+            print(f"{'prompt':<9} {'stage':<15} {'largest':>10} {'max diff':>10} {'mean diff':>10} {'relative':>10}")
+        good = stage.within(args.tolerance)
+        failed += not good
+        worst = max(worst, stage.relative / stage.slack)
+        print(
+            f"{stage.prompt:<9} {stage.stage:<15} {stage.largest:>10.4g} {stage.maximum:>10.2e} {stage.mean:>10.2e} "
+            f"{stage.relative:>10.2e}{'' if good else '  above tolerance'}",
+            flush=True,
+        )
+    if failed:
+        print(f"differs: {failed} stages above {args.tolerance:g}")
+        return 1
+    if comparison.left_out:
+        print(
+            f"incomplete: what was compared is equal (largest relative difference {worst:.2e}); not compared: "
+            f"{', '.join(comparison.left_out)} of {args.converted}: no weights were given for that, or the head is none that torch knows here; name "
+            "every source that chatpose convert had (--vision, --projector, --adapter)"
+        )
+        return INCOMPLETE
+    print(
+        f"equal: the largest relative difference between torch and JAX is {worst:.2e}, the tolerance {args.tolerance:g}"
+    )
+    return 0

@@ -22,6 +22,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.processes import all_or_none
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.chips import peak_flops
@@ -33,7 +34,6 @@ from chatpose_jax.train.trainable import assign
 from chatpose_jax.train.trainer import Callback, train
 from chatpose_jax.train.validate import make_validation
 from chatpose_jax.weights import folder as model_folder
-from chatpose_jax.weights.processes import together
 from smpl_jax import io
 
 VALIDATION_ROWS = 128
@@ -185,7 +185,7 @@ def only_run(out: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as holding:
         held = ""
-        with together():
+        with all_or_none():
             if hosts.primary():
                 try:
                     holding.enter_context(only_writer(out, out / ".lock"))
@@ -214,7 +214,7 @@ def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) 
     """
     rank, count = jax.process_index(), jax.process_count()
     mine = range(rank, len(source), count)
-    with together():  # one alone stumbles over a row of its own
+    with all_or_none():  # one alone stumbles over a row of its own
         sizes = measure(source, processor, min(max_length, processor.ids.context), mine)
     if count == 1:
         return sizes

@@ -21,11 +21,6 @@ from chatpose_jax.weights.layouts.configs import llava_projector_settings
 from chatpose_jax.weights.readers import Checkpoint, TensorEntry
 
 ADAPTER_CONFIG = "adapter_config.json"
-CHANGES = "adapter.json"
-"""Among a model folder's passengers: what the adapter changed in its base, see ``sources.changes``."""
-ORIGINALS = "adapter.safetensors"
-"""Beside it: of that, what the base's dtype does not hold exactly, as it came: a part by the path of its leaf, rows of the base
-vocabulary by ``module`` + ``TOKEN_ROWS``, in the order of ``CHANGES``."""
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -41,54 +36,17 @@ _WRAPPING = (
 _SAVED = ".modules_to_save."
 _COPIES = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
 _LORA = re.compile(r"\.(\w+)\.lora_([AB])\.weight$")
-# Settings of PEFT that change what an adapter computes, and the values under which it is plain LoRA.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_bdlora": (False, None),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-}
-# What says where adapters are, how they were trained, or what is read elsewhere in here.
+# Settings of PEFT and the values under which an adapter is plain LoRA. Those that say where adapters are, how they were trained, or what
+# is read elsewhere in here, change nothing. All others, those of later releases too, must be off.
+_PLAIN = {"peft_type": "LORA", "bias": "none"}
 _NEUTRAL = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "modules_to_save",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "trainable_token_indices",
-    "use_rslora",
-    "velora_config",
-}
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules",
+    "task_type", "trainable_token_indices", "use_rslora", "velora_config",
+}  # fmt: skip
+_MERGE = "merge the adapter into its base in PyTorch first (merge_and_unload)"
 _SHOWN = 4
 # Initialisations that also change the base's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -110,8 +68,7 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
             plain = pattern.sub(replacement, plain)
         if plain in tensors:
             raise UserError(
-                f"{checkpoint.folder}: {name!r} and {tensors[plain].name!r} are both {plain!r}; expected one adapter, "
-                "keep one of them"
+                f"{checkpoint.folder}: {name!r} and {tensors[plain].name!r} are both {plain!r}; expected one adapter, keep one of them"
             )
         tensors[plain] = entry
     return dataclasses.replace(checkpoint, tensors=tensors)
@@ -142,28 +99,27 @@ def alone(layout: Layout, names: Mapping[str, Shape]) -> Layout:
 def lora_config(
     names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path, alpha: float | None
 ) -> LoRAConfig | None:
-    """The adapters of a checkpoint; ``None`` where it has none.
+    """The adapters of a checkpoint with these (unwrapped) names; ``None`` where it has none. ``alpha`` replaces what the settings say.
 
-    Args:
-        names: unwrapped names and shapes.
-        settings: ``adapter_config.json``, ``{}`` where there is none.
-        where: for errors.
-        alpha: replaces what ``settings`` say; needed where they are missing.
-
-    Raises:
-        UserError: an adapter that is not plain LoRA of one rank and one alpha over all targets, or no alpha. Rank-
-        stabilised LoRA (Kalajdzievski 2023) is plain LoRA of ``alpha * sqrt(rank)``.
+    Rank-stabilised LoRA (Kalajdzievski 2023) is plain LoRA of ``alpha * sqrt(rank)``. Raises UserError for an adapter that is not
+    plain LoRA of one rank and one alpha over all targets, or that nothing says the alpha of.
     """
     parts = [(match[1], match[2], shape) for name, shape in names.items() if (match := _LORA.search(name))]
     if not parts:
         return None
-    targets = {target for target, _, _ in parts}
-    if foreign := sorted(targets - set(get_args(LoRATarget))):
+    targets, known = {target for target, _, _ in parts}, get_args(LoRATarget)
+    if foreign := sorted(targets.difference(known)):
         raise UserError(
-            f"{where}: adapters on {', '.join(foreign)}; this model has them on {', '.join(get_args(LoRATarget))} of the "
-            "decoder: merge the adapter in PyTorch first (merge_and_unload)"
+            f"{where}: adapters on {', '.join(foreign)}; this model has them on {', '.join(known)} of the decoder: {_MERGE}"
         )
-    _demand_plain(settings, where)
+    odd = [key for key, value in settings.items() if value and key not in _NEUTRAL and value != _PLAIN.get(key)]
+    if str(settings.get("init_lora_weights")).lower().startswith(_CHANGES_THE_BASE):
+        odd.append("init_lora_weights")
+    if odd:
+        raise UserError(
+            f"{where / ADAPTER_CONFIG}: {', '.join(f'{key}={settings[key]!r}' for key in odd)}: this model holds plain LoRA "
+            f"of one rank and one alpha; {_MERGE}"
+        )
     ranks = {shape[0 if side == "A" else -1] for _, side, shape in parts if len(shape) == 2}
     if len(ranks) != 1 or settings.get("r", min(ranks)) not in list(ranks):
         said = f" and r={settings['r']} in {ADAPTER_CONFIG}" if "r" in settings else ""
@@ -185,29 +141,13 @@ def lora_config(
         rank=rank,
         alpha=alpha * rank**0.5 if settings.get("use_rslora") else alpha,
         dropout=dropout,
-        targets=tuple(target for target in get_args(LoRATarget) if target in targets),
+        targets=tuple(target for target in known if target in targets),
     )
 
 
-def _demand_plain(settings: Mapping[str, Any], where: Path) -> None:
-    odd = [key for key, plain in _PLAIN.items() if key in settings and settings[key] not in plain]
-    odd += [key for key in settings if key not in _PLAIN and key not in _NEUTRAL and settings[key]]  # of a later PEFT
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
-        odd.append("init_lora_weights")
-    if odd:
-        raise UserError(
-            f"{where / ADAPTER_CONFIG}: {', '.join(f'{key}={settings[key]!r}' for key in odd)}: this model holds plain LoRA "
-            "of one rank and one alpha; merge the adapter into its base in PyTorch first (merge_and_unload)"
-        )
-
-
 def targeting(settings: Mapping[str, Any], where: Path) -> Callable[[str], bool] | None:
-    """PEFT's rule of which of the decoder's projections have an adapter, by their names in the base; ``None`` where the
-    settings do not say it.
-
-    Raises UserError for settings that are no such rule.
-    """
+    """PEFT's rule of which modules have an adapter, by their names in the base; ``None`` where the settings do not say. Raises
+    UserError for settings that are no such rule."""
     targets, chosen = settings.get("target_modules"), settings.get("layers_to_transform")
     excluded, pattern = settings.get("exclude_modules") or [], settings.get("layers_pattern") or []
     if targets is None:
@@ -251,11 +191,8 @@ def targeting(settings: Mapping[str, Any], where: Path) -> Callable[[str], bool]
 def _demand_quick(pattern: str) -> None:
     """Raises ValueError for a regular expression that a stranger's adapter brings and that Python may never finish: repetitions of a
     group, which nest, or too many of them."""
-    if (
-        re.search(r"\)[*+{]", pattern)
-        or len(re.findall(r"[*+{]", pattern)) > 6
-        or len(re.findall(r"(?<!\()\?", pattern)) > 12
-    ):
+    many = len(re.findall(r"[*+{]", pattern)) > 6 or len(re.findall(r"(?<!\()\?", pattern)) > 12
+    if many or re.search(r"\)[*+{]", pattern):
         raise ValueError(
             f"the regular expression {pattern!r:.100} repeats a group, or repeats too often to be sure that it ends; write a list of names instead"
         )
@@ -269,16 +206,15 @@ def demand_all(
     saved, rows = settings.get("modules_to_save") or [], _listed_rows(settings, where)
     if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
         raise UserError(f"{where / ADAPTER_CONFIG}: expected a list of names as modules_to_save, found {saved!r:.100}")
-    for key, listed, held in (
-        # PEFT takes every module whose name ends so, with all that is in it.
-        (
-            "modules_to_save",
-            saved,
-            lambda name, module: f"{module}." in name and TOKEN_ROWS not in name and not _LORA.search(name),
-        ),
-        ("trainable_token_indices", [module for module, ids in rows.items() if ids], _is_rows_of),
-    ):
-        if lost := [module for module in listed if not any(held(name, module) for name in names)]:
+    # PEFT takes every module whose name ends so, with all that is in it.
+    whole = [name for name in names if TOKEN_ROWS not in name and not _LORA.search(name)]
+    for key, lost in {
+        "modules_to_save": [module for module in saved if not any(f"{module}." in name for name in whole)],
+        "trainable_token_indices": [
+            module for module, ids in rows.items() if ids and not any(_is_rows_of(name, module) for name in names)
+        ],
+    }.items():
+        if lost:
             raise UserError(
                 f"{where}: {key} in {ADAPTER_CONFIG} lists {', '.join(lost)}, of which the adapter's file has nothing; fetch the "
                 "adapter again, or take it off the list if the base has no such module"
@@ -308,10 +244,7 @@ def _listed_rows(settings: Mapping[str, Any], where: Path) -> dict[str, list[Any
 
 
 def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name → the vocabulary rows that it replaces (``trainable_token_indices``).
-
-    Raises UserError where the settings do not name as many rows as the tensor has.
-    """
+    """Tensor name → the vocabulary rows that it replaces. Raises UserError where the settings name more or fewer than it has."""
     listed, rows = _listed_rows(settings, where), {}
     for name, shape in names.items():
         if not name.endswith(TOKEN_ROWS):

@@ -6,7 +6,6 @@ Values are read, changed and written block by block, so memory does not grow wit
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,13 @@ from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
-from chatpose_jax.weights.adapters import ORIGINALS
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
-from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, new_folder, unwritable
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, explained, load_config, new_folder
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape
-from chatpose_jax.weights.readers import TensorEntry, read_safetensors_header
+from chatpose_jax.weights.passengers import read_passengers
 from chatpose_jax.weights.tokens import read_tokens, write_tokenizer
-from chatpose_jax.weights.writers import Tensor, copied, parse_bytes, write_sharded
+from chatpose_jax.weights.writers import Tensor, parse_bytes, write_sharded
 
 Format = Literal["transformers", "llava", "chatpose", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -103,19 +101,14 @@ def export(
     nbytes = sum(tensor.nbytes for tensors in plan.weights.values() for tensor in tensors)
     bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="exporting", disable=not progress)
     files: list[str] = []
-    try:
-        with bar, new_folder(out) as partial:
-            for stem, tensors in plan.weights.items():
-                # peft reads one file, and so do we of a head.
-                files += write_sharded(partial, tensors, limit if stem == "model" else nbytes, bar.update, stem)
-            write_tokenizer(model.tokens, partial, plan.new_tokens)
-            for name, data in plan.json_files.items():  # config.json last: nothing loads without it
-                (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        smaller = "; --max-shard-size makes smaller files" if error.errno == errno.EFBIG else ""
-        if found := unwritable(out, error, f"the export needs {nbytes / 1e9:.2g} GB{smaller}"):
-            raise found from None
-        raise
+    needs = f"the export needs {nbytes / 1e9:.2g} GB"
+    with explained(out, needs, too_large="--max-shard-size makes smaller files"), new_folder(out) as partial, bar:
+        for stem, tensors in plan.weights.items():
+            # peft reads one file, and so do we of a head.
+            files += write_sharded(partial, tensors, limit if stem == "model" else nbytes, bar.update, stem)
+        write_tokenizer(model.tokens, partial, plan.new_tokens)
+        for name, data in plan.json_files.items():  # config.json last: nothing loads without it
+            (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Exported(tuple(files), nbytes, tuple(plan.notes))
 
 
@@ -140,7 +133,7 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
     if model.merged and dtype != "float32":
         notes.append(f"merged weights are rounded to {dtype}; --dtype float32 keeps them exact")
 
-    riders, lost = _passengers(model, layout, np.dtype(dtype))
+    riders, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype))
     vision, unused, tower_note = _tower(layout, config.vision, riders, dtype)
     if tower_note:
         notes.append(tower_note)
@@ -180,35 +173,6 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
         elif format == "chatpose":
             notes.append("pictures were padded to a square here; ChatPose's own code cuts out the middle")
     return ExportPlan(weights, files, notes, new_tokens)
-
-
-def _passengers(model: StoredModel, layout: Layout, dtype: np.dtype) -> tuple[dict[str, Tensor], list[str]]:
-    """What the model did not use and has carried along, under its names in ``layout``; and the names that have no
-    place there. Weights are cast with the rest, buffers stay as they are."""
-    placed: dict[str, Tensor] = {}
-    lost = []
-    for file in sorted((model.folder / PASSENGERS).glob("*.safetensors")):
-        if file.name == ORIGINALS:  # of the adapter: the way back to PEFT takes them
-            continue
-        origin = _LAYOUT.get(file.stem)
-        if origin is None:
-            raise UserError(f"{file}: named after no layout that is known; it was written by a later version: upgrade")
-        for name, entry in read_safetensors_header(file).items():
-            there = origin.translate(name, layout)
-            if there is None:
-                lost.append(name)
-            else:
-                placed[there] = (
-                    _cast(copied(entry, there), entry, dtype) if origin.locate(name) else copied(entry, there)
-                )
-    return placed, lost
-
-
-def _cast(tensor: Tensor, entry: TensorEntry, dtype: np.dtype) -> Tensor:
-    if entry.dtype == dtype:
-        return tensor
-    blocks = tensor.blocks
-    return dataclasses.replace(tensor, dtype=dtype, blocks=lambda: (block.astype(dtype) for block in blocks()))
 
 
 def _tower(

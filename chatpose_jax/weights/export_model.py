@@ -16,7 +16,7 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS
-from chatpose_jax.weights.layouts import Rule
+from chatpose_jax.weights.layouts import NameRule
 from chatpose_jax.weights.leaves import copy_array, demand_finite_cast
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.tokens import Tokens
@@ -74,21 +74,23 @@ class StoredModel:
             values = values.astype(np.float32) + np.float32(self.config.lora.scale) * (a @ b)
         return values
 
-    def tensors(self, rules: Sequence[Rule], dtype: Any, more_rows: int = 0) -> list[Tensor]:
+    def tensors(self, rules: Sequence[NameRule], dtype: Any, more_rows: int = 0) -> list[Tensor]:
         """What the rows of a table write, layer by layer. ``more_rows``: of embedding and LM head."""
-        together: dict[str, list[Rule]] = {}
+        grouped: dict[str, list[NameRule]] = {}
         for rule in rules:
             if 0 not in self.shapes[rule.target]:
-                together.setdefault(rule.source, []).append(rule)
+                grouped.setdefault(rule.source, []).append(rule)
         found = []
         for layer in (None, *range(max((self.shapes[rule.target][0] for rule in rules if rule.stacked), default=0))):
-            for source, group in together.items():
+            for source, group in grouped.items():
                 if group[0].stacked == (layer is not None) and (layer or 0) < self.shapes[group[0].target][0]:
                     extra = more_rows if group[0].rows == "base" else 0
                     found.append(self._tensor(source.replace("{i}", str(layer)), group, layer, np.dtype(dtype), extra))
         return found
 
-    def _tensor(self, name: str, rules: Sequence[Rule], layer: int | None, dtype: np.dtype, more_rows: int) -> Tensor:
+    def _tensor(
+        self, name: str, rules: Sequence[NameRule], layer: int | None, dtype: np.dtype, more_rows: int
+    ) -> Tensor:
         leaves = [self.shapes[rule.target][layer is not None :] for rule in rules]
         shapes = [rule.transform.source_shape(leaf) for rule, leaf in zip(rules, leaves)]
         rows = sum(shape[0] for shape in shapes)

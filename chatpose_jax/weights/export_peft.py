@@ -14,8 +14,9 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.folder import PASSENGERS
-from chatpose_jax.weights.layouts import LAYOUTS, Rule
-from chatpose_jax.weights.readers import TensorEntry, read_json, read_safetensors_header
+from chatpose_jax.weights.layouts import LAYOUTS, NameRule
+from chatpose_jax.weights.passengers import Changes, read_changes
+from chatpose_jax.weights.readers import TensorEntry
 from chatpose_jax.weights.writers import Tensor
 
 BaseClass = Literal["llava", "llama"]
@@ -38,7 +39,7 @@ def adapter_plan(
             f"{model.folder}: no adapters in this model, so there is nothing for peft; choose --format transformers, llava or "
             "chatpose (adapters come from training with model.lora, or from convert --adapter)"
         )
-    changed = _changes(model)
+    changed = read_changes(model.folder / PASSENGERS)
     if with_projector and "projector" not in layout.parts:
         raise UserError("a LlamaForCausalLM has no projector; leave --with-projector out, or say --base-class llava")
     saved = ["multi_modal_projector"] if with_projector or ("projector" in changed.whole & layout.parts) else []
@@ -138,40 +139,8 @@ def _target_modules(base_class: BaseClass, adapted: Mapping[str, Sequence[int]],
     return "|".join(each)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Changes:
-    """What the adapter that came in had changed in its base: ``whole`` parts, ``rows`` of the base vocabulary.
-    ``originals``: of that, what was rounded to ``dtype`` in the model, see ``adapters.ORIGINALS``."""
-
-    whole: frozenset[str] = frozenset()
-    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
-    originals: Mapping[str, TensorEntry] = dataclasses.field(default_factory=dict)
-    dtype: str = "float32"
-
-
-def _changes(model: StoredModel) -> _Changes:
-    file = model.folder / PASSENGERS / adapters.CHANGES
-    if not file.is_file():
-        return _Changes()
-    data = read_json(file)
-    places = {"decoder/embed_tokens/embedding": "embed_tokens", "decoder/lm_head/kernel": "lm_head"}
-    whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
-    if lost := [path for path, module in whole.items() if module is None]:
-        raise UserError(
-            f"{model.folder}: the adapter that came in also replaced {', '.join(lost[:3])}, which is not written for peft; "
-            "choose --format transformers, llava or chatpose"
-        )
-    originals = file.with_name(adapters.ORIGINALS)
-    return _Changes(
-        frozenset(module for module in whole.values() if module),
-        data["rows"],
-        read_safetensors_header(originals) if originals.is_file() else {},
-        data.get("dtype", "float32"),
-    )
-
-
 def _as_it_came(
-    tensor: Tensor, path: str, model: StoredModel, changed: _Changes, ids: Sequence[int] | None = None
+    tensor: Tensor, path: str, model: StoredModel, changed: Changes, ids: Sequence[int] | None = None
 ) -> Tensor:
     """The tensor with the original in the place of each value that is still what the original was rounded to: trained
     values are the model's.
@@ -216,7 +185,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def _token_rows(model: StoredModel, pair: Sequence[Rule], ids: Sequence[int], dtype: np.dtype) -> Tensor:
+def _token_rows(model: StoredModel, pair: Sequence[NameRule], ids: Sequence[int], dtype: np.dtype) -> Tensor:
     """Rows of the vocabulary, base and added, in the order of ``ids``."""
     base, width = model.config.text.base_vocab_size, model.config.text.hidden_size
     rules = {rule.rows: rule for rule in pair}

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,8 +30,8 @@ from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.heads import trusted_head
 from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.processes import all_or_none
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
-from chatpose_jax.weights.processes import together
 from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json
 
 FORMAT = "chatpose-jax"
@@ -66,7 +67,7 @@ def save_folder(
         passengers: the model folder that the weights started from; what it carries along is copied.
     """
     with new_folder(path, overwrite=overwrite) as partial:
-        with together():
+        with all_or_none():
             if jax.process_index() == 0:
                 processor.save(partial / TOKENIZER)
                 if passengers is not None and (passengers / PASSENGERS).is_dir():
@@ -90,17 +91,17 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     primary = jax.process_index() == 0
     partial = path.parent / f".{path.name}.partial"
     with contextlib.ExitStack() as held:
-        with together():
+        with all_or_none():
             if primary:
                 held.enter_context(only_writer(path, path.parent / f".{path.name}.lock"))
                 _check_free(path, overwrite)
         try:
-            with together():
+            with all_or_none():
                 if primary:
                     _make_empty(partial, path)
-            with together():
+            with all_or_none():
                 yield partial
-            with together():
+            with all_or_none():
                 if primary:
                     _check_free(path, overwrite)
                     _put_in_place(partial, path)
@@ -111,9 +112,11 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+    if not path.exists():
+        return
+    if not overwrite:
         raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
-    if path.exists() and not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
+    if not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
         raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
 
 
@@ -129,11 +132,28 @@ _UNWRITABLE = {
 }
 
 
-def unwritable(out: str | Path, error: OSError, what: str) -> UserError | None:
-    """The error that says why ``out`` was not written; None where the system's reason is not one of writing, or is of another file."""
-    if error.errno not in _UNWRITABLE or not _is_of(Path(out), error.filename):
-        return None
-    return UserError(f"{out}: {_UNWRITABLE[error.errno]}; {what}; nothing was left behind")
+@contextlib.contextmanager
+def explained(out: str | Path, needs: str, too_large: str = "") -> Iterator[None]:
+    """Around what writes ``out``: makes one UserError of what the system says against writing there, TensorStore's words for it
+    among them. Whatever is not of writing, or of another file, passes.
+
+    needs: how large the result is. too_large: what to do where a file would be.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+        if told := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(told[1])
+        elif "RESOURCE_EXHAUSTED" in str(error):
+            number = errno.ENOSPC
+        why = _UNWRITABLE.get(number or 0)
+        if told and why is None:
+            why = f"cannot be written ({' '.join(str(error).split())})"
+        if isinstance(error, UserError) or why is None or not _is_of(Path(out), file):
+            raise
+        hint = f"; {too_large}" if too_large and number == errno.EFBIG else ""
+        raise UserError(f"{out}: {why}; {needs}{hint}; nothing was left behind") from None
 
 
 def _is_of(out: Path, file: Any) -> bool:
@@ -191,8 +211,7 @@ def read_folder(path: str | Path) -> dict[str, Any]:
         if data.get("format") == FORMAT:
             if data.get("version") != VERSION:
                 raise UserError(
-                    f"{path}: written in version {data.get('version')} of the format, this program reads {VERSION}; "
-                    f"upgrade it"
+                    f"{path}: written in version {data.get('version')} of the format, this program reads {VERSION}; upgrade it"
                 )
             if missing := [name for name in (PARAMS, TOKENIZER) if not (path / name).is_dir()]:
                 raise UserError(

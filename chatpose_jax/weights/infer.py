@@ -16,6 +16,7 @@ from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.sources import Source
+from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.tokens import Tokens, new_tokens, read_tokens
 
 _SPARE_ROWS = 1024
@@ -40,19 +41,11 @@ class Vocabulary:
         return self.tokens.pose_token_id is None
 
 
-def infer_config(
-    sources: Sequence[Source], tokenizer: str | Path | None = None, *, dtype: DType | None = None
-) -> tuple[ModelConfig, Vocabulary]:
-    """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply.
+def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConfig, Vocabulary]:
+    """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply. The dtype, unless ``spec`` says one, is
+    that of most of the main source (float64 becomes float32).
 
-    Args:
-        sources: from ``open_sources``.
-        tokenizer: folder with the tokenizer; default the main source's.
-        dtype: dtype of the base, stored and computed in; default the one that most of the main source is stored in
-            (float64 becomes float32).
-
-    Raises:
-        UserError: a setting that the model cannot follow, or files that contradict each other.
+    Raises UserError: a setting that the model cannot follow, or files that contradict each other.
     """
     settings: dict[str, Any] = {}
     for source in sources:
@@ -80,14 +73,12 @@ def infer_config(
     nested = main.config().get("text_config")
     nested = {name: value for name, value in nested.items() if value is not None} if isinstance(nested, dict) else {}
     flat = main.config() | nested
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids: dict[str, Any] = {
-        name: int(flat[name])
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if isinstance(flat.get(name), int)
+        name: int(flat[name]) for name in special if isinstance(flat.get(name), int) and flat[name] >= 0
     }
-    ids = {name: id for name, id in ids.items() if id >= 0}
     image_token_id = settings.get("image_token_id", -200)
-    tokens = read_tokens(tokenizer or _tokenizer_folder(sources))
+    tokens = read_tokens(spec.tokenizer or _tokenizer_folder(sources))
     if rows > tokens.size + _SPARE_ROWS:
         raise UserError(
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
@@ -102,7 +93,7 @@ def infer_config(
     vocabulary = _vocabulary(
         tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0)
     )
-    param_dtype = dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
+    param_dtype = spec.dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
     vision = settings.get("vision", VisionConfig())
     config = ModelConfig(
         vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
@@ -136,10 +127,9 @@ def _tokenizer_folder(sources: Sequence[Source]) -> Path:
 
 
 def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: int) -> Vocabulary:
-    if tokens.base_size > rows or tokens.size > rows:
+    if tokens.size > rows:
         raise UserError(
-            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer "
-            f"belongs to another checkpoint"
+            f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer belongs to another checkpoint"
         )
     named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
     if image_token_id == tokens.base_size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.layouts import Rule, Transform
-from chatpose_jax.weights.readers import Index, TensorEntry
+from chatpose_jax.weights.layouts import NameRule, Transform
+from chatpose_jax.weights.readers import Index, TensorEntry, bounded
+
+BLOCK = 16 << 20
+"""Bytes read at once. Larger blocks cost twice the system time: the allocator returns them to the kernel each time."""
+_READERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +63,24 @@ def _pieces(whole: slice, step: int) -> list[slice]:
     return [slice(start, min(start + step, whole.stop)) for start in range(whole.start, whole.stop, step)]
 
 
+def read_ahead(reads: Sequence[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """What calls give, in their order; two threads are ahead of whoever takes it. numpy lets go of the interpreter meanwhile."""
+    reading: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        try:
+            for read in reads:
+                reading.append(pool.submit(read))
+                if len(reading) > _READERS:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
+        finally:
+            for future in reading:
+                future.cancel()
+
+
 def source_leaf(
-    path: str, target: jax.ShapeDtypeStruct, rule: Rule, entries: Sequence[TensorEntry | None], row_start: int
+    path: str, target: jax.ShapeDtypeStruct, rule: NameRule, entries: Sequence[TensorEntry | None], row_start: int
 ) -> Leaf:
     """The leaf that ``rule`` makes of ``entries``, one a layer where it is stacked, zeros for a layer without one. row_start:
     first row of the source that belongs to it."""
@@ -82,7 +104,7 @@ def source_leaf(
         demand_finite_cast(entry.name, out, values)
 
     def read(index: Index) -> np.ndarray:
-        index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, target.shape, strict=True))
+        index = bounded(index, target.shape)
         out = np.empty([part.stop - part.start for part in index], dtype)
         if rule.stacked:
             for slot, layer in enumerate(range(index[0].start, index[0].stop)):

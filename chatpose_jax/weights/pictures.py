@@ -10,7 +10,7 @@ from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
-from chatpose_jax.processing.images import FITS, Fit, ImageSettings
+from chatpose_jax.processing.images import Fit, ImageSettings
 from chatpose_jax.processing.processor import SETTINGS_FILE
 from chatpose_jax.weights.readers import read_json
 from chatpose_jax.weights.sources import Source
@@ -36,8 +36,13 @@ class Pictures:
     settings: ImageSettings
     origin: str
 
+    def describe(self) -> str:
+        """In words, for a report."""
+        how = "padded to a square" if self.settings.fit == "pad" else "the middle square"
+        return f"{how}, {self.settings.size} px ({self.origin})"
 
-def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: str | None = None) -> Pictures:
+
+def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: Fit | None = None) -> Pictures:
     """What the sources do to a picture before the tower sees it.
 
     ``processor.json`` beside the tokenizer, which this program writes, says all. Else ``preprocessor_config.json`` (or
@@ -52,17 +57,13 @@ def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Pa
     Raises:
         UserError: a setting that ``ImageSettings`` cannot express; another size than the tower's.
     """
-    if fit is not None and fit not in FITS:
-        raise UserError(f"--image-fit {fit!r}: expected {' or '.join(FITS)}")
-    chosen: Fit | None = fit
-    said = _ours(tokenizer) or _theirs(sources, config, chosen)
+    said = _ours(tokenizer) or _theirs(sources, config, fit)
     settings, origin = said.settings, said.origin
-    if chosen is not None:
-        settings, origin = dataclasses.replace(settings, fit=chosen), f"--image-fit; the rest: {origin}"
+    if fit is not None:
+        settings, origin = dataclasses.replace(settings, fit=fit), f"--image-fit; the rest: {origin}"
     if settings.size != config.vision.image_size:
         raise UserError(
-            f"{origin}: pictures of {settings.size} pixels, the vision tower takes {config.vision.image_size}; "
-            "the files belong to two models"
+            f"{origin}: pictures of {settings.size} pixels, the vision tower takes {config.vision.image_size}; the files belong to two models"
         )
     return Pictures(settings, origin)
 
@@ -73,13 +74,6 @@ def write_pictures(folder: Path, settings: ImageSettings) -> None:
     data = read_json(file) if file.is_file() else {}
     data["images"] = dataclasses.asdict(settings)
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def describe(pictures: Pictures) -> str:
-    """In words, for a report."""
-    settings = pictures.settings
-    how = "padded to a square" if settings.fit == "pad" else "the middle square"
-    return f"{how}, {settings.size} px ({pictures.origin})"
 
 
 def _ours(folder: Path) -> Pictures | None:

@@ -16,7 +16,7 @@ from flax import nnx
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig, ModelConfig
 from chatpose_jax.models.heads import abstract_head
-from chatpose_jax.weights.layouts import Layout, Rule, parts
+from chatpose_jax.weights.layouts import Layout, NameRule, parts
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import read_json
 
@@ -24,11 +24,11 @@ WEIGHTS, DESCRIPTION = "pose_head.safetensors", "pose_head.json"
 FORMAT = "chatpose-pose-head"
 
 
-def rules(head: HeadConfig, paths: Iterable[str]) -> tuple[Rule, ...]:
+def rules(head: HeadConfig, paths: Iterable[str]) -> tuple[NameRule, ...]:
     """Name in the file → leaf. paths: the leaves ``pose_head/…`` of such a head."""
     if head.name == "mlp":
         return parts.pose_head("0", "2")
-    return tuple(Rule(path.removeprefix("pose_head/").replace("/", "."), path) for path in paths)
+    return tuple(NameRule(path.removeprefix("pose_head/").replace("/", "."), path) for path in paths)
 
 
 def describe(config: ModelConfig, pose_token: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
 from chatpose_jax.weights.readers import (
     ADAPTER_FILES,
     Checkpoint,
-    fetch_hint,
+    TensorEntry,
     find_projector,
     open_checkpoint,
     read_json,
 )
+from chatpose_jax.weights.spec import SourceSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,40 +67,23 @@ class Source:
         return self.layout.family == "peft"
 
 
-def open_sources(
-    path: str | Path,
-    *,
-    vision: str | Path | None = None,
-    projector: str | Path | None = None,
-    adapter: str | Path | None = None,
-    lora_alpha: float | None = None,
-    layout: str | None = None,
-) -> list[Source]:
+def open_sources(spec: SourceSpec) -> list[Source]:
     """The main checkpoint first, then what stands beside it: a projector of its own (found in the folder, or given),
     a pose head of its own (found), CLIP (given), an adapter (given) with its pose head.
 
-    Args:
-        path: folder or file of the main checkpoint.
-        vision: folder or file of CLIP, for layouts without a vision tower.
-        projector: file of the projector, or the folder that holds it, for layouts without one.
-        adapter: PEFT folder, or its file of weights.
-        lora_alpha: alpha of adapters that no ``adapter_config.json`` describes.
-        layout: one of ``layouts.FAMILIES``; ``None`` recognises it by tensor names.
-
-    Raises:
-        UserError: what ``open_checkpoint`` raises, tensors of no known layout, an adapter that cannot be held.
+    Raises UserError: what ``open_checkpoint`` raises, tensors of no known layout, an adapter that cannot be held.
     """
-    demand_there({"the source": path, "--vision": vision, "--projector": projector, "--adapter": adapter})
-    path = Path(path)
-    main = _source(path, layout, lora_alpha)
+    spec.demand_there()
+    path, adapter, projector = Path(spec.path), spec.adapter, spec.projector
+    main = _source(path, spec.layout, spec.lora_alpha)
     if main.is_adapter:
         raise UserError(
             f"{path}: a PEFT adapter ({describe_adapters(main)}), which needs its base: chatpose convert BASE OUT --adapter {path}"
         )
-    forgotten = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
-    if forgotten and (adapter is None or not Path(adapter).is_file()):
+    beside = next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
+    if beside and (adapter is None or not Path(adapter).is_file()):
         raise UserError(
-            f"{path}: {forgotten[0].name} stands beside whole weights; convert with --adapter {forgotten[0]}, or move it away"
+            f"{path}: {beside.name} stands beside whole weights; convert with --adapter {beside}, or move it away"
         )
     sources = [main]
     if projector is None and "projector" not in main.layout.parts and path.is_dir():
@@ -110,22 +94,11 @@ def open_sources(
         sources.append(_source(inside or Path(projector), "llava_projector"))
     if "pose_head" not in main.layout.parts:
         sources += _pose_head(path)
-    if vision is not None:
-        sources.append(_source(Path(vision), "clip"))
+    if spec.vision is not None:
+        sources.append(_source(Path(spec.vision), "clip"))
     if adapter is not None:
-        sources += open_adapter(adapter, lora_alpha)
+        sources += open_adapter(adapter, spec.lora_alpha)
     return sources
-
-
-def demand_there(given: Mapping[str, str | Path | None]) -> None:
-    """Raises one UserError for all paths that are not there; of what reads like a name on the Hugging Face Hub it says how to fetch it."""
-    missing = [
-        f"{path}: no such file or folder ({what}){fetch_hint(path)}"
-        for what, path in given.items()
-        if path is not None and not Path(path).exists()
-    ]
-    if missing:
-        raise UserError("; ".join(missing))
 
 
 def open_adapter(path: str | Path, lora_alpha: float | None = None) -> list[Source]:
@@ -142,24 +115,9 @@ def open_adapter(path: str | Path, lora_alpha: float | None = None) -> list[Sour
     ]
 
 
-def changes(sources: Sequence[Source], base_vocab_size: int) -> dict[str, Any]:
-    """What adapters changed in their base beside LoRA, head and added rows, which are leaves of their own; ``{}`` if
-    nothing. The way back to PEFT must take it along: ``replaced`` leaves, and ``rows`` of the base vocabulary."""
-    own = ("pose_head/", "decoder/embed_tokens/added", "decoder/lm_head/added")
-    replaced = {path for source in sources if source.is_adapter for path in source.targets}
-    replaced = {path for path in replaced if "/lora_" not in path and not path.startswith(own)}
-    rows: dict[str, list[int]] = {}
-    for source in sources:
-        for name, ids in source.token_rows.items():
-            if held := [id for id in ids if id < base_vocab_size]:
-                rows[adapters.row_module(name)] = held
-    return {"replaced": sorted(replaced), "rows": rows} if replaced or rows else {}
-
-
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder or file holds an adapter alone. Raises what ``open_checkpoint`` raises."""
-    checkpoint = adapters.unwrapped(_bare(open_checkpoint(path)))
-    return _base_of_adapter(shapes_of(checkpoint)) is not None
+    return _base_of_adapter(shapes_of(_open(path))) is not None
 
 
 def describe_adapters(source: Source) -> str:
@@ -177,7 +135,7 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
 
 
 def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> Source:
-    checkpoint = adapters.unwrapped(_bare(open_checkpoint(path)))
+    checkpoint = _open(path)
     shapes = shapes_of(checkpoint)
     settings = _adapter_config(checkpoint)
     lora = adapters.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
@@ -202,9 +160,9 @@ _WRAPPERS = re.compile(
 )
 
 
-def _bare(checkpoint: Checkpoint) -> Checkpoint:
+def _open(path: str | Path) -> Checkpoint:
     """The checkpoint without the names of wrappers; raises UserError where two tensors get one name."""
-    tensors: dict[str, Any] = {}
+    checkpoint, tensors = open_checkpoint(path), dict[str, TensorEntry]()
     for name, entry in checkpoint.tensors.items():
         bare = _WRAPPERS.sub("", name)
         if bare in tensors:
@@ -212,7 +170,7 @@ def _bare(checkpoint: Checkpoint) -> Checkpoint:
                 f"{checkpoint.folder}: {tensors[bare].name!r} and {name!r} are both {bare!r}, wrapped and not; keep one of them"
             )
         tensors[bare] = entry
-    return dataclasses.replace(checkpoint, tensors=tensors)
+    return adapters.unwrapped(dataclasses.replace(checkpoint, tensors=tensors))
 
 
 def _demand_all_projections(
@@ -224,8 +182,7 @@ def _demand_all_projections(
         module = rule.source.rpartition(".lora_")[0]
         if targeted and rule.target not in held and any(targeted(module.replace("{i}", str(n))) for n in range(200)):
             raise UserError(
-                f"{folder}: {adapters.ADAPTER_CONFIG} puts adapters on {module.split('.')[-1]}, of which the file has none; "
-                "fetch the adapter again"
+                f"{folder}: {adapters.ADAPTER_CONFIG} puts adapters on {module.split('.')[-1]}, of which the file has none; fetch the adapter again"
             )
 
 
@@ -236,11 +193,7 @@ def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:
     """
     if any(name.endswith(".q_proj.weight") for name in shapes):
         return None
-    fitting = []
-    for layout in LAYOUTS:
-        lora = dataclasses.replace(layout, rules=layout.lora)
-        if any(lora.locate(name) for name in shapes):
-            fitting.append(layout)
+    fitting = [layout for layout in LAYOUTS if adapters.with_adapters(layout, shapes) != layout]
     return max(fitting, key=lambda layout: len(layout.rules), default=None)
 
 

@@ -74,8 +74,7 @@ def read_tokens(folder: str | Path) -> Tokens:
         raise
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder}: the tokenizer's JSON files are not as transformers writes them ({type(error).__name__}: {error}); "
-            "fetch them again"
+            f"{folder}: the tokenizer's JSON files are not as transformers writes them ({type(error).__name__}: {error}); fetch them again"
         ) from None
 
 
@@ -141,8 +140,7 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
             raise UserError(f"{tokens.folder}: cannot add {literal!r} as id {id}; the vocabulary has it already")
     if len(tokenizer) != tokens.size + len(new):
         raise UserError(
-            f"{tokens.folder}: transformers counts {len(tokenizer) - len(new)} tokens, the files {tokens.size}; the "
-            f"tokenizer is incomplete"
+            f"{tokens.folder}: transformers counts {len(tokenizer) - len(new)} tokens, the files {tokens.size}; the tokenizer is incomplete"
         )
     if tokenizer.bos_token_id is None:
         raise UserError(

@@ -36,18 +36,21 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def copied(entry: TensorEntry, name: str | None = None, rows: Sequence[int] | None = None) -> Tensor:
-    """A tensor of another file, or some of its rows, bit by bit."""
+def copied(
+    entry: TensorEntry, name: str | None = None, rows: Sequence[int] | None = None, dtype: np.dtype | None = None
+) -> Tensor:
+    """A tensor of another file, or some of its rows: bit by bit, or cast to ``dtype``."""
+    result = entry.dtype if dtype is None else dtype
 
     def blocks() -> Iterator[np.ndarray]:
         if rows is not None:
-            yield entry.read()[list(rows)]
+            yield entry.read()[list(rows)].astype(result, copy=False)
             return
         for index in row_blocks(entry.shape, entry.dtype.itemsize):
-            yield entry.read(index)
+            yield entry.read(index).astype(result, copy=False)
 
     shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-    return Tensor(name or entry.name, entry.dtype, shape, blocks)
+    return Tensor(name or entry.name, result, shape, blocks)
 
 
 def row_blocks(shape: Sequence[int], itemsize: int, multiple: int = 1) -> Iterator[Index]:

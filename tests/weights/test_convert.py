@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -24,14 +25,14 @@ from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, create  # noqa: E402
 from chatpose_jax.models.config import preset  # noqa: E402
 from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
-from chatpose_jax.processing.processor import Processor  # noqa: E402
-from chatpose_jax.weights import arrays, cli, placing  # noqa: E402
+from chatpose_jax.weights import arrays, devices, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
+from chatpose_jax.weights.hashes import sha256  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
-from chatpose_jax.weights.plan import make_plan  # noqa: E402
-from chatpose_jax.weights.readers import TensorEntry, sha256  # noqa: E402
-from chatpose_jax.weights.sources import open_sources  # noqa: E402
+from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
+from chatpose_jax.weights.readers import TensorEntry  # noqa: E402
+from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from .sources import (  # noqa: E402
     make_chatpose,
@@ -43,10 +44,6 @@ from .sources import (  # noqa: E402
 )
 
 State = dict[str, Any]
-
-
-def complete(tokenizer: Path, config: Any) -> None:
-    Processor.load(tokenizer, config).save(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,7 @@ def test_a_part_from_two_sources_is_an_error(llava: Path, tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"duplicate .*vision/patch_embed/kernel comes from clip and from another source"
     ):
-        convert(llava, tmp_path / "out", vision=tmp_path / "clip")
+        convert(SourceSpec(llava, vision=tmp_path / "clip"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -155,13 +152,13 @@ def test_rope_that_versions_of_transformers_read_differently(
     text = {key: value for key, value in config["text_config"].items() if key not in ("rope_parameters", "rope_theta")}
     (tmp_path / "src/config.json").write_text(json.dumps(config | {"text_config": text | settings}))
     with pytest.raises(UserError, match=said):
-        make_plan(open_sources(tmp_path / "src"))
+        plan_conversion(SourceSpec(tmp_path / "src"))
 
 
 def test_names_of_the_hub_are_told_from_folders_and_all_at_once(llava: Path, tmp_path: Path) -> None:
     clip, words = "openai/clip-vit-large-patch14-336", "lmsys/vicuna-13b-v1.5"
     with pytest.raises(UserError) as error:
-        convert(llava, tmp_path / "out", vision=clip, tokenizer=words, adapter=tmp_path / "none")
+        convert(SourceSpec(llava, vision=clip, tokenizer=words, adapter=tmp_path / "none"), tmp_path / "out")
     for part in (
         f"hf download {clip} --local-dir clip-vit-large-patch14-336",
         f"hf download {words} --local-dir vicuna-13b-v1.5",
@@ -178,7 +175,7 @@ def test_a_missing_tokenizer_does_not_hide_a_missing_tower(tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"no tokenizer.*Without a source, too: vision \(give --vision .*, projector \("
     ):
-        make_plan(open_sources(tmp_path / "src"))
+        plan_conversion(SourceSpec(tmp_path / "src"))
 
 
 def test_rope_theta_of_old_and_new_configs(llava: Path, tmp_path: Path) -> None:
@@ -201,7 +198,7 @@ def test_tokenizers_that_do_not_fit(llava: Path, tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "large")
     (tmp_path / "large/added_tokens.json").write_text(json.dumps({"<extra>": 5000}))
     with pytest.raises(UserError, match="5001 tokens, the embedding 1026 rows"):
-        convert(tmp_path / "src", tmp_path / "out", tokenizer=tmp_path / "large")
+        convert(SourceSpec(tmp_path / "src", tokenizer=tmp_path / "large"), tmp_path / "out")
 
 
 def test_a_tokenizer_that_brings_code_is_refused_unasked(
@@ -279,7 +276,7 @@ def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path) -> N
         convert(llava, tmp_path / "foreign", overwrite=True)
     assert sha256(tmp_path / "foreign/model.safetensors") == sha256(llava / "model.safetensors")
 
-    convert(llava, tmp_path / "model", dtype="float32")
+    convert(SourceSpec(llava, dtype="float32"), tmp_path / "model")
     convert(llava, tmp_path / "model", overwrite=True)
     assert load_config(tmp_path / "model").param_dtype == "bfloat16"
 
@@ -332,7 +329,7 @@ def test_eight_devices_hold_what_one_holds(tmp_path: Path, shape: tuple[int, int
         return values
 
     monkeypatch.setattr(TensorEntry, "read", counting)
-    monkeypatch.setattr(placing, "_BLOCK", 5000)
+    monkeypatch.setattr(devices, "BLOCK", 5000)
     _, direct = load_source(tmp_path / "src", shardings=lambda path, size: shard(path, size, mesh))
     assert sum(read) <= plan.nbytes
     assert max(read) <= 5000
@@ -432,9 +429,9 @@ def test_small_blocks_and_compression_change_nothing(
 ) -> None:
     """Leaves split into many chunks and blocks, as large models are."""
     plan, whole = load_source(llava)
-    monkeypatch.setattr(arrays, "_CHUNK", 2000)
-    monkeypatch.setattr(arrays, "_BLOCK", 5000)
-    monkeypatch.setattr(arrays, "_IN_FLIGHT", 9000)
+    monkeypatch.setattr(stream, "_CHUNK", 2000)
+    monkeypatch.setattr(stream, "BLOCK", 5000)
+    monkeypatch.setattr(stream, "_IN_FLIGHT", 9000)
     convert(llava, tmp_path / "out", compress=True)
     split = load_params(tmp_path / "out", abstract_params(plan.config))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), split, whole)
@@ -442,9 +439,9 @@ def test_small_blocks_and_compression_change_nothing(
 
 def run(command: str, *args: str) -> int:
     parser = argparse.ArgumentParser()
-    add, go = getattr(cli, f"add_{command}_arguments"), getattr(cli, f"run_{command}")
-    add(parser)
-    return go(parser.parse_args(args))
+    module = importlib.import_module(f"chatpose_jax.cli.{command}")
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(args))
 
 
 def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,7 +492,7 @@ def test_load_takes_a_source_as_it_is(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     direct = chatpose_jax.load(tmp_path / "src", vision=tmp_path / "clip", dtype="float32")
     assert sorted(tmp_path.rglob("*")) == before
-    convert(tmp_path / "src", tmp_path / "out", vision=tmp_path / "clip", finish=complete)
+    convert(SourceSpec(tmp_path / "src", vision=tmp_path / "clip"), tmp_path / "out")
     folder = chatpose_jax.load(tmp_path / "out")
     assert direct.config == folder.config
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), direct.params, folder.params)
@@ -537,7 +534,7 @@ def test_load_spreads_a_source_over_a_mesh(llava: Path) -> None:
 def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path) -> None:
     """Converted, and loaded straight onto a mesh: kernels and scales of ``quantize_int8``, all else as it was."""
     plan, single = load_source(llava)
-    convert(llava, tmp_path / "out", quantize="int8", finish=complete)
+    convert(SourceSpec(llava, quantize="int8"), tmp_path / "out")
     config = load_config(tmp_path / "out")
     assert config == plan.config.replace(quantize="int8")
     params = by_path(load_params(tmp_path / "out", abstract_params(config)))
@@ -552,7 +549,7 @@ def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path
     assert len(params) == len(by_path(single)) + 7
 
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
-    _, spread = load_source(llava, mesh=mesh, quantize="int8")
+    _, spread = load_source(SourceSpec(llava, quantize="int8"), mesh=mesh)
     for path, array in by_path(spread).items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(params[path]), err_msg=path)
     assert spread["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[0].data.shape == (3, 16, 80)
@@ -560,5 +557,5 @@ def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path
     question = [{"role": "user", "content": "Who kneels?"}]
     reply = chatpose_jax.load(tmp_path / "out").chat(question, max_new_tokens=6, force_pose=True)
     assert len(reply.poses) == 1
-    with pytest.raises(UserError, match="quantize 'int4': expected one of none, int8"):
-        convert(llava, tmp_path / "other", quantize="int4")
+    with pytest.raises(UserError, match=r"source\.quantize: expected 'none' or 'int8', found 'int4'"):
+        convert(SourceSpec(llava, quantize="int4"), tmp_path / "other")

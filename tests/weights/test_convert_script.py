@@ -33,7 +33,7 @@ def test_a_missing_source_is_one_line(tmp_path, monkeypatch, capsys):
 )
 def test_faults_of_the_world_are_one_line(tmp_path, monkeypatch, capsys, fault, status, words):
     def fail(args):
-        assert [args.source, args.out] == [str(tmp_path / "source"), str(tmp_path / "out")] and callable(args.finish)
+        assert [args.path, args.out] == [str(tmp_path / "source"), str(tmp_path / "out")]
         raise fault
 
     monkeypatch.setattr(convert, "run", fail)

@@ -43,6 +43,7 @@ from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import initial  # noqa: E402
+from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 from smpl_jax.pose import Pose  # noqa: E402
 from smpl_jax.rotations import rotation_6d_to_matrix  # noqa: E402
 from tests.heads import matrices  # noqa: E402
@@ -81,7 +82,7 @@ CONVERSATION = [
 
 
 def model_folder(source: Path, out: Path, **options: Any) -> Path:
-    convert(source, out, finish=lambda folder, config: Processor.load(folder, config).save(folder), **options)
+    convert(SourceSpec(source, **options), out)
     return out
 
 
@@ -481,7 +482,7 @@ def test_a_head_of_another_kind_goes_out_and_comes_back(
     assert {path for path in found if path.startswith("pose_head/")} == head.keys()
     for path, leaf in head.items():
         np.testing.assert_array_equal(found[path], leaf)
-    quantised, _ = load_source(tmp_path / "hf", quantize="int8")
+    quantised, _ = load_source(SourceSpec(tmp_path / "hf", quantize="int8"))
     assert head.keys() < quantised.leaves.keys()
 
 

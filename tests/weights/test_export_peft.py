@@ -20,19 +20,22 @@ from flax.traverse_util import unflatten_dict  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration  # noqa: E402
 
+from chatpose_jax.cli.inspect import describe_plan  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
+from chatpose_jax.cli.verify import TOLERANCE  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
-from chatpose_jax.weights import adapters, cli  # noqa: E402
+from chatpose_jax.verify import verify  # noqa: E402
+from chatpose_jax.weights import adapters  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
-from chatpose_jax.weights.plan import make_plan  # noqa: E402
-from chatpose_jax.weights.sources import open_adapter, open_sources  # noqa: E402
-from chatpose_jax.weights.verify import verify  # noqa: E402
+from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
+from chatpose_jax.weights.sources import open_adapter  # noqa: E402
+from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from ..numerics import agree  # noqa: E402
 from .sources import (  # noqa: E402
@@ -312,8 +315,8 @@ def test_originals_of_an_adapter_that_has_its_bases_names(tmp_path: Path) -> Non
     model = move(peft.get_peft_model(vicuna.float(), peft.LoraConfig(**settings)))
     model.save_pretrained(tmp_path / "adapter")
     options: dict[str, Any] = {"init_missing": ["vision", "projector"]}
-    plan = make_plan(open_sources(tmp_path / "base", adapter=tmp_path / "adapter"), **options)
-    assert "rounded     1 tensors of adapter: float32 to float16" in "\n".join(cli.describe_plan(plan))
+    plan = plan_conversion(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter", **options))
+    assert "rounded     1 tensors of adapter: float32 to float16" in "\n".join(describe_plan(plan))
     model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", **options)
     export(tmp_path / "jax", tmp_path / "out", "peft", base_class="llama")
     came, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
@@ -391,7 +394,10 @@ def test_an_lm_head_of_more_rows_than_tokens_is_refused(tmp_path: Path) -> None:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     peft.get_peft_model(vicuna, peft.LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"misshaped \(1\): \S*lm_head.weight is \(1025, 64\), expected \(1024, 64\)"):
-        convert(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", init_missing=["vision", "projector"])
+        convert(
+            SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter", init_missing=["vision", "projector"]),
+            tmp_path / "out",
+        )
 
 
 def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None:
@@ -419,7 +425,7 @@ def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None
     for name, linear in (("lora_a", adapted.lora_A["default"]), ("lora_b", adapted.lora_B["default"])):
         there = linear.weight.detach().numpy().T
         np.testing.assert_array_equal(found[f"decoder/layers/mlp/down_proj/{name}"][1], there)
-    plan, params = load_source(tmp_path / "base", **options)
+    plan, params = load_source(SourceSpec(tmp_path / "base", **options))
     assert plan.config == load_config(tmp_path / "jax")
     assert all(np.array_equal(leaf, found[path]) for path, leaf in by_path(params).items())
 
@@ -456,9 +462,9 @@ def test_a_training_run_put_together_by_deepspeed(tmp_path: Path, shards: int) -
     model_folder(folder, tmp_path / "old", lora_alpha=8)
     there, found = params_of(tmp_path / "jax"), params_of(tmp_path / "old")
     assert all(found[path].tobytes() == leaf.tobytes() for path, leaf in there.items())
-    stages = list(verify(folder, tmp_path / "jax", lora_alpha=8))
+    stages = list(verify(SourceSpec(folder, lora_alpha=8), tmp_path / "jax").stages)
     assert {"image features", "layer 2", "poses"} <= {stage.stage for stage in stages}
-    assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
+    assert not [stage for stage in stages if not stage.within(TOLERANCE)]
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
@@ -511,7 +517,7 @@ def test_an_adapter_in_half_precision_comes_back_bit_by_bit(written: Path, tmp_p
 def test_adapters_that_cannot_be_held(written: Path, tmp_path: Path, settings: Any, message: str) -> None:
     adapter = changed(written, tmp_path / "adapter", **settings)
     with pytest.raises(UserError, match=message):
-        convert(written / "base", tmp_path / "out", adapter=adapter)
+        convert(SourceSpec(written / "base", adapter=adapter), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -571,14 +577,14 @@ def test_an_adapter_of_another_base(written: Path, tmp_path: Path) -> None:
     ):
         make_llava_transformers(tmp_path / name, sizes=sizes)
         with pytest.raises(UserError, match=message):
-            convert(tmp_path / name, tmp_path / "out", adapter=written / "adapter")
+            convert(SourceSpec(tmp_path / name, adapter=written / "adapter"), tmp_path / "out")
 
 
 def test_an_adapter_of_the_vision_tower_is_not_dropped(tmp_path: Path) -> None:
     """A list of target names takes CLIP's projections along; this model has no adapters there, and says so."""
     peft_over_llava(tmp_path, target_modules=["q_proj"])
     with pytest.raises(UserError, match=r"unknown \(8\): model.vision_tower.encoder"):
-        convert(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+        convert(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "out")
 
 
 def test_an_adapter_is_told_from_its_base(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -587,7 +593,7 @@ def test_an_adapter_is_told_from_its_base(written: Path, tmp_path: Path, capsys:
     ):
         convert(written / "adapter", tmp_path / "out")
     with pytest.raises(UserError, match="not a PEFT adapter; give it as the source"):
-        convert(written / "base", tmp_path / "out", adapter=written / "base")
+        convert(SourceSpec(written / "base", adapter=written / "base"), tmp_path / "out")
     assert main(["inspect", str(written / "adapter")]) == 1
     said = capsys.readouterr().out
     assert "rank 8, alpha 4, on q_proj, k_proj, gate_proj" in said
@@ -621,7 +627,7 @@ def test_a_row_far_behind_the_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="a row for token 1000000000, the embedding has 1026 rows and the tokenizer 1026"
     ):
-        convert(tmp_path / "base", tmp_path / "out", adapter=adapter)
+        convert(SourceSpec(tmp_path / "base", adapter=adapter), tmp_path / "out")
 
 
 def test_an_adapter_beside_its_base_is_not_overlooked(written: Path, tmp_path: Path) -> None:
@@ -634,7 +640,7 @@ def test_an_adapter_beside_its_base_is_not_overlooked(written: Path, tmp_path: P
         UserError, match=r"adapter_model\.safetensors stands beside whole weights; convert with --adapter"
     ):
         convert(both, tmp_path / "out")
-    convert(both, tmp_path / "out", adapter=both / "adapter_model.safetensors")
+    convert(SourceSpec(both, adapter=both / "adapter_model.safetensors"), tmp_path / "out")
     lora = load_config(tmp_path / "out").lora
     assert lora is not None and (lora.rank, lora.alpha) == (8, 4.0)
 
@@ -658,7 +664,7 @@ def test_one_set_of_adapters(written: Path, tmp_path: Path) -> None:
     torch.save(dict(wrapped.state_dict()), tmp_path / "base" / "pytorch_model.bin")
     write_config(tmp_path / "base", base.config.to_dict())
     with pytest.raises(UserError, match="both hold adapters, this model holds one set"):
-        convert(tmp_path / "base", tmp_path / "out", adapter=written / "adapter", lora_alpha=4)
+        convert(SourceSpec(tmp_path / "base", adapter=written / "adapter", lora_alpha=4), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -679,8 +685,8 @@ def test_an_adapter_on_some_layers(tmp_path: Path, chosen: dict[str, Any]) -> No
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 144))
     encoded, logits, _ = answers(tmp_path / "jax")
     agree(logits, llava_answers(model, encoded, -1, head)[0])
-    stages = list(verify(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter"))
-    assert all(stage.within(cli.TOLERANCE) for stage in stages)
+    stages = list(verify(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "jax").stages)
+    assert all(stage.within(TOLERANCE) for stage in stages)
 
     export(tmp_path / "jax", tmp_path / "out", "peft")
     ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -698,4 +704,4 @@ def test_an_adapter_on_some_layers(tmp_path: Path, chosen: dict[str, Any]) -> No
     with pytest.raises(
         UserError, match=r"missing \(2\): .*layers\.2\.|adapters on up_proj, of which the file has none"
     ):
-        convert(tmp_path / "base", tmp_path / "x", adapter=tmp_path / "adapter")
+        convert(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "x")

@@ -25,6 +25,7 @@ from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params  # noqa: E402
 from chatpose_jax.weights.layouts import LAYOUTS, Transform  # noqa: E402
 from chatpose_jax.weights.sources import open_sources  # noqa: E402
+from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from .sources import (  # noqa: E402
     IMAGE_ID,
@@ -137,12 +138,8 @@ def flat_tree(models: FlatModels) -> dict[str, np.ndarray]:
     )
 
 
-def check_processor(tokenizer: Path, config: ModelConfig) -> None:
-    Processor.load(tokenizer, config).save(tokenizer)
-
-
 def converted(source: Path, out: Path, **options: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    convert(source, out, finish=check_processor, **options)
+    convert(SourceSpec(source, **options), out)
     config = load_config(out)
     params = flatten_dict(load_params(out, abstract_params(config)), sep="/")
     return config, {path: np.asarray(leaf) for path, leaf in params.items()}
@@ -199,7 +196,7 @@ def test_names_of_wrappers_are_seen_through(tmp_path: Path, wrap: Any) -> None:
     name = next(iter(state))
     torch.save(state | {wrap(name): state[name]}, file)
     with pytest.raises(UserError, match="wrapped and not; keep one of them"):
-        open_sources(tmp_path / "src")
+        open_sources(SourceSpec(tmp_path / "src"))
 
 
 def test_torchs_own_wrappers_have_these_names() -> None:
@@ -308,7 +305,7 @@ def test_float64_becomes_float32(tmp_path: Path) -> None:
 
 def test_loading_a_source_directly_gives_the_same(tmp_path: Path) -> None:
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
-    plan, params = load_source(tmp_path / "src", vision=tmp_path / "clip")
+    plan, params = load_source(SourceSpec(tmp_path / "src", vision=tmp_path / "clip"))
     found = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     assert_same(found, flat_tree(models))
     assert plan.ignored["model.smplx.v_template"] == "the body model comes from a body file"
@@ -351,7 +348,10 @@ def test_layouts_are_told_apart_by_names(tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "hf", "4")
     make_llava_original(tmp_path / "llava", projector="beside", tower=False)
     make_vicuna(tmp_path / "vicuna")
-    names = {folder.name: [source.layout.name for source in open_sources(folder)] for folder in tmp_path.iterdir()}
+    names = {
+        folder.name: [source.layout.name for source in open_sources(SourceSpec(folder))]
+        for folder in tmp_path.iterdir()
+    }
     assert names == {
         "chatpose": ["chatpose"],
         "clip": ["clip"],
@@ -359,8 +359,10 @@ def test_layouts_are_told_apart_by_names(tmp_path: Path) -> None:
         "llava": ["llava_original_decoder", "llava_projector"],
         "vicuna": ["vicuna"],
     }
-    assert open_sources(tmp_path / "llava", layout="llava_original")[0].layout.name == "llava_original_decoder"
-    assert open_sources(tmp_path / "llava", layout="vicuna")[0].layout.name == "vicuna"
+    assert (
+        open_sources(SourceSpec(tmp_path / "llava", layout="llava_original"))[0].layout.name == "llava_original_decoder"
+    )
+    assert open_sources(SourceSpec(tmp_path / "llava", layout="vicuna"))[0].layout.name == "vicuna"
 
 
 def test_a_projector_beside_a_decoder(tmp_path: Path) -> None:
@@ -369,7 +371,7 @@ def test_a_projector_beside_a_decoder(tmp_path: Path) -> None:
     models = make_llava_original(tmp_path / "llava", projector="beside", tower=False)
     make_clip(tmp_path / "clip", models.clip)
     for projector in (tmp_path / "llava" / "mm_projector.bin", tmp_path / "llava"):
-        plan, params = load_source(tmp_path / "vicuna", vision=tmp_path / "clip", projector=projector)
+        plan, params = load_source(SourceSpec(tmp_path / "vicuna", vision=tmp_path / "clip", projector=projector))
         assert plan.config.vision.select_layer == -2
         np.testing.assert_array_equal(
             params["projector"]["fc1"]["kernel"], array(models.extra.mm_projector[0].weight).T
@@ -378,10 +380,10 @@ def test_a_projector_beside_a_decoder(tmp_path: Path) -> None:
     write_config(tmp_path / "llava", settings | {"mm_vision_select_layer": -3})
     for main in ("vicuna", "llava"):
         plan, _ = load_source(
-            tmp_path / main, vision=tmp_path / "clip", projector=tmp_path / "llava" / "mm_projector.bin"
+            SourceSpec(tmp_path / main, vision=tmp_path / "clip", projector=tmp_path / "llava" / "mm_projector.bin")
         )
         assert plan.config.vision.select_layer == -3
     write_config(tmp_path / "llava", settings | {"mm_projector_type": "linear"})
     for main in ("vicuna", "llava"):
         with pytest.raises(UserError, match="mm_projector_type='linear' is not supported"):
-            load_source(tmp_path / main, vision=tmp_path / "clip", projector=tmp_path / "llava")
+            load_source(SourceSpec(tmp_path / main, vision=tmp_path / "clip", projector=tmp_path / "llava"))

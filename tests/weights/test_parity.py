@@ -21,8 +21,9 @@ import chatpose_jax  # noqa: E402
 from chatpose_jax.chat import FORCED_ANSWER, ChatPose, Reply  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.models.chatpose import bind  # noqa: E402
-from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
+from chatpose_jax.processing.processor import Encoded  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
+from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 from tests import heads  # noqa: E402
 
 from ..numerics import Rounded, agree, rounded  # noqa: E402
@@ -39,7 +40,7 @@ def user(text: str, *images: Any) -> dict[str, Any]:
 
 def load(source: Path, out: Path, **options: Any) -> ChatPose:
     """By the two calls that a user makes."""
-    convert(source, out, finish=lambda folder, config: Processor.load(folder, config).save(folder), **options)
+    convert(SourceSpec(source, **options), out)
     return chatpose_jax.load(out, dtype="float32")
 
 

@@ -19,12 +19,12 @@ import pytest
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.folder import read_folder
+from chatpose_jax.weights.hashes import read_sums
 from chatpose_jax.weights.readers import (
     checkpoint,
     open_checkpoint,
     read_json,
     read_safetensors_header,
-    read_sums,
     read_torch_header,
 )
 from chatpose_jax.weights.tokens import read_tokens

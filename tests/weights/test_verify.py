@@ -18,24 +18,26 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from chatpose_jax.cli import verify as cli  # noqa: E402
+from chatpose_jax.cli.inspect import describe_plan  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
-from chatpose_jax.weights import adapters, cli  # noqa: E402
+from chatpose_jax.verify import Difference, verify  # noqa: E402
+from chatpose_jax.weights import adapters  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_config, load_params, save_folder  # noqa: E402
-from chatpose_jax.weights.plan import make_plan  # noqa: E402
-from chatpose_jax.weights.sources import open_sources  # noqa: E402
-from chatpose_jax.weights.verify import Difference, verify  # noqa: E402
+from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
+from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from .sources import make_chatpose, make_clip, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
 from .test_export import model_folder, trained  # noqa: E402
 
 
 def converted(source: Path, out: Path, **options: Any) -> Path:
-    convert(source, out, finish=lambda folder, config: Processor.load(folder, config).save(folder), **options)
+    convert(SourceSpec(source, **options), out)
     return out
 
 
@@ -49,8 +51,8 @@ def chatpose(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path
 
 def run(*args: Any) -> int:
     parser = argparse.ArgumentParser()
-    cli.add_verify_arguments(parser)
-    return cli.run_verify(parser.parse_args(list(map(str, args))))
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args(list(map(str, args))))
 
 
 def test_a_right_conversion_passes(chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any) -> None:
@@ -97,9 +99,9 @@ def test_every_layout(make: Callable[[Path], Any], tmp_path: Path) -> None:
         missing = ["projector"]
     vision = tmp_path / "clip" if missing else None
     out = converted(tmp_path / "src", tmp_path / "out", init_missing=missing, vision=vision)
-    left_out: list[str] = []
-    stages = list(verify(tmp_path / "src", out, vision=vision, left_out=left_out))
-    assert not left_out
+    comparison = verify(SourceSpec(tmp_path / "src", vision=vision), out)
+    stages = list(comparison.stages)
+    assert not comparison.left_out
     assert {stage.prompt for stage in stages} == {"text 1", "image 1", "image 2"}
     assert {"pixels", "vision tower" if missing else "image features"} <= {stage.stage for stage in stages}
     assert {"layer 0", "layer 2", "logits"} <= {stage.stage for stage in stages}
@@ -139,21 +141,25 @@ def test_one_changed_value_fails(
 
 def test_a_sample_of_layers_names_the_one_that_is_wrong(chatpose: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, clip, out = chatpose
-    good = [stage.stage for stage in verify(source, out, vision=clip, layers=2) if stage.prompt == "text 1"]
+    good = [
+        stage.stage
+        for stage in verify(SourceSpec(source, vision=clip), out, layers=2).stages
+        if stage.prompt == "text 1"
+    ]
     assert good == ["embeddings", "layer 0", "layer 2", "final norm", "logits", "poses"]
     config = load_config(out)
     params = load_params(out, abstract_params(config))
     kernel = params["decoder"]["layers"]["attn"]["v_proj"]
     kernel["kernel"] = kernel["kernel"].at[0, 1, 1].add(0.5)
     save_folder(tmp_path / "changed", config, params, processor=Processor.load(out / "tokenizer", config))
-    stages = verify(source, tmp_path / "changed", vision=clip, layers=2)
+    stages = verify(SourceSpec(source, vision=clip), tmp_path / "changed", layers=2).stages
     assert {stage.stage for stage in stages if not stage.within(cli.TOLERANCE)} == {"layer 0"}
 
 
 def test_a_cast_needs_its_tolerance(chatpose: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, clip, _ = chatpose
     out = converted(source, tmp_path / "half", vision=clip, dtype="bfloat16")
-    worst = max(stage.relative for stage in verify(source, out, vision=clip))
+    worst = max(stage.relative for stage in verify(SourceSpec(source, vision=clip), out).stages)
     assert cli.TOLERANCE < worst < 0.2
 
 
@@ -198,9 +204,9 @@ def test_an_adapter_in_float32_over_a_base_in_half_precision(tmp_path: Path, set
                 parameter += 1e-4 * torch.randn(parameter.shape)
     model.save_pretrained(tmp_path / "adapter")
     converted(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
-    report = "\n".join(cli.describe_plan(make_plan(open_sources(tmp_path / "base", adapter=tmp_path / "adapter"))))
+    report = "\n".join(describe_plan(plan_conversion(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"))))
     assert re.search(r"rounded     \d tensors of adapter: float32 to bfloat16", report)
-    assert not wrong(verify(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter"))
+    assert not wrong(verify(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "jax").stages)
 
 
 def test_nothing_is_above_or_below_nan() -> None:
@@ -211,13 +217,13 @@ def test_nothing_is_above_or_below_nan() -> None:
 def test_without_torch_and_other_mistakes(chatpose: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     source, clip, out = chatpose
     with pytest.raises(UserError, match=r"--layers 9: the decoder has 3 layers; expected 1 to 3"):
-        list(verify(source, out, vision=clip, layers=9))
+        list(verify(SourceSpec(source, vision=clip), out, layers=9).stages)
     make_llava_transformers(tmp_path / "src")
     with pytest.raises(UserError, match=r"no model folder|convert it first"):
-        list(verify(source, tmp_path / "src"))
+        list(verify(source, tmp_path / "src").stages)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install '\.\[torch\]' in the checkout"):
-        list(verify(source, out, vision=clip))
+        list(verify(SourceSpec(source, vision=clip), out).stages)
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +243,10 @@ def test_an_adapter_over_its_base(adapted: Path, tmp_path: Path) -> None:
     """The torch side adds LoRA and token rows itself."""
     base, adapter = adapted / "base", adapted / "adapter"
     out = converted(base, tmp_path / "out", adapter=adapter)
-    stages = list(verify(base, out, adapter=adapter))
+    stages = list(verify(SourceSpec(base, adapter=adapter), out).stages)
     assert "poses" in {stage.stage for stage in stages}
     assert not wrong(stages)
-    assert {"layer 0", "logits"} <= wrong(verify(base, out))
+    assert {"layer 0", "logits"} <= wrong(verify(base, out).stages)
 
 
 def test_a_wrong_alpha_fails(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +256,7 @@ def test_a_wrong_alpha_fails(adapted: Path, tmp_path: Path, monkeypatch: pytest.
     data = json.loads((out / "config.json").read_text())
     data["model"]["lora"]["alpha"] *= 1.5
     (out / "config.json").write_text(json.dumps(data))
-    assert {"layer 0", "layer 2"} <= wrong(verify(base, out, adapter=adapter))
+    assert {"layer 0", "layer 2"} <= wrong(verify(SourceSpec(base, adapter=adapter), out).stages)
 
     real = adapters.lora_config
 
@@ -260,7 +266,7 @@ def test_a_wrong_alpha_fails(adapted: Path, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(adapters, "lora_config", doubled)
     out = converted(base, tmp_path / "doubled", adapter=adapter)
-    assert {"layer 0", "layer 2"} <= wrong(verify(base, out, adapter=adapter))
+    assert {"layer 0", "layer 2"} <= wrong(verify(SourceSpec(base, adapter=adapter), out).stages)
 
 
 def test_rows_of_another_token_fail(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +277,7 @@ def test_rows_of_another_token_fail(adapted: Path, tmp_path: Path, monkeypatch: 
         adapters, "token_ids", lambda *args: {name: tuple(i - 1 for i in ids) for name, ids in real(*args).items()}
     )
     out = converted(base, tmp_path / "out", adapter=adapter)
-    assert {"embeddings", "logits"} <= wrong(verify(base, out, adapter=adapter))
+    assert {"embeddings", "logits"} <= wrong(verify(SourceSpec(base, adapter=adapter), out).stages)
 
 
 def test_what_is_not_compared_is_said(chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any) -> None:
@@ -287,11 +293,11 @@ def test_two_sets_of_weights_in_one_folder_are_not_equal(tmp_path: Path) -> None
     """Shards converted; then a merged model saved beside them, which transformers takes."""
     make_llava_transformers(tmp_path / "src", shards=3)
     out = converted(tmp_path / "src", tmp_path / "out")
-    assert not wrong(verify(tmp_path / "src", out))
+    assert not wrong(verify(tmp_path / "src", out).stages)
     make_llava_transformers(tmp_path / "other", seed=5)
     shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "src")
     try:
-        assert {"layer 0", "logits"} <= wrong(verify(tmp_path / "src", out))
+        assert {"layer 0", "logits"} <= wrong(verify(tmp_path / "src", out).stages)
     except UserError as error:  # or both are named, and none is chosen
         assert "model.safetensors" in str(error)
 
@@ -315,12 +321,12 @@ def test_pictures_are_prepared_as_the_source_says(tmp_path: Path) -> None:
     left[:, :20] = 255
     assert images.square(left).max() == 255
     assert "image_aspect_ratio" in json.loads((out / "config.json").read_text())["provenance"]["pictures"]
-    assert not wrong(verify(tmp_path / "src", out, **options))
+    assert not wrong(verify(SourceSpec(tmp_path / "src", **options), out).stages)
 
     cropped = converted(tmp_path / "src", tmp_path / "cropped", image_fit="crop", **options)
     assert Processor.load(cropped / "tokenizer", load_config(cropped)).images.fit == "crop"
-    assert "pixels" in wrong(verify(tmp_path / "src", cropped, **options))
-    assert not wrong(verify(tmp_path / "src", cropped, image_fit="crop", **options))
+    assert "pixels" in wrong(verify(SourceSpec(tmp_path / "src", **options), cropped).stages)
+    assert not wrong(verify(SourceSpec(tmp_path / "src", image_fit="crop", **options), cropped).stages)
     # What export writes for LLaVA's own code says so, and comes back.
     export(out, tmp_path / "llava", "llava")
     assert json.loads((tmp_path / "llava/config.json").read_text())["image_aspect_ratio"] == "pad"
@@ -332,7 +338,7 @@ def test_chatpose_crops_whatever_its_config_says(chatpose: tuple[Path, Path, Pat
     write_settings(tmp_path / "src/config.json", image_aspect_ratio="pad")
     out = converted(tmp_path / "src", tmp_path / "out", vision=clip)
     assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "crop"
-    assert not wrong(verify(tmp_path / "src", out, vision=clip))
+    assert not wrong(verify(SourceSpec(tmp_path / "src", vision=clip), out).stages)
 
 
 HF = {
@@ -349,7 +355,7 @@ def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> Non
     write_settings(tmp_path / "src" / file, **(HF if file.startswith("pre") else {"image_processor": HF}))
     out = converted(tmp_path / "src", tmp_path / "out")
     assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "pad"
-    assert not wrong(verify(tmp_path / "src", out))
+    assert not wrong(verify(tmp_path / "src", out).stages)
 
 
 @pytest.mark.parametrize(
@@ -376,9 +382,9 @@ def test_settings_of_pictures_that_cannot_be_followed(
 ) -> None:
     make_llava_original(tmp_path / "src")
     write_settings(tmp_path / "src/preprocessor_config.json", size=28, crop_size=28)
-    make_plan(open_sources(tmp_path / "src"))
+    plan_conversion(SourceSpec(tmp_path / "src"))
     write_settings(tmp_path / "src" / file, **changes)
     with pytest.raises(UserError, match=said):
-        make_plan(open_sources(tmp_path / "src"))
+        plan_conversion(SourceSpec(tmp_path / "src"))
     if file == "config.json":
-        assert make_plan(open_sources(tmp_path / "src"), image_fit="pad").pictures.settings.fit == "pad"
+        assert plan_conversion(SourceSpec(tmp_path / "src", image_fit="pad")).pictures.settings.fit == "pad"

@@ -1,6 +1,5 @@
-"""Name tables of checkpoint layouts, one file each. To add a layout: write its file, and add it to ``MODULES``.
-
-The order is the order of recognition: the first layout whose ``recognise`` accepts the tensor names is taken.
+"""Name tables of checkpoint layouts. To add one, write its file, and add it to ``LAYOUTS``: the first layout whose ``recognise`` accepts
+the tensor names is taken.
 """
 
 from __future__ import annotations
@@ -9,14 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.layouts import chatpose, clip, llava_original, llava_transformers, parts, vicuna
-from chatpose_jax.weights.layouts.table import Ignored, Layout, Rule, Shape, Transform
+from chatpose_jax.weights.layouts import clip, flat, llava_transformers, parts, vicuna
+from chatpose_jax.weights.layouts.table import Ignored, Layout, NameRule, Shape, Transform
 
-MODULES = (chatpose, llava_transformers, llava_original, clip, vicuna)
-LAYOUTS: tuple[Layout, ...] = tuple(layout for module in MODULES for layout in module.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *flat.CHATPOSE,
+    *llava_transformers.LAYOUTS,
+    *flat.LLAVA,
+    *clip.LAYOUTS,
+    *vicuna.LAYOUTS,
+)
 FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(layout.family for layout in LAYOUTS))
 
-__all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "Rule", "Shape", "Transform", "parts", "recognise"]
+__all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "NameRule", "Shape", "Transform", "parts", "recognise"]
 
 
 def recognise(shapes: Mapping[str, Shape], config: Mapping[str, Any], family: str | None = None) -> Layout:

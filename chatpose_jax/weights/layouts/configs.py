@@ -82,8 +82,7 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if (heads * head_dim, kv_heads * head_dim) != (q_out, kv_out):
         raise UserError(
-            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} "
-            f"do not give the "
+            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} do not give the "
             f"{q_out} query and {kv_out} key rows of the tensors"
         )
     return {

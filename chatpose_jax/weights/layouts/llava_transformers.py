@@ -31,7 +31,7 @@ def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tow
 
     return Layout(
         name=name,
-        title=title,
+        title=f"LLaVA-1.5 for transformers, {title}",
         family="llava_transformers",
         rules=(
             *parts.llama(model, lm_head),
@@ -48,37 +48,17 @@ def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tow
     )
 
 
+# Prefixes of decoder, LM head and projector: in files, and in a state_dict.
+_FILES = ("language_model.model.", "language_model.lm_head.", "multi_modal_projector.")
+_MEMORY = ("model.language_model.", "lm_head.", "model.multi_modal_projector.")
 LAYOUTS = (
-    _layout(
-        "llava_transformers_4",
-        "LLaVA-1.5 for transformers, names of 4.x",
-        model="language_model.model.",
-        lm_head="language_model.lm_head.",
-        projector="multi_modal_projector.",
-        tower="vision_tower.vision_model.",
-    ),
-    _layout(
-        "llava_transformers_5",
-        "LLaVA-1.5 for transformers, names of 5.x",
-        model="language_model.model.",
-        lm_head="language_model.lm_head.",
-        projector="multi_modal_projector.",
-        tower="vision_tower.",
-    ),
-    _layout(
-        "llava_transformers_5_state_dict",
-        "LLaVA-1.5 for transformers, names of a 5.x state_dict",
-        model="model.language_model.",
-        lm_head="lm_head.",
-        projector="model.multi_modal_projector.",
-        tower="model.vision_tower.",
-    ),
+    _layout("llava_transformers_4", "names of 4.x", *_FILES, "vision_tower.vision_model."),
+    _layout("llava_transformers_5", "names of 5.x", *_FILES, "vision_tower."),
+    _layout("llava_transformers_5_state_dict", "names of a 5.x state_dict", *_MEMORY, "model.vision_tower."),
     _layout(
         "llava_transformers_4_state_dict",
-        "LLaVA-1.5 for transformers, names of a state_dict of 4.52 to 4.57",
-        model="model.language_model.",
-        lm_head="lm_head.",
-        projector="model.multi_modal_projector.",
-        tower="model.vision_tower.vision_model.",
+        "names of a state_dict of 4.52 to 4.57",
+        *_MEMORY,
+        "model.vision_tower.vision_model.",
     ),
 )

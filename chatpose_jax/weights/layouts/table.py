@@ -1,6 +1,6 @@
 """The language of name tables: which source tensor becomes which leaf of the parameter tree, and how to undo it.
 
-A ``Rule`` maps one name template to one leaf. ``{i}`` in the template stands for the layer: the leaf then has a
+A ``NameRule`` maps one name template to one leaf. ``{i}`` in the template stands for the layer: the leaf then has a
 leading layer axis. A tensor that feeds two leaves (the rows of the base vocabulary, and the added ones) has two rules
 with different ``rows``. Every transform has an inverse, so the same table also writes checkpoints.
 """
@@ -73,7 +73,7 @@ class Transform(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class NameRule:
     """One row of a table: source name template → leaf path, transform, and which source rows (vocabulary tensors
     only)."""
 
@@ -119,7 +119,7 @@ class Layout:
 
     name: str
     title: str
-    rules: tuple[Rule, ...]
+    rules: tuple[NameRule, ...]
     ignored: tuple[Ignored, ...]
     recognise: Callable[[Mapping[str, Shape]], bool]
     settings: Callable[[Mapping[str, Any], Mapping[str, Shape]], Settings]
@@ -127,7 +127,7 @@ class Layout:
     """Tells layouts of the same names apart."""
     family: str = ""
     """Layouts that a user would call by one name (``--layout``)."""
-    unused: tuple[Rule, ...] = ()
+    unused: tuple[NameRule, ...] = ()
     """Tensors that feed nothing here, under paths of their own: they ride along, and other layouts have a name for
     them."""
     config_json: Callable[[ModelConfig], dict[str, Any]] | None = None
@@ -141,16 +141,16 @@ class Layout:
         return frozenset(rule.target.split("/")[0] for rule in self.rules)
 
     @property
-    def lora(self) -> tuple[Rule, ...]:
+    def lora(self) -> tuple[NameRule, ...]:
         """Where PEFT puts the adapters of the decoder's projections: beside their weights."""
         return tuple(
-            Rule(f"{rule.source.removesuffix('weight')}lora_{name}.weight", f"{parent}/lora_{name.lower()}", _T)
+            NameRule(f"{rule.source.removesuffix('weight')}lora_{name}.weight", f"{parent}/lora_{name.lower()}", _T)
             for rule in self.rules
             if (parent := rule.target.removesuffix("/kernel")) != rule.target and re.match(_ADAPTED, rule.target)
             for name in "AB"
         )
 
-    def locate(self, name: str) -> tuple[Rule, int] | None:
+    def locate(self, name: str) -> tuple[NameRule, int] | None:
         """The row that a source tensor stands in, and its layer (0 where the leaf is not stacked); ``None`` for a name
         of no row."""
         for rule in (*self.rules, *self.unused):

@@ -12,9 +12,8 @@ from chatpose_jax.weights.readers.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from chatpose_jax.weights.readers.entry import Index, TensorEntry
+from chatpose_jax.weights.readers.entry import Index, TensorEntry, bounded
 from chatpose_jax.weights.readers.foreign import demand_native, describe_folder, fetch_hint
-from chatpose_jax.weights.readers.hashes import SUMS_FILE, Trail, forget, read_sums, sha256
 from chatpose_jax.weights.readers.safetensors import SAFETENSORS_DTYPES, read_safetensors_header
 from chatpose_jax.weights.readers.torch_zip import read_torch_header
 
@@ -22,20 +21,16 @@ __all__ = [
     "ADAPTER_FILES",
     "PROJECTOR_FILES",
     "SAFETENSORS_DTYPES",
-    "SUMS_FILE",
     "Checkpoint",
     "Index",
     "TensorEntry",
-    "Trail",
+    "bounded",
     "demand_native",
     "describe_folder",
     "fetch_hint",
     "find_projector",
-    "forget",
     "open_checkpoint",
     "read_json",
     "read_safetensors_header",
-    "read_sums",
     "read_torch_header",
-    "sha256",
 ]

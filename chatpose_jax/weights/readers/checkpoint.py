@@ -158,8 +158,7 @@ def _from_files(folder: Path, files: list[Path]) -> Checkpoint:
         for name, entry in _HEADERS[file.suffix](file).items():
             if name in tensors:
                 raise UserError(
-                    f"{folder}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}; remove one "
-                    f"of the files"
+                    f"{folder}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}; remove one of the files"
                 )
             tensors[name] = entry
     if not tensors:
@@ -179,19 +178,16 @@ def _from_index(index: Path) -> Checkpoint:
         raise UserError(f"{index}: names a file outside its folder: {outside[0]!r}")
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(
-            f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent[:5])}; fetch "
-            f"them"
+            f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent[:5])}; fetch them"
         )
     checkpoint = _from_files(index.parent, [index.parent / name for name in names])
     if lost := [name for name in weight_map if name not in checkpoint.tensors]:
         raise UserError(
-            f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files "
-            f"again"
+            f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files again"
         )
     held = {name: checkpoint.tensors[name].file.name for name in weight_map}
     if moved := [name for name, file in weight_map.items() if held[name] != file]:
         raise UserError(
-            f"{index}: says that {moved[0]} stands in {weight_map[moved[0]]}, it stands in {held[moved[0]]}; the index "
-            f"belongs to other files"
+            f"{index}: says that {moved[0]} stands in {weight_map[moved[0]]}, it stands in {held[moved[0]]}; the index belongs to other files"
         )
     return checkpoint

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ import numpy as np
 from chatpose_jax.errors import UserError
 
 Index = tuple[slice, ...]
+
+
+def bounded(index: Index, shape: Sequence[int]) -> Index:
+    """The same box, with whole numbers for what a slice leaves open."""
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+
 
 _MAX_NAME = 1000
 """Characters of a tensor's name."""
@@ -55,13 +61,12 @@ class TensorEntry:
         What is contiguous in the file is read with one call; else the byte range that spans the asked elements is mapped,
         and unmapped before returning.
         """
-        index = index if index is not None else tuple(slice(0, n) for n in self.shape)
-        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
-        shape = tuple(max(0, stop - start) for start, stop in bounds)
+        box = bounded(index if index is not None else (slice(None),) * len(self.shape), self.shape)
+        shape = tuple(max(0, part.stop - part.start) for part in box)
         if math.prod(shape) == 0:
             return np.empty(shape, self.dtype)
         strides = self.strides or _contiguous(self.shape)
-        first = sum(start * stride for (start, _), stride in zip(bounds, strides))
+        first = sum(part.start * stride for part, stride in zip(box, strides))
         span = sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1
         # Raw unsigned words: numpy copies them several times faster than the custom float types.
         word = _word(self.dtype)
@@ -137,6 +142,5 @@ def demand_inside(path: Path, entries: Iterable[TensorEntry], size: int) -> None
     for entry in entries:
         if entry.offset + entry.extent() > size:
             raise UserError(
-                f"{path}: cut off: tensor {entry.name!r} ends at byte {entry.offset + entry.extent()}, the file has "
-                f"{size}; fetch it again"
+                f"{path}: cut off: tensor {entry.name!r} ends at byte {entry.offset + entry.extent()}, the file has {size}; fetch it again"
             )

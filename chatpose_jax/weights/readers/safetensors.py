@@ -46,8 +46,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
             raise UserError(f"{path}: not a safetensors file: it has {size} bytes; fetch it again")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise UserError(
-                f"{path}: not a whole safetensors file: its first 8 bytes announce a header of {length} bytes, "
-                f"the file has {size}; fetch it again"
+                f"{path}: not a whole safetensors file: its first 8 bytes announce a header of {length} bytes, the file has {size}; fetch it again"
             )
         raw = file.read(length)
     try:
@@ -85,8 +84,7 @@ def _safetensors_entry(path: Path, name: str, record: Mapping[str, Any], data_st
     shape, (start, stop) = tuple(shape), offsets
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise UserError(
-            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot fill bytes {start}..{stop}; the "
-            f"header is damaged"
+            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot fill bytes {start}..{stop}; the header is damaged"
         )
     return TensorEntry(name, path, data_start + start, dtype, shape)
 

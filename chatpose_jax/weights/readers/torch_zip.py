@@ -188,8 +188,7 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
                 )
             if inside > member.file_size:
                 raise UserError(
-                    f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} "
-                    f"bytes"
+                    f"{path}: tensor {name!r} of shape {tensor.shape} does not fit its storage of {member.file_size} bytes"
                 )
             entries[name] = entry
     demand_inside(path, entries.values(), path.stat().st_size)

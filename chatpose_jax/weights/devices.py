@@ -3,8 +3,6 @@ its part; large parameters come together in the devices' memory, never in the ho
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,28 +12,21 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from chatpose_jax.weights.arrays import Params
-from chatpose_jax.weights.leaves import Leaf
-from chatpose_jax.weights.readers import Index
+from chatpose_jax.weights.leaves import BLOCK, Leaf, read_ahead
+from chatpose_jax.weights.readers import bounded
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-_BLOCK = 16 << 20
-"""Bytes read at once. Larger blocks cost twice the system time: the allocator returns them to the kernel each time."""
-_READERS = 2
-"""Threads that read and transpose the next blocks while one is being handed out."""
 
-
-def place(leaves: Mapping[str, Leaf], shardings: Shardings) -> Params:
+def onto_devices(leaves: Mapping[str, Leaf], shardings: Shardings) -> Params:
     """Leaves as jax arrays, nested. In a multi-process run every process calls it."""
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        arrays = {path: _array(leaf, shardings(path, leaf.shape), pool) for path, leaf in leaves.items()}
-    return unflatten_dict(arrays, sep="/")
+    return unflatten_dict({path: _array(leaf, shardings(path, leaf.shape)) for path, leaf in leaves.items()}, sep="/")
 
 
-def _array(leaf: Leaf, sharding: jax.sharding.Sharding, pool: concurrent.futures.Executor) -> jax.Array:
+def _array(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
     shape = sharding.shard_shape(leaf.shape)
     shards = dict.fromkeys(sharding.addressable_devices_indices_map(leaf.shape))
-    for parts in handed_out(leaf, sharding, pool):
+    for parts in device_parts(leaf, sharding):
         for device, start, part in parts:
             if part.shape == shape:
                 shards[device] = part
@@ -53,14 +44,14 @@ def _array(leaf: Leaf, sharding: jax.sharding.Sharding, pool: concurrent.futures
 Part = tuple[jax.Device, tuple[int, ...], jax.Array]
 
 
-def handed_out(leaf: Leaf, sharding: jax.sharding.Sharding, pool: concurrent.futures.Executor) -> Iterator[list[Part]]:
+def device_parts(leaf: Leaf, sharding: jax.sharding.Sharding) -> Iterator[list[Part]]:
     """Reads what this process's devices need of a leaf, block after block, and puts on every device its part of each.
 
     Yields for each block a list of device, place of the part in the device's shard, part. The host holds a few blocks,
     whatever the size of the leaf. What lies between the devices' shards is read with them.
     """
     wanted = {
-        device: tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape, strict=True))
+        device: bounded(index, leaf.shape)
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
         if index is not None
     }
@@ -69,8 +60,8 @@ def handed_out(leaf: Leaf, sharding: jax.sharding.Sharding, pool: concurrent.fut
     span = tuple(
         slice(min(part.start for part in axis), max(part.stop for part in axis)) for axis in zip(*wanted.values())
     )
-    boxes = [span] if leaf.nbytes <= _BLOCK else list(leaf.blocks(_BLOCK, (1,) * len(leaf.shape), span))
-    for box, block in zip(boxes, _ahead(pool, leaf.read, boxes)):
+    boxes = [span] if leaf.nbytes <= BLOCK else list(leaf.blocks(BLOCK, (1,) * len(leaf.shape), span))
+    for box, block in zip(boxes, read_ahead([functools.partial(leaf.read, box) for box in boxes])):
         parts = []
         for device, index in wanted.items():
             both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(index, box)]
@@ -80,19 +71,6 @@ def handed_out(leaf: Leaf, sharding: jax.sharding.Sharding, pool: concurrent.fut
                 parts.append((device, start, jax.device_put(values, device)))
         jax.block_until_ready([part for _, _, part in parts])
         yield parts
-
-
-def _ahead(
-    pool: concurrent.futures.Executor, read: Callable[[Index], np.ndarray], boxes: list[Index]
-) -> Iterator[np.ndarray]:
-    """``map(read, boxes)`` by the pool, ``_READERS`` boxes ahead."""
-    reading: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
-    for box in boxes:
-        reading.append(pool.submit(read, box))
-        if len(reading) > _READERS:
-            yield reading.popleft().result()
-    while reading:
-        yield reading.popleft().result()
 
 
 # A shard is put together as raw words: XLA's CPU backend would take a bfloat16 one through float32, whole, for each part.

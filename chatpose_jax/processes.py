@@ -20,7 +20,7 @@ _meetings = itertools.count()
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """Every process of the run enters the block, and leaves it when all are through. What one raises ends the block in all
     of them: there as it is, elsewhere as a UserError that says where and what. Blocks may be nested.
     """
@@ -34,7 +34,7 @@ def together() -> Iterator[None]:
     if jax.process_count() == 1:
         return
     # By number, not by place: where one is out of a block early, the others are told at the next block that they leave.
-    ocp.multihost.get_barrier_sync_fn()(key=f"together:{next(_meetings)}", timeout_ms=1000 * _WAIT_SECONDS)
+    ocp.multihost.get_barrier_sync_fn()(key=f"all_or_none:{next(_meetings)}", timeout_ms=1000 * _WAIT_SECONDS)
     said = (
         b"" if failure is None else (str(failure).strip() or type(failure).__name__).encode(errors="replace")[:_MESSAGE]
     )

@@ -1,0 +1,58 @@
+"""Options that say where PyTorch weights come from: shared by ``convert``, ``inspect`` and ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from chatpose_jax.processing.images import FITS
+from chatpose_jax.weights.layouts import FAMILIES
+from chatpose_jax.weights.spec import SourceSpec
+
+
+def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True) -> None:
+    """Adds them. planned: with those of a plan, which ``verify`` needs none of: the tokenizer, and what is started at random."""
+    group = parser.add_argument_group("parts that stand elsewhere")
+    group.add_argument(
+        "--vision",
+        metavar="FOLDER",
+        help="CLIP (openai/clip-vit-large-patch14-336), for weights without a vision tower: CHATPOSE-V0, liuhaotian/…",
+    )
+    group.add_argument(
+        "--projector",
+        metavar="FILE",
+        help="mm_projector.bin or .safetensors, or the folder that holds it; found by itself beside the weights",
+    )
+    group.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter over these weights; it stays an adapter")
+    group.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="ALPHA",
+        help="of adapters without an adapter_config.json, as DeepSpeed leaves them",
+    )
+    group.add_argument(
+        "--layout", choices=FAMILIES, help="how the weights are named; default: recognised by what is in the folder"
+    )
+    group.add_argument(
+        "--image-fit",
+        choices=FITS,
+        help="how pictures become squares: crop takes the middle, pad keeps all and fills up; default: as the source says",
+    )
+    if planned:
+        group.add_argument(
+            "--tokenizer", metavar="FOLDER", help="tokenizer.model or tokenizer.json, if not with the weights"
+        )
+        group.add_argument(
+            "--init-missing",
+            action="append",
+            default=[],
+            choices=("vision", "projector"),
+            metavar="PART",
+            help="start vision or projector at random where no source has it, to be trained; may be repeated",
+        )
+
+
+def source_of(args: argparse.Namespace) -> SourceSpec:
+    """The description that the options give. Raises UserError."""
+    names = {field.name for field in dataclasses.fields(SourceSpec)}
+    return SourceSpec(**{name: value for name, value in vars(args).items() if name in names})

@@ -1,0 +1,293 @@
+"""The side of ``verify`` that PyTorch runs: the source's own files, in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.weights.adapters import TOKEN_ROWS
+from chatpose_jax.weights.readers import TensorEntry
+from chatpose_jax.weights.sources import Source
+from chatpose_jax.weights.spec import SourceSpec
+
+
+class TorchModel:
+    """The source, run by torch in float32. Arrays come and go as numpy."""
+
+    def __init__(self, sources: Sequence[Source], config: ModelConfig, spec: SourceSpec):
+        try:
+            import torch
+            from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+            from transformers.models.llama import modeling_llama
+        except ImportError as error:
+            raise UserError(
+                f"chatpose verify compares with PyTorch, which is not here ({error}): pip install '.[torch]' in the checkout"
+            ) from None
+        self.torch, self.llama, self.clip = torch, modeling_llama, CLIPVisionModel
+        self.config = config
+        self.where: dict[str, tuple[Source, str]] = {
+            rule.target: (source, rule.source) for source in sources for rule in source.layout.rules
+        }
+        self.sources, self.spec = sources, spec
+        # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
+        norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
+        self.decoder = norm.removesuffix("norm.weight")
+        self.tensors = _TorchTensors(torch, spec)
+        stored = self.tensors.stored(sources[0], f"{self.decoder}layers.0.self_attn.q_proj.weight").dtype
+        self.base = _TorchTensors(torch, spec, stored if stored == getattr(torch, config.param_dtype) else None)
+        main = sources[0].checkpoint.config()
+        text = {**(main.get("text_config") or main), "model_type": "llama"}
+        # Sizes, as the tensors show them; a config.json may leave them out.
+        for name in ("hidden_size", "intermediate_size", "num_layers"):
+            text[name.replace("num_layers", "num_hidden_layers")] = getattr(config.text, name)
+        self.text = LlamaConfig.from_dict(text)
+        self.text._attn_implementation = "eager"
+        self.sees = "vision/class_embedding" in self.where
+        self.projects = "projector/fc1/kernel" in self.where
+        self.poses_known = config.head.name == "mlp" and "pose_head/fc1/kernel" in self.where
+        if self.sees:
+            self.vision = CLIPVisionConfig.from_dict(self._vision_settings())
+            self.vision._attn_implementation = "eager"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the source's embedding."""
+        source, name = self.where["decoder/embed_tokens/embedding"]
+        return source.checkpoint.tensors[name].shape[0]
+
+    def _vision_settings(self) -> dict[str, Any]:
+        settings = self.where["vision/class_embedding"][0].checkpoint.config()
+        settings = settings.get("vision_config") or (settings if "patch_size" in settings else {})
+        sizes = dataclasses.asdict(self.config.vision)
+        named = {name: sizes[name] for name in ("hidden_size", "intermediate_size", "image_size", "patch_size")}
+        counts = {"num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"]}
+        return {**counts, **settings, **named, "model_type": "clip_vision_model"}
+
+    def _prefix(self, target: str, suffix: str) -> tuple[Source, str]:
+        source, name = self.where[target]
+        return source, name.removesuffix(suffix)
+
+    def _load(self, module: Any, source: Source, prefix: str) -> Any:
+        """The module with its state read from under ``prefix``; a tensor that is not there is an error of torch."""
+        state = {name: self.base(source, prefix + name) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        return module.eval()
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """(S, S, 3) of a picture, by transformers' image processor with the settings beside the vision tower; in LLaVA's own
+        layout padded before that, where ``image_aspect_ratio`` says so."""
+        import transformers
+
+        folder, family = self.where["vision/class_embedding"][0].checkpoint.folder, self.sources[0].layout.family
+        settings: dict[str, Any] = {}
+        if any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
+            reader = transformers.image_processing_base.ImageProcessingMixin
+            with contextlib.suppress(OSError):  # a processor_config.json that says nothing of pictures
+                settings, _ = reader.get_image_processor_dict(str(folder))
+        settings = settings or dict.fromkeys(("size", "crop_size"), self.config.vision.image_size)
+        own = family in ("llava_original", "vicuna")
+        aspect = self.spec.image_fit
+        if own and aspect is None:
+            # An adapter's before its base's, as LLaVA's own code loads them.
+            told = [source.checkpoint.config() for source in sorted(self.sources, key=lambda each: not each.is_adapter)]
+            aspect = next((config["image_aspect_ratio"] for config in told if "image_aspect_ratio" in config), None)
+        theirs = settings.get("image_processor_type", "").startswith("Llava")
+        pads = theirs and not own and family != "chatpose" and self.spec.image_fit is None
+        name = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
+        kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # Pillow's, as in 4.x
+        settings = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
+        if aspect == "pad":
+            # The filling up of LLaVA's own code: around the picture, in the mean colour.
+            side = max(image.size)
+            colour = tuple(int(255 * channel) for channel in settings.get("image_mean", kind().image_mean))
+            square = Image.new("RGB", (side, side), colour)
+            square.paste(image, tuple((side - length) // 2 for length in image.size))
+            image = square
+        return kind(**settings)(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """(I, H, W, 3) -> (I·N, D), CLIP's chosen hidden states, through the projector where the source has one."""
+        torch = self.torch
+        source, prefix = self._prefix("vision/class_embedding", "embeddings.class_embedding")
+        tower = self._clip(source, prefix)
+        with torch.no_grad():
+            images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+            x = tower.pre_layrnorm(tower.embeddings(images))
+            for block in tower.encoder.layers[: self.config.vision.num_used_layers]:
+                x = block(x, None)
+                x = x[0] if isinstance(x, tuple) else x
+            if not self.projects:
+                return x[:, 1:].flatten(0, 1).numpy()
+            x = self._linear("projector/fc1", x[:, 1:], self.base)
+            return self._linear("projector/fc2", torch.nn.functional.gelu(x), self.base).flatten(0, 1).numpy()
+
+    def _clip(self, source: Source, prefix: str) -> Any:
+        tower = self.clip(self.vision)
+        tower = getattr(tower, "vision_model", tower)  # transformers 5 has no such level
+        unused = tuple(
+            f"encoder.layers.{i}." for i in range(self.config.vision.num_used_layers, len(tower.encoder.layers))
+        )
+        names = [name for name in tower.state_dict() if not name.startswith(("post_layernorm", *unused))]
+        tower.load_state_dict({name: self.base(source, prefix + name) for name in names}, strict=False)
+        return tower.eval()
+
+    def _linear(self, target: str, x: Any, tensors: _TorchTensors) -> Any:
+        source, prefix = self._prefix(f"{target}/kernel", "weight")
+        weight, bias = (tensors(source, prefix + name) for name in ("weight", "bias"))
+        return self.torch.nn.functional.linear(x, weight, bias)
+
+    def embed(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+        """(T,) -> (T, D)."""
+        table = self._rows("decoder/embed_tokens/embedding")
+        is_image = ids == self.config.image_token_id
+        x = table[self.torch.from_numpy(np.where(is_image, 0, ids)).long()].numpy()
+        if features is not None:
+            x[is_image] = features
+        return x
+
+    def layer(self, number: int) -> Any:
+        """A function (T, D) -> (T, D)."""
+        torch = self.torch
+        with torch.device("meta"):
+            module = self.llama.LlamaDecoderLayer(self.text, 0)
+        module = self._load(module, self.sources[0], f"{self.decoder}layers.{number}.")
+        self._adapt(module, number)
+        rotary_embedding = self.llama.LlamaRotaryEmbedding(self.text)
+
+        @torch.no_grad()
+        def run(x: np.ndarray) -> np.ndarray:
+            hidden = torch.from_numpy(x.copy())[None]
+            places = torch.arange(len(x))[None]
+            mask = torch.full((len(x), len(x)), torch.finfo(torch.float32).min).triu(1)[None, None]
+            angles = rotary_embedding(hidden, places)
+            y = module(hidden, attention_mask=mask, position_ids=places, position_embeddings=angles)
+            return (y[0] if isinstance(y, tuple) else y).reshape(x.shape).numpy()
+
+        return run
+
+    def _adapt(self, module: Any, number: int) -> None:
+        """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021), alpha / √rank · B A where peft's settings say rsLoRA
+        (Kalajdzievski 2023)."""
+        for target, (source, name) in self.where.items():
+            if not (target.startswith("decoder/layers/") and target.endswith("/lora_a")):
+                continue
+            first = name.replace("{i}", str(number))
+            if first not in source.checkpoint.tensors:
+                continue  # peft has adapters where its file has them
+            a, b = (self.tensors(source, each) for each in (first, first.replace("lora_A", "lora_B")))
+            settings = _peft_settings(source)
+            alpha = settings["lora_alpha"] if self.spec.lora_alpha is None else self.spec.lora_alpha
+            scale = alpha / len(a) ** (0.5 if settings.get("use_rslora") else 1.0)
+            block, projection = target.split("/")[2:4]
+            linear = getattr(getattr(module, {"attn": "self_attn"}.get(block, block)), projection)
+            linear.weight.data = linear.weight.data + scale * (b @ a)
+
+    def _rows(self, target: str) -> Any:
+        """A vocabulary table, with the rows that an adapter replaces."""
+        first = self.config.text.base_vocab_size  # tokens from here on are never rounded
+        table = self.torch.cat([self.base(*self.where[target])[:first], self.tensors(*self.where[target])[first:]])
+        module = target.split("/")[1]
+        for source in self.sources:
+            ids = _peft_settings(source).get("trainable_token_indices") or {}
+            ids = ids.get(module, []) if isinstance(ids, dict) else ids if module == "embed_tokens" else []
+            name = next((name for name in source.shapes if name.endswith(module + TOKEN_ROWS)), None)
+            if name is not None:
+                rounded, exact = self.base(source, name), self.tensors(source, name)
+                for place, id in enumerate(ids):
+                    if id < len(table):
+                        table[id] = (rounded if id < first else exact)[place]
+        return table
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        source, prefix = self._prefix("decoder/norm/scale", "weight")
+        norm = self._load(self.llama.LlamaRMSNorm(x.shape[-1], eps=self.text.rms_norm_eps), source, prefix)
+        with self.torch.no_grad():
+            return norm(self.torch.from_numpy(x)).numpy()
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """(T, D) -> (T, rows)."""
+        return self.torch.nn.functional.linear(
+            self.torch.from_numpy(hidden), self._rows("decoder/lm_head/kernel")
+        ).numpy()
+
+    def poses(self, hidden: np.ndarray) -> np.ndarray:
+        """(P, D) -> (P, J, 3, 3): two linears, then Gram-Schmidt of two columns (Zhou et al. 2019, section B)."""
+        functional = self.torch.nn.functional
+        x = self._linear("pose_head/fc1", self.torch.from_numpy(hidden), self.tensors)
+        x = self._linear("pose_head/fc2", functional.relu(x), self.tensors).unflatten(-1, (-1, 6))
+        first = functional.normalize(x[..., :3], dim=-1)
+        second = x[..., 3:] - (first * x[..., 3:]).sum(-1, keepdim=True) * first
+        second = functional.normalize(second, dim=-1)
+        return self.torch.stack([first, second, self.torch.linalg.cross(first, second)], dim=-1).numpy()
+
+
+def _peft_settings(source: Source) -> dict[str, Any]:
+    """``adapter_config.json`` as it stands there, not as the conversion understood it."""
+    file = source.checkpoint.folder / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+class _TorchTensors:
+    """Tensors of a source as float32, by PyTorch's own readers; files are mapped, not loaded. dtype: what they are rounded to first."""
+
+    def __init__(self, torch: Any, spec: SourceSpec, dtype: Any = None):
+        self.torch, self.dtype, self.given = torch, dtype, set(spec.given.values())
+        self.mapped: dict[Path, Mapping[str, Any]] = {}
+
+    def __call__(self, source: Source, name: str) -> Any:
+        tensor = self.stored(source, name).detach()
+        return (tensor if self.dtype is None else tensor.to(self.dtype)).float()
+
+    def stored(self, source: Source, name: str) -> Any:
+        """As it stands in the file."""
+        from safetensors import SafetensorError, safe_open
+
+        entry = source.checkpoint.tensors.get(name)
+        if entry is None:
+            raise UserError(
+                f"{source.title}: no tensor {name!r}, which torch's module has; this layout is not verified"
+            )
+        file = self._file(source, entry)
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    return opened.get_tensor(entry.name)
+            if file not in self.mapped:
+                state = self.torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                while entry.name not in state:  # the wrappers that the reader sees through
+                    state = next(state[key] for key in ("state_dict", "model", "module") if key in state)
+                self.mapped[file] = state
+            return self.mapped[file][entry.name]
+        except (SafetensorError, KeyError, StopIteration):
+            raise UserError(
+                f"{file}: no tensor {entry.name!r}, which {entry.file.name} has: two sets of weights"
+            ) from None
+
+    def _file(self, source: Source, entry: TensorEntry) -> Path:
+        """The file that transformers would take the tensor from, in its own order; the reader's for what transformers has no
+        name for (adapters, projectors, a file that was given)."""
+        from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+        folder, files = source.checkpoint.folder, source.checkpoint.files
+        if entry.file in self.given:
+            return entry.file
+        known = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        if not all(re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)", file.name) for file in files):
+            return entry.file
+        first = next((folder / name for name in known if (folder / name).is_file()), None)
+        if first is None:
+            return entry.file
+        if first.suffix != ".json":
+            return first
+        held = json.loads(first.read_text(encoding="utf-8"))["weight_map"]
+        return folder / held[entry.name] if entry.name in held else entry.file

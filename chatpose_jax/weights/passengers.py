@@ -1,0 +1,122 @@
+"""What a model does not use of its sources, carried along in ``passengers/`` of its folder, so that an export is whole again.
+
+::
+
+    LAYOUT.safetensors     tensors that feed nothing here, under their names in that layout
+    adapter.json           what an adapter changed in its base beside LoRA, head and added rows
+    adapter.safetensors    of that, what the base's dtype does not hold exactly, as it came: a part by the path of its leaf, rows
+                           of the base vocabulary by module + ``TOKEN_ROWS``, in the order of ``adapter.json``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.weights.adapters import TOKEN_ROWS, row_module
+from chatpose_jax.weights.layouts import LAYOUTS, Layout
+from chatpose_jax.weights.plan import Conversion, rounded
+from chatpose_jax.weights.readers import TensorEntry, read_json, read_safetensors_header
+from chatpose_jax.weights.writers import Tensor, copied, write_safetensors
+
+CHANGES, ORIGINALS = "adapter.json", "adapter.safetensors"
+
+
+def write_passengers(plan: Conversion, folder: Path) -> None:
+    """Copies bit by bit what feeds nothing here."""
+    files = {name: [copied(entry, name) for name, entry in held.items()] for name, held in plan.passengers.items()}
+    changed = _changed(plan)
+    if changed:
+        files[Path(ORIGINALS).stem] = _originals(plan)
+    for stem, tensors in files.items():
+        if tensors:
+            folder.mkdir(exist_ok=True)
+            write_safetensors(folder / f"{stem}.safetensors", tensors)
+    if changed:
+        folder.mkdir(exist_ok=True)
+        text = json.dumps(changed | {"dtype": plan.config.param_dtype}) + "\n"
+        (folder / CHANGES).write_text(text, encoding="utf-8")
+
+
+def _changed(plan: Conversion) -> dict[str, Any]:
+    """What adapters changed in their base beside LoRA, head and added rows, which are leaves of their own; ``{}`` if
+    nothing: ``replaced`` leaves, and ``rows`` of the base vocabulary."""
+    own = ("pose_head/", "decoder/embed_tokens/added", "decoder/lm_head/added")
+    replaced = {path for source in plan.sources if source.is_adapter for path in source.targets}
+    replaced = {path for path in replaced if "/lora_" not in path and not path.startswith(own)}
+    rows: dict[str, list[int]] = {}
+    for source in plan.sources:
+        for name, ids in source.token_rows.items():
+            if held := [id for id in ids if id < plan.config.text.base_vocab_size]:
+                rows[row_module(name)] = held
+    return {"replaced": sorted(replaced), "rows": rows} if replaced or rows else {}
+
+
+def _originals(plan: Conversion) -> list[Tensor]:
+    tensors = []
+    for source, name, path, _ in rounded(plan):
+        entry = source.checkpoint.tensors[name]
+        if ids := source.token_rows.get(name):
+            rows = [row for row, id in enumerate(ids) if id < plan.config.text.base_vocab_size]
+            tensors.append(copied(entry, row_module(name) + TOKEN_ROWS, rows))
+        elif source.is_adapter and not plan.leaves[path].stacked and not path.startswith("pose_head/"):
+            tensors.append(copied(entry, path))
+    return tensors
+
+
+def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict[str, Tensor], list[str]]:
+    """What rides along, under its names in ``layout``, weights in ``dtype``, buffers as they are; and the names that have no
+    place there."""
+    origins = {layout.name: layout for layout in LAYOUTS}
+    placed: dict[str, Tensor] = {}
+    lost = []
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name == ORIGINALS:  # of the adapter: the way back to PEFT takes them
+            continue
+        origin = origins.get(file.stem)
+        if origin is None:
+            raise UserError(f"{file}: named after no layout that is known; it was written by a later version: upgrade")
+        for name, entry in read_safetensors_header(file).items():
+            there = origin.translate(name, layout)
+            if there is None:
+                lost.append(name)
+            else:
+                placed[there] = copied(entry, there, dtype=dtype if origin.locate(name) else None)
+    return placed, lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What the adapter that came in had changed in its base: ``whole`` parts, ``rows`` of the base vocabulary.
+    ``originals``: of that, what was rounded to ``dtype`` in the model."""
+
+    whole: frozenset[str] = frozenset()
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    originals: Mapping[str, TensorEntry] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+
+
+def read_changes(folder: Path) -> Changes:
+    """Raises UserError for a change that PEFT has no place for."""
+    if not (folder / CHANGES).is_file():
+        return Changes()
+    data, originals = read_json(folder / CHANGES), folder / ORIGINALS
+    places = {"decoder/embed_tokens/embedding": "embed_tokens", "decoder/lm_head/kernel": "lm_head"}
+    whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
+    if lost := [path for path, module in whole.items() if module is None]:
+        raise UserError(
+            f"{folder.parent}: the adapter that came in also replaced {', '.join(lost[:3])}, which is not written for peft; "
+            "choose --format transformers, llava or chatpose"
+        )
+    return Changes(
+        frozenset(module for module in whole.values() if module),
+        data["rows"],
+        read_safetensors_header(originals) if originals.is_file() else {},
+        data.get("dtype", "float32"),
+    )

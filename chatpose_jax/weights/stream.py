@@ -1,0 +1,153 @@
+"""Leaves streamed into a new Orbax checkpoint.
+
+Orbax saves what is in memory. A conversion has nothing in memory: a ``Leaf`` is read block by block while earlier blocks are being
+written. ``_LeafHandler`` teaches Orbax to save such leaves; the result is an ordinary checkpoint that any Orbax program restores.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax.traverse_util import unflatten_dict
+
+from chatpose_jax.processes import all_or_none
+from chatpose_jax.weights.arrays import save
+from chatpose_jax.weights.leaves import BLOCK, Leaf, read_ahead
+
+OnBytes = Callable[[int], Any]
+
+_IN_FLIGHT = 64 << 20
+"""Bytes that may wait to be written while more is read."""
+_CHUNK = 16 << 20
+"""Bytes of one stored chunk: the unit that a sharded restore reads."""
+
+
+def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Stored chunks: the whole leaf if little is read for it; else one layer, its larger axis halved until a chunk is at most 16
+    MiB, so that a sharded restore reads little beside its own."""
+    if leaf.nbytes * leaf.cost <= _CHUNK:
+        return leaf.shape
+    shape = [1 if leaf.stacked and axis == 0 else n for axis, n in enumerate(leaf.shape)]
+    while math.prod(shape) * leaf.dtype.itemsize > _CHUNK:
+        axis = int(np.argmax(shape))
+        shape[axis] = -(-shape[axis] // 2)
+    return tuple(shape)
+
+
+def write_leaves(
+    folder: Path, leaves: Mapping[str, Leaf], *, on_bytes: OnBytes = lambda count: None, compress: bool = False
+) -> None:
+    """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 16 MiB,
+    whatever the model's size.
+
+    Args:
+        on_bytes: hears how many bytes were written.
+        compress: zstd.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Leaf, _LeafHandler(on_bytes, compress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
+    )
+    save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
+
+
+class _LeafHandler(ocp.type_handlers.TypeHandler):
+    """Saves ``Leaf``s. Each process writes its share of the blocks; restoring is the business of Orbax's own array handler."""
+
+    def __init__(self, on_bytes: OnBytes, compress: bool):
+        self.on_bytes = on_bytes
+        self.compress = compress
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def metadata(self, infos: Any) -> Any:
+        raise NotImplementedError("leaves are only written")
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        raise NotImplementedError("leaves are only written")
+
+    async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        # All leave Orbax's save here if one fails: behind it, it lets them wait for each other.
+        with all_or_none():
+            boxes = []
+            for leaf, info in zip(values, infos, strict=True):
+                store, folder = await self._create(leaf, info)
+                boxes += [(leaf.origin(index), store, leaf, index) for index in leaf.blocks(BLOCK, chunk_shape(leaf))]
+            self._write(_share(sorted(boxes, key=lambda box: box[0]), jax.process_index(), jax.process_count()))
+            _sync(folder)
+        return []
+
+    async def _create(self, leaf: Leaf, info: Any) -> tuple[Any, Path]:
+        """A new array for a leaf, and the folder of all arrays."""
+        await info.await_path_creation()
+        info.use_compression = self.compress
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=True,
+            global_shape=leaf.shape,
+            local_shape=chunk_shape(leaf),
+            dtype=jnp.dtype(leaf.dtype),
+            process_index=jax.process_index(),
+            arg=ocp.SaveArgs(),
+        )
+        base = spec["kvstore"]["base"]
+        base["file_io_sync"] = False  # all together at the end
+        return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context), Path(base["path"])
+
+    def _write(self, boxes: Sequence[Any]) -> None:
+        writing: collections.deque[Any] = collections.deque()
+
+        def finish() -> None:
+            write, count = writing[0]
+            write.result()
+            writing.popleft()
+            self.on_bytes(count)
+
+        reads = [functools.partial(leaf.read, index) for _, _, leaf, index in boxes]
+        try:
+            for (_, store, _, index), block in zip(boxes, read_ahead(reads)):
+                # The array is ours alone, so tensorstore need not copy it.
+                write = store[index].write(block, can_reference_source_data_indefinitely=True)
+                writing.append((write, block.nbytes))
+                while sum(count for _, count in writing) > _IN_FLIGHT:
+                    finish()
+            while writing:
+                finish()
+        finally:
+            # Where the conversion failed: nothing may be written once its folder is removed.
+            for write, _ in writing:
+                with contextlib.suppress(Exception):
+                    write.result()
+
+
+def _share(boxes: list[Any], rank: int, count: int) -> list[Any]:
+    """The boxes of one process. All are in the order of the source files, which are so read once, from front to back; each
+    process has a stretch of about as many bytes as the others."""
+    sizes = [math.prod(part.stop - part.start for part in index) * leaf.dtype.itemsize for _, _, leaf, index in boxes]
+    ends = itertools.accumulate(sizes)
+    return [box for box, size, end in zip(boxes, sizes, ends) if (end - size) * count // sum(sizes) == rank]
+
+
+def _sync(folder: Path) -> None:
+    """Waits until all files are on the disk."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # lock files come and go
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
