@@ -29,6 +29,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import Processor, tiny_processor
+from smpl_jax.pose import unmeasured
 
 CAPTION = "Someone stands with both arms raised and looks to the left. Can you give the SMPL pose of this person?"
 
@@ -45,7 +46,7 @@ class Photographs(Sequence[Example]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         parts = [{"type": "image", "image": self.files[index]}, {"type": "text", "text": CAPTION}]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Sure, it is <POSE>."}]
-        return Example(f"photograph-{index}", "image", messages, np.eye(3, dtype=np.float32)[None, None].repeat(24, 1))
+        return Example(f"photograph-{index}", "image", messages, unmeasured((1,)))
 
 
 def write(folder: Path, count: int, width: int, height: int) -> list[str]:

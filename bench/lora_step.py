@@ -28,6 +28,7 @@ from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import init_state, make_step
 from chatpose_jax.train.trainable import NameRule
+from smpl_jax.pose import complete, unmeasured
 
 RATE = 1e-3
 CLIP = 1.0
@@ -80,7 +81,7 @@ def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, mo
         "attention_mask": np.ones_like(ids),
         "labels": ids,
         "pose_index": np.zeros((len(ids), 1), np.int32),
-        "pose_targets": np.zeros((len(ids), 1, 24, 3, 3), np.float32),
+        "poses": complete(unmeasured((len(ids), 1))),
         "pose_mask": np.zeros((len(ids), 1), bool),
     }
     params = our_params(model, config)

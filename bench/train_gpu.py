@@ -36,6 +36,7 @@ from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.flops import train_cost
 from chatpose_jax.train.step import init_state, make_step
 from chatpose_jax.train.trainable import NameRule
+from smpl_jax.pose import complete, unmeasured
 
 PRESETS = {
     "13b": (TextConfig(vocab_size=32000), LoRAConfig()),
@@ -93,7 +94,7 @@ def jax_step(text: TextConfig, lora: LoRAConfig, ids: np.ndarray, settings: Trai
         "input_ids": ids,
         "labels": ids,
         "pose_index": np.zeros((len(ids), 1), np.int32),
-        "pose_targets": np.zeros((len(ids), 1, 24, 3, 3), np.float32),
+        "poses": complete(unmeasured((len(ids), 1))),
         "pose_mask": np.zeros((len(ids), 1), bool),
     }
     params = create(config, jax.random.key(0))

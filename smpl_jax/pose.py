@@ -7,7 +7,7 @@ under ``jit`` too, where it holds JAX's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal
@@ -91,6 +91,15 @@ class Pose:
     def hands(self) -> Any:
         """(..., 30, 3, 3), the finger joints, left hand first; None for families without fingers."""
         return self.rotations[..., -HANDS:, :, :] if self.num_joints >= SHARED + HANDS else None
+
+    def __len__(self) -> int:
+        """Poses along the first batch axis."""
+        if not self.shape:
+            raise TypeError("a single pose has no length")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Pose]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> Pose:
         """The poses at an index of the batch axes."""
@@ -309,6 +318,27 @@ def _betas_of(pose: Pose, body: BodyModel) -> Any:
                 "pose.replace(betas=None, has_betas=None) is the average shape"
             )
     return pose.betas
+
+
+def known(pose: Pose) -> Any:
+    """(..., J) bool, the joints that were measured: ``measured``, or all where that is None."""
+    return _numpy(pose).ones(pose.rotations.shape[:-2], bool) if pose.measured is None else pose.measured
+
+
+def placed(measured: Any, parents: Sequence[int]) -> Any:
+    """The joints whose position relative to the root follows from measured rotations: those above them were all measured.
+
+    Args:
+        measured: (..., J) bool.
+        parents: (J,), -1 for the root; a parent precedes its children, as in ``BodyModel.parents``.
+
+    Returns:
+        (..., J) bool; the root, where all positions start, is always placed.
+    """
+    found = [_numpy(measured).ones_like(measured[..., 0])]
+    for parent in parents[1:]:
+        found.append(found[parent] & measured[..., parent])
+    return _numpy(measured).stack(found, -1)
 
 
 def unmeasured(shape: Sequence[int], family: Family = "smpl", frame: Frame = "camera") -> Pose:

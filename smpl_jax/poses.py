@@ -36,7 +36,7 @@ _Row = tuple[tuple[str, tuple[int, ...]], ...]
 _ROWS: tuple[_Row, ...] = (
     (("matrices", _WHOLE),),  # smpl_jax, ChatPose-JAX
     (("axis_angle", _WHOLE),),
-    (("poses", _WHOLE),),  # AMASS, 3DPW
+    (("poses", _WHOLE),),  # AMASS, 3DPW, EasyMocap
     (("pose", _WHOLE),),  # SPIN's data sets
     (("full_pose", _WHOLE),),  # smplx
     (("fullpose", _WHOLE),),  # GRAB

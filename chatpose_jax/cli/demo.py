@@ -35,6 +35,7 @@ from chatpose_jax.train.run import demand_table, only_run, run_training
 from chatpose_jax.train.run_config import RunConfig, load_config
 from chatpose_jax.train.trainer import Interrupted, demand_same_run
 from smpl_jax import render
+from smpl_jax.pose import stack
 
 TEST_ROWS = 192
 BASELINE_ROWS = 1000
@@ -144,7 +145,7 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
         test, train = (
             SyntheticDataset(split, rows, seed, size, {kind: 1.0}).precompute(cpu_workers()) for split, rows in splits
         )
-        mean = mean_pose(np.stack([row.poses[0] for row in train]))
+        mean = mean_pose(stack([row.poses[0] for row in train]))
         results[kind] = evaluate_chat(model, test[:count], mean, label=kind)
         if kind == "text":
             turns = SyntheticDataset("test", None, seed, size, {"text_turns": 1.0})
@@ -210,7 +211,7 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
         labels.append("picture")
     for number, ((_, reply), truth) in enumerate(zip(replies, row.poses), 1):
         turn = f" {number}" if len(row.poses) > 1 else ""
-        panels.append(render.render_body(model.body, truth, size=384, frame="camera"))
+        panels.append(render.render_body(model.body, truth.rotations, size=384, frame=truth.frame))
         labels.append(f"true{turn}")
         for pose in reply.poses[:1]:
             panels.append(pose.render(384))

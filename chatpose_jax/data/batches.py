@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
-from chatpose_jax.data.collate import Batch, collate, encode_example, pack, weightless
+from chatpose_jax.data.collate import BETAS, Batch, collate, encode_example, pack, weightless
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import flag, whole
+from smpl_jax.pose import Family, complete, unmeasured
 
 TEXT_BESIDE_A_PICTURE = 64
 """Tokens that a conversation about a picture has at least, about: decides how many pictures a packed row has room for."""
@@ -86,6 +88,7 @@ class BatchLoader:
 
     dataset: any sequence of ``Example``; ``dataset[i]`` must always give the same row.
     batch_size: rows of a global batch.
+    family: whose joints the poses get: the pose head's.
     rows: which of them this process makes (``train.feed.local_rows``); None makes all.
     epochs: how many to run; None never ends.
     lengths: padded lengths to choose from; by default the ``buckets`` lengths for each kind that leave the least
@@ -105,6 +108,7 @@ class BatchLoader:
         batch_size: int,
         *,
         max_length: int = 1024,
+        family: Family = "smpl",
         seed: int = 0,
         shuffle: bool = True,
         epochs: int | None = None,
@@ -135,7 +139,7 @@ class BatchLoader:
         if epochs is not None:
             whole("epochs", epochs, 1)
         self.dataset, self.processor, self.batch_size = dataset, processor, batch_size
-        self.max_length = min(max_length, processor.ids.context)
+        self.max_length, self.family = min(max_length, processor.ids.context), family
         self.seed, self.shuffle, self.epochs, self.packing = seed, shuffle, epochs, packing
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         if self.rows.size and not 0 <= self.rows.min() <= self.rows.max() < batch_size:
@@ -147,7 +151,8 @@ class BatchLoader:
         self._starts = {0: 0}  # epoch -> its first step, for epochs that are known
         self._sizes = measure(dataset, processor, self.max_length) if sizes is None else np.asarray(sizes, np.int64)
         # The first rows, not the last used: an order drawn anew each epoch comes by any of them equally often.
-        size = np.array([8, 3 * processor.images.size**2, 24 * 9 * 4])
+        pose = complete(unmeasured((), family), BETAS)
+        size = np.array([8, 3 * processor.images.size**2, sum(x.nbytes for x in jax.tree.leaves(pose))])
         self._cached = int(np.searchsorted(np.cumsum(self._sizes @ size + ROW_BYTES), cache, "right"))
         self._group(lengths, buckets)
 
@@ -339,7 +344,7 @@ class BatchLoader:
 
     def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
         example = self.dataset[index]
-        row = encode_example(self.processor, example, self.max_length, normalise=normalise)
+        row = encode_example(self.processor, example, self.max_length, family=self.family, normalise=normalise)
         found = [len(row[name]) for name in ("input_ids", "images", "pose_positions")]
         if found != (planned := self._sizes[index].tolist()):
             raise UserError(

@@ -6,23 +6,41 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import IGNORE, Processor
+from smpl_jax.pose import (
+    Family,
+    Pose,
+    check,
+    check_shapes,
+    complete,
+    concatenate,
+    to_betas,
+    to_family,
+    to_frame,
+    unmeasured,
+)
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
+"""Arrays by name, and under "poses" a ``Pose`` of arrays."""
+BETAS = 10
+"""Shape coefficients of a pose in a batch."""
 
 
 def encode_example(
-    processor: Processor, example: Example, max_length: int, *, normalise: bool = True
+    processor: Processor, example: Example, max_length: int, *, family: Family = "smpl", normalise: bool = True
 ) -> dict[str, Any]:
     """One row, not yet padded.
 
+    family: whose joints the poses get, the pose head's (``smpl_jax.pose.to_family``); what is filled in counts as not measured.
+
     Returns ``input_ids`` (T,) and ``labels`` (T,) int32 with T <= max_length, ``images``: list of (S, S, 3) float32
-    (uint8 where ``normalise`` is False), ``pose_positions`` (P,) int32, ``pose_targets`` (P, 24, 3, 3) float32.
-    Pictures and poses behind the cut are dropped.
+    (uint8 where ``normalise`` is False), ``pose_positions`` (P,) int32, ``poses``: a ``Pose`` of
+    batch shape (P,) in the camera frame, float32, with every field there. Pictures and poses behind the cut are dropped.
     Raises UserError that names the example, where it is malformed or its answers hold another number of ``<POSE>``
     than it has poses.
     """
@@ -30,14 +48,19 @@ def encode_example(
         encoded = processor.encode(
             example.messages, add_generation_prompt=False, max_length=max_length, normalise=normalise
         )
-    found = len(encoded.pose_positions)
-    poses = _poses(example, found, encoded.truncated)
+        found = len(encoded.pose_positions)
+        poses = _poses(example, found, encoded.truncated)
+        try:
+            poses = check(poses)[:found]
+            poses = to_betas(to_family(to_frame(poses, "camera"), family), BETAS)
+        except ValueError as error:
+            raise UserError(f"poses: {error}") from None
     return {
         "input_ids": encoded.input_ids,
         "labels": encoded.labels,
         "images": encoded.images,
         "pose_positions": encoded.pose_positions,
-        "pose_targets": poses[:found],
+        "poses": complete(poses, BETAS),
     }
 
 
@@ -48,7 +71,7 @@ def measure_example(processor: Processor, example: Example, max_length: int) -> 
     """
     with _named(example):
         sizes = processor.measure(example.messages, max_length)
-    _poses(example, sizes.poses, sizes.truncated)
+        _poses(example, sizes.poses, sizes.truncated)
     return sizes[:3]
 
 
@@ -66,9 +89,9 @@ def collate(
     Returns ``input_ids`` (B, T) int32, ``attention_mask`` (B, T) bool, ``labels`` (B, T) int32 (-100: no loss; not
     shifted), ``pixel_values`` (B, I, S, S, 3) float32 (absent where no row has a picture and no ``image_size`` S says
     that there should be one; a row with fewer than I has zeros behind), ``pose_index`` (B, P) int32, the position p - 1
-    of the hidden state that predicts the pose token at p (0 where unused), ``pose_targets`` (B, P, 24, 3, 3) float32
-    (identity where unused), ``pose_mask`` (B, P) bool; of packed rows also ``segment_ids`` (B, T) int32, which number
-    the conversations of a row from 1 on and are 0 in the padding.
+    of the hidden state that predicts the pose token at p (0 where unused), ``poses``, a ``Pose`` of batch shape (B, P)
+    with every field there (identity, zeros and nothing measured where unused), ``pose_mask`` (B, P) bool; of packed
+    rows also ``segment_ids`` (B, T) int32, which number the conversations of a row from 1 on and are 0 in the padding.
     """
     for row in rows:
         for name, size, limit in (
@@ -79,12 +102,13 @@ def collate(
             if size > limit:
                 raise UserError(f"a row has {size} {name}, more than the {limit} that the batch has room for")
     count = len(rows)
+    poses = complete(unmeasured((count, max_poses), rows[0]["poses"].family), BETAS)
     batch: Batch = {
         "input_ids": np.full((count, length), pad_id, np.int32),
         "attention_mask": np.zeros((count, length), bool),
         "labels": np.full((count, length), IGNORE, np.int32),
         "pose_index": np.zeros((count, max_poses), np.int32),
-        "pose_targets": np.broadcast_to(np.eye(3, dtype=np.float32), (count, max_poses, 24, 3, 3)).copy(),
+        "poses": poses,
         "pose_mask": np.zeros((count, max_poses), bool),
     }
     shape = next((image.shape for row in rows for image in row["images"]), None)
@@ -95,13 +119,14 @@ def collate(
     if any("segment_ids" in row for row in rows):
         batch["segment_ids"] = np.zeros((count, length), np.int32)
     for i, row in enumerate(rows):
-        tokens, poses = len(row["input_ids"]), len(row["pose_positions"])
+        tokens, found = len(row["input_ids"]), len(row["pose_positions"])
         batch["input_ids"][i, :tokens] = row["input_ids"]
         batch["attention_mask"][i, :tokens] = True
         batch["labels"][i, :tokens] = row["labels"]
-        batch["pose_index"][i, :poses] = row["pose_positions"] - 1
-        batch["pose_targets"][i, :poses] = row["pose_targets"]
-        batch["pose_mask"][i, :poses] = True
+        batch["pose_index"][i, :found] = row["pose_positions"] - 1
+        batch["pose_mask"][i, :found] = True
+        for array, values in zip(jax.tree.leaves(poses), jax.tree.leaves(row["poses"]), strict=True):
+            array[i, :found] = values
         for j, image in enumerate(row["images"]):
             batch["pixel_values"][i, j] = image
         if "segment_ids" in batch:
@@ -122,7 +147,7 @@ def pack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "labels": labels,
         "images": [image for row in rows for image in row["images"]],
         "pose_positions": np.concatenate([row["pose_positions"] + start for row, start in zip(rows, starts)]),
-        "pose_targets": np.concatenate([row["pose_targets"] for row in rows]),
+        "poses": concatenate([row["poses"] for row in rows]),
         "segment_ids": np.repeat(np.arange(1, len(rows) + 1, dtype=np.int32), np.diff(starts)),
     }
 
@@ -133,7 +158,7 @@ def weightless(row: dict[str, Any]) -> dict[str, Any]:
         **row,
         "labels": np.full_like(row["labels"], IGNORE),
         "pose_positions": row["pose_positions"][:0],
-        "pose_targets": row["pose_targets"][:0],
+        "poses": row["poses"][:0],
     }
 
 
@@ -145,17 +170,14 @@ def _named(example: Example) -> Iterator[None]:
         raise UserError(f"example {example.id!r}: {error}") from None
 
 
-def _poses(example: Example, found: int, truncated: bool) -> np.ndarray:
-    """The poses of an example whose tokens hold ``found`` of them, checked: (P, 24, 3, 3) float32."""
-    poses = np.asarray(example.poses, np.float32)
-    if poses.size == 0:
-        poses = np.zeros((0, 24, 3, 3), np.float32)
-    if poses.ndim != 4 or poses.shape[1:] != (24, 3, 3) or not np.isfinite(poses).all():
-        wrong = f"shape {poses.shape}" if poses.shape[1:] != (24, 3, 3) else "values that are not finite"
-        raise UserError(f"example {example.id!r}: poses must be finite rotation matrices (P, 24, 3, 3), found {wrong}")
+def _poses(example: Example, found: int, truncated: bool) -> Pose:
+    """The poses of an example whose tokens hold ``found`` of them, as NumPy arrays in float32; shapes and numbers are checked."""
+    try:
+        poses = check_shapes(example.poses)
+    except ValueError as error:
+        raise UserError(f"poses: {error}") from None
+    if len(poses.shape) != 1:
+        raise UserError(f"poses: expected a Pose of batch shape (P,), one for each <POSE>, found {poses.shape}")
     if found > len(poses) or (found < len(poses) and not truncated):
-        raise UserError(
-            f"example {example.id!r}: its answers hold {found} <POSE>, but it has {len(poses)} poses; "
-            "there must be one for each"
-        )
-    return poses
+        raise UserError(f"its answers hold {found} <POSE>, but it has {len(poses)} poses; there must be one for each")
+    return jax.tree.map(lambda x: np.asarray(x, bool if x.dtype == bool else np.float32), poses)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from chatpose_jax.settings import one_line
+from smpl_jax.pose import Pose, unmeasured
 
+NO_POSES = unmeasured((0,))
 Kind = Literal["text", "image", "instruction"]
 
 
@@ -35,13 +37,14 @@ class Example:
         ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | PIL image | (H, W, 3) uint8 array |
         LazyPicture}``. Assistant text
         marks each pose with the literal ``<POSE>``.
-    poses: (P, 24, 3, 3) float32 rotation matrices, SMPL joint order, joint 0 the global orientation in the camera frame (x right, y down,
-        z away); one for each ``<POSE>`` in order of appearance. P may be 0.
+    poses: a ``Pose`` of batch shape (P,), one for each ``<POSE>`` in order of appearance; by default none. Any frame and body family:
+        batches hold them in the camera frame, with the joints of the pose head and the first ten betas. Joints that ``measured`` leaves
+        out, and betas and translations that are not there, count in no loss.
     """
 
     id: str
     kind: Kind
     messages: list[dict[str, Any]]
-    poses: np.ndarray
+    poses: Pose = NO_POSES
 
     __repr__ = one_line

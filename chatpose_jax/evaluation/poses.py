@@ -5,36 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from chatpose_jax.chat import ChatPose, Reply
 from chatpose_jax.data.example import Example
-from smpl_jax import body as bodies
-from smpl_jax import metrics
 from smpl_jax.body import BodyModel
+from smpl_jax.metrics import pose_metrics
+from smpl_jax.pose import Pose, known, stack
 
 
-def pose_errors(predicted: np.ndarray, target: np.ndarray, body: BodyModel) -> dict[str, float]:
-    """Errors of (N, 24, 3, 3) rotations, both at β = 0 (protocol C of the follow-up literature: the body's own 24 joints).
+def pose_errors(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, float]:
+    """Mean errors of poses of batch shape (N,), both at β = 0 (protocol C of the follow-up literature: the body's own 24 joints).
 
-    Returns ``mpjpe`` and ``pa_mpjpe`` in mm, ``mpjre`` (100 · mean |ΔR| entry over the 23 body joints), ``geodesic_degrees`` over the body joints.
+    Returns the means of ``smpl_jax.metrics.pose_metrics`` over the poses of which something was measured: ``mpjpe`` and ``pa_mpjpe`` in mm,
+    ``mpjre`` (100 · mean |ΔR| entry over the body joints), ``geodesic_degrees`` over the body joints.
     """
-    joints = jax.jit(lambda matrices: bodies.joints(body, bodies.from_smpl_pose(body, matrices))[..., :24, :])
-    a, b = joints(predicted), joints(target)
-    return {
-        "mpjpe": float(np.mean(metrics.mpjpe(a, b))),
-        "pa_mpjpe": float(np.mean(metrics.pa_mpjpe(a, b))),
-        "mpjre": float(np.mean(metrics.mpjre(predicted, target))),
-        "geodesic_degrees": float(np.mean(metrics.geodesic_degrees(predicted[:, 1:], target[:, 1:]))),
-    }
+    errors = jax.jit(pose_metrics)(predicted, target, body)
+    return {name: float(jnp.nanmean(values)) for name, values in errors.items()}
 
 
-def mean_pose(poses: np.ndarray) -> np.ndarray:
-    """(N, 24, 3, 3) -> (24, 3, 3): for each joint the rotation nearest to the mean matrix (Moakher 2002, the projected arithmetic mean)."""
-    u, _, vt = np.linalg.svd(np.asarray(poses, np.float64).mean(axis=0))
+def mean_pose(poses: Pose) -> Pose:
+    """Of a batch (N,), for each joint the rotation nearest to the mean matrix of those measured (Moakher 2002, the projected arithmetic
+    mean); where none was, the identity.
+    """
+    rotations = np.asarray(poses.rotations, np.float64)
+    u, _, vt = np.linalg.svd(np.where(known(poses)[..., None, None], rotations, 0).mean(axis=0))
     u[..., -1] *= np.linalg.det(u @ vt)[..., None]
-    return (u @ vt).astype(np.float32)
+    return Pose((u @ vt).astype(np.float32), poses.frame)
 
 
 def first_question(example: Example) -> list[dict]:
@@ -75,26 +74,26 @@ def answer_poses(
 def evaluate_chat(
     model: ChatPose,
     examples: Sequence[Example],
-    baseline: np.ndarray,
+    baseline: Pose,
     *,
     batch_size: int = 32,
     label: str | None = None,
 ) -> dict[str, float]:
-    """Errors of real answers, and of ``baseline`` (24, 3, 3) given as the answer to everything, with their ratios.
+    """Errors of real answers, and of one pose, ``baseline``, given as the answer to everything, with their ratios.
 
     Returns ``pose_errors`` of the first pose of each answer to the first question, the same with prefix ``baseline_``, ``ratio_…`` of both,
     ``pose_rate`` and ``count``.
     """
     questions = [first_question(example) for example in examples]
     answers, rate = answer_poses(model, questions, batch_size=batch_size, label=label)
-    targets = np.stack([example.poses[0] for example in examples])
+    targets = stack([example.poses[0] for example in examples])
     return {**_compare(_first(answers), targets, baseline, model.body), "pose_rate": rate, "count": len(examples)}
 
 
 def evaluate_follow_ups(
     model: ChatPose,
     examples: Sequence[Example],
-    baseline: np.ndarray,
+    baseline: Pose,
     *,
     batch_size: int = 32,
     label: str | None = None,
@@ -111,7 +110,7 @@ def evaluate_follow_ups(
         for question, reply, example in zip(questions, first, examples)
     ]
     second, rate = answer_poses(model, asked, batch_size=batch_size, label=label)
-    targets = np.stack([example.poses[1] for example in examples])
+    targets = stack([example.poses[1] for example in examples])
     kept = pose_errors(_first(first), targets, model.body)
     return {
         **_compare(_first(second), targets, baseline, model.body),
@@ -121,13 +120,13 @@ def evaluate_follow_ups(
     }
 
 
-def _first(answers: Sequence[Reply]) -> np.ndarray:
-    """(N, 24, 3, 3), the first pose of each."""
-    return np.stack([reply.poses[0].matrices for reply in answers])
+def _first(answers: Sequence[Reply]) -> Pose:
+    """(N,), the first pose of each."""
+    return stack([reply.poses[0].pose for reply in answers])
 
 
-def _compare(poses: np.ndarray, targets: np.ndarray, baseline: np.ndarray, body: BodyModel) -> dict[str, float]:
+def _compare(poses: Pose, targets: Pose, baseline: Pose, body: BodyModel) -> dict[str, float]:
     errors = pose_errors(poses, targets, body)
-    constant = pose_errors(np.broadcast_to(baseline, targets.shape), targets, body)
+    constant = pose_errors(stack([baseline] * len(targets)), targets, body)
     ratios = {f"ratio_{name}": errors[name] / constant[name] for name in ("mpjpe", "pa_mpjpe", "mpjre")}
     return {**errors, **{f"baseline_{name}": value for name, value in constant.items()}, **ratios}

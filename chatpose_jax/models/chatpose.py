@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
-from chatpose_jax.models.heads import abstract_head, check_head, create_head
+from chatpose_jax.models.heads import check_head, create_head, head_family
 from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.sharding import constrain, shardings
 from chatpose_jax.models.vision import VisionTower
 from chatpose_jax.settings import one_line
-from smpl_jax.pose import Pose
+from smpl_jax.pose import Pose, complete, unmeasured
 
 Params = dict[Any, Any]
 """Nested dict of arrays; paths such as ``decoder/layers/attn/q_proj/kernel``. Unrolled layers have integer keys."""
@@ -194,23 +194,21 @@ def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
     return nnx.merge(graphdef, state)
 
 
-def fake_batch(
-    config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0
-) -> dict[str, np.ndarray]:
+def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0) -> dict[str, Any]:
     """A random training batch of the right shapes (see ``docs/architecture.md``): an image in front, one pose token near the end."""
     rng = np.random.default_rng(seed)
     patches, size = config.vision.num_patches * images, config.vision.image_size
     total = patches + length
     ids = rng.integers(3, config.text.base_vocab_size, (batch, total), dtype=np.int32)
     ids[:, :patches], ids[:, -2] = config.image_token_id, config.pose_token_id
-    joints = abstract_head(config.head).num_joints
+    poses = complete(unmeasured((batch, 1), head_family(config.head)))
     labels = np.where(np.arange(total) < total - length // 2, -100, ids).astype(np.int32)
     data = {
         "input_ids": ids,
         "attention_mask": np.ones((batch, total), np.int32),
         "labels": labels,
         "pose_index": np.full((batch, 1), total - 3, np.int32),
-        "pose_targets": np.broadcast_to(np.eye(3, dtype=np.float32), (batch, 1, joints, 3, 3)).copy(),
+        "poses": poses.replace(measured=np.ones_like(poses.measured)),
         "pose_mask": np.ones((batch, 1), bool),
     }
     if images:

@@ -109,10 +109,10 @@ def plan_training(
     stacked = train.accumulate > 1
     leading = (train.accumulate, train.batch_size) if stacked else (train.batch_size,)
     rows = batch_sharding(where, stacked=stacked)
-    batch = {
-        name: jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype, sharding=rows)
-        for name, x in fake_batch(model, 1, length - patches, images).items()
-    }
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype, sharding=rows),
+        fake_batch(model, 1, length - patches, images),
+    )
     step: Any = make_step(model, train, params, where)
     total = train.batch_size * train.accumulate
     cost = train_cost(model, train, total, length, images)

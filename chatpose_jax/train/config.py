@@ -30,6 +30,10 @@ class MeshConfig:
             raise UserError(f"train.mesh: one axis at most can take the devices that are left, found {self}")
 
 
+PoseTerm = Literal["matrices", "geodesic", "joints", "betas", "translation"]
+"""What the pose loss may be made of: a row of ``train.pose_loss.TERMS`` each."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment) on
@@ -43,7 +47,9 @@ class TrainConfig:
     schedule: "linear" or "cosine" decay from there to ``final_lr_ratio`` × the peak at the last step.
     b1, b2: decay of Adam's first and second moments.
     grad_clip: longest gradient, as the norm over all that trains; longer ones are scaled down.
-    lambda_text, lambda_pose: weights of the cross-entropy over answers and of the L1 on rotation matrices.
+    lambda_text, lambda_pose: weights of the cross-entropy over answers and of the pose loss.
+    pose_loss: rows of (term, weight) that the pose loss is the sum of, see ``train.pose_loss``; by default the paper's L1 on rotation
+        matrices. A pose head with a loss of its own may use other terms.
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay, which added tokens); see ``train.trainable``.
     mesh: how devices are arranged; ``batch_size`` is a multiple of data × fsdp.
     remat: what of a layer is kept for the backward pass, the rest being computed again ("none" computes nothing again,
@@ -72,6 +78,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     lambda_text: float = 1.0
     lambda_pose: float = 0.1
+    pose_loss: tuple[tuple[PoseTerm, float], ...] = (("matrices", 1.0),)
     trainable: tuple[Rule, ...] = PAPER
     mesh: MeshConfig = MeshConfig()
     remat: Literal["none", "dots", "save_qkv", "save_attention", "full"] = "full"
@@ -97,6 +104,11 @@ class TrainConfig:
         require(self, "train", "at least 0 and less than 1", lambda value: 0 <= value < 1, "b1", "b2")
         require(self, "train", "at least 0 and at most 1", lambda value: 0 <= value <= 1, "final_lr_ratio")
         require(self, "train", "at least 0 and less than 2**32", lambda value: 0 <= value < 2**32, "seed")
+        terms = [term for term, _ in self.pose_loss]
+        if not terms or len(set(terms)) < len(terms) or any(weight <= 0 for _, weight in self.pose_loss):
+            raise UserError(
+                f"train.pose_loss: expected at least one row, a term at most once, weights that are positive; found {self.pose_loss}"
+            )
         for row in self.trainable:
             if (row.lr or 0) < 0 or row.weight_decay < 0:
                 raise UserError(f"train.trainable: the row {tuple(row)} has a negative rate or decay")

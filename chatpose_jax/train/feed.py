@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,21 +38,19 @@ def local_rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> np.nd
     return (np.arange(accumulate)[:, None] * batch_size + mine).reshape(-1)
 
 
-def put(
-    batch: Mapping[str, np.ndarray], mesh: Mesh | None, batch_size: int, accumulate: int = 1
-) -> dict[str, np.ndarray | jax.Array]:
+def put(batch: Mapping[str, Any], mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> dict[str, Any]:
     """What a step takes: micro-batches on a leading axis where there are several, rows split over the mesh.
 
     batch: the ``local_rows`` of a global batch, in their order. Processes may hold any rows, in any number: devices that
     stand side by side in a mesh need not belong to the same process.
     """
     leading = int(accumulate > 1)
-    local = {
-        name: x.reshape(accumulate, len(x) // accumulate, *x.shape[1:]) if leading else x for name, x in batch.items()
-    }
+    local: dict[str, Any] = dict(batch)
+    if leading:
+        local = jax.tree.map(lambda x: x.reshape(accumulate, len(x) // accumulate, *x.shape[1:]), local)
     rows = local_rows(mesh, batch_size)
     if mesh is None or rows is None:
-        return dict(local)
+        return local
     sharding = batch_sharding(mesh, stacked=bool(leading))
 
     def place(x: np.ndarray) -> jax.Array:
@@ -61,4 +60,4 @@ def put(
 
         return jax.make_array_from_callback((*x.shape[:leading], batch_size, *x.shape[leading + 1 :]), sharding, part)
 
-    return {name: place(x) for name, x in local.items()}
+    return jax.tree.map(place, local)  # type: ignore[no-any-return]

@@ -87,7 +87,7 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     )
 
 
-def utilisation(model: ModelConfig, settings: TrainConfig, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+def utilisation(model: ModelConfig, settings: TrainConfig, batch: Mapping[str, Any]) -> dict[str, float]:
     """Operations of a step on these rows: ``mfu`` counts what this run's gradient needs (with LoRA about 4 for each parameter
     and token), ``mfu_6n`` what it would need if everything trained.
     """

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from chatpose_jax.models.chatpose import ChatPoseModel
+from chatpose_jax.models.heads.base import Distance
 from chatpose_jax.models.layers import matmul, product
 from chatpose_jax.models.sharding import constrain, gather
-from chatpose_jax.train import pose_loss
-from smpl_jax.pose import Pose
+from chatpose_jax.train.pose_loss import PoseLoss
 
 CHUNK = 256
 """Positions of each row whose logits exist at a time."""
 IGNORED = -100
+PAPER = PoseLoss()
+"""The paper's pose loss: the mean |ΔR| of the root and of the other joints."""
 
 
 def targets(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -136,10 +138,11 @@ def _join(function: Any, parts: list[Any]) -> Any:
 
 def loss(
     model: ChatPoseModel,
-    batch: Mapping[str, jax.Array],
+    batch: Mapping[str, Any],
     *,
     lambda_text: float,
     lambda_pose: float,
+    distance: Distance = PAPER,
     weights: tuple[Any, Any] = (1.0, 1.0),
     key: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
@@ -147,6 +150,7 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total loss of a batch (``docs/architecture.md`` names its arrays) and every part of it, without λ.
 
+    distance: between poses, for the pose head's loss (``train.pose_loss``).
     weights: of all that concerns text, of all that concerns poses: this batch's shares, where it is a part of a larger one.
     key: what the pose head's loss draws from; None is one key for all batches, as validation wants it.
     """
@@ -163,10 +167,10 @@ def loss(
     hidden = constrain(hidden, "batch", None, None)
     pose = model.pose_head.loss(
         model.states(hidden, batch["pose_index"], segments),
-        Pose(batch["pose_targets"], "camera"),
+        batch["poses"],
         batch["pose_mask"],
         jax.random.key(0) if key is None else key,
-        pose_loss.matrices,
+        distance,
     )
     text, accuracy = weights[0] * text, weights[0] * accuracy
     pose = {name: weights[1] * value for name, value in pose.items()}

@@ -1,15 +1,182 @@
-"""How far a predicted pose is from its target."""
+"""How far predicted poses are from their targets: the terms of ``train.pose_loss``.
+
+A term is a row of ``TERMS``: named parts, each an error of single numbers and what of it the target measured. The value of a part is the mean
+of what was measured, over all poses of the batch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from smpl_jax.pose import Pose
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import HeadConfig
+from chatpose_jax.models.heads import abstract_head, head_output
+from chatpose_jax.train.config import PoseTerm
+from smpl_jax import body as bodies
+from smpl_jax import io
+from smpl_jax.body import BodyModel
+from smpl_jax.pose import Pose, known, placed, to_family
+from smpl_jax.rotations import geodesic_distance
 
 
-def matrices(predicted: Pose, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
-    """The paper's: mean |ΔR| of the root, and mean |ΔR| of the other joints, over the poses that exist."""
-    error = jnp.abs(predicted.rotations - target.rotations).mean(axis=(-2, -1)).reshape(-1, target.num_joints)
-    weight = mask.reshape(-1).astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
-    return {"pose_root": error[:, 0] @ weight, "pose_body": error[:, 1:].mean(axis=-1) @ weight}
+class Part(NamedTuple):
+    """A named part of a term.
+
+    error: (predicted, target, body) -> (..., n), differentiable; finite wherever ``measured`` is false, too.
+    measured: (target, body) -> (..., n) bool, what of it counts.
+    """
+
+    error: Callable[[Pose, Pose, Any], jax.Array]
+    measured: Callable[[Pose, Any], jax.Array]
+
+
+def _entries(predicted: Pose, target: Pose, body: Any) -> jax.Array:
+    return jnp.abs(predicted.rotations - target.rotations).mean(axis=(-2, -1))
+
+
+def _angles(predicted: Pose, target: Pose, body: Any) -> jax.Array:
+    return geodesic_distance(predicted.rotations, target.rotations)
+
+
+def _joints(error: Callable[[Pose, Pose, Any], jax.Array], joints: slice) -> Part:
+    return Part(
+        lambda predicted, target, body: error(predicted, target, body)[..., joints],
+        lambda target, body: known(target)[..., joints],
+    )
+
+
+def _positions(predicted: Pose, target: Pose, body: BodyModel) -> jax.Array:
+    """(..., 23) metres from each joint but the root, at the origin in both, to where it should be."""
+    has, betas = _known_betas(target), target.betas
+    ours = (
+        betas
+        if predicted.betas is None or betas is None
+        else jnp.where(has[..., None], _as_many(predicted.betas, betas), betas)
+    )
+
+    def place(pose: Pose, betas: jax.Array | None) -> jax.Array:
+        positions = bodies.joints(body, to_family(pose, "smpl").rotations, betas)
+        return positions[..., 1:, :] - positions[..., :1, :]
+
+    square = jnp.sum((place(predicted, ours) - place(target, betas)) ** 2, axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)  # the root has no slope at 0
+
+
+def _placed(target: Pose, body: BodyModel) -> jax.Array:
+    measured = to_family(target.replace(measured=known(target)), "smpl").measured
+    return placed(measured, body.parents)[..., 1:]  # type: ignore[no-any-return]
+
+
+def _shape_error(predicted: Pose, target: Pose, body: Any) -> jax.Array:
+    return jnp.abs(_as_many(predicted.betas, target.betas) - target.betas)
+
+
+def _as_many(betas: jax.Array, like: jax.Array) -> jax.Array:
+    """The first betas as many as there are in a batch; missing ones are 0."""
+    betas = betas[..., : like.shape[-1]]
+    return jnp.pad(betas, [(0, 0)] * (betas.ndim - 1) + [(0, like.shape[-1] - betas.shape[-1])])
+
+
+def _known_betas(target: Pose) -> jax.Array:
+    return jnp.ones(target.shape, bool) if target.has_betas is None else target.has_betas
+
+
+def _has(name: str) -> Callable[[Pose, Any], jax.Array]:
+    def measured(target: Pose, body: Any) -> jax.Array:
+        values, has = getattr(target, name), getattr(target, f"has_{name}")
+        return jnp.broadcast_to(True if has is None else has[..., None], values.shape)
+
+    return measured
+
+
+_ROOT, _BODY = slice(0, 1), slice(1, None)
+TERMS: dict[PoseTerm, dict[str, Part]] = {
+    # The paper's: mean |ΔR| over the entries of matrices, the root's and those of all other joints.
+    "matrices": {"pose_root": _joints(_entries, _ROOT), "pose_body": _joints(_entries, _BODY)},
+    # The mean angle in radians.
+    "geodesic": {"geodesic_root": _joints(_angles, _ROOT), "geodesic_body": _joints(_angles, _BODY)},
+    # The mean distance in metres between joints of SMPL's body, relative to the root, both with the target's betas, or each with its own
+    # where the target has some and the head gives some. Fingers, jaw and eyes do not count.
+    "joints": {"joints": Part(_positions, _placed)},
+    # Mean |Δβ|.
+    "betas": {"betas": Part(_shape_error, _has("betas"))},
+    # Mean |Δt| of the three coordinates, in metres.
+    "translation": {
+        "translation": Part(
+            lambda predicted, target, body: jnp.abs(predicted.translation - target.translation), _has("translation")
+        )
+    },
+}
+"""Names of ``train.pose_loss`` and what they measure."""
+_FIELDS = ("betas", "translation")
+"""Terms that need what not every head gives: the field of the same name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PoseLoss:
+    """A ``Distance`` (``models.heads.base``): the weighted terms of ``train.pose_loss``.
+
+    rows: (term, weight).
+    """
+
+    rows: tuple[tuple[PoseTerm, float], ...] = (("matrices", 1.0),)
+    body: BodyModel | None = dataclasses.field(init=False, default=None)
+    """The joints of the embedded body, without its mesh, where a term needs them: about 1000 numbers."""
+
+    def __post_init__(self) -> None:
+        if any(term == "joints" for term, _ in self.rows):
+            object.__setattr__(self, "body", io.load_body().subset(np.zeros(0, int)))
+
+    def __call__(
+        self, predicted: Pose, target: Pose, mask: jax.Array, scale: dict[str, jax.Array] | None = None
+    ) -> dict[str, jax.Array]:
+        """The parts of each term by name, times its weight; () float32 each, 0 where nothing was measured.
+
+        Args:
+            predicted, target: batch shape (B, P), one family and frame.
+            mask: (B, P) True where there is a pose.
+            scale: ``scale`` of the whole batch, where this is a micro-batch of it. Then the mean of the results over micro-batches, each
+                weighing as many poses as it holds, is the result of the whole.
+        """
+        scale = self.scale(target, mask) if scale is None else scale
+        weight = mask.reshape(-1).astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
+        values = {}
+        for factor, term, name, part in self._parts():
+            if term in _FIELDS and getattr(predicted, term) is None:
+                raise UserError(f"train.pose_loss: the term {term!r} needs a pose head that gives {term}")
+            counts = part.measured(target, self.body) & mask[..., None]
+            error = jnp.where(counts, part.error(predicted, target, self.body), 0).mean(axis=-1)
+            values[name] = factor * (error.reshape(-1) @ weight) * scale[name]
+        return values
+
+    def scale(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        """For each part, all numbers over those measured, of the poses that exist: 1 where everything is measured, 0 where nothing is.
+
+        target, mask: any batch shape (...).
+        """
+        scales = {}
+        for _, _, name, part in self._parts():
+            counts = part.measured(target, self.body)
+            every = mask.sum() * counts.shape[-1]
+            found = (counts & mask[..., None]).sum()
+            scales[name] = jnp.where(found > 0, every / jnp.maximum(found, 1), 0)
+        return scales
+
+    def _parts(self) -> Sequence[tuple[float, str, str, Part]]:
+        return [(weight, term, name, part) for term, weight in self.rows for name, part in TERMS[term].items()]
+
+
+def demand_fields(rows: Sequence[tuple[PoseTerm, float]], head: HeadConfig) -> None:
+    """Raises UserError where a term needs what the head does not give."""
+    made = head_output(abstract_head(head))
+    for term, _ in rows:
+        if term in _FIELDS and getattr(made, term) is None:
+            raise UserError(
+                f"train.pose_loss: the term {term!r} needs a pose head that gives {term}; {head.name!r} does not"
+            )

@@ -21,6 +21,7 @@ from chatpose_jax.data.sources import check_sources, examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.heads import head_family
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.processing.processor import Processor
@@ -28,6 +29,7 @@ from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.chips import peak_flops
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.flops import utilisation
+from chatpose_jax.train.pose_loss import demand_fields
 from chatpose_jax.train.run_config import RunConfig
 from chatpose_jax.train.start import adopt, initial_params, make_processor
 from chatpose_jax.train.trainable import assign
@@ -120,6 +122,7 @@ def _run(
         processor,
         settings.batch_size * settings.accumulate,
         max_length=settings.max_length,
+        family=head_family(model.head),
         seed=settings.seed,
         buckets=config.data.buckets,
         packing=config.data.packing,
@@ -199,6 +202,7 @@ def only_run(out: Path) -> Iterator[None]:
 def demand_table(config: RunConfig) -> None:
     """Raises UserError where the model cannot be built, as by an unknown head, or the table of what trains does not fit it. Nothing is allocated."""
     assign(abstract_params(config.model), config.train.trainable)
+    demand_fields(config.train.pose_loss, config.model.head)
 
 
 def training_mesh(settings: TrainConfig) -> Mesh | None:
@@ -272,6 +276,7 @@ def validation_batches(
                 processor,
                 min(size, len(group)) if mesh is None else size,
                 max_length=length,
+                family=head_family(config.model.head),
                 shuffle=False,
                 epochs=1,
                 buckets=1,

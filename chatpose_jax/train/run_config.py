@@ -20,6 +20,7 @@ from chatpose_jax.train.trainable import Rule
 
 ROWS = {
     "train.trainable": ("(pattern, rate or None, decay, 'all' or 'pose' tokens), the last two optional", (2, 3, 4)),
+    "train.pose_loss": ("(term, weight)", (2,)),
 }
 """Settings that are tables: what a row is, and how long it may be."""
 SOURCES = "data.sources"
@@ -49,6 +50,7 @@ def run_config(model: str) -> Any:
     }
     table["data"]["sources"] = [list(row) for row in DataConfig().sources]
     table["train"]["trainable"] = [list(row) for row in TrainConfig().trainable]
+    table["train"]["pose_loss"] = [list(row) for row in TrainConfig().pose_loss]
     return ConfigDict(table)
 
 
@@ -204,7 +206,7 @@ def freeze(config: Any) -> RunConfig:
     return RunConfig(
         ModelConfig.from_json(table["model"]),
         data,
-        dataclasses.replace(train, trainable=rules),
+        dataclasses.replace(train, trainable=rules, pose_loss=rows["train.pose_loss"]),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.loss import loss, targets
 from chatpose_jax.train.optimizer import learning_rate, optimizer
+from chatpose_jax.train.pose_loss import PoseLoss
 
 
 @jax.tree_util.register_dataclass
@@ -103,8 +105,9 @@ def make_step(
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``. The state is donated; frozen arrays are only read.
 
     With ``accumulate`` > 1 every array of the batch has that many micro-batches on a further leading axis; each weighs what it holds of the
-    tokens and poses that count, so the update is that of one batch of all of them. Dropout draws from (seed, step), so a resumed run repeats
-    an unbroken one. Where loss or gradient is not finite the update is dropped and counted: metrics ``skipped``, in all, and
+    tokens and poses that count, and the terms of the pose loss are means over what the whole batch measured, so the update is that of one
+    batch of all of them. Dropout and the pose head's loss draw from (seed, step, micro-batch), each from a stream of its own, so a resumed
+    run repeats an unbroken one. Where loss or gradient is not finite the update is dropped and counted: metrics ``skipped``, in all, and
     ``skipped_in_a_row``.
 
     Args:
@@ -113,10 +116,11 @@ def make_step(
     """
     tx = optimizer(config, params)
     schedule = learning_rate(config)
+    distance = PoseLoss(config.pose_loss)
     masks = table.masks(params, config.trainable, model_config.pose_token_id - model_config.text.base_vocab_size)
 
     def objective(
-        trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, jax.Array], key: jax.Array, weights: Any
+        trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, Any], key: jax.Array, weights: Any, scale: Any
     ) -> Any:
         model = bind(model_config, table.merge(trainable, frozen))
         drop = model_config.lora is not None and model_config.lora.dropout > 0
@@ -125,6 +129,7 @@ def make_step(
             batch,
             lambda_text=config.lambda_text,
             lambda_pose=config.lambda_pose,
+            distance=functools.partial(distance, scale=scale),
             weights=weights,
             key=jax.random.fold_in(key, POSES),
             dropout_key=key if drop else None,
@@ -133,26 +138,27 @@ def make_step(
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def gradients(trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+    def gradients(trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, Any], key: jax.Array) -> Any:
         if config.accumulate == 1:
-            return gradient(trainable, frozen, batch, key, (1.0, 1.0))
+            return gradient(trainable, frozen, batch, key, (1.0, 1.0), None)
 
         def micro(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part, scale)), None
 
         keys = jax.random.split(key, config.accumulate)
         parts = (batch, keys, _shares(batch))
-        shapes = jax.eval_shape(gradient, trainable, frozen, *jax.tree.map(lambda x: x[0], parts))
+        scale = distance.scale(batch["poses"], batch["pose_mask"])
+        shapes = jax.eval_shape(gradient, trainable, frozen, *jax.tree.map(lambda x: x[0], parts), scale)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(micro, zeros, parts)[0]
 
     def step(
-        state: TrainState, frozen: table.Flat, batch: Mapping[str, jax.Array]
+        state: TrainState, frozen: table.Flat, batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         with on_mesh(mesh):
             if mesh is not None:
                 rows = batch_sharding(mesh, stacked=config.accumulate > 1)
-                batch = {name: jax.lax.with_sharding_constraint(x, rows) for name, x in batch.items()}
+                batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), dict(batch))
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             grads, metrics = gradients(state.trainable, frozen, batch, key)
             grads = table.select(masks, grads, jax.tree.map(jnp.zeros_like, grads))
@@ -181,7 +187,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec())))
 
 
-def _shares(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _shares(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     """(accumulate,) each: what share of the tokens with a label, and of the poses, every micro-batch holds."""
     segments = batch.get("segment_ids")
     tokens = jnp.sum(jax.vmap(targets)(batch["labels"], segments) >= 0, axis=(1, 2))

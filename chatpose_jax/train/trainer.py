@@ -374,7 +374,7 @@ class _Loop:
         if self.callback is not None and self.callback(step, values):
             stop.asked = True
 
-    def _sizes(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int, Mapping[str, float]]:
+    def _sizes(self, batch: Mapping[str, Any]) -> tuple[int, int, Mapping[str, float]]:
         """Rows, tokens and operations of the global batch, of which this process holds its share."""
         config = self.config
         rows = config.batch_size * config.accumulate

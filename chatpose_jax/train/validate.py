@@ -17,7 +17,7 @@ from chatpose_jax.models.sharding import on_mesh
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.loss import loss
-from smpl_jax import body as bodies
+from chatpose_jax.train.pose_loss import PoseLoss
 from smpl_jax import metrics, render
 from smpl_jax.body import BodyModel
 
@@ -27,7 +27,7 @@ PICTURE_SIZE = 128
 def make_validation(
     model_config: ModelConfig,
     config: TrainConfig,
-    batches: Mapping[str, Iterable[Mapping[str, np.ndarray]]],
+    batches: Mapping[str, Iterable[Mapping[str, Any]]],
     body: BodyModel,
     *,
     mesh: Mesh | None = None,
@@ -47,17 +47,21 @@ def make_validation(
         on process 0 pictures ``val_{name}_poses`` (H, W, 3) uint8, where ``pictures`` asks for them.
     """
 
-    def run(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
+    distance = PoseLoss(config.pose_loss)
+
+    def run(params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[dict[str, jax.Array], Any]:
         with on_mesh(mesh):
             model = bind(model_config, dict(params))
-            _, parts = loss(model, batch, lambda_text=config.lambda_text, lambda_pose=config.lambda_pose)
+            _, parts = loss(
+                model, batch, lambda_text=config.lambda_text, lambda_pose=config.lambda_pose, distance=distance
+            )
             hidden = model(
                 batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch.get("pixel_values")
             ).hidden
             poses = model.poses(model.states(hidden, batch["pose_index"][:, :1]), jax.random.key(0))
-            matrices = jnp.stack([poses.rotations[:, 0], batch["pose_targets"][:, 0]])
-            joints = bodies.joints(body, bodies.from_smpl_pose(body, matrices))[..., :24, :]
-            distances = jnp.stack([metrics.mpjpe(*joints), metrics.pa_mpjpe(*joints)])
+            matrices = jnp.stack([poses.rotations[:, 0], batch["poses"].rotations[:, 0]])
+            found = metrics.pose_metrics(poses[:, 0], batch["poses"][:, 0], body)
+            distances = jnp.stack([found["mpjpe"], found["pa_mpjpe"]])
         return parts, (distances, matrices, batch["pose_mask"][:, 0])
 
     # Every process reads all results, so they stand whole on each.
@@ -77,7 +81,7 @@ def make_validation(
                 errors.append(distances[:, present])
                 drawn += list(matrices[:, present].swapaxes(0, 1))[: pictures - len(drawn)]
             values |= {f"val_{name}_{key}": float(np.mean(means)) for key, means in parts.items()}
-            mpjpe, pa_mpjpe = np.concatenate(errors, axis=1).mean(axis=1)
+            mpjpe, pa_mpjpe = np.nanmean(np.concatenate(errors, axis=1), axis=1)
             values |= {f"val_{name}_mpjpe": float(mpjpe), f"val_{name}_pa_mpjpe": float(pa_mpjpe)}
             if drawn and hosts.primary():
                 values[f"val_{name}_poses"] = side_by_side(body, np.stack(drawn))

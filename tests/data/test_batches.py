@@ -4,16 +4,20 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs
 from chatpose_jax.data.collate import collate, encode_example, pack
-from chatpose_jax.data.example import Example, LazyPicture
+from chatpose_jax.data.example import NO_POSES, Example, LazyPicture
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import IGNORE, tiny_processor
+from smpl_jax.frames import turn
+from smpl_jax.pose import Pose
 
 POSE_ID = 1024
 CACHE = 1 << 30
@@ -24,9 +28,10 @@ def processor():
     return tiny_processor(preset("tiny"))
 
 
-def poses(count: int, seed: int) -> np.ndarray:
+def poses(count: int, seed: int, joints: int = 24, **more) -> Pose:
     rng = np.random.default_rng(seed)
-    return np.linalg.qr(rng.normal(size=(count, 24, 3, 3)))[0].astype(np.float32)
+    rotations = Rotation.random(count * joints, random_state=rng).as_matrix() if count else np.zeros((0, 3, 3))
+    return Pose(rotations.reshape(count, joints, 3, 3).astype(np.float32), **{"frame": "camera", **more})
 
 
 def example(
@@ -69,7 +74,7 @@ def names(batch, processor) -> list[str]:
 
 
 def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
 def test_pose_index_is_the_position_that_predicts_the_pose(processor):
@@ -82,20 +87,31 @@ def test_pose_index_is_the_position_that_predicts_the_pose(processor):
     row, slot = np.nonzero(batch["pose_mask"])
     assert (batch["input_ids"][row, batch["pose_index"][row, slot] + 1] == POSE_ID).all()
     assert np.count_nonzero(batch["input_ids"] == POSE_ID) == 4
-    np.testing.assert_array_equal(batch["pose_targets"][1, :3], poses(3, 1))
-    np.testing.assert_array_equal(batch["pose_targets"][~batch["pose_mask"]], np.broadcast_to(np.eye(3), (8, 24, 3, 3)))
+    np.testing.assert_array_equal(batch["poses"].rotations[1, :3], poses(3, 1).rotations)
+    np.testing.assert_array_equal(
+        batch["poses"].rotations[~batch["pose_mask"]], np.broadcast_to(np.eye(3), (8, 24, 3, 3))
+    )
 
 
 def test_shapes_and_dtypes(processor):
     rows = [encode_example(processor, example(i, images), 512) for i, images in enumerate((2, 0, 1))]
     batch = collate(rows, 256, max_images=3, max_poses=2, pad_id=0)
+    held = batch.pop("poses")
+    assert (held.frame, held.shape) == ("camera", (3, 2))
+    assert {name: (value.shape[2:], value.dtype.name) for name, value in vars(held).items() if name != "frame"} == {
+        "rotations": ((24, 3, 3), "float32"),
+        "betas": ((10,), "float32"),
+        "translation": ((3,), "float32"),
+        "measured": ((24,), "bool"),
+        "has_betas": ((), "bool"),
+        "has_translation": ((), "bool"),
+    }
     assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
         "input_ids": ((3, 256), "int32"),
         "attention_mask": ((3, 256), "bool"),
         "labels": ((3, 256), "int32"),
         "pixel_values": ((3, 3, 64, 64, 3), "float32"),
         "pose_index": ((3, 2), "int32"),
-        "pose_targets": ((3, 2, 24, 3, 3), "float32"),
         "pose_mask": ((3, 2), "bool"),
     }
     filled = [[bool(batch["pixel_values"][row, image].any()) for image in range(3)] for row in range(3)]
@@ -123,16 +139,43 @@ def test_truncation_drops_poses_with_their_targets(processor):
     for kept in range(3):
         row = encode_example(processor, long, int(full["pose_positions"][kept]))
         np.testing.assert_array_equal(row["pose_positions"], full["pose_positions"][:kept])
-        np.testing.assert_array_equal(row["pose_targets"], poses(3, 3)[:kept])
+        np.testing.assert_array_equal(row["poses"].rotations, poses(3, 3).rotations[:kept])
+
+
+def test_poses_come_in_the_camera_frame_with_the_joints_of_the_head(processor):
+    """A row of SMPL-X in a frame of its own, with sixteen betas, and one of the shared joints that measures the trunk alone."""
+    full = poses(1, 0, 55, frame="z-up", betas=np.arange(16.0)[None])
+    part = poses(1, 1, 22, measured=np.arange(22)[None] < 4, translation=np.ones((1, 3)))
+    rows = [dataclasses.replace(example(i), poses=given) for i, given in enumerate((full, part))]
+    encoded = [encode_example(processor, row, 256) for row in rows]
+    batch, packed = (
+        collate(given, 512, max_images=0, max_poses=3, pad_id=0)["poses"] for given in (encoded, [pack(encoded)])
+    )
+    rotations = full.rotations.copy()
+    rotations[:, 0] = turn("z-up", "camera") @ rotations[:, 0]
+    np.testing.assert_allclose(batch.rotations[0, 0, :22], rotations[0, :22], atol=1e-6)
+    np.testing.assert_array_equal(batch.rotations[1, 0, :22], part.rotations[0])
+    assert batch.measured[0].sum(-1).tolist() == [22, 0, 0]
+    assert batch.measured[1, 0].tolist() == [True] * 4 + [False] * 20
+    assert batch.has_translation[:, 0].tolist() == [False, True] and (batch.translation[1, 0] == 1).all()
+    assert not batch.has_betas.any(), "SMPL-X's betas say nothing of SMPL's shape"
+    assert all(np.array_equal(x[0, :2], y[:, 0]) for x, y in zip(jax.tree.leaves(packed), jax.tree.leaves(batch)))
+    there = encode_example(processor, rows[0], 256, family="smplx")["poses"]
+    assert there.num_joints == 55 and there.has_betas.all() and there.betas.tolist() == [list(range(10))]
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
     [
         ({"poses": poses(2, 0)}, r"'row-0': its answers hold 1 <POSE>, but it has 2 poses"),
-        ({"poses": np.zeros((0, 24, 3, 3))}, r"hold 1 <POSE>, but it has 0 poses"),
-        ({"poses": np.zeros((1, 22, 3, 3))}, r"found shape \(1, 22, 3, 3\)"),
-        ({"poses": np.full((1, 24, 3, 3), np.nan)}, "finite"),
+        ({"poses": NO_POSES}, r"'row-0': its answers hold 1 <POSE>, but it has 0 poses"),
+        ({"poses": poses(1, 0).rotations}, r"'row-0': poses: .*found ndarray; Pose\(rotations, \"camera\"\) makes one"),
+        ({"poses": poses(1, 0)[0]}, r"'row-0': poses: expected a Pose of batch shape \(P,\).*found \(\)"),
+        ({"poses": poses(1, 0, 23)}, r"'row-0': poses: .*22 \(shared\), 24 \(smpl\).*found 23"),
+        ({"poses": poses(1, 0, frame="sky")}, r"'row-0': poses: frame must be one of .*'sky'"),
+        ({"poses": Pose(np.full((1, 24, 3, 3), np.nan), "camera")}, r"'row-0': poses: .*finite"),
+        ({"poses": Pose(np.zeros((1, 24, 3, 3)), "camera")}, r"'row-0': poses: .*joint 0 of pose 0 is none"),
+        ({"poses": poses(1, 0, frame="z-up", translation=np.zeros((1, 3)))}, r"'row-0': poses: .*pelvis of a body"),
         ({"messages": [{"role": "user", "content": ""}]}, r"'row-0': messages\[0\]: empty content"),
     ],
 )
@@ -245,7 +288,7 @@ def test_the_cache_keeps_what_fits(processor, dataset):
     assert everything < encoded(300_000) < nothing
     kept = BatchLoader(dataset, processor, 4, epochs=1, cache=300_000)
     list(kept)
-    size = sum(leaf.nbytes for row in kept._cache.values() for leaf in [*row.pop("images"), *row.values()])
+    size = sum(leaf.nbytes for row in kept._cache.values() for leaf in jax.tree.leaves(row))
     assert 100_000 < size <= 300_000
 
 
@@ -375,7 +418,7 @@ def test_broken_row_is_raised_through_the_thread(processor, dataset):
         [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}, {"role": "assistant", "content": "A"}],
         poses(0, 0),
     )
-    with pytest.raises(UserError, match=r"example 'bad': .*no picture file at 'gone.png'"):
+    with pytest.raises(UserError, match=r"example 'bad': .*no image file at 'gone.png'"):
         list(BatchLoader([*dataset, bad], processor, 4, epochs=1, prefetch=2))
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -70,4 +71,4 @@ def test_batches_of_a_mixture_resume():
     second = loader()
     second.restore(first.state())
     for a, b in zip(whole[17:], second):
-        assert all(np.array_equal(a[name], b[name]) for name in a)
+        jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, first_question, mean_pose, pose_errors
-from smpl_jax import Pose, PosedBody, io
+from smpl_jax import Pose, PosedBody, io, stack
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def rest(count):
 def test_errors_of_known_differences(body):
     target, predicted = rest(2), rest(2)
     predicted[:, 0] = Rotation.from_euler("y", 90, degrees=True).as_matrix()
-    errors = pose_errors(predicted, target, body)
+    errors = pose_errors(Pose(predicted, "camera"), Pose(target, "camera"), body)
     assert errors["mpjpe"] > 100
     assert errors["pa_mpjpe"] < 0.1, "a turned body is the same pose"
     assert errors["mpjre"] == 0, "the root does not count"
     predicted = rest(2)
     predicted[:, 16] = Rotation.from_euler("z", 30, degrees=True).as_matrix()
-    errors = pose_errors(predicted, target, body)
+    errors = pose_errors(Pose(predicted, "camera"), Pose(target, "camera"), body)
     angle = np.deg2rad(30)
     np.testing.assert_allclose(errors["mpjre"], 100 * 2 * (1 - np.cos(angle) + np.sin(angle)) / 9 / 23, rtol=1e-4)
     np.testing.assert_allclose(errors["geodesic_degrees"], 30 / 23, rtol=1e-3)
@@ -39,7 +39,7 @@ def test_mean_pose_is_a_rotation_between():
     turns = Rotation.from_euler("x", [[-20], [40]], degrees=True).as_matrix()
     poses = rest(2)
     poses[:, 3] = turns
-    mean = mean_pose(poses)
+    mean = mean_pose(Pose(poses, "camera")).rotations
     np.testing.assert_allclose(mean[3], Rotation.from_euler("x", 10, degrees=True).as_matrix(), atol=1e-6)
     np.testing.assert_allclose(mean @ mean.swapaxes(-1, -2), rest(1)[0], atol=1e-6)
 
@@ -58,13 +58,13 @@ class Oracle:
         return [self.reply(m, i % 2 == 0) for i, m in enumerate(messages)]
 
     def reply(self, messages, offers):
-        poses = [PosedBody(Pose(self.truth[str(messages)], "camera"), self.body)] if offers else []
+        poses = [PosedBody(self.truth[str(messages)], self.body)] if offers else []
         return type("Reply", (), {"poses": poses})()
 
 
 def test_evaluation_counts_every_row_and_the_share_that_offers_a_pose(body):
     examples = SyntheticDataset("test", 10, tasks={"text": 1})[:10]
-    baseline = mean_pose(np.stack([example.poses[0] for example in examples]))
+    baseline = mean_pose(stack([example.poses[0] for example in examples]))
     results = evaluate_chat(Oracle(examples, body), examples, baseline, batch_size=4)
     assert results["count"] == 10
     assert results["pose_rate"] == 0.5
@@ -92,9 +92,9 @@ def test_follow_ups_are_measured_beside_the_models_own_first_answer(body):
 
         def reply(self, pose):
             message = {"role": "assistant", "content": "<POSE>"}
-            return type("Reply", (), {"poses": [PosedBody(Pose(pose, "camera"), body)], "message": message})()
+            return type("Reply", (), {"poses": [PosedBody(pose, body)], "message": message})()
 
-    baseline = mean_pose(np.stack([example.poses[0] for example in examples]))
+    baseline = mean_pose(stack([example.poses[0] for example in examples]))
     follows, stays = (evaluate_follow_ups(Follower(n), examples, baseline, batch_size=4) for n in (1, 0))
     assert follows["count"] == 6
     assert follows["pa_mpjpe"] < 0.1

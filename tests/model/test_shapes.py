@@ -58,9 +58,9 @@ def test_fake_batch_runs_through_tiny() -> None:
 
     logits, poses = jax.jit(run)(params)
     assert jax.tree.structure(params) == jax.tree.structure(abstract_params(config))
-    assert logits.shape == (2, config.text.vocab_size) and poses.shape == batch["pose_targets"].shape
+    assert logits.shape == (2, config.text.vocab_size) and poses.shape == batch["poses"].rotations.shape
     assert np.isfinite(logits).all()
-    np.testing.assert_allclose(poses @ poses.swapaxes(-1, -2), batch["pose_targets"], atol=1e-5)
+    np.testing.assert_allclose(poses @ poses.swapaxes(-1, -2), batch["poses"].rotations, atol=1e-5)
     np.testing.assert_array_equal(batch["input_ids"][np.arange(2), batch["pose_index"][:, 0] + 1], config.pose_token_id)
 
 
@@ -79,7 +79,7 @@ def test_every_preset_takes_its_fake_batch(name: str) -> None:
 
     logits, poses = jax.eval_shape(run, abstract_params(config), batch)
     assert logits.shape == (*batch["labels"].shape, config.text.vocab_size)
-    assert poses.shape == batch["pose_targets"].shape
+    assert poses.shape == batch["poses"].rotations.shape
     made = jax.eval_shape(lambda key: create(config, key), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract_params(config)

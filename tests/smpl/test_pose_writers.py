@@ -1,6 +1,7 @@
 """Poses written and read back, by this package and as others read AMASS."""
 
 import json
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -91,7 +92,6 @@ def test_amass_reads_back_equal_and_has_its_keys(kind, tmp_path):
     path = write_poses(tmp_path / "x_poses.npz", pose, "amass", gender="female", rate=120)
     with np.load(path, allow_pickle=False) as file:
         assert sorted(file) == AMASS[kind]
-        assert kind == "smplx" or (not file["dmpls"].any() and file["dmpls"].shape == (4, 8))
         assert all(file[name].dtype == np.float64 for name in ("poses", "trans", "betas"))
         assert file["poses"].shape == (4, 3 * JOINTS[kind]) and file["betas"].shape == (16,)
         assert str(file["gender"]) == "female"
@@ -130,48 +130,34 @@ def as_others_read(path):
     }
 
 
-def written(kind, num_vertices, folder):
-    """A random body's file, our vertices of a sequence, and the sequence's columns as others read them from the AMASS file of it."""
-    (folder / kind).mkdir()
-    more = {}
-    if kind == "smplx":  # what smplx and body-models ask for beside the body
+@pytest.fixture(scope="module")
+def bodies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bodies")
+    for kind in JOINTS:
+        (folder / kind).mkdir()
+        hands = {
+            f"hands_{name}{s}": RNG.normal(size=(45, 45)[: 2 - (name == "mean")])
+            for name in ("components", "mean")
+            for s in "lr"
+        }
         more = {"dynamic_lmk_faces_idx": np.zeros((79, 17), int), "dynamic_lmk_bary_coords": np.zeros((79, 17, 3))}
         more |= {"lmk_faces_idx": np.arange(51), "lmk_bary_coords": np.full((51, 3), 1 / 3)}
-        more |= {"joint2num": np.array({f"joint{i}": i for i in range(55)}, object)}
-    hands = {f"hands_{name}{s}": np.zeros((45, 45)[:n]) for name, n in (("components", 2), ("mean", 1)) for s in "lr"}
-    path = folder / kind / f"{kind.upper()}_MALE.npz"
-    np.savez(path, **random_arrays(kind, num_vertices, 400 if kind == "smplx" else 10), **hands, **more)
+        size = (
+            {"smplh": 6890, "smplx": 10475}[kind] if find_spec("smplx") else 200
+        )  # smplx picks vertices by their numbers
+        arrays = random_arrays(kind, size, 20 if kind == "smplx" else 16)
+        np.savez(folder / kind / f"{kind.upper()}_MALE.npz", **arrays, **hands, **(more if kind == "smplx" else {}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", JOINTS)
+def test_what_others_read_from_our_amass_is_our_body(kind, bodies, tmp_path):
+    """Vertices of our pose, and vertices from the file by the names and columns that others use, through smplx's keywords."""
     pose = sequence(kind, 3)
-    pose = pose.replace(betas=np.tile(pose.betas[:1, :10], (3, 1)))
-    body = load_body(path)
-    vertices = smpl_jax.vertices(body, **smpl_jax.for_body(pose, body))
-    file = write_poses(folder / "x.npz", pose, "amass", gender="male", rate=60)
-    return path, vertices, {name: np.float32(value) for name, value in as_others_read(file).items()}
-
-
-@pytest.mark.parametrize("kind", JOINTS)
-def test_body_models_shows_our_amass_as_we_do(kind, tmp_path):
-    module = pytest.importorskip(f"body_models.{kind}.numpy")
-    path, expected, given = written(kind, 200, tmp_path)
-    peer = getattr(module, kind.upper())(model_path=path, flat_hand_mean=True)
-    head = [np.concatenate([given["pose_jaw"], given["pose_eye"]], 1).reshape(3, 3, 3)] if kind == "smplx" else []
-    shapes = 300 if kind == "smplx" else 10
-    vertices = peer.forward_vertices(
-        given["pose_body"].reshape(3, 21, 3),
-        *head,
-        given["pose_hand"].reshape(3, 30, 3),
-        pelvis_rotation=given["root_orient"],
-        shape=np.pad(given["betas"][:, :10], ((0, 0), (0, shapes - 10))),
-        global_translation=given["trans"],
-        **({"expression": np.zeros((3, 100), np.float32)} if kind == "smplx" else {}),
-    )
-    np.testing.assert_allclose(vertices, expected, atol=METRES)
-
-
-@pytest.mark.parametrize("kind", JOINTS)
-def test_smplx_shows_our_amass_as_we_do(kind, tmp_path):
-    smplx, torch = pytest.importorskip("smplx"), pytest.importorskip("torch")
-    _, expected, given = written(kind, {"smplh": 6890, "smplx": 10475}[kind], tmp_path)
+    pose = pose.replace(betas=np.tile(np.pad(pose.betas[:1, :10], ((0, 0), (0, 6))), (3, 1)))
+    given = as_others_read(write_poses(tmp_path / "x.npz", pose, "amass", gender="male", rate=60))
+    body = load_body(next((bodies / kind).iterdir()))
+    expected = smpl_jax.vertices(body, **smpl_jax.for_body(smpl_jax.to_betas(pose, 10), body))
     keywords = {
         "global_orient": given["root_orient"],
         "body_pose": given["pose_body"],
@@ -183,7 +169,14 @@ def test_smplx_shows_our_amass_as_we_do(kind, tmp_path):
     if kind == "smplx":
         keywords |= {"jaw_pose": given["pose_jaw"]}
         keywords |= {"leye_pose": given["pose_eye"][:, :3], "reye_pose": given["pose_eye"][:, 3:]}
-    peer = smplx.create(tmp_path, kind, gender="male", ext="npz", batch_size=3, use_pca=False, flat_hand_mean=True)
+    else:
+        assert not given["dmpls"].any()
+    keywords = {name: np.float32(value) for name, value in keywords.items()}
+    hands = {"use_pca": False, "flat_hand_mean": True}
+    ours = smpl_jax.create(bodies, kind, gender="male", **hands)(**keywords)
+    np.testing.assert_allclose(ours.vertices, expected, atol=METRES)
+    smplx, torch = pytest.importorskip("smplx"), pytest.importorskip("torch")
+    peer = smplx.create(bodies, kind, gender="male", ext="npz", batch_size=3, **hands)
     theirs = peer(**{name: torch.tensor(value) for name, value in keywords.items()})
     np.testing.assert_allclose(theirs.vertices.detach(), expected, atol=METRES)
 

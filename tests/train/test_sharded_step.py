@@ -41,7 +41,7 @@ def train(sizes, settings=SETTINGS, config=CONFIG, steps=1):
     for seed in range(steps):
         batch = fake_batch(config, batch=8, length=20, seed=seed)
         if settings.accumulate > 1:
-            batch = {name: x.reshape(settings.accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+            batch = jax.tree.map(lambda x: x.reshape(settings.accumulate, -1, *x.shape[1:]), batch)
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, stacked=settings.accumulate > 1))
         state, values = step(state, frozen, batch)

@@ -168,7 +168,7 @@ def test_micro_batches_weigh_what_they_hold_of_tokens_and_poses(params):
     for accumulate, join in ((1, np.concatenate), (2, np.stack)):
         chosen = dataclasses.replace(settings, accumulate=accumulate)
         state, frozen = init_state(chosen, jax.tree.map(jnp.array, params))
-        batch = {name: join([half[name] for half in halves]) for name in halves[0]}
+        batch = jax.tree.map(lambda *parts, join=join: join(parts), *halves)
         results.append(make_step(config, chosen, params)(state, frozen, batch))
     (one, whole), (two, parts) = results
     for name in whole:
@@ -214,7 +214,7 @@ def test_a_packed_row_has_the_loss_of_its_conversations(params):
         "segment_ids": np.repeat([[1, 2, 0]], [length, length, 5], axis=1).astype(np.int32),
         "pixel_values": apart["pixel_values"].reshape(1, 2, *apart["pixel_values"].shape[2:]),
         "pose_index": (apart["pose_index"] + np.array([[0], [length]], np.int32)).reshape(1, 2),
-        "pose_targets": apart["pose_targets"].reshape(1, 2, -1, 3, 3),
+        "poses": jax.tree.map(lambda x: x.reshape(1, 2, *x.shape[2:]), apart["poses"]),
         "pose_mask": apart["pose_mask"].reshape(1, 2),
     }
 

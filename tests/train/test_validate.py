@@ -26,7 +26,7 @@ def test_validation_is_the_mean_over_rows_that_hold_a_pose():
     np.testing.assert_allclose(found["val_image_pose_body"], parts["pose_body"], rtol=LOSS)
     hidden = run_model(params, batch)[[0, 2], batch["pose_index"][0, 0]]
     predicted, true = (
-        bodies.joints(body, poses) for poses in (matrices(model, hidden), batch["pose_targets"][[0, 2], 0])
+        bodies.joints(body, poses) for poses in (matrices(model, hidden), batch["poses"].rotations[[0, 2], 0])
     )
     np.testing.assert_allclose(found["val_image_pa_mpjpe"], np.mean(metrics.pa_mpjpe(predicted, true)), rtol=1e-3)
 

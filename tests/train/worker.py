@@ -29,7 +29,7 @@ class Rows:
             self.step += 1
             time.sleep(self.pause)
             batch = fake_batch(CONFIG, batch=8, length=16, seed=self.step)
-            yield batch if self.rows is None else {name: x[self.rows] for name, x in batch.items()}
+            yield batch if self.rows is None else jax.tree.map(lambda x: x[self.rows], batch)
 
     def state(self):
         return {"step": self.step}

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from chatpose_jax.data.example import Example, Kind, LazyPicture
+from chatpose_jax.data.example import NO_POSES, Example, Kind, LazyPicture
 from chatpose_jax.data.synthetic import captions, questions, skeleton
 from chatpose_jax.data.synthetic.families import (
     COLUMN,
@@ -25,6 +25,7 @@ from chatpose_jax.data.synthetic.scene import MAX_YAW, Scene, Studio, draw_scene
 from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import did_you_mean, whole
+from smpl_jax.pose import Pose
 
 Split = Literal["train", "val", "test"]
 SPLITS: dict[str, int] = {"train": 8000, "val": 512, "test": 512}  # rows when no size is given
@@ -250,7 +251,7 @@ def _finish(draft: _Draft, picture: np.ndarray | LazyPicture | None) -> Example:
             content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     yaw, pitch = (draft.scene.yaw, draft.scene.pitch) if draft.scene else (0.0, 0.0)
-    poses = to_camera(np.stack(draft.poses), yaw, pitch) if draft.poses else np.zeros((0, 24, 3, 3), np.float32)
+    poses = Pose(to_camera(np.stack(draft.poses), yaw, pitch), "camera") if draft.poses else NO_POSES
     return Example(draft.id, draft.kind, messages, poses)
 
 

@@ -58,7 +58,7 @@ def report(train_size: int = 4000, val_size: int = 400) -> dict[str, float]:
 
 def _rows(data: SyntheticDataset) -> tuple[list[str], np.ndarray]:
     rows = data[:]
-    return [str(row.messages[0]["content"]) for row in rows], np.stack([row.poses[0] for row in rows])
+    return [str(row.messages[0]["content"]) for row in rows], np.stack([row.poses.rotations[0] for row in rows])
 
 
 def _words(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig
 from chatpose_jax.models.heads.base import PoseHead, States
 from chatpose_jax.settings import did_you_mean
-from smpl_jax.pose import JOINTS, Pose
+from smpl_jax.pose import JOINTS, Family, Pose, family_of
 
 HEADS: dict[str, str] = {
     "mlp": "chatpose_jax.models.heads.mlp:MLPHead",
@@ -26,8 +26,8 @@ HEADS: dict[str, str] = {
     "gaussian": "chatpose_jax.models.heads.gaussian:GaussianHead",
 }
 """Name, as in ``model.head.name``, to "module:Class". A module is imported when its head is asked for."""
-RESERVED = {"loss", "text", "token_accuracy"}
-"""Names of the rest of the loss, which no part of a head's may have."""
+RESERVED = {"loss", "text", "token_accuracy", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+"""Names of the other metrics of a step, which no part of a head's loss may have."""
 GROUP = "chatpose_jax.heads"
 """Entry points by which a package that is installed offers heads."""
 _GIVEN: dict[str, type[PoseHead]] = {}
@@ -110,6 +110,16 @@ def abstract_head(config: HeadConfig, width: int = 8) -> PoseHead:
     return nnx.eval_shape(lambda: create_head(config, width, rngs=nnx.Rngs(0)))
 
 
+def head_family(config: HeadConfig) -> Family:
+    """The body family whose joints the head gives: what data is turned into for it."""
+    return family_of(abstract_head(config).num_joints)
+
+
+def head_output(head: PoseHead, width: int = 8) -> Any:
+    """What a head, which may be abstract, gives, as abstract shapes: a ``Pose``, unless the head is wrong."""
+    return nnx.eval_shape(lambda head, *given: head(*given), head, *_input(head, width))
+
+
 def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
     """Raises UserError where a head, which may be abstract, gives anything but poses of its ``num_joints`` in the camera frame, or its
     loss anything but scalars by names that are free.
@@ -120,30 +130,15 @@ def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
             f"{where} has reads={head.reads!r} and num_joints={head.num_joints!r}; expected 'token' or 'conversation', and one of "
             f"{', '.join(map(str, JOINTS.values()))}"
         )
-    batch, length = (2, 3), 5
-
-    def floats(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def flags(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.bool)
-
-    whole = head.reads == "conversation"
-    states = States(
-        floats(*batch, width),
-        floats(batch[0], length, width) if whole else None,
-        flags(*batch, length) if whole else None,
-    )
-    key = jax.eval_shape(jax.random.key, 0)
-    made = nnx.eval_shape(lambda head, *given: head(*given), head, states, key)
-    rotations = floats(*batch, head.num_joints, 3, 3)
+    made, batch = head_output(head, width), _BATCH
+    rotations = _floats(*batch, head.num_joints, 3, 3)
     if not isinstance(made, Pose):
         raise UserError(f"{where} gives {type(made).__name__}; expected a smpl_jax.pose.Pose in the camera frame")
     betas = getattr(made.betas, "shape", (0,))[-1:]
     for name, expected in (
         ("rotations", rotations),
-        ("betas", None if made.betas is None else floats(*batch, *betas)),
-        ("translation", None if made.translation is None else floats(*batch, 3)),
+        ("betas", None if made.betas is None else _floats(*batch, *betas)),
+        ("translation", None if made.translation is None else _floats(*batch, 3)),
     ):
         found = getattr(made, name)
         if (_shape(found), _dtype(found)) != (_shape(expected), _dtype(expected)):
@@ -155,24 +150,44 @@ def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
     target = Pose(
         rotations,
         "camera",
-        betas=floats(*batch, 10),
-        translation=floats(*batch, 3),
-        measured=flags(*batch, head.num_joints),
-        has_betas=flags(*batch),
-        has_translation=flags(*batch),
+        betas=_floats(*batch, 10),
+        translation=_floats(*batch, 3),
+        measured=_flags(*batch, head.num_joints),
+        has_betas=_flags(*batch),
+        has_translation=_flags(*batch),
     )
+    states, key = _input(head, width)
     parts = nnx.eval_shape(
         lambda head, *given: head.loss(*given, lambda *_: {"distance": jnp.zeros(())}),
         head,
         states,
         target,
-        flags(*batch),
+        _flags(*batch),
         key,
     )
     if not isinstance(parts, dict) or any(_shape(part) != () for part in parts.values()) or RESERVED & parts.keys():
         raise UserError(
             f"the loss of {where} is {parts}; expected a dict of scalars, none called {', '.join(sorted(RESERVED))}"
         )
+
+
+_BATCH = (2, 3)
+
+
+def _input(head: PoseHead, width: int) -> tuple[States, Any]:
+    """Abstract states of a small batch, and a key."""
+    token, key = _floats(*_BATCH, width), jax.eval_shape(jax.random.key, 0)
+    if head.reads == "token":
+        return States(token), key
+    return States(token, _floats(_BATCH[0], 5, width), _flags(*_BATCH, 5)), key
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _flags(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
 def _shape(array: Any) -> Any:
