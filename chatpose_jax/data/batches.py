@@ -1,8 +1,8 @@
-"""A loader whose every batch is a pure function of its step.
+"""A loader of batches. Each batch is a pure function of its step.
 
-The order of an epoch is planned from the seed alone, so the position of a loader is one number, resuming is exact in any
-number of processes, and each of them builds its own slice of the same global batch. Reading ahead is a detail on top of
-that: by one thread, or by Grain's threads or processes, which read batches by number.
+An epoch is planned from the seed and its number. So the position of a loader is one number, a run resumes exactly in any number of processes,
+and each process makes its rows of the same global batch. Batches are prepared ahead by one thread, or by Grain's threads or processes, which
+read them by number.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import flag, whole
 from smpl_jax.pose import Family, complete, unmeasured
 
-TEXT_BESIDE_A_PICTURE = 64
-"""Tokens that a conversation about a picture has at least, about: decides how many pictures a packed row has room for."""
+TEXT_BESIDE_AN_IMAGE = 64
+"""The least tokens, about, of a conversation with an image beside those of the image. It gives a packed row's room for images."""
 TOKENS_BETWEEN_POSES = 64
-"""Likewise for the poses of a packed row."""
+"""The least tokens, about, for each pose. It gives a packed row's room for poses."""
 ENDLESS = 1 << 40
 ROW_BYTES = 2048
-"""What Python objects take of each row that is kept, about."""
+"""Bytes, about, of the Python objects of a row that is kept."""
 
 
 def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> list[list[int]]:
-    """Rows into packs, by best fit in their order: each goes where it leaves least room, among ``open_packs``.
+    """Packs rows by best fit, in their order: each goes into the pack where it leaves the fewest tokens free, among ``open_packs``.
 
-    sizes: (N, K) of each row in K measures (tokens, pictures, poses), the first deciding what fits best; no row is
-    larger than ``limits`` (K,).
+    sizes: (N, K) tokens, images, poses of each row; none is larger than ``limits`` (K,).
     """
     done: list[list[int]] = []
     packs: list[list[int]] = []
@@ -48,7 +47,7 @@ def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> li
         if fits.size:
             best = fits[np.argmin(room[fits, 0])]
         else:
-            if len(packs) == open_packs:  # the fullest has the least chance of another row
+            if len(packs) == open_packs:  # the fullest is the least likely to take another row
                 full = int(np.argmin(room[:, 0]))
                 done.append(packs.pop(full))
                 room = np.delete(room, full, axis=0)
@@ -62,43 +61,43 @@ def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> li
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the rows of one batch share, hence what ``jit`` compiles for: padded length, and pictures in a row (0 or
-    the most of any row).
+    """The shape of a batch, for which ``jit`` compiles.
+
+    length: padded tokens. images: room for images in each row, 0 or the most of any row.
     """
 
     length: int
     images: int
 
 
-Plan = list[tuple[Shape, list[list[int]]]]
+EpochPlan = list[tuple[Shape, list[list[int]]]]
 
 
 class Drawn(Protocol):
-    """A data set that says itself which of its rows an epoch holds, and how often: ``data.mixture.Mixture``."""
+    """A data set that chooses the rows of an epoch: ``data.mixture.Mixture``."""
 
     def epoch(self, number: int, seed: int) -> np.ndarray: ...
 
 
 class BatchLoader:
-    """Batches of fixed shapes from a sequence of examples; an iterator over the batches of each epoch.
+    """Batches of few fixed shapes from a sequence of examples; an iterator over the batches of all epochs.
 
-    Rows are shuffled by ``seed`` and epoch, and grouped so that a batch holds only rows with pictures or only rows
-    without, of like length. What is left of a group at the end of an epoch is filled up with copies that weigh nothing
-    (no label, no pose), so every row counts exactly once an epoch, or as often as a mixture (``Drawn``) says.
+    Rows are shuffled by ``seed`` and epoch. A batch has only rows with images or only rows without, of similar length. The last batch of a
+    group in an epoch is filled with copies that have no label and no pose, so each row counts once an epoch, or as often as a mixture
+    (``Drawn``) says.
 
     dataset: any sequence of ``Example``; ``dataset[i]`` must always give the same row.
     batch_size: rows of a global batch.
-    family: whose joints the poses get: the pose head's.
-    rows: which of them this process makes (``train.feed.local_rows``); None makes all.
-    epochs: how many to run; None never ends.
-    lengths: padded lengths to choose from; by default the ``buckets`` lengths for each kind that leave the least
-        padding.
-    packing: put several conversations into each row of ``max_length`` tokens (``pack``) instead of padding them.
-    cache: bytes for encoded rows, pictures as uint8, which are kept once they were taken, as many as fit.
-    sizes: what ``data.sizes.measure`` gives of all rows, where it is known; else they are measured here, no picture opened.
-    prefetch: batches that are prepared ahead; 0 prepares them when asked for.
-    threads: of Grain's, that prepare batches ahead; 1 is a thread without Grain. Decoding pictures runs in parallel.
-    workers: processes of Grain's, that prepare batches ahead: for rows made by Python code, which threads take in turn.
+    family: the body family of the poses, that of the pose head.
+    rows: the rows of each batch that this process makes (``train.feed.local_rows``); None makes all.
+    epochs: number of epochs; None never ends.
+    lengths: padded lengths. By default they are the ``buckets`` lengths for each kind that pad least.
+    packing: put several conversations into each row of ``max_length`` tokens (``pack``) instead of padding each.
+    cache: encoded rows are kept, with images as uint8, up to so many bytes.
+    sizes: of all rows, as ``data.sizes.measure`` gives them. Without, they are measured here; no image is opened.
+    prefetch: batches to prepare ahead; 0 prepares each when it is asked for.
+    threads: threads that prepare batches ahead; from 2 on they are Grain's. Images are decoded in parallel.
+    workers: processes of Grain that prepare batches ahead, for rows made by Python code, which threads cannot make in parallel.
     """
 
     def __init__(
@@ -147,10 +146,10 @@ class BatchLoader:
         self._cache: dict[int, dict[str, Any]] = {}
         self._prefetch, self._threads, self._workers = prefetch, threads, workers
         self._step = 0
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, EpochPlan] = {}
         self._starts = {0: 0}  # epoch -> its first step, for epochs that are known
         self._sizes = measure(dataset, processor, self.max_length) if sizes is None else np.asarray(sizes, np.int64)
-        # The first rows, not the last used: an order drawn anew each epoch comes by any of them equally often.
+        # The first rows are kept. Every epoch has a new order, so the last used would serve no better.
         pose = complete(unmeasured((), family), BETAS)
         size = np.array([8, 3 * processor.images.size**2, sum(x.nbytes for x in jax.tree.leaves(pose))])
         self._cached = int(np.searchsorted(np.cumsum(self._sizes @ size + ROW_BYTES), cache, "right"))
@@ -162,11 +161,11 @@ class BatchLoader:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Every shape that a batch can take: what a training step will be compiled for."""
+        """All shapes of batches, for which a training step is compiled."""
         return tuple(self._groups)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step counted from the very first: a pure function of the loader's arguments and ``step``."""
+        """The batch of a step, counted from 0 in the first epoch: a pure function of the loader's arguments and ``step``."""
         epoch, index = self._locate(step)
         shape, packs = self._plan(epoch)[index]
         return collate(
@@ -179,7 +178,7 @@ class BatchLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present state on; ``state`` counts those that were handed out."""
+        """Batches from the current state on. ``state`` counts those that were given out."""
         ahead = self._inline() if self._prefetch < 1 else self._in_thread()
         if self._threads > 1 or self._workers:
             ahead = self._by_grain()
@@ -211,14 +210,12 @@ class BatchLoader:
         options = grain.ReadOptions(num_threads=max(self._threads, 1), prefetch_buffer_size=max(self._prefetch, 1))
         batches = source.to_iter_dataset(options)
         if self._workers:
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags of a program that parses them by absl
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which this program does not parse
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(self._workers))
         return iter(batches)
 
     def state(self) -> dict[str, int]:
-        """Where the loader stands, as JSON; after ``restore`` a loader made alike goes on with the very next batch, in
-        any number of processes.
-        """
+        """The position of the loader, for JSON. After ``restore`` an equal loader continues with the next batch, in any number of processes."""
         epoch, index = self._locate(self._step)
         place = {"step": self._step, "epoch": epoch, "index": index}
         contents = zlib.crc32(repr((self.packing, self.shapes, getattr(self.dataset, "shares", None))).encode())
@@ -232,9 +229,7 @@ class BatchLoader:
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go to a saved state. Raises UserError where it belongs to another data set, seed, batch size or way of batching:
-        its batches would be others.
-        """
+        """Goes to a saved state. Raises UserError where it belongs to other data or settings, which would give other batches."""
         for name, value in self.state().items():
             if name not in ("step", "epoch", "index") and state.get(name) != value:
                 raise UserError(
@@ -248,7 +243,7 @@ class BatchLoader:
         return self.epochs is not None and self._locate(step)[0] >= self.epochs
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """(epoch, place in it) of a step; epochs of packs or of a mixture differ in length."""
+        """(epoch, index in it) of a step. Epochs of packs or of a mixture differ in length."""
         if self._fixed is not None:
             return divmod(step, self._fixed)
         epoch = max(number for number, start in list(self._starts.items()) if start <= step)
@@ -267,7 +262,7 @@ class BatchLoader:
         self._fixed: int | None = None
         if self.packing:
             if self.max_images:
-                room = self.max_length // (self.processor.ids.num_patches + TEXT_BESIDE_A_PICTURE)
+                room = self.max_length // (self.processor.ids.num_patches + TEXT_BESIDE_AN_IMAGE)
                 self.max_images = max(self.max_images, room)
             self.max_poses = max(self.max_poses, self.max_length // TOKENS_BETWEEN_POSES)
             for images in np.unique([0 if (sizes[:, 1] == 0).any() else self.max_images, self.max_images]):
@@ -289,14 +284,14 @@ class BatchLoader:
         if not hasattr(self.dataset, "epoch"):
             self._fixed = sum(-(-len(rows) // self.batch_size) for rows in self._groups.values())
 
-    def _plan(self, epoch: int) -> Plan:
-        """Batches of an epoch: shape, and for each of ``batch_size`` rows the rows of the data set in it; ``~row`` is a
-        copy of ``row`` that weighs nothing.
+    def _plan(self, epoch: int) -> EpochPlan:
+        """The batches of an epoch: shape, and for each of ``batch_size`` rows the indices of the examples in it. ``~index`` is a copy without
+        labels and poses, which fills the batch.
         """
         if (found := self._plans.get(epoch)) is not None:
             return found
         random = np.random.default_rng((self.seed, epoch))
-        plan: Plan = []
+        plan: EpochPlan = []
         for shape, packs in self._packs(epoch, random):
             fill = [[~row for row in packs[i % len(packs)]] for i in range(-len(packs) % self.batch_size)]
             packs = [*packs, *fill]
@@ -304,11 +299,11 @@ class BatchLoader:
         if self.shuffle:
             plan = [plan[i] for i in random.permutation(len(plan))]
         self._plans = {number: known for number, known in self._plans.items() if abs(number - epoch) == 1}
-        self._plans[epoch] = plan  # what is read ahead may belong to the next epoch
+        self._plans[epoch] = plan  # batches ahead may belong to the next epoch
         return plan
 
     def _packs(self, epoch: int, random: np.random.Generator) -> Iterator[tuple[Shape, list[list[int]]]]:
-        """All rows of an epoch by shape, in their order."""
+        """The packs of an epoch by shape, in their order; a pack is one row without ``packing``."""
         times = None
         if hasattr(self.dataset, "epoch"):
             times = np.bincount(self.dataset.epoch(epoch, self.seed), minlength=len(self.dataset))
@@ -348,14 +343,14 @@ class BatchLoader:
         found = [len(row[name]) for name in ("input_ids", "images", "pose_positions")]
         if found != (planned := self._sizes[index].tolist()):
             raise UserError(
-                f"example {example.id!r}, row {index}: the epoch was planned for {planned} tokens, pictures and poses, and it has {found}; "
-                "a row must always be the same, and a data set's own sizes() must be right"
+                f"example {example.id!r}, row {index}: the epoch was planned for {planned} tokens, images and poses, and it has {found}; "
+                "a row must always be the same, and sizes() of a data set must be right"
             )
         return row
 
 
 class _Steps:
-    """Batches by number from a first one on: what Grain reads from, by random access."""
+    """The batches from ``first`` on, for Grain's random access."""
 
     def __init__(self, loader: BatchLoader, first: int) -> None:
         self.loader, self.first = loader, first
@@ -370,15 +365,13 @@ class _Steps:
 
 
 def fit_buckets(lengths: np.ndarray, count: int, limit: int, multiple: int = 16) -> list[int]:
-    """At most ``count`` padded lengths, multiples of ``multiple`` up to ``limit``, that hold all ``lengths`` (N,) with
-    the least padding in sum.
-    """
+    """At most ``count`` padded lengths for rows of ``lengths`` (N,) that pad least in all: multiples of ``multiple``, at most ``limit``."""
     rounded = np.minimum(-(-np.asarray(lengths) // multiple) * multiple, limit)
     values, frequency = (column.tolist() for column in np.unique(rounded, return_counts=True))
-    if len(values) > 128:  # the search below takes time by the square
+    if len(values) > 128:  # the search takes quadratic time
         return fit_buckets(lengths, count, limit, 2 * multiple)
     below = np.cumsum(frequency).tolist()
-    # best[j]: least padded total of the rows up to values[j], and the buckets that reach it, the last being values[j]
+    # best[j]: the least padded total of the rows up to values[j], and its buckets, of which values[j] is the last
     best = [(value * rows, [value]) for value, rows in zip(values, below)]
     for _ in range(count - 1):
         best = [

@@ -1,4 +1,4 @@
-"""Rows to arrays: encode an ``Example``, pack several into one row, pad rows to one shape."""
+"""Makes arrays of rows: encodes an ``Example``, packs several into one row, pads rows to one shape."""
 
 from __future__ import annotations
 
@@ -34,15 +34,19 @@ BETAS = 10
 def encode_example(
     processor: Processor, example: Example, max_length: int, *, family: Family = "smpl", normalise: bool = True
 ) -> dict[str, Any]:
-    """One row, not yet padded.
+    """Encodes one row, without padding.
 
-    family: whose joints the poses get, the pose head's (``smpl_jax.pose.to_family``); what is filled in counts as not measured.
+    Args:
+        family: the body family of the poses, that of the pose head (``smpl_jax.pose.to_family``). Joints that are filled in are not measured.
+        normalise: False leaves images as uint8.
 
-    Returns ``input_ids`` (T,) and ``labels`` (T,) int32 with T <= max_length, ``images``: list of (S, S, 3) float32
-    (uint8 where ``normalise`` is False), ``pose_positions`` (P,) int32, ``poses``: a ``Pose`` of
-    batch shape (P,) in the camera frame, float32, with every field there. Pictures and poses behind the cut are dropped.
-    Raises UserError that names the example, where it is malformed or its answers hold another number of ``<POSE>``
-    than it has poses.
+    Returns:
+        ``input_ids`` (T,) and ``labels`` (T,) int32 with T <= max_length; ``images``, a list of (S, S, 3) float32; ``pose_positions`` (P,)
+        int32; ``poses``, a ``Pose`` of batch shape (P,) in the camera frame, float32, with all fields. Images and poses after the cut are
+        dropped.
+
+    Raises:
+        UserError, which names the example, where it is malformed or has not one pose for each ``<POSE>`` of its answers.
     """
     with _named(example):
         encoded = processor.encode(
@@ -65,9 +69,9 @@ def encode_example(
 
 
 def measure_example(processor: Processor, example: Example, max_length: int) -> tuple[int, int, int]:
-    """(tokens, pictures, poses) of the row that ``encode_example`` would give; no picture is opened.
+    """(tokens, images, poses) of the row that ``encode_example`` gives. No image is opened.
 
-    Raises UserError as that does, except for what is wrong with a picture.
+    Raises UserError as ``encode_example`` does, but not for images.
     """
     with _named(example):
         sizes = processor.measure(example.messages, max_length)
@@ -84,19 +88,21 @@ def collate(
     pad_id: int,
     image_size: int | None = None,
 ) -> Batch:
-    """Pad rows of ``encode_example`` or ``pack`` on the right to one shape.
+    """Pads rows of ``encode_example`` or ``pack`` on the right to one shape.
 
-    Returns ``input_ids`` (B, T) int32, ``attention_mask`` (B, T) bool, ``labels`` (B, T) int32 (-100: no loss; not
-    shifted), ``pixel_values`` (B, I, S, S, 3) float32 (absent where no row has a picture and no ``image_size`` S says
-    that there should be one; a row with fewer than I has zeros behind), ``pose_index`` (B, P) int32, the position p - 1
-    of the hidden state that predicts the pose token at p (0 where unused), ``poses``, a ``Pose`` of batch shape (B, P)
-    with every field there (identity, zeros and nothing measured where unused), ``pose_mask`` (B, P) bool; of packed
-    rows also ``segment_ids`` (B, T) int32, which number the conversations of a row from 1 on and are 0 in the padding.
+    Returns:
+        ``input_ids`` (B, T) int32; ``attention_mask`` (B, T) bool; ``labels`` (B, T) int32, not shifted, -100 where there is no loss.
+        ``pixel_values`` (B, I, S, S, 3) float32, zeros where a row has fewer than I images; absent where no row has one, unless
+        ``image_size`` S is given.
+        ``pose_index`` (B, P) int32: p - 1 for a pose token at p, where the hidden state predicts it; ``pose_mask`` (B, P) bool: where there
+        is a pose; ``poses``: a ``Pose`` of batch shape (B, P) with all fields. Unused poses have index 0, identities and zeros, and no joint
+        is measured.
+        ``segment_ids`` (B, T) int32, of packed rows: 1, 2, … for the conversations of a row, 0 for padding.
     """
     for row in rows:
         for name, size, limit in (
             ("tokens", len(row["input_ids"]), length),
-            ("pictures", len(row["images"]), max_images),
+            ("images", len(row["images"]), max_images),
             ("poses", len(row["pose_positions"]), max_poses),
         ):
             if size > limit:
@@ -135,9 +141,9 @@ def collate(
 
 
 def pack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several rows of ``encode_example``, one after another in one row, with ``segment_ids`` (T,) int32 from 1 on.
+    """Joins rows of ``encode_example`` into one, with ``segment_ids`` (T,) int32 from 1 on.
 
-    The first token of each is never a target: the token before it belongs to another conversation.
+    The first token of each has no label, since the token before it belongs to another conversation.
     """
     starts = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
     labels = np.concatenate([row["labels"] for row in rows])
@@ -153,7 +159,7 @@ def pack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def weightless(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without labels and poses: it fills a batch and counts for nothing."""
+    """The row without labels and poses, which fills a batch and does not count."""
     return {
         **row,
         "labels": np.full_like(row["labels"], IGNORE),

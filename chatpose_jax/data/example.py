@@ -1,4 +1,4 @@
-"""One row of training or evaluation data, the meeting point of all data sets."""
+"""One row of training or evaluation data. All data sets give rows of this form."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ Kind = Literal["text", "image", "instruction"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LazyPicture:
-    """A picture that is made when it is looked at, for rows whose pictures come from code: their text alone says how
-    long a row is.
+class LazyImage:
+    """An image that is made when it is needed, for rows whose images come from code. Measuring a row makes none.
 
     make: gives (H, W, 3) uint8, the same at every call.
     """
@@ -33,10 +32,9 @@ class LazyPicture:
 class Example:
     """A conversation and the poses that its answers show.
 
-    messages: as OpenAI and transformers write them: ``{"role": "user" | "assistant", "content": str | [parts]}``, a part being
-        ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | PIL image | (H, W, 3) uint8 array |
-        LazyPicture}``. Assistant text
-        marks each pose with the literal ``<POSE>``.
+    messages: ``{"role": "user" | "assistant", "content": str | [parts]}``, the form of OpenAI's API and transformers. A part is
+        ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | PIL image | (H, W, 3) uint8 array | LazyImage}``. ``<POSE>``
+        stands for a pose in the assistant's text.
     poses: a ``Pose`` of batch shape (P,), one for each ``<POSE>`` in order of appearance; by default none. Any frame and body family:
         batches hold them in the camera frame, with the joints of the pose head and the first ten betas. Joints that ``measured`` leaves
         out, and betas and translations that are not there, count in no loss.

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from chatpose_jax.data.batches import BatchLoader, fit_buckets, fit_packs
 from chatpose_jax.data.collate import collate, encode_example, pack
-from chatpose_jax.data.example import NO_POSES, Example, LazyPicture
+from chatpose_jax.data.example import NO_POSES, Example, LazyImage
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
@@ -124,9 +124,7 @@ def test_shapes_and_dtypes(processor):
     assert "pixel_values" not in collate(rows[1:2], 256, max_images=0, max_poses=1, pad_id=0)
 
 
-@pytest.mark.parametrize(
-    ("limits", "error"), [((10, 2, 2), "tokens"), ((256, 1, 2), "pictures"), ((256, 2, 0), "poses")]
-)
+@pytest.mark.parametrize(("limits", "error"), [((10, 2, 2), "tokens"), ((256, 1, 2), "images"), ((256, 2, 0), "poses")])
 def test_collate_refuses_what_does_not_fit(processor, limits, error):
     row = encode_example(processor, example(0, images=2), 512)
     with pytest.raises(UserError, match=rf"a row has \d+ {error}, more than"):
@@ -303,7 +301,7 @@ def test_no_picture_is_opened_before_its_batch_and_none_of_other_processes(proce
             return row
         question, answer = row.messages
         picture, text = question["content"]
-        shown = LazyPicture(lambda: drawn.append(index) or picture["image"])
+        shown = LazyImage(lambda: drawn.append(index) or picture["image"])
         content = [{"type": "image", "image": shown}, text]
         return dataclasses.replace(row, messages=[{**question, "content": content}, answer])
 

@@ -1,15 +1,16 @@
-"""The generated data set: conversations about generated poses, in words and pictures, made on demand."""
+"""The generated data set: conversations about generated poses, in words and images. A row is made when it is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 
-from chatpose_jax.data.example import NO_POSES, Example, Kind, LazyPicture
+from chatpose_jax.data.config import Split
+from chatpose_jax.data.example import NO_POSES, Example, Kind, LazyImage
 from chatpose_jax.data.synthetic import captions, questions, skeleton
 from chatpose_jax.data.synthetic.families import (
     COLUMN,
@@ -27,7 +28,6 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.settings import did_you_mean, whole
 from smpl_jax.pose import Pose
 
-Split = Literal["train", "val", "test"]
 SPLITS: dict[str, int] = {"train": 8000, "val": 512, "test": 512}  # rows when no size is given
 DEFAULT_TASKS: dict[str, float] = {
     "text": 18, "text_short": 4, "situation": 6, "text_turns": 7, "image": 40, "image_turns": 10,
@@ -37,11 +37,9 @@ _BLOCK = 256  # poses drawn together
 
 
 def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np.ndarray:
-    """Poses (..., 24, 3, 3) of the body frame (y up, facing +z) seen by a camera (x right, y down, z away): float32,
-    only joint 0 changes.
+    """Poses (..., 24, 3, 3) from the body frame (y up, facing +z) to the camera frame (x right, y down, z away), float32. Joint 0 changes.
 
-    yaw: degrees by which the body is turned to its left; 0 faces the camera. pitch: degrees by which the camera looks
-    down.
+    yaw: degrees by which the body turns to its left; at 0 it faces the camera. pitch: degrees by which the camera looks down.
     """
     out = np.array(rotations, np.float32)
     view = (
@@ -55,8 +53,9 @@ def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np
 
 @dataclasses.dataclass
 class _Draft:
-    """A row before its picture is drawn. turns: (question, answer); poses in the body frame; the picture, if any, shows
-    ``shown``.
+    """A row without its image.
+
+    turns: (question, answer). poses: in the body frame. shown: the pose in the image, if there is one.
     """
 
     id: str
@@ -69,7 +68,7 @@ class _Draft:
 
 @dataclasses.dataclass
 class _Row:
-    """What a task makes a conversation of: one pose, its codes, a generator."""
+    """What a task needs for a conversation: one pose, its codes, a generator of random numbers."""
 
     rng: np.random.Generator
     pose: PoseSet
@@ -88,7 +87,7 @@ class _Row:
         return captions.caption(self.codes, self.index, self.rng, detail, self.family)
 
     def words(self) -> tuple[str, str]:
-        """A question that is answered in words, and the answer."""
+        """A question that words answer, and the answer."""
         draw = self.rng.random()
         if draw < 0.4:
             return self.pick(questions.SUMMARISE), sentence(
@@ -126,16 +125,13 @@ def synthetic(
 
 
 class SyntheticDataset(Sequence[Example]):
-    """Generated conversations, by random access; row i of a split and seed is always the same, whatever the size.
+    """Generated conversations, by random access. Row i of a split and seed is the same for any size.
 
-    split: "train", "val" or "test": poses of different splits are drawn independently and never coincide. size: rows
-    (``SPLITS`` by default). image_size: side of the square pictures in pixels. tasks: weights of the tasks
-    (``TASKS``; ``DEFAULT_TASKS`` by default), e.g. ``{"text": 1}`` for detailed descriptions only or ``{"image": 1}``
-    for pictures only. max_yaw: pictures show the body turned by up to this many degrees; a wider range is harder to
-    learn.
+    split: "train", "val" or "test". Their poses are drawn independently. size: number of rows, by default that of ``SPLITS``. image_size: side
+    of the square images in pixels. tasks: weights of ``TASKS``, by default ``DEFAULT_TASKS``. ``{"text": 1}`` gives detailed descriptions only,
+    ``{"image": 1}`` images only. max_yaw: images show the body turned by up to so many degrees; more is harder to learn.
 
-    Pictures are ``LazyPicture``s, drawn when they are looked at; ``precompute`` draws all of them at once, skinned in batches. Raises
-    UserError for an unknown split or task.
+    Images are ``LazyImage``s. ``precompute`` renders all of them at once, in batches. Raises UserError for an unknown split or task.
     """
 
     def __init__(
@@ -160,7 +156,7 @@ class SyntheticDataset(Sequence[Example]):
         self.tasks = dict(tasks)
         self._entropy = [seed, list(SPLITS).index(split)]
         self._blocks: dict[int, tuple[PoseSet, Codes]] = {}
-        self._pictures: dict[int, np.ndarray] = {}
+        self._images: dict[int, np.ndarray] = {}
         self._studio: Studio | None = None
 
     def __len__(self) -> int:
@@ -179,34 +175,30 @@ class SyntheticDataset(Sequence[Example]):
             raise IndexError(f"row {index} of {self.size}")
         index %= self.size
         draft = self._draft(index)
-        picture: np.ndarray | LazyPicture | None = self._pictures.get(index)
-        if draft.shown is not None and picture is None:
-            picture = LazyPicture(lambda: self._draw([draft])[0])
-        return _finish(draft, picture)
+        image: np.ndarray | LazyImage | None = self._images.get(index)
+        if draft.shown is not None and image is None:
+            image = LazyImage(lambda: self._draw([draft])[0])
+        return _finish(draft, image)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_studio": None}
 
     def kind(self, index: int) -> Kind:
-        """The kind of a row, without making the row."""
+        """The kind of a row. The row is not made."""
         return TASKS[self._task(np.random.default_rng([*self._entropy, 1, index]))][0]
 
     def poses(self, indices: Sequence[int] | None = None) -> np.ndarray:
-        """Body-frame rotations (N, 24, 3, 3) of the poses that rows start from (rows of the task "situation" draw their
-        own).
-        """
+        """Body-frame rotations (N, 24, 3, 3) that the rows start from. Rows of the task "situation" have others."""
         rows = range(self.size) if indices is None else indices
         return np.stack([self._block(i // _BLOCK)[0].rotations[i % _BLOCK] for i in rows])
 
     def precompute(self, workers: int = 1) -> SyntheticDataset:
-        """Draw all pictures now and keep them (3·image_size² bytes each); workers: threads that draw. Returns the
-        data set itself.
-        """
+        """Renders all images and keeps them, 3·image_size² bytes each. workers: threads that render. Returns the data set itself."""
         missing = [
-            (i, d) for i in range(self.size) if i not in self._pictures and (d := self._draft(i)).shown is not None
+            (i, d) for i in range(self.size) if i not in self._images and (d := self._draft(i)).shown is not None
         ]
-        pictures = self._draw([d for _, d in missing], workers)
-        self._pictures.update((i, p) for (i, _), p in zip(missing, pictures))
+        images = self._draw([d for _, d in missing], workers)
+        self._images.update((i, p) for (i, _), p in zip(missing, images))
         return self
 
     def _draw(self, drafts: Sequence[_Draft], workers: int = 1) -> list[np.ndarray]:
@@ -243,12 +235,12 @@ def sentence(clause: str) -> str:
     return f"{clause[0].upper()}{clause[1:]}."
 
 
-def _finish(draft: _Draft, picture: np.ndarray | LazyPicture | None) -> Example:
+def _finish(draft: _Draft, image: np.ndarray | LazyImage | None) -> Example:
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(draft.turns):
         content: Any = question
-        if number == 0 and picture is not None:
-            content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        if number == 0 and image is not None:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     yaw, pitch = (draft.scene.yaw, draft.scene.pitch) if draft.scene else (0.0, 0.0)
     poses = Pose(to_camera(np.stack(draft.poses), yaw, pitch), "camera") if draft.poses else NO_POSES
@@ -279,7 +271,7 @@ def _image(row: _Row) -> _Draft:
 
 
 def _turns(start: Callable[[_Row], _Draft]) -> Callable[[_Row], _Draft]:
-    """A second turn after the pose: a change of it, or words about it."""
+    """Adds a second turn: a change of the pose, or words about it."""
 
     def build(row: _Row) -> _Draft:
         draft = start(row)
@@ -308,9 +300,7 @@ def _words(row: _Row) -> _Draft:
 
 
 def _edit(row: _Row, tries: int = 8) -> tuple[str, np.ndarray] | None:
-    """A change that the body can make, in words, and the changed pose (24, 3, 3, 3); None when none of ``tries`` was
-    possible.
-    """
+    """A change of the pose in words, and the changed pose (24, 3, 3); None where no body can take any of ``tries`` changes."""
     allowed = POSTURES[row.family].arms
     for _ in range(tries):
         angles, arms = row.pose.angles.copy(), row.pose.arms.copy()
@@ -336,7 +326,7 @@ def _edit(row: _Row, tries: int = 8) -> tuple[str, np.ndarray] | None:
     return None
 
 
-# Task: the kind of its rows and how to make one. A new task is a new line here.
+# Task -> the kind of its rows, and the function that makes one.
 TASKS: dict[str, tuple[Kind, Callable[[_Row], _Draft]]] = {
     "text": ("text", _text),
     "text_short": ("text", _text_short),
