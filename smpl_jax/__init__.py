@@ -7,11 +7,9 @@ from smpl_jax.body import (
     BodyModel,
     BodyOutput,
     forward,
-    from_smpl_pose,
     joints,
     pelvis,
     regress,
-    to_smpl_pose,
     vertices,
 )
 from smpl_jax.cameras import translation_to_weak, weak_to_translation
@@ -67,7 +65,6 @@ __all__ = [
     "exponential_volume",
     "for_body",
     "forward",
-    "from_smpl_pose",
     "geodesic_degrees",
     "geodesic_distance",
     "joints",
@@ -93,7 +90,6 @@ __all__ = [
     "to_betas",
     "to_family",
     "to_frame",
-    "to_smpl_pose",
     "translation_to_weak",
     "unmeasured",
     "vertices",

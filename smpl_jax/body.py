@@ -297,52 +297,6 @@ def pelvis(body: BodyModel, betas: ArrayLike | None = None) -> jax.Array:
     return body.joint_template[0] + jnp.einsum("...s,sc->...c", shape, directions, precision=_HIGHEST)
 
 
-def from_smpl_pose(body: BodyModel, rotations: ArrayLike) -> jax.Array:
-    """SMPL's 24 rotations as rotations for any model of the family.
-
-    SMPL-H and SMPL-X share joints 0 ... 21 with SMPL: those are copied, SMPL's two rigid hands are dropped, and jaw,
-    eyes and fingers are at rest (identity, that is: flat hands). A 24-joint body gets its input back.
-
-    Args:
-        body: the model to pose.
-        rotations: (..., 24, 3, 3).
-
-    Returns:
-        (..., J, 3, 3).
-    """
-    rotations = jnp.asarray(rotations)
-    if rotations.shape[-3:] != (24, 3, 3):
-        raise ValueError(f"SMPL pose must have shape (..., 24, 3, 3); got {rotations.shape}")
-    if body.num_joints == 24:
-        return rotations
-    if body.num_joints < 22:
-        raise ValueError(
-            f"body {body.name!r} has {body.num_joints} joints; SMPL's pose needs at least the 22 joints of its body"
-        )
-    rest = jnp.eye(3, dtype=rotations.dtype)
-    rest = jnp.broadcast_to(rest, (*rotations.shape[:-3], body.num_joints - 22, 3, 3))
-    return jnp.concatenate([rotations[..., :22, :, :], rest], axis=-3)
-
-
-def to_smpl_pose(rotations: ArrayLike) -> jax.Array:
-    """Rotations of any model of the family as SMPL's 24.
-
-    Args:
-        rotations: (..., J, 3, 3) with J = 24 (SMPL), 52 (SMPL-H), 55 (SMPL-X), or 22, the joints that these share.
-
-    Returns:
-        (..., 24, 3, 3): SMPL's as they are; of the others the 22 shared joints, SMPL's two rigid hands at rest. Fingers,
-        jaw and eyes, which SMPL does not have, are left out.
-    """
-    rotations = jnp.asarray(rotations)
-    if rotations.shape[-2:] != (3, 3) or rotations.shape[-3:-2] not in ((22,), (24,), (52,), (55,)):
-        raise ValueError(f"rotations must have shape (..., 22, 24, 52 or 55, 3, 3); got {rotations.shape}")
-    if rotations.shape[-3] == 24:
-        return rotations
-    hands = jnp.broadcast_to(jnp.eye(3, dtype=rotations.dtype), (*rotations.shape[:-3], 2, 3, 3))
-    return jnp.concatenate([rotations[..., :22, :, :], hands], axis=-3)
-
-
 def regress(body: BodyModel, vertices: ArrayLike, name: str) -> jax.Array:
     """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``ValueError`` lists those that
     the file holds.
@@ -453,7 +407,7 @@ def _inputs(
     """The arguments checked, broadcast and flattened, and the batch shape that they had."""
     rotations = jnp.asarray(rotations, body.dtype)
     if rotations.shape[-3:] != (body.num_joints, 3, 3):
-        hint = "; smpl_jax.from_smpl_pose makes them from SMPL's 24" if rotations.shape[-3:] == (24, 3, 3) else ""
+        hint = "; smpl_jax.for_body makes them from a pose of another family" if rotations.shape[-2:] == (3, 3) else ""
         if rotations.shape[-2:] == (body.num_joints, 3) or rotations.shape[-1:] == (3 * body.num_joints,):
             hint = f"; smpl_jax.axis_angle_to_matrix makes them from axis-angle (..., {body.num_joints}, 3)"
         raise ValueError(

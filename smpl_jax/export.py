@@ -1,4 +1,4 @@
-"""Files for other programs: OBJ, GLB (glTF 2.0), npz. Each file appears whole or not at all.
+"""Meshes for other programs: OBJ and GLB (glTF 2.0). Each file appears whole or not at all.
 
 `frame` names the frame of the mesh or pose (`smpl_jax.frames`), by default the model frame: y up, facing +z. OBJ and glTF
 are y up, so what is in another frame is turned; nothing is mirrored.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from smpl_jax import rotations as rotation_functions
 from smpl_jax._files import write_whole
 from smpl_jax.body import BodyModel
-from smpl_jax.frames import Frame, parse_frame, turn
+from smpl_jax.frames import Frame, turn
 from smpl_jax.raster import mesh, vertex_normals
 from smpl_jax.render import SKIN
 
@@ -144,47 +143,6 @@ def write_skinned_glb(
     points, triangles = mesh(rest, np.asarray(body.faces))
     _add_mesh(glb, points, triangles, colors, _influences(np.asarray(body.weights, np.float64).T))
     return write_whole(path, glb.write)
-
-
-def write_npz(
-    path: PathLike,
-    rotations: ArrayLike,
-    *,
-    frame: str,
-    betas: ArrayLike | None = None,
-    translation: ArrayLike | None = None,
-    joints: ArrayLike | None = None,
-    joint_names: Sequence[str] | None = None,
-) -> Path:
-    """Write a pose for numpy: `np.load(path, allow_pickle=False)`.
-
-    Keys: `axis_angle` (..., J, 3) radians, `matrices` (..., J, 3, 3), `rotation_6d` (..., J, 6) with
-    `rotation_6d_order` ("columns": first column, then second), `frame`, and, where given, `betas`, `translation`,
-    `joints`, `joint_names`.
-
-    Args:
-        path: where.
-        rotations: (..., J, 3, 3).
-        frame: of joint 0's rotation and of the joints: "camera", "model", "y-up" or "z-up", and more words if you like.
-        betas: shape coefficients; translation: (..., 3) metres; joints: (..., K, 3) metres; joint_names: K names.
-    """
-    parse_frame(frame)
-    matrices = np.asarray(rotations, np.float32)
-    if matrices.ndim < 3 or matrices.shape[-2:] != (3, 3):
-        raise ValueError(f"rotations must be (..., J, 3, 3), found {matrices.shape}")
-    arrays: dict[str, NDArray[Any]] = {
-        "axis_angle": np.asarray(rotation_functions.matrix_to_axis_angle(matrices), np.float32),
-        "matrices": matrices,
-        "rotation_6d": np.asarray(rotation_functions.matrix_to_rotation_6d(matrices, order="columns"), np.float32),
-        "rotation_6d_order": np.array("columns"),
-        "frame": np.array(frame),
-    }
-    for name, value in (("betas", betas), ("translation", translation), ("joints", joints)):
-        if value is not None:
-            arrays[name] = np.asarray(value, np.float32)
-    if joint_names is not None:
-        arrays["joint_names"] = np.array(list(joint_names), np.str_)
-    return write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 class _Glb:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import smpl_jax
-from smpl_jax import BodyModel, axis_angle_to_matrix, load_body, load_body_arrays
+from smpl_jax import BodyModel, Pose, axis_angle_to_matrix, load_body, load_body_arrays
 
 from ..numerics import agree, near, rounded
 from .models import random_arrays
@@ -171,7 +171,7 @@ def test_subset_of_vertices(body, arrays):
 def test_smplx_takes_smpl_poses_and_expressions(smplx_body):
     pose = random_pose(2)
     pose[:, 22:] = 5.0  # SMPL's rigid hands have no counterpart
-    rotations = smpl_jax.from_smpl_pose(smplx_body, rotations_of(pose))
+    rotations = smpl_jax.for_body(Pose(rotations_of(pose), "model"), smplx_body)["rotations"]
     assert rotations.shape == (2, 55, 3, 3)
     np.testing.assert_array_equal(rotations[:, :22], rotations_of(pose)[:, :22])
     np.testing.assert_array_equal(rotations[:, 22:], np.broadcast_to(np.eye(3), (2, 33, 3, 3)))
@@ -183,11 +183,6 @@ def test_smplx_takes_smpl_poses_and_expressions(smplx_body):
         **{f: getattr(smplx_body, f) for f in smplx_body.__dataclass_fields__} | {"num_betas": 20, "num_expression": 0}
     )
     np.testing.assert_allclose(smpl_jax.vertices(all_betas, rotations, bigger), smiling, atol=1e-6)
-
-
-def test_from_smpl_pose_of_smpl_is_the_pose(body):
-    rotations = rotations_of(random_pose(2))
-    np.testing.assert_array_equal(smpl_jax.from_smpl_pose(body, rotations), rotations)
 
 
 EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
@@ -204,7 +199,7 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
         (
             lambda b, x: smpl_jax.joints(x, EYE),
             ValueError,
-            r"\(\.\.\., 55, 3, 3\); got \(24, 3, 3\); smpl_jax.from_smpl_pose",
+            r"\(\.\.\., 55, 3, 3\); got \(24, 3, 3\); smpl_jax.for_body",
         ),
         (lambda b, x: smpl_jax.joints(b, np.zeros((8, 24, 3))), ValueError, "axis_angle_to_matrix makes them from"),
         (lambda b, x: smpl_jax.joints(b, np.zeros((8, 72))), ValueError, "axis_angle_to_matrix makes them from"),
@@ -221,11 +216,6 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
         ),
         (lambda b, x: smpl_jax.joints(b, np.stack([EYE] * 2), np.zeros((3, 10))), ValueError, "do not broadcast"),
         (lambda b, x: smpl_jax.vertices(b, EYE, chunk=0), ValueError, "chunk must be a positive number"),
-        (
-            lambda b, x: smpl_jax.from_smpl_pose(x, np.zeros((22, 3, 3))),
-            ValueError,
-            r"\(\.\.\., 24, 3, 3\); got \(22, 3, 3\)",
-        ),
         (lambda b, x: b.subset([0, 0]), ValueError, "without repeats"),
         (lambda b, x: b.subset([200]), ValueError, r"\[0, 200\); got 200 to 200"),
         (

@@ -204,47 +204,19 @@ def test_trimesh_reads_both(tmp_path, body):
         assert mesh.volume > 0.03
 
 
-def test_npz_names_its_frame_and_orders(tmp_path, body, pose):
-    joints = np.asarray(body_functions.joints(body, pose))
-    path = export.write_npz(
-        tmp_path / "pose.npz",
-        pose,
-        frame="camera: x right, y down",
-        betas=np.ones(10),
-        joints=joints,
-        joint_names=body.joint_names,
-    )
-    with np.load(path, allow_pickle=False) as file:
-        assert str(file["frame"]) == "camera: x right, y down"
-        assert str(file["rotation_6d_order"]) == "columns"
-        assert file["axis_angle"].shape == (24, 3) and file["rotation_6d"].shape == (24, 6)
-        np.testing.assert_allclose(rotations.axis_angle_to_matrix(file["axis_angle"]), pose, atol=2e-6)
-        np.testing.assert_allclose(file["rotation_6d"], np.concatenate([pose[:, :, 0], pose[:, :, 1]], 1), atol=1e-6)
-        np.testing.assert_array_equal(file["matrices"], pose)
-        np.testing.assert_array_equal(file["joints"], joints)
-        assert file["joint_names"].tolist() == list(body.joint_names)
-
-
-def test_a_frame_that_no_reader_knows_is_not_written(tmp_path, pose):
-    with pytest.raises(ValueError, match="frame is 'upside down'; expected camera, model, y-up, z-up"):
-        export.write_npz(tmp_path / "pose.npz", pose, frame="upside down")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, pose, monkeypatch):
-    target = tmp_path / "pose.npz"
-    export.write_npz(target, pose, frame="camera")
+def test_a_failed_write_leaves_the_old_file(tmp_path, body, pose, monkeypatch):
+    target = export.write_skinned_glb(tmp_path / "pose.glb", body, pose)
     before = target.read_bytes()
 
-    def full(file, **_):
+    def full(self, file):
         file.write(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(np, "savez_compressed", full)
+    monkeypatch.setattr(export._Glb, "write", full)
     with pytest.raises(OSError, match="no space left"):
-        export.write_npz(target, pose, frame="camera")
+        export.write_skinned_glb(target, body, pose)
     assert target.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["pose.npz"]
+    assert [p.name for p in tmp_path.iterdir()] == ["pose.glb"]
 
 
 def test_a_body_of_many_joints_keeps_them_apart(tmp_path):
