@@ -81,3 +81,29 @@ def raised(where: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno:
         return OSError(error.errno, f"{error.strerror or words} ({where}: {kind})", error.filename)
     return UserError(f"{where}: {kind}" + (f": {words}" if words else ""))
+
+
+def rows(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
+    """Rows that name code, as a person or JSON writes them, in one form: lists are tuples, what is left out has its default.
+
+    kind: the NamedTuple of a row. A name alone is one row.
+
+    Raises UserError for what is no row.
+    """
+    given = ((value,),) if isinstance(value, str) else value
+    words = ", ".join("{option: value}" if name == "options" else name for name in kind._fields)
+    expected = f"{where}: expected rows of ({words}), all but the name optional"
+    if not isinstance(given, list | tuple):
+        raise UserError(f"{expected}, found {value!r:.100}")
+    for row in given:
+        if not isinstance(row, list | tuple) or not 1 <= len(row) <= len(kind._fields):
+            raise UserError(
+                f"{expected}, found {row!r:.100} in the place of a row; a single row needs a comma behind its bracket, ((…),)"
+            )
+    return tuple(kind(*map(_tuples, row)) for row in given)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

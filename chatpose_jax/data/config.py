@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from chatpose_jax import named
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_types, require
 
@@ -54,28 +55,12 @@ class DataConfig:
         check_types(self, "data")
         require(self, "data", "at least 0", lambda value: value >= 0, "seed", "cache_mib", "workers")
         require(self, "data", "at least 1", lambda value: value >= 1, "buckets", "threads")
+        if not self.sources:
+            raise UserError("data.sources: expected rows of (name, weight, {option: value}), one at least; found none")
         if any(row.weight <= 0 for row in self.sources):
             raise UserError(f"data.sources: weights must be positive, found {[row.weight for row in self.sources]}")
 
 
 def source_rows(value: Any) -> tuple[SourceRow, ...]:
-    """The rows of ``data.sources`` in one form, from a name alone, lists or tuples. Lists in them become tuples.
-
-    Raises UserError for anything else.
-    """
-    rows = ((value,),) if isinstance(value, str) else value
-    expected = "data.sources: expected rows of (name, weight, {option: value}), the last two optional"
-    if not isinstance(rows, list | tuple) or not rows:
-        raise UserError(f"{expected}, found {value!r:.100}")
-    for row in rows:
-        if not isinstance(row, list | tuple) or not 1 <= len(row) <= 3:
-            raise UserError(
-                f"{expected}, found {row!r:.100} in the place of a row; a single row needs a comma behind its bracket, ((…),)"
-            )
-    return tuple(SourceRow(*map(_plain, row)) for row in rows)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    """The rows of ``data.sources`` in one form; see ``named.rows``."""
+    return named.rows("data.sources", value, SourceRow)

@@ -1,4 +1,4 @@
-"""Memory of a process that computes on CPU."""
+"""Memory allocation on CPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc's malloc keep what is freed for the next allocation; False, and nothing done, where the C library is another one.
+    """Makes glibc's malloc keep freed memory for the next allocation. Returns False, and does nothing, with another C library.
 
-    XLA's CPU backend allocates the temporaries of a step anew at every step. Where the kernel takes them back in between, each of their pages is
-    faulted in and zeroed again (``bench/page_faults.py``). The process keeps its peak.
+    XLA's CPU backend allocates the temporaries of a step at every step. If freed memory goes back to the kernel in between, each page is faulted
+    in and zeroed again (``bench/page_faults.py``). The process keeps the memory of its peak.
 
-    To be called before JAX starts a backend, whose threads would have arenas of their own: those give back whatever is larger than 64 MB.
+    Call it before JAX starts a backend. The backend's threads would otherwise have arenas of their own, which return blocks above 64 MB.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -28,6 +28,6 @@ def keep_freed_memory() -> bool:
 
 
 def cpu_only() -> bool:
-    """Whether JAX will compute on CPU, told without starting a backend: it was asked to, or has nothing else installed."""
+    """Whether JAX will compute on CPU, because it was told to or has no other platform installed. Starts no backend."""
     asked = (jax.config.jax_platforms or "").split(",")[0]  # type: ignore[attr-defined]
     return asked == "cpu" or not (asked or find_spec("libtpu") or entry_points(group="jax_plugins"))

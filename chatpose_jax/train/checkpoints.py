@@ -1,6 +1,4 @@
-"""Checkpoints of a run: trainable state, optimiser, step, data position, and what they belong to: the settings and the
-frozen base.
-"""
+"""Checkpoints of a run: trainable parameters, optimiser state, step and data position, with the settings and hashes of the frozen base."""
 
 from __future__ import annotations
 
@@ -21,18 +19,18 @@ METRIC = "metric"
 
 
 class Checkpoints:
-    """Orbax checkpoints in ``folder/<step>``, written in the background; a step is visible only when it is whole.
+    """Orbax checkpoints in ``folder/<step>``, written in the background. A checkpoint becomes visible when it is complete.
 
-    Every process of a run makes one, over the same folder, and calls the same methods in the same order. The newest
-    ``keep`` stay, and the one with the least metric.
+    Every process of a run makes this object for the same folder and calls the same methods in the same order. The newest ``keep`` checkpoints
+    are kept, and the one with the least metric.
     """
 
     def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Path):
-        """identity: JSON that a resumed run must share, such as the model's configuration and the table of what trains.
+        """identity: settings as JSON that must be the same when the run resumes.
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
-        result: the model folder of the run, which another one can start from.
+        result: the model folder of the run, for error messages.
         """
-        # On a full disk they would tell of every array and thread beside the one error that is raised.
+        # On a full disk they log a line for every array and thread, beside the one error that is raised.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.folder, self.identity, self.frozen, self.result = folder, identity, dict(frozen), result
@@ -50,9 +48,9 @@ class Checkpoints:
         return self.manager.best_step()
 
     def save(self, state: TrainState, data: dict[str, Any], metric: float | None = None) -> None:
-        """Returns once the state is copied; ``wait`` says when it is on disk. A step that stands already is kept.
+        """Returns as soon as the state is copied; ``wait`` waits until it is on disk. A step that is saved already is left as it is.
 
-        metric: of this state, less is better; None where it was not measured.
+        metric: of this state; less is better. None where it was not measured.
         """
         step = int(state.step)
         if step != self.latest():
@@ -62,7 +60,7 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def demand_settings(self, step: int | None) -> dict[str, Any]:
-        """What stands beside the arrays of a checkpoint. Raises UserError when it was made with other settings, or cannot be read."""
+        """The JSON part of a checkpoint. Raises UserError where the checkpoint has other settings, or cannot be read."""
         try:
             run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         except Exception as error:
@@ -85,10 +83,9 @@ class Checkpoints:
         return run  # type: ignore[no-any-return]
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, or that of ``step``, placed as ``like`` is (arrays or abstract shapes with shardings):
-        on any mesh, by any number of processes.
+        """The newest checkpoint, or that of ``step``, with the shardings of ``like`` (arrays or abstract shapes): any mesh, any number of processes.
 
-        Raises UserError when it belongs to another model, table or base, cannot be read, or is not what was saved.
+        Raises UserError where it has other settings or another frozen base, cannot be read, or differs from what was saved.
         """
         step = self.latest() if step is None else step
         run = self.demand_settings(step)
@@ -136,5 +133,5 @@ def _fingerprints(state: TrainState) -> dict[str, str]:
 
 
 def _merit(metrics: Mapping[str, float]) -> float:
-    """Orbax keeps the greatest."""
+    """Orbax keeps the greatest value, so the metric is negated."""
     return -metrics[METRIC]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
+from chatpose_jax import named
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_types, require
 from chatpose_jax.train.trainable import PAPER, Rule
@@ -34,6 +36,17 @@ PoseTerm = Literal["matrices", "geodesic", "joints", "betas", "translation"]
 """What the pose loss may be made of: a row of ``train.pose_loss.TERMS`` each."""
 
 
+class EvaluatorRow(NamedTuple):
+    """One evaluator.
+
+    name: an entry of ``train.evaluators.EVALUATORS``, or ``package.module:function`` of one's own.
+    options: its keyword arguments, which are checked against its signature.
+    """
+
+    name: str
+    options: Mapping[str, Any] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment) on
@@ -57,9 +70,11 @@ class TrainConfig:
     max_skipped: updates in a row that may be dropped because loss or gradient is not finite, before the run stops.
     seed: of fresh weights, the order of rows, and dropout.
     log_every, save_every: updates between two lines of metrics, two checkpoints.
-    eval_every: updates between two validations; 0 is none.
+    eval_every: updates between two runs of the evaluators; 0 is none.
+    evaluators: rows of (name, options), see ``EvaluatorRow``; the options may be left out. A name alone is one row.
     keep: newest checkpoints that stay.
-    best: the checkpoint whose validation has the least mean of this error stays too: ``val_{kind}_{best}`` of ``metrics.jsonl``.
+    best: the checkpoint with the least of this value stays too: ``val_{best}`` of ``metrics.jsonl``, or the mean of ``val_{kind}_{best}`` over
+        the kinds of held-out rows. "" keeps none for it.
     result: which of them becomes the model folder at the end, "last" or "best".
     wandb: project of Weights & Biases to log to as well, if that is installed; "" is none.
     """
@@ -87,12 +102,14 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     eval_every: int = 0
+    evaluators: tuple[EvaluatorRow, ...] = (EvaluatorRow("validation"),)
     keep: int = 3
     best: str = "pa_mpjpe"
     result: Literal["last", "best"] = "last"
     wandb: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "evaluators", named.rows("train.evaluators", self.evaluators, EvaluatorRow))
         check_types(self, "train")
         counts = ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep")
         require(self, "train", "at least 1", lambda value: value >= 1, *counts)

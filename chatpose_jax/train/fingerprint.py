@@ -1,6 +1,7 @@
-"""What frozen arrays hold, in a few bytes that do not depend on how they lie on a mesh.
+"""Hashes of arrays that do not depend on how they are sharded.
 
-A checkpoint of adapters is worth nothing beside another base than its own, and the base is too large to keep in it.
+A checkpoint of adapters is useless with another base model than its own, and the base is too large to store in it: the checkpoint stores its
+hashes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ SEEDS = (0x9E3779B9, 0x7F4A7C15)
 def fingerprint(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
     """Path -> 16 hex digits, for arrays of any shape, dtype and sharding; nothing is gathered.
 
-    Each element's bits are mixed with its place in the array, and the mixtures summed modulo 2**32, twice: integer sums
-    are the same in any order, so on any mesh. It tells accidents apart, not forgeries. Every process calls it.
+    The bits of each element are mixed with its index, and the results summed modulo 2**32, with two seeds. Integer sums do not depend on
+    the order, hence not on the mesh. The hash detects accidents, not forgeries. Every process must call it.
     """
     return {path: "".join(f"{int(word):08x}" for word in words) for path, words in _words(dict(arrays)).items()}
 
 
 def _words(arrays: dict[str, jax.Array | np.ndarray]) -> dict[str, np.ndarray]:
-    # Sums over every device stand whole on each of them.
+    # Sums over all devices are replicated.
     return {path: np.asarray(x.addressable_data(0)) for path, x in _hashes(arrays).items()}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,19 +87,20 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     )
 
 
-def utilisation(model: ModelConfig, settings: TrainConfig, batch: Mapping[str, Any]) -> dict[str, float]:
-    """Operations of a step on these rows: ``mfu`` counts what this run's gradient needs (with LoRA about 4 for each parameter
-    and token), ``mfu_6n`` what it would need if everything trained.
+def utilisation(model: ModelConfig, settings: TrainConfig) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+    """A function from a batch to the operations of a step on its rows.
+
+    ``mfu`` counts what this run's gradient needs (with LoRA about 4 for each parameter and token), ``mfu_6n`` what it would need if everything
+    trained.
     """
-    pixels = batch.get("pixel_values")
-    cost = _train_cost(model, settings, *batch["input_ids"].shape, 0 if pixels is None else pixels.shape[1])
-    return {"mfu": cost.useful, "mfu_6n": cost.six_n}
+    cost = functools.lru_cache(maxsize=64)(functools.partial(train_cost, model, settings))
 
+    def operations(batch: Mapping[str, Any]) -> dict[str, float]:
+        pixels = batch.get("pixel_values")
+        found = cost(*batch["input_ids"].shape, 0 if pixels is None else pixels.shape[1])
+        return {"mfu": found.useful, "mfu_6n": found.six_n}
 
-_cost = functools.lru_cache(maxsize=64)(train_cost)
-
-
-_train_cost = functools.lru_cache(maxsize=64)(train_cost)
+    return operations
 
 
 def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:

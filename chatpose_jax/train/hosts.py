@@ -1,4 +1,4 @@
-"""Many processes, one run: finding each other, stopping together, and stopping when one is lost."""
+"""Runs of several processes: how they find each other, stop together, and stop when one is lost."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ from orbax.checkpoint import multihost
 from chatpose_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 20
-"""Silence after which JAX gives a process up and ends the others. Its default of 100 lets a broken job burn money."""
+"""After this much silence JAX counts a process as lost and ends the others. With JAX's default, 100, a broken job would cost more."""
 
 MEETING_SECONDS = 1800
-"""How long a process may take longer than another one to read its data."""
+"""The most by which one process may be slower than another in reading its data."""
 
 LOST = 75
-"""Exit status of a process that lost another one (EX_TEMPFAIL of sysexits.h): start all again, the run resumes."""
+"""Exit status of a process that lost another one (EX_TEMPFAIL of sysexits.h). Start all of them again: the run resumes."""
 
 STOPPED = 143
-"""Exit status after a signal was obeyed and everything saved (128 + SIGTERM)."""
-
+"""Exit status of a run that a signal stopped, after everything was saved (128 + SIGTERM)."""
 
 FAILED = 1
-"""Exit status after a fault of the file system, or a crash: the same command goes on."""
+"""Exit status after a fault of the file system, or a crash. The same command resumes the run."""
 
 TRANSIENT = frozenset(
     getattr(errno, name)
@@ -54,11 +53,11 @@ TRANSIENT = frozenset(
         "ECONNRESET",
     ]
 )
-"""Faults of a disk or of the way to it, which no path or setting causes."""
+"""Errors of a disk or of the network to it, which no path or setting causes."""
 
 
 class Fault(OSError):
-    """The file system failed under a run, which can go on from its last checkpoint. ``status`` is for the shell."""
+    """The file system failed during a run. The run can resume from its last checkpoint. ``status`` is the exit status."""
 
     status = FAILED
 
@@ -67,8 +66,8 @@ class Fault(OSError):
 class Hosts:
     """How the processes of a run find each other.
 
-    coordinator: HOST:PORT of process 0, reachable by all. num_processes: how many. process_id: which this one is.
-    All three None: the cluster knows (Cloud TPU, SLURM, MPI), and JAX asks it.
+    coordinator: HOST:PORT of process 0, reachable from all processes. num_processes: their number. process_id: the number of this one.
+    Where all three are None, JAX asks the cluster (Cloud TPU, SLURM, MPI).
     """
 
     coordinator: str | None = None
@@ -83,11 +82,11 @@ def find(
     environ: Mapping[str, str] = os.environ,
     dev: Path = Path("/dev"),
 ) -> Hosts | None:
-    """What the flags say, else the environment; None for a run of one process.
+    """Reads how the processes find each other, from the flags or else from the environment; None for a run of one process.
 
-    In this order: flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as the manifests in ``launch/``
+    The first that is there counts: flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as the manifests in ``launch/``
     set them; a SLURM step of several tasks; a TPU slice on GKE (TPU_WORKER_HOSTNAMES) or a Cloud TPU VM.
-    Raises UserError where only some of the three are given or they contradict each other.
+    Raises UserError where only some of the three are given, or they contradict each other.
     """
     flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if any(value is not None for value in flags.values()):
@@ -95,7 +94,7 @@ def find(
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     if any(environ.get(name) for name in names[1:]):
         return _explicit({name: environ.get(name) or None for name in names})
-    # Within `sbatch` alone, outside `srun`, SLURM_NTASKS counts tasks that nobody started.
+    # Inside `sbatch` but outside `srun`, SLURM_NTASKS counts tasks that were not started.
     if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return Hosts()
     if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
@@ -123,11 +122,12 @@ def _explicit(given: Mapping[str, Any]) -> Hosts:
 
 
 def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
-    """Join the other processes; must come before the first use of any device. None is a run of one process.
+    """Joins the other processes. Call it before the first use of any device. None is a run of one process.
 
     heartbeat: seconds of silence after which a process counts as lost.
-    Raises UserError where joining cannot begin: nobody says who takes part, or the coordinator's port is in use. A process that
-    waits for the others in vain is aborted by JAX after five minutes, in C++, which no Python can turn into a line (status 134).
+
+    Raises UserError where joining cannot begin: the cluster is unknown, or the coordinator's port is in use. If the other processes never come,
+    JAX aborts this one after five minutes, in C++, with status 134; Python cannot turn that into an error message.
     """
     if hosts is None:
         return
@@ -145,7 +145,7 @@ def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
 
 
 def _demand_free(address: str) -> None:
-    """Raises UserError where the port that process 0 listens on is in use: JAX would end in a segmentation fault, every other time."""
+    """Raises UserError where the port that process 0 listens on is in use. Without this check JAX often ends in a segmentation fault."""
     port = int(address.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
@@ -166,40 +166,38 @@ def _arguments(hosts: Hosts) -> dict[str, Any]:
 
 
 def primary() -> bool:
-    """Whether this process speaks for all: it alone prints and writes what is not sharded."""
+    """Whether this is process 0, which alone prints and writes what is not sharded."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Print, once for the whole run."""
+    """Prints, in process 0 only."""
     if primary():
         print(text, flush=True)
 
 
 def meet(where: str) -> None:
-    """Wait until every process is here. Reading data takes them different times, and the first operation that needs all of
-    them may have less patience than that (gloo: 30 s).
+    """Waits until every process is here. Processes take different times to read data, and the timeout of a collective operation may be shorter
+    than that (30 s in gloo).
     """
     multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * MEETING_SECONDS)
 
 
 def gather(value: np.ndarray) -> np.ndarray:
-    """What every process holds, of one shape, stacked on a new first axis by the number of the process. They must come at about
-    the same time: see ``meet``.
-    """
+    """The values of all processes, which have one shape, stacked on a new first axis. Call ``meet`` first where they may be far apart in time."""
     return np.asarray(multihost_utils.process_allgather(value))
 
 
 @contextmanager
 def announced(said: Callable[[], str]) -> Iterator[None]:
-    """Within the block ``said()`` is printed at the moment of every Ctrl-C and every SIGTERM that Python handles. The handler
-    itself waits until the main thread is back in Python, and compiling keeps it in C++ for tens of seconds.
+    """Prints ``said()`` as soon as a Ctrl-C or SIGTERM arrives within the block. Python's own handler runs only when the main thread leaves C++,
+    where compilation may keep it for tens of seconds.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     try:
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    except ValueError:  # no main thread: whoever owns it hears the signals
+    except ValueError:  # not the main thread, which alone receives signals
         before = None
 
     def listen() -> None:
@@ -222,8 +220,8 @@ def announced(said: Callable[[], str]) -> Iterator[None]:
 class Stop:
     """The first SIGTERM or Ctrl-C asks the run to stop; the second one ends it.
 
-    With several processes, a signal to any of them stops all, and all after the same step: they agree through JAX's
-    preemption service, which listens to SIGTERM by itself.
+    With several processes, a signal to any of them stops all, after the same step. They agree through JAX's preemption service, which
+    handles SIGTERM itself.
     """
 
     def __init__(self) -> None:
@@ -231,7 +229,7 @@ class Stop:
         self._heard = 0
 
     def after(self, step: int) -> bool:
-        """Whether this step is the last. Every process asks after every step."""
+        """Whether this step is the last. Every process calls it after every step."""
         if jax.process_count() > 1:
             self.asked = self.asked or multihost_utils.reached_preemption_sync_point(step)
         return self.asked
@@ -239,7 +237,7 @@ class Stop:
     def _signal(self, signum: int, frame: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        if jax.process_count() > 1:  # a Ctrl-C becomes what the preemption service listens to; the next one interrupts
+        if jax.process_count() > 1:  # turn a Ctrl-C into the preemption service's SIGTERM; the next Ctrl-C interrupts
             signal.signal(signum, signal.default_int_handler)
             os.kill(os.getpid(), signal.SIGTERM)
         else:
@@ -253,7 +251,7 @@ class Stop:
 
     @contextmanager
     def listen(self) -> Iterator[Stop]:
-        """Obey signals within the block; outside the main thread, whoever owns it handles them."""
+        """Handles signals within the block; does nothing outside the main thread, which receives them."""
         signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
         try:
             before = {number: signal.signal(number, self._signal) for number in signals}
@@ -269,9 +267,9 @@ class Stop:
 
 @contextmanager
 def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
-    """Turns faults of the file system into ``Fault``: a full or stale shared disk is mended by others, and no reason to give a run up.
+    """Raises errors of the file system as ``Fault``: once the disk works again, the run can resume.
 
-    starting: a path may be wrong yet, so only what ``TRANSIENT`` lists is turned; later everything that the operating system refuses is.
+    starting: paths may still be wrong, so only the errors in ``TRANSIENT`` count; later every error of the operating system does.
     """
     try:
         yield
@@ -289,7 +287,7 @@ def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the operating system refused, be it the exception or behind it; TensorStore puts it in words."""
+    """The OSError that an exception is, or was caused by; TensorStore gives its number in the message."""
     while error is not None and not isinstance(error, OSError):
         if found := re.search(r"os_error_code='(\d+)'", str(error)):
             return OSError(int(found[1]), os.strerror(int(found[1])))
@@ -299,8 +297,8 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def together(folder: Path) -> Iterator[None]:
-    """Turns the failure of a collective operation, in a run of several processes, into one clear line and exit status
-    ``LOST``: another process is gone, and waiting for it at exit would only hang.
+    """Ends a process of several whose collective operation failed, with one line and exit status ``LOST``: another process is gone, and a normal
+    exit would wait for it forever.
     """
     try:
         yield

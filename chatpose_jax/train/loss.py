@@ -136,8 +136,23 @@ def _join(function: Any, parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else function(*parts)
 
 
+def final_states(
+    model: ChatPoseModel, batch: Mapping[str, Any], *, dropout_key: jax.Array | None = None, remat: str = "none"
+) -> jax.Array:
+    """(B, T, D) final-norm states of a batch (``docs/architecture.md`` names its arrays): one forward pass of the model."""
+    # Rows are padded on the right, so no token that counts ever looks at padding: attention needs no mask but the causal one.
+    return model(
+        batch["input_ids"],
+        segment_ids=batch.get("segment_ids"),
+        pixel_values=batch.get("pixel_values"),
+        dropout_key=dropout_key,
+        remat=remat,
+    ).hidden
+
+
 def loss(
     model: ChatPoseModel,
+    hidden: jax.Array,
     batch: Mapping[str, Any],
     *,
     lambda_text: float,
@@ -145,24 +160,15 @@ def loss(
     distance: Distance = PAPER,
     weights: tuple[Any, Any] = (1.0, 1.0),
     key: jax.Array | None = None,
-    dropout_key: jax.Array | None = None,
-    remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total loss of a batch (``docs/architecture.md`` names its arrays) and every part of it, without λ.
+    """Total loss of a batch and every part of it, without λ.
 
+    hidden: ``final_states`` of the batch.
     distance: between poses, for the pose head's loss (``train.pose_loss``).
     weights: of all that concerns text, of all that concerns poses: this batch's shares, where it is a part of a larger one.
     key: what the pose head's loss draws from; None is one key for all batches, as validation wants it.
     """
     segments = batch.get("segment_ids")
-    # Rows are padded on the right, so no token that counts ever looks at padding: attention needs no mask but the causal one.
-    hidden = model(
-        batch["input_ids"],
-        segment_ids=segments,
-        pixel_values=batch.get("pixel_values"),
-        dropout_key=dropout_key,
-        remat=remat,
-    ).hidden
     text, accuracy = cross_entropy(model, hidden, batch["labels"], segments)
     hidden = constrain(hidden, "batch", None, None)
     pose = model.pose_head.loss(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from chatpose_jax.data.batches import BatchLoader
+from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.data.sources import check_sources, examples
@@ -28,22 +28,14 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.chips import peak_flops
 from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.evaluators import Context, check_evaluators, make_evaluators
 from chatpose_jax.train.flops import utilisation
 from chatpose_jax.train.pose_loss import demand_fields
 from chatpose_jax.train.run_config import RunConfig
 from chatpose_jax.train.start import adopt, initial_params, make_processor
 from chatpose_jax.train.trainable import assign
-from chatpose_jax.train.trainer import Callback, train
-from chatpose_jax.train.validate import make_validation
+from chatpose_jax.train.trainer import Callback, demand_best, train
 from chatpose_jax.weights import folder as model_folder
-from smpl_jax import io
-
-VALIDATION_ROWS = 128
-VALIDATION_READ = 1024
-"""Rows that are read to find those of each kind: a set may hold one kind alone, or one after the other."""
-VALIDATION_BATCH = 32
-VALIDATION_PICTURES = 4
-"""Rows of each kind whose bodies are drawn at every validation."""
 
 
 def run_training(
@@ -51,7 +43,7 @@ def run_training(
     out: str | os.PathLike[str],
     *,
     init: str | os.PathLike[str] | None = None,
-    data: Sequence[Example] | None = None,
+    data: Sequence[Example] | Mapping[Split, Sequence[Example]] | None = None,
     folder: Path | None = None,
     profile: int = 0,
     progress: bool = True,
@@ -67,7 +59,7 @@ def run_training(
         config: ``run_config.load_config`` makes one.
         out: run folder: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``. One run at a time may write it.
         init: model folder to start from; None starts from nothing, which only the preset ``tiny`` can.
-        data: rows to train on, in the place of the training split that the configuration names.
+        data: rows to train on, in the place of the configuration's; or a table of such rows by split: "train", "val", "test".
         folder: where the model goes, ``out/model`` by default.
         profile: steps to trace into ``out/profile``.
         progress: show a progress bar.
@@ -91,15 +83,18 @@ def run_training(
         )
     demand_table(config)  # before anything is read
     check_sources(config.data)
+    if config.train.eval_every:
+        check_evaluators(config.train)
+    given: Any = data if isinstance(data, Mapping) else {} if data is None else {"train": data}
     with only_run(out):
-        return _run(config, out, init, data, folder or out / "model", profile, progress, callback, say)
+        return _run(config, out, init, given, folder or out / "model", profile, progress, callback, say)
 
 
 def _run(
     config: RunConfig,
     out: Path,
     init: Path | None,
-    data: Sequence[Example] | None,
+    given: Mapping[Split, Sequence[Example]],
     folder: Path,
     profile: int,
     progress: bool,
@@ -111,11 +106,17 @@ def _run(
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
     size = model.vision.image_size
-    source = examples(config.data, "train", size) if data is None else data
-    held_out = None
-    if settings.eval_every:  # behind the training source: what is wrong with both is no matter of validation
+
+    def rows_of(split: Split) -> Sequence[Example]:
+        return given[split] if split in given else examples(config.data, split, size)
+
+    source = rows_of("train")
+    evaluate = None
+    if settings.eval_every:  # after the training source: what is wrong with both is no matter of validation
         with validating(settings):
-            held_out = validation_rows(examples(config.data, "val", size))
+            evaluate = make_evaluators(Context(config, processor, mesh, rows_of, say))
+        if evaluate.names is not None:
+            demand_best(evaluate.names, settings.best)
     say(f"measuring {len(source)} rows ...")
     loader = BatchLoader(
         source,
@@ -137,14 +138,6 @@ def _run(
         f"batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}: "
         "the first step of each shape waits for its compilation"
     )
-    validate = None
-    if held_out is not None:
-        whole = feed.row_shards(mesh) * -(-VALIDATION_BATCH // feed.row_shards(mesh))
-        with validating(settings):
-            batches = validation_batches(held_out, processor, config, whole, mesh)
-        validate = make_validation(
-            model, settings, batches, io.load_body(), mesh=mesh, rows=whole, pictures=VALIDATION_PICTURES
-        )
     params = initial_params(config, init, mesh, say)
     params = train(
         model,
@@ -153,8 +146,8 @@ def _run(
         loader,
         out,
         mesh=mesh,
-        evaluate=validate,
-        flops=functools.partial(utilisation, model, settings),
+        evaluate=evaluate,
+        flops=utilisation(model, settings),
         peak=peak_flops(jax.devices()[0].device_kind),
         profile=profile,
         progress=progress,
@@ -243,45 +236,3 @@ def validating(settings: TrainConfig) -> Iterator[None]:
     except Exception as error:
         error.add_note(why)
         raise
-
-
-def validation_rows(rows: Sequence[Example]) -> dict[str, list[Example]]:
-    """Up to ``VALIDATION_ROWS`` held-out rows with a pose of each kind, among ``VALIDATION_READ`` from all over the set.
-
-    Raises UserError where there is none.
-    """
-    groups: dict[str, list[Example]] = {}
-    for index in np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), VALIDATION_READ)).astype(int)):
-        row = rows[int(index)]
-        if len(row.poses) and len(groups.setdefault(row.kind, [])) < VALIDATION_ROWS:
-            groups[row.kind].append(row)
-    if not groups:
-        raise UserError(f"no row with a pose among {min(len(rows), VALIDATION_READ)} of {len(rows)} held-out ones")
-    return groups
-
-
-def validation_batches(
-    groups: Mapping[str, Sequence[Example]],
-    processor: Processor,
-    config: RunConfig,
-    size: int = VALIDATION_BATCH,
-    mesh: Mesh | None = None,
-) -> dict[str, list[Any]]:
-    """Finite batches of ``size`` held-out rows, by kind; on a mesh, this process's part of each."""
-    length, mine = config.train.max_length, feed.local_rows(mesh, size)
-    return {
-        kind: list(
-            BatchLoader(
-                group,
-                processor,
-                min(size, len(group)) if mesh is None else size,
-                max_length=length,
-                family=head_family(config.model.head),
-                shuffle=False,
-                epochs=1,
-                buckets=1,
-                rows=mine,
-            )
-        )
-        for kind, group in groups.items()
-    }

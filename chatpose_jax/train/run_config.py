@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chatpose_jax import named
 from chatpose_jax.data import moved
-from chatpose_jax.data.config import DataConfig, source_rows
+from chatpose_jax.data.config import DataConfig, SourceRow
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.settings import did_you_mean
-from chatpose_jax.train.config import MeshConfig, TrainConfig
+from chatpose_jax.train.config import EvaluatorRow, MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
 
 ROWS = {
@@ -23,8 +24,8 @@ ROWS = {
     "train.pose_loss": ("(term, weight)", (2,)),
 }
 """Settings that are tables: what a row is, and how long it may be."""
-SOURCES = "data.sources"
-"""The table whose rows have options of their own: ``data.sources.NAME.OPTION`` is one of them."""
+NAMED = {"data.sources": SourceRow, "train.evaluators": EvaluatorRow}
+"""Tables whose rows name code that has options of its own: ``data.sources.NAME.OPTION`` is one of them."""
 OPTIONAL = "model.lora"
 """The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -48,9 +49,9 @@ def run_config(model: str) -> Any:
         "data": dataclasses.asdict(DataConfig()),
         "train": dataclasses.asdict(TrainConfig()),
     }
-    table["data"]["sources"] = [list(row) for row in DataConfig().sources]
-    table["train"]["trainable"] = [list(row) for row in TrainConfig().trainable]
-    table["train"]["pose_loss"] = [list(row) for row in TrainConfig().pose_loss]
+    for key in (*ROWS, *NAMED):
+        part, _, name = key.partition(".")
+        table[part][name] = [list(row) for row in table[part][name]]
     return ConfigDict(table)
 
 
@@ -128,9 +129,10 @@ def _apply(config: Any, override: str) -> None:
     table_name, _, name = key.partition(".")
     if table_name == "data" and name in moved.MOVED:
         raise UserError(moved.in_an_override(name, value))
-    if key.startswith(f"{SOURCES}."):
-        key, value = SOURCES, _with_option(config, key, value)
-    if key == SOURCES and isinstance(value, str):  # a name alone
+    for rows in NAMED:
+        if key.startswith(f"{rows}."):
+            key, value = rows, _with_option(config, rows, key, value)
+    if key in NAMED and isinstance(value, str):  # a name alone
         value = [[value]]
     *parents, name = key.split(".")
     table = config
@@ -154,21 +156,24 @@ def _apply(config: Any, override: str) -> None:
         ) from error
 
 
-def _with_option(config: Any, key: str, value: Any) -> list[list[Any]]:
-    """The rows of ``data.sources`` with one option of one of them set, by ``data.sources.NAME.OPTION``."""
-    rows = source_rows(config.data.sources)
-    name, _, option = key.removeprefix(f"{SOURCES}.").rpartition(".")
+def _with_option(config: Any, where: str, key: str, value: Any) -> list[list[Any]]:
+    """The rows of a table of ``NAMED`` with one option of one of them set, by ``TABLE.NAME.OPTION``."""
+    table, _, setting = where.partition(".")
+    rows = named.rows(where, config[table][setting], NAMED[where])
+    name, _, option = key.removeprefix(f"{where}.").rpartition(".")
     names = [row.name for row in rows]
     if not name:
-        raise UserError(f"--set {key}: expected {SOURCES}.NAME.OPTION=VALUE, such as {SOURCES}.{names[0]}.{option}=…")
+        raise UserError(
+            f"--set {key}: expected {where}.NAME.OPTION=VALUE, such as {where}.{[*names, 'NAME'][0]}.{option}=…"
+        )
     if (count := names.count(name)) != 1:
         if not count:
             hint = did_you_mean(name, names) or f"; the names are {', '.join(names)}"
-            raise UserError(f"--set {key}: no row of {SOURCES} has the name {name!r}{hint}")
+            raise UserError(f"--set {key}: no row of {where} has the name {name!r}{hint}")
         raise UserError(
-            f'--set {key}: {count} rows have the name {name!r}, so give all rows: --set "{SOURCES}={tuple(map(tuple, rows))!r}"'
+            f'--set {key}: {count} rows have the name {name!r}, so give all rows: --set "{where}={tuple(map(tuple, rows))!r}"'
         )
-    return [[row.name, row.weight, {**row.options, **({option: value} if row.name == name else {})}] for row in rows]
+    return [list(row._replace(options={**row.options, option: value}) if row.name == name else row) for row in rows]
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from chatpose_jax.models.sharding import batch_sharding, on_mesh, shardings
 from chatpose_jax.settings import one_line
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.loss import loss, targets
+from chatpose_jax.train.loss import final_states, loss, targets
 from chatpose_jax.train.optimizer import learning_rate, optimizer
 from chatpose_jax.train.pose_loss import PoseLoss
 
@@ -124,16 +124,16 @@ def make_step(
     ) -> Any:
         model = bind(model_config, table.merge(trainable, frozen))
         drop = model_config.lora is not None and model_config.lora.dropout > 0
+        hidden = final_states(model, batch, dropout_key=key if drop else None, remat=config.remat)
         return loss(
             model,
+            hidden,
             batch,
             lambda_text=config.lambda_text,
             lambda_pose=config.lambda_pose,
             distance=functools.partial(distance, scale=scale),
             weights=weights,
             key=jax.random.fold_in(key, POSES),
-            dropout_key=key if drop else None,
-            remat=config.remat,
         )
 
     gradient = jax.grad(objective, has_aux=True)

@@ -1,4 +1,4 @@
-"""How fast a run goes: step times, waiting for data, tokens per second, memory, and the share of the peak (MFU)."""
+"""Speed of a run: step times, time spent waiting for data, tokens per second, memory, and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 
 class Meter:
-    """Counts steps between two reports; ``rows`` and ``tokens`` are of the global batch.
+    """Measures the steps between two reports. Rows and tokens are those of the global batch.
 
-    Steps run asynchronously: ``done`` is called when the result of one has arrived, so the time between two calls is the
-    time of a step, and the first after ``restart`` has none.
+    Steps run asynchronously. ``done`` is called when the result of a step has arrived; the time between two calls is the time of one step.
+    The first call after ``restart`` starts the clock.
     """
 
     def __init__(self, peak: float | None = None) -> None:
-        """peak: operations per second that the maker of a device promises, where known."""
+        """peak: peak operations per second of a device, where known."""
         self._peak = peak
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted: after saving or validating, which are no part of a step."""
+        """Starts anew, after saving or validating, whose time is not that of a step."""
         self._since: float | None = None
         self._start = time.perf_counter()
         self._times: list[float] = []
@@ -33,13 +33,13 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the loop's wait for a batch."""
+        """Measures the block as time spent waiting for a batch."""
         start = time.perf_counter()
         yield
         self._wait += time.perf_counter() - start
 
     def done(self, rows: int, tokens: int, flops: Mapping[str, float]) -> None:
-        """One step has finished. flops: operations by way of counting, of the global batch."""
+        """One step has finished. flops: operations of the global batch, by the name of each way of counting them."""
         now = time.perf_counter()
         if self._since is not None:
             self._times.append(now - self._since)

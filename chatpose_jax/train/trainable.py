@@ -20,7 +20,7 @@ Flat = dict[str, Any]
 class Rule(NamedTuple):
     """One row: a regular expression that must match the whole path; ``lr`` multiplies the learning rate, None freezes.
 
-    tokens: of arrays of added tokens, "pose" trains the pose token's rows alone. Vocabularies are padded, and the paddings' rows have no use.
+    tokens: which rows of added tokens train, "all" or "pose", the pose token's alone. Vocabularies are often padded with rows that nothing uses.
     """
 
     pattern: str
@@ -48,7 +48,7 @@ EVERYTHING: tuple[Rule, ...] = (Rule(r".*/(kernel|embedding)", 1.0, 0.01), Rule(
 
 
 TOKEN_AXIS = {"decoder/embed_tokens/added": 0, "decoder/lm_head/added": 1}
-"""The arrays of added tokens, and the axis along which these stand."""
+"""The arrays of added tokens, and their axis of tokens."""
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Flat:
@@ -73,7 +73,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
-    """The row of every path; raises UserError for a path without one, a row that names nothing, or a bad pattern."""
+    """The row that decides each path. Raises UserError for a path without a row, a row that matches nothing, and a bad pattern."""
     compiled = []
     for row in rules:
         try:
@@ -119,7 +119,7 @@ def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
 
 
 def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> Flat:
-    """Where only a part of an array trains: path -> bool, broadcastable to it. pose_token: its place among the added tokens."""
+    """For arrays of which only a part trains: path -> bool mask, broadcastable to the array. pose_token: its index among the added tokens."""
     rows, flat = assign(params, rules), flatten(params)
     for path, axis in TOKEN_AXIS.items():
         wanted = rows[path].lr is not None and rows[path].tokens == "pose"
@@ -136,7 +136,7 @@ def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> 
 
 
 def select(masks: Flat, new: Flat, old: Flat) -> Flat:
-    """``new`` where it trains, ``old`` elsewhere, to the bit."""
+    """``new`` where a mask is true or there is none, else exactly ``old``."""
     return {path: jnp.where(masks[path], x, old[path]) if path in masks else x for path, x in new.items()}
 
 
@@ -162,8 +162,9 @@ def describe(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
 
 
 def rates(rules: Sequence[Rule]) -> dict[str, float]:
-    """What multiplies the learning rate, for each row that trains, by the row's place in the table and the words of its pattern; nothing
-    where all have the base rate. ``{"3_projector": 0.1, …}``"""
+    """The learning-rate multiplier of each row that trains, by the row's index and the words of its pattern, such as ``{"3_projector": 0.1}``; empty
+    where all are 1.
+    """
     found = {
         f"{index}_{'_'.join(re.findall('[a-zA-Z0-9]+', row.pattern))}".rstrip("_"): row.lr
         for index, row in enumerate(rules)
@@ -173,7 +174,7 @@ def rates(rules: Sequence[Rule]) -> dict[str, float]:
 
 
 def scale_by_rows(rows: Mapping[str, Rule], schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The end of AdamW with a rate for each path: update = −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
+    """The last part of AdamW, with a rate for each path: update = −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
 
     def init(params: Flat) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))

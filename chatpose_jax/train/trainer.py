@@ -10,19 +10,22 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from chatpose_jax.data.example import Kind
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.settings import did_you_mean
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
@@ -32,7 +35,7 @@ from chatpose_jax.train.step import TrainState, init_state, make_step
 from chatpose_jax.train.telemetry import Meter
 
 HOW = (
-    "steps", "log_every", "save_every", "eval_every", "keep", "best", "result", "wandb", "mesh", "remat", "max_skipped", "attention",
+    "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "remat", "max_skipped", "attention",
 )  # fmt: skip
 """Settings that a resumed run may change: how long, how often, on which devices. Any other would make another run of it."""
 
@@ -217,7 +220,7 @@ def train(
         params: where to start, placed on the mesh. Trainable arrays are consumed (donated to the first step), frozen ones used as they are.
         batches: gives the rows ``feed.local_rows(mesh, …)`` of each global batch.
         mesh: the devices of all processes; None is this process's first device.
-        evaluate: called with the parameters every ``eval_every`` steps; its scalars and pictures are logged.
+        evaluate: called with the parameters every ``eval_every`` steps; its scalars and pictures are logged under their names.
         flops: counts the operations of a step; what they are of ``peak``, the operations per second of a device, is logged.
         profile: write a trace of that many steps to ``out/profile``.
         progress: show a progress bar, on process 0.
@@ -328,14 +331,19 @@ class _Loop:
             evaluates = config.eval_every and (step % config.eval_every == 0 or step == config.steps)
             while len(under_way) > (0 if logs or saves or evaluates else AHEAD):
                 self._arrived(*under_way.popleft(), meter, stop, chart=logs and not under_way)
-            metric = None
+            metric, values = None, dict[str, float]()
             if self.evaluate is not None and evaluates:
-                values = self.evaluate(table.merge(state.trainable, self.frozen))
-                self._tell(step, values, stop)
+                found = self.evaluate(table.merge(state.trainable, self.frozen))
+                self._tell(step, found, stop)
+                values = {name: value for name, value in found.items() if not isinstance(value, np.ndarray)}
                 metric = best_metric(values, config.best)
-            if saves:
+            lost = values and config.best and metric is None
+            if saves or lost:
                 self.log.flush()
                 self.checkpoints.save(state, self.batches.state(), metric)
+            if lost:
+                self.checkpoints.wait()
+                demand_best(values, config.best)
             if saves or evaluates:
                 meter.restart()
             if last:
@@ -404,9 +412,25 @@ def shortest(value: Any) -> float | int:
 
 
 def best_metric(values: Mapping[str, Any], name: str) -> float | None:
-    """The mean of ``val_…_{name}`` over the kinds of held-out rows; None without one."""
-    found = [value for key, value in values.items() if key.split("_", 2)[::2] == ["val", name]]
-    return float(np.mean(found)) if found else None
+    """The value ``val_{name}``, or else the mean of ``val_{kind}_{name}`` over the kinds of held-out rows; None without one."""
+    keys = best_keys(values, name)
+    return float(np.mean([values[key] for key in keys])) if keys else None
+
+
+def best_keys(names: Collection[str], best: str) -> list[str]:
+    """Which of these names ``train.best`` means."""
+    if (key := f"val_{best}") in names:
+        return [key]
+    return [key for kind in get_args(Kind) if (key := f"val_{kind}_{best}") in names]
+
+
+def demand_best(names: Collection[str], best: str) -> None:
+    """Raises UserError where ``train.best`` is none of the values that the evaluators give."""
+    if best and names and not best_keys(names, best):
+        known = sorted({re.sub(rf"^val_(({'|'.join(get_args(Kind))})_)?", "", name) for name in names})
+        raise UserError(
+            f"train.best={best!r}: no evaluator gives it{did_you_mean(best, known)}; they give {', '.join(known)}; '' keeps no best checkpoint"
+        )
 
 
 def check_skipped(scalars: Mapping[str, float], step: int, limit: int, latest: int | None) -> None:

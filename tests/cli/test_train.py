@@ -8,14 +8,12 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 import pytest
 
 from chatpose_jax.cli.main import main
-from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.models.chatpose import abstract_params, create
@@ -27,12 +25,9 @@ from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.chips import peak_flops
 from chatpose_jax.train.flops import utilisation
 from chatpose_jax.train.run import (
-    VALIDATION_READ,
-    VALIDATION_ROWS,
     demand_table,
     run_training,
     training_mesh,
-    validation_rows,
 )
 from chatpose_jax.train.run_config import load_config
 from chatpose_jax.train.start import adopt, initial_params
@@ -40,7 +35,7 @@ from chatpose_jax.train.step import TrainState
 from chatpose_jax.train.trainable import PAPER, assign, flatten
 from chatpose_jax.train.trainer import identity
 from chatpose_jax.weights import folder as model_folder
-from smpl_jax.pose import unmeasured
+from tests.train.rows import Rows
 
 
 @pytest.mark.parametrize(
@@ -62,7 +57,7 @@ def test_chips_are_known_by_the_names_that_jax_gives_them(kind, peak):
 def test_lora_takes_two_thirds_of_what_training_everything_would():
     config = load_config("chatpose_13b")
     batch = {"input_ids": np.zeros((16, 1024), np.int32), "pixel_values": np.zeros((16, 1, 336, 336, 3), np.float32)}
-    found = utilisation(config.model, config.train, batch)
+    found = utilisation(config.model, config.train)(batch)
     assert 1.4 < found["mfu_6n"] / found["mfu"] < 1.5
     parameters, tokens = 13.0e9, 16 * 1024
     assert 4 * parameters * tokens < found["mfu"] < 4.4 * parameters * tokens
@@ -157,45 +152,6 @@ def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, monkeypatch, c
     assert capsys.readouterr().err == f"error: {out}: cannot be written (Not a directory)\n"
 
 
-class Rows(Sequence):
-    """Held-out rows without end, nearly: their number, their kinds by index, and how many were taken."""
-
-    def __init__(self, size, kind):
-        self.size, self.kind, self.taken = size, kind, 0
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        self.taken += 1
-        kind = self.kind(index)
-        poses = unmeasured((int(kind != "instruction"),))
-        return Example(f"row-{index}", kind, [{"role": "user", "content": "Who?"}], poses)
-
-
-def test_validation_does_not_read_a_set_to_its_end():
-    rows = Rows(10_000_000, lambda index: "text")
-    assert {kind: len(group) for kind, group in validation_rows(rows).items()} == {"text": VALIDATION_ROWS}
-    assert rows.taken <= VALIDATION_READ
-
-
-def test_validation_finds_a_kind_that_comes_last():
-    """As in a mixture, whose sources stand one after the other."""
-    kinds = ("instruction", "text", "image")
-    found = validation_rows(Rows(3_000_000, lambda index: kinds[index // 1_000_000]))
-    assert {kind: len(group) for kind, group in found.items()} == {"text": VALIDATION_ROWS, "image": VALIDATION_ROWS}
-    few = validation_rows(Rows(60, lambda index: kinds[index % 3]))
-    assert [row.id for row in few["image"]] == [f"row-{index}" for index in range(2, 60, 3)]
-
-
-@pytest.mark.parametrize("rows", [Rows(0, str), Rows(5000, lambda index: "instruction")])
-def test_rows_without_a_pose_validate_nothing(rows):
-    with pytest.raises(UserError, match="no row with a pose among"):
-        validation_rows(rows)
-
-
 @pytest.mark.parametrize(
     ("refusal", "status", "said"),
     [
@@ -225,7 +181,7 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
         ("chatpose_jax.cli.train:nothing", "has no function or class 'nothing'", False),
         ("chatpose_jax.data.sources:SOURCES.get", "has no function", False),
         (
-            "chatpose_jax.train.run:validation_batches",
+            "chatpose_jax.train.run:row_sizes",
             "a source takes the split, and its options by keyword: write def",
             False,
         ),

@@ -11,7 +11,7 @@ from chatpose_jax.models.chatpose import bind, create
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train import trainable as table
-from chatpose_jax.train.loss import loss
+from chatpose_jax.train.loss import final_states, loss
 from tests.numerics import GRADIENT, LOSS
 
 TINY = preset("tiny")
@@ -38,7 +38,8 @@ def test_packed_is_unpacked():
 
     @jax.jit
     def value(batch):
-        return loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0)
+        model = bind(CONFIG, params)
+        return loss(model, final_states(model, batch), batch, lambda_text=1.0, lambda_pose=1.0)
 
     (expected, parts), (found, others) = value(unpacked), value(packed)
     np.testing.assert_allclose(found, expected, rtol=LOSS)

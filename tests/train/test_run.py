@@ -39,10 +39,24 @@ def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, m
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert list(names["losses"].items()) == [(line["step"], line["loss"]) for line in lines[:4]]
 
+    section = DOCS.read_text().split("## Evaluators")[1]
+    Path("mychecks.py").write_text(re.search(r"```python\n(.*?)```", section, flags=re.S)[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
     told = []
-    whole = run_training(load_config("tiny", SMALL), tmp_path / "whole", progress=False, say=told.append)
+    validated = [
+        "train.eval_every=3", "train.best=knees", "data.sources.synthetic.val_size=8",
+        "train.evaluators=(('validation', {'rows': 4, 'pictures': 1}), ('mychecks:knees', {'rows': 3}))",
+    ]  # fmt: skip
+    config = load_config("tiny", [*SMALL, *validated])
+    whole = run_training(config, tmp_path / "whole", progress=False, say=told.append)
     assert capsys.readouterr().out == ""
     assert any("measuring 8 rows" in line for line in told)
+    assert "validation on 4 of kind text (8 of the 8 rows of 'val' were read)" in told
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if "loss" not in line}
+    assert list(found) == [3, 5]
+    for line in found.values():
+        assert 0 < line["val_knees"] < 180 and line["val_text_pa_mpjpe"] > 0 and line["val_text_pose_root"] > 0
     once, twice = stored(whole), stored(names["folder"])
     assert once.keys() == twice.keys()
     for path, leaf in once.items():

@@ -222,8 +222,17 @@ def test_a_best_result_that_nothing_measured_is_not_passed_over(tmp_path, params
     train(CONFIG, settings, params(), Batches(), tmp_path / "none", progress=False)
     assert capsys.readouterr().out.count("no validation to choose by (train.eval_every=0)") == 1
     settings = dataclasses.replace(SETTINGS, steps=2, eval_every=2, result="best", best="mpjre")
+    told = (
+        r"train.best='mpjre': no evaluator gives it; did you mean mpjpe\?; they give mpjpe; '' keeps no best checkpoint"
+    )
+    with pytest.raises(UserError, match=told):
+        train(
+            CONFIG, settings, params(), Batches(), tmp_path, evaluate=lambda _: {"val_text_mpjpe": 1.0}, progress=False
+        )
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["2"], "nothing was lost"
+    settings = dataclasses.replace(settings, best="mpjpe")
     train(CONFIG, settings, params(), Batches(), tmp_path, evaluate=lambda _: {"val_text_mpjpe": 1.0}, progress=False)
-    assert capsys.readouterr().out.count("gave val_…_mpjre") == 1
+    assert capsys.readouterr().out.count("gave val_…_mpjpe") == 1
 
 
 def test_each_row_has_its_rate_and_the_console_both_shares_of_the_peak(tmp_path, params, capsys):
@@ -246,6 +255,8 @@ def test_the_mean_over_kinds_decides_what_is_best():
     assert best_metric(values, "pa_mpjpe") == 2.0
     assert best_metric(values, "mpjpe") == 50.0
     assert best_metric(values, "mpjre") is None
+    assert best_metric(values, "text_pa_mpjpe") == 1.0, "a value by its whole name"
+    assert best_metric({"val_hands": 4.0, "val_text_hands": 2.0}, "hands") == 4.0
 
 
 @pytest.mark.parametrize(

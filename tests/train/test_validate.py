@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from chatpose_jax.models.chatpose import bind, create, fake_batch
+from chatpose_jax.models.chatpose import ChatPoseModel, bind, create, fake_batch
 from chatpose_jax.models.sharding import make_mesh
-from chatpose_jax.train.loss import loss
-from chatpose_jax.train.validate import make_validation
+from chatpose_jax.train.loss import final_states, loss
+from chatpose_jax.train.validate import Validation
 from smpl_jax import body as bodies
 from smpl_jax import io, metrics
 from tests.heads import matrices
@@ -19,16 +19,35 @@ def test_validation_is_the_mean_over_rows_that_hold_a_pose():
     params, body = create(CONFIG, jax.random.key(0)), io.load_body()
     batch = fake_batch(CONFIG, batch=3, length=12)
     batch["pose_mask"][1] = False
-    found = make_validation(CONFIG, SETTINGS, {"image": [batch]}, body)(params)
+    found = Validation(CONFIG, SETTINGS, {"image": [batch]}, body)(params)
     model = bind(CONFIG, params)
     weights = {"lambda_text": SETTINGS.lambda_text, "lambda_pose": SETTINGS.lambda_pose}
-    _, parts = jax.jit(lambda params: loss(bind(CONFIG, params), batch, **weights))(params)
-    np.testing.assert_allclose(found["val_image_pose_body"], parts["pose_body"], rtol=LOSS)
+
+    @jax.jit
+    def expected(params):
+        model = bind(CONFIG, params)
+        return loss(model, final_states(model, batch), batch, **weights)[1]
+
+    parts = expected(params)
+    np.testing.assert_allclose(found["image_pose_body"], parts["pose_body"], rtol=LOSS)
     hidden = run_model(params, batch)[[0, 2], batch["pose_index"][0, 0]]
     predicted, true = (
         bodies.joints(body, poses) for poses in (matrices(model, hidden), batch["poses"].rotations[[0, 2], 0])
     )
-    np.testing.assert_allclose(found["val_image_pa_mpjpe"], np.mean(metrics.pa_mpjpe(predicted, true)), rtol=1e-3)
+    np.testing.assert_allclose(found["image_pa_mpjpe"], np.mean(metrics.pa_mpjpe(predicted, true)), rtol=1e-3)
+
+
+def test_a_batch_goes_through_the_model_once(monkeypatch):
+    passes = []
+    once = ChatPoseModel.__call__
+    monkeypatch.setattr(
+        ChatPoseModel, "__call__", lambda self, *args, **kw: passes.append(1) or once(self, *args, **kw)
+    )
+    batch = fake_batch(CONFIG, batch=2, length=12)
+    validation = Validation(CONFIG, SETTINGS, {"image": [batch, batch]}, io.load_body())
+    values = validation(create(CONFIG, jax.random.key(0)))
+    assert sum(passes) == 1, "traced once, for the names and for all batches"
+    assert set(values) == set(validation.names)
 
 
 @pytest.mark.slow
@@ -36,10 +55,10 @@ def test_a_mesh_validates_to_the_same_and_draws():
     batch = fake_batch(CONFIG, batch=8, length=12)
     batch["pose_mask"][3:] = False
     mesh, body = make_mesh(2, 2, 2), io.load_body()
-    alone = make_validation(CONFIG, SETTINGS, {"text": [batch]}, body)(create(CONFIG, jax.random.key(0)))
-    there = make_validation(CONFIG, SETTINGS, {"text": [batch, batch]}, body, mesh=mesh, rows=8, pictures=4)
+    alone = Validation(CONFIG, SETTINGS, {"text": [batch]}, body)(create(CONFIG, jax.random.key(0)))
+    there = Validation(CONFIG, SETTINGS, {"text": [batch, batch]}, body, mesh=mesh, rows=8, pictures=4)
     found = there(create(CONFIG, jax.random.key(0), mesh))
-    picture = found.pop("val_text_poses")
+    picture = found.pop("text_poses")
     assert found.keys() == alone.keys()
     np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=GRADIENT)
     assert picture.dtype == np.uint8

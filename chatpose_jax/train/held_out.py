@@ -1,0 +1,65 @@
+"""Rows that a run does not train on: a few of each kind, read once and kept as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax.data.batches import BatchLoader
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.heads import head_family
+from chatpose_jax.train import feed
+from chatpose_jax.train.evaluators import Context
+
+READ = 1024
+"""Rows that are read at most."""
+
+
+def held_out_rows(rows: Sequence[Example], count: int) -> tuple[dict[str, list[Example]], int]:
+    """Up to ``count`` rows with a pose of each kind, in their order, and how many rows were read for them.
+
+    At most ``READ`` rows are read, evenly from all over the set, and coarsely before finely. Reading stops as soon as there are ``count`` of
+    each kind that was seen, but not before ``2 * count`` rows: until then another kind may come.
+
+    Raises UserError where no row has a pose.
+    """
+    groups: dict[str, dict[int, Example]] = {}
+    read = 0
+    for index in spread(len(rows), READ):
+        if read >= 2 * count and groups and all(len(group) == count for group in groups.values()):
+            break
+        row, read = rows[index], read + 1
+        if len(row.poses) and len(groups.setdefault(row.kind, {})) < count:
+            groups[row.kind][index] = row
+    if not groups:
+        raise UserError(f"no row with a pose among {read} of {len(rows)} held-out ones")
+    return {kind: [group[index] for index in sorted(group)] for kind, group in groups.items()}, read
+
+
+def spread(size: int, count: int) -> list[int]:
+    """Up to ``count`` indices into ``size`` rows, evenly spaced and ordered so that the first ones of them are evenly spaced too."""
+    count = min(size, count)
+    bits = max(count - 1, 0).bit_length()
+    order = sorted(range(count), key=lambda place: int(f"{place:0{bits}b}"[::-1], 2))
+    places = np.linspace(0, max(size - 1, 0), count).astype(int)
+    return [int(places[place]) for place in order]
+
+
+def held_out_batches(context: Context, rows: Sequence[Example], size: int) -> list[dict[str, Any]]:
+    """All rows in batches of ``size`` (of fewer, where there are fewer and no mesh); on a mesh, this process's part of each."""
+    config, mesh = context.config, context.mesh
+    loader = BatchLoader(
+        rows,
+        context.processor,
+        min(size, len(rows)) if mesh is None else size,
+        max_length=config.train.max_length,
+        family=head_family(config.model.head),
+        shuffle=False,
+        epochs=1,
+        buckets=1,
+        rows=feed.local_rows(mesh, size),
+    )
+    return list(loader)
