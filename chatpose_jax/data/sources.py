@@ -17,7 +17,10 @@ from chatpose_jax.data.moved import KINDS
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
-SOURCES = {"synthetic": "chatpose_jax.data.synthetic.dataset:synthetic"}
+SOURCES = {
+    "synthetic": "chatpose_jax.data.synthetic.dataset:synthetic",
+    "motion": "chatpose_jax.data.motion:motion",
+}
 """Sources in the package: name -> ``package.module:function``.
 
 A source is called as ``make(split, *, image_size, seed, **options)`` and gives a sequence of ``Example``. Its keyword-only parameters are its
