@@ -1,4 +1,4 @@
-"""The demo end to end with a handful of steps, and the pose head of docs/extending.md in it."""
+"""The demo end to end with a handful of steps."""
 
 import json
 import re
@@ -8,7 +8,6 @@ import pytest
 
 from chatpose_jax.cli.demo import draw_curve
 from chatpose_jax.cli.main import main
-from chatpose_jax.models.heads import HEADS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["train.steps=3", "train.eval_every=3", "train.batch_size=8"]
@@ -42,17 +41,6 @@ def test_the_demo_leaves_answers_and_a_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "PA-MPJPE" in printed
     assert main(["demo", "--out", str(out), "--rows", "8", *sets()]) == 0, "a finished demo goes on from its checkpoint"
-
-
-@pytest.mark.slow
-def test_the_head_of_the_docs_is_one_file_and_trains(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
-    (tmp_path / "deep_of_the_docs.py").write_text(next(block for block in blocks if "DeepHead" in block))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(HEADS, "deep", "deep_of_the_docs:DeepHead")
-    options = ("model.head.name=deep", "model.head.options=(('hidden', 48),)")
-    assert main(["demo", "--out", str(tmp_path / "run"), "--rows", "8", *sets(*options)]) == 0
-    assert main(["chat", str(tmp_path / "run/model"), "--prompt", "Kneel.", "--force-pose"]) == 0
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     clock.lap("training")
 
     print("3/4  Asking about people that it has never seen ...", flush=True)
-    model = load(folder)
+    model = load(folder, head=config.model.head.name)
     results = evaluate(model, config, count)
     clock.lap("evaluation")
 

@@ -10,7 +10,6 @@ import pytest
 from chatpose_jax.cli.train import add_arguments
 from chatpose_jax.data.sources import examples
 from chatpose_jax.models.chatpose import abstract_params
-from chatpose_jax.models.heads import HEADS
 from chatpose_jax.train.run_config import load_config
 from chatpose_jax.train.trainable import HEAD, PAPER, PROJECTOR, assign
 
@@ -20,21 +19,12 @@ LINES = dict(re.findall(r"^\| (.*?) \| `(--set .*)` \|$", SECTION, flags=re.M))
 TRAINS = {"the pose head alone": HEAD, "the projector trains too": PROJECTOR}
 
 
-@pytest.fixture
-def deep_head(tmp_path, monkeypatch):
-    """The head of docs/extending.md, as if it stood in ``models/heads``."""
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), flags=re.S)
-    (tmp_path / "deep_in_the_table.py").write_text(next(block for block in blocks if "DeepHead" in block))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(HEADS, "deep", "deep_in_the_table:DeepHead")
-
-
 def test_every_row_of_the_table_is_read():
     assert len(LINES) == SECTION.count("\n| ") - 1 == 8
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_ablations_are_overrides_that_fit(name, deep_head):
+def test_ablations_are_overrides_that_fit(name):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     parsed = parser.parse_args(["--config", "chatpose_13b", "--out", "run", *shlex.split(LINES[name])])

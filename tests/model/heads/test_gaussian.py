@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +74,14 @@ def test_likelihood_of_the_head_is_by_joint_and_most_at_the_mean() -> None:
     assert likelihood.shape == (2, 3, 24)
     turned = Pose(made.rotations @ axis_angle_to_matrix(jnp.array([0.3, 0, 0])), "camera")
     assert (head.log_likelihood(given, turned) < likelihood).all()
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    page = (Path(__file__).parents[3] / "docs/heads.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["nats"].shape == (2, 1, 24) and names["deviations"].shape == (2, 1, 24, 3)
 
 
 def test_deviations_are_bounded_whatever_the_state() -> None:
