@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,9 @@ HEADS = {
 }
 
 
+@functools.cache
 def make(name: str) -> PoseHead:
-    return create_head(HEADS[name], WIDTH, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: create_head(HEADS[name], WIDTH, rngs=nnx.Rngs(0)))()  # type: ignore[no-any-return]
 
 
 def states(batch: int = 2, poses: int = 3, length: int = 7, seed: int = 0) -> States:

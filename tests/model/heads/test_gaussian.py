@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from chatpose_jax.models.heads.gaussian import LARGEST, LEAST, Rotations
 from smpl_jax.pose import Pose
@@ -27,8 +29,14 @@ def distribution(deviations: list[float]) -> Rotations:
     return Rotations(MEAN, AXES, jnp.array(deviations))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def draw(of: Rotations, count: int) -> jax.Array:
     return jax.vmap(of.sample)(jax.random.split(KEY, count))
+
+
+@jax.jit
+def log_density(of: Rotations, rotations: jax.Array) -> jax.Array:
+    return of.log_density(rotations)
 
 
 @pytest.mark.parametrize("deviations", DEVIATIONS.values(), ids=DEVIATIONS)
@@ -36,9 +44,9 @@ def test_density_integrates_to_one_and_samples_follow_it(deviations: list[float]
     """Over uniform rotations the density's mean is 1, and the mean of density times anything is the samples' mean of it."""
     of, count = distribution(deviations), 200_000
     uniform = quaternion_to_matrix(jax.random.normal(KEY, (count, 4)))
-    density = np.asarray(jnp.exp(jax.jit(of.log_density)(uniform)), np.float64)
+    density = np.asarray(jnp.exp(log_density(of, uniform)), np.float64)
     assert density.mean() == pytest.approx(1, abs=0.005 + 4 * density.std() / count**0.5)
-    samples = jax.jit(lambda: draw(of, count))()
+    samples = draw(of, count)
 
     def moments(rotations: jax.Array) -> np.ndarray:
         """The distance from the mean, and the mean rotation's entries: what turns differently about different axes."""
@@ -62,18 +70,19 @@ def test_likelihood_is_least_at_the_truth() -> None:
         "narrower": truth._replace(deviations=truth.deviations / 1.15),
         "another axis wide": truth._replace(deviations=truth.deviations[::-1]),
     }
-    least = -truth.log_density(samples).mean()
+    least = -log_density(truth, samples).mean()
     for name, other in others.items():
-        assert -other.log_density(samples).mean() > least + 0.005, name
+        assert -log_density(other, samples).mean() > least + 0.005, name
 
 
 def test_likelihood_of_the_head_is_by_joint_and_most_at_the_mean() -> None:
     head, given = make("gaussian"), states()
-    made = head(given, KEY)
-    likelihood = head.log_likelihood(given, made)
+    made = nnx.jit(lambda head: head(given, KEY))(head)
+    likely = nnx.jit(lambda head, pose: head.log_likelihood(given, pose))
+    likelihood = likely(head, made)
     assert likelihood.shape == (2, 3, 24)
     turned = Pose(made.rotations @ axis_angle_to_matrix(jnp.array([0.3, 0, 0])), "camera")
-    assert (head.log_likelihood(given, turned) < likelihood).all()
+    assert (likely(head, turned) < likelihood).all()
 
 
 def test_the_example_of_the_docs_runs() -> None:
@@ -86,15 +95,17 @@ def test_the_example_of_the_docs_runs() -> None:
 
 def test_deviations_are_bounded_whatever_the_state() -> None:
     head, given = make("gaussian"), states()
+    distribution = nnx.jit(lambda head, token: head.distribution(token))
     for scale in (1e-3, 1e4):
-        of = head.distribution(given.token * scale)
+        of = distribution(head, given.token * scale)
         assert (of.deviations >= LEAST).all() and (of.deviations <= LARGEST).all()
-        assert jnp.isfinite(of.log_density(jnp.eye(3))).all()
+        assert jnp.isfinite(log_density(of, jnp.eye(3))).all()
 
 
 def test_samples_are_seeded_and_differ() -> None:
     head, given = make("gaussian"), states()
-    samples = head.sample(given, KEY, 4)
+    draws = nnx.jit(lambda head: head.sample(given, KEY, 4))
+    samples = draws(head)
     assert head.draws and samples.shape == (4, 2, 3)
-    np.testing.assert_array_equal(samples.rotations, head.sample(given, KEY, 4).rotations)
+    np.testing.assert_array_equal(samples.rotations, draws(head).rotations)
     assert geodesic_distance(samples.rotations[0], samples.rotations[1]).min() > 1e-3
