@@ -150,7 +150,8 @@ def pose_metrics(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, ja
     shown = [to_family(pose.replace(measured=counts), family_of(body.num_joints)) for pose in (predicted, target)]
     a, b = (joints(body, pose.rotations)[..., :24, :] for pose in shown)
     measured = shown[0].measured
-    turned = measured.at[..., 0].set(True)  # PA-MPJPE takes any root
+    # PA-MPJPE takes any root, but where nothing else was measured there is nothing to tell.
+    turned = measured.at[..., 0].set(measured[..., 1:].any(-1))
     last = target.num_joints if target.family == "smpl" else SHARED
     angles = geodesic_degrees(predicted.rotations[..., 1:last, :, :], target.rotations[..., 1:last, :, :])
     return {

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState
 
@@ -67,7 +68,7 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder / str(step)}: no readable checkpoint ({error}); delete this folder to resume from an older one"
             ) from error
-        saved = run["identity"]
+        saved = _in_todays_terms(run["identity"])
         differing = [
             f"{table}.{key}"
             for table, values in self.identity.items()
@@ -135,3 +136,13 @@ def _fingerprints(state: TrainState) -> dict[str, str]:
 def _merit(metrics: Mapping[str, float]) -> float:
     """Orbax keeps the greatest value, so the metric is negated."""
     return -metrics[METRIC]
+
+
+def _in_todays_terms(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint as they would be written now: ``train.pose_loss`` did not exist, and all heads gave 24 joints."""
+    tables = {name: dict(values) for name, values in saved.items()}
+    if "train" in tables:
+        tables["train"].setdefault("pose_loss", [list(row) for row in TrainConfig().pose_loss])
+    if (head := tables.get("model", {}).get("head", {})).get("num_joints") == 24:
+        tables["model"]["head"] = {name: value for name, value in head.items() if name != "num_joints"}
+    return tables

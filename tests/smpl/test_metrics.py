@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from smpl_jax import metrics
+from smpl_jax import body as bodies
+from smpl_jax import io, metrics
+from smpl_jax.pose import Pose, to_family
 
 from ..numerics import MARGIN, near
 
@@ -83,3 +85,50 @@ def test_geodesic_degrees():
 def test_bad_shapes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_only_joints_that_count_do() -> None:
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(2, 3, 24, 3))
+    mask = rng.random((3, 24)) < 0.6
+    mask[:, 0] = True
+    x, y = rng.normal(size=(2, 3, 24, 3, 3))
+    for i in range(3):
+        few = [points[i, mask[i]] for points in (a, b)]
+        np.testing.assert_allclose(metrics.mpjpe(a, b, mask=mask)[i], metrics.mpjpe(*few), rtol=1e-5)
+        np.testing.assert_allclose(metrics.pa_mpjpe(a, b, mask)[i], metrics.pa_mpjpe(*few), rtol=1e-4)
+        expected = 100 * np.abs(x - y)[i, 1:][mask[i, 1:]].mean()
+        np.testing.assert_allclose(metrics.mpjre(x, y, mask=mask)[i], expected, rtol=1e-5)
+    assert np.isnan(metrics.mpjpe(a, b, mask=np.zeros((3, 24), bool))).all()
+    np.testing.assert_array_equal(metrics.mpjpe(a, b, mask=np.ones((3, 24), bool)), metrics.mpjpe(a, b))
+
+
+def test_poses_are_judged_by_what_was_measured() -> None:
+    """Whatever was filled in changes nothing; positions below what was not measured do not count, nor a pose without any."""
+    rng = np.random.default_rng(6)
+    body = io.load_body()
+    target, predicted, other = (
+        Pose(np.float32(Rotation.random(4 * 24, random_state=rng).as_matrix()).reshape(4, 24, 3, 3), "camera")
+        for _ in range(3)
+    )
+    measured = np.ones((4, 24), bool)
+    measured[1, 3:] = False
+    measured[2, 0] = False
+    measured[3] = False
+    filled = np.where(measured[..., None, None], target.rotations, other.rotations)
+    errors = metrics.pose_metrics(predicted, target.replace(measured=measured), body)
+    again = metrics.pose_metrics(predicted, target.replace(rotations=filled, measured=measured), body)
+    whole = metrics.pose_metrics(predicted, target, body)
+    for name, values in errors.items():
+        np.testing.assert_allclose(values, again[name], rtol=2e-5)
+        np.testing.assert_allclose(values[0], whole[name][0], rtol=1e-6)
+        assert np.isnan(values[3])
+    assert np.isnan(errors["mpjpe"][2]), "without the root no position is known"
+    np.testing.assert_allclose(errors["pa_mpjpe"][2], whole["pa_mpjpe"][2], rtol=1e-4)
+    placed = [j for j in range(24) if j == 0 or body.parents[j] < 3]
+    joints = [np.asarray(bodies.joints(body, pose.rotations[1]))[placed] for pose in (predicted, target)]
+    np.testing.assert_allclose(errors["mpjpe"][1], metrics.mpjpe(*joints), rtol=1e-5)
+    shared = metrics.pose_metrics(predicted, to_family(target, "shared"), body)
+    np.testing.assert_allclose(shared["mpjpe"], whole["mpjpe"], rtol=1e-5)
+    with pytest.raises(ValueError, match="one frame"):
+        metrics.pose_metrics(predicted, target.replace(frame="model"), body)

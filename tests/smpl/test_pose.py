@@ -8,7 +8,7 @@ import pytest
 import smpl_jax
 from smpl_jax import Pose, load_body
 from smpl_jax.frames import turn
-from smpl_jax.pose import JOINTS, family_of
+from smpl_jax.pose import JOINTS, family_of, unmeasured
 
 from .models import random_arrays, random_rotations
 
@@ -261,3 +261,11 @@ def test_a_pose_passes_its_check():
         pose = smpl_jax.complete(Pose(rotations(*shape, 52), "z-up", betas=numbers(*shape, 4)))
         assert smpl_jax.check(pose) is pose
         smpl_jax.check(jax.tree.map(jnp.asarray, pose))
+
+
+def test_a_batch_has_a_length_and_a_single_pose_has_none() -> None:
+    batch = unmeasured((3, 2))
+    assert len(batch) == 3
+    assert [pose.shape for pose in batch] == [(2,)] * 3
+    with pytest.raises(TypeError, match="no length"):
+        len(batch[0][0])

@@ -14,10 +14,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import preset
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.checkpoints import Checkpoints
+from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState
+from chatpose_jax.train.trainer import identity
 
 
 def state_of(mesh=None, seed=0):
@@ -57,6 +60,25 @@ def test_another_base_is_refused_by_name(tmp_path):
         opened(tmp_path, state_of(seed=1)[1]).restore(state)
     _, position = opened(tmp_path, frozen).restore(state)
     assert position == {"step": 1}
+
+
+def test_a_run_of_before_train_pose_loss_goes_on(tmp_path):
+    """Its settings said that the head gives 24 joints, and nothing of the pose loss."""
+    state, frozen = state_of()
+    today = identity(preset("tiny"), TrainConfig())
+    before = {
+        "model": {**today["model"], "head": {"name": "mlp", "num_joints": 24, "options": []}},
+        "train": dict(today["train"]),
+    }
+    assert before["train"].pop("pose_loss") == [["matrices", 1.0]]
+    options = {"keep": 1, "frozen": fingerprint(frozen), "result": tmp_path}
+    checkpoints = Checkpoints(tmp_path / "run", identity=before, **options)
+    checkpoints.save(at(state, 1), {"step": 1})
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "run", identity=today, **options).restore(state)[1] == {"step": 1}
+    other = identity(preset("tiny"), TrainConfig(pose_loss=(("geodesic", 1.0),)))
+    with pytest.raises(UserError, match=r"other settings of train\.pose_loss"):
+        Checkpoints(tmp_path / "run", identity=other, **options).restore(state)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])
