@@ -30,8 +30,8 @@ from chatpose_jax.generate import Generated, Returning, Sampling, generate_strea
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
-from chatpose_jax.models.heads import head_class
-from chatpose_jax.models.heads.base import PoseHead, States
+from chatpose_jax.models.heads import abstract_head, head_class, head_output
+from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import did_you_mean, flag, instance, whole
@@ -155,16 +155,10 @@ class ChatPose:
     def _check_body(self) -> None:
         """Raises UserError for a body that cannot show what the pose head gives, before an answer took its time."""
 
-        def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype)
-
-        state, whole = (1, 1, self.config.text.hidden_size), head_class(self.config.head.name).reads == "conversation"
-        conversation = (abstract(state, self.config.dtype), abstract((1, 1, 1), bool)) if whole else ()
-        states = States(abstract(state, jnp.float32), *conversation)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        drawn = jax.eval_shape(lambda *given: self._sample(*given, 1), self.params, states, key)
+        width = self.config.text.hidden_size
+        given = head_output(abstract_head(self.config.head, width), width)
         try:
-            for_body(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), drawn), self.body)
+            for_body(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), given), self.body)
         except ValueError as error:
             raise UserError(f"the pose head {self.config.head.name!r} needs another body: {error}") from None
 
@@ -423,7 +417,7 @@ def load(
     folder = find_model(folder)
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
     if source or (is_source(folder) and not is_model_folder(folder)):
-        config, params, processor = _load_source(folder, mesh, dtype=dtype, **source)
+        config, params, processor = _load_source(folder, mesh, dtype=dtype, head=head, **source)
     else:
         config = load_config(folder, head)
         if dtype is not None:
@@ -449,7 +443,7 @@ def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -
     from chatpose_jax.weights.spec import SourceSpec
 
     if is_model_folder(folder):
-        named = sorted(set(options) - {"dtype"})
+        named = sorted(set(options) - {"dtype", "head"})
         raise UserError(f"{folder} is a model folder, whole as it is; {', '.join(named)} is for PyTorch weights")
     plan, params = load_source(SourceSpec(folder, **options), mesh=mesh)
     with tempfile.TemporaryDirectory() as temporary:

@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, such as 500MB (default 5GB)"
     )
+    parser.add_argument(
+        "--head",
+        metavar="MODULE:CLASS",
+        help="the folder's pose head, where it is of a package of your own: a folder by itself makes nothing be imported",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     peft = parser.add_argument_group("--format peft")
     peft.add_argument("--base-name", metavar="NAME", help="base_model_name_or_path: what the adapter goes onto")
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         base_name=args.base_name,
         base_class=args.base_class,
         with_projector=args.with_projector,
+        head=args.head,
         progress=not args.quiet,
     )
     if not args.quiet:

@@ -14,7 +14,7 @@ from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import read_metadata
-from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, load_config, read_folder
+from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, read_config, read_folder
 from chatpose_jax.weights.nonfinite import describe
 from chatpose_jax.weights.plan import PARTS, Conversion, plan_conversion, rounded
 from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(_describe_model_folder(folder, args.tensors)))
         return 0
     if is_adapter(folder):
-        for source in open_adapter(folder, spec.lora_alpha):
+        for source in open_adapter(folder, spec.lora_alpha, spec.head):
             print("\n".join(_describe_source(source, args.tensors)))
         print(f"needs its base: chatpose convert BASE OUT --adapter {folder}")
         return 1
@@ -74,6 +74,7 @@ def describe_config(config: ModelConfig) -> list[str]:
             f"{text.vocab_size} rows, {text.base_vocab_size} of them base; pose token {config.pose_token_id}",
         ),
         *([("adapters", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")] if lora else []),
+        ("pose head", ", ".join([config.head.name, *(f"{name}={value!r}" for name, value in config.head.options)])),
         ("storage", f"{config.param_dtype}; computes in {config.dtype}"),
     ]
     return [f"  {name:<11} {value}" for name, value in rows]
@@ -120,7 +121,7 @@ def _describe_source(source: Source, every: bool) -> list[str]:
 
 
 def _describe_model_folder(folder: Path, every: bool) -> list[str]:
-    data, config, stored = read_folder(folder), load_config(folder), read_metadata(folder / PARAMS)
+    data, config, stored = read_folder(folder), read_config(folder), read_metadata(folder / PARAMS)
     lines = [
         f"{folder}: model folder",
         *describe_config(config),

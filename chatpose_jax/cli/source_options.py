@@ -34,6 +34,11 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
         "--layout", choices=FAMILIES, help="how the weights are named; default: recognised by what is in the folder"
     )
     group.add_argument(
+        "--head",
+        metavar="MODULE:CLASS",
+        help="the pose head, where it is of a package of your own: files by themselves make nothing be imported",
+    )
+    group.add_argument(
         "--image-fit",
         choices=FITS,
         help="how pictures become squares: crop takes the middle, pad keeps all and fills up; default: as the source says",

@@ -226,10 +226,15 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key in _NESTED and value is not None and cls is ModelConfig:
             value = _from_dict(_NESTED[key], value, f"{where}.{key}")
-        elif isinstance(value, list):  # JSON has no tuples; what is in them is checked by the dataclass
-            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        else:
+            value = frozen(value)
         values[key] = value
     return cls(**values)
+
+
+def frozen(value: Any) -> Any:
+    """A JSON value with tuples for its lists, which JSON has none of; what is in them is checked by who takes it."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def _tiny() -> ModelConfig:

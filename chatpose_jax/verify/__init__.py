@@ -111,7 +111,7 @@ def verify(
     states on both sides, so a fault shows in the layer that has it.
 
     Args:
-        source: as ``convert`` took it. Only files, ``lora_alpha``, ``layout`` and ``image_fit`` matter here.
+        source: as ``convert`` took it. Only files, ``lora_alpha``, ``layout``, ``head`` and ``image_fit`` matter here.
         converted: the model folder that ``convert`` wrote.
         layers: how many decoder layers run, spread from the first to the last; default all, or 3 of a large model.
         prompts: texts to ask; default one.
@@ -122,7 +122,7 @@ def verify(
             different shapes.
     """
     spec, folder = SourceSpec.of(source), Path(converted)
-    sources, config = open_sources(spec), load_config(folder)
+    sources, config = open_sources(spec), load_config(folder, spec.head)
     peer, ours = TorchModel(sources, config, spec), JaxModel(folder, config)
     left_out = _uncompared(sources, folder)
     if not peer.poses_known and any("pose_head" in source.layout.parts for source in sources):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.readers import TensorEntry
 from chatpose_jax.weights.sources import Source
@@ -54,7 +55,7 @@ class TorchModel:
         self.text._attn_implementation = "eager"
         self.sees = "vision/class_embedding" in self.where
         self.projects = "projector/fc1/kernel" in self.where
-        self.poses_known = config.head.name == "mlp" and "pose_head/fc1/kernel" in self.where
+        self.poses_known = pose_head.rotation(config.head) == "6d" and "pose_head/fc1/kernel" in self.where
         if self.sees:
             self.vision = CLIPVisionConfig.from_dict(self._vision_settings())
             self.vision._attn_implementation = "eager"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType, ModelConfig, VisionConfig
+from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
@@ -56,6 +57,7 @@ def export(
     base_class: str = "llava",
     with_projector: bool = False,
     progress: bool = False,
+    head: str | type[PoseHead] | None = None,
 ) -> Exported:
     """Writes a model folder as PyTorch programs read it.
 
@@ -73,6 +75,7 @@ def export(
         base_class: for ``peft``: which model the base is loaded as, ``llava`` (LlavaForConditionalGeneration) or
             ``llama`` (LlamaForCausalLM).
         with_projector: for ``peft``: the projector too, as one of ``modules_to_save``, where it was trained.
+        head: the folder's pose head, where it is of a package of one's own; see ``folder.load_config``.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -90,7 +93,7 @@ def export(
             f"--with-projector is for --format peft: {format} holds the projector in any case; leave it out"
         )
     folder, out, limit = Path(folder), Path(out), parse_bytes(max_shard_size)
-    config = load_config(folder)
+    config = load_config(folder, head)
     model = StoredModel(folder, config, read_tokens(folder / TOKENIZER), merge and format != "peft")
     if format == "peft":
         plan = adapter_plan(model, dtype or "float32", base_name, base_class, with_projector)
@@ -117,9 +120,9 @@ def export(
 
 def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
     layout, config, notes = _LAYOUT[_WHOLE[format]], model.config, []
-    if format == "chatpose" and config.head.name != "mlp":
+    if format == "chatpose" and pose_head.rotation(config.head) != "6d":
         raise UserError(
-            f"the format chatpose has a place for the pose head 'mlp' only, this model has {config.head.name!r}; "
+            f"the format chatpose has a place for the pose head 'mlp' with 6D rotations only, this model has {config.head}; "
             "choose --format transformers or llava, which lay the head beside the weights"
         )
     if format == "chatpose" and model.pose_token != RELEASED_POSE:

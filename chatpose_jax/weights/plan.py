@@ -19,7 +19,7 @@ from flax import nnx
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import ModelConfig
-from chatpose_jax.models.heads import create_head
+from chatpose_jax.models.heads import create_head, trusted_head
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.vision import VisionTower
 from chatpose_jax.settings import one_line
@@ -89,6 +89,8 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
         if absent:
             raise UserError(f"{error}. Without a source, too: {', '.join(absent)}") from None
         raise
+    if spec.head is not None:
+        trusted_head(str(spec.path), config.head, spec.head)  # an error where no file needs it
     pictures = infer_pictures(sources, config, vocabulary.tokens.folder, spec.image_fit)
 
     work = _Work(config, allowed_rows(sources, config.text.base_vocab_size))

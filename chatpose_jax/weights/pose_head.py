@@ -14,8 +14,10 @@ from typing import Any
 from flax import nnx
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import HeadConfig, ModelConfig
-from chatpose_jax.models.heads import abstract_head
+from chatpose_jax.models.config import HeadConfig, ModelConfig, frozen
+from chatpose_jax.models.heads import abstract_head, head_output, is_own, trusted_head
+from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.models.heads.mlp import MLPHead
 from chatpose_jax.weights.layouts import Layout, NameRule, parts
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import read_json
@@ -31,23 +33,45 @@ def rules(head: HeadConfig, paths: Iterable[str]) -> tuple[NameRule, ...]:
     return tuple(NameRule(path.removeprefix("pose_head/").replace("/", "."), path) for path in paths)
 
 
+OUTPUT = {
+    "6d": "6 numbers a joint: the first column of its rotation matrix, then the second, before Gram-Schmidt",
+    "svd9d": "9 numbers a joint, a matrix row by row; its rotation is the one nearest to that",
+    "quaternion": "4 numbers a joint, a quaternion (w, x, y, z) of any length",
+    "axis_angle": "3 numbers a joint, axis times angle in radians",
+}
+"""What the head ``mlp`` gives, by its option ``rotation``."""
+READS = {
+    "token": "hidden state after the final norm, at the position before the pose token",
+    "conversation": "hidden states after the final norm: at the position before the pose token, and at all up to it",
+}
+
+
+def rotation(head: HeadConfig) -> str:
+    """The option ``rotation`` of the head ``mlp``, a key of ``OUTPUT``; "" for other heads."""
+    return str(dict(head.options).get("rotation", "6d")) if head.name == "mlp" else ""
+
+
 def describe(config: ModelConfig, pose_token: str) -> dict[str, Any]:
     """The description: all that a program in another framework needs to use the weights."""
     head, width = config.head, config.text.hidden_size
-    joints = abstract_head(head).num_joints
-    layers = {
-        "layers": ["Linear", "ReLU", "Linear"],
-        "sizes": [width, width, 6 * joints],
-        "output": "6 numbers a joint: the first column of its rotation matrix, then the second, before Gram-Schmidt",
-    }
+    made = abstract_head(head, width)
+    given = head_output(made, width)
+    layers = {}
+    if isinstance(made, MLPHead) and head.name == "mlp":
+        sizes = [width, width, made.fc2.kernel.shape[-1]]
+        layers = {"layers": ["Linear", "ReLU", "Linear"], "sizes": sizes, "output": OUTPUT[rotation(head)]}
+    fields = {name: getattr(given, name) for name in ("rotations", "betas", "translation")}
     return {
         "format": FORMAT,
         "version": 1,
         "name": head.name,
-        "num_joints": joints,
+        "num_joints": made.num_joints,
         "options": dict(head.options),
-        **(layers if head.name == "mlp" else {}),
-        "input": "hidden state after the final norm, at the position before the pose token",
+        **layers,
+        "reads": made.reads,
+        "draws": made.draws,
+        "gives": {name: list(array.shape[2:]) for name, array in fields.items() if array is not None},
+        "input": READS[made.reads],
         "joints": "SMPL's order; joint 0 is the global orientation in the camera frame: x right, y down, z away",
         "pose_token": pose_token,
         "pose_token_id": config.pose_token_id,
@@ -60,8 +84,14 @@ def write_description(folder: Path, config: ModelConfig, pose_token: str) -> Non
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
-def layout(folder: Path) -> Layout:
-    """How to read the head in ``folder``. Raises UserError where its description is missing or another program's."""
+def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:
+    """How to read the head in ``folder``.
+
+    given: the head as the user names it, for one that is found by no name of this program; see ``models.heads.trusted_head``: the
+        description may be a stranger's.
+
+    Raises UserError where the description is missing or another program's, and for a head that the user has to name.
+    """
     file = folder / DESCRIPTION
     if not file.is_file():
         raise UserError(f"{folder}: {WEIGHTS} without {DESCRIPTION}, which says what head it is; copy that too")
@@ -69,9 +99,13 @@ def layout(folder: Path) -> Layout:
     if (data.get("format"), data.get("version")) != (FORMAT, 1):
         raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
     try:
-        options = tuple((str(key), _frozen(value)) for key, value in dict(data["options"]).items())
+        options = tuple((str(key), frozen(value)) for key, value in dict(data["options"]).items())
         head = HeadConfig(str(data["name"]), options)
         hash(head)  # a configuration is a key of caches
+    except Exception as error:
+        raise UserError(f"{file}: not a description of a pose head ({type(error).__name__}: {error})") from None
+    head = trusted_head(str(file), head, given if is_own(head.name) else None)
+    try:
         paths = head_paths(head)
         if int(data["num_joints"]) != (found := abstract_head(head).num_joints):
             raise UserError(f"num_joints is {data['num_joints']}, but this head gives {found}")
@@ -93,7 +127,3 @@ def head_paths(head: HeadConfig) -> list[str]:
     # The names do not depend on the width.
     state = nnx.to_pure_dict(nnx.state(abstract_head(head)))
     return [f"pose_head/{path}" for path in by_path(state)]
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -93,21 +93,21 @@ def open_sources(spec: SourceSpec) -> list[Source]:
         inside = find_projector(Path(projector)) if Path(projector).is_dir() else None
         sources.append(_source(inside or Path(projector), "llava_projector"))
     if "pose_head" not in main.layout.parts:
-        sources += _pose_head(path)
+        sources += _pose_head(path, spec.head)
     if spec.vision is not None:
         sources.append(_source(Path(spec.vision), "clip"))
     if adapter is not None:
-        sources += open_adapter(adapter, spec.lora_alpha)
+        sources += open_adapter(adapter, spec.lora_alpha, spec.head)
     return sources
 
 
-def open_adapter(path: str | Path, lora_alpha: float | None = None) -> list[Source]:
+def open_adapter(path: str | Path, lora_alpha: float | None = None, head: str | type | None = None) -> list[Source]:
     """A PEFT folder: the adapter, and the pose head beside it. Raises UserError if it is none."""
     path = Path(path)
     source = _source(path, None, lora_alpha)
     if not source.is_adapter:
         raise UserError(f"{path}: {source.layout.title}, not a PEFT adapter; give it as the source, not as --adapter")
-    heads = [] if "pose_head" in source.layout.parts else _pose_head(path)
+    heads = [] if "pose_head" in source.layout.parts else _pose_head(path, head)
     # The head of an adapter belongs to it, and like it replaces the base's.
     return [
         source,
@@ -197,9 +197,9 @@ def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:
     return max(fitting, key=lambda layout: len(layout.rules), default=None)
 
 
-def _pose_head(folder: Path) -> list[Source]:
+def _pose_head(folder: Path, head: str | type | None) -> list[Source]:
     file = folder / pose_head.WEIGHTS
-    return [Source(open_checkpoint(file), pose_head.layout(folder))] if file.is_file() else []
+    return [Source(open_checkpoint(file), pose_head.layout(folder, head))] if file.is_file() else []
 
 
 def _adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class SourceSpec:
     quantize: "int8" stores the projections of the decoder's layers in int8, with one scale an output channel.
     init_missing: parts ("vision", "projector") to start at random where no source has them.
     pose_head: "auto" takes the source's, or starts a new one where it has none; "init" always starts one.
+    head: the pose head of files that name one of somebody's own package, "package.module:Class" or the class: see
+        ``models.heads.trusted_head``.
     seed: of what is started at random.
     allow_nonfinite: count NaN and infinities (``plan.nonfinite``) instead of raising. int8 cannot hold them.
     image_fit: how pictures become squares, instead of what the sources say.
@@ -49,6 +51,7 @@ class SourceSpec:
     quantize: Quantize = "none"
     init_missing: tuple[Literal["vision", "projector"], ...] = ()
     pose_head: PoseHead = "auto"
+    head: str | type | None = None
     seed: int = 0
     allow_nonfinite: bool = False
     image_fit: Fit | None = None

@@ -16,6 +16,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import create
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.weights.export import export
 from chatpose_jax.weights.folder import save_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,18 @@ def folder(tmp_path_factory):
     params = create(config, jax.random.key(0))
     named = config.replace(head=HeadConfig(HEAD))
     return save_folder(tmp_path_factory.mktemp("models") / "own", named, params, processor=tiny_processor(BASE))
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    """The same as PyTorch weights with pose_head.json beside them."""
+    from tests.model import toy_heads
+
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    export(folder, out, "transformers", head=toy_heads.Drawing)
+    about = json.loads((out / "pose_head.json").read_text())
+    (out / "pose_head.json").write_text(json.dumps({**about, "name": HEAD}))
+    return out
 
 
 @pytest.fixture
@@ -98,16 +111,20 @@ COMMANDS = {
     "chat": ["chat", "{folder}", "--prompt", "x"],
     "export": ["export", "{folder}", "{tmp}/out", "--format", "transformers"],
     "export peft": ["export", "{folder}", "{tmp}/out", "--format", "peft"],
-    "verify": ["verify", "{folder}", "{folder}"],
+    "verify": ["verify", "{exported}", "{folder}"],
+    "inspect": ["inspect", "{folder}"],
+    "inspect weights": ["inspect", "{exported}"],
+    "convert": ["convert", "{exported}", "{tmp}/out"],
+    "chat with weights": ["chat", "{exported}", "--prompt", "x"],
     "train with another head": ["train", "--init", "{folder}", "--out", "{tmp}/run", "--set", "train.steps=1", "--set", "model.lora=none",
                                 "--set", "train.batch_size=2", "--set", "train.eval_every=0", "--set", "data.sources.synthetic.train_size=4"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_imports_what_a_folder_names(folder, package, tmp_path, monkeypatch, capsys, command):
+def test_no_command_imports_what_a_folder_names(folder, exported, package, tmp_path, monkeypatch, capsys, command):
     monkeypatch.syspath_prepend(str(package))
-    status = main([word.format(folder=folder, tmp=tmp_path) for word in COMMANDS[command]])
+    status = main([word.format(folder=folder, exported=exported, tmp=tmp_path) for word in COMMANDS[command]])
     out, error = capsys.readouterr()
     assert not (package / "imported").exists()
     assert "my_heads" not in sys.modules

@@ -65,6 +65,11 @@ def _offered() -> dict[str, str]:
     return offered
 
 
+def is_own(name: str) -> bool:
+    """Whether a head is neither of this program nor of an installed package's entry points."""
+    return name not in HEADS and name not in _offered()
+
+
 def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | None = None) -> HeadConfig:
     """The head that a file names, checked before anything is imported: the file may be a stranger's.
 
@@ -75,9 +80,8 @@ def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | Non
 
     Raises UserError for a head of one's own that the user did not name, and where the user names one but the file does not need it.
     """
-    own = head.name not in HEADS and head.name not in _offered()
     if given is None:
-        if own:
+        if is_own(head.name):
             raise UserError(
                 f"{where}: its pose head {head.name!r} is not part of this program, and no file makes it import code. If you trust that code, "
                 f"name its class: --head {head.name if ':' in head.name else 'package.module:Class'}, or load(…, head=…)"
@@ -86,7 +90,7 @@ def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | Non
     name = given if isinstance(given, str) else f"{given.__module__}:{given.__qualname__}"
     if not isinstance(given, str):
         _GIVEN[name] = given
-    if not own and name != head.name:
+    if not is_own(head.name) and name != head.name:
         raise UserError(
             f"{where}: its pose head is {head.name!r}, which is found by that name; --head {name} is another's"
         )
