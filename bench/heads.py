@@ -224,7 +224,9 @@ def answer(case: Case, params: Any, data: Rows, seed: int) -> dict[str, Any]:
 def constants(data: Rows, test: Rows, seed: int) -> dict[str, Any]:
     """What an answer without reading gives: the mean training pose, and the best of ``SAMPLES`` training poses drawn at random."""
     poses, target = (np.asarray(part.batch["poses"].rotations)[:, 0] for part in (data, test))
-    out: dict[str, Any] = dict(errors(np.broadcast_to(mean_pose(poses), target.shape), target))
+    out: dict[str, Any] = dict(
+        errors(np.broadcast_to(mean_pose(data.batch["poses"][:, 0]).rotations, target.shape), target)
+    )
     random = np.random.default_rng(seed)
     each = [errors(poses[random.integers(len(poses), size=len(target))], target) for _ in range(SAMPLES)]
     return out | {f"best_{name}": np.min([e[name] for e in each], axis=0) for name in MEASURES}
