@@ -18,7 +18,6 @@ from chatpose_jax.models.config import HeadConfig
 from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.heads.mlp import MLPHead
 from chatpose_jax.models.sharding import batch_sharding, make_mesh
-from chatpose_jax.train import loss as losses
 from chatpose_jax.train.config import PoseTerm, TrainConfig
 from chatpose_jax.train.pose_loss import TERMS, PoseLoss, demand_fields
 from chatpose_jax.train.step import init_state, make_step
@@ -26,7 +25,7 @@ from smpl_jax import body as bodies
 from smpl_jax import io
 from smpl_jax.pose import Pose, complete, placed
 from tests.numerics import GRADIENT, LOSS
-from tests.train.test_step import CONFIG, SETTINGS
+from tests.train.test_step import CONFIG, SETTINGS, whole_loss
 
 ALL: Any = tuple((term, 1.0) for term in TERMS)
 MASK = np.array([[True, True], [True, False]])
@@ -262,7 +261,7 @@ def test_in_packed_rows_a_pose_sees_its_own_conversation_up_to_it(toys: dict[str
     }
     apart["labels"][:] = -100
     values = [
-        jax.jit(lambda params, batch: losses.loss(bind(config, params), batch, lambda_text=1.0, lambda_pose=1.0))(
+        jax.jit(lambda params, batch: whole_loss(bind(config, params), batch, lambda_text=1.0, lambda_pose=1.0))(
             params, batch
         )[0]
         for batch in (apart, whole)

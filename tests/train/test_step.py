@@ -55,6 +55,10 @@ def run(settings, params, batches):
     return state, frozen, metrics
 
 
+def whole_loss(model, batch, **weights):
+    return losses.loss(model, losses.final_states(model, batch), batch, **weights)
+
+
 def run_model(params, batch):
     return jax.jit(lambda params: bind(CONFIG, params)(batch["input_ids"], pixel_values=batch["pixel_values"]).hidden)(
         params
@@ -96,7 +100,7 @@ def test_pose_loss_is_the_papers(params):
     position = np.flatnonzero(batch["input_ids"][0] == CONFIG.pose_token_id)[-1]
     assert batch["pose_index"][0, 0] == position - 1
     errors = np.abs(np.asarray(matrices(model, hidden[[0, 2], position - 1])) - np.eye(3))
-    total, parts = jax.jit(lambda params: losses.loss(bind(CONFIG, params), batch, lambda_text=2.0, lambda_pose=0.1))(
+    total, parts = jax.jit(lambda params: whole_loss(bind(CONFIG, params), batch, lambda_text=2.0, lambda_pose=0.1))(
         params
     )
     np.testing.assert_allclose(parts["pose_root"], errors[:, 0].mean(), rtol=LOSS)
@@ -108,9 +112,7 @@ def test_a_batch_without_answers_or_poses_weighs_nothing(params):
     batch = fake_batch(CONFIG, batch=2, length=12)
     batch["labels"][:] = -100
     batch["pose_mask"][:] = False
-    total, _ = jax.jit(lambda params: losses.loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0))(
-        params
-    )
+    total, _ = jax.jit(lambda params: whole_loss(bind(CONFIG, params), batch, lambda_text=1.0, lambda_pose=1.0))(params)
     assert float(total) == 0
 
 
@@ -220,7 +222,7 @@ def test_a_packed_row_has_the_loss_of_its_conversations(params):
 
     def value_and_grad(batch):
         def objective(flat):
-            return losses.loss(bind(config, table.unflatten(flat)), batch, lambda_text=1.0, lambda_pose=1.0)
+            return whole_loss(bind(config, table.unflatten(flat)), batch, lambda_text=1.0, lambda_pose=1.0)
 
         return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
@@ -279,7 +281,7 @@ def test_rows_scale_rate_and_decay_as_adamw(params):
     @jax.jit
     def plain(flat):
         grads = jax.grad(
-            lambda p: losses.loss(bind(config, table.unflatten(p)), batch, lambda_text=1.0, lambda_pose=0.1)[0]
+            lambda p: whole_loss(bind(config, table.unflatten(p)), batch, lambda_text=1.0, lambda_pose=0.1)[0]
         )(flat)
         return grads, tx.update(grads, tx.init(flat), flat)[0]
 
