@@ -35,7 +35,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.data.motion import MotionDataset, motion
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.evaluation.poses import mean_pose
-from chatpose_jax.models.chatpose import attend_evenly, bind, create
+from chatpose_jax.models.chatpose import attend_evenly, bind, init_params
 from chatpose_jax.models.config import HeadConfig, ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.config import TrainConfig
@@ -156,7 +156,7 @@ def batches(data: Rows, seed: int) -> Iterator[Arrays]:
 def train(case: Case, data: Rows, *, steps: int, seed: int, rate: float) -> Any:
     """The parameters after ``steps``."""
     config, settings = model_config(case), train_config(case, steps, rate)
-    params = attend_evenly(create(config, jax.random.key(seed)))
+    params = attend_evenly(init_params(config, jax.random.key(seed)))
     update = make_step(config, settings, params)
     state, frozen = init_state(settings, params)
     for _, batch in zip(range(steps), batches(data, seed)):
@@ -370,7 +370,7 @@ def step_times(args: argparse.Namespace, want: int) -> dict[str, float]:
 
     def stepper(case: Case) -> Callable[[], object]:
         config, settings = model_config(case), train_config(case, 100, 1e-3)
-        params = create(config, jax.random.key(0))
+        params = init_params(config, jax.random.key(0))
         update = make_step(config, settings, params)
         held = list(init_state(settings, params))
 

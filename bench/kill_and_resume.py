@@ -245,7 +245,7 @@ def weights(job: Job) -> dict[str, str]:
     from chatpose_jax.weights import folder
 
     model = job.out / "model"
-    return fingerprint(flatten(folder.load_params(model, abstract_params(folder.load_config(model)))))
+    return fingerprint(flatten(folder.load_params(model, abstract_params(folder.load_model_config(model)))))
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:

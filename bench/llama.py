@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatpose_jax.models.chatpose import Params, create
+from chatpose_jax.models.chatpose import Params, init_params
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
 
 SIZES = {
@@ -125,7 +125,7 @@ def our_params(model: Any, config: ModelConfig) -> Params:
                         tree[ours][name][f"lora_{factor.lower()}"] = to_jax(adapter.T, jnp.float32)
         return tree
 
-    params = create(dataclasses.replace(config, text=dataclasses.replace(text, num_layers=1)), jax.random.key(0))
+    params = init_params(dataclasses.replace(config, text=dataclasses.replace(text, num_layers=1)), jax.random.key(0))
     layers = {i: layer(i) for i in range(text.num_layers)}
     decoder = params["decoder"]
     decoder["embed_tokens"]["embedding"] = to_jax(state["model.embed_tokens.weight"], dtype)

@@ -19,10 +19,10 @@ mode, batch, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 assert mode == "given back" or keep_freed_memory()
 import jax
 from chatpose_jax.train.run_config import load_config
-from chatpose_jax.models.chatpose import create, fake_batch
+from chatpose_jax.models.chatpose import init_params, fake_batch
 from chatpose_jax.train.step import init_state, make_step
 config = load_config("tiny", [])
-params = create(config.model, jax.random.key(0))
+params = init_params(config.model, jax.random.key(0))
 state, frozen = init_state(config.train, params)
 step, rows = make_step(config.model, config.train, params), fake_batch(config.model, batch, length)
 seconds = []

@@ -28,7 +28,7 @@ import torch
 from llama import SIZES, our_config, random_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chatpose_jax.models.chatpose import create
+from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import LoRAConfig, TextConfig
 from chatpose_jax.models.remat import POLICIES
 from chatpose_jax.train.chips import CHIPS
@@ -97,7 +97,7 @@ def jax_step(text: TextConfig, lora: LoRAConfig, ids: np.ndarray, settings: Trai
         "poses": complete(unmeasured((len(ids), 1))),
         "pose_mask": np.zeros((len(ids), 1), bool),
     }
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     state, frozen = init_state(settings, params)
     update = make_step(config, settings, params)
     held = [state]

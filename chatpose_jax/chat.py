@@ -41,7 +41,7 @@ from smpl_jax.pose import for_body
 from smpl_jax.posed import PosedBody
 
 Message = Mapping[str, Any]
-Conversation = Sequence[Message]
+Messages = Sequence[Message]
 
 FORCED_ANSWER = "It is <POSE>."
 DTYPES = ("float32", "bfloat16", "float16")
@@ -168,7 +168,7 @@ class ChatPose:
 
     def chat(
         self,
-        messages: Conversation | Sequence[Conversation],
+        messages: Messages | Sequence[Messages],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -212,7 +212,7 @@ class ChatPose:
 
     def stream(
         self,
-        messages: Conversation,
+        messages: Messages,
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -404,7 +404,14 @@ def load(
     Raises:
         UserError or ``smpl_jax.errors.BodyFileError`` that says what is missing or wrong, and what to do.
     """
-    from chatpose_jax.weights.folder import TOKENIZER, find_model, is_model_folder, is_source, load_config, load_params
+    from chatpose_jax.weights.folder import (
+        TOKENIZER,
+        find_model,
+        is_model_folder,
+        is_source,
+        load_model_config,
+        load_params,
+    )
 
     path = (str, os.PathLike)
     instance("folder", folder, path, "a path")
@@ -419,7 +426,7 @@ def load(
     if source or (is_source(folder) and not is_model_folder(folder)):
         config, params, processor = _load_source(folder, mesh, dtype=dtype, head=head, **source)
     else:
-        config = load_config(folder, head)
+        config = load_model_config(folder, head)
         if dtype is not None:
             config = config.replace(dtype=dtype, param_dtype=dtype)
         processor = Processor.load(folder / TOKENIZER, config)

@@ -101,7 +101,7 @@ class Generated:
     __repr__ = one_line
 
 
-def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+def decode_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """How a state, of arrays or abstract shapes, lies on a mesh while it decodes: its rows and heads split as ``models.sharding`` says."""
 
     def put(x: Any, *logical: Any) -> NamedSharding:
@@ -120,7 +120,7 @@ def _splits(batch: int, mesh: Mesh | None) -> bool:
 def _spread(state: DecodeState) -> DecodeState:
     """Pin a state to the mesh that is being traced for."""
     mesh = current_mesh()
-    return state if mesh is None else jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, decode_shardings(state, mesh))
 
 
 def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:

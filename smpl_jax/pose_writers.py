@@ -20,7 +20,7 @@ from smpl_jax._files import write_whole
 from smpl_jax.frames import describe_frame
 from smpl_jax.pose import HANDS, JOINTS, SHARED, Pose, check, to_betas
 
-Layout = Literal["smpl_jax", "amass", "axis-angle"]
+FileKind = Literal["smpl_jax", "amass", "axis-angle"]
 _AMASS_BETAS = 16
 _GENDERS = ("female", "male", "neutral")
 
@@ -28,7 +28,7 @@ _GENDERS = ("female", "male", "neutral")
 def write_poses(
     path: str | os.PathLike[str],
     pose: Pose,
-    layout: Layout = "smpl_jax",
+    layout: FileKind = "smpl_jax",
     *,
     gender: str | None = None,
     rate: float | None = None,
@@ -66,8 +66,8 @@ def write_poses(
         ValueError: the pose is none, or the layout cannot hold it or lacks something; the text says what to do.
     """
     check(pose)
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout must be one of {', '.join(map(repr, get_args(Layout)))}; found {layout!r}")
+    if layout not in get_args(FileKind):
+        raise ValueError(f"layout must be one of {', '.join(map(repr, get_args(FileKind)))}; found {layout!r}")
     suffix = ".npy" if layout == "axis-angle" else ".npz"
     if Path(path).suffix.lower() != suffix:
         raise ValueError(f"{path}: the layout {layout!r} is written to {suffix} files")

@@ -26,7 +26,7 @@ from smpl_jax.frames import Frame
 from smpl_jax.pose import HANDS, JOINTS, PARTS, SHARED, Pose, no_rotations
 from smpl_jax.rotations import axis_angle_to_matrix
 
-Kind = Literal["matrices", "axis-angle"]
+Notation = Literal["matrices", "axis-angle"]
 _WHOLE = tuple(JOINTS.values())  # joints of a pose with its root
 _BODY = (JOINTS["smpl"] - 1, SHARED - 1)  # without its root: SMPL's 23, the 21 of SMPL-H and SMPL-X
 
@@ -51,7 +51,7 @@ _ROWS: tuple[_Row, ...] = (
     ),
     (("root_orient", (1,)), ("pose_body", _BODY), ("[pose_hand]", (HANDS, PARTS["rigid hands"]))),  # human_body_prior
 )
-_KINDS: dict[str, tuple[Kind, ...]] = {"matrices": ("matrices",), "axis_angle": ("axis-angle",)}
+_KINDS: dict[str, tuple[Notation, ...]] = {"matrices": ("matrices",), "axis_angle": ("axis-angle",)}
 _ROOTS = ("global_orient", "root_orient")
 _RATES = ("mocap_framerate", "mocap_frame_rate")  # AMASS's two releases write one of them, and nobody else does
 # What may lie beside a pose, by the names that programs give it; the first that is there and fits is taken.
@@ -72,7 +72,7 @@ class _Reading(NamedTuple):
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
-    kind: Kind
+    kind: Notation
     poses: int
 
 
@@ -91,7 +91,7 @@ class PoseFile:
     names: tuple[str, ...]
     unused: tuple[str, ...]
     num_joints: int
-    kind: Kind
+    kind: Notation
     frame: Frame | None
     shape: tuple[int, ...]
     gender: str | None
@@ -330,7 +330,7 @@ def _readings(row: _Row, arrays: Mapping[str, np.ndarray], whole: tuple[int, ...
             yield _Reading(names, counts, kinds[0], poses[0])
 
 
-def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[tuple[int, Kind, int]]:
+def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[tuple[int, Notation, int]]:
     """(joints, kind, poses) that an array may mean."""
     if array.dtype.kind not in "fiu":
         return
@@ -341,9 +341,9 @@ def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[t
                 yield count, kind, math.prod(array.shape[:lead])
 
 
-def _tails(count: int) -> list[tuple[Kind, tuple[int, ...]]]:
+def _tails(count: int) -> list[tuple[Notation, tuple[int, ...]]]:
     """How the last axes of an array may hold so many rotations."""
-    tails: list[tuple[Kind, tuple[int, ...]]] = [
+    tails: list[tuple[Notation, tuple[int, ...]]] = [
         ("matrices", (count, 3, 3)),
         ("axis-angle", (count, 3)),
         ("axis-angle", (3 * count,)),

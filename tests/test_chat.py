@@ -15,7 +15,7 @@ import chatpose_jax
 from chatpose_jax.chat import ChatPose, Stream
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling, generate
-from chatpose_jax.models.chatpose import bind, create, unstack_layers
+from chatpose_jax.models.chatpose import bind, init_params, unstack_layers
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
@@ -27,7 +27,7 @@ CONFIG = preset("tiny").replace(lora=None, scan_layers=False)
 
 @pytest.fixture(scope="module")
 def params():
-    params = unstack_layers(create(CONFIG.replace(scan_layers=True), jax.random.key(0)))
+    params = unstack_layers(init_params(CONFIG.replace(scan_layers=True), jax.random.key(0)))
     # A random model never ends and hardly ever shows a pose: raise both a little, so that answers vary.
     head = params["decoder"]["lm_head"]
     head["added"] = head["added"].at[:, 0].multiply(3.0)
@@ -397,7 +397,7 @@ def test_stream_is_public():
 def with_head(params, name):
     """The same model with one of ``tests.model.toy_heads``, and that head's fresh weights."""
     config = CONFIG.replace(head=HeadConfig(f"tests.model.toy_heads:{name}"))
-    head = create(config.replace(scan_layers=True), jax.random.key(1))["pose_head"]
+    head = init_params(config.replace(scan_layers=True), jax.random.key(1))["pose_head"]
     return ChatPose(config, {**params, "pose_head": head}, tiny_processor(config))
 
 

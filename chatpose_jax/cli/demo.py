@@ -96,7 +96,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     clock.lap("evaluation")
 
     print("4/4  Three conversations ...", flush=True)
-    answers = converse(model, config, out)
+    answers = ask_questions(model, config, out)
     clock.lap("answers")
 
     log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -154,7 +154,7 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
     return results
 
 
-def converse(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
+def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
     """A detailed description, a picture that it has never seen, and a description with a follow-up turn; files of each in ``out``."""
     size = config.model.vision.image_size
     text = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text": 1.0})[7]

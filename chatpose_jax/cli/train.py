@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
-    others = hosts.find(args.coordinator, args.num_processes, args.process_id)
+    others = hosts.find_processes(args.coordinator, args.num_processes, args.process_id)
     if others is None:
         keep_compiled()
     hosts.connect(others)

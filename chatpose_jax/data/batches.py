@@ -60,7 +60,7 @@ def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> li
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """The shape of a batch, for which ``jit`` compiles.
 
     length: padded tokens. images: room for images in each row, 0 or the most of any row.
@@ -70,7 +70,7 @@ class Shape:
     images: int
 
 
-EpochPlan = list[tuple[Shape, list[list[int]]]]
+EpochPlan = list[tuple[BatchShape, list[list[int]]]]
 
 
 class Drawn(Protocol):
@@ -160,7 +160,7 @@ class BatchLoader:
         return self._count(0)
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[BatchShape, ...]:
         """All shapes of batches, for which a training step is compiled."""
         return tuple(self._groups)
 
@@ -258,7 +258,7 @@ class BatchLoader:
     def _group(self, lengths: Sequence[int] | None, buckets: int) -> None:
         sizes = self._sizes
         self.max_images, self.max_poses = int(sizes[:, 1].max()), max(1, int(sizes[:, 2].max()))
-        self._groups: dict[Shape, np.ndarray] = {}
+        self._groups: dict[BatchShape, np.ndarray] = {}
         self._fixed: int | None = None
         if self.packing:
             if self.max_images:
@@ -266,7 +266,7 @@ class BatchLoader:
                 self.max_images = max(self.max_images, room)
             self.max_poses = max(self.max_poses, self.max_length // TOKENS_BETWEEN_POSES)
             for images in np.unique([0 if (sizes[:, 1] == 0).any() else self.max_images, self.max_images]):
-                self._groups[Shape(self.max_length, int(images))] = np.arange(len(sizes))
+                self._groups[BatchShape(self.max_length, int(images))] = np.arange(len(sizes))
             return
         for images in (0, self.max_images) if self.max_images else (0,):
             rows = np.flatnonzero((sizes[:, 1] > 0) == (images > 0))
@@ -280,7 +280,7 @@ class BatchLoader:
                 )
             slots = np.searchsorted(chosen, sizes[rows, 0])
             for slot in np.unique(slots):
-                self._groups[Shape(int(chosen[slot]), images)] = rows[slots == slot]
+                self._groups[BatchShape(int(chosen[slot]), images)] = rows[slots == slot]
         if not hasattr(self.dataset, "epoch"):
             self._fixed = sum(-(-len(rows) // self.batch_size) for rows in self._groups.values())
 
@@ -302,12 +302,12 @@ class BatchLoader:
         self._plans[epoch] = plan  # batches ahead may belong to the next epoch
         return plan
 
-    def _packs(self, epoch: int, random: np.random.Generator) -> Iterator[tuple[Shape, list[list[int]]]]:
+    def _packs(self, epoch: int, random: np.random.Generator) -> Iterator[tuple[BatchShape, list[list[int]]]]:
         """The packs of an epoch by shape, in their order; a pack is one row without ``packing``."""
         times = None
         if hasattr(self.dataset, "epoch"):
             times = np.bincount(self.dataset.epoch(epoch, self.seed), minlength=len(self.dataset))
-        groups: list[tuple[Shape | None, np.ndarray]] = list(self._groups.items())
+        groups: list[tuple[BatchShape | None, np.ndarray]] = list(self._groups.items())
         if self.packing:
             groups = [(None, np.arange(len(self.dataset)))]
         for shape, rows in groups:

@@ -2,7 +2,7 @@
 
 Modules define; pure functions execute. ``bind(config, params)`` turns a nested dict of arrays into a callable model inside any ``jax.jit``::
 
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     hidden = jax.jit(lambda params, ids: bind(config, params)(ids).hidden)(params, ids)
 """
 
@@ -166,7 +166,7 @@ def abstract_params(config: ModelConfig) -> Params:
     return nnx.to_pure_dict(_split(config)[1])
 
 
-def create(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
     """Fresh random weights, the same on every mesh; each device makes its part of them."""
 
     def init(key: jax.Array) -> Params:
@@ -176,7 +176,7 @@ def create(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Par
 
 
 def attend_evenly(params: Params) -> Params:
-    """Fresh parameters whose decoder starts by averaging over what came before: queries are a hundredth of ``create``'s, so scores are near 0.
+    """Fresh parameters whose decoder starts by averaging over what came before: queries are a hundredth of ``init_params``'s, so scores are near 0.
 
     Random queries pick a few tokens at random, and that must be unlearnt before captions can be read: where nothing is pretrained, start from here.
     """

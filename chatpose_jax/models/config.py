@@ -1,7 +1,7 @@
 """Model configuration: frozen dataclasses, their JSON form, and the presets.
 
 Everything here is plain data: importing it costs no JAX. A preset becomes shapes, weights or a batch in ``chatpose_jax.models.chatpose``
-(``abstract_params``, ``create``, ``fake_batch``).
+(``abstract_params``, ``init_params``, ``fake_batch``).
 """
 
 from __future__ import annotations

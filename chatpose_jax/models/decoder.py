@@ -16,7 +16,7 @@ from chatpose_jax.models.config import LoRAConfig, ModelConfig, TextConfig
 from chatpose_jax.models.heads import head_class
 from chatpose_jax.models.layers import Linear, RMSNorm, make_layers, matmul, scaled_normal
 from chatpose_jax.models.remat import checkpoint
-from chatpose_jax.models.sharding import RULES, constrain, gather, platform
+from chatpose_jax.models.sharding import RULES, constrain, gather_weight, platform
 from chatpose_jax.settings import one_line
 
 CACHE_AXES = ("batch", "heads", None, None)
@@ -178,7 +178,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """(B, T) ids inside the vocabulary -> (B, T, D)."""
-        rows = gather(self.embedding[...], "vocabulary", "embed")[jnp.clip(ids, 0, self.base - 1)].astype(self.dtype)
+        rows = gather_weight(self.embedding[...], "vocabulary", "embed")[jnp.clip(ids, 0, self.base - 1)].astype(
+            self.dtype
+        )
         rows = constrain(rows, "batch", None, None)
         if self.added.shape[0] == 0:
             return rows

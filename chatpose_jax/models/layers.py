@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.models.quantize import quantize_int8
-from chatpose_jax.models.sharding import Logical, gather, platform
+from chatpose_jax.models.sharding import Logical, gather_weight, platform
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -99,7 +99,7 @@ class Linear(nnx.Module):
     ``dtype`` for the matmul.
 
     quantize: store the kernel in int8 with ``kernel_scale`` (out,) float32, see ``quantize_int8``; its all-gather then moves half the bytes.
-    axes: the kernel's logical axes, for ``gather``.
+    axes: the kernel's logical axes, for ``gather_weight``.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """(..., in) -> (..., out) in ``dtype``. Dropout applies to the adapter's input only, and only when a key is given."""
         x = x.astype(self.dtype)
-        y = matmul(x, gather(self.kernel[...], *self.axes))
+        y = matmul(x, gather_weight(self.kernel[...], *self.axes))
         if self.kernel_scale is not None:
             y = (y * self.kernel_scale[...]).astype(self.dtype)
         if self.bias is not None:
@@ -143,8 +143,8 @@ class Linear(nnx.Module):
                 keep = 1.0 - self.lora_dropout
                 x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
             rows, columns = adapter_axes(*self.axes)
-            inner = checkpoint_name(matmul(x, gather(self.lora_a[...], rows, None)), "lora")
-            y = y + matmul(inner, gather(self.lora_b[...], None, columns)) * self.lora_scale
+            inner = checkpoint_name(matmul(x, gather_weight(self.lora_a[...], rows, None)), "lora")
+            y = y + matmul(inner, gather_weight(self.lora_b[...], None, columns)) * self.lora_scale
         return y
 
 

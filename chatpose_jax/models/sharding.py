@@ -53,7 +53,7 @@ class ShardingRules:
     """Which mesh axes split each logical axis. A mesh axis that the mesh does not have is left out.
 
     batch: rows of a batch.
-    embed: the residual stream's width, in weights only. These are all-gathered over "fsdp" before each matmul (``gather``).
+    embed: the residual stream's width, in weights only. These are all-gathered over "fsdp" before each matmul (``gather_weight``).
     heads, mlp, vocabulary: split over "tensor", in weights and in activations (tensor parallelism).
     """
 
@@ -180,7 +180,7 @@ def on_mesh(mesh: Mesh | None, *, gathers: bool = True) -> Iterator[None]:
     Use it inside the function that is traced, not around the call of a jitted function: a cached trace would ignore it.
 
     mesh: may belong to another machine (ahead-of-time compilation); None is this process's default device.
-    gathers: whether ``gather`` all-gathers weights. When decoding, a step has few tokens: it is cheaper to send the activations to the
+    gathers: whether ``gather_weight`` all-gathers weights. When decoding, a step has few tokens: it is cheaper to send the activations to the
         sharded weights.
     """
     tokens = _MESH.set(mesh), _GATHERS.set(gathers)
@@ -216,10 +216,10 @@ def constrain(x: jax.Array, *logical: Logical) -> jax.Array:
 
 
 STORED = "embed"
-"""The logical axis that is split in storage only: ``gather`` all-gathers it before use."""
+"""The logical axis that is split in storage only: ``gather_weight`` all-gathers it before use."""
 
 
-def gather(x: jax.Array, *logical: Logical) -> jax.Array:
+def gather_weight(x: jax.Array, *logical: Logical) -> jax.Array:
     """All-gather a weight over "fsdp" before a matmul; its sharding over "tensor" stays. The gradient is reduce-scattered.
 
     Without this explicit constraint the compiler may shard the matmul instead, and loop over shards of the weight. Under

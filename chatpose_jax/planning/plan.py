@@ -159,7 +159,7 @@ def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, new:
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
-        generate.state_shardings(state, mesh),
+        generate.decode_shardings(state, mesh),
     )
     return generate.decode.trace(model, params, state, one, settings, greedy=True, mesh=mesh)
 

@@ -75,7 +75,7 @@ class Hosts:
     process_id: int | None = None
 
 
-def find(
+def find_processes(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -183,7 +183,7 @@ def meet(where: str) -> None:
     multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * MEETING_SECONDS)
 
 
-def gather(value: np.ndarray) -> np.ndarray:
+def all_gather(value: np.ndarray) -> np.ndarray:
     """The values of all processes, which have one shape, stacked on a new first axis. Call ``meet`` first where they may be far apart in time."""
     return np.asarray(multihost_utils.process_allgather(value))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from chatpose_jax.models.chatpose import ChatPoseModel
 from chatpose_jax.models.heads.base import Distance
 from chatpose_jax.models.layers import matmul, product
-from chatpose_jax.models.sharding import constrain, gather
+from chatpose_jax.models.sharding import constrain, gather_weight
 from chatpose_jax.train.pose_loss import PoseLoss
 
 CHUNK = 256
@@ -46,7 +46,7 @@ def cross_entropy(
         Two () float32: cross-entropy in nats, and the share of tokens that greedy decoding would get right.
     """
     head = model.decoder.lm_head
-    kernel = gather(head.kernel[...], "embed", "vocabulary")  # gathered once, not for every chunk
+    kernel = gather_weight(head.kernel[...], "embed", "vocabulary")  # gathered once, not for every chunk
     predicted = targets(labels, segment_ids)
     nll, right = _total(hidden.astype(head.dtype), kernel, head.added[...], predicted)
     count = jnp.maximum((predicted >= 0).sum(), 1)

@@ -187,7 +187,7 @@ def only_run(out: Path) -> Iterator[None]:
                     holding.enter_context(only_writer(out, out / ".lock"))
                 except Locked as other:
                     held = str(other)
-        if hosts.gather(np.array([bool(held)])).any():
+        if hosts.all_gather(np.array([bool(held)])).any():
             raise hosts.Fault(held or f"{out}: another run is writing it, as process 0 says")
         yield
 
@@ -215,12 +215,12 @@ def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) 
         sizes = measure(source, processor, min(max_length, processor.ids.context), mine)
     if count == 1:
         return sizes
-    totals = hosts.gather(np.array([len(source)]))
+    totals = hosts.all_gather(np.array([len(source)]))
     if totals.min() != totals.max():
         raise UserError(
             f"the processes read different data: {totals.min()} rows and {totals.max()}; all must see the same"
         )
-    share = hosts.gather(np.pad(sizes, [(0, -(-len(source) // count) - len(sizes)), (0, 0)]))
+    share = hosts.all_gather(np.pad(sizes, [(0, -(-len(source) // count) - len(sizes)), (0, 0)]))
     return share.swapaxes(0, 1).reshape(-1, 3)[: len(source)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, create
+from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, init_params
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.models.quantize import quantize_int8
 from chatpose_jax.models.sharding import place, shardings
@@ -57,7 +57,7 @@ def initial_params(
     """
     key = jax.random.key(config.train.seed)
     if init is None:
-        return attend_evenly(create(config.model, key, mesh))
+        return attend_evenly(init_params(config.model, key, mesh))
     base = model_folder.read_config(init)
     model = config.model.replace(quantize=base.quantize)
     wanted, held = flatten(abstract_params(model)), read_metadata(init / model_folder.PARAMS)
@@ -77,7 +77,7 @@ def initial_params(
     loaded = flatten(model_folder.load_params(init, target if mesh is None else place(target, mesh)))
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
-        everything = flatten(create(model, key))
+        everything = flatten(init_params(model, key))
         return {path: everything[path] for path in fresh}
 
     places = None if mesh is None else shardings({path: wanted[path] for path in fresh}, mesh)

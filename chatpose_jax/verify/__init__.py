@@ -27,7 +27,7 @@ from chatpose_jax.processing.processor import Encoded
 from chatpose_jax.settings import one_line
 from chatpose_jax.verify.jax_model import JaxModel
 from chatpose_jax.verify.torch_model import TorchModel
-from chatpose_jax.weights.folder import load_config, read_folder
+from chatpose_jax.weights.folder import load_model_config, read_folder
 from chatpose_jax.weights.plan import PARTS
 from chatpose_jax.weights.sources import Source, open_sources
 from chatpose_jax.weights.spec import SourceSpec
@@ -122,7 +122,7 @@ def verify(
             different shapes.
     """
     spec, folder = SourceSpec.of(source), Path(converted)
-    sources, config = open_sources(spec), load_config(folder, spec.head)
+    sources, config = open_sources(spec), load_model_config(folder, spec.head)
     peer, ours = TorchModel(sources, config, spec), JaxModel(folder, config)
     left_out = _uncompared(sources, folder)
     if not peer.poses_known and any("pose_head" in source.layout.parts for source in sources):

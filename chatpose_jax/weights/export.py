@@ -23,7 +23,7 @@ from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
-from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, explained, load_config, new_folder
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, explained, load_model_config, new_folder
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape
 from chatpose_jax.weights.passengers import read_passengers
 from chatpose_jax.weights.tokens import read_tokens, write_tokenizer
@@ -75,7 +75,7 @@ def export(
         base_class: for ``peft``: which model the base is loaded as, ``llava`` (LlavaForConditionalGeneration) or
             ``llama`` (LlamaForCausalLM).
         with_projector: for ``peft``: the projector too, as one of ``modules_to_save``, where it was trained.
-        head: the folder's pose head, where it is of a package of one's own; see ``folder.load_config``.
+        head: the folder's pose head, where it is of a package of one's own; see ``folder.load_model_config``.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -93,7 +93,7 @@ def export(
             f"--with-projector is for --format peft: {format} holds the projector in any case; leave it out"
         )
     folder, out, limit = Path(folder), Path(out), parse_bytes(max_shard_size)
-    config = load_config(folder, head)
+    config = load_model_config(folder, head)
     model = StoredModel(folder, config, read_tokens(folder / TOKENIZER), merge and format != "peft")
     if format == "peft":
         plan = adapter_plan(model, dtype or "float32", base_name, base_class, with_projector)

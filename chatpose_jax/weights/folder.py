@@ -251,7 +251,7 @@ def is_source(path: str | Path) -> bool:
     return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
 
 
-def load_config(path: str | Path, head: str | type[PoseHead] | None = None) -> ModelConfig:
+def load_model_config(path: str | Path, head: str | type[PoseHead] | None = None) -> ModelConfig:
     """The model configuration of a folder, ready to be built.
 
     head: the pose head as the user names it, "package.module:Class" or the class, where it is none that this program finds by itself:

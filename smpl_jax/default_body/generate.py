@@ -54,7 +54,7 @@ def build() -> dict[str, NDArray[Any]]:
     _check_needs()
     half = mesh.half_surface(surface.body, (0.0, -0.02, -0.20), (0.90, 1.76, 0.24), _GRID_STEP)
     thinned = mesh.thin(*mesh.largest_piece(*half), surface.normals, mesh.FACES // 2)
-    vertices, faces, twin = mesh.mirror(*thinned)
+    vertices, faces, twin = mesh.mirror_mesh(*thinned)
     # Vertices of head, hands and feet hardly move, to keep their features; those of trunk and limbs become evenly spaced.
     amount = np.where(mesh.detailed(vertices), 0.08, 0.5)
     vertices = mesh.relax(vertices, faces, surface.body, surface.normals, 8, amount)
@@ -102,7 +102,7 @@ def landmarks(
     return list(found), list(found.values())
 
 
-def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def pack_body(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Round for the file: integers with a `_scale` beside them, the regressor sparse."""
     packed: dict[str, NDArray[Any]] = {
         "f": arrays["f"].astype(np.uint16),
@@ -133,7 +133,7 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def write(path: str | os.PathLike[str]) -> Path:
     """Build the body and write it to `path`; the file appears whole or not at all."""
-    packed = pack(build())
+    packed = pack_body(build())
     return write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **packed))
 
 

@@ -136,7 +136,7 @@ def thin(
     for pace in (2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.2, 3.4, 3.6, 3.8):
         points, kept = fast_simplification.simplify(large, triangles, target_count=count, agg=pace)
         kept = kept.astype(np.int64)
-        if len(kept) == count and manifold(mirror(points, kept)[1]):
+        if len(kept) == count and manifold(mirror_mesh(points, kept)[1]):
             rim = points[:, 0] == 0
             points = magnifier.inverse(points.astype(np.float64))
             points[rim, 0] = 0.0
@@ -144,7 +144,7 @@ def thin(
     raise RuntimeError(f"no simplification gave a manifold of {count} faces; change the grid step")
 
 
-def mirror(
+def mirror_mesh(
     vertices: NDArray[np.float64], faces: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
     """Close a half at x >= 0 with its mirror image: vertices, faces, and the index of each vertex's mirror image.

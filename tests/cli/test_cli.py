@@ -19,7 +19,7 @@ from PIL import Image
 from chatpose_jax.cli.main import COMMANDS, main
 from chatpose_jax.cli.terminal import drawing
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import create
+from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.run_config import config_names, load_config
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
-    return save_folder(path, CONFIG, create(CONFIG, jax.random.key(0)), processor=tiny_processor(CONFIG))
+    return save_folder(path, CONFIG, init_params(CONFIG, jax.random.key(0)), processor=tiny_processor(CONFIG))
 
 
 def lines(capsys):

@@ -13,7 +13,7 @@ import pytest
 import chatpose_jax
 from chatpose_jax.cli.main import main
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import create
+from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.export import export
@@ -28,7 +28,7 @@ BASE = preset("tiny").replace(lora=None)
 def folder(tmp_path_factory):
     """A model folder as a training with ``my_heads`` on PYTHONPATH leaves it."""
     config = BASE.replace(head=HeadConfig("tests.model.toy_heads:Drawing"))
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     named = config.replace(head=HeadConfig(HEAD))
     return save_folder(tmp_path_factory.mktemp("models") / "own", named, params, processor=tiny_processor(BASE))
 

@@ -16,7 +16,7 @@ import pytest
 from chatpose_jax.cli.main import main
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
-from chatpose_jax.models.chatpose import abstract_params, create
+from chatpose_jax.models.chatpose import abstract_params, init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processing.processor import tiny_processor
@@ -85,7 +85,7 @@ def base(tmp_path_factory):
     """A small model folder to start from, without adapters."""
     model = preset("tiny").replace(lora=None, text=dataclasses.replace(preset("tiny").text, num_layers=1))
     folder = tmp_path_factory.mktemp("base") / "model"
-    params = create(model, jax.random.key(1))
+    params = init_params(model, jax.random.key(1))
     return model_folder.save_folder(folder, model, params, processor=tiny_processor(model, "plain"))
 
 
@@ -241,7 +241,7 @@ from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train import hosts
 
 address, rank = sys.argv[1], int(sys.argv[2])
-hosts.connect(hosts.find(address, 2, rank))
+hosts.connect(hosts.find_processes(address, 2, rank))
 
 
 class Rows(list):
@@ -292,7 +292,7 @@ def digests(params):
 
 
 def stored(folder):
-    return model_folder.load_params(folder, abstract_params(model_folder.load_config(folder)))
+    return model_folder.load_params(folder, abstract_params(model_folder.load_model_config(folder)))
 
 
 def test_a_lora_run_leaves_the_frozen_base_to_the_bit(base, tmp_path):

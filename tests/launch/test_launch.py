@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from chatpose_jax.cli import train
-from chatpose_jax.train.hosts import Hosts, find
+from chatpose_jax.train.hosts import Hosts, find_processes
 from chatpose_jax.train.run_config import load_config
 
 yaml = pytest.importorskip("yaml")
@@ -162,7 +162,7 @@ def test_gpu_pods_find_each_other(tmp_path):
     for variable in spec["containers"][0]["env"]:
         value = variable.get("value") or known[variable["valueFrom"]["fieldRef"]["fieldPath"]]
         environment[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], value)
-    assert find(environ=environment, dev=tmp_path) == Hosts("chatpose-workers-0-0.chatpose:8476", 4, 2)
+    assert find_processes(environ=environment, dev=tmp_path) == Hosts("chatpose-workers-0-0.chatpose:8476", 4, 2)
     assert environment["JAX_NUM_PROCESSES"] == str(job["parallelism"])
 
 

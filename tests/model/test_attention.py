@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.attention import attention, causal_attention
-from chatpose_jax.models.chatpose import Params, bind, create
+from chatpose_jax.models.chatpose import Params, bind, init_params
 from chatpose_jax.models.sharding import make_mesh, on_mesh
 
 from ..numerics import agree, rounded
@@ -134,7 +134,7 @@ def test_rotary_angles_are_computed_once() -> None:
     config = small.config(scan=False)
     ids = jnp.zeros((2, 8), jnp.int32)
     program = (
-        jax.jit(lambda params: bind(config, params)(ids).hidden).lower(create(config, jax.random.key(0))).compile()
+        jax.jit(lambda params: bind(config, params)(ids).hidden).lower(init_params(config, jax.random.key(0))).compile()
     )
     assert program.as_text().count(" cosine(") == 1
 
@@ -142,7 +142,7 @@ def test_rotary_angles_are_computed_once() -> None:
 def test_packed_conversations_are_those_on_their_own() -> None:
     """Hidden states of two conversations with pictures in one row, padding behind, against rows of their own."""
     config = small.config(2)
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     first, second = small.row(config, 3, 0, 7), small.row(config, 0, 12, seed=1)
     images = small.pixels(config, 2)
     ids = jnp.asarray([[*first, *second, 0, 0, 0]])

@@ -22,7 +22,7 @@ from chatpose_jax.generate import (
     pose_states,
     rewind,
 )
-from chatpose_jax.models.chatpose import Params, bind, create, unstack_layers
+from chatpose_jax.models.chatpose import Params, bind, init_params, unstack_layers
 from chatpose_jax.models.config import HeadConfig, ModelConfig
 from chatpose_jax.models.sharding import make_mesh, shardings
 
@@ -39,7 +39,7 @@ def config(scan: bool = False) -> ModelConfig:
 
 def scripted(*chains: Sequence[int]) -> Params:
     """Layers stacked; see ``test_generate.script``."""
-    return {**script(*chains), "pose_head": create(config(True), jax.random.key(5))["pose_head"]}
+    return {**script(*chains), "pose_head": init_params(config(True), jax.random.key(5))["pose_head"]}
 
 
 @partial(jax.jit, static_argnums=0)

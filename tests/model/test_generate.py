@@ -26,7 +26,7 @@ from chatpose_jax.generate import (
     prefill,
     rewind,
 )
-from chatpose_jax.models.chatpose import Params, bind, create, unstack_layers
+from chatpose_jax.models.chatpose import Params, bind, init_params, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from tests.heads import matrices
 
@@ -41,7 +41,7 @@ TAIL = (50, POSE, END)
 @cache
 def _base() -> Params:
     """Random weights in which the newest token weighs most, so that ``script`` can steer, and context still moves the states."""
-    params = create(small.config(2), jax.random.key(0))
+    params = init_params(small.config(2), jax.random.key(0))
     params["decoder"]["embed_tokens"] = {
         name: jax.random.normal(jax.random.key(i), table.shape)
         for i, (name, table) in enumerate(params["decoder"]["embed_tokens"].items())
@@ -343,7 +343,7 @@ def test_decoding_copies_values_once() -> None:
     if jax.default_backend() != "cpu":
         pytest.skip("of XLA's CPU backend")
     config = small.config(scan=False)
-    params = jax.eval_shape(lambda: create(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     settings = {
         "temperature": jnp.float32(0),
         "top_p": jnp.float32(1),

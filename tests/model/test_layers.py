@@ -13,7 +13,7 @@ import pytest
 
 from chatpose_jax.models import layers
 from chatpose_jax.models.attention import attention
-from chatpose_jax.models.chatpose import bind, create, unstack_layers
+from chatpose_jax.models.chatpose import bind, init_params, unstack_layers
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.models.layers import contract, matmul
 from chatpose_jax.models.remat import POLICIES
@@ -53,7 +53,7 @@ def test_a_frozen_operand_keeps_nothing_for_its_gradient() -> None:
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
     config = small.config(2, scan=scan, lora=LoRAConfig(rank=4, dropout=0.5)).replace(dtype=dtype, param_dtype=dtype)
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     ids = jnp.asarray([small.row(config, 8)] * 2)
 
     def gradients(remat: str) -> Callable[[Any], Any]:
@@ -72,7 +72,7 @@ def test_remat_changes_no_gradient(scan: bool, dtype: str) -> None:
 def test_bfloat16_stays_near_float32() -> None:
     exact = small.config(2)
     config = exact.replace(dtype="bfloat16")
-    params = create(exact, jax.random.key(0))
+    params = init_params(exact, jax.random.key(0))
     ids = jnp.asarray([small.row(config, 12)])
     expected = jax.jit(lambda params: bind(exact, params)(ids).hidden)(params)
     found = jax.jit(lambda params: bind(config, params)(ids).hidden)(params)
@@ -95,7 +95,7 @@ def test_attention_is_grouped_masked_and_finite_on_empty_rows() -> None:
 
 def test_unrolled_layers_have_the_gradients_of_scanned_ones() -> None:
     scanned, unrolled = small.config(2), small.config(2, scan=False)
-    params = create(scanned, jax.random.key(0))
+    params = init_params(scanned, jax.random.key(0))
     ids = jnp.asarray([small.row(scanned, 8)])
 
     def gradient(config, params):  # type: ignore[no-untyped-def]

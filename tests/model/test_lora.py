@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from chatpose_jax.models.chatpose import bind, create
+from chatpose_jax.models.chatpose import bind, init_params
 from chatpose_jax.models.config import LoRAConfig, preset
 from chatpose_jax.models.layers import Linear
 
@@ -73,7 +73,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     np.testing.assert_array_equal(adapted(x), base(x))
 
     config = small.config(lora=LoRAConfig(rank=4, targets=ALL))
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     flat = flatten_dict(params)
     factors = {path: leaf for path, leaf in flat.items() if path[-1] == "lora_b"}
     assert factors
@@ -105,7 +105,7 @@ def test_dropout_needs_a_key_and_is_unbiased() -> None:
 def test_dropout_differs_between_layers_and_adapters() -> None:
     """One key for the whole model must not drop the same entries everywhere."""
     config = small.config(lora=LoRAConfig(rank=4, dropout=0.5, targets=QV))
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     for name in QV:
         adapter = params["decoder"]["layers"]["attn"][name]
         adapter["lora_b"] = jnp.ones_like(adapter["lora_b"])
@@ -125,7 +125,7 @@ def test_dropout_differs_between_layers_and_adapters() -> None:
 def test_adapters_alone_train_through_rematerialised_bfloat16_layers() -> None:
     """The first layer's input is frozen there, which once confused the product's own gradient."""
     config = preset("tiny").replace(scan_layers=False, dtype="bfloat16", param_dtype="bfloat16")
-    flat = flatten_dict(create(config, jax.random.key(0)))
+    flat = flatten_dict(init_params(config, jax.random.key(0)))
     adapters = {path: leaf for path, leaf in flat.items() if path[-1] in ("lora_a", "lora_b")}
 
     def gradient(remat: str) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chatpose_jax.models.chatpose import abstract_params, bind, create
+from chatpose_jax.models.chatpose import abstract_params, bind, init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.models.quantize import quantize_int8
 
@@ -44,7 +44,7 @@ def test_numpy_and_xla_round_alike() -> None:
 
 def test_a_quantized_model_computes_with_its_rounded_weights() -> None:
     config = small.config(2).replace(quantize="int8")
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     ids = jnp.asarray([small.row(config, 9)])
 
     def restore(tree: dict) -> dict:

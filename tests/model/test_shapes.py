@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import abstract_params, attend_evenly, bind, create, fake_batch
+from chatpose_jax.models.chatpose import abstract_params, attend_evenly, bind, fake_batch, init_params
 from chatpose_jax.models.config import PRESETS, ModelConfig, TextConfig, preset
 from tests.heads import matrices
 
@@ -45,7 +45,7 @@ def test_scanned_and_unrolled_hold_the_same_parameters() -> None:
 
 def test_fake_batch_runs_through_tiny() -> None:
     config = preset("tiny")
-    params, batch = create(config, jax.random.key(0)), fake_batch(config, images=2)
+    params, batch = init_params(config, jax.random.key(0)), fake_batch(config, images=2)
 
     def run(params: Any) -> tuple[jax.Array, jax.Array]:
         model = bind(config, params)
@@ -80,7 +80,7 @@ def test_every_preset_takes_its_fake_batch(name: str) -> None:
     logits, poses = jax.eval_shape(run, abstract_params(config), batch)
     assert logits.shape == (*batch["labels"].shape, config.text.vocab_size)
     assert poses.shape == batch["poses"].rotations.shape
-    made = jax.eval_shape(lambda key: create(config, key), jax.random.key(0))
+    made = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract_params(config)
     )
@@ -103,7 +103,7 @@ def test_bad_configurations_are_named() -> None:
 def test_even_attention_reads_a_bag_of_words() -> None:
     tiny = preset("tiny")
     config = tiny.replace(text=dataclasses.replace(tiny.text, num_layers=1))
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     ids = np.random.default_rng(0).integers(3, 1000, (1, 12), np.int32)
     shuffled = np.concatenate([ids[:, 10::-1], ids[:, 11:]], axis=1)
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from chatpose_jax import generate
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import abstract_params, bind, create, fake_batch, unstack_layers
+from chatpose_jax.models.chatpose import abstract_params, bind, fake_batch, init_params, unstack_layers
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, LoRATarget, preset
 from chatpose_jax.models.sharding import ShardingRules, make_mesh, partition_specs, place, shardings
 from chatpose_jax.planning import collectives
@@ -60,7 +60,7 @@ def golden():
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
 def test_a_sharded_model_computes_the_same(shape):
     config = preset("tiny")
-    params, batch = create(config, jax.random.key(0)), fake_batch(config, batch=8, length=12)
+    params, batch = init_params(config, jax.random.key(0)), fake_batch(config, batch=8, length=12)
 
     @jax.jit
     def hidden(params):
@@ -85,7 +85,7 @@ def test_what_is_planned_is_what_answers_over_a_mesh(sizes, head, monkeypatch):
         pytest.skip(f"needs {count} devices")
     on = make_mesh(*sizes, devices=jax.devices()[:count])
     stacked = preset("tiny").replace(head=HeadConfig(head))
-    config, whole = stacked.replace(scan_layers=False), create(stacked, jax.random.key(0))
+    config, whole = stacked.replace(scan_layers=False), init_params(stacked, jax.random.key(0))
     spread = jax.device_put(whole, shardings(whole, on))
     prompts = [np.arange(5, 16, dtype=np.int32), np.arange(9, 16, dtype=np.int32)]
     expected = generate.generate(config, unstack_layers(whole), prompts, max_new_tokens=16)

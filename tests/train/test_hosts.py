@@ -10,7 +10,7 @@ import time
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.train.hosts import Fault, Hosts, Stop, find, restartable
+from chatpose_jax.train.hosts import Fault, Hosts, Stop, find_processes, restartable
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
@@ -30,11 +30,11 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4
     ],
 )
 def test_the_environment_says(environment, expected, tmp_path):
-    assert find(environ=environment, dev=tmp_path) == expected
+    assert find_processes(environ=environment, dev=tmp_path) == expected
 
 
 def test_flags_win(tmp_path):
-    assert find("localhost:99", 2, 0, environ=EXPLICIT, dev=tmp_path) == Hosts("localhost:99", 2, 0)
+    assert find_processes("localhost:99", 2, 0, environ=EXPLICIT, dev=tmp_path) == Hosts("localhost:99", 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_flags_win(tmp_path):
 )
 def test_half_an_answer_is_an_error(flags, environment, words, tmp_path):
     with pytest.raises(UserError, match=words):
-        find(*flags, environ=environment, dev=tmp_path)
+        find_processes(*flags, environ=environment, dev=tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

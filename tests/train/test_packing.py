@@ -7,7 +7,7 @@ import numpy as np
 
 from chatpose_jax.data.collate import collate, encode_example, pack
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
-from chatpose_jax.models.chatpose import bind, create
+from chatpose_jax.models.chatpose import bind, init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train import trainable as table
@@ -32,7 +32,7 @@ def test_packed_is_unpacked():
     assert packed["pose_mask"].sum() == unpacked["pose_mask"].sum() > 5
     assert 0 < packed["pixel_values"].any(axis=(2, 3, 4)).sum() < 10
 
-    flat = table.flatten(create(CONFIG, jax.random.key(0)))
+    flat = table.flatten(init_params(CONFIG, jax.random.key(0)))
     # Larger weights than fresh ones, so that attention tells tokens apart and a leak would show.
     params = table.unflatten({path: 3 * x if path.endswith("_proj/kernel") else x for path, x in flat.items()})
 

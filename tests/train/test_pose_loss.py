@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models import heads
-from chatpose_jax.models.chatpose import bind, create, fake_batch
+from chatpose_jax.models.chatpose import bind, fake_batch, init_params
 from chatpose_jax.models.config import HeadConfig
 from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.heads.mlp import MLPHead
@@ -189,7 +189,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def run(config: Any, settings: TrainConfig, batches: Any, params: Any = None, steps: int = 1) -> tuple[Any, list[Any]]:
-    params = create(config, jax.random.key(0)) if params is None else params
+    params = init_params(config, jax.random.key(0)) if params is None else params
     state, frozen = init_state(settings, jax.tree.map(jnp.array, params))
     step, metrics = make_step(config, settings, params), []
     for batch in batches:
@@ -237,7 +237,7 @@ def test_in_packed_rows_a_pose_sees_its_own_conversation_up_to_it(toys: dict[str
     length = apart["input_ids"].shape[1]
     segments = np.repeat([[1, 2, 0]], [length, length, 5], axis=1).astype(np.int32)
     index = apart["pose_index"] + np.array([[0], [length]], np.int32)
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     model = bind(config, params)
     hidden = model(apart["input_ids"], pixel_values=apart["pixel_values"]).hidden
     packed = jnp.concatenate([hidden.reshape(1, 2 * length, -1), jnp.ones((1, 5, hidden.shape[-1]))], axis=1)
@@ -281,7 +281,7 @@ def test_a_mesh_takes_the_step_of_one_device(toys: dict[str, Any]) -> None:
     batch["poses"].measured[3:, :, 5:] = False
     alone = run(config, settings, [batch])[1][0]
     mesh = make_mesh(2, 2, 2)
-    params = create(config, jax.random.key(0), mesh)
+    params = init_params(config, jax.random.key(0), mesh)
     state, frozen = init_state(settings, params, mesh)
     placed_batch = jax.device_put(batch, batch_sharding(mesh))
     _, metrics = make_step(config, settings, params, mesh)(state, frozen, placed_batch)

@@ -21,7 +21,7 @@ SMALL = [
 
 
 def stored(folder):
-    return flatten(model_folder.load_params(folder, abstract_params(model_folder.load_config(folder))))
+    return flatten(model_folder.load_params(folder, abstract_params(model_folder.load_model_config(folder))))
 
 
 def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import abstract_params, create, fake_batch
+from chatpose_jax.models.chatpose import abstract_params, fake_batch, init_params
 from chatpose_jax.models.config import LoRAConfig, preset
 from chatpose_jax.models.sharding import batch_sharding, make_mesh
 from chatpose_jax.train import trainable as table
@@ -34,7 +34,7 @@ def train(sizes, settings=SETTINGS, config=CONFIG, steps=1):
     if sizes is not None and jax.device_count() < np.prod(sizes):
         pytest.skip(f"needs {np.prod(sizes)} devices")
     mesh = None if sizes is None else make_mesh(*sizes)
-    params = create(config, jax.random.key(0), mesh)
+    params = init_params(config, jax.random.key(0), mesh)
     state, frozen = init_state(settings, params, mesh)
     step = make_step(config, settings, abstract_params(config), mesh)
     metrics = []

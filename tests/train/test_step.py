@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from chatpose_jax.models.chatpose import bind, create, fake_batch
+from chatpose_jax.models.chatpose import bind, fake_batch, init_params
 from chatpose_jax.models.config import LoRAConfig, TextConfig, VisionConfig, preset
 from chatpose_jax.train import loss as losses
 from chatpose_jax.train import trainable as table
@@ -39,7 +39,7 @@ SETTINGS = TrainConfig(steps=10, batch_size=4, accumulate=1, warmup_steps=2, lea
 
 @pytest.fixture(scope="module")
 def params():
-    fresh = create(CONFIG, jax.random.key(0))
+    fresh = init_params(CONFIG, jax.random.key(0))
     # B = 0 would hide everything behind the adapters.
     flat = {p: x + 0.1 if p.endswith("lora_b") else x for p, x in table.flatten(fresh).items()}
     return table.unflatten(flat)
@@ -134,7 +134,7 @@ def test_of_added_tokens_the_pose_tokens_rows_alone_train(params):
     config, place = CONFIG.replace(text=text, pose_token_id=66), 66 - 64
     rules = tuple(r._replace(weight_decay=0.1) if r.tokens == "pose" else r for r in table.PAPER)
     settings = dataclasses.replace(SETTINGS, trainable=rules)
-    flat = table.flatten(create(config, jax.random.key(0)))
+    flat = table.flatten(init_params(config, jax.random.key(0)))
     flat["decoder/embed_tokens/added"] = flat["decoder/embed_tokens/added"].at[5].set(-0.0)
     axes = table.TOKEN_AXIS
     before = {path: np.moveaxis(np.array(flat[path]), axis, 0) for path, axis in axes.items()}
@@ -256,7 +256,7 @@ def test_cross_entropy_and_its_gradients_are_those_of_jax(params, table_of, monk
 
 def test_int8_base_trains_its_adapters_and_keeps_its_kernels(params):
     config = dataclasses.replace(CONFIG, quantize="int8")
-    fresh = create(config, jax.random.key(0))
+    fresh = init_params(config, jax.random.key(0))
     before = {path: hash(np.asarray(x).tobytes()) for path, x in table.flatten(fresh).items()}
     state, frozen = init_state(SETTINGS, fresh)
     step = make_step(config, SETTINGS, fresh)

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import create, fake_batch
+from chatpose_jax.models.chatpose import fake_batch, init_params
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.hosts import Fault
 from chatpose_jax.train.trainable import PAPER, PROJECTOR, rates
@@ -66,7 +66,7 @@ def _compiled_once(tmp_path_factory):
 @pytest.fixture
 def params():
     """Callable, since training consumes what it starts from."""
-    start = jax.device_get(create(CONFIG, jax.random.key(0)))
+    start = jax.device_get(init_params(CONFIG, jax.random.key(0)))
     return lambda: jax.tree.map(jnp.array, start)
 
 
@@ -195,7 +195,7 @@ def test_a_mesh_trains_to_the_same_losses_and_resumes_on_another(tmp_path, param
     train(CONFIG, SETTINGS, params(), Batches(), tmp_path / "one", progress=False)
     for at, sizes in ((4, (4, 1, 1)), (None, (2, 2, 2))):
         mesh = make_mesh(*sizes)
-        there = create(CONFIG, jax.random.key(0), mesh)
+        there = init_params(CONFIG, jax.random.key(0), mesh)
         with contextlib.suppress(Interrupted):
             train(CONFIG, SETTINGS, there, Batches(at=at), tmp_path / "meshes", mesh=mesh, progress=False)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "meshes"), rtol=TRAINED)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from chatpose_jax.models.chatpose import ChatPoseModel, bind, create, fake_batch
+from chatpose_jax.models.chatpose import ChatPoseModel, bind, fake_batch, init_params
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.loss import final_states, loss
 from chatpose_jax.train.validate import Validation
@@ -16,7 +16,7 @@ from tests.train.test_step import CONFIG, SETTINGS, run_model
 
 
 def test_validation_is_the_mean_over_rows_that_hold_a_pose():
-    params, body = create(CONFIG, jax.random.key(0)), io.load_body()
+    params, body = init_params(CONFIG, jax.random.key(0)), io.load_body()
     batch = fake_batch(CONFIG, batch=3, length=12)
     batch["pose_mask"][1] = False
     found = Validation(CONFIG, SETTINGS, {"image": [batch]}, body)(params)
@@ -45,7 +45,7 @@ def test_a_batch_goes_through_the_model_once(monkeypatch):
     )
     batch = fake_batch(CONFIG, batch=2, length=12)
     validation = Validation(CONFIG, SETTINGS, {"image": [batch, batch]}, io.load_body())
-    values = validation(create(CONFIG, jax.random.key(0)))
+    values = validation(init_params(CONFIG, jax.random.key(0)))
     assert sum(passes) == 1, "traced once, for the names and for all batches"
     assert set(values) == set(validation.names)
 
@@ -55,9 +55,9 @@ def test_a_mesh_validates_to_the_same_and_draws():
     batch = fake_batch(CONFIG, batch=8, length=12)
     batch["pose_mask"][3:] = False
     mesh, body = make_mesh(2, 2, 2), io.load_body()
-    alone = Validation(CONFIG, SETTINGS, {"text": [batch]}, body)(create(CONFIG, jax.random.key(0)))
+    alone = Validation(CONFIG, SETTINGS, {"text": [batch]}, body)(init_params(CONFIG, jax.random.key(0)))
     there = Validation(CONFIG, SETTINGS, {"text": [batch, batch]}, body, mesh=mesh, rows=8, pictures=4)
-    found = there(create(CONFIG, jax.random.key(0), mesh))
+    found = there(init_params(CONFIG, jax.random.key(0), mesh))
     picture = found.pop("text_poses")
     assert found.keys() == alone.keys()
     np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=GRADIENT)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from chatpose_jax.models.chatpose import create, fake_batch
+from chatpose_jax.models.chatpose import fake_batch, init_params
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.config import MeshConfig
@@ -40,13 +40,13 @@ class Rows:
 
 def main(out: Path, steps: int, data: int, tensor: int, pause: float, coordinator: str, count: int, index: int) -> int:
     if count > 1:
-        hosts.connect(hosts.find(coordinator, count, index))
+        hosts.connect(hosts.find_processes(coordinator, count, index))
     mesh_config = MeshConfig(data=data, fsdp=1, tensor=tensor)
     settings = dataclasses.replace(
         SETTINGS, steps=steps, batch_size=4, accumulate=2, log_every=1, save_every=4, mesh=mesh_config
     )
     mesh = make_mesh(data, 1, tensor)
-    params = create(CONFIG, jax.random.key(0), mesh)
+    params = init_params(CONFIG, jax.random.key(0), mesh)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     try:
         with hosts.together(out):

@@ -22,12 +22,12 @@ torch = pytest.importorskip("torch")
 
 import chatpose_jax  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
-from chatpose_jax.models.chatpose import abstract_params, create  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params, init_params  # noqa: E402
 from chatpose_jax.models.config import preset  # noqa: E402
 from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
 from chatpose_jax.weights import arrays, devices, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
-from chatpose_jax.weights.folder import load_config, load_params, read_folder, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_model_config, load_params, read_folder, save_folder  # noqa: E402
 from chatpose_jax.weights.hashes import sha256  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
@@ -248,7 +248,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(
         read_folder(half)
     convert(llava, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert load_config(tmp_path / "out").text.num_layers == 3
+    assert load_model_config(tmp_path / "out").text.num_layers == 3
 
 
 def test_a_full_disk_is_one_clear_error(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path) -> N
 
     convert(SourceSpec(llava, dtype="float32"), tmp_path / "model")
     convert(llava, tmp_path / "model", overwrite=True)
-    assert load_config(tmp_path / "model").param_dtype == "bfloat16"
+    assert load_model_config(tmp_path / "model").param_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("out", ["src", "src/../src", "linked", "."])
@@ -355,9 +355,9 @@ class NoTokenizer:
 
 def test_folder_round_trip_and_its_errors(tmp_path: Path) -> None:
     config = preset("tiny")
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     save_folder(tmp_path / "m", config, params, processor=NoTokenizer(), provenance={"by": "test"})
-    assert load_config(tmp_path / "m") == config
+    assert load_model_config(tmp_path / "m") == config
     restored = load_params(tmp_path / "m", abstract_params(config))
     jax.tree.map(np.testing.assert_array_equal, restored, params)
     half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16"), abstract_params(config))
@@ -377,13 +377,13 @@ def test_folder_round_trip_and_its_errors(tmp_path: Path) -> None:
 
 def test_folders_that_do_not_load(llava: Path, tmp_path: Path) -> None:
     config = preset("tiny")
-    good = save_folder(tmp_path / "m", config, create(config, jax.random.key(0)), processor=NoTokenizer())
+    good = save_folder(tmp_path / "m", config, init_params(config, jax.random.key(0)), processor=NoTokenizer())
     with pytest.raises(UserError, match="no such folder"):
-        load_config(tmp_path / "absent")
+        load_model_config(tmp_path / "absent")
     with pytest.raises(UserError, match="convert it first: chatpose convert"):
-        load_config(llava)
+        load_model_config(llava)
     with pytest.raises(UserError, match="no model folder"):
-        load_config(tmp_path)
+        load_model_config(tmp_path)
 
     shutil.copytree(good, tmp_path / "cut")
     for file in (tmp_path / "cut/params").rglob("d/*"):
@@ -394,12 +394,12 @@ def test_folders_that_do_not_load(llava: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "half")
     shutil.rmtree(tmp_path / "half/params")
     with pytest.raises(UserError, match="half a model folder: params missing"):
-        load_config(tmp_path / "half")
+        load_model_config(tmp_path / "half")
 
     data = json.loads((good / "config.json").read_text())
     (good / "config.json").write_text(json.dumps(data | {"version": 99}))
     with pytest.raises(UserError, match="version 99"):
-        load_config(good)
+        load_model_config(good)
 
 
 def test_a_failed_read_ends_when_all_reads_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,7 +535,7 @@ def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path
     """Converted, and loaded straight onto a mesh: kernels and scales of ``quantize_int8``, all else as it was."""
     plan, single = load_source(llava)
     convert(SourceSpec(llava, quantize="int8"), tmp_path / "out")
-    config = load_config(tmp_path / "out")
+    config = load_model_config(tmp_path / "out")
     assert config == plan.config.replace(quantize="int8")
     params = by_path(load_params(tmp_path / "out", abstract_params(config)))
     for path, array in by_path(single).items():

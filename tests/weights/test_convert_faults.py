@@ -26,7 +26,7 @@ from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.weights import leaves, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import load_config, load_params, new_folder, read_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_model_config, load_params, new_folder, read_folder  # noqa: E402
 from chatpose_jax.weights.hashes import sha256  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
@@ -106,7 +106,7 @@ def test_a_stopped_conversion_leaves_nothing_that_loads_and_runs_again(
         assert code == -signal.SIGKILL
         for folder in (out, partial):
             with pytest.raises(UserError, match=r"no such folder|no model folder"):
-                load_config(folder)
+                load_model_config(folder)
     convert(llava, out)
     assert_whole(llava, out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -40,7 +40,7 @@ from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_model_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import initial  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
@@ -88,7 +88,7 @@ def model_folder(source: Path, out: Path, **options: Any) -> Path:
 
 def trained(folder: Path, out: Path, lora: LoRAConfig | None = LORA, *, passengers: bool = True) -> Path:
     """A model folder as training leaves it: adapters, the added rows and the head moved; the base as it was."""
-    config = load_config(folder)
+    config = load_model_config(folder)
     wanted = dataclasses.replace(config, lora=lora)
     held = by_path(load_params(folder, abstract_params(config)))
     rng = np.random.default_rng(7)
@@ -125,7 +125,7 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 def answers(folder: Path, messages: Any = CONVERSATION) -> tuple[Encoded, Rounded, Rounded]:
     """(the encoded conversation, our logits, our matrices) of a model folder, in float32."""
-    config = load_config(folder).replace(dtype="float32", param_dtype="float32")
+    config = load_model_config(folder).replace(dtype="float32", param_dtype="float32")
     encoded = Processor.load(folder / TOKENIZER, config).encode(messages, add_generation_prompt=False)
     pixels = np.stack(encoded.images)[None] if encoded.images else None
     params = load_params(folder, abstract_params(config))
@@ -251,7 +251,7 @@ def test_layouts_change_hands_bit_by_bit(tmp_path: Path) -> None:
     expected = {transformers_name(name, "4"): tensor for name, tensor in model.state_dict().items()}
     found = weights(tmp_path / "back")
     assert_same(found, expected)
-    mine, theirs = load_config(tmp_path / "jax"), load_config(tmp_path / "again")
+    mine, theirs = load_model_config(tmp_path / "jax"), load_model_config(tmp_path / "again")
     assert theirs == mine.replace(image_token_id=-200)
     head = (load_file(tmp_path / name / "pose_head.safetensors") for name in ("llava", "back"))
     assert_same(next(head), next(head))
@@ -279,7 +279,7 @@ def test_transformers_gives_the_same_logits_with_the_adapters_merged(tmp_path: P
         return
     # A model without adapters is merged already.
     model_folder(tmp_path / "hf", tmp_path / "back")
-    assert load_config(tmp_path / "back").lora is None
+    assert load_model_config(tmp_path / "back").lora is None
     again = export(tmp_path / "back", tmp_path / "hf2", "transformers")
     assert "no adapters in this model: the weights are its own" in again.notes
     assert_same(weights(tmp_path / "hf2"), weights(tmp_path / "hf"))
@@ -302,7 +302,7 @@ def test_a_placeholder_outside_the_vocabulary_moves_into_it_for_transformers(tmp
     assert processor.tokenizer.convert_tokens_to_ids("[SEG]") == POSE_ID
     inputs = processor(images=Image.fromarray(PICTURE), text="USER: <image>\nHi ASSISTANT:", return_tensors="pt")
     assert (inputs["input_ids"] == image_id).sum() == 16
-    mine = Processor.load(folder / TOKENIZER, load_config(folder)).encode([user("Hi", PICTURE)])
+    mine = Processor.load(folder / TOKENIZER, load_model_config(folder)).encode([user("Hi", PICTURE)])
     np.testing.assert_allclose(inputs["pixel_values"][0], torch_pixels(mine)[0], atol=1e-6)
     encoded, logits, matrices = answers(folder)
     expected, poses = llava_answers(model.eval(), encoded, image_id, head_on_its_own(tmp_path / "hf"))
@@ -325,7 +325,7 @@ def test_a_new_image_row_is_the_mean_of_the_others(tmp_path: Path) -> None:
         assert found.shape == (VOCAB + 2, 64)
         np.testing.assert_allclose(found[-1], matrix.weight.detach().mean(0), atol=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").convert_tokens_to_ids(["<POSE>", "<image>"]) == [1024, 1025]
-    assert load_config(model_folder(tmp_path / "hf", tmp_path / "back")).image_token_id == 1025
+    assert load_model_config(model_folder(tmp_path / "hf", tmp_path / "back")).image_token_id == 1025
 
 
 @pytest.mark.parametrize("format", [pytest.param("llava", marks=slow), "chatpose"])
@@ -364,17 +364,17 @@ def test_a_tower_without_its_end_comes_back(tmp_path: Path) -> None:
     assert any("the vision tower ends after block 3" in note for note in result.notes)
     assert "mm_vision_tower" not in json.loads((tmp_path / "llava" / "config.json").read_text())
     back = model_folder(tmp_path / "llava", tmp_path / "back")
-    there, found = (by_path(load_params(f, abstract_params(load_config(f)))) for f in (folder, back))
+    there, found = (by_path(load_params(f, abstract_params(load_model_config(f)))) for f in (folder, back))
     assert there.keys() == found.keys()
     assert all(np.array_equal(found[path], leaf) for path, leaf in there.items())
-    assert load_config(back).vision.num_used_layers == 3
+    assert load_model_config(back).vision.num_used_layers == 3
 
 
 def test_merging_is_done_in_float32_and_rounded_once(tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "src", dtype=torch.bfloat16)
     folder = trained(model_folder(tmp_path / "src", tmp_path / "jax"), tmp_path / "lora")
     export(folder, tmp_path / "hf", "transformers")
-    params = by_path(load_params(folder, abstract_params(load_config(folder))))
+    params = by_path(load_params(folder, abstract_params(load_model_config(folder))))
     kernel, a, b = (np.asarray(params[f"decoder/layers/mlp/down_proj/{n}"][1]) for n in ("kernel", "lora_a", "lora_b"))
     exact = kernel.astype(np.float64) + 3.0 * a.astype(np.float64) @ b.astype(np.float64)
     found = weights(tmp_path / "hf")["language_model.model.layers.1.mlp.down_proj.weight"]
@@ -404,7 +404,7 @@ def test_dtype_of_the_result(tmp_path: Path) -> None:
 def test_an_int8_base_goes_out_as_the_numbers_that_it_stands_for(tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "src", dtype=torch.float16)
     folder = model_folder(tmp_path / "src", tmp_path / "jax", quantize="int8")
-    params = by_path(load_params(folder, abstract_params(load_config(folder))))
+    params = by_path(load_params(folder, abstract_params(load_model_config(folder))))
     name = "decoder/layers/mlp/up_proj/kernel"
     kernel, scale = (np.asarray(params[name + suffix])[2] for suffix in ("", "_scale"))
     assert kernel.dtype == np.int8
@@ -412,8 +412,8 @@ def test_an_int8_base_goes_out_as_the_numbers_that_it_stands_for(tmp_path: Path)
     found = weights(tmp_path / "hf")["language_model.model.layers.2.mlp.up_proj.weight"]
     np.testing.assert_array_equal(found.numpy(), (kernel.astype(np.float32) * scale).T)
     # With adapters on top.
-    lora = by_path(load_params(folder, abstract_params(load_config(folder))))
-    config = load_config(folder).replace(lora=LORA)
+    lora = by_path(load_params(folder, abstract_params(load_model_config(folder))))
+    config = load_model_config(folder).replace(lora=LORA)
     for path, leaf in by_path(abstract_params(config)).items():
         lora.setdefault(path, np.full(leaf.shape, 0.01, np.float32))
     processor = Processor.load(folder / TOKENIZER, config)
@@ -434,10 +434,10 @@ def test_pictures_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> N
     export(tmp_path / "jax", tmp_path / "hf", "transformers")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     found = processor.image_processor(Image.fromarray(PICTURE), return_tensors="pt")["pixel_values"][0]
-    mine = Processor.load(tmp_path / "jax" / TOKENIZER, load_config(plain)).images(Image.fromarray(PICTURE))
+    mine = Processor.load(tmp_path / "jax" / TOKENIZER, load_model_config(plain)).images(Image.fromarray(PICTURE))
     np.testing.assert_allclose(found, mine.transpose(2, 0, 1), atol=0.05)
     back = model_folder(tmp_path / "hf", tmp_path / "back")
-    assert Processor.load(back / TOKENIZER, load_config(back)).images.fit == "pad"
+    assert Processor.load(back / TOKENIZER, load_model_config(back)).images.fit == "pad"
     # LLaVA's own code asks its config.json.
     export(tmp_path / "jax", tmp_path / "llava", "llava")
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == "pad"
@@ -464,8 +464,8 @@ def test_a_head_of_another_kind_goes_out_and_comes_back(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(HEADS, "listed_in_test_export", f"{__name__}:ListedHead")
-    config = load_config(plain).replace(head=HeadConfig("listed_in_test_export", (("hidden", 12),)))
-    params = by_path(load_params(plain, abstract_params(load_config(plain))))
+    config = load_model_config(plain).replace(head=HeadConfig("listed_in_test_export", (("hidden", 12),)))
+    params = by_path(load_params(plain, abstract_params(load_model_config(plain))))
     params = {path: leaf for path, leaf in params.items() if not path.startswith("pose_head/")}
     head = initial("pose_head", config, 3)
     processor = Processor.load(plain / TOKENIZER, config)
@@ -478,8 +478,8 @@ def test_a_head_of_another_kind_goes_out_and_comes_back(
     export(tmp_path / "jax", tmp_path / "hf", "transformers")
     assert "layers.1.kernel" in load_file(tmp_path / "hf" / "pose_head.safetensors")
     back = model_folder(tmp_path / "hf", tmp_path / "back")
-    assert load_config(back).head == config.head
-    found = by_path(load_params(back, abstract_params(load_config(back))))
+    assert load_model_config(back).head == config.head
+    found = by_path(load_params(back, abstract_params(load_model_config(back))))
     assert {path for path in found if path.startswith("pose_head/")} == head.keys()
     for path, leaf in head.items():
         np.testing.assert_array_equal(found[path], leaf)

@@ -31,7 +31,7 @@ from chatpose_jax.verify import verify  # noqa: E402
 from chatpose_jax.weights import adapters  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.sources import open_adapter  # noqa: E402
@@ -60,7 +60,7 @@ TEXT = [user("Who kneels?"), {"role": "assistant", "content": "It is <POSE>."}]
 
 
 def params_of(folder: Path) -> dict[str, np.ndarray]:
-    loaded = load_params(folder, abstract_params(load_config(folder)))
+    loaded = load_params(folder, abstract_params(load_model_config(folder)))
     return {path: np.asarray(leaf) for path, leaf in by_path(loaded).items()}
 
 
@@ -107,7 +107,7 @@ def test_peft_loads_the_adapter_onto_the_original_base(tmp_path: Path) -> None:
     assert np.abs(plain - expected).max() > 0.1
 
     model_folder(tmp_path / "base", tmp_path / "back", adapter=tmp_path / "adapter")
-    assert load_config(tmp_path / "back") == load_config(folder)
+    assert load_model_config(tmp_path / "back") == load_model_config(folder)
     back, there = params_of(tmp_path / "back"), params_of(folder)
     for path, leaf in there.items():
         assert back[path].tobytes() == leaf.tobytes(), path
@@ -182,7 +182,7 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     }[kind]
     model = peft_over_llava(tmp_path, **settings)
     model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
-    lora = load_config(tmp_path / "jax").lora
+    lora = load_model_config(tmp_path / "jax").lora
     alpha = 4 * 8**0.5 if kind == "rslora" else 4.0
     assert lora == LoRAConfig(8, alpha, 0.05, ("q_proj", "k_proj", "gate_proj"))
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 144))
@@ -252,7 +252,7 @@ def test_float32_over_a_base_in_half_precision_goes_out_as_it_came(
     assert all(torch.equal(half[name], tensor.to(getattr(torch, dtype))) for name, tensor in came.items())
 
     # A training that leaves the parts alone, in its own dtype even, hands them on.
-    config = load_config(tmp_path / "jax")
+    config = load_model_config(tmp_path / "jax")
     wider = config.replace(param_dtype="float32")
     params = load_params(tmp_path / "jax", abstract_params(wider))
     processor = Processor.load(tmp_path / "jax" / TOKENIZER, config)
@@ -350,7 +350,7 @@ def test_new_tokens_of_an_adapter(tmp_path: Path, named: bool) -> None:
     assert (head + "modules_to_save.weight" in names) == named  # as of peft 0.21; else this tests one case twice
     write_tokenizer(tmp_path / "adapter")
     model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", vision=tmp_path / "clip")
-    assert load_config(tmp_path / "jax").pose_token_id == POSE_ID
+    assert load_model_config(tmp_path / "jax").pose_token_id == POSE_ID
     encoded, logits, matrices = answers(tmp_path / "jax", TEXT)
     ids = torch.from_numpy(encoded.input_ids).long()[None]
     with torch.no_grad():
@@ -417,8 +417,8 @@ def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None
     said = {"image_aspect_ratio": "pad", "mm_vision_select_layer": -3}
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(said))
     out = model_folder(tmp_path / "base", tmp_path / "jax", **options)
-    assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "pad"
-    assert load_config(out).vision.select_layer == -3
+    assert Processor.load(out / "tokenizer", load_model_config(out)).images.fit == "pad"
+    assert load_model_config(out).vision.select_layer == -3
     found = params_of(out)
     np.testing.assert_array_equal(found["projector/fc2/kernel"], projector[2].weight.detach().numpy().T)
     adapted = model.base_model.model.model.layers[1].mlp.down_proj
@@ -426,7 +426,7 @@ def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None
         there = linear.weight.detach().numpy().T
         np.testing.assert_array_equal(found[f"decoder/layers/mlp/down_proj/{name}"][1], there)
     plan, params = load_source(SourceSpec(tmp_path / "base", **options))
-    assert plan.config == load_config(tmp_path / "jax")
+    assert plan.config == load_model_config(tmp_path / "jax")
     assert all(np.array_equal(leaf, found[path]) for path, leaf in by_path(params).items())
 
 
@@ -450,7 +450,7 @@ def test_a_training_run_put_together_by_deepspeed(tmp_path: Path, shards: int) -
     with pytest.raises(UserError, match=r"adapters of rank 4, and no adapter_config\.json .* --lora-alpha"):
         convert(folder, tmp_path / "jax")
     model_folder(folder, tmp_path / "jax", lora_alpha=8)
-    assert load_config(tmp_path / "jax").lora == LoRAConfig(4, 8.0, 0.0, ("q_proj", "v_proj"))
+    assert load_model_config(tmp_path / "jax").lora == LoRAConfig(4, 8.0, 0.0, ("q_proj", "v_proj"))
     encoded, logits, matrices = answers(tmp_path / "jax")
     expected, hidden = flat_forward(models, encoded, -200)  # peft has changed the modules in place
     agree(logits, expected)
@@ -641,7 +641,7 @@ def test_an_adapter_beside_its_base_is_not_overlooked(written: Path, tmp_path: P
     ):
         convert(both, tmp_path / "out")
     convert(SourceSpec(both, adapter=both / "adapter_model.safetensors"), tmp_path / "out")
-    lora = load_config(tmp_path / "out").lora
+    lora = load_model_config(tmp_path / "out").lora
     assert lora is not None and (lora.rank, lora.alpha) == (8, 4.0)
 
 

@@ -22,7 +22,7 @@ from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import ModelConfig  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
-from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params  # noqa: E402
+from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params  # noqa: E402
 from chatpose_jax.weights.layouts import LAYOUTS, Transform  # noqa: E402
 from chatpose_jax.weights.sources import open_sources  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
@@ -140,7 +140,7 @@ def flat_tree(models: FlatModels) -> dict[str, np.ndarray]:
 
 def converted(source: Path, out: Path, **options: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     convert(SourceSpec(source, **options), out)
-    config = load_config(out)
+    config = load_model_config(out)
     params = flatten_dict(load_params(out, abstract_params(config)), sep="/")
     return config, {path: np.asarray(leaf) for path, leaf in params.items()}
 

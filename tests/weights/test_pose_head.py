@@ -19,7 +19,7 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.convert import convert, load_source
 from chatpose_jax.weights.export import export
-from chatpose_jax.weights.folder import TOKENIZER, load_config, load_params, save_folder
+from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params, save_folder
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.plan import initial
 from chatpose_jax.weights.spec import SourceSpec
@@ -42,7 +42,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_head(plain: Path, out: Path, head: HeadConfig) -> dict[str, np.ndarray]:
     """Writes the folder with another head, and gives that head's weights."""
-    config = load_config(plain)
+    config = load_model_config(plain)
     held = by_path(load_params(plain, abstract_params(config)))
     config = config.replace(head=head)
     new = initial("pose_head", config, 3)

@@ -28,7 +28,7 @@ from chatpose_jax.verify import Difference, verify  # noqa: E402
 from chatpose_jax.weights import adapters  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import load_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_model_config, load_params, save_folder  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
@@ -124,7 +124,7 @@ def test_one_changed_value_fails(
     chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any, path: str, index: Any, first: str
 ) -> None:
     source, clip, out = chatpose
-    config = load_config(out)
+    config = load_model_config(out)
     params = load_params(out, abstract_params(config))
     *keys, last = path.split("/")
     node = params
@@ -147,7 +147,7 @@ def test_a_sample_of_layers_names_the_one_that_is_wrong(chatpose: tuple[Path, Pa
         if stage.prompt == "text 1"
     ]
     assert good == ["embeddings", "layer 0", "layer 2", "final norm", "logits", "poses"]
-    config = load_config(out)
+    config = load_model_config(out)
     params = load_params(out, abstract_params(config))
     kernel = params["decoder"]["layers"]["attn"]["v_proj"]
     kernel["kernel"] = kernel["kernel"].at[0, 1, 1].add(0.5)
@@ -315,7 +315,7 @@ def test_pictures_are_prepared_as_the_source_says(tmp_path: Path) -> None:
     write_settings(tmp_path / "src/config.json", image_aspect_ratio="pad")
     options = {"vision": tmp_path / "clip"}
     out = converted(tmp_path / "src", tmp_path / "out", **options)
-    images = Processor.load(out / "tokenizer", load_config(out)).images
+    images = Processor.load(out / "tokenizer", load_model_config(out)).images
     assert (images.fit, images.mean, images.std) == ("pad", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     left = np.zeros((30, 90, 3), np.uint8)
     left[:, :20] = 255
@@ -324,7 +324,7 @@ def test_pictures_are_prepared_as_the_source_says(tmp_path: Path) -> None:
     assert not wrong(verify(SourceSpec(tmp_path / "src", **options), out).stages)
 
     cropped = converted(tmp_path / "src", tmp_path / "cropped", image_fit="crop", **options)
-    assert Processor.load(cropped / "tokenizer", load_config(cropped)).images.fit == "crop"
+    assert Processor.load(cropped / "tokenizer", load_model_config(cropped)).images.fit == "crop"
     assert "pixels" in wrong(verify(SourceSpec(tmp_path / "src", **options), cropped).stages)
     assert not wrong(verify(SourceSpec(tmp_path / "src", image_fit="crop", **options), cropped).stages)
     # What export writes for LLaVA's own code says so, and comes back.
@@ -337,7 +337,7 @@ def test_chatpose_crops_whatever_its_config_says(chatpose: tuple[Path, Path, Pat
     shutil.copytree(source, tmp_path / "src")
     write_settings(tmp_path / "src/config.json", image_aspect_ratio="pad")
     out = converted(tmp_path / "src", tmp_path / "out", vision=clip)
-    assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "crop"
+    assert Processor.load(out / "tokenizer", load_model_config(out)).images.fit == "crop"
     assert not wrong(verify(SourceSpec(tmp_path / "src", vision=clip), out).stages)
 
 
@@ -354,7 +354,7 @@ def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> Non
     make_llava_transformers(tmp_path / "src")
     write_settings(tmp_path / "src" / file, **(HF if file.startswith("pre") else {"image_processor": HF}))
     out = converted(tmp_path / "src", tmp_path / "out")
-    assert Processor.load(out / "tokenizer", load_config(out)).images.fit == "pad"
+    assert Processor.load(out / "tokenizer", load_model_config(out)).images.fit == "pad"
     assert not wrong(verify(tmp_path / "src", out).stages)
 
 

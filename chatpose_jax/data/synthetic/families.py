@@ -213,7 +213,7 @@ def from_angles(angles: np.ndarray, family: np.ndarray, arms: np.ndarray) -> Pos
     """Poses of anatomical angles (N, 30), clipped to the joints' limits."""
     angles = np.clip(angles, LIMITS[:, 0], LIMITS[:, 1])
     rotations = _rotations(angles)
-    joints, _ = skeleton.forward(rotations)
+    joints, _ = skeleton.forward_kinematics(rotations)
     return PoseSet(rotations.astype(np.float32), joints.astype(np.float32), angles, family, arms)
 
 

@@ -132,7 +132,7 @@ class Codes:
 
 def code_values(rotations: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
     """Values (N,) of all codes, metres or degrees, for poses (N, 24, 3, 3) in the body frame with yaw removed."""
-    joints, world = skeleton.forward(rotations)
+    joints, world = skeleton.forward_kinematics(rotations)
     at = {name: joints[:, i] for name, i in INDEX.items()}
     for side in ("left", "right"):  # the palm, a little beyond SMPL's hand joint
         at[f"{side}_palm"] = at[f"{side}_hand"] + 0.3 * (at[f"{side}_hand"] - at[f"{side}_wrist"])

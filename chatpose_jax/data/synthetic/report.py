@@ -44,13 +44,13 @@ def report(train_size: int = 4000, val_size: int = 400) -> dict[str, float]:
         "ridge": ridge,
     }
 
-    truth, _ = skeleton.forward(val_poses)
+    truth, _ = skeleton.forward_kinematics(val_poses)
     out = {
         "vocabulary": float(len({word for text in train_texts + val_texts for word in _words(text)})),
         "words_per_question": float(np.mean([len(_words(text)) for text in val_texts])),
     }
     for name, rotations in predictions.items():
-        joints, _ = skeleton.forward(_nearest_rotations(rotations))
+        joints, _ = skeleton.forward_kinematics(_nearest_rotations(rotations))
         out[f"{name}_mpjpe"] = float(np.mean(metrics.mpjpe(joints, truth)))
         out[f"{name}_pa_mpjpe"] = float(np.mean(metrics.pa_mpjpe(joints, truth)))
     return out

@@ -56,7 +56,7 @@ def rotation_power(matrices: np.ndarray, fraction: float) -> np.ndarray:
     return np.eye(3) + np.sin(part) * unit + (1 - np.cos(part)) * (unit @ unit)
 
 
-def forward(rotations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def forward_kinematics(rotations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Forward kinematics with the pelvis at the origin.
 
     rotations: (N, 24, 3, 3) of each joint relative to its parent. Returns joints (N, 24, 3) in metres and global

@@ -37,7 +37,7 @@ class Attention(nnx.Module):
         return self.o_proj(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
 
 
-class Layer(nnx.Module):
+class JointLayer(nnx.Module):
     """Pre-norm: among the joints of one pose, then to the conversation, then a feed-forward of four times the width."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
@@ -77,7 +77,7 @@ class QueriesHead(PoseHead):
         self.token = Linear(width, hidden, axes=(None, None), rngs=rngs)
         self.memory = Linear(width, hidden, axes=(None, None), rngs=rngs)
         self.memory_norm, self.norm = _norm(hidden), _norm(hidden)
-        self.layers = nnx.List([Layer(hidden, heads, rngs=rngs) for _ in range(layers)])
+        self.layers = nnx.List([JointLayer(hidden, heads, rngs=rngs) for _ in range(layers)])
         self.rotation = Linear(hidden, 6, axes=(None, None), rngs=rngs)
         self.rotation.kernel[...] = self.rotation.kernel[...] * 0.1
         self.start = nnx.Param(start_numbers("6d", self.num_joints))

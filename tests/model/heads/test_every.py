@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from chatpose_jax.models.chatpose import abstract_params, create, fake_batch
+from chatpose_jax.models.chatpose import abstract_params, fake_batch, init_params
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.models.sharding import partition_specs
 from chatpose_jax.train.config import TrainConfig
@@ -102,7 +102,7 @@ def test_large_parameters_are_split_at_13b(name: str) -> None:
 def test_a_step_of_the_whole_model_trains_it(name: str) -> None:
     config = small.config(lora=None).replace(head=HEADS[name])
     settings = TrainConfig(trainable=PAPER[1:], accumulate=1)
-    params = create(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     state, frozen = init_state(settings, params)
     before = jax.tree.map(np.asarray, state.trainable)
     batch = fake_batch(config, length=8)
