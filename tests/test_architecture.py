@@ -121,6 +121,21 @@ def test_models_and_generation_stand_on_jax_and_flax_alone() -> None:
     assert not broken, "\n".join(broken)
 
 
+# Every command has these; a helper that two packages export is one function.
+SHARED_NAMES = {"add_arguments", "run", "main", "one_line"}
+
+
+def test_one_name_is_one_thing() -> None:
+    """No two public classes or functions of the packages have the same name."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    twice = {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED_NAMES}
+    assert not twice, twice
+
+
 def test_relative_imports_and_lazy_ones_are_seen(tmp_path: Path) -> None:
     """The reader itself: a rule that it cannot see would never be broken."""
     path = tmp_path / "chatpose_jax" / "models" / "x.py"

@@ -12,7 +12,7 @@ from pathlib import Path
 from chatpose_jax.data.synthetic import questions
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.processing.conversation import POSE
-from chatpose_jax.processing.train_tokenizer import tokens_a_word, write
+from chatpose_jax.processing.train_tokenizer import tokens_a_word, write_tokenizer_files
 
 OUT = Path(__file__).parent.parent / "chatpose_jax" / "processing" / "data" / "tiny_tokenizer"
 # Tasks without a picture: what is asked about pictures is added from the lists, so none has to be drawn.
@@ -36,7 +36,7 @@ def main() -> None:
         yield from texts("train", 8000)
         yield from about_pictures()
 
-    tokenizer = write(corpus(), OUT)
+    tokenizer = write_tokenizer_files(corpus(), OUT)
     ratio = tokens_a_word(tokenizer, texts("val", 500))
     print(f"{OUT.name}: {tokenizer.size} rows, {ratio:.2f} tokens a word of the validation split")
 

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(reply_json(turn, prompt, reply)), flush=True)
     if args.out:
-        save(list(zip(args.prompt, replies)), args.out)
+        save_replies(list(zip(args.prompt, replies)), args.out)
         print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
         if not any(reply.poses for reply in replies):
             print("no pose in the answer, so no picture or mesh: --force-pose ends it with one", file=sys.stderr)
@@ -130,7 +130,7 @@ def reply_json(turn: int, prompt: str, reply: Reply) -> dict[str, Any]:
     return values
 
 
-def save(turns: Sequence[tuple[str, Reply]], out: Path, first: int = 1) -> list[Path]:
+def save_replies(turns: Sequence[tuple[str, Reply]], out: Path, first: int = 1) -> list[Path]:
     """``reply.jsonl``, one line a turn, and, for each pose, ``turn-T-pose-P`` as PNG, GLB, OBJ and npz, its further samples as
     ``turn-T-pose-P-sample-2`` and so on; ``first`` is the number of the first turn.
     """
@@ -207,7 +207,7 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
                 folder = Path(os.path.expanduser(rest.strip()))
                 refuse_answered(folder)
                 turn = sum(message["role"] == "user" for message in messages)
-                print("\n".join(map(str, save([last], folder, first=turn))))
+                print("\n".join(map(str, save_replies([last], folder, first=turn))))
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")
             else:

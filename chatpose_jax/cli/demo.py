@@ -174,7 +174,7 @@ def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[st
             reply = model.chat(messages, max_new_tokens=48)
             messages.append(reply.message)
             replies.append((_words(message), reply))
-        files += chat_command.save(replies, folder)
+        files += chat_command.save_replies(replies, folder)
         files.append(_panel(model, row, replies, folder / "answer.png"))
         for question, reply in replies:
             print(f"\n  you>      {question}\n  chatpose> {reply.text}")

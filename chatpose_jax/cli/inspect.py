@@ -15,7 +15,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, read_config, read_folder
-from chatpose_jax.weights.nonfinite import describe
+from chatpose_jax.weights.nonfinite import describe_nonfinite
 from chatpose_jax.weights.plan import PARTS, Conversion, plan_conversion, rounded
 from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
 
@@ -95,7 +95,7 @@ def describe_plan(plan: Conversion) -> list[str]:
     if plan.fresh:
         lines.append(f"  {'initialised':<11} {', '.join(plan.fresh)}")
     if counts := plan.nonfinite.counts:
-        shown = "; ".join(f"{name}: {describe(counts[name])}" for name in sorted(counts)[:_SHOWN])
+        shown = "; ".join(f"{name}: {describe_nonfinite(counts[name])}" for name in sorted(counts)[:_SHOWN])
         more = f"; … {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
         lines.append(f"  {'not finite':<11} {len(counts)} tensors: {shown}{more}")
     if unread := [str(file) for source in plan.sources for file in source.checkpoint.unread]:

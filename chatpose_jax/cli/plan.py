@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a GPU's plugin without its GPU would fail
     jax.config.update("jax_enable_compilation_cache", False)  # a program for another machine cannot be loaded from it
     config = load_config(args.config, args.overrides)
-    from chatpose_jax.planning.plan import describe, mesh_sizes, plan_decoding, plan_training
+    from chatpose_jax.planning.plan import describe_plan, mesh_sizes, plan_decoding, plan_training
     from chatpose_jax.planning.targets import EFFORT, parse
 
     target = parse(args.target)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         plan = plan_training(config.model, train, target, sizes, length, effort=effort)
     if args.json is not None:
         args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
-    print(describe(plan))
+    print(describe_plan(plan))
     return 0 if plan.fits else 1
 
 

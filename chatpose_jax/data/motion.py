@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic import captions, questions, skeleton
 from chatpose_jax.data.synthetic.dataset import to_camera
@@ -18,8 +19,6 @@ from chatpose_jax.settings import whole
 from smpl_jax import mocap
 from smpl_jax.errors import PoseFileError
 from smpl_jax.pose import Pose
-
-Split = Literal["train", "val", "test"]
 
 
 def motion(

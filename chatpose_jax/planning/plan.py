@@ -258,7 +258,7 @@ def _platform(mesh: Mesh) -> str:
     return {"gpu": "cuda"}.get(name, name)
 
 
-def describe(plan: StepPlan) -> str:
+def describe_plan(plan: StepPlan) -> str:
     """The plan as text for people."""
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     kind = "a training step" if plan.what == "train" else "a decoded token"

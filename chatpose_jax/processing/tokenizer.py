@@ -71,7 +71,7 @@ class TextTokenizer:
                 "ChatPose needs Vicuna's tokenizer"
             )
         self.backend = backend
-        self.files = complete({_FAST: backend.to_str().encode()} if files is None else files)
+        self.files = complete_vocabulary({_FAST: backend.to_str().encode()} if files is None else files)
         self.size = backend.get_vocab_size()
         added = {token["content"]: token["id"] for token in data["added_tokens"]}
         vocabulary = {**model["vocab"], **added}
@@ -208,7 +208,7 @@ def read_files(folder: str | Path) -> dict[str, bytes]:
     return {name: (Path(folder) / name).read_bytes() for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
 
 
-def complete(files: Mapping[str, bytes]) -> dict[str, bytes]:
+def complete_vocabulary(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Adds LLaMA's settings (BOS, no EOS) where there are none. Without them transformers adds no BOS."""
     if SETTINGS in files:
         return dict(files)

@@ -44,7 +44,7 @@ football basketball swimming skating boxing archery guitar
 """
 
 
-def build(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
+def build_tokenizer(texts: Iterable[str], rows: int = BASE_ROWS) -> tokenizers.Tokenizer:
     """Learns ``rows`` base rows from ``texts`` and adds the pose and image tokens. The same text gives the same tokenizer.
 
     Merges may cross spaces but not punctuation (Liu et al. 2025, "SuperBPE"): sequences become shorter, and common phrases one token.
@@ -98,9 +98,9 @@ def tokens_a_word(tokenizer: TextTokenizer, texts: Iterable[str]) -> float:
     return sum(tokens for tokens, _ in counts) / max(1, sum(words for _, words in counts))
 
 
-def write(texts: Iterable[str], out: Path) -> TextTokenizer:
+def write_tokenizer_files(texts: Iterable[str], out: Path) -> TextTokenizer:
     """Learns from ``texts`` and writes ``out/tokenizer.json``."""
-    tokenizer = TextTokenizer(build(texts))
+    tokenizer = TextTokenizer(build_tokenizer(texts))
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=False) + "\n", encoding="utf-8")
     return tokenizer
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="+", help="text files, one caption, question or answer a line")
     args = parser.parse_args()
     lines = [line for path in args.text for line in path.read_text(encoding="utf-8").splitlines()]
-    tokenizer = write((f" {line}" for line in lines), args.out)
+    tokenizer = write_tokenizer_files((f" {line}" for line in lines), args.out)
     print(f"{args.out}: {tokenizer.size} rows, {tokens_a_word(tokenizer, lines):.2f} tokens a word")
 
 

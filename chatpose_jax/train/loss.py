@@ -17,7 +17,7 @@ from chatpose_jax.train.pose_loss import PoseLoss
 CHUNK = 256
 """Positions of each row whose logits exist at a time."""
 IGNORED = -100
-PAPER = PoseLoss()
+PAPER_LOSS = PoseLoss()
 """The paper's pose loss: the mean |ΔR| of the root and of the other joints."""
 
 
@@ -157,7 +157,7 @@ def loss(
     *,
     lambda_text: float,
     lambda_pose: float,
-    distance: Distance = PAPER,
+    distance: Distance = PAPER_LOSS,
     weights: tuple[Any, Any] = (1.0, 1.0),
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -25,7 +25,7 @@ from smpl_jax.pose import Pose, known, placed, to_family
 from smpl_jax.rotations import geodesic_distance
 
 
-class Part(NamedTuple):
+class LossPart(NamedTuple):
     """A named part of a term.
 
     error: (predicted, target, body) -> (..., n), differentiable; finite wherever ``measured`` is false, too.
@@ -44,8 +44,8 @@ def _angles(predicted: Pose, target: Pose, body: Any) -> jax.Array:
     return geodesic_distance(predicted.rotations, target.rotations)
 
 
-def _joints(error: Callable[[Pose, Pose, Any], jax.Array], joints: slice) -> Part:
-    return Part(
+def _joints(error: Callable[[Pose, Pose, Any], jax.Array], joints: slice) -> LossPart:
+    return LossPart(
         lambda predicted, target, body: error(predicted, target, body)[..., joints],
         lambda target, body: known(target)[..., joints],
     )
@@ -96,19 +96,19 @@ def _has(name: str) -> Callable[[Pose, Any], jax.Array]:
 
 
 _ROOT, _BODY = slice(0, 1), slice(1, None)
-TERMS: dict[PoseTerm, dict[str, Part]] = {
+TERMS: dict[PoseTerm, dict[str, LossPart]] = {
     # The paper's: mean |ΔR| over the entries of matrices, the root's and those of all other joints.
     "matrices": {"pose_root": _joints(_entries, _ROOT), "pose_body": _joints(_entries, _BODY)},
     # The mean angle in radians.
     "geodesic": {"geodesic_root": _joints(_angles, _ROOT), "geodesic_body": _joints(_angles, _BODY)},
     # The mean distance in metres between joints of SMPL's body, relative to the root, both with the target's betas, or each with its own
     # where the target has some and the head gives some. Fingers, jaw and eyes do not count.
-    "joints": {"joints": Part(_positions, _placed)},
+    "joints": {"joints": LossPart(_positions, _placed)},
     # Mean |Δβ|.
-    "betas": {"betas": Part(_shape_error, _has("betas"))},
+    "betas": {"betas": LossPart(_shape_error, _has("betas"))},
     # Mean |Δt| of the three coordinates, in metres.
     "translation": {
-        "translation": Part(
+        "translation": LossPart(
             lambda predicted, target, body: jnp.abs(predicted.translation - target.translation), _has("translation")
         )
     },
@@ -168,7 +168,7 @@ class PoseLoss:
             scales[name] = jnp.where(found > 0, every / jnp.maximum(found, 1), 0)
         return scales
 
-    def _parts(self) -> Sequence[tuple[float, str, str, Part]]:
+    def _parts(self) -> Sequence[tuple[float, str, str, LossPart]]:
         return [(weight, term, name, part) for term, weight in self.rows for name, part in TERMS[term].items()]
 
 

@@ -140,7 +140,7 @@ def select(masks: Flat, new: Flat, old: Flat) -> Flat:
     return {path: jnp.where(masks[path], x, old[path]) if path in masks else x for path, x in new.items()}
 
 
-def describe(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
+def describe_trainable(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
     """The table with counts, printed when a run starts."""
     rows, flat = assign(params, rules), flatten(params)
 

@@ -234,7 +234,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     hosts.meet("train")
-    say(table.describe(params, config.trainable))
+    say(table.describe_trainable(params, config.trainable))
     if config.result == "best" and not config.eval_every:
         say("train.result=best has no validation to choose by (train.eval_every=0): the result will be the last step")
     state, frozen = init_state(config, params, mesh)

@@ -167,7 +167,7 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
         files |= _processor_files(model)
     if format != "chatpose":
         weights |= head_weights(model)
-        files[pose_head.DESCRIPTION] = pose_head.describe(config, model.pose_token)
+        files[pose_head.DESCRIPTION] = pose_head.describe_head(config, model.pose_token)
     files["generation_config.json"] = _generation(config)
     files["config.json"] = layout.config_json(result)
     if _images(model).fit == "pad":

@@ -83,7 +83,7 @@ def adapter_plan(
         "init_lora_weights": True,
     }
     files = {
-        pose_head.DESCRIPTION: pose_head.describe(config, model.pose_token),
+        pose_head.DESCRIPTION: pose_head.describe_head(config, model.pose_token),
         adapters.ADAPTER_CONFIG: settings,
     }
     notes = [

@@ -48,7 +48,7 @@ class Nonfinite:
             name = leaf.names[layer] if leaf.names else leaf.path
             if not self.allowed:
                 raise UserError(
-                    f"{name}: {describe(count)} in the first {part.size} values of it that were read; a model with them answers "
+                    f"{name}: {describe_nonfinite(count)} in the first {part.size} values of it that were read; a model with them answers "
                     "nothing. Fetch the weights again, or take them as they are: chatpose convert --allow-nonfinite "
                     "(allow_nonfinite=True in Python) counts them in all tensors"
                 )
@@ -66,6 +66,6 @@ class Nonfinite:
         self.counts = {name: (int(nan), int(inf)) for name, (nan, inf) in zip(names, found) if nan or inf}
 
 
-def describe(count: Count) -> str:
+def describe_nonfinite(count: Count) -> str:
     """``3 NaN, 1 infinite``."""
     return ", ".join(f"{number} {kind}" for number, kind in zip(count, ("NaN", "infinite")) if number)

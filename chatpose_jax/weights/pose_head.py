@@ -51,7 +51,7 @@ def rotation(head: HeadConfig) -> str:
     return str(dict(head.options).get("rotation", "6d")) if head.name == "mlp" else ""
 
 
-def describe(config: ModelConfig, pose_token: str) -> dict[str, Any]:
+def describe_head(config: ModelConfig, pose_token: str) -> dict[str, Any]:
     """The description: all that a program in another framework needs to use the weights."""
     head, width = config.head, config.text.hidden_size
     made = abstract_head(head, width)
@@ -80,7 +80,7 @@ def describe(config: ModelConfig, pose_token: str) -> dict[str, Any]:
 
 def write_description(folder: Path, config: ModelConfig, pose_token: str) -> None:
     """Writes ``pose_head.json``."""
-    text = json.dumps(describe(config, pose_token), indent=2, ensure_ascii=False)
+    text = json.dumps(describe_head(config, pose_token), indent=2, ensure_ascii=False)
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 

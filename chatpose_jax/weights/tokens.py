@@ -16,7 +16,7 @@ from chatpose_jax.processing.tokenizer import (
     ANY_FAST,
     POSE_LITERALS,
     SETTINGS,
-    complete,
+    complete_vocabulary,
     import_transformers,
     json_bytes,
     read_files,
@@ -149,7 +149,7 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
 
 
 def _files(tokens: Tokens, new: Mapping[str, int]) -> dict[str, bytes]:
-    files = complete(read_files(tokens.folder))
+    files = complete_vocabulary(read_files(tokens.folder))
     files[SETTINGS] = json_bytes(_settings(json.loads(files[SETTINGS]), new, "tokenizer.model" in files))
     if "tokenizer.json" in files:
         files["tokenizer.json"] = json_bytes(_fast(json.loads(files["tokenizer.json"]), new))

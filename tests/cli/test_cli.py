@@ -427,7 +427,7 @@ def test_render_writes_a_glb_with_and_without_skin(tmp_path):
 def test_configurations_load_and_train_what_they_say(name, layers, width):
     """The paper's: LoRA of rank 128 on q and v, the head's two matrices and biases, one added row of two tables."""
     from chatpose_jax.models.chatpose import abstract_params
-    from chatpose_jax.train.trainable import describe, flatten
+    from chatpose_jax.train.trainable import describe_trainable, flatten
 
     assert name in config_names()
     config = load_config(name)
@@ -438,7 +438,7 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
     else:
         trains = layers * 2 * 2 * width * 128 + (width + 1) * width + (width + 1) * 24 * 6 + 2 * width
         assert trains < total / 50
-    assert f"\n{trains:,d} of {total:,d} parameters train" in describe(params, config.train.trainable)
+    assert f"\n{trains:,d} of {total:,d} parameters train" in describe_trainable(params, config.train.trainable)
 
 
 @pytest.mark.parametrize(

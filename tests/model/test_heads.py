@@ -16,7 +16,7 @@ from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import HeadConfig, ModelConfig, preset
 from chatpose_jax.models.heads.base import PoseHead, States
 from chatpose_jax.models.heads.mlp import MLPHead
-from chatpose_jax.train.loss import PAPER
+from chatpose_jax.train.loss import PAPER_LOSS
 from smpl_jax.pose import Pose
 from tests.numerics import LOSS
 
@@ -115,9 +115,9 @@ def test_loss_is_the_papers_and_ignores_rows_without_a_pose() -> None:
     states = States(jax.random.normal(jax.random.key(1), (3, 1, 16)))
     wanted = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 24, 3, 3)), jnp.float32)
     target = Pose(wanted, "camera")
-    loss = head.loss(states, target, jnp.array([[True], [False], [True]]), key, PAPER)
+    loss = head.loss(states, target, jnp.array([[True], [False], [True]]), key, PAPER_LOSS)
     error = np.abs(np.asarray(head(states, key).rotations) - np.asarray(wanted))[[0, 2], 0]
     assert loss["pose_root"] == pytest.approx(error[:, 0].mean(), rel=LOSS)
     assert loss["pose_body"] == pytest.approx(error[:, 1:].mean(), rel=LOSS)
-    nothing = head.loss(states, target, jnp.zeros((3, 1), bool), key, PAPER)
+    nothing = head.loss(states, target, jnp.zeros((3, 1), bool), key, PAPER_LOSS)
     assert all(value == 0 for value in nothing.values())

@@ -18,7 +18,7 @@ from chatpose_jax.cli.plan import fitting
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.planning import collectives, targets
-from chatpose_jax.planning.plan import StepPlan, _roofline, describe, mesh_sizes
+from chatpose_jax.planning.plan import StepPlan, _roofline, describe_plan, mesh_sizes
 from chatpose_jax.train.config import MeshConfig, TrainConfig
 from chatpose_jax.train.flops import decode_cost, train_cost
 from chatpose_jax.train.trainable import EVERYTHING, HEAD
@@ -242,11 +242,11 @@ def example(**changes):  # type: ignore[no-untyped-def]
     ],
 )
 def test_the_second_line_is_the_verdict(changes, verdict) -> None:  # type: ignore[no-untyped-def]
-    assert describe(example(**changes)).splitlines()[1].startswith(verdict)
+    assert describe_plan(example(**changes)).splitlines()[1].startswith(verdict)
 
 
 def test_a_forecast_stands_beside_the_bound() -> None:
-    said = describe(example())
+    said = describe_plan(example())
     assert "roofline:        0.2000 s, 2,560 tokens/s at most" in said
     assert "forecast:        0.4000 s, 1,280 tokens/s, assuming 50 % of the peak for products" in said
 

@@ -17,7 +17,7 @@ from chatpose_jax.train.trainable import (
     PROJECTOR,
     Rule,
     assign,
-    describe,
+    describe_trainable,
     flatten,
     merge,
     split,
@@ -38,7 +38,9 @@ def test_the_papers_table_on_13b_without_allocating_it():
     assert all("q_proj" in path or "v_proj" in path for path in lora)
     assert not any(path.startswith("vision/") for path in trainable)
     assert "decoder/lm_head/kernel" in frozen
-    assert "131,824,784 of 13,470,065,808 parameters train" in describe(abstract_params(preset("chatpose_13b")), PAPER)
+    assert "131,824,784 of 13,470,065,808 parameters train" in describe_trainable(
+        abstract_params(preset("chatpose_13b")), PAPER
+    )
 
 
 def test_the_ready_tables_on_13b_without_allocating_it():
@@ -62,10 +64,10 @@ def test_the_ready_tables_on_13b_without_allocating_it():
 def test_a_padded_vocabulary_trains_no_more_than_the_pose_tokens_rows():
     config = preset("chatpose_13b")
     padded = config.replace(text=dataclasses.replace(config.text, vocab_size=32064), pose_token_id=32002)
-    text = describe(abstract_params(padded), PAPER)
+    text = describe_trainable(abstract_params(padded), PAPER)
     assert re.search(r"added \(of pose\) +2 +10,240 ", text) and "131,824,784 of" in text
     every = (*(rule._replace(tokens="all") for rule in PAPER),)
-    assert re.search(r"added +2 +655,360 ", describe(abstract_params(padded), every))
+    assert re.search(r"added +2 +655,360 ", describe_trainable(abstract_params(padded), every))
 
 
 def test_int8_kernels_must_be_frozen():

@@ -97,9 +97,9 @@ def test_a_head_of_ones_own_goes_out_and_comes_back_where_it_is_named(plain: Pat
 
 def test_the_description_of_the_papers_head_says_its_layers() -> None:
     config = preset("tiny")
-    about = pose_head.describe(config, "<POSE>")
+    about = pose_head.describe_head(config, "<POSE>")
     assert (about["sizes"], about["output"]) == ([128, 128, 144], pose_head.OUTPUT["6d"])
-    other = pose_head.describe(config.replace(head=HeadConfig("mlp", (("rotation", "quaternion"),))), "<POSE>")
+    other = pose_head.describe_head(config.replace(head=HeadConfig("mlp", (("rotation", "quaternion"),))), "<POSE>")
     assert (other["sizes"], other["output"]) == ([128, 128, 96], pose_head.OUTPUT["quaternion"])
 
 

@@ -17,7 +17,7 @@ from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.models.sharding import partition_specs
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import init_state, make_step
-from chatpose_jax.train.trainable import PAPER, assign, describe, flatten, unflatten
+from chatpose_jax.train.trainable import PAPER, assign, describe_trainable, flatten, unflatten
 from smpl_jax.pose import Pose
 from smpl_jax.rotations import axis_angle_to_matrix, geodesic_distance
 
@@ -119,4 +119,4 @@ def test_all_of_it_is_in_the_table_of_what_trains(name: str) -> None:
     rows = assign(params, PAPER[1:])
     heads = [path for path in flatten(params) if path.startswith("pose_head/")]
     assert heads and all(rows[path] == PAPER[1] for path in heads)
-    assert f"pose_head/.*{'':36} {len(heads):7d}" in describe(params, PAPER[1:])
+    assert f"pose_head/.*{'':36} {len(heads):7d}" in describe_trainable(params, PAPER[1:])
