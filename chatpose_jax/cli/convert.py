@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from chatpose_jax.cli.inspect import describe_plan
+from chatpose_jax.cli.inspect import describe_conversion
 from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.models.config import DType
 from chatpose_jax.weights.convert import convert
@@ -88,6 +88,6 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     if not args.quiet:
-        print("\n".join(describe_plan(plan)))
+        print("\n".join(describe_conversion(plan)))
         print(f"wrote {args.out} ({plan.nbytes / 1e9:.2f} GB)")
     return 0

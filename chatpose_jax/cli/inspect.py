@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         print(f"not convertible as it is: {error}")
         return 1
-    print("\n".join(describe_plan(plan)))
+    print("\n".join(describe_conversion(plan)))
     return 0
 
 
@@ -80,7 +80,7 @@ def describe_config(config: ModelConfig) -> list[str]:
     return [f"  {name:<11} {value}" for name, value in rows]
 
 
-def describe_plan(plan: Conversion) -> list[str]:
+def describe_conversion(plan: Conversion) -> list[str]:
     """What a conversion does, in lines: the model, what is new, what is left out and why."""
     lines = ["model", *describe_config(plan.config)]
     tokens = plan.vocabulary.tokens

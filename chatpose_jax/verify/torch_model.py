@@ -55,7 +55,7 @@ class TorchModel:
         self.text._attn_implementation = "eager"
         self.sees = "vision/class_embedding" in self.where
         self.projects = "projector/fc1/kernel" in self.where
-        self.poses_known = pose_head.rotation(config.head) == "6d" and "pose_head/fc1/kernel" in self.where
+        self.poses_known = pose_head.rotation_of(config.head) == "6d" and "pose_head/fc1/kernel" in self.where
         if self.sees:
             self.vision = CLIPVisionConfig.from_dict(self._vision_settings())
             self.vision._attn_implementation = "eager"

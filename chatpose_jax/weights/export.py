@@ -120,7 +120,7 @@ def export(
 
 def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
     layout, config, notes = _LAYOUT[_WHOLE[format]], model.config, []
-    if format == "chatpose" and pose_head.rotation(config.head) != "6d":
+    if format == "chatpose" and pose_head.rotation_of(config.head) != "6d":
         raise UserError(
             f"the format chatpose has a place for the pose head 'mlp' with 6D rotations only, this model has {config.head}; "
             "choose --format transformers or llava, which lay the head beside the weights"

@@ -46,7 +46,7 @@ READS = {
 }
 
 
-def rotation(head: HeadConfig) -> str:
+def rotation_of(head: HeadConfig) -> str:
     """The option ``rotation`` of the head ``mlp``, a key of ``OUTPUT``; "" for other heads."""
     return str(dict(head.options).get("rotation", "6d")) if head.name == "mlp" else ""
 
@@ -59,7 +59,7 @@ def describe_head(config: ModelConfig, pose_token: str) -> dict[str, Any]:
     layers = {}
     if isinstance(made, MLPHead) and head.name == "mlp":
         sizes = [width, width, made.fc2.kernel.shape[-1]]
-        layers = {"layers": ["Linear", "ReLU", "Linear"], "sizes": sizes, "output": OUTPUT[rotation(head)]}
+        layers = {"layers": ["Linear", "ReLU", "Linear"], "sizes": sizes, "output": OUTPUT[rotation_of(head)]}
     fields = {name: getattr(given, name) for name in ("rotations", "betas", "translation")}
     return {
         "format": FORMAT,

@@ -20,7 +20,7 @@ from flax.traverse_util import unflatten_dict  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration  # noqa: E402
 
-from chatpose_jax.cli.inspect import describe_plan  # noqa: E402
+from chatpose_jax.cli.inspect import describe_conversion  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.cli.verify import TOLERANCE  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
@@ -316,7 +316,7 @@ def test_originals_of_an_adapter_that_has_its_bases_names(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "adapter")
     options: dict[str, Any] = {"init_missing": ["vision", "projector"]}
     plan = plan_conversion(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter", **options))
-    assert "rounded     1 tensors of adapter: float32 to float16" in "\n".join(describe_plan(plan))
+    assert "rounded     1 tensors of adapter: float32 to float16" in "\n".join(describe_conversion(plan))
     model_folder(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter", **options)
     export(tmp_path / "jax", tmp_path / "out", "peft", base_class="llama")
     came, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))

@@ -19,7 +19,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from chatpose_jax.cli import verify as cli  # noqa: E402
-from chatpose_jax.cli.inspect import describe_plan  # noqa: E402
+from chatpose_jax.cli.inspect import describe_conversion  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
@@ -204,7 +204,9 @@ def test_an_adapter_in_float32_over_a_base_in_half_precision(tmp_path: Path, set
                 parameter += 1e-4 * torch.randn(parameter.shape)
     model.save_pretrained(tmp_path / "adapter")
     converted(tmp_path / "base", tmp_path / "jax", adapter=tmp_path / "adapter")
-    report = "\n".join(describe_plan(plan_conversion(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"))))
+    report = "\n".join(
+        describe_conversion(plan_conversion(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter")))
+    )
     assert re.search(r"rounded     \d tensors of adapter: float32 to bfloat16", report)
     assert not wrong(verify(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "jax").stages)
 
