@@ -40,7 +40,7 @@ class PoseHead(nnx.Module):
     A subclass takes ``(width, *, rngs, **options)``, its options keyword-only, and implements ``__call__``; the rest may be replaced.
 
     reads: "token", the state that predicts the token; or "conversation", all states up to it as well.
-    draws: whether ``__call__`` depends on its key, so that several samples of one answer differ.
+    draws: whether several samples of one answer differ.
     num_joints: rotations that come out, of one of ``smpl_jax.pose.JOINTS``.
     """
 

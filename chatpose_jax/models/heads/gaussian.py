@@ -67,7 +67,7 @@ class Rotations(NamedTuple):
 class GaussianHead(PoseHead):
     """The paper's two layers, to 15 numbers a joint: mean and principal axes in 6D, and three deviations within bounds.
 
-    It gives the mean, which is the likeliest pose too; ``sample`` draws. Joints are independent of each other.
+    It gives the mean, which is the likeliest pose too; ``sample`` draws all but the first. Joints are independent of each other.
     """
 
     draws = True
@@ -88,8 +88,10 @@ class GaussianHead(PoseHead):
         return Pose(self.distribution(states.token).mean, "camera")
 
     def sample(self, states: States, key: jax.Array, count: int) -> Pose:
+        """The mean first, for the first sample is what an answer shows; the others are drawn."""
         distribution = self.distribution(states.token)
-        return Pose(jax.vmap(distribution.sample)(jax.random.split(key, count)), "camera")
+        drawn = jax.vmap(distribution.sample)(jax.random.split(key, count))
+        return Pose(drawn.at[0].set(distribution.mean), "camera")
 
     def log_likelihood(self, states: States, pose: Pose) -> jax.Array:
         """(B, P, J) nats, of each joint of ``pose``; their sum is the pose's. By the Haar measure of total mass 1 of each rotation."""

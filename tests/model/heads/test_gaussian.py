@@ -102,10 +102,13 @@ def test_deviations_are_bounded_whatever_the_state() -> None:
         assert jnp.isfinite(log_density(of, jnp.eye(3))).all()
 
 
-def test_samples_are_seeded_and_differ() -> None:
+def test_samples_are_the_mean_and_seeded_draws() -> None:
     head, given = make("gaussian"), states()
     draws = nnx.jit(lambda head: head.sample(given, KEY, 4))
     samples = draws(head)
     assert head.draws and samples.shape == (4, 2, 3)
     np.testing.assert_array_equal(samples.rotations, draws(head).rotations)
-    assert geodesic_distance(samples.rotations[0], samples.rotations[1]).min() > 1e-3
+    made = nnx.jit(lambda head: head(given, KEY))(head)
+    np.testing.assert_allclose(samples.rotations[0], made.rotations, atol=1e-6)
+    for one, other in ((0, 1), (1, 2), (2, 3)):
+        assert geodesic_distance(samples.rotations[one], samples.rotations[other]).min() > 1e-3
