@@ -88,7 +88,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+        moved = getattr(error, "name", None) == "chatpose_jax.cli.config"
+        hint = "; run_config is in chatpose_jax.train.run_config now" if moved else ""
+        raise UserError(f"{path}: {type(error).__name__}: {error}{hint}") from error
     if not hasattr(config, "lock"):
         raise UserError(
             f"{path}: get_config() returned {config!r:.80}; expected a ConfigDict, as chatpose_jax.train.run_config.run_config makes one"

@@ -606,6 +606,9 @@ def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match=r"empty.py has no function get_config\(\)"):
         load_config(str(tmp_path / "empty.py"))
+    (tmp_path / "old.py").write_text("from chatpose_jax.cli.config import run_config\n")
+    with pytest.raises(UserError, match=r"run_config is in chatpose_jax.train.run_config now"):
+        load_config(str(tmp_path / "old.py"))
 
 
 def test_an_error_of_an_override_is_not_laid_to_the_file(tmp_path):
