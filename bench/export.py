@@ -60,7 +60,7 @@ def write_adapter(folder: Path, source: Path, rank: int = 128) -> None:
     (main,) = open_sources(SourceSpec(source))
     rng = np.random.default_rng(1)
     tensors = {}
-    for name, shape in main.shapes.items():
+    for name, shape in main.checkpoint.shapes.items():
         if "language_model" in name and name.endswith(("q_proj.weight", "v_proj.weight")):
             stem = "base_model.model." + name.removesuffix("weight")
             tensors[f"{stem}lora_A.weight"] = rng.standard_normal((rank, shape[1]), np.float32) * shape[1] ** -0.5

@@ -13,6 +13,7 @@ from typing import Any
 from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, read_config, read_folder
 from chatpose_jax.weights.nonfinite import describe_nonfinite
@@ -73,7 +74,7 @@ def describe_config(config: ModelConfig) -> list[str]:
             "vocabulary",
             f"{text.vocab_size} rows, {text.base_vocab_size} of them base; pose token {config.pose_token_id}",
         ),
-        *([("adapters", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")] if lora else []),
+        *([("adapters", in_words(lora))] if lora else []),
         ("pose head", ", ".join([config.head.name, *(f"{name}={value!r}" for name, value in config.head.options)])),
         ("storage", f"{config.param_dtype}; computes in {config.dtype}"),
     ]

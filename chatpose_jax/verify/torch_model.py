@@ -201,7 +201,7 @@ class TorchModel:
         for source in self.sources:
             ids = _peft_settings(source).get("trainable_token_indices") or {}
             ids = ids.get(module, []) if isinstance(ids, dict) else ids if module == "embed_tokens" else []
-            name = next((name for name in source.shapes if name.endswith(module + TOKEN_ROWS)), None)
+            name = next((name for name in source.checkpoint.tensors if name.endswith(module + TOKEN_ROWS)), None)
             if name is not None:
                 rounded, exact = self.base(source, name), self.tensors(source, name)
                 for place, id in enumerate(ids):

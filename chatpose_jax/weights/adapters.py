@@ -259,6 +259,11 @@ def token_ids(names: Mapping[str, Shape], settings: Mapping[str, Any], where: Pa
     return rows
 
 
+def in_words(lora: LoRAConfig) -> str:
+    """``rank 8, alpha 16, on q_proj, v_proj``."""
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+
+
 def row_module(name: str) -> str:
     """``embed_tokens`` or ``lm_head``, of the name of a tensor that replaces rows of one."""
     return name.removesuffix(TOKEN_ROWS).rsplit(".", 1)[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from chatpose_jax import __version__
 from chatpose_jax.errors import UserError
 from chatpose_jax.models import sharding
 from chatpose_jax.models.chatpose import abstract_params
@@ -116,10 +116,7 @@ def convert(
 
 
 def load_source(
-    source: SourceSpec | str | Path,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-    shardings: Shardings | None = None,
+    source: SourceSpec | str | Path, *, mesh: jax.sharding.Mesh | None = None, shardings: Shardings | None = None
 ) -> tuple[Conversion, Params]:
     """Reads a checkpoint straight onto devices, no folder in between.
 
@@ -158,18 +155,11 @@ def _check_outside(out: Path, plan: Conversion) -> None:
 def _provenance(plan: Conversion, digests: Mapping[Path, str]) -> dict[str, Any]:
     """What the model folder says of its origin."""
     return {
-        "converter": f"chatpose-jax {_version()}",
+        "converter": f"chatpose-jax {__version__}",
         "sources": [_source_record(source, digests) for source in plan.sources],
         "initialised": list(plan.fresh),
         "pictures": plan.pictures.describe(),
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("chatpose-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a checkout"
 
 
 def _source_record(source: Source, digests: Mapping[Path, str]) -> dict[str, Any]:

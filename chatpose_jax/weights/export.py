@@ -15,13 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import DType, ModelConfig, VisionConfig
+from chatpose_jax.models.config import DType, VisionConfig
 from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
-from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
+from chatpose_jax.weights.adapters import in_words
+from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, explained, load_model_config, new_folder
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape
@@ -130,7 +131,7 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
     if config.lora is None:
         notes.append("no adapters in this model: the weights are its own")
     elif model.merged:
-        notes.append(f"adapters merged: {lora_words(config)}")
+        notes.append(f"adapters merged: {in_words(config.lora)}")
     else:
         notes.append("adapters left out: this is the base alone (--format peft writes them)")
     if model.merged and dtype != "float32":
@@ -168,7 +169,8 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
     if format != "chatpose":
         weights |= head_weights(model)
         files[pose_head.DESCRIPTION] = pose_head.describe_head(config, model.pose_token)
-    files["generation_config.json"] = _generation(config)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files["generation_config.json"] = {name: id for name, id in ids.items() if id >= 0}
     files["config.json"] = layout.config_json(result)
     if _images(model).fit == "pad":
         if format == "llava":
@@ -214,11 +216,6 @@ def _tower(
 
 def _constant(name: str, shape: Shape, value: float, dtype: str) -> Tensor:
     return Tensor(name, np.dtype(dtype), shape, lambda: iter([np.full(shape, value, np.dtype(dtype))]))
-
-
-def _generation(config: ModelConfig) -> dict[str, Any]:
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: id for name, id in ids.items() if id >= 0}
 
 
 def _images(model: StoredModel) -> ImageSettings:

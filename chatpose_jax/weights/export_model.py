@@ -115,13 +115,6 @@ class StoredModel:
         return Tensor(name, dtype, (rows + more_rows, *shapes[0][1:]), blocks)
 
 
-def lora_words(config: ModelConfig) -> str:
-    """The adapters, for a note to the user."""
-    lora = config.lora
-    assert lora is not None
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
-
-
 def head_weights(model: StoredModel) -> dict[str, Sequence[Tensor]]:
     """The pose head as a file of its own."""
     paths = [path for path in model.shapes if path.startswith("pose_head/")]

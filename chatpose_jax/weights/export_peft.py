@@ -12,7 +12,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights import adapters, pose_head
-from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights, lora_words
+from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.folder import PASSENGERS
 from chatpose_jax.weights.layouts import LAYOUTS, NameRule
 from chatpose_jax.weights.passengers import Changes, read_changes
@@ -82,12 +82,9 @@ def adapter_plan(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    files = {
-        pose_head.DESCRIPTION: pose_head.describe_head(config, model.pose_token),
-        adapters.ADAPTER_CONFIG: settings,
-    }
+    files = {pose_head.DESCRIPTION: pose_head.describe_head(config, model.pose_token), adapters.ADAPTER_CONFIG: settings}
     notes = [
-        f"adapters: {lora_words(config)}",
+        f"adapters: {adapters.in_words(lora)}",
         "the base is not in it: peft loads it onto the base that you started from",
         f"for {_NEEDS[base_class]}; earlier ones may leave parts of it out without a word",
     ]

@@ -17,7 +17,7 @@ from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
-from chatpose_jax.weights.tokens import Tokens, new_tokens, read_tokens
+from chatpose_jax.weights.tokens import Tokens, read_tokens
 
 _SPARE_ROWS = 1024
 """How many rows an embedding may have without a token, to be of a round size."""
@@ -50,13 +50,14 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
     settings: dict[str, Any] = {}
     for source in sources:
         stored = source.checkpoint.config()
-        if not stored and not source.is_adapter and any(name.endswith("embed_tokens.weight") for name in source.shapes):
+        decoder = any(name.endswith("embed_tokens.weight") for name in source.checkpoint.tensors)
+        if decoder and not stored and not source.is_adapter:
             raise UserError(
                 f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
                 "fetch it from where the weights came from"
             )
         try:
-            found = source.layout.settings(stored, source.shapes)
+            found = source.layout.settings(stored, source.checkpoint.shapes)
         except UserError as error:
             raise UserError(f"{source.checkpoint.folder}: {error}") from None
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
@@ -138,7 +139,8 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
     special = {id: literal for id, literal in named if tokens.size <= id < rows}
     first_free = max([tokens.size, *(id + 1 for id in special)])
     pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
-    added = new_tokens(tokens, special | {pose: POSE}, max([pose, first_free - 1]))
+    special |= {pose: POSE}
+    added = [special.get(id, f"<unused_{id}>") for id in range(tokens.size, max(pose + 1, first_free))]
     return Vocabulary(tokens, tuple(added), pose, max(rows, pose + 1))
 
 

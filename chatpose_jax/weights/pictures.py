@@ -93,7 +93,8 @@ def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) 
         origin += "; cropped, as ChatPose's program does whatever config.json says"
     elif main.layout.family in ("llava_original", "vicuna"):
         # An adapter, or a projector over a LLaMA alone, has LLaVA's config.json beside it. As in infer_config an adapter's comes first.
-        teller = next(filter(_tells, sorted(sources, key=lambda source: not source.is_adapter)), main)
+        first = sorted(sources, key=lambda source: not source.is_adapter)
+        teller = next((source for source in first if "image_aspect_ratio" in source.checkpoint.config()), main)
         fit = "crop" if chosen else _aspect(teller)
         if fit == "pad":
             origin += f"; image_aspect_ratio in config.json of {teller.title}"
@@ -102,17 +103,10 @@ def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) 
     return Pictures(dataclasses.replace(settings, fit=fit), origin)
 
 
-def _tells(source: Source) -> bool:
-    return "image_aspect_ratio" in source.checkpoint.config()
-
-
 def _aspect(source: Source) -> Fit:
     """LLaVA's own code: "pad" fills up to a square with the mean colour, nothing or "square" leaves it to CLIP's processor."""
     stored, where = source.checkpoint.config(), source.checkpoint.folder / "config.json"
-    for key, allowed in (
-        ("image_aspect_ratio", (None, "square", "pad")),
-        ("mm_patch_merge_type", (None, "flat")),
-    ):
+    for key, allowed in (("image_aspect_ratio", (None, "square", "pad")), ("mm_patch_merge_type", (None, "flat"))):
         if stored.get(key) not in allowed:
             raise UserError(f"{where}: {key}={stored[key]!r}: this model sees a picture once, as one square; {_REMEDY}")
     return "pad" if stored.get("image_aspect_ratio") == "pad" else "crop"

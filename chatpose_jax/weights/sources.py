@@ -41,10 +41,6 @@ class Source:
     __repr__ = one_line
 
     @property
-    def shapes(self) -> dict[str, Shape]:
-        return shapes_of(self.checkpoint)
-
-    @property
     def title(self) -> str:
         """How errors and reports call it."""
         return self.checkpoint.folder.name or str(self.checkpoint.folder)
@@ -117,7 +113,7 @@ def open_adapter(path: str | Path, lora_alpha: float | None = None, head: str | 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder or file holds an adapter alone. Raises what ``open_checkpoint`` raises."""
-    return _base_of_adapter(shapes_of(_open(path))) is not None
+    return _base_of_adapter(_open(path).shapes) is not None
 
 
 def describe_adapters(source: Source) -> str:
@@ -126,17 +122,12 @@ def describe_adapters(source: Source) -> str:
     if lora is None:
         return "no LoRA"
     over = _adapter_config(source.checkpoint).get("base_model_name_or_path")
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{f', made for {over}' if over else ''}"
-
-
-def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """Shapes by tensor name."""
-    return {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    return f"{adapters.in_words(lora)}{f', made for {over}' if over else ''}"
 
 
 def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> Source:
     checkpoint = _open(path)
-    shapes = shapes_of(checkpoint)
+    shapes = checkpoint.shapes
     settings = _adapter_config(checkpoint)
     lora = adapters.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
     rows = adapters.token_ids(shapes, settings, checkpoint.folder)

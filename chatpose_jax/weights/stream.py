@@ -7,6 +7,7 @@ written. ``_LeafHandler`` teaches Orbax to save such leaves; the result is an or
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import itertools
@@ -33,6 +34,8 @@ _IN_FLIGHT = 64 << 20
 """Bytes that may wait to be written while more is read."""
 _CHUNK = 16 << 20
 """Bytes of one stored chunk: the unit that a sharded restore reads."""
+_SETTLE = 128 << 20
+"""Bytes that are written before they are put on the disk and dropped from the page cache."""
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
@@ -58,8 +61,7 @@ def write_leaves(
         compress: zstd.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, _LeafHandler(on_bytes, compress)),
-        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
+        (Leaf, _LeafHandler(on_bytes, compress)), (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))
     )
     save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
 
@@ -87,8 +89,8 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             for leaf, info in zip(values, infos, strict=True):
                 store, folder = await self._create(leaf, info)
                 boxes += [(leaf.origin(index), store, leaf, index) for index in leaf.blocks(BLOCK, chunk_shape(leaf))]
-            self._write(_share(sorted(boxes, key=lambda box: box[0]), jax.process_index(), jax.process_count()))
-            _sync(folder)
+            boxes.sort(key=lambda box: box[0])
+            self._write(_share(boxes, jax.process_index(), jax.process_count()), _Settler(folder))
         return []
 
     async def _create(self, leaf: Leaf, info: Any) -> tuple[Any, Path]:
@@ -108,18 +110,20 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         base["file_io_sync"] = False  # all together at the end
         return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context), Path(base["path"])
 
-    def _write(self, boxes: Sequence[Any]) -> None:
+    def _write(self, boxes: Sequence[Any], settler: _Settler) -> None:
         writing: collections.deque[Any] = collections.deque()
 
         def finish() -> None:
             write, count = writing[0]
             write.result()
             writing.popleft()
+            settler.has_written(count)
             self.on_bytes(count)
 
         reads = [functools.partial(leaf.read, index) for _, _, leaf, index in boxes]
         try:
-            for (_, store, _, index), block in zip(boxes, read_ahead(reads)):
+            for ((file, _), store, _, index), block in zip(boxes, read_ahead(reads)):
+                settler.has_read(file)
                 # The array is ours alone, so tensorstore need not copy it.
                 write = store[index].write(block, can_reference_source_data_indefinitely=True)
                 writing.append((write, block.nbytes))
@@ -127,7 +131,9 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                     finish()
             while writing:
                 finish()
+            settler.finish()
         finally:
+            settler.thread.shutdown()
             # Where the conversion failed: nothing may be written once its folder is removed.
             for write, _ in writing:
                 with contextlib.suppress(Exception):
@@ -142,12 +148,48 @@ def _share(boxes: list[Any], rank: int, count: int) -> list[Any]:
     return [box for box, size, end in zip(boxes, sizes, ends) if (end - size) * count // sum(sizes) == rank]
 
 
-def _sync(folder: Path) -> None:
-    """Waits until all files are on the disk."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # lock files come and go
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+class _Settler:
+    """Puts what was written on the disk, and lets go of what was written and read in the page cache, while a conversion runs. The
+    cache would otherwise take all memory that is free, which costs virtual machines much time, and others what they had cached."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.reading, self.unsettled = folder, "", 0
+        self.settled: set[Path] = set()
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.running = self.thread.submit(lambda: None)
+
+    def has_read(self, file: str) -> None:
+        """A block of ``file`` was read. Files come one after the other."""
+        if self.reading not in ("", file):
+            _settle_file(Path(self.reading))
+        self.reading = file
+
+    def has_written(self, count: int) -> None:
+        self.unsettled += count
+        if self.unsettled >= _SETTLE and self.running.done():
+            self.running.result()
+            self.running, self.unsettled = self.thread.submit(self._settle), 0
+
+    def finish(self) -> None:
+        """Returns when everything is on the disk."""
+        self.running.result()
+        self.settled.clear()  # some may have grown since
+        self._settle()
+        self.has_read("")
+
+    def _settle(self) -> None:
+        for path in self.folder.rglob("*"):
+            if path not in self.settled:
+                self.settled.add(path)
+                with contextlib.suppress(FileNotFoundError):  # lock files come and go
+                    _settle_file(path)
+
+
+def _settle_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

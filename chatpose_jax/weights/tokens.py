@@ -107,12 +107,6 @@ def _read_tokens(folder: Path) -> Tokens:
     return Tokens(folder, base, {literal: id for literal, id in added.items() if id >= base})
 
 
-def new_tokens(tokens: Tokens, special: Mapping[int, str], last: int) -> list[str]:
-    """Literals to add so that ids up to ``last`` exist; ``special`` names some of them, the rest become
-    ``<unused_…>``."""
-    return [special.get(id, f"<unused_{id}>") for id in range(tokens.size, last + 1)]
-
-
 def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
     """Writes a complete tokenizer to ``out``: the source's files, with ``added`` literals behind its vocabulary in each
     of their lists, and without what transformers 4.x cannot read where the same can be said in its words.

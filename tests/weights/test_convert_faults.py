@@ -488,7 +488,7 @@ def test_files_that_vanish_while_they_are_put_on_the_disk(tmp_path: Path, monkey
     synced, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(real(descriptor)))
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter([self / "lock", self / "data"]))
-    stream._sync(tmp_path)
+    stream._Settler(tmp_path).finish()
     assert len(synced) == 1
 
 

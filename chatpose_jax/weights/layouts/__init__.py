@@ -11,13 +11,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.weights.layouts import clip, flat, llava_transformers, parts, vicuna
 from chatpose_jax.weights.layouts.table import Ignored, Layout, NameRule, Shape, Transform
 
-LAYOUTS: tuple[Layout, ...] = (
-    *flat.CHATPOSE,
-    *llava_transformers.LAYOUTS,
-    *flat.LLAVA,
-    *clip.LAYOUTS,
-    *vicuna.LAYOUTS,
-)
+LAYOUTS: tuple[Layout, ...] = (*flat.CHATPOSE, *llava_transformers.LAYOUTS, *flat.LLAVA, *clip.LAYOUTS, *vicuna.LAYOUTS)
 FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(layout.family for layout in LAYOUTS))
 
 __all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "NameRule", "Shape", "Transform", "parts", "recognise"]

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from chatpose_jax.weights.layouts import parts
 from chatpose_jax.weights.layouts.configs import clip_settings
-from chatpose_jax.weights.layouts.table import Ignored, Layout, Settings, Shape
+from chatpose_jax.weights.layouts.table import Ignored, Layout
 
 
 def _layout(name: str, title: str, tower: str) -> Layout:
-    def settings(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Settings:
-        nested = "vision_config" in config
-        return {"vision": clip_settings(config["vision_config"] if nested else config, shapes, tower)}
-
     return Layout(
         name=name,
         title=title,
@@ -27,7 +20,7 @@ def _layout(name: str, title: str, tower: str) -> Layout:
         ),
         unused=parts.clip_unused(tower),
         recognise=lambda shapes: f"{tower}embeddings.class_embedding" in shapes,
-        settings=settings,
+        settings=lambda config, shapes: {"vision": clip_settings(config.get("vision_config", config), shapes, tower)},
     )
 
 

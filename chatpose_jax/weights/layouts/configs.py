@@ -19,15 +19,11 @@ from chatpose_jax.weights.layouts.table import Settings, Shape
 _MAX_LAYERS = 1000
 
 
-def count_layers(shapes: Mapping[str, Shape], prefix: str) -> int:
-    """One more than the highest layer number under ``prefix``; 0 where there is none."""
-    found = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return max((int(match[1]) + 1 for name in shapes if (match := found.match(name))), default=0)
-
-
 def _layers(config: Mapping[str, Any], where: str, shapes: Mapping[str, Shape], prefix: str) -> int:
     # The config's count wins: layers that a lost shard held are then reported missing by name.
-    layers = int(config.get("num_hidden_layers", count_layers(shapes, prefix)))
+    numbered = re.compile(re.escape(prefix) + r"(\d+)\.")
+    shown = max((int(match[1]) + 1 for name in shapes if (match := numbered.match(name))), default=0)
+    layers = int(config.get("num_hidden_layers", shown))
     if layers > _MAX_LAYERS:
         raise UserError(
             f"{where}num_hidden_layers={layers}, by config.json or the tensors; expected at most {_MAX_LAYERS}"
@@ -72,11 +68,7 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"no LLaMA decoder under {model!r}: tensor {error} is missing or misshaped") from None
     layers = _layers(config, where, shapes, f"{model}layers.")
-    _agree(
-        config,
-        where,
-        {"hidden_size": width, "intermediate_size": mlp, "vocab_size": rows},
-    )
+    _agree(config, where, {"hidden_size": width, "intermediate_size": mlp, "vocab_size": rows})
     heads = int(config.get("num_attention_heads", 32))
     head_dim = int(config.get("head_dim") or q_out // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -144,14 +136,7 @@ def clip_settings(
             f"{tower}embeddings.position_embedding has {positions} rows; expected one more than a square number"
         )
     _agree(
-        config,
-        where,
-        {
-            "hidden_size": width,
-            "intermediate_size": mlp,
-            "patch_size": patch,
-            "image_size": side * patch,
-        },
+        config, where, {"hidden_size": width, "intermediate_size": mlp, "patch_size": patch, "image_size": side * patch}
     )
     if "num_attention_heads" not in config and width % 64:
         raise UserError(f"a vision tower of width {width} needs a config.json with num_attention_heads")

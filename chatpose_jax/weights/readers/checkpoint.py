@@ -53,6 +53,10 @@ class Checkpoint:
     __repr__ = one_line
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.tensors.values())
 
