@@ -9,7 +9,7 @@ from chatpose_jax.cli.inspect import describe_conversion
 from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.models.config import DType
 from chatpose_jax.weights.convert import convert
-from chatpose_jax.weights.spec import PoseHead, Quantize
+from chatpose_jax.weights.spec import Quantize
 
 EXAMPLES = """examples, from a download to an answer:
   hf download llava-hf/llava-1.5-13b-hf --local-dir llava-1.5-13b-hf
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     result.add_argument(
         "--pose-head",
-        choices=get_args(PoseHead),
+        choices=("auto", "init"),
         default="auto",
         help="auto (default): the source's, or a new one to train where it has none; init: a new one",
     )

@@ -26,7 +26,7 @@ from chatpose_jax.weights.folder import (
     new_folder,
     write_config,
 )
-from chatpose_jax.weights.hashes import expected_hashes, hashing
+from chatpose_jax.weights.hashes import Follower, expected_hashes
 from chatpose_jax.weights.passengers import write_passengers
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.pictures import write_pictures
@@ -93,22 +93,17 @@ def convert(
         explained(out, f"the conversion needs {plan.nbytes / 1e9:.2g} GB"),
         new_folder(out, overwrite=overwrite) as partial,
         progress_bar as bar,
-        hashing(files if hashes and primary else [], expected) as digests,
+        Follower(files, expected, bool(hashes) and primary) as follower,
     ):
         with all_or_none():
             if primary:
                 write_processor(plan, partial / TOKENIZER)
         bar.set_description("converting")
         bar.reset()  # the clock: what came before says nothing of bytes a second
-
-        def on_bytes(count: int) -> None:
-            bar.update(count)
-            if digests.done():
-                digests.result()  # a wrong hash ends the conversion at once
-
-        write_leaves(partial / PARAMS, plan.leaves, on_bytes=on_bytes, compress=compress)
+        # A wrong hash ends the conversion at once.
+        write_leaves(partial / PARAMS, plan.leaves, on_bytes=bar.update, on_read=follower.has_read, compress=compress)
         plan.nonfinite.gather()
-        provenance = _provenance(plan, digests.result())
+        provenance = _provenance(plan, follower.result())
         if primary:
             write_passengers(plan, partial / PASSENGERS)
             write_config(partial, plan.config, provenance=provenance)

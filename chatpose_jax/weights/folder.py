@@ -95,10 +95,9 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             if primary:
                 held.enter_context(only_writer(path, path.parent / f".{path.name}.lock"))
                 _check_free(path, overwrite)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
         try:
-            with all_or_none():
-                if primary:
-                    _make_empty(partial, path)
             with all_or_none():
                 yield partial
             with all_or_none():
@@ -162,14 +161,6 @@ def _is_of(out: Path, file: Any) -> bool:
         return True
     beside = Path(os.path.abspath(out.parent))
     return any(Path(os.path.abspath(file)).is_relative_to(beside / name) for name in (out.name, f".{out.name}.partial"))
-
-
-def _make_empty(partial: Path, path: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SHA-256 of a conversion's files: computed beside it, compared with lists of such sums."""
+"""What follows a conversion through its source files: SHA-256, compared with lists of such sums, and pages let go."""
 
 from __future__ import annotations
 
@@ -7,49 +7,70 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.sources import Source
+from chatpose_jax.weights.stream import forget
 
 SUMS_FILE = "SHA256SUMS"
+_PIECE = 8 << 20
+_END = (chr(0x10FFFF), 0)
+"""Behind all files."""
 
 
-@contextlib.contextmanager
-def hashing(
-    files: Sequence[Path], expected: Mapping[Path, str]
-) -> Iterator[concurrent.futures.Future[dict[Path, str]]]:
-    """While the block runs, a thread computes the digests of files. Gives their future, which raises UserError for the first
-    file that has another digest than ``expected``."""
-    left = threading.Event()
+class Follower(contextlib.AbstractContextManager["Follower"]):
+    """A thread that follows a conversion, which reads its files in the order of their paths. It finds their pages in the cache, computes
+    the digests, and lets go of the pages: they would otherwise take all memory that is free."""
 
-    def work() -> dict[Path, str]:
-        digests: dict[Path, str] = {}
+    def __init__(self, files: Sequence[Path], expected: Mapping[Path, str], hashes: bool):
+        self.expected, self.hashes = expected, hashes
+        self.position, self.moved, self.ended = ("", 0), threading.Condition(), False
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.digests = self.thread.submit(self._follow, files)
+
+    def __exit__(self, *error: object) -> None:
+        self.ended = True
+        self.has_read(*_END)
+        self.thread.shutdown()
+
+    def has_read(self, file: str, offset: int) -> None:
+        """A block at ``offset`` was read, and everything before it. Raises UserError where a file was found to be another one."""
+        with self.moved:
+            self.position = max(self.position, (file, offset))
+            self.moved.notify()
+        if self.digests.done() and not self.ended:
+            self.digests.result()
+
+    def result(self) -> dict[Path, str]:
+        """The digests, once everything was read. Raises UserError for the first that differs from what is expected."""
+        self.has_read(*_END)
+        return self.digests.result()
+
+    def _wait(self, position: tuple[str, int]) -> None:
+        with self.moved:
+            self.moved.wait_for(lambda: position <= self.position)
+
+    def _follow(self, files: Sequence[Path]) -> dict[Path, str]:
+        digests = {}
         for file in files:
-            digests[file] = sha256(file, left)
-            if digests[file] != expected.get(file, digests[file]):
-                raise UserError(
-                    f"{file}: its SHA-256 is {digests[file]}, listed is {expected[file]}; the file is damaged or another one: fetch it again"
-                )
+            digest = hashlib.sha256()
+            with file.open("rb", buffering=0) as opened:
+                for start in range(0, file.stat().st_size, _PIECE):
+                    self._wait((str(file), start + _PIECE))
+                    if self.ended:
+                        return {}
+                    if self.hashes:
+                        digest.update(opened.read(_PIECE))
+                    forget(opened.fileno(), start + _PIECE)
+            if self.hashes:
+                digests[file] = digest.hexdigest()
+                if (listed := self.expected.get(file, digests[file])) != digests[file]:
+                    raise UserError(
+                        f"{file}: its SHA-256 is {digests[file]}, listed is {listed}; the file is damaged or another one: fetch it again"
+                    )
         return digests
-
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
-        try:
-            yield background.submit(work)
-        finally:
-            left.set()
-
-
-def sha256(path: Path, stopped: threading.Event | None = None) -> str:
-    """Hex digest of a file, read in pieces of 8 MiB. Raises CancelledError once ``stopped`` is set."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 23):
-            digest.update(block)
-            if stopped is not None and stopped.is_set():
-                raise concurrent.futures.CancelledError
-    return digest.hexdigest()
 
 
 def expected_hashes(sources: Sequence[Source], given: str | Path | None) -> dict[Path, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,6 @@ from chatpose_jax.settings import check_types
 from chatpose_jax.weights.readers import fetch_hint
 
 Quantize = Literal["none", "int8"]
-PoseHead = Literal["auto", "init"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,22 +48,20 @@ class SourceSpec:
     dtype: DType | None = None
     quantize: Quantize = "none"
     init_missing: tuple[Literal["vision", "projector"], ...] = ()
-    pose_head: PoseHead = "auto"
+    pose_head: Literal["auto", "init"] = "auto"
     head: str | type | None = None
     seed: int = 0
     allow_nonfinite: bool = False
     image_fit: Fit | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.path, os.PathLike):
-            object.__setattr__(self, "path", Path(self.path))
         object.__setattr__(self, "init_missing", tuple(self.init_missing))
         check_types(self, "source")
 
     @classmethod
-    def of(cls, source: SourceSpec | str | os.PathLike[str]) -> SourceSpec:
+    def of(cls, source: SourceSpec | str | Path) -> SourceSpec:
         """A path alone is a description too."""
-        return source if isinstance(source, SourceSpec) else cls(source)  # type: ignore[arg-type]
+        return source if isinstance(source, SourceSpec) else cls(source)
 
     @property
     def given(self) -> Mapping[str, Path]:

@@ -29,6 +29,7 @@ from chatpose_jax.weights.arrays import save
 from chatpose_jax.weights.leaves import BLOCK, Leaf, read_ahead
 
 OnBytes = Callable[[int], Any]
+OnRead = Callable[[str, int], Any]
 
 _IN_FLIGHT = 64 << 20
 """Bytes that may wait to be written while more is read."""
@@ -51,17 +52,24 @@ def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
 
 
 def write_leaves(
-    folder: Path, leaves: Mapping[str, Leaf], *, on_bytes: OnBytes = lambda count: None, compress: bool = False
+    folder: Path,
+    leaves: Mapping[str, Leaf],
+    *,
+    on_bytes: OnBytes = lambda count: None,
+    on_read: OnRead = lambda file, offset: None,
+    compress: bool = False,
 ) -> None:
     """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 16 MiB,
     whatever the model's size.
 
     Args:
         on_bytes: hears how many bytes were written.
+        on_read: hears the file and the byte from which a block was read; blocks follow the files in order of their paths.
         compress: zstd.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, _LeafHandler(on_bytes, compress)), (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))
+        (Leaf, _LeafHandler(on_bytes, on_read, compress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),
     )
     save(folder, unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.nbytes}, sep="/"), registry)
 
@@ -69,8 +77,8 @@ def write_leaves(
 class _LeafHandler(ocp.type_handlers.TypeHandler):
     """Saves ``Leaf``s. Each process writes its share of the blocks; restoring is the business of Orbax's own array handler."""
 
-    def __init__(self, on_bytes: OnBytes, compress: bool):
-        self.on_bytes = on_bytes
+    def __init__(self, on_bytes: OnBytes, on_read: OnRead, compress: bool):
+        self.on_bytes, self.on_read = on_bytes, on_read
         self.compress = compress
 
     def typestr(self) -> str:
@@ -122,8 +130,8 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
 
         reads = [functools.partial(leaf.read, index) for _, _, leaf, index in boxes]
         try:
-            for ((file, _), store, _, index), block in zip(boxes, read_ahead(reads)):
-                settler.has_read(file)
+            for (origin, store, _, index), block in zip(boxes, read_ahead(reads)):
+                self.on_read(*origin)
                 # The array is ours alone, so tensorstore need not copy it.
                 write = store[index].write(block, can_reference_source_data_indefinitely=True)
                 writing.append((write, block.nbytes))
@@ -149,20 +157,14 @@ def _share(boxes: list[Any], rank: int, count: int) -> list[Any]:
 
 
 class _Settler:
-    """Puts what was written on the disk, and lets go of what was written and read in the page cache, while a conversion runs. The
-    cache would otherwise take all memory that is free, which costs virtual machines much time, and others what they had cached."""
+    """Puts what was written on the disk, and lets go of its pages, while a conversion runs. The page cache would otherwise take all memory
+    that is free, which costs virtual machines much time, and others what they had cached."""
 
     def __init__(self, folder: Path):
-        self.folder, self.reading, self.unsettled = folder, "", 0
+        self.folder, self.unsettled = folder, 0
         self.settled: set[Path] = set()
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.running = self.thread.submit(lambda: None)
-
-    def has_read(self, file: str) -> None:
-        """A block of ``file`` was read. Files come one after the other."""
-        if self.reading not in ("", file):
-            _settle_file(Path(self.reading))
-        self.reading = file
 
     def has_written(self, count: int) -> None:
         self.unsettled += count
@@ -175,21 +177,22 @@ class _Settler:
         self.running.result()
         self.settled.clear()  # some may have grown since
         self._settle()
-        self.has_read("")
 
     def _settle(self) -> None:
         for path in self.folder.rglob("*"):
             if path not in self.settled:
                 self.settled.add(path)
                 with contextlib.suppress(FileNotFoundError):  # lock files come and go
-                    _settle_file(path)
+                    descriptor = os.open(path, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                        forget(descriptor)
+                    finally:
+                        os.close(descriptor)
 
 
-def _settle_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def forget(descriptor: int, until: int = 0) -> None:
+    """Lets go of the first ``until`` bytes of a file in the page cache (0: of all), where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a folder has no pages
+            os.posix_fadvise(descriptor, 0, until, os.POSIX_FADV_DONTNEED)

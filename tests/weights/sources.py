@@ -8,6 +8,7 @@ compare with.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from importlib import resources
@@ -33,6 +34,10 @@ Format = Literal["safetensors", "bin"]
 
 VOCAB = 1024
 POSE_ID, IMAGE_ID = 1024, 1025
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,6 @@ from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
 from chatpose_jax.weights import arrays, devices, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_model_config, load_params, read_folder, save_folder  # noqa: E402
-from chatpose_jax.weights.hashes import sha256  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry  # noqa: E402
@@ -39,6 +38,7 @@ from .sources import (  # noqa: E402
     make_llava_original,
     make_llava_transformers,
     make_vicuna,
+    sha256,
     write_state,
     write_tokenizer,
 )

@@ -27,11 +27,10 @@ from chatpose_jax.weights import leaves, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
 from chatpose_jax.weights.folder import load_model_config, load_params, new_folder, read_folder  # noqa: E402
-from chatpose_jax.weights.hashes import sha256  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
-from .sources import VOCAB, Sizes, make_llava_transformers, make_vicuna  # noqa: E402
+from .sources import VOCAB, Sizes, make_llava_transformers, make_vicuna, sha256  # noqa: E402
 
 # Converts its arguments, in small blocks; says so and waits on its standard input when half of the parameters are written.
 CHILD = """

@@ -17,10 +17,9 @@ torch = pytest.importorskip("torch")
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.weights.convert import load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_params, read_folder  # noqa: E402
-from chatpose_jax.weights.hashes import sha256  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 
-from .sources import make_llava_transformers  # noqa: E402
+from .sources import make_llava_transformers, sha256  # noqa: E402
 
 CHILD = """
 import json, sys

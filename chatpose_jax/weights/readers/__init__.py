@@ -6,7 +6,6 @@ offset, a dtype, a shape and strides. A ``Checkpoint`` is all of a folder's.
 
 from chatpose_jax.weights.readers.checkpoint import (
     ADAPTER_FILES,
-    PROJECTOR_FILES,
     Checkpoint,
     find_projector,
     open_checkpoint,
@@ -19,7 +18,6 @@ from chatpose_jax.weights.readers.torch_zip import read_torch_header
 
 __all__ = [
     "ADAPTER_FILES",
-    "PROJECTOR_FILES",
     "SAFETENSORS_DTYPES",
     "Checkpoint",
     "Index",

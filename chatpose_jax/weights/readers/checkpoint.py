@@ -32,7 +32,7 @@ _CANDIDATES = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 # A projector on its own, as LLaVA's pre-training stage writes it beside or instead of a model.
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+_PROJECTORS = ("mm_projector.safetensors", "mm_projector.bin")
 # PEFT's, and what LLaVA's own LoRA training lays beside it.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTERS = "non_lora_trainables.bin"
@@ -125,7 +125,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def find_projector(folder: Path) -> Path | None:
     """The file of a projector on its own in a folder, ``None`` where there is none; raises UserError where there are two."""
-    found = [folder / name for name in PROJECTOR_FILES if (folder / name).is_file()]
+    found = [folder / name for name in _PROJECTORS if (folder / name).is_file()]
     if len(found) > 1:  # LLaVA's own code knows the second name alone
         raise UserError(f"{folder}: two projectors, {found[0].name} and {found[1].name}; move one of them away")
     return found[0] if found else None
