@@ -82,7 +82,10 @@ def adapter_plan(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    files = {pose_head.DESCRIPTION: pose_head.describe_head(config, model.pose_token), adapters.ADAPTER_CONFIG: settings}
+    files = {
+        pose_head.DESCRIPTION: pose_head.describe_head(config, model.pose_token),
+        adapters.ADAPTER_CONFIG: settings,
+    }
     notes = [
         f"adapters: {adapters.in_words(lora)}",
         "the base is not in it: peft loads it onto the base that you started from",

@@ -146,13 +146,12 @@ def explained(out: str | Path, needs: str, too_large: str = "") -> Iterator[None
             number = int(told[1])
         elif "RESOURCE_EXHAUSTED" in str(error):
             number = errno.ENOSPC
-        why = _UNWRITABLE.get(number or 0)
-        if told and why is None:
-            why = f"cannot be written ({' '.join(str(error).split())})"
+        why = _UNWRITABLE.get(number or 0, "cannot be written" if told else None)
         if isinstance(error, UserError) or why is None or not _is_of(Path(out), file):
             raise
         hint = f"; {too_large}" if too_large and number == errno.EFBIG else ""
-        raise UserError(f"{out}: {why}; {needs}{hint}; nothing was left behind") from None
+        said = " ".join(str(error).split())
+        raise UserError(f"{out}: {why}; {needs}{hint}; nothing was left behind ({said:.300})") from None
 
 
 def _is_of(out: Path, file: Any) -> bool:
