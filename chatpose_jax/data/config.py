@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from chatpose_jax import named
 from chatpose_jax.errors import UserError
-from chatpose_jax.settings import check_types, require
+from chatpose_jax.settings import check_types, one_line, require
 
 Split = Literal["train", "val", "test"]
 
@@ -24,6 +24,8 @@ class SourceRow(NamedTuple):
     name: str
     weight: float = 1.0
     options: Mapping[str, Any] = {}
+
+    __repr__ = one_line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from chatpose_jax import named
 from chatpose_jax.errors import UserError
-from chatpose_jax.settings import check_types, require
+from chatpose_jax.settings import check_types, one_line, require
 from chatpose_jax.train.trainable import PAPER, Rule
 
 
@@ -45,6 +45,8 @@ class EvaluatorRow(NamedTuple):
 
     name: str
     options: Mapping[str, Any] = {}
+
+    __repr__ = one_line
 
 
 @dataclasses.dataclass(frozen=True)

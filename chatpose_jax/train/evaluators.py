@@ -16,6 +16,7 @@ from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
+from chatpose_jax.settings import one_line
 from chatpose_jax.train.config import EvaluatorRow, TrainConfig
 from chatpose_jax.train.run_config import RunConfig
 
@@ -43,6 +44,8 @@ class Context:
     rows: Callable[[Split], Sequence[Example]]
     say: Callable[[str], None]
 
+    __repr__ = one_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluators:
@@ -52,6 +55,8 @@ class Evaluators:
     """
 
     parts: Sequence[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]]
+
+    __repr__ = one_line
 
     @property
     def names(self) -> Collection[str] | None:

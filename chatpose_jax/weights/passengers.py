@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS, row_module
 from chatpose_jax.weights.layouts import LAYOUTS, Layout
 from chatpose_jax.weights.plan import Conversion, rounded
@@ -100,6 +101,8 @@ class Changes:
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     originals: Mapping[str, TensorEntry] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
+
+    __repr__ = one_line
 
 
 def read_changes(folder: Path) -> Changes:

@@ -14,6 +14,7 @@ from flax import nnx
 from chatpose_jax.models.heads.base import Distance, PoseHead, States
 from chatpose_jax.models.heads.parts import ROTATIONS, last_linear, measured_mean, start_numbers
 from chatpose_jax.models.layers import Linear
+from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
 from smpl_jax.rotations import axis_angle_to_matrix, exponential_volume, matrix_to_axis_angle
 
@@ -37,6 +38,8 @@ class Rotations(NamedTuple):
     mean: jax.Array
     axes: jax.Array
     deviations: jax.Array
+
+    __repr__ = one_line
 
     def log_density(self, rotation: jax.Array) -> jax.Array:
         """(..., 3, 3) -> (...), nats, by the Haar measure of total mass 1: a uniform distribution has 0 everywhere."""
