@@ -1,9 +1,7 @@
-"""LoRA adapters as PEFT stores them: in a folder of their own, or inside a checkpoint that was put together from a
-training run.
+"""LoRA adapters as PEFT stores them: in a folder of their own, or inside a checkpoint of a training run.
 
-Their names are the base's, with ``base_model.model.`` in front and a little around the module that PEFT wrapped;
-``unwrapped`` takes that off. What is left stands in the table of the base's layout: an adapter as ``Layout.lora`` says,
-a module of ``modules_to_save`` under the name that it has in the base.
+PEFT prefixes the base's names with ``base_model.model.`` and adds to the names of modules that it wraps; ``unwrapped`` takes that off. The
+rest is in the table of the base's layout: adapters by ``Layout.lora``, ``modules_to_save`` under their names in the base.
 """
 
 from __future__ import annotations
@@ -53,10 +51,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under the base's own names; itself where PEFT has wrapped nothing.
-
-    Raises UserError where two tensors get one name: a file of several adapters.
-    """
+    """The checkpoint under the base's own names. Raises UserError where two tensors get one name: a file of several adapters."""
     if not any(name.startswith(PREFIX) or _LORA.search(name) for name in checkpoint.tensors):
         return checkpoint
     tensors: dict[str, TensorEntry] = {}

@@ -49,10 +49,7 @@ def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _check(folder: Path) -> None:
-    """Raises for a folder whose arrays cannot be listed and described.
-
-    Orbax fails on these in the background: its reason is lost, and pages of log follow the one error that we raise.
-    """
+    """Raises for a folder whose arrays cannot be listed and described. Orbax fails on these in a thread, with pages of log."""
     if not (folder / "_METADATA").is_file():
         raise FileNotFoundError("the file _METADATA is missing")
     store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
@@ -116,14 +113,10 @@ class _ArrayReader(ocp.type_handlers.ArrayHandler):
 
 
 def read_arrays(folder: Path, abstract: Params) -> Params:
-    """Restores exactly the leaves of ``abstract`` (``jax.ShapeDtypeStruct``, with or without sharding), cast to their
-    dtypes.
+    """The leaves of ``abstract`` (``jax.ShapeDtypeStruct``), cast to their dtypes, as a nested dict of jax arrays. A leaf without a sharding
+    goes to the first local device.
 
-    Returns:
-        Nested dict of jax arrays; leaves without a sharding go to the first local device.
-
-    Raises:
-        UserError: one error that lists missing, extra and misshaped leaves; or damaged data.
+    Raises UserError: one error for all leaves that are missing, extra or misshaped; damaged data.
     """
     wanted = by_path(abstract)
     empty = {path: leaf for path, leaf in wanted.items() if not math.prod(leaf.shape)}

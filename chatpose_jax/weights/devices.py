@@ -45,11 +45,8 @@ Part = tuple[jax.Device, tuple[int, ...], jax.Array]
 
 
 def device_parts(leaf: Leaf, sharding: jax.sharding.Sharding) -> Iterator[list[Part]]:
-    """Reads what this process's devices need of a leaf, block after block, and puts on every device its part of each.
-
-    Yields for each block a list of device, place of the part in the device's shard, part. The host holds a few blocks,
-    whatever the size of the leaf. What lies between the devices' shards is read with them.
-    """
+    """Reads what this process's devices need of a leaf, block by block, with what lies between their shards. Yields for each block: device,
+    place in the device's shard, part. The host holds a few blocks."""
     wanted = {
         device: bounded(index, leaf.shape)
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()

@@ -142,11 +142,8 @@ def _target_modules(base_class: BaseClass, adapted: Mapping[str, Sequence[int]],
 def _as_it_came(
     tensor: Tensor, path: str, model: StoredModel, changed: Changes, ids: Sequence[int] | None = None
 ) -> Tensor:
-    """The tensor with the original in the place of each value that is still what the original was rounded to: trained
-    values are the model's.
-
-    path: of the leaf. ids: which of its rows the tensor has; default all.
-    """
+    """The tensor of the leaf ``path`` (or of its rows ``ids``), with the float32 original in place of every value that was not trained: one
+    that still equals its rounded original."""
     module = path.split("/")[1]
     places = {id: row for row, id in enumerate(range(tensor.shape[0]) if ids is None else ids)}
     parts = []

@@ -186,11 +186,8 @@ def write_config(folder: Path, config: ModelConfig, *, provenance: Mapping[str, 
 
 
 def read_folder(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model folder, as a dict, its format checked.
-
-    Raises UserError: no such folder, half a folder, a folder of another program (then it names the convert command), a
-    newer version.
-    """
+    """``config.json`` of a model folder, checked. Raises UserError for half a folder, another program's folder (with the command that
+    converts it), or a newer version of the format."""
     path = Path(path)
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
@@ -264,15 +261,10 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def load_params(path: str | Path, abstract: Params) -> Params:
-    """The parameters of a folder, placed and cast as ``abstract`` says.
+    """The parameters of a folder, cast and placed as ``abstract`` says: nested ``jax.ShapeDtypeStruct``s, whose ``sharding`` makes each
+    process read what its devices need.
 
-    Args:
-        path: model folder.
-        abstract: nested dict of ``jax.ShapeDtypeStruct``; a leaf's ``sharding`` places it, each process reading what
-        its devices need.
-
-    Raises:
-        UserError: what ``read_folder`` raises; leaves missing, extra or misshaped, all in one error; damaged data.
+    Raises UserError: what ``read_folder`` raises; one error for all leaves that are missing, extra or misshaped; damaged data.
     """
     read_folder(path)
     return read_arrays(Path(path) / PARAMS, abstract)

@@ -150,10 +150,8 @@ _WIDER = {"float16": "choose --dtype bfloat16 or float32", "bfloat16": "choose -
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """As ``np.isfinite(values).all()``, at the speed of memory for the small floats too.
-
-    An exponent of all ones makes the largest words of either sign, taken as whole numbers with and without one.
-    """
+    """``np.isfinite(values).all()``, at the speed of memory for the small floats too: NaN and infinities have an exponent of all ones, which
+    makes the largest words of either sign, read as integers."""
     unsigned, signed = (np.dtype(f"{kind}{values.dtype.itemsize}") for kind in "ui")
     infinite = np.array(np.inf, values.dtype).view(unsigned)
     negative = np.array(-np.inf, values.dtype).view(unsigned)

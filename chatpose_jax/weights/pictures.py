@@ -43,19 +43,14 @@ class Pictures:
 
 
 def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: Fit | None = None) -> Pictures:
-    """What the sources do to a picture before the tower sees it.
+    """What the sources do to an image before the tower sees it.
 
     ``processor.json`` beside the tokenizer, which this program writes, says all. Else ``preprocessor_config.json`` (or
-    ``processor_config.json``) beside the vision tower says size, mean, standard deviation and, for transformers, whether
-    pictures are padded; in LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says that, beside an adapter
-    or a projector too. ChatPose's released program crops, whatever its ``config.json`` says.
+    ``processor_config.json``) beside the vision tower gives size, mean, standard deviation and, for transformers, whether images are padded.
+    In LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says that; an adapter or a projector may bring one. ChatPose's released
+    program crops, whatever its ``config.json`` says. ``tokenizer`` is the folder of the tokenizer; ``fit`` overrides.
 
-    Args:
-        tokenizer: the folder that the tokenizer is read from.
-        fit: ``crop`` or ``pad``, instead of what the sources say of it.
-
-    Raises:
-        UserError: a setting that ``ImageSettings`` cannot express; another size than the tower's.
+    Raises UserError for a setting that ``ImageSettings`` cannot express, or another size than the tower's.
     """
     said = _ours(tokenizer) or _theirs(sources, config, fit)
     settings, origin = said.settings, said.origin

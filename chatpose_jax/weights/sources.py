@@ -46,7 +46,7 @@ class Source:
         return self.checkpoint.folder.name or str(self.checkpoint.folder)
 
     def spares(self, name: str) -> bool:
-        """Whether a tensor of LoRA is rightly absent: the settings give its module no adapter, and the file has none."""
+        """Whether a LoRA tensor may be missing: the settings put no adapter on its module, and the file has none."""
         module, lora, _ = name.rpartition(".lora_")
         if not lora or self.targeted is None or self.targeted(module):
             return False
@@ -178,10 +178,8 @@ def _demand_all_projections(
 
 
 def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:
-    """The layout that an adapter's modules are named in; ``None`` where the adapted weights themselves are there too.
-
-    Of layouts that share names the one with most parts is taken: ``modules_to_save`` may hold any of them.
-    """
+    """The layout that an adapter's modules are named in; ``None`` if the base's weights are there too. Of layouts that share names the one
+    with most parts is taken, since ``modules_to_save`` may hold any of them."""
     if any(name.endswith(".q_proj.weight") for name in shapes):
         return None
     fitting = [layout for layout in LAYOUTS if adapters.with_adapters(layout, shapes) != layout]

@@ -62,11 +62,8 @@ class Tokens:
 
 
 def read_tokens(folder: str | Path) -> Tokens:
-    """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens.
-
-    The base vocabulary is the rows of the SentencePiece model: 32 000 for LLaMA, LLaMA-2 and Vicuna. Raises UserError
-    where there is none.
-    """
+    """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens. The base vocabulary is the pieces of
+    SentencePiece: 32 000 for LLaMA, LLaMA-2 and Vicuna. Raises UserError where there is none."""
     folder = Path(folder)
     try:
         return _read_tokens(folder)
@@ -108,11 +105,10 @@ def _read_tokens(folder: Path) -> Tokens:
 
 
 def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
-    """Writes a complete tokenizer to ``out``: the source's files, with ``added`` literals behind its vocabulary in each
-    of their lists, and without what transformers 4.x cannot read where the same can be said in its words.
+    """Writes a complete tokenizer: the source's files, with ``added`` literals behind the vocabulary in each of their lists, in words that
+    transformers 4.x reads too. A bare ``tokenizer.model`` gets LLaMA's settings. The settings of our own processor go along.
 
-    A bare ``tokenizer.model`` is completed with LLaMA's settings. The settings of our own processor go along. Raises
-    UserError if transformers does not read the result as ``tokens`` and ``added`` say, or finds no BOS.
+    Raises UserError if transformers does not read the result as ``tokens`` and ``added`` say, or finds no BOS.
     """
     out.mkdir(parents=True, exist_ok=True)
     new = {literal: tokens.size + offset for offset, literal in enumerate(added)}

@@ -18,11 +18,8 @@ __all__ = ["FAMILIES", "LAYOUTS", "Ignored", "Layout", "NameRule", "Shape", "Tra
 
 
 def recognise(shapes: Mapping[str, Shape], config: Mapping[str, Any], family: str | None = None) -> Layout:
-    """The layout of a checkpoint with these tensors and this ``config.json``. ``family`` (one of ``FAMILIES``) restricts the
-    choice, by names alone.
-
-    Raises UserError that shows some of the names where none fits.
-    """
+    """The layout of a checkpoint with these tensors and this ``config.json``; ``family`` restricts the choice, by names alone. Raises UserError
+    with some of the names where none fits."""
     if family is not None and family not in FAMILIES:
         raise UserError(f"no layout {family!r}; the layouts are {', '.join(FAMILIES)}")
     candidates = [layout for layout in LAYOUTS if family in (None, layout.family)]

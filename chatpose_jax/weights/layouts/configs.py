@@ -1,8 +1,7 @@
 """``config.json`` of the known layouts → settings of the model, and back.
 
-Sizes that tensors show are taken from the tensors and compared with what ``config.json`` says; what tensors cannot
-show (heads, epsilons, RoPE) comes from ``config.json``, with the defaults that ``transformers`` documents for keys it
-leaves out. A setting that this model cannot follow is an error, never a silent difference.
+Sizes come from the tensors and must agree with ``config.json``. The rest (heads, epsilons, RoPE) comes from ``config.json``, with the defaults
+of ``transformers``. A setting that this model cannot follow is an error.
 """
 
 from __future__ import annotations

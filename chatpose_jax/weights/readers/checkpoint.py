@@ -91,11 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder (single file, or shards with an index), one file or one index; reads headers only.
-
-    Raises UserError: no weights there, two sets of weights of which programs do not all take the same, an index that names
-    a missing file or tensor, a tensor that two shards hold, a damaged file.
-    """
+    """Opens a folder, one file or one index; reads headers only. Raises UserError: no weights, two sets of weights of which programs do not all
+    take the same, an index that names a missing file or tensor, a tensor in two shards, a damaged file."""
     path = Path(path)
     if path.is_file():
         return _from_index(path) if path.name.endswith(".index.json") else _from_files(path.parent, [path])

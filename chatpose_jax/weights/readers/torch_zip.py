@@ -123,12 +123,8 @@ def _storage(pid: Any) -> _Storage:
 
 
 def read_torch_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one ``.bin`` / ``.pt`` / ``.pth`` file written by ``torch.save`` (zip format).
-
-    Leaves that are no tensors (step counters, flags) are left out. Raises UserError for a truncated file, for the
-    format from before PyTorch 1.6, for compressed or big-endian members, and for a pickle that asks for anything but
-    tensors.
-    """
+    """The tensors of one file of ``torch.save`` (zip format). Values that are no tensors are left out. Raises UserError for a truncated file, the
+    format before PyTorch 1.6, compressed or big-endian members, and a pickle that asks for anything but tensors."""
     if not zipfile.is_zipfile(path):
         raise UserError(
             f"{path}: not a whole zip archive: either cut off, or written by torch.save before PyTorch 1.6; "
