@@ -27,7 +27,7 @@ from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import init_state, make_step
-from chatpose_jax.train.trainable import NameRule
+from chatpose_jax.train.trainable import Rule
 from smpl_jax.pose import complete, unmeasured
 
 RATE = 1e-3
@@ -73,7 +73,7 @@ def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, mo
         final_lr_ratio=1.0,  # a constant rate, as torch's
         grad_clip=CLIP,
         lambda_pose=0.0,
-        trainable=(NameRule(".*/lora_[ab]", 1.0), NameRule(".*", None)),
+        trainable=(Rule(".*/lora_[ab]", 1.0), Rule(".*", None)),
         remat="full" if remat else "none",
     )
     batch = {

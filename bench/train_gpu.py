@@ -35,7 +35,7 @@ from chatpose_jax.train.chips import CHIPS
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.flops import train_cost
 from chatpose_jax.train.step import init_state, make_step
-from chatpose_jax.train.trainable import NameRule
+from chatpose_jax.train.trainable import Rule
 from smpl_jax.pose import complete, unmeasured
 
 PRESETS = {
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         learning_rate=RATE,
         warmup_steps=0,
         final_lr_ratio=1.0,
-        trainable=(NameRule(".*/lora_[ab]", 1.0), NameRule(".*", None)),
+        trainable=(Rule(".*/lora_[ab]", 1.0), Rule(".*", None)),
         remat=args.remat,
     )
     cost = train_cost(our_config(text, "bfloat16", scan=True, lora=lora), settings, args.batch, args.length, images=0)
