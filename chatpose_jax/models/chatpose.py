@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
-from chatpose_jax.models.heads import check_head, create_head, head_family
-from chatpose_jax.models.heads.base import States
+from chatpose_jax.models.heads import check_head, create_head, head_class, head_family
+from chatpose_jax.models.heads.base import PoseHead, States
 from chatpose_jax.models.projector import Projector
 from chatpose_jax.models.sharding import constrain, shardings
 from chatpose_jax.models.vision import VisionTower
@@ -153,8 +153,13 @@ def _positions(segments: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
-@functools.lru_cache(maxsize=32)
 def _split(config: ModelConfig) -> tuple[Any, Any]:
+    return _split_with(head_class(config.head.name), config)
+
+
+@functools.lru_cache(maxsize=32)
+def _split_with(head: type[PoseHead], config: ModelConfig) -> tuple[Any, Any]:
+    """head: the class that ``config`` names now; a notebook defines one again and again by the same name."""
     with nnx.use_eager_sharding(False):
         model = nnx.eval_shape(lambda: ChatPoseModel(config, rngs=nnx.Rngs(0)))
         check_head(model.pose_head, config.head, config.text.hidden_size)

@@ -53,6 +53,7 @@ def _joints(error: Callable[[Pose, Pose, Any], jax.Array], joints: slice) -> Los
 
 def _positions(predicted: Pose, target: Pose, body: BodyModel) -> jax.Array:
     """(..., 23) metres from each joint but the root, at the origin in both, to where it should be."""
+    predicted, target = (to_family(pose, "smpl") for pose in (predicted, target))  # betas of SMPL-X are dropped
     has, betas = _known_betas(target), target.betas
     ours = (
         betas
@@ -61,7 +62,7 @@ def _positions(predicted: Pose, target: Pose, body: BodyModel) -> jax.Array:
     )
 
     def place(pose: Pose, betas: jax.Array | None) -> jax.Array:
-        positions = bodies.joints(body, to_family(pose, "smpl").rotations, betas)
+        positions = bodies.joints(body, pose.rotations, betas)
         return positions[..., 1:, :] - positions[..., :1, :]
 
     square = jnp.sum((place(predicted, ours) - place(target, betas)) ** 2, axis=-1)

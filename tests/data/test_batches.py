@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import zlib
 
 import jax
 import numpy as np
@@ -230,6 +231,13 @@ def test_prefetch_ends_with_the_last_epoch(processor, dataset, prefetch):
     ahead = BatchLoader(dataset, processor, 4, epochs=1, prefetch=prefetch)
     assert all(same(a, b) for a, b in zip(plain, ahead, strict=True))
     assert list(ahead) == []
+
+
+def test_a_run_of_before_has_the_same_contents(processor, dataset):
+    """What names the data in checkpoints was made of the words of a class that had another name."""
+    loader = BatchLoader(dataset, processor, 4, lengths=(512,))
+    words = b"(False, (Shape(length=512, images=0), Shape(length=512, images=1)), None)"
+    assert loader.state()["contents"] == zlib.crc32(loader._sizes.tobytes(), zlib.crc32(words))
 
 
 def test_state_of_other_data_is_refused(processor, dataset):

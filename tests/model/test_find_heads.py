@@ -139,3 +139,30 @@ def test_a_class_may_be_handed_over_and_may_have_moved(package: Path) -> None:
     assert moved == HeadConfig("outside_heads:Own", (("depth", 2),))
     with pytest.raises(UserError, match="expected a class derived from"):
         heads.head_class(heads.trusted_head("here", HeadConfig("nowhere:Own"), Path).name)  # type: ignore[arg-type]
+
+
+def test_a_class_that_is_defined_anew_takes_the_place_of_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where the cell that defines a head runs again."""
+
+    class Wide(MLPHead):
+        def __init__(self, width: int, *, rngs: nnx.Rngs):
+            super().__init__(width, rngs=rngs)
+            self.more = nnx.Param(rngs.params.normal((3,)))
+
+    for kind, more in ((MLPHead, False), (Wide, True), (MLPHead, False)):
+        monkeypatch.setattr(heads, "_GIVEN", {})
+        named = heads.trusted_head(
+            "here", HeadConfig("notebook:Head"), type("Head", (kind,), {"__module__": "notebook"})
+        )
+        params = abstract_params(preset("tiny").replace(head=named))
+        assert ("more" in params["pose_head"]) == more
+
+
+def test_a_head_may_need_a_width_that_its_own_heads_divide() -> None:
+    class Split(MLPHead):
+        def __init__(self, width: int, *, rngs: nnx.Rngs):
+            assert width % 128 == 0
+            super().__init__(width, rngs=rngs)
+
+    config = heads.trusted_head("here", HeadConfig("notebook:Split"), Split)
+    assert heads.head_family(config) == "smpl"

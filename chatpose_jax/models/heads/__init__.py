@@ -32,6 +32,8 @@ GROUP = "chatpose_jax.heads"
 """Entry points by which a package that is installed offers heads."""
 _GIVEN: dict[str, type[PoseHead]] = {}
 """Classes that were handed over instead of named, by the name that they have in a configuration."""
+WIDTH = 1024
+"""Of hidden states where only a head's names and outputs are asked for: it divides LLaMA's widths, as a head of one's own may need."""
 
 
 def head_class(name: str) -> type[PoseHead]:
@@ -109,7 +111,7 @@ def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
         raise UserError(f"{where} cannot be made as (width, *, rngs, **options) with {options}: {error}") from error
 
 
-def abstract_head(config: HeadConfig, width: int = 8) -> PoseHead:
+def abstract_head(config: HeadConfig, width: int = WIDTH) -> PoseHead:
     """The head without weights: for what it says of itself (``num_joints``, ``reads``, ``draws``) and the names of its parameters."""
     return nnx.eval_shape(lambda: create_head(config, width, rngs=nnx.Rngs(0)))
 
@@ -119,7 +121,7 @@ def head_family(config: HeadConfig) -> Family:
     return family_of(abstract_head(config).num_joints)
 
 
-def head_output(head: PoseHead, width: int = 8) -> Any:
+def head_output(head: PoseHead, width: int = WIDTH) -> Any:
     """What a head, which may be abstract, gives, as abstract shapes: a ``Pose``, unless the head is wrong."""
     return nnx.eval_shape(lambda head, *given: head(*given), head, *_input(head, width))
 
