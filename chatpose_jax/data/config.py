@@ -25,7 +25,8 @@ class SourceRow(NamedTuple):
     weight: float = 1.0
     options: Mapping[str, Any] = {}
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,8 @@ class EvaluatorRow(NamedTuple):
     name: str
     options: Mapping[str, Any] = {}
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 @dataclasses.dataclass(frozen=True)

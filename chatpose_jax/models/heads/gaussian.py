@@ -39,7 +39,8 @@ class Rotations(NamedTuple):
     axes: jax.Array
     deviations: jax.Array
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def log_density(self, rotation: jax.Array) -> jax.Array:
         """(..., 3, 3) -> (...), nats, by the Haar measure of total mass 1: a uniform distribution has 0 everywhere."""
