@@ -65,7 +65,7 @@ class TrainConfig:
     grad_clip: longest gradient, as the norm over all that trains; longer ones are scaled down.
     lambda_text, lambda_pose: weights of the cross-entropy over answers and of the pose loss.
     pose_loss: rows of (term, weight) that the pose loss is the sum of, see ``train.pose_loss``; by default the paper's L1 on rotation
-        matrices. A pose head with a loss of its own may use other terms.
+        matrices. A pose head with a loss of its own takes none.
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay, which added tokens); see ``train.trainable``.
     mesh: how devices are arranged; ``batch_size`` is a multiple of data × fsdp.
     remat: what of a layer is kept for the backward pass, the rest being computed again ("none" computes nothing again,

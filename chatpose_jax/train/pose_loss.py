@@ -16,7 +16,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig
-from chatpose_jax.models.heads import abstract_head, head_output
+from chatpose_jax.models.heads import abstract_head, head_loss, head_output
 from chatpose_jax.train.config import PoseTerm
 from smpl_jax import body as bodies
 from smpl_jax import io
@@ -174,10 +174,22 @@ class PoseLoss:
 
 
 def demand_fields(rows: Sequence[tuple[PoseTerm, float]], head: HeadConfig) -> None:
-    """Raises UserError where a term needs what the head does not give."""
-    made = head_output(abstract_head(head))
+    """Raises UserError where a term needs what the head does not give, and where terms were chosen for a head whose own loss asks for none."""
+    made = abstract_head(head)
+    given, asked = head_output(made), list[Pose]()
     for term, _ in rows:
-        if term in _FIELDS and getattr(made, term) is None:
+        if term in _FIELDS and getattr(given, term) is None:
             raise UserError(
                 f"train.pose_loss: the term {term!r} needs a pose head that gives {term}; {head.name!r} does not"
             )
+
+    def distance(predicted: Pose, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        asked.append(predicted)
+        return {"distance": jnp.zeros(())}
+
+    head_loss(made, distance)
+    if not asked and tuple(rows) != PoseLoss().rows:
+        raise UserError(
+            f"train.pose_loss: the pose head {head.name!r} trains on a loss of its own, which takes no terms; leave train.pose_loss as it is "
+            "by default"
+        )

@@ -6,7 +6,6 @@ It stands beside checkpoints whose layout has no place for a head. The head ``ml
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,6 @@ def describe_head(config: ModelConfig, pose_token: str) -> dict[str, Any]:
         "pose_token": pose_token,
         "pose_token_id": config.pose_token_id,
     }
-
-
-def write_description(folder: Path, config: ModelConfig, pose_token: str) -> None:
-    """Writes ``pose_head.json``."""
-    text = json.dumps(describe_head(config, pose_token), indent=2, ensure_ascii=False)
-    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
 def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:

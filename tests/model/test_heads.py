@@ -75,6 +75,18 @@ def test_what_a_head_says_of_itself_is_checked(monkeypatch: pytest.MonkeyPatch, 
         abstract_params(preset("tiny").replace(head=HeadConfig("rest")))
 
 
+class Late(MLPHead):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        super().__init__(width, rngs=rngs)
+        self.reads = "conversation"
+
+
+def test_what_a_head_says_of_itself_stands_in_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heads.HEADS, "late", f"{__name__}:Late")
+    with pytest.raises(UserError, match="pose head 'late' sets reads or draws in its constructor"):
+        abstract_params(preset("tiny").replace(head=HeadConfig("late")))
+
+
 class Odd(MLPHead):
     found: ClassVar[Any] = None
 

@@ -149,6 +149,14 @@ def test_terms_that_the_head_cannot_have_are_refused_before_anything_is_read() -
     with pytest.raises(UserError, match="the term 'betas' needs a pose head that gives betas; 'mlp' does not"):
         demand_fields((("betas", 1.0),), HeadConfig("mlp"))
     demand_fields((("joints", 1.0), ("geodesic", 1.0)), HeadConfig("mlp"))
+    demand_fields((("matrices", 1.0), ("betas", 0.1)), HeadConfig("shape"))
+
+
+@pytest.mark.parametrize("name", ["flow", "gaussian"])
+def test_terms_that_a_head_would_not_follow_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"train.pose_loss: the pose head '{name}' trains on a loss of its own"):
+        demand_fields((("geodesic", 1.0),), HeadConfig(name))
+    demand_fields(TrainConfig().pose_loss, HeadConfig(name))
 
 
 # ------------------------------------------------------------------------------------------------------- in the step

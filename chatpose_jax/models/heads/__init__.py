@@ -14,7 +14,7 @@ from flax import nnx
 from chatpose_jax import named
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig
-from chatpose_jax.models.heads.base import PoseHead, States
+from chatpose_jax.models.heads.base import Distance, PoseHead, States
 from chatpose_jax.settings import did_you_mean
 from smpl_jax.pose import JOINTS, Family, Pose, family_of
 
@@ -126,6 +126,21 @@ def head_output(head: PoseHead, width: int = WIDTH) -> Any:
     return nnx.eval_shape(lambda head, *given: head(*given), head, *_input(head, width))
 
 
+def head_loss(head: PoseHead, distance: Distance, width: int = WIDTH) -> Any:
+    """The loss of a head, which may be abstract, as abstract shapes: scalars by name, unless the head is wrong."""
+    states, key = _input(head, width)
+    target = Pose(
+        _floats(*_BATCH, head.num_joints, 3, 3),
+        "camera",
+        betas=_floats(*_BATCH, 10),
+        translation=_floats(*_BATCH, 3),
+        measured=_flags(*_BATCH, head.num_joints),
+        has_betas=_flags(*_BATCH),
+        has_translation=_flags(*_BATCH),
+    )
+    return nnx.eval_shape(lambda head, *given: head.loss(*given, distance), head, states, target, _flags(*_BATCH), key)
+
+
 def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
     """Raises UserError where a head, which may be abstract, gives anything but poses of its ``num_joints`` in the camera frame, or its
     loss anything but scalars by names that are free.
@@ -135,6 +150,10 @@ def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
         raise UserError(
             f"{where} has reads={head.reads!r} and num_joints={head.num_joints!r}; expected 'token' or 'conversation', and one of "
             f"{', '.join(map(str, JOINTS.values()))}"
+        )
+    if (head.reads, head.draws) != (type(head).reads, type(head).draws):
+        raise UserError(
+            f"{where} sets reads or draws in its constructor; they belong to the class, and are looked up there"
         )
     made, batch = head_output(head, width), _BATCH
     rotations = _floats(*batch, head.num_joints, 3, 3)
@@ -153,24 +172,7 @@ def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
             )
     if made.frame != "camera":
         raise UserError(f"{where} gives poses in the frame {made.frame!r}; expected 'camera'")
-    target = Pose(
-        rotations,
-        "camera",
-        betas=_floats(*batch, 10),
-        translation=_floats(*batch, 3),
-        measured=_flags(*batch, head.num_joints),
-        has_betas=_flags(*batch),
-        has_translation=_flags(*batch),
-    )
-    states, key = _input(head, width)
-    parts = nnx.eval_shape(
-        lambda head, *given: head.loss(*given, lambda *_: {"distance": jnp.zeros(())}),
-        head,
-        states,
-        target,
-        _flags(*batch),
-        key,
-    )
+    parts = head_loss(head, lambda *_: {"distance": jnp.zeros(())}, width)
     if not isinstance(parts, dict) or any(_shape(part) != () for part in parts.values()) or RESERVED & parts.keys():
         raise UserError(
             f"the loss of {where} is {parts}; expected a dict of scalars, none called {', '.join(sorted(RESERVED))}"
