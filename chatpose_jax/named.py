@@ -1,4 +1,4 @@
-"""Finds code by the name in a setting, an entry of a table or the user's own ``package.module:name``, and checks its options."""
+"""Finds code by the name in a setting (a key of a table, or the user's own ``package.module:name``), and checks its options."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from chatpose_jax.settings import check_value, did_you_mean
 
 
 def find(where: str, name: str, table: Mapping[str, str]) -> Any:
-    """The function or class that a name stands for.
+    """The function or class with a given name.
 
-    where: begins the errors, such as ``data.sources[0] 'mydata:make'``.
-    table: names of what is in the package -> ``package.module:name``.
+    where: the start of error messages, such as ``data.sources[0] 'mydata:make'``.
+    table: short names of code in this package -> ``package.module:name``.
 
-    Raises UserError where there is none, or its module cannot be imported. An OSError of the import stays an OSError.
+    Raises UserError if there is none, or its module cannot be imported. An OSError during the import stays an OSError.
     """
     module, _, attribute = table.get(name, name).partition(":")
     if not (module and attribute):
@@ -28,7 +28,7 @@ def find(where: str, name: str, table: Mapping[str, str]) -> Any:
         found = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise UserError(
-            f"{where} cannot be imported: {error} (a module of your own must be installed, or its folder be on PYTHONPATH)"
+            f"{where} cannot be imported: {error} (a module of your own must be installed, or be in a folder on PYTHONPATH)"
         ) from error
     except Exception as error:
         raise raised(f"{where} cannot be imported", error) from error
@@ -38,7 +38,7 @@ def find(where: str, name: str, table: Mapping[str, str]) -> Any:
 
 
 def signature(where: str, function: Any) -> inspect.Signature:
-    """The signature of a function or class, its annotations evaluated. Raises UserError where it cannot be read."""
+    """The signature of a function or class, with evaluated annotations. Raises UserError if it cannot be read."""
     try:
         return inspect.signature(function, eval_str=True)
     except Exception as error:  # annotations are code
@@ -46,9 +46,9 @@ def signature(where: str, function: Any) -> inspect.Signature:
 
 
 def check_options(where: str, found: inspect.Signature, options: Mapping[str, Any]) -> None:
-    """Raises UserError for an option that is no keyword-only parameter or not of the annotated type, and for one that is missing.
+    """Raises UserError for an option that is not a keyword-only parameter or not of the annotated type, and for a missing option.
 
-    An option without annotation may be anything. Sequences are tuples.
+    An option without annotation may have any value. Sequences are tuples.
     """
     parameters = found.parameters.values()
     known = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
@@ -59,7 +59,7 @@ def check_options(where: str, found: inspect.Signature, options: Mapping[str, An
                 continue
             try:
                 check_value(f"{where}: the option {name}", value, kind)
-            except TypeError as error:  # no type that isinstance takes, such as a Protocol
+            except TypeError as error:  # isinstance does not accept the type, such as a Protocol
                 raise UserError(
                     f"{where}: values cannot be checked against the annotation of its option {name} ({error})"
                 ) from None
@@ -71,9 +71,9 @@ def check_options(where: str, found: inspect.Signature, options: Mapping[str, An
 
 
 def raised(where: str, error: Exception) -> Exception:
-    """The error to raise for an error in the user's own code: one line that says where, its type and its message.
+    """The error to raise for an exception in the user's own code: one line with the place, the type and the message.
 
-    An OSError stays one, with its number, by which callers tell whether a run can go on.
+    An OSError stays an OSError with the same errno, so that callers can tell whether the run can be resumed.
     """
     if isinstance(error, UserError):
         return UserError(f"{where}: {error}")
@@ -84,11 +84,11 @@ def raised(where: str, error: Exception) -> Exception:
 
 
 def rows(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
-    """Rows that name code, as a person or JSON writes them, in one form: lists are tuples, what is left out has its default.
+    """Normalises rows that name code, as people or JSON write them: lists become tuples, omitted values get their defaults.
 
-    kind: the NamedTuple of a row. A name alone is one row.
+    kind: the NamedTuple of a row. A single name is one row.
 
-    Raises UserError for what is no row.
+    Raises UserError for anything that is not a row.
     """
     given = ((value,),) if isinstance(value, str) else value
     words = ", ".join("{option: value}" if name == "options" else name for name in kind._fields)
@@ -98,7 +98,7 @@ def rows(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
     for row in given:
         if not isinstance(row, list | tuple) or not 1 <= len(row) <= len(kind._fields):
             raise UserError(
-                f"{expected}, found {row!r:.100} in the place of a row; a single row needs a comma behind its bracket, ((…),)"
+                f"{expected}, found {row!r:.100} instead of a row; a single row needs a comma after its bracket, ((…),)"
             )
     return tuple(kind(*map(_tuples, row)) for row in given)
 

@@ -1,4 +1,4 @@
-"""Checks of values, wherever they come from: code, command line, a stranger's JSON. Settings run them when they are made, functions at their door."""
+"""Validation of values from code, the command line or JSON. Settings validate themselves when they are created; functions validate arguments."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from chatpose_jax.errors import UserError
 def check_types(config: Any, where: str) -> None:
     """Raises UserError for the first field of a dataclass whose value is not of the annotated type.
 
-    A bool is no number, an int is a float, a float is finite; ``Literal``, unions, tuples, sequences, mappings and NamedTuples are looked
-    into. Other types with parameters (``Callable[…]``) are checked without them.
+    A bool is not a number, an int is a valid float, and a float must be finite. The items of ``Literal``, unions, tuples, sequences, mappings and
+    NamedTuples are checked too. Other generic types (``Callable[…]``) are checked without their parameters.
     """
     for name, kind in get_type_hints(type(config)).items():
         check_value(f"{where}.{name}", getattr(config, name), kind)
@@ -36,7 +36,7 @@ def require(config: Any, where: str, words: str, holds: Callable[[Any], bool], *
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """An argument that is an integer of Python, NumPy or JAX in [least, most]; raises UserError that names it. A bool is no number."""
+    """Returns an argument that is an integer (of Python, NumPy or JAX) in [least, most]; else raises a UserError that names it. A bool is refused."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -47,7 +47,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def real(name: str, value: Any, holds: Callable[[float], bool], words: str) -> float:
-    """An argument that is one real number, of Python, NumPy or JAX, for which ``holds`` is true; raises UserError ("must be <words>")."""
+    """Returns a real number (of Python, NumPy or JAX) for which ``holds`` is true; else raises UserError ("must be <words>")."""
     try:
         plain = isinstance(value, bool | str | bytes) or getattr(value, "shape", ()) != () or _dtype_of(value) == "bool"
         number = None if plain else float(value)
@@ -59,27 +59,27 @@ def real(name: str, value: Any, holds: Callable[[float], bool], words: str) -> f
 
 
 def flag(name: str, value: Any) -> bool:
-    """An argument that is True or False, of Python or NumPy; raises UserError that names it."""
+    """Returns an argument that is a bool of Python or NumPy; else raises a UserError that names it."""
     if not isinstance(value, bool) and not (_dtype_of(value) == "bool" and value.shape == ()):
         raise UserError(f"{name} must be True or False, found {_shown(value)}")
     return bool(value)
 
 
 def instance(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> None:
-    """Raises UserError unless an argument is of a type, which ``words`` describe."""
+    """Raises UserError unless an argument is an instance of ``kind``, which ``words`` describe."""
     if not isinstance(value, kind):
         raise UserError(f"{name} must be {words}, found {type(value).__name__}: {_shown(value)}")
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """How an error about an unknown word ends: with the nearest name, or with nothing where none is near."""
+    """The end of an error about an unknown word: suggests the nearest name, or is empty if none is near."""
     near = difflib.get_close_matches(word, list(names), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def one_line(self: Any) -> str:
-    """A ``__repr__`` of one short line for what holds arrays; see ``smpl_jax.printing``."""
-    from smpl_jax.printing import one_line  # it takes JAX along, which not every program that checks settings needs
+    """A ``__repr__`` of one short line for objects with arrays; see ``smpl_jax.printing``."""
+    from smpl_jax.printing import one_line  # imports JAX, which not every program that validates settings needs
 
     return one_line(self)
 

@@ -1,6 +1,7 @@
-"""The whole of ChatPose, and the verbs that every configuration has: abstract shapes, fresh weights, a fake batch.
+"""The complete ChatPose model, and functions for any configuration: abstract shapes, fresh weights, a fake batch.
 
-Modules define; pure functions execute. ``bind(config, params)`` turns a nested dict of arrays into a callable model inside any ``jax.jit``::
+Modules only define the model; pure functions run it. Inside ``jax.jit``, ``bind(config, params)`` makes a callable model from a nested dict of
+arrays::
 
     params = init_params(config, jax.random.key(0))
     hidden = jax.jit(lambda params, ids: bind(config, params)(ids).hidden)(params, ids)
@@ -35,7 +36,7 @@ Params = dict[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """hidden: (B, T, D) after the final RMSNorm: position t predicts token t+1 and, where that is a pose token, its pose."""
+    """hidden: (B, T, D) after the final RMSNorm. Position t predicts token t+1 and, if that is a pose token, its pose."""
 
     hidden: jax.Array
     cache: KVCache | None = None
@@ -60,7 +61,7 @@ class ChatPoseModel(nnx.Module):
         return constrain(features.reshape(batch, images * features.shape[1], -1), "batch", None, None)
 
     def embed(self, input_ids: jax.Array, image_features: jax.Array | None) -> jax.Array:
-        """(B, T) ids -> (B, T, D); image placeholders take the rows of ``image_features`` (B, I*N, D) in order of appearance."""
+        """(B, T) ids -> (B, T, D). Image placeholders are replaced by the rows of ``image_features`` (B, I*N, D), in order of appearance."""
         is_image = input_ids == self.config.image_token_id
         x = self.decoder.embed_tokens(jnp.where(is_image, 0, input_ids))
         if image_features is None:
@@ -80,21 +81,21 @@ class ChatPoseModel(nnx.Module):
         dropout_key: jax.Array | None = None,
         remat: str = "none",
     ) -> Output:
-        """Forward pass, whole (no cache) or continuing one.
+        """Forward pass of complete rows (without a cache), or of the next tokens (with a cache).
 
         Args:
-            input_ids: (B, T) int32; each image is ``num_patches`` copies of ``image_token_id``. Rows may hold no, one or several images.
-            attention_mask: (B, T), nonzero where a token is; None means everywhere. Padding may stand on either side. With a cache,
-                padding must stand on the right.
-            segment_ids: (B, T) int32 for rows that hold several conversations one after another: 1, 2, … in turn, 0 for padding. None of them sees
-                another, and positions start anew in each. Takes the place of ``attention_mask``; not with a cache.
-            pixel_values: (B, I, S, S, 3) images in order of appearance; rows with fewer than I leave the rest unread. May be None.
+            input_ids: (B, T) int32. Each image is ``num_patches`` copies of ``image_token_id``. A row may contain any number of images.
+            attention_mask: (B, T), nonzero at tokens and zero at padding; None means no padding. Padding may be on either side; with a
+                cache, it must be on the right.
+            segment_ids: (B, T) int32, for packed rows that contain several conversations: 1, 2, … in order, 0 for padding. Conversations do not
+                attend to each other, and positions start at 0 in each. Replaces ``attention_mask``; not allowed with a cache.
+            pixel_values: (B, I, S, S, 3), images in order of appearance; in rows with fewer than I images the rest is ignored. May be None.
             cache: new tokens are written from ``cache.cursor`` on. ``cursor + T`` must not exceed the capacity.
             dropout_key: turns adapter dropout on.
-            remat: what of each layer is kept for the backward pass, see ``models.remat``.
+            remat: name of the rematerialisation policy, see ``models.remat``.
 
         Returns:
-            Output; with a cache, ``output.cache`` has its ``cursor`` past the longest row.
+            Output. With a cache, the ``cursor`` of ``output.cache`` is after the longest row.
         """
         batch, length = input_ids.shape
         features = None if pixel_values is None else self.encode_images(pixel_values, remat)
@@ -125,11 +126,11 @@ class ChatPoseModel(nnx.Module):
         return self.decoder.lm_head(hidden)
 
     def states(self, hidden: jax.Array, pose_index: jax.Array, segment_ids: jax.Array | None = None) -> States:
-        """What the pose head reads of (B, T, D) final states of whole rows.
+        """The input of the pose head, from (B, T, D) final states of complete rows.
 
         Args:
             pose_index: (B, P), the position of the state that predicts each pose token.
-            segment_ids: (B, T), of packed rows: a pose sees its own conversation only.
+            segment_ids: (B, T), for packed rows: a pose attends only to its own conversation.
         """
         token = jnp.take_along_axis(hidden, pose_index[..., None], axis=1).astype(jnp.float32)
         token = constrain(token, "batch", None, None)
@@ -142,12 +143,12 @@ class ChatPoseModel(nnx.Module):
         return States(token, hidden, before)
 
     def poses(self, states: States, key: jax.Array) -> Pose:
-        """The pose head's poses, batch shape (B, P). key: what a head that draws draws from."""
+        """The poses of the pose head, of batch shape (B, P). key: random key for heads that draw samples."""
         return self.pose_head(dataclasses.replace(states, token=states.token.astype(jnp.float32)), key)
 
 
 def _positions(segments: jax.Array) -> jax.Array:
-    """(B, T) numbers of conversations -> each token's place in its own."""
+    """(B, T) segment ids -> the position of each token in its own conversation."""
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
     first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
@@ -167,12 +168,12 @@ def _split_with(head: type[PoseHead], config: ModelConfig) -> tuple[Any, Any]:
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """The parameter tree as ``jax.ShapeDtypeStruct``s; nothing is allocated, at 13B neither."""
+    """The parameter tree as ``jax.ShapeDtypeStruct``s. Nothing is allocated."""
     return nnx.to_pure_dict(_split(config)[1])
 
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
-    """Fresh random weights, the same on every mesh; each device makes its part of them."""
+    """Fresh random weights, the same on every mesh. Each device makes its own shard."""
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(ChatPoseModel(config, rngs=nnx.Rngs(key))))
@@ -181,9 +182,10 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -
 
 
 def attend_evenly(params: Params) -> Params:
-    """Fresh parameters whose decoder starts by averaging over what came before: queries are a hundredth of ``init_params``'s, so scores are near 0.
+    """Makes the decoder's initial attention nearly uniform: scales the query kernels of fresh parameters by 0.01, so that scores are near 0.
 
-    Random queries pick a few tokens at random, and that must be unlearnt before captions can be read: where nothing is pretrained, start from here.
+    Random queries attend to a few random tokens, and training has to undo this before the model can read captions. Use it when no weights are
+    pretrained.
     """
     layers = params["decoder"]["layers"]
     attn = layers["attn"]
@@ -192,7 +194,7 @@ def attend_evenly(params: Params) -> Params:
 
 
 def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
-    """The model over these parameters; cheap enough to call inside every traced function."""
+    """The model with these parameters. It is cheap enough to call inside every traced function."""
     graphdef, state = _split(config)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
@@ -200,7 +202,7 @@ def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
 
 
 def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0) -> dict[str, Any]:
-    """A random training batch of the right shapes (see ``docs/architecture.md``): an image in front, one pose token near the end."""
+    """A random training batch with the right shapes (see ``docs/architecture.md``): images first, one pose token near the end."""
     rng = np.random.default_rng(seed)
     patches, size = config.vision.num_patches * images, config.vision.image_size
     total = patches + length
@@ -224,7 +226,7 @@ def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: in
 def unstack_layers(params: Params, *, consume: bool = False) -> Params:
     """Stacked layers (leading axis L) -> ``{0: …, 1: …}``, the layout of ``scan_layers=False``.
 
-    consume: free each stacked array once it is unstacked (``params`` is spent), so that a model never stands in memory twice.
+    consume: free each stacked array once it is unstacked, so that the model is never in memory twice. ``params`` cannot be used afterwards.
     """
 
     def change(layers: Params) -> Params:
@@ -245,7 +247,7 @@ def unstack_layers(params: Params, *, consume: bool = False) -> Params:
 
 
 def stack_layers(params: Params) -> Params:
-    """The inverse of ``unstack_layers``; keys may be integers or their digits."""
+    """The inverse of ``unstack_layers``. Keys may be integers or strings of digits."""
 
     def change(layers: Params) -> Params:
         return jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[i] for i in sorted(layers, key=int)))
@@ -254,6 +256,6 @@ def stack_layers(params: Params) -> Params:
 
 
 def _map_layers(params: Params, change: Any) -> Params:
-    """Only the towers' layers are stacked; a pose head may call a list of its own ``layers``."""
+    """Applies ``change`` to the layers of vision tower and decoder only; a pose head may have a list named ``layers`` too."""
     towers = {name: {**params[name], "layers": change(params[name]["layers"])} for name in ("vision", "decoder")}
     return {**params, **towers}

@@ -18,14 +18,14 @@ LoRATarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower (pre-LN, quick GELU). Its features are the hidden states after ``num_layers + select_layer + 1`` blocks, CLS dropped.
+    """CLIP vision tower (pre-LN, quick GELU). Its features are the hidden states after ``num_layers + select_layer + 1`` blocks, without CLS.
 
     image_size: side of the square input, in pixels; ``patch_size``, the side of a patch, divides it.
     hidden_size: width of the residual stream; ``num_heads`` divides it.
     intermediate_size: width inside the MLP.
-    num_layers: blocks of the published tower, counting those behind ``select_layer`` that never run.
+    num_layers: blocks of the published tower, including those after ``select_layer``, which never run.
     num_heads: attention heads of a block.
-    select_layer: whose output is taken, from the end: -1 the last block's, -2 the one before (LLaVA-1.5).
+    select_layer: the block whose output is used, counted from the end: -1 is the last, -2 the one before it (LLaVA-1.5).
     layer_norm_eps: added to the variance in LayerNorm.
     """
 
@@ -58,12 +58,12 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Tokens that a picture takes."""
+        """Tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_used_layers(self) -> int:
-        """Blocks that run: the rest of the tower feeds nothing and is never allocated."""
+        """Blocks that run. The rest of the tower has no effect and is never allocated."""
         return self.num_layers + self.select_layer + 1
 
 
@@ -71,8 +71,8 @@ class VisionConfig:
 class TextConfig:
     """LLaMA decoder (pre-RMSNorm, RoPE, SwiGLU, grouped-query attention).
 
-    vocab_size: rows of embedding and LM head, all counted.
-    base_vocab_size: rows from here on are kept apart, so that new tokens train alone.
+    vocab_size: rows of embedding and LM head, including added ones.
+    base_vocab_size: rows of the base vocabulary. Later rows are separate parameters, so that new tokens can train while the base is frozen.
     hidden_size: width of the residual stream.
     intermediate_size: width inside the MLP.
     num_layers: decoder blocks.
@@ -81,7 +81,7 @@ class TextConfig:
     head_dim: width of a head, even (RoPE turns pairs).
     rms_norm_eps: added to the mean square in RMSNorm.
     rope_theta: base of RoPE's wavelengths.
-    max_position_embeddings: the longest conversation in tokens, pictures and answer included.
+    max_position_embeddings: the longest conversation in tokens, including images and answer.
     """
 
     vocab_size: int = 32001
@@ -115,7 +115,7 @@ class TextConfig:
 
     @property
     def num_added_tokens(self) -> int:
-        """Rows that are kept apart."""
+        """Rows after the base vocabulary."""
         return self.vocab_size - self.base_vocab_size
 
 
@@ -147,7 +147,7 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Pose head: ``name`` is looked up in ``models.heads``; ``options`` go to its constructor unread."""
+    """Pose head. ``models.heads`` finds the class by ``name``; ``options`` are keyword arguments of its constructor."""
 
     name: str = "mlp"
     options: tuple[tuple[str, Any], ...] = ()
@@ -158,11 +158,11 @@ class HeadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The whole ChatPose: vision tower, projector, decoder, adapters, pose head, and the ids that the model itself must know.
+    """The complete ChatPose model: vision tower, projector, decoder, adapters, pose head, and the token ids that the model needs to know.
 
-    ``image_token_id`` may be negative: some vocabularies (CHATPOSE-V0) have no row for the image placeholder. So may ``eos_token_id``: answers
-    then end at their length alone.
-    ``scan_layers`` stacks the layers of both towers and scans over them (training); unrolled layers decode faster.
+    ``image_token_id`` may be negative, because some vocabularies (CHATPOSE-V0) have no row for the image placeholder. ``eos_token_id`` may be
+    negative too: answers then end only at their maximum length.
+    ``scan_layers`` stacks the layers of vision tower and decoder and scans over them (for training). Unrolled layers decode faster.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -180,9 +180,9 @@ class ModelConfig:
     param_dtype: DType = "bfloat16"
     """Storage dtype of the base; LoRA, the added token rows and the head are always float32."""
     quantize: Literal["none", "int8"] = "none"
-    """"int8": the decoder layers' projections, adapters apart, are kept in int8 with a scale an output channel, and never train."""
+    """"int8": the projections of the decoder layers are stored in int8 with one scale for each output channel, and never train. Adapters do."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """How the decoder's attention is computed; see ``models.attention``."""
+    """Implementation of the decoder's attention; see ``models.attention``."""
 
     def __post_init__(self) -> None:
         check_types(self, "model")
@@ -194,12 +194,12 @@ class ModelConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Nested dict of JSON values; ``from_json`` is its inverse."""
+        """A nested dict of JSON values. ``from_json`` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
-        """Raises UserError that names an unknown key, or a value of the wrong type or range."""
+        """Raises a UserError that names an unknown key, or a value of the wrong type or out of range."""
         return _from_dict(cls, data, "model")
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -212,10 +212,10 @@ _NESTED: dict[str, type] = {"vision": VisionConfig, "text": TextConfig, "lora": 
 def _from_dict(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a table of settings, found {type(data).__name__}")
-    if cls is HeadConfig and "num_joints" in data:  # as folders were written when every head had 24
+    if cls is HeadConfig and "num_joints" in data:  # folders of earlier versions, where every head had 24
         if data["num_joints"] != 24:
             raise UserError(
-                f"{where}.num_joints={data['num_joints']!r}: heads say themselves how many joints they give; only 24 can be read here"
+                f"{where}.num_joints={data['num_joints']!r}: the number of joints now belongs to the head; only 24 can be read here"
             )
         data = {key: value for key, value in data.items() if key != "num_joints"}
     known = {field.name for field in dataclasses.fields(cls)}
@@ -233,7 +233,7 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
 
 
 def frozen(value: Any) -> Any:
-    """A JSON value with tuples for its lists, which JSON has none of; what is in them is checked by who takes it."""
+    """A JSON value with its lists as tuples. The caller checks the items."""
     return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
@@ -271,7 +271,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The named preset; raises UserError that lists the names."""
+    """The named preset. Raises a UserError that lists the names for any other name."""
     if name not in PRESETS:
         raise UserError(f"no model preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]

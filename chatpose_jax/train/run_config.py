@@ -227,8 +227,8 @@ def _rows(table: Mapping[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
     for row in rows:
         if not isinstance(row, list | tuple) or len(row) not in sizes:
             raise UserError(
-                f"{key}: expected rows of {words}, found {row!r:.100} in the place of a row; a single row needs a comma "
-                "behind its bracket, ((…),)"
+                f"{key}: expected rows of {words}, found {row!r:.100} instead of a row; a single row needs a comma "
+                "after its bracket, ((…),)"
             )
     return tuple(map(tuple, rows))
 

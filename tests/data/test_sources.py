@@ -85,9 +85,9 @@ def test_the_settings_have_one_form_in_json_and_python():
     ("rows", "words"),
     [
         ((), "expected rows of"),
-        (("a:b", "c:d"), "found 'a:b' in the place of a row; a single row needs a comma"),
-        (((),), "in the place of a row"),
-        ((("a:b", 1, {}, 4),), "in the place of a row"),
+        (("a:b", "c:d"), "found 'a:b' instead of a row; a single row needs a comma"),
+        (((),), "instead of a row"),
+        ((("a:b", 1, {}, 4),), "instead of a row"),
         ((("a:b", 0),), "weights must be positive"),
         ((("a:b", float("nan")),), r"each \(name, weight, options\)"),
         (((3, 1),), r"each \(name, weight, options\)"),
@@ -180,8 +180,8 @@ def test_a_source_that_is_missing_is_named():
         ("no_such_module:rows", "cannot be imported.*PYTHONPATH"),
         ("chatpose_jax.data.mixture:rows", "the module chatpose_jax.data.mixture has no function or class 'rows'"),
         ("chatpose_jax.data.mixture:__name__", "has no function"),
-        (":rows", "expected 'synthetic', or"),
-        ("nonsense", "expected 'synthetic', or 'package.module:name'"),
+        (":rows", "expected 'synthetic' or 'motion', or"),
+        ("nonsense", "expected 'synthetic' or 'motion', or 'package.module:name'"),
         ("syntetic", "did you mean synthetic?"),
         ("synthetic-image", r'is now \("synthetic", 1.0, {"kind": "image"}\)'),
     ):

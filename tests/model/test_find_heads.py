@@ -94,11 +94,11 @@ def test_two_packages_of_one_name_are_refused_and_the_boxs_names_stay(package: P
         ("outside_heads:", {}, "expected 'mlp'.*'package.module:name'"),
         (":Own", {}, "expected 'mlp'.*'package.module:name'"),
         ("pathlib:Path", {}, r"'pathlib:Path': expected a class derived from chatpose_jax.models.heads.base.PoseHead, found <class"),
-        ("outsid", {}, "no pose head 'outsid'; did you mean outside.; the heads are .*mlp.*outside, .*and package.module:Class"),
+        ("outsid", {}, "no pose head 'outsid'; did you mean outside.; the heads are .*mlp.*outside, .*or package.module:Class"),
         ("outside_heads:Own", {"dept": 2}, "pose head 'outside_heads:Own' has no option 'dept'; did you mean depth"),
         ("outside_heads:Own", {"depth": "two"}, "the option depth: expected int, found 'two'"),
         ("outside_heads:Own", {"rngs": 3}, "has no option 'rngs'"),
-        ("outside_heads:Moody", {}, r"'outside_heads:Moody' cannot be made as \(width, \*, rngs, \*\*options\)"),
+        ("outside_heads:Moody", {}, r"'outside_heads:Moody' cannot be created as \(width, \*, rngs, \*\*options\)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_head_is_one_line(
@@ -123,9 +123,7 @@ def test_a_file_names_no_head_of_somebodys_own_by_itself(package: Path) -> None:
         UserError, match=r"its pose head 'deep' is not part of this program.*--head package.module:Class"
     ):
         heads.trusted_head("here", HeadConfig("deep"))  # as it was called where users added files to this package
-    with pytest.raises(
-        UserError, match="its pose head is 'mlp', which is found by that name; --head outside_heads:Own"
-    ):
+    with pytest.raises(UserError, match="its pose head is 'mlp', which needs no --head; --head outside_heads:Own"):
         heads.trusted_head("here", HeadConfig("mlp"), "outside_heads:Own")
 
 

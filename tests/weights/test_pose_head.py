@@ -87,7 +87,7 @@ def test_a_head_of_ones_own_goes_out_and_comes_back_where_it_is_named(plain: Pat
         load_source(tmp_path / "hf")
     check_round_trip(tmp_path / "hf", new, head, name)
     export(plain, tmp_path / "mlp", "transformers")
-    with pytest.raises(UserError, match=f"its pose head is 'mlp', which is found by that name; --head {name}"):
+    with pytest.raises(UserError, match=f"its pose head is 'mlp', which needs no --head; --head {name}"):
         load_source(SourceSpec(tmp_path / "mlp", head=name))
     reply = chatpose_jax.load(tmp_path / "hf", head=name).chat(
         [{"role": "user", "content": "Kneel."}], max_new_tokens=8, force_pose=True

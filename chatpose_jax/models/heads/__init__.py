@@ -1,4 +1,4 @@
-"""Pose heads, found by name: ``models.heads.base`` says what one is, ``docs/extending.md`` shows one."""
+"""Pose heads, found by name. ``models.heads.base`` defines the interface; ``docs/extending.md`` has an example."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ HEADS: dict[str, str] = {
     "flow": "chatpose_jax.models.heads.flow:FlowHead",
     "gaussian": "chatpose_jax.models.heads.gaussian:GaussianHead",
 }
-"""Name, as in ``model.head.name``, to "module:Class". A module is imported when its head is asked for."""
+"""Name, as in ``model.head.name``, to "module:Class". A module is imported only when its head is used."""
 RESERVED = {"loss", "text", "token_accuracy", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
-"""Names of the other metrics of a step, which no part of a head's loss may have."""
+"""Names of the other metrics of a step. No part of a head's loss may use them."""
 GROUP = "chatpose_jax.heads"
-"""Entry points by which a package that is installed offers heads."""
+"""The group of entry points through which an installed package offers heads."""
 _GIVEN: dict[str, type[PoseHead]] = {}
-"""Classes that were handed over instead of named, by the name that they have in a configuration."""
+"""Classes that were passed as objects, by the name that they have in a configuration."""
 WIDTH = 1024
-"""Of hidden states where only a head's names and outputs are asked for: it divides LLaMA's widths, as a head of one's own may need."""
+"""Width of hidden states where only names and output shapes of a head are needed. It divides LLaMA's widths, which a user's own head may need."""
 
 
 def head_class(name: str) -> type[PoseHead]:
-    """The class of a head: a name of ``HEADS`` or of an installed package's entry point, or ``package.module:Class``, which is imported.
+    """The class of a head. Its name is in ``HEADS``, or is an entry point of an installed package, or is ``package.module:Class``, which is imported.
 
-    Raises UserError where there is none, it cannot be imported, or it is no PoseHead. A name that stands in a file goes through
+    Raises UserError if there is no such class, it cannot be imported, or it is not a PoseHead. A name from a file must go through
     ``trusted_head`` first.
     """
     where = f"pose head {name!r}"
     known = HEADS if name in HEADS or ":" in name else {**_offered(), **HEADS}
     if name not in known and ":" not in name:
         raise UserError(
-            f"no {where}{did_you_mean(name, known)}; the heads are {', '.join(sorted(known))}, and package.module:Class of your own "
+            f"no {where}{did_you_mean(name, known)}; the heads are {', '.join(sorted(known))}, or package.module:Class of your own "
             "(model.head.name)"
         )
     found = _GIVEN.get(name) or named.find(where, name, known)
@@ -68,24 +68,24 @@ def _offered() -> dict[str, str]:
 
 
 def is_own(name: str) -> bool:
-    """Whether a head is neither of this program nor of an installed package's entry points."""
+    """Whether a head is neither in this package nor an entry point of an installed package."""
     return name not in HEADS and name not in _offered()
 
 
 def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | None = None) -> HeadConfig:
-    """The head that a file names, checked before anything is imported: the file may be a stranger's.
+    """Checks the head that a file names, before anything is imported: the file may come from a stranger.
 
     Args:
-        where: what errors begin with, such as the file.
-        head: as the file has it.
-        given: the head as the user names it, "package.module:Class" or the class; takes the place of the file's name, for classes move.
+        where: the start of error messages, such as the file.
+        head: the head that the file names.
+        given: the head that the user names, "package.module:Class" or the class. It replaces the name in the file, because classes may move.
 
-    Raises UserError for a head of one's own that the user did not name, and where the user names one but the file does not need it.
+    Raises UserError if the file needs a user's own head that the user did not name, and if the user names one but the file needs none.
     """
     if given is None:
         if is_own(head.name):
             raise UserError(
-                f"{where}: its pose head {head.name!r} is not part of this program, and no file makes it import code. If you trust that code, "
+                f"{where}: its pose head {head.name!r} is not part of this program, and a file alone never imports code. If you trust that code, "
                 f"name its class: --head {head.name if ':' in head.name else 'package.module:Class'}, or load(…, head=…)"
             )
         return head
@@ -94,13 +94,13 @@ def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | Non
         _GIVEN[name] = given
     if not is_own(head.name) and name != head.name:
         raise UserError(
-            f"{where}: its pose head is {head.name!r}, which is found by that name; --head {name} is another's"
+            f"{where}: its pose head is {head.name!r}, which needs no --head; --head {name} names another one"
         )
     return dataclasses.replace(head, name=name)
 
 
 def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
-    """The head that ``config`` names, for hidden states of ``width``. Raises UserError for options that it does not take."""
+    """Creates the head that ``config`` names, for hidden states of ``width``. Raises UserError for options that it does not have."""
     kind, options, where = head_class(config.name), dict(config.options), f"pose head {config.name!r}"
     takes = named.signature(where, kind.__init__)
     takes = takes.replace(parameters=[each for name, each in takes.parameters.items() if name != "rngs"])
@@ -108,21 +108,21 @@ def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
     try:
         return kind(width, rngs=rngs, **options)
     except TypeError as error:
-        raise UserError(f"{where} cannot be made as (width, *, rngs, **options) with {options}: {error}") from error
+        raise UserError(f"{where} cannot be created as (width, *, rngs, **options) with {options}: {error}") from error
 
 
 def abstract_head(config: HeadConfig, width: int = WIDTH) -> PoseHead:
-    """The head without weights: for what it says of itself (``num_joints``, ``reads``, ``draws``) and the names of its parameters."""
+    """The head without weights, for its attributes (``num_joints``, ``reads``, ``draws``) and the names of its parameters."""
     return nnx.eval_shape(lambda: create_head(config, width, rngs=nnx.Rngs(0)))
 
 
 def head_family(config: HeadConfig) -> Family:
-    """The body family whose joints the head gives: what data is turned into for it."""
+    """The body family of the head's output. Data is converted to it."""
     return family_of(abstract_head(config).num_joints)
 
 
 def head_output(head: PoseHead, width: int = WIDTH) -> Any:
-    """What a head, which may be abstract, gives, as abstract shapes: a ``Pose``, unless the head is wrong."""
+    """The output of a head (abstract or not) as abstract shapes: a ``Pose``, if the head is correct."""
     return nnx.eval_shape(lambda head, *given: head(*given), head, *_input(head, width))
 
 
@@ -142,8 +142,8 @@ def head_loss(head: PoseHead, distance: Distance, width: int = WIDTH) -> Any:
 
 
 def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
-    """Raises UserError where a head, which may be abstract, gives anything but poses of its ``num_joints`` in the camera frame, or its
-    loss anything but scalars by names that are free.
+    """Raises UserError unless a head (abstract or not) returns poses of ``num_joints`` joints in the camera frame, and its loss returns
+    scalars with names that are not reserved.
     """
     where = f"pose head {config.name!r}"
     if head.reads not in ("token", "conversation") or head.num_joints not in JOINTS.values():

@@ -1,4 +1,4 @@
-"""What a pose head is."""
+"""The interface of pose heads."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from chatpose_jax.settings import one_line
 from smpl_jax.pose import JOINTS, Pose
 
 Distance = Callable[[Pose, Pose, jax.Array], dict[str, jax.Array]]
-"""(predicted, target, mask (B, P)) -> named () float32 scalars, already weighted: the table of ``train.pose_loss``, made by ``train.pose_loss``."""
+"""(predicted, target, mask (B, P)) -> named () float32 scalars, already weighted. ``train.pose_loss.PoseLoss`` makes one from the setting
+``train.pose_loss``."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class States:
-    """Final-norm hidden states that poses are read from: B conversations with up to P pose tokens each.
+    """Final-norm hidden states that a pose head reads: B conversations with up to P pose tokens each.
 
     token: (B, P, D) float32, the state that predicts each pose token.
-    conversation: (B, T, D), the states of all tokens, pictures' included, for heads with ``reads = "conversation"``; else None.
-    before: (B, P, T) bool, which of them each pose may see: those of its own conversation up to ``token``'s, that one included. None
-        where ``conversation`` is.
+    conversation: (B, T, D), the states of all tokens, including image tokens, for heads with ``reads = "conversation"``; otherwise None.
+    before: (B, P, T) bool, which of these states each pose may attend to: those of its own conversation, up to and including ``token``. None
+        if ``conversation`` is None.
     """
 
     token: jax.Array
@@ -35,13 +36,14 @@ class States:
 
 
 class PoseHead(nnx.Module):
-    """Gives the pose of each pose token, and says how it is trained.
+    """Computes the pose of each pose token, and defines its training loss.
 
-    A subclass takes ``(width, *, rngs, **options)``, its options keyword-only, and implements ``__call__``; the rest may be replaced.
+    The constructor of a subclass takes ``(width, *, rngs, **options)``, with keyword-only options. A subclass implements ``__call__``
+    and may override the other methods.
 
-    reads: "token", the state that predicts the token; or "conversation", all states up to it as well.
-    draws: whether several samples of one answer differ.
-    num_joints: rotations that come out, of one of ``smpl_jax.pose.JOINTS``.
+    reads: "token" for the state that predicts the token; "conversation" for all states up to it as well.
+    draws: whether samples of the same answer differ.
+    num_joints: number of rotations; one of the values of ``smpl_jax.pose.JOINTS``.
     """
 
     reads: ClassVar[Literal["token", "conversation"]] = "token"
@@ -55,8 +57,8 @@ class PoseHead(nnx.Module):
         """One pose for each pose token.
 
         Returns:
-            A ``Pose`` of batch shape (B, P) in the camera frame, float32: rotations (B, P, num_joints, 3, 3) at least; betas, translation
-            where the head gives them.
+            A float32 ``Pose`` of batch shape (B, P) in the camera frame: rotations (B, P, num_joints, 3, 3), and optionally betas and
+            translation.
         """
         raise NotImplementedError
 
@@ -67,13 +69,13 @@ class PoseHead(nnx.Module):
     def loss(
         self, states: States, target: Pose, mask: jax.Array, key: jax.Array, distance: Distance
     ) -> dict[str, jax.Array]:
-        """By default ``distance`` between what ``__call__`` gives and the target.
+        """The training loss: by default the ``distance`` between the output of ``__call__`` and the target.
 
         Args:
-            target: batch shape (B, P), ``num_joints`` joints, camera frame; ``target.measured`` (B, P, J) says which joints count.
-            mask: (B, P) True where there is a pose.
+            target: batch shape (B, P), ``num_joints`` joints, camera frame. ``target.measured`` (B, P, J) says which joints count.
+            mask: (B, P), True where there is a pose.
 
         Returns:
-            Named float32 scalars; their sum is what λ_θ multiplies. Without any pose all are 0.
+            Named float32 scalars. Their sum is multiplied by λ_θ. All are 0 if there is no pose.
         """
         return distance(self(states, key), target, mask)

@@ -1,4 +1,4 @@
-"""Draws poses: a rectified flow from noise to a joint's 6D numbers (Liu, Gong & Liu 2023), conditioned on the token's state."""
+"""A rectified flow from noise to the 6D rotations of all joints (Liu, Gong & Liu 2023), conditioned on the token's state."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from smpl_jax.pose import Pose
 from smpl_jax.rotations import matrix_to_rotation_6d
 
 FREQUENCIES = 8
-"""Of the time embedding: sines and cosines of π t, 2 π t, 4 π t, …"""
+"""Frequencies of the time embedding: sines and cosines of π t, 2 π t, 4 π t, …"""
 
 
 class Block(nnx.Module):
-    """A pre-norm residual layer that sees the condition anew."""
+    """A pre-norm residual layer. The condition is added to its input."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(width, eps=1e-6, param_dtype=jnp.float32)
@@ -29,13 +29,13 @@ class Block(nnx.Module):
 
 
 class FlowHead(PoseHead):
-    """x_t = (1 - t) noise + t pose, in the 6 J numbers of all joints at once, so that what is drawn for one joint fits the others.
+    """x_t = (1 - t) noise + t pose, in the 6 J numbers of all joints together, so that the sampled joints fit each other.
 
-    6D because it is a plain vector space, where straight lines make sense, and Gram–Schmidt takes whatever comes out to rotations: axis-angles
-    and quaternions would have a seam that lines cross. The network says where the line ends, E[pose | x_t]; the velocity is
-    (end - x_t) / (1 - t). So it starts upright, as the other heads do, and the last step of Euler's method lands on an end.
+    6D is a vector space, so straight lines make sense, and Gram–Schmidt turns any result into rotations. Axis-angles and quaternions have a
+    discontinuity that such lines would cross. The network predicts the end of the line, E[pose | x_t]. The velocity is
+    (end - x_t) / (1 - t). So a fresh head starts upright, as the other heads do, and the last step of Euler's method lands on a predicted end.
 
-    steps: of Euler's method for each sample. hidden, layers: width and depth of the network.
+    steps: Euler steps for each sample. hidden, layers: width and depth of the network.
     """
 
     draws = True
@@ -52,7 +52,7 @@ class FlowHead(PoseHead):
         self.end = last_linear(hidden, start_numbers("6d", self.num_joints), rngs=rngs)
 
     def predict(self, token: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Where the line through ``x`` ends.
+        """Predicts the end of the line through ``x``.
 
         token (..., D), x (..., 6 J), t (...) in [0, 1) -> (..., 6 J).
         """
@@ -77,13 +77,13 @@ class FlowHead(PoseHead):
     def loss(
         self, states: States, target: Pose, mask: jax.Array, key: jax.Array, distance: Distance
     ) -> dict[str, jax.Array]:
-        """Mean squared error of where the line ends, one t and one noise a pose; ``distance`` has no part in it."""
+        """Mean squared error of the predicted end, at one t and one noise sample for each pose. ``distance`` is not used."""
         times, noise = jax.random.split(key)
         end = matrix_to_rotation_6d(target.rotations, order="columns")
         t = jax.random.uniform(times, mask.shape)
         start = jax.random.normal(noise, end.shape)
         x = start + t[..., None, None] * (end - start)
-        if target.measured is not None:  # what was filled in says nothing of the others
+        if target.measured is not None:  # filled-in joints must not tell the network anything about the measured ones
             x = jnp.where(target.measured[..., None], x, start)
         found = self.predict(states.token, x.reshape(*mask.shape, -1), t).reshape(end.shape)
         return {"pose_flow": measured_mean(jnp.mean((found - end) ** 2, axis=-1), target, mask)}

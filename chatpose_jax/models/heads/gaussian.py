@@ -1,4 +1,4 @@
-"""A mean rotation and a covariance for each joint: a Gaussian in the tangent space at the mean, carried to rotations by the exponential map
+"""A mean rotation and a covariance for each joint: a Gaussian in the tangent space at the mean, mapped to rotations by the exponential map
 (Barfoot & Furgale 2014; Falorsi et al. 2019, section 4.1)."""
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from smpl_jax.pose import Pose
 from smpl_jax.rotations import axis_angle_to_matrix, exponential_volume, matrix_to_axis_angle
 
 LEAST, LARGEST = 0.02, 1.5
-"""Bounds of a standard deviation, radians: about 1 and 86 degrees."""
+"""Bounds of a standard deviation in radians: about 1 and 86 degrees."""
 TRIES = 8
-"""Draws for each sample. At the largest deviations one lies beyond π with a chance of 0.22, all of them with one of 6e-6."""
+"""Attempts of rejection sampling. At the largest deviations one attempt is beyond π with probability 0.22, all of them with probability 6e-6."""
 
-# Lebedev's rule of 26 points on the sphere, exact to degree 7, for functions that do not change where an axis is turned round: one octant.
+# Lebedev quadrature with 26 points on the sphere, exact to degree 7. One octant is enough for functions that are even in every axis.
 _DIRECTIONS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 1, 1]], np.float32)
 _DIRECTIONS /= np.linalg.norm(_DIRECTIONS, axis=1, keepdims=True)
 _WEIGHTS = np.array([2 / 21] * 3 + [16 / 105] * 3 + [9 / 35], np.float32)
 
 
 class Rotations(NamedTuple):
-    """Distributions of rotations ``mean · exp(axes · z)``, z normal with ``deviations``, |z| < π.
+    """Distributions of rotations ``mean · exp(axes · z)``, where z is normal with standard deviations ``deviations``, truncated to |z| < π.
 
-    mean: (..., 3, 3). axes: (..., 3, 3), the covariance's principal axes as columns, told in the joint's own frame. deviations: (..., 3), radians.
+    mean: (..., 3, 3). axes: (..., 3, 3), the principal axes of the covariance as columns, in the joint's own frame. deviations: (..., 3), radians.
     """
 
     mean: jax.Array
@@ -43,13 +43,13 @@ class Rotations(NamedTuple):
         return one_line(self)
 
     def log_density(self, rotation: jax.Array) -> jax.Array:
-        """(..., 3, 3) -> (...), nats, by the Haar measure of total mass 1: a uniform distribution has 0 everywhere."""
+        """(..., 3, 3) -> (...), in nats, under the Haar measure of total mass 1: a uniform distribution has 0 everywhere."""
         tangent = matrix_to_axis_angle(_product("...ji,...jk->...ik", self.mean, rotation))
         z = _product("...ji,...j->...i", self.axes, tangent) / self.deviations
         normal = (
             -0.5 * jnp.sum(z * z, axis=-1) - jnp.sum(jnp.log(self.deviations), axis=-1) - 1.5 * math.log(2 * math.pi)
         )
-        # Of the ball |tangent| < π the exponential map makes all rotations, once each; their volume is 8 π².
+        # The exponential map takes the ball |tangent| < π to all rotations, each once. Their volume is 8 π².
         return normal - jnp.log(self._within()) - jnp.log(exponential_volume(tangent)) + math.log(8 * math.pi**2)
 
     def sample(self, key: jax.Array) -> jax.Array:
@@ -62,16 +62,16 @@ class Rotations(NamedTuple):
         )
 
     def _within(self) -> jax.Array:
-        """(...), the normal distribution's mass within the ball: along each direction what a χ distribution of three degrees has up to its edge."""
+        """(...), the mass of the normal distribution inside the ball: the CDF of a χ distribution (3 degrees of freedom), averaged over the sphere."""
         edge = math.pi / jnp.linalg.norm(self.deviations[..., None, :] * _DIRECTIONS, axis=-1)
         mass = jax.lax.erf(edge / math.sqrt(2)) - math.sqrt(2 / math.pi) * edge * jnp.exp(-0.5 * edge**2)
         return jnp.sum(mass * _WEIGHTS, axis=-1)
 
 
 class GaussianHead(PoseHead):
-    """The paper's two layers, to 15 numbers a joint: mean and principal axes in 6D, and three deviations within bounds.
+    """The paper's two layers, with 15 numbers for each joint: mean and principal axes in 6D, and three bounded standard deviations.
 
-    It gives the mean, which is the likeliest pose too; ``sample`` draws all but the first. Joints are independent of each other.
+    ``__call__`` gives the mean, which is also the most likely pose. ``sample`` draws all samples but the first. Joints are independent of each other.
     """
 
     draws = True
@@ -92,19 +92,19 @@ class GaussianHead(PoseHead):
         return Pose(self.distribution(states.token).mean, "camera")
 
     def sample(self, states: States, key: jax.Array, count: int) -> Pose:
-        """The mean first, for the first sample is what an answer shows; the others are drawn."""
+        """The first sample is the mean, because the answer shows it; the others are random."""
         distribution = self.distribution(states.token)
         drawn = jax.vmap(distribution.sample)(jax.random.split(key, count))
         return Pose(drawn.at[0].set(distribution.mean), "camera")
 
     def log_likelihood(self, states: States, pose: Pose) -> jax.Array:
-        """(B, P, J) nats, of each joint of ``pose``; their sum is the pose's. By the Haar measure of total mass 1 of each rotation."""
+        """(B, P, J) nats for each joint of ``pose``; their sum is that of the pose. The Haar measure of each rotation has total mass 1."""
         return self.distribution(states.token).log_density(pose.rotations)
 
     def loss(
         self, states: States, target: Pose, mask: jax.Array, key: jax.Array, distance: Distance
     ) -> dict[str, jax.Array]:
-        """Mean negative log-likelihood of a measured joint; ``distance`` has no part in it."""
+        """Mean negative log-likelihood of a measured joint. ``distance`` is not used."""
         return {"pose_nll": -measured_mean(self.log_likelihood(states, target), target, mask)}
 
 

@@ -12,7 +12,7 @@ from smpl_jax.pose import Pose
 
 
 class MLPHead(PoseHead):
-    """rotation: a row of ``parts.ROTATIONS``, the numbers that come out for each joint. start: see ``parts.start_numbers``."""
+    """rotation: the representation of a joint in the output, a row of ``parts.ROTATIONS``. start: see ``parts.start_numbers``."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, rotation: RotationName = "6d", start: Start = "identity"):
         self.rotation = rotation
@@ -20,7 +20,7 @@ class MLPHead(PoseHead):
         self.fc2 = last_linear(width, start_numbers(rotation, self.num_joints, start), axes=("mlp", "embed"), rngs=rngs)
 
     def features(self, token: jax.Array) -> jax.Array:
-        """(..., D) -> (..., D), what the last layer reads."""
+        """(..., D) -> (..., D), the input of the last layer."""
         return jax.nn.relu(self.fc1(token))
 
     def rotations(self, features: jax.Array) -> jax.Array:

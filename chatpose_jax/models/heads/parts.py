@@ -1,4 +1,4 @@
-"""What several heads share: how joints are told in numbers, layers that start at given numbers, means over what was measured."""
+"""Shared by several heads: representations of rotations, layers with a given initial output, means over measured joints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Start = Literal["upright", "identity"]
 
 
 class Rotation(NamedTuple):
-    """identity: the numbers of no rotation. half_turn: of half a turn about x. to_matrix: (..., their count) -> (..., 3, 3)."""
+    """A representation of rotations by n numbers.
+
+    identity: the numbers of the identity. half_turn: those of half a turn about x. to_matrix: (..., n) -> (..., 3, 3).
+    """
 
     identity: tuple[float, ...]
     half_turn: tuple[float, ...]
@@ -48,10 +51,10 @@ any length, axis-angles in radians."""
 
 
 def start_numbers(rotation: RotationName, joints: int, start: Start = "upright") -> jax.Array:
-    """(J, n), the numbers of the pose that a head starts from, in the representation ``rotation``.
+    """(J, n), the initial pose of a head, in the representation ``rotation``.
 
-    start: "upright", the rest pose of a person who stands upright and faces the camera; or "identity", which in the camera frame is upside down.
-        From there the L1 on matrices must grow before it can fall: half a turn from its target it has a local minimum.
+    start: "upright", the rest pose of a person who stands upright and faces the camera; or "identity", which is upside down in the camera frame.
+        The identity is half a turn from upright, where the L1 on matrices has a local minimum.
     """
     row = ROTATIONS[rotation]
     root = row.half_turn if start == "upright" else row.identity
@@ -59,7 +62,7 @@ def start_numbers(rotation: RotationName, joints: int, start: Start = "upright")
 
 
 def sizes(**options: int) -> None:
-    """Raises UserError for the first option of a head that is no whole number of at least 1."""
+    """Raises UserError for the first option of a head that is not a whole number of at least 1."""
     for name, value in options.items():
         whole(f"model.head.options: {name}", value, 1)
 
@@ -67,7 +70,7 @@ def sizes(**options: int) -> None:
 def last_linear(
     width: int, start: jax.Array, *, axes: tuple[str | None, str | None] = (None, None), rngs: nnx.Rngs
 ) -> Linear:
-    """A last layer (..., width) -> (..., start.size) whose output starts near the numbers ``start``, whatever its input."""
+    """A last layer (..., width) -> (..., start.size). Its initial output is near ``start`` for every input."""
     linear = Linear(width, start.size, bias=True, axes=axes, rngs=rngs)
     linear.kernel[...] = linear.kernel[...] * 0.1
     linear.bias[...] = start.reshape(-1)  # type: ignore[index]
@@ -75,7 +78,7 @@ def last_linear(
 
 
 def measured_mean(values: jax.Array, target: Pose, mask: jax.Array) -> jax.Array:
-    """Mean of (B, P, J) numbers over the measured joints of the poses that exist; 0 where there are none."""
+    """Mean of (B, P, J) numbers over the measured joints of the poses that exist; 0 if there are none."""
     counts = jnp.broadcast_to(mask[..., None], values.shape)
     if target.measured is not None:
         counts = counts & target.measured

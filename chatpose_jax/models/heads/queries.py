@@ -1,5 +1,5 @@
-"""A query for each joint that reads the whole conversation: a small transformer decoder (Vaswani et al. 2017) with learned queries, as in
-DETR (Carion et al. 2020)."""
+"""A small transformer decoder (Vaswani et al. 2017) with one learned query for each joint, as in DETR (Carion et al. 2020). It attends to the
+whole conversation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _norm(width: int) -> RMSNorm:
 
 
 class Attention(nnx.Module):
-    """From ``x`` to ``memory``, both ``width`` wide; it projects each, and the result."""
+    """Attention from ``x`` to ``memory``, both ``width`` wide, with projections of queries, keys, values and output."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -38,7 +38,7 @@ class Attention(nnx.Module):
 
 
 class JointLayer(nnx.Module):
-    """Pre-norm: among the joints of one pose, then to the conversation, then a feed-forward of four times the width."""
+    """A pre-norm layer: self-attention among the joints of a pose, cross-attention to the conversation, an MLP of four times the width."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.self_norm, self.self_attn = _norm(width), Attention(width, heads, rngs=rngs)
@@ -52,19 +52,19 @@ class JointLayer(nnx.Module):
         batch, poses, joints, width = x.shape
         y = self.self_norm(x).reshape(batch * poses, joints, width)
         x = x + self.self_attn(y, y, None).reshape(x.shape)
-        # All joints of all poses are the queries of one product: keys and values exist once for each conversation.
+        # The joints of all poses attend in one call, so that keys and values exist only once for each conversation.
         y = self.cross_norm(x).reshape(batch, poses * joints, width)
         x = x + self.cross_attn(y, memory, jnp.repeat(before, joints, axis=1)).reshape(x.shape)
         return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x))))
 
 
 class QueriesHead(PoseHead):
-    """One learned query for each joint. Joints look at each other both ways, and at the states of the conversation up to their pose token.
+    """One learned query for each joint. Joints attend to each other in both directions, and to the states of the conversation up to their pose token.
 
-    Each query begins with the token's own state added, which says which pose of the conversation is asked for. All is float32, but for the one
-    product that reads the conversation, whose factors have the dtype of its states.
+    A projection of the token's own state is added to each query, so that the queries know which pose of the conversation they compute. Everything is
+    float32, except for the projection of the conversation, which has the dtype of its states.
 
-    layers, heads: of the transformer. hidden: its width, a multiple of ``heads``.
+    layers, heads: layers and attention heads of the transformer. hidden: its width, a multiple of ``heads``.
     """
 
     reads = "conversation"
@@ -72,7 +72,7 @@ class QueriesHead(PoseHead):
     def __init__(self, width: int, *, rngs: nnx.Rngs, layers: int = 2, heads: int = 8, hidden: int = 512):
         sizes(layers=layers, heads=heads, hidden=hidden)
         if hidden % heads:
-            raise UserError(f"model.head.options: hidden={hidden} is no multiple of heads={heads}")
+            raise UserError(f"model.head.options: hidden={hidden} must be a multiple of heads={heads}")
         self.queries = nnx.Param(jax.random.normal(rngs.params(), (self.num_joints, hidden)))
         self.token = Linear(width, hidden, axes=(None, None), rngs=rngs)
         self.memory = Linear(width, hidden, axes=(None, None), rngs=rngs)

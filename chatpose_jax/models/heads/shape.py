@@ -1,4 +1,4 @@
-"""The paper's head that gives the body's shape as well: ten betas beside the rotations, as HMR does (Kanazawa et al. 2018)."""
+"""The paper's head with body shape: ten betas beside the rotations, as in HMR (Kanazawa et al. 2018)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BETAS = 10
 
 
 class ShapeHead(MLPHead):
-    """``mlp`` and one more layer on the same features, which starts at the mean body.
+    """``mlp`` with one more layer on the same features, which starts at the mean body.
 
-    weight: of the betas' L1 beside the pose's loss.
+    weight: weight of the L1 on betas relative to the pose loss.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ShapeHead(MLPHead):
     def loss(
         self, states: States, target: Pose, mask: jax.Array, key: jax.Array, distance: Distance
     ) -> dict[str, jax.Array]:
-        """The distance, and where it has no part ``betas`` by the configuration, mean |Δβ| over the poses whose betas are known."""
+        """The distance, and mean |Δβ| over the poses whose betas are known, unless ``distance`` already has a part ``betas``."""
         made = self(states, key)
         parts = distance(made, target, mask)
         if target.betas is None or "betas" in parts:

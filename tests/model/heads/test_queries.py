@@ -75,5 +75,5 @@ def _sizes(jaxpr: Any) -> Any:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(UserError, match="hidden=30 is no multiple of heads=4"):
+    with pytest.raises(UserError, match="hidden=30 must be a multiple of heads=4"):
         create_head(HeadConfig("queries", (("hidden", 30), ("heads", 4))), WIDTH, rngs=nnx.Rngs(0))
