@@ -62,7 +62,7 @@ class Rotations(NamedTuple):
         )
 
     def _within(self) -> jax.Array:
-        """(...), the mass of the normal distribution inside the ball: the CDF of a χ distribution (3 degrees of freedom), averaged over the sphere."""
+        """(...), the normal distribution's mass in the ball: the CDF of a χ distribution (3 degrees of freedom), averaged over all directions."""
         edge = math.pi / jnp.linalg.norm(self.deviations[..., None, :] * _DIRECTIONS, axis=-1)
         mass = jax.lax.erf(edge / math.sqrt(2)) - math.sqrt(2 / math.pi) * edge * jnp.exp(-0.5 * edge**2)
         return jnp.sum(mass * _WEIGHTS, axis=-1)
