@@ -15,20 +15,20 @@ from chatpose_jax.train import feed
 from chatpose_jax.train.evaluators import Context
 
 READ = 1024
-"""Rows that are read at most."""
+"""Rows that are read at most, unless many are wanted: then eight times as many as wanted."""
 
 
 def held_out_rows(rows: Sequence[Example], count: int) -> tuple[dict[str, list[Example]], int]:
     """Up to ``count`` rows with a pose of each kind, in their order, and how many rows were read for them.
 
-    At most ``READ`` rows are read, evenly from all over the set, and coarsely before finely. Reading stops as soon as there are ``count`` of
-    each kind that was seen, but not before ``2 * count`` rows: until then another kind may come.
+    At most ``READ`` or ``8 * count`` rows are read, evenly from all over the set, and coarsely before finely. Reading stops as soon as there are
+    ``count`` of each kind that was seen, but not before ``2 * count`` rows: until then another kind may come.
 
     Raises UserError where no row has a pose.
     """
     groups: dict[str, dict[int, Example]] = {}
     read = 0
-    for index in spread(len(rows), READ):
+    for index in spread(len(rows), max(READ, 8 * count)):
         if read >= 2 * count and groups and all(len(group) == count for group in groups.values()):
             break
         row, read = rows[index], read + 1

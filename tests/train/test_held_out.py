@@ -47,6 +47,11 @@ def test_a_rare_kind_is_looked_for_to_the_bound():
     assert len(groups["text"]) == COUNT and 0 < len(groups["image"]) < COUNT
 
 
+def test_many_are_found_where_many_are_wanted():
+    groups, _ = held_out_rows(Rows(10_000_000, lambda index: KINDS[index % 3]), 2 * READ)
+    assert counts(groups) == {"text": 2 * READ, "image": 2 * READ}
+
+
 def test_indices_are_even_whenever_one_stops():
     assert spread(0, 8) == [] and spread(1, 8) == [0] and sorted(spread(5, 8)) == [0, 1, 2, 3, 4]
     places = spread(1_000_000, 1024)
