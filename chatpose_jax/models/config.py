@@ -154,6 +154,13 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.head")
+        try:
+            hash(self)  # a configuration is a key of caches
+        except TypeError:
+            raise UserError(
+                "model.head.options: expected rows of (name, value), each value a number, text or a tuple of them; "
+                f"found {self.options!r:.100}"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,6 @@ def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:
     try:
         options = tuple((str(key), frozen(value)) for key, value in dict(data["options"]).items())
         head = HeadConfig(str(data["name"]), options)
-        hash(head)  # a configuration is a key of caches
     except Exception as error:
         raise UserError(f"{file}: not a description of a pose head ({type(error).__name__}: {error})") from None
     head = trusted_head(str(file), head, given if is_own(head.name) else None)

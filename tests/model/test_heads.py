@@ -111,6 +111,11 @@ def test_a_number_of_joints_in_json_is_read_where_it_is_24() -> None:
         ModelConfig.from_json(data | {"head": {**data["head"], "num_joints": 52}})
 
 
+def test_options_that_cannot_be_a_key_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.head\.options: expected rows of \(name, value\)"):
+        HeadConfig("mlp", (("sizes", {"first": 1}),))
+
+
 def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:
     head, key = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0)), jax.random.key(0)
     np.testing.assert_array_equal(
