@@ -1,4 +1,4 @@
-"""The Python API: load a model, chat with it, take the poses of its answers.
+"""The Python API: load a model, chat with it, use the poses of its answers.
 
 ::
 
@@ -51,9 +51,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Reply:
     """An answer.
 
-    text: pose tokens read ``<POSE>``. poses: one for each, in order. ids: the generated ids, without the end of sequence.
-    finish_reason: "stop", or "length" when ``max_new_tokens`` cut the answer off. samples: for each pose the list of its samples, the
-    first of which stands in ``poses``.
+    text: the answer; a pose token appears as ``<POSE>``. poses: one for each pose token, in order. ids: the generated ids, without the end of
+    sequence. finish_reason: "stop", or "length" if ``max_new_tokens`` cut the answer off. samples: for each pose, the list of its samples; the
+    first one is the pose in ``poses``.
     """
 
     text: str
@@ -68,15 +68,15 @@ class Reply:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as a message to append to the conversation; it carries its exact ids, so that history keeps the pose token itself."""
+        """The answer as a message to append to the conversation. It contains the exact ids, so that the history keeps the pose token itself."""
         return {"role": "assistant", "content": self.text, "ids": self.ids.tolist()}
 
 
 class Stream(Iterator[str]):
-    """An answer as it comes: an iterator over pieces of text, and the whole answer as ``reply`` after the last one.
+    """An answer that is generated piece by piece: an iterator over pieces of text. After the last one, ``reply`` is the complete answer.
 
-    From its first piece on the model belongs to this answer: until the last piece, ``close()``, the end of a ``with`` block, or until nobody
-    holds the stream any more. ``yield from`` gives the ``Reply`` too.
+    From the first piece on, the model cannot give another answer: until the last piece, ``close()``, the end of a ``with`` block, or until the
+    stream is garbage collected. ``yield from`` returns the ``Reply`` too.
     """
 
     def __init__(self, pieces: Generator[str, None, Reply]):
@@ -88,13 +88,13 @@ class Stream(Iterator[str]):
 
     @property
     def reply(self) -> Reply:
-        """The whole answer. Raises UserError before the last piece, and where the stream was closed before it."""
+        """The complete answer. Raises UserError before the last piece, or if the stream was closed before it."""
         if not hasattr(self._answer, "value"):
-            raise UserError("the answer has not come to its end: read the stream to its last piece, then take reply")
+            raise UserError("the answer is not complete: read the stream to its last piece before you use reply")
         return self._answer.value
 
     def close(self) -> None:
-        """Stop answering, so that the model can answer another question."""
+        """Stops the answer, so that the model can answer another question."""
         self._pieces.close()
 
     def __enter__(self) -> Stream:
@@ -113,7 +113,7 @@ def check_settings(
     force_pose: Any = False,
     samples: Any = 1,
 ) -> dict[str, Any]:
-    """The settings of an answer, checked. Raises UserError for the first that cannot be used."""
+    """The validated settings of an answer. Raises UserError for the first invalid one."""
     return {
         "max_new_tokens": whole("max_new_tokens", max_new_tokens, 1),
         "sampling": Sampling(temperature, top_p, seed),
@@ -124,20 +124,20 @@ def check_settings(
 
 @dataclasses.dataclass
 class _Held:
-    """The cache of the last answers, and for each row the keys (see ``_keys``) of the tokens that it holds."""
+    """The KV cache of the last answers, and for each row the keys (see ``_keys``) of its tokens."""
 
     keys: list[np.ndarray]
     cache: KVCache
 
 
 class ChatPose:
-    """A loaded model. ``chat`` answers; everything it needs is an attribute.
+    """A loaded model. ``chat`` answers questions. Configuration, parameters, processor and body are attributes.
 
-    One call runs at a time: the cache of the last conversation is kept, and a call that continues it computes only what is new.
+    Only one call runs at a time. The model keeps the KV cache of the last conversation, and a call that continues it computes only the new tokens.
     """
 
     def __init__(self, config: ModelConfig, params: Params, processor: Processor, body: BodyModel | None = None):
-        """params: layers stacked or not, as ``config.scan_layers`` says; unrolled decodes faster."""
+        """params: with stacked layers if ``config.scan_layers`` is True, else with unrolled layers, which decode faster."""
         instance("config", config, ModelConfig, "a chatpose_jax.models.config.ModelConfig")
         instance("params", params, Mapping, "a nested dict of arrays")
         instance("processor", processor, Processor, "a chatpose_jax.processing.processor.Processor")
@@ -153,7 +153,7 @@ class ChatPose:
         self._check_body()
 
     def _check_body(self) -> None:
-        """Raises UserError for a body that cannot show what the pose head gives, before an answer took its time."""
+        """Raises UserError for a body that cannot show the poses of the pose head, before the first answer."""
 
         width = self.config.text.hidden_size
         given = head_output(abstract_head(self.config.head, width), width)
@@ -183,16 +183,16 @@ class ChatPose:
             messages: dicts with ``role`` ("system", "user", "assistant") and ``content``: a string, or a list of ``{"type": "text", "text": …}`` and
                 ``{"type": "image", "image": path | PIL image | (H, W, 3) array}``. A list of such lists is a batch.
             max_new_tokens: length of the answer at most, a whole number of at least 1.
-            temperature, top_p, seed: temperature 0 is greedy; else nucleus sampling, repeatable by its seed. A pose head that draws takes its
-                key from the same seed. See ``Sampling`` for what each may be.
-            force_pose: True ends an answer that offers no pose with one.
-            samples: poses for each pose token, of a head that draws; the first is the same for any number.
+            temperature, top_p, seed: temperature 0 is greedy decoding; otherwise nucleus sampling, repeatable by its seed. A pose head that draws
+                samples uses a key from the same seed. ``Sampling`` lists the allowed values.
+            force_pose: True adds a pose at the end of an answer that contains none.
+            samples: samples of each pose. More than 1 needs a head that draws. The first sample does not depend on this number.
 
         Returns:
             A ``Reply``; for a batch, a list of them.
 
         Raises:
-            UserError for malformed messages, images that are none, settings that are out of range, and conversations that exceed the context.
+            UserError for malformed messages, files that are not images, settings that are out of range, and conversations that exceed the context.
         """
         batched = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], Mapping)
         settings = self._settings(
@@ -222,7 +222,7 @@ class ChatPose:
         samples: int = 1,
         every: int = 1,
     ) -> Stream:
-        """``chat`` for one conversation, answered piece by piece.
+        """``chat`` for one conversation, with an answer that comes piece by piece.
 
         ::
 
@@ -232,12 +232,12 @@ class ChatPose:
             stream.reply.poses
 
         Args:
-            every: tokens between two pieces, a whole number of at least 1.
+            every: tokens in each piece, a whole number of at least 1.
             messages, max_new_tokens, temperature, top_p, seed, force_pose, samples: see ``chat``.
 
         Raises:
-            UserError at once for what ``chat`` refuses; with the first piece for a conversation that exceeds the context, and while the model
-            still gives another answer.
+            UserError immediately for everything that ``chat`` refuses. Only at the first piece for a conversation that exceeds the context, and if
+            the model is still giving another answer.
         """
         every = whole("every", every, 1)
         settings = self._settings(
@@ -267,7 +267,7 @@ class ChatPose:
         checked = check_settings(**settings)
         if checked["samples"] > 1 and not head_class(self.config.head.name).draws:
             raise UserError(
-                f"samples={checked['samples']}: the pose head {self.config.head.name!r} draws nothing, so each pose has one sample"
+                f"samples={checked['samples']}: the pose head {self.config.head.name!r} does not draw samples, so only samples=1 is possible"
             )
         return checked
 
@@ -283,7 +283,7 @@ class ChatPose:
             self._lock.release()
 
     def forget(self) -> None:
-        """Drop the cache of the last conversation."""
+        """Drops the KV cache of the last conversation."""
         self._held = None
 
     def _answer(
@@ -329,14 +329,14 @@ class ChatPose:
         return replies
 
     def _draw(self, generated: Generated, sampling: Sampling, samples: int) -> list[list[list[PosedBody]]]:
-        """For each row and each of its pose tokens, the samples of that pose."""
+        """The samples of each pose token of each row."""
         states, mask = pose_states(self.config, generated)
         if not mask.any():
             return [[] for _ in mask]
         drawn = jax.device_get(self._sample(self.params, states, pose_key(sampling), samples))
         if not all(np.isfinite(leaf[:, mask]).all() for leaf in jax.tree.leaves(drawn)):
             raise UserError(
-                "a pose of the answer holds no numbers: the weights of the pose head hold NaN or infinities"
+                "a pose of the answer is not finite: the weights of the pose head contain NaN or infinities"
             )
         return [
             [[PosedBody(drawn[s, b, p], self.body) for s in range(samples)] for p in np.flatnonzero(row)]
@@ -350,7 +350,7 @@ class ChatPose:
         return encoded.labels[encoded.labels >= 0].tolist()
 
     def _keys(self, row: Encoded) -> np.ndarray:
-        """(T,) int64 that are equal exactly where the cache would be: ids, with the digest of the picture at image tokens."""
+        """(T,) int64 prefix-cache keys: the token id, or, at image tokens, a hash of the image."""
         keys = row.input_ids.astype(np.int64)
         if not row.images:
             return keys
@@ -361,7 +361,7 @@ class ChatPose:
         return keys
 
     def _reuse(self, keys: list[np.ndarray]) -> tuple[KVCache | None, list[int]]:
-        """The held cache, cut back to what these conversations share with it, and how many tokens of each row that is."""
+        """The cache of the last call, rewound to the prefix that these conversations share with it, and the length of this prefix for each row."""
         held, self._held = self._held, None
         if held is None or len(held.keys) != len(keys):
             return None, [0] * len(keys)
@@ -371,7 +371,7 @@ class ChatPose:
             differs = np.flatnonzero(new[:size] != old[:size])
             shared = int(differs[0]) if len(differs) else size
             while 0 < shared < len(new) and new[shared] < -(1 << 32) and new[shared - 1] == new[shared]:
-                shared -= 1  # never split a picture
+                shared -= 1  # never split an image
             keep.append(shared)
         if not any(keep):
             return None, keep
@@ -387,22 +387,22 @@ def load(
     head: str | type[PoseHead] | None = None,
     **source: Any,
 ) -> ChatPose:
-    """Load a model folder, as ``chatpose train`` and ``chatpose convert`` write them, or PyTorch weights as they are.
+    """Load a model folder of ``chatpose train`` or ``chatpose convert``, or PyTorch weights without conversion.
 
     Args:
-        folder: holds ``config.json``, ``tokenizer/`` and ``params/``, or such a folder by the name of ``model``, as a demo or a training
-            leaves it; or a checkpoint that ``chatpose convert`` reads, which is then converted on the way to the devices, at every call:
-            nothing is written.
-        dtype: "float32", "bfloat16" or "float16" for storage and compute; by default what the folder says.
+        folder: a model folder (with ``config.json``, ``tokenizer/`` and ``params/``); or a folder of a training run or demo, which contains
+            one as ``model``; or a checkpoint that ``chatpose convert`` reads. A checkpoint is converted while it is read onto the devices, in
+            each call; nothing is written.
+        dtype: "float32", "bfloat16" or "float16" for storage and compute; by default that of the folder.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
-        mesh: devices to spread the model over, by ``models.sharding``; each reads only its part. By default one device.
-        head: "package.module:Class", or the class, of a folder whose pose head is of a package of your own: a folder by itself makes this
-            program import nothing. By default the folder's head, of those in the box and of installed packages.
+        mesh: devices to shard the model over (``models.sharding``); each reads only its shard. By default one device.
+        head: "package.module:Class" or the class, if the pose head is from a package of your own: a folder alone never imports code.
+            By default the folder's head, which must be in this package or an entry point of an installed one.
         source: for PyTorch weights, the fields of ``weights.spec.SourceSpec``: ``vision``, ``projector``,
             ``tokenizer``, ``layout``, ``init_missing``, ….
 
     Raises:
-        UserError or ``smpl_jax.errors.BodyFileError`` that says what is missing or wrong, and what to do.
+        UserError or ``smpl_jax.errors.BodyFileError``, which say what is missing or wrong, and what to do.
     """
     from chatpose_jax.weights.folder import (
         TOKENIZER,
@@ -436,7 +436,7 @@ def load(
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Raises UserError for an option of ``load`` that is no field of ``SourceSpec``."""
+    """Raises UserError for an option of ``load`` that is not a field of ``SourceSpec``."""
     from chatpose_jax.weights.spec import SourceSpec
 
     known = {field.name for field in dataclasses.fields(SourceSpec)} - {"path"} | {"body", "mesh", "head"}
@@ -451,7 +451,7 @@ def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -
 
     if is_model_folder(folder):
         named = sorted(set(options) - {"dtype", "head"})
-        raise UserError(f"{folder} is a model folder, whole as it is; {', '.join(named)} is for PyTorch weights")
+        raise UserError(f"{folder} is a complete model folder; {', '.join(named)} is only for PyTorch weights")
     plan, params = load_source(SourceSpec(folder, **options), mesh=mesh)
     with tempfile.TemporaryDirectory() as temporary:
         return plan.config, params, write_processor(plan, Path(temporary))

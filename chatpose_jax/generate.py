@@ -1,7 +1,7 @@
 """Decoding: one jitted prefill, one jitted decode loop, a preallocated cache.
 
-Beside every token the loop keeps the hidden state that **predicted** it, so each pose token of an answer, the first token included, has its pose
-at hand without another forward pass. The same loop serves streaming: it runs until a step that the caller names.
+For each token the loop keeps the hidden state that **predicted** it. So the pose of each pose token, even of the first token, needs no further
+forward pass. For streaming, the caller runs the same loop a few steps at a time.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CAPACITY_STEP = 128
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedy at temperature 0, else from the smallest set of tokens whose probability reaches ``top_p``.
+    """How tokens are chosen: greedily at temperature 0, otherwise from the smallest set of tokens with a total probability of ``top_p``.
 
-    temperature: 0, or between 1e-6 and 1e6. top_p: between 1e-6 and 1. seed: a whole number in [0, 2³²). Numbers of Python, NumPy or JAX;
-    anything else is a UserError that names it.
+    temperature: 0, or between 1e-6 and 1e6. top_p: between 1e-6 and 1. seed: a whole number in [0, 2³²). Numbers may be of Python, NumPy or
+    JAX. Raises a UserError that names any other value.
     """
 
     temperature: float = 0.0
@@ -46,7 +46,7 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", real("temperature", self.temperature, _is_temperature, _TEMPERATURES))
         object.__setattr__(self, "top_p", real("top_p", self.top_p, lambda p: 1e-6 <= p <= 1, "between 1e-6 and 1"))
-        # More bits than 32 would be dropped without a word where JAX computes in 32 bits.
+        # JAX in 32-bit mode silently drops more than 32 bits.
         object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**32 - 1))
 
 
@@ -54,19 +54,19 @@ _TEMPERATURES = "0 (greedy) or between 1e-6 and 1e6"
 
 
 def _is_temperature(value: float) -> bool:
-    return value == 0 or 1e-6 <= value <= 1e6  # beyond, logits over it are no numbers of float32
+    return value == 0 or 1e-6 <= value <= 1e6  # outside this range, logits / temperature may overflow float32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What the loop carries. B rows, at most N new tokens.
+    """The carry of the decode loop. B rows, at most N new tokens.
 
     token: (B,) the newest token, not yet in the cache.
-    tokens: (B, N) emitted ids, pad after the end. hidden: (B, N, D) float32, the state that predicted each.
-    step: () tokens emitted so far by the longest row. done: (B,) bool, end of sequence emitted. lengths: (B,) tokens emitted, the end included.
-    has_pose: (B,) bool. forced: (B,) index into the forced tail being written, or -1. finite: (B,) bool, all logits so far were
-    numbers; a row ends where they are not.
+    tokens: (B, N) emitted ids, pad after the end. hidden: (B, N, D) float32, the state that predicted each token.
+    step: () tokens emitted so far by the longest row. done: (B,) bool, whether the row has ended. lengths: (B,) tokens emitted, including the
+    end of sequence. has_pose: (B,) bool. forced: (B,) index into the forced tail that is being written, or -1. finite: (B,) bool, whether all
+    logits so far were finite; a row ends if they are not.
     """
 
     cache: KVCache
@@ -86,11 +86,11 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """tokens: for each row its new ids, the end of sequence included if it came. hidden: (len, D) float32 beside them.
+    """tokens: for each row, its new ids, including the end of sequence if there is one. hidden: (len, D) float32, a state for each token.
 
-    cache: holds the prompt and every token but the last of the longest row; feed it back with the ids it holds to continue.
-    slots: (len,) int32 beside the tokens, where in the cache the state in ``hidden`` stands: what it has seen are the row's valid
-        slots up to that one.
+    cache: contains the prompt and every token except the last one of the longest row. To continue, pass it back with the ids that it contains.
+    slots: (len,) int32, for each token the slot of its ``hidden`` state in the cache. The state has attended to the row's valid slots up to
+        this one.
     """
 
     tokens: list[np.ndarray]
@@ -102,7 +102,7 @@ class Generated:
 
 
 def decode_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """How a state, of arrays or abstract shapes, lies on a mesh while it decodes: its rows and heads split as ``models.sharding`` says."""
+    """The shardings of a decode state (of arrays or abstract shapes): rows and heads are split by the rules of ``models.sharding``."""
 
     def put(x: Any, *logical: Any) -> NamedSharding:
         return NamedSharding(mesh, RULES.spec(logical, x.shape, mesh))
@@ -113,12 +113,12 @@ def decode_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 
 def _splits(batch: int, mesh: Mesh | None) -> bool:
-    """Whether so many rows are split over a mesh."""
+    """Whether the mesh splits a batch of this size."""
     return mesh is not None and RULES.spec(("batch",), (batch,), mesh)[0] is not None
 
 
 def _spread(state: DecodeState) -> DecodeState:
-    """Pin a state to the mesh that is being traced for."""
+    """Shard a state on the mesh of the enclosing ``on_mesh``."""
     mesh = current_mesh()
     return state if mesh is None else jax.lax.with_sharding_constraint(state, decode_shardings(state, mesh))
 
@@ -144,11 +144,11 @@ def _emit(
     settings: dict[str, jax.Array],
     greedy: bool,
 ) -> DecodeState:
-    """Choose the next token from the states that predict it, (B, D), and record both."""
+    """Choose the next token from the states (B, D) that predict it, and record both."""
     tail, limit = settings["tail"], state.tokens.shape[1]
     hidden = constrain(hidden, "batch", None)
     finite = state.finite & (state.done | jnp.isfinite(logits).all(axis=-1))
-    if config.image_token_id >= 0:  # a placeholder is nothing to say
+    if config.image_token_id >= 0:  # the image placeholder is never generated
         logits = logits.at[:, config.image_token_id].set(-jnp.inf)
     token = _choose(
         logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy
@@ -193,10 +193,10 @@ def prefill(
     """Run the (right-padded) prompt once and emit the first token.
 
     Args:
-        input_ids: (B, T) with ``lengths`` (B,) true tokens a row, at least one each.
+        input_ids: (B, T), right-padded; ``lengths`` (B,) is the number of tokens in each row, at least one.
         pixel_values: (B, I, S, S, 3) or None.
-        settings: ``temperature``, ``top_p`` () float32, ``force_pose`` () bool, ``tail`` (F,) int32, the ids that a forced answer ends with.
-        mesh: that the parameters lie on; None for one device.
+        settings: ``temperature``, ``top_p`` () float32, ``force_pose`` () bool, ``tail`` (F,) int32, the ids that end a forced answer.
+        mesh: the mesh of the parameters; None for one device.
     """
     batch, length = input_ids.shape
     with on_mesh(mesh, gathers=_splits(batch, mesh)):
@@ -234,7 +234,7 @@ def decode(
     greedy: bool,
     mesh: Mesh | None = None,
 ) -> DecodeState:
-    """Emit tokens until every row is done or ``until`` tokens stand. mesh: as for ``prefill``."""
+    """Emit tokens until every row is done or there are ``until`` tokens. mesh: as for ``prefill``."""
 
     def body(state: DecodeState) -> DecodeState:
         output = model(state.token[:, None], attention_mask=~state.done[:, None], cache=state.cache)
@@ -249,7 +249,7 @@ def decode(
 
 
 def bucket(length: int) -> int:
-    """The padded length that a prompt of this length is compiled for."""
+    """The padded length of a prompt. There are few of them, so that few programs are compiled."""
     return next((size for size in PROMPT_BUCKETS if size >= length), -(-length // 1024) * 1024)
 
 
@@ -266,7 +266,7 @@ def _grow(cache: KVCache, capacity: int) -> KVCache:
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def rewind(cache: KVCache, keep: jax.Array) -> KVCache:
-    """Forget all but the first ``keep`` (B,) tokens of each row."""
+    """Drop all but the first ``keep`` (B,) tokens of each row."""
     valid = cache.valid & (jnp.cumsum(cache.valid, axis=1) <= keep[:, None])
     cursor = jnp.max(jnp.where(valid, jnp.arange(cache.capacity) + 1, 0)).astype(jnp.int32)
     return dataclasses.replace(cache, valid=valid, cursor=cursor)
@@ -286,27 +286,27 @@ def generate_stream(
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, Generated]:
     """Answer a batch of prompts, a few tokens at a time.
 
-    Yields the (B, n) new ids and the (B,) counts of tokens emitted so far, after the first token and then every ``stream_every``; returns the
-    whole answer as the generator's value.
+    Yields the (B, n) new ids and the (B,) numbers of tokens emitted so far: after the first token, and then after every ``stream_every``.
+    The return value of the generator is the complete answer.
 
     Args:
-        config: its ``scan_layers`` says how ``params`` lays layers out; unrolled decodes faster.
-        params: on one device, or on a mesh, which then decodes.
-        prompts: B arrays of ids, of any lengths, image placeholders expanded.
-        images: for each row its (S, S, 3) arrays in order of appearance.
-        force_tail: ids, with a pose token among them and the end of sequence last, that replace the end of an answer which offers no pose.
-        cache: of earlier turns, B rows; ``prompts`` then holds only what is new. It is consumed.
+        config: ``scan_layers`` says whether the layers of ``params`` are stacked; unrolled layers decode faster.
+        params: on one device, or on a mesh. Decoding runs there.
+        prompts: B arrays of ids, of any lengths, with expanded image placeholders.
+        images: for each row, its (S, S, 3) arrays in order of appearance.
+        force_tail: ids that replace the end of an answer without a pose. They contain a pose token, and the end of sequence is the last one.
+        cache: the cache of earlier turns, B rows; ``prompts`` then contains only the new tokens. It is donated.
 
     Raises:
-        UserError when a setting is out of range, a prompt is empty, images do not fit their placeholders, a prompt and its answer exceed the
-        context, the answer is too short for the forced tail, or the model's logits are no numbers.
+        UserError if a setting is out of range, a prompt is empty, images do not match their placeholders, a prompt and its answer exceed the
+        context, the answer is too short for the forced tail, or the model's logits are not finite.
     """
     max_new_tokens, stream_every = whole("max_new_tokens", max_new_tokens, 1), whole("stream_every", stream_every, 1)
     instance("sampling", sampling, Sampling, "a chatpose_jax.generate.Sampling")
     batch, lengths = len(prompts), np.array([len(ids) for ids in prompts], np.int32)
     if batch == 0 or lengths.min() == 0:
         raise UserError(
-            f"prompts must be one array of ids or more, none of them empty, found lengths {lengths.tolist()}"
+            f"prompts must be at least one array of ids, and none may be empty; found lengths {lengths.tolist()}"
         )
     _check_images(config, prompts, images)
     if force_tail is not None and max_new_tokens < len(force_tail):
@@ -317,7 +317,7 @@ def generate_stream(
     longest, context = int((held + lengths).max()), config.text.max_position_embeddings
     if longest + max_new_tokens > context:
         raise UserError(
-            f"the prompt holds {longest} tokens (an image counts {config.vision.num_patches}) and the answer may take {max_new_tokens}, "
+            f"the prompt has {longest} tokens (an image counts {config.vision.num_patches}) and the answer may have {max_new_tokens}, "
             f"but the context is {context}: shorten the conversation or lower max_new_tokens"
         )
     padded = bucket(int(lengths.max()))
@@ -345,13 +345,13 @@ def generate_stream(
     )  # fmt: skip
     seen = 0
     while True:
-        # In one transfer: each of them waits for the device.
+        # One transfer for all, because each transfer waits for the device.
         emitted, finite, done, counts = jax.device_get((state.step, state.finite, state.done, state.lengths))
         step = int(emitted)
         if not finite.all():
             raise UserError(
-                f"the model's scores for a token of the answer are not finite numbers: its weights hold NaN or infinities (chatpose convert counts "
-                f"them), or {config.dtype} is too narrow for it: load it with dtype='float32'"
+                f"the model's logits for a token of the answer are not finite. Either its weights contain NaN or infinities (chatpose convert counts "
+                f"them), or the range of {config.dtype} is too small: load the model with dtype='float32'"
             )
         yield np.asarray(state.tokens[:, seen:step]), counts
         seen = step
@@ -367,7 +367,7 @@ def generate_stream(
             mesh=mesh,
         )
     tokens, hidden = np.asarray(state.tokens), np.asarray(state.hidden)
-    # The last token of each prompt predicts the first of its answer; from the second on all rows write the same slot.
+    # The last token of each prompt predicts the first token of its answer. From the second token on, all rows write to the same slot.
     later = start + lengths.max() + np.arange(max_new_tokens - 1)
     slots = [np.append(start + n - 1, later).astype(np.int32) for n in lengths]
     return Generated(
@@ -379,7 +379,7 @@ def generate_stream(
 
 
 class Returning(Iterable[Y], Generic[Y, R]):
-    """A generator to iterate over once, whose return value is ``value`` after its last item."""
+    """Wraps a generator, to iterate over it once. After the last item, ``value`` is its return value."""
 
     value: R
 
@@ -402,7 +402,7 @@ def generate(
     max_new_tokens: int = 128,
     **settings: Any,
 ) -> Generated:
-    """``generate_stream`` to its end; ``on_tokens`` is called with what it yields, token by token unless ``stream_every`` says otherwise."""
+    """Runs ``generate_stream`` to its end. ``on_tokens`` is called with what it yields, after every token unless ``stream_every`` is set."""
     every = (max_new_tokens if on_tokens is None else 1) if stream_every is None else stream_every
     steps = Returning(
         generate_stream(config, params, prompts, images, max_new_tokens=max_new_tokens, stream_every=every, **settings)
@@ -414,9 +414,9 @@ def generate(
 
 
 def pose_states(config: ModelConfig, generated: Generated) -> tuple[States, np.ndarray]:
-    """What the pose head reads of an answer: States of P pose tokens a row, the most that a row has.
+    """The input of the pose head for an answer: States of P pose tokens in each row, where P is the largest number in a row.
 
-    Returns them with the (B, P) mask of the places that hold a pose token; the others may see their whole row.
+    Also returns the (B, P) mask of the entries that are pose tokens. The other entries are padding, and may attend to their whole row.
     """
     places = [np.flatnonzero(tokens == config.pose_token_id) for tokens in generated.tokens]
     mask = np.arange(max(map(len, places))) < np.array([[len(place)] for place in places])
@@ -434,14 +434,14 @@ def pose_states(config: ModelConfig, generated: Generated) -> tuple[States, np.n
 
 
 def pose_key(sampling: Sampling) -> jax.Array:
-    """The key of what a pose head draws; that of token n is ``fold_in(key(seed), n)``, and no answer has so many tokens."""
+    """The random key of the pose head. The key of token n is ``fold_in(key(seed), n)``, and no answer has 0xFFFFFFFF tokens."""
     return jax.random.fold_in(jax.random.key(sampling.seed), 0xFFFFFFFF)
 
 
 def _check_images(
     config: ModelConfig, prompts: Sequence[np.ndarray], images: Sequence[Sequence[np.ndarray]] | None
 ) -> None:
-    """Raises UserError unless each row has the images that its placeholders stand for."""
+    """Raises UserError unless the images of each row match its placeholders."""
     if images is not None and len(images) != len(prompts):
         raise UserError(f"images must be one list for each of {len(prompts)} prompts, found {len(images)} lists")
     size, patches = config.vision.image_size, config.vision.num_patches
@@ -450,7 +450,7 @@ def _check_images(
         places = int((np.asarray(ids) == config.image_token_id).sum())
         if places != patches * len(given):
             raise UserError(
-                f"prompt {row} has {places} image placeholders and {len(given)} images, which take {patches} placeholders each"
+                f"prompt {row} has {places} image placeholders and {len(given)} images, which need {patches} placeholders each"
             )
         for image in given:
             if np.shape(image) != (size, size, 3):

@@ -129,7 +129,7 @@ def test_a_batch_equals_its_rows_in_both_turns(model):
 def test_stream_yields_the_text(model):
     question, settings = [user("Tell me more")], {"max_new_tokens": 20, "force_pose": True}
     stream = model.stream(question, **settings)
-    with pytest.raises(UserError, match="not come to its end"):
+    with pytest.raises(UserError, match="the answer is not complete"):
         _ = stream.reply
     text = "".join(stream)
     assert text.strip() == stream.reply.text.strip()
@@ -161,7 +161,7 @@ def test_a_stream_that_nobody_reads_on_gives_the_model_back(model):
     stream.close()
     model.chat(question, max_new_tokens=2)
     assert list(stream) == []
-    with pytest.raises(UserError, match="not come to its end"):
+    with pytest.raises(UserError, match="the answer is not complete"):
         _ = stream.reply
     for _ in model.stream(question, max_new_tokens=20):
         break
@@ -340,8 +340,8 @@ def test_a_model_is_made_of_its_parts(params):
 @pytest.mark.parametrize(
     ("prompts", "images", "settings", "words"),
     [
-        ([], None, {}, "prompts must be one array of ids or more"),
-        ([[]], None, {}, "none of them empty"),
+        ([], None, {}, "prompts must be at least one array of ids"),
+        ([[]], None, {}, "none may be empty"),
         ([[5]], None, {"stream_every": 0}, "stream_every must be a whole number of at least 1"),
         ([[5]], None, {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
         ([[5]], None, {"sampling": {"seed": 1}}, "sampling must be a chatpose_jax.generate.Sampling, found dict"),
@@ -460,7 +460,7 @@ def test_samples_of_a_head_that_draws_nothing_are_refused_at_once(model):
     reply = model.chat([user("Hi")], max_new_tokens=8, force_pose=True)
     assert reply.samples == [[pose] for pose in reply.poses]
     for ask in (model.chat, model.stream):
-        with pytest.raises(UserError, match=r"^samples=2: the pose head 'mlp' draws nothing"):
+        with pytest.raises(UserError, match=r"^samples=2: the pose head 'mlp' does not draw samples"):
             ask([user("Hi")], samples=2)
 
 

@@ -1,4 +1,4 @@
-"""Training settings, as plain frozen data."""
+"""Training settings: frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from chatpose_jax.train.trainable import PAPER, Rule
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices stand along each axis of the mesh; -1, on one axis at most, takes those that are left.
+    """Number of devices along each axis of the mesh; -1, for at most one axis, takes all remaining devices.
 
-    data: whole copies of the model, each with rows of its own.
-    fsdp: the model's arrays are split over these devices and gathered layer by layer; rows are split as over ``data``.
-    tensor: every product is split over these devices.
+    data: copies of the whole model, each with its own rows.
+    fsdp: the model's arrays are split over these devices and all-gathered layer by layer. Rows are split as over ``data``.
+    tensor: every matmul is split over these devices.
     """
 
     data: int = 1
@@ -29,11 +29,11 @@ class MeshConfig:
         check_types(self, "train.mesh")
         require(self, "train.mesh", "-1 or at least 1", lambda size: size == -1 or size >= 1, "data", "fsdp", "tensor")
         if (self.data, self.fsdp, self.tensor).count(-1) > 1:
-            raise UserError(f"train.mesh: one axis at most can take the devices that are left, found {self}")
+            raise UserError(f"train.mesh: at most one axis may be -1, found {self}")
 
 
 PoseTerm = Literal["matrices", "geodesic", "joints", "betas", "translation"]
-"""What the pose loss may be made of: a row of ``train.pose_loss.TERMS`` each."""
+"""Names of the terms of the pose loss: the keys of ``train.pose_loss.TERMS``."""
 
 
 class EvaluatorRow(NamedTuple):
@@ -52,34 +52,34 @@ class EvaluatorRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment) on
-    whatever data is named: they neither choose its data nor fit a model that starts from nothing.
+    """How a run trains. The defaults are the paper's recipe (Feng et al. 2024; learning rate as in ChatGarment). They do not choose the data, and
+    they do not suit a model without pretrained weights.
 
-    steps: updates in all. batch_size: rows of a micro-batch, over all devices.
+    steps: total number of updates. batch_size: rows of a micro-batch, over all devices.
     accumulate: micro-batches whose gradients are averaged before one update.
-    max_length: tokens of a row, pictures included; what is longer is cut.
-    optimizer: "adamw", or "muon" for all kernels but the vocabulary's and AdamW for the rest: learns faster from nothing.
-    learning_rate: the peak, reached after ``warmup_steps`` updates of linear rise.
-    schedule: "linear" or "cosine" decay from there to ``final_lr_ratio`` × the peak at the last step.
+    max_length: tokens of a row, including images; longer rows are truncated.
+    optimizer: "adamw"; or "muon", which uses Muon for all kernels except the vocabulary's, and AdamW for the rest. Muon learns faster from scratch.
+    learning_rate: the peak, reached after a linear warm-up of ``warmup_steps`` updates.
+    schedule: "linear" or "cosine" decay from the peak to ``final_lr_ratio`` × the peak at the last step.
     b1, b2: decay of Adam's first and second moments.
-    grad_clip: longest gradient, as the norm over all that trains; longer ones are scaled down.
+    grad_clip: largest global norm of the gradient; larger gradients are scaled down.
     lambda_text, lambda_pose: weights of the cross-entropy over answers and of the pose loss.
-    pose_loss: rows of (term, weight) that the pose loss is the sum of, see ``train.pose_loss``; by default the paper's L1 on rotation
-        matrices. A pose head with a loss of its own takes none.
+    pose_loss: rows of (term, weight); the pose loss is their weighted sum, see ``train.pose_loss``. The default is the paper's L1 on rotation
+        matrices. For a pose head with its own loss, only the default is allowed.
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay, which added tokens); see ``train.trainable``.
-    mesh: how devices are arranged; ``batch_size`` is a multiple of data × fsdp.
-    remat: what of a layer is kept for the backward pass, the rest being computed again ("none" computes nothing again,
-        "full" everything); see ``models.remat``.
-    max_skipped: updates in a row that may be dropped because loss or gradient is not finite, before the run stops.
-    seed: of fresh weights, the order of rows, and dropout.
-    log_every, save_every: updates between two lines of metrics, two checkpoints.
-    eval_every: updates between two runs of the evaluators; 0 is none.
-    evaluators: rows of (name, options), see ``EvaluatorRow``; the options may be left out. A name alone is one row.
-    keep: newest checkpoints that stay.
-    best: the checkpoint with the least of this value stays too: ``val_{best}`` of ``metrics.jsonl``, or the mean of ``val_{kind}_{best}`` over
-        the kinds of held-out rows. "" keeps none for it.
-    result: which of them becomes the model folder at the end, "last" or "best".
-    wandb: project of Weights & Biases to log to as well, if that is installed; "" is none.
+    mesh: the device mesh; ``batch_size`` must be a multiple of data × fsdp.
+    remat: which activations of a layer are saved for the backward pass; it recomputes the others ("none" recomputes nothing,
+        "full" everything). See ``models.remat``.
+    max_skipped: how many updates in a row may be dropped because loss or gradient is not finite, before the run stops.
+    seed: seed of fresh weights, the order of rows, and dropout.
+    log_every, save_every: updates between two lines of metrics, or two checkpoints.
+    eval_every: updates between two runs of the evaluators; 0 turns evaluation off.
+    evaluators: rows of (name, options), see ``EvaluatorRow``; the options may be omitted. A single name is one row.
+    keep: number of newest checkpoints to keep.
+    best: also keeps the checkpoint with the smallest value of ``val_{best}`` in ``metrics.jsonl``, or of the mean of ``val_{kind}_{best}`` over
+        the kinds of held-out rows. "" keeps none.
+    result: the checkpoint that becomes the model folder at the end, "last" or "best".
+    wandb: project of Weights & Biases to log to as well, if it is installed; "" for none.
     """
 
     steps: int = 15_000
@@ -116,7 +116,7 @@ class TrainConfig:
         check_types(self, "train")
         counts = ("steps", "batch_size", "accumulate", "max_skipped", "log_every", "save_every", "keep")
         require(self, "train", "at least 1", lambda value: value >= 1, *counts)
-        # The system prompt and the shortest question with its answer.
+        # Room for the system prompt and the shortest question with its answer.
         require(self, "train", "at least 64", lambda value: value >= 64, "max_length")
         weights = ("warmup_steps", "eval_every", "lambda_text", "lambda_pose")
         require(self, "train", "at least 0", lambda value: value >= 0, *weights)
@@ -127,10 +127,10 @@ class TrainConfig:
         terms = [term for term, _ in self.pose_loss]
         if not terms or len(set(terms)) < len(terms) or any(weight <= 0 for _, weight in self.pose_loss):
             raise UserError(
-                f"train.pose_loss: expected at least one row, a term at most once, weights that are positive; found {self.pose_loss}"
+                f"train.pose_loss: expected at least one row, each term at most once, and positive weights; found {self.pose_loss}"
             )
         for row in self.trainable:
             if (row.lr or 0) < 0 or row.weight_decay < 0:
                 raise UserError(f"train.trainable: the row {tuple(row)} has a negative rate or decay")
             if row.tokens not in ("all", "pose"):
-                raise UserError(f"train.trainable: the row {tuple(row)} must say 'all' or 'pose' of tokens")
+                raise UserError(f"train.trainable: the tokens of the row {tuple(row)} must be 'all' or 'pose'")

@@ -15,14 +15,14 @@ from chatpose_jax.models.sharding import constrain, gather_weight
 from chatpose_jax.train.pose_loss import PoseLoss
 
 CHUNK = 256
-"""Positions of each row whose logits exist at a time."""
+"""Positions of each row for which logits are computed at a time."""
 IGNORED = -100
 PAPER_LOSS = PoseLoss()
 """The paper's pose loss: the mean |ΔR| of the root and of the other joints."""
 
 
 def targets(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """(B, T) labels -> (B, T) the label that each position predicts, −100 where there is none: its successor's, in the same conversation."""
+    """(B, T) labels -> (B, T) the label that each position predicts: that of the next position in the same conversation, else −100."""
     shifted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     if segment_ids is None:
         return shifted
@@ -34,16 +34,16 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean next-token cross-entropy and accuracy over the positions whose label is not −100.
 
-    Logits are made a chunk of positions at a time, and their gradient is taken at once where one is wanted: of rows longer than a chunk neither
+    Logits, and their gradient if it is needed, are computed for one chunk of positions at a time. So for rows longer than a chunk no array of shape
     (B, T, V) ever exists, and nothing is computed twice. The vocabulary may be split over a mesh.
 
     Args:
         hidden: (B, T, D); position t predicts ``labels[:, t + 1]``.
         labels: (B, T) int32.
-        segment_ids: (B, T) int32, for rows of several conversations: the last token of one predicts nothing of the next.
+        segment_ids: (B, T) int32, for packed rows: the last token of a conversation does not predict the first token of the next.
 
     Returns:
-        Two () float32: cross-entropy in nats, and the share of tokens that greedy decoding would get right.
+        Two () float32: cross-entropy in nats, and the fraction of tokens that greedy decoding would predict correctly.
     """
     head = model.decoder.lm_head
     kernel = gather_weight(head.kernel[...], "embed", "vocabulary")  # gathered once, not for every chunk
@@ -55,7 +55,7 @@ def cross_entropy(
 
 @jax.custom_vjp
 def _total(hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over all positions of −log p(predicted) and of right guesses. kernel: (D, V); added: (D, n), the tokens from V on."""
+    """Sums over all positions of −log p(predicted) and of correct predictions. kernel: (D, V); added: (D, n), the tokens from V on."""
     return _scan(hidden, kernel, added, predicted, (False, False, False))[0]
 
 
@@ -63,7 +63,7 @@ def _forward(*arguments: Any) -> tuple[Any, Any]:
     hidden, kernel, added, predicted = (argument.value for argument in arguments)
     wanted = tuple(argument.perturbed for argument in arguments[:3])
     totals, gradients = _scan(hidden, kernel, added, predicted, wanted)
-    kept = [jnp.zeros((), x.dtype) for x in (hidden, kernel, added)]  # the dtypes of what the gradients belong to
+    kept = [jnp.zeros((), x.dtype) for x in (hidden, kernel, added)]  # the dtypes of the gradients
     return totals, (gradients, kept)
 
 
@@ -82,7 +82,7 @@ _total.defvjp(_forward, _backward, symbolic_zeros=True)
 def _scan(
     hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array, wanted: tuple[bool, bool, bool]
 ) -> tuple[tuple[jax.Array, jax.Array], list[jax.Array | None]]:
-    """The sums of ``_total``, and of the first its gradients by hidden, kernel and added where they are wanted."""
+    """The sums of ``_total``, and the gradients of the first sum with respect to hidden, kernel and added, if ``wanted``."""
     batch, length, width = hidden.shape
     base, dtype = kernel.shape[1], hidden.dtype
     chunks = -(-length // CHUNK)
@@ -90,7 +90,7 @@ def _scan(
     size = (length + padding) // chunks
     states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
     ids = jnp.pad(predicted, ((0, 0), (0, padding)), constant_values=IGNORED).reshape(batch, chunks, size)
-    # The tokens and their first ids. Two products instead of one of joined weights keep the vocabulary splittable.
+    # The two parts of the vocabulary and their first ids. Two matmuls, because concatenated weights could not be split over a mesh.
     parts = [(kernel.astype(dtype), 0)] + ([(added.astype(dtype), base)] if added.shape[1] else [])
 
     def chunk(totals: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
@@ -103,7 +103,7 @@ def _scan(
         chosen = _join(jnp.add, [jnp.where(hit, s, 0).sum(axis=-1) for hit, s in zip(hits, scores)])
         counts = target >= 0
         nll = jnp.where(counts, largest + jnp.log(partition) - chosen, 0)
-        # Of equal scores the first counts, as in argmax.
+        # Among equal scores the first one wins, as in argmax.
         earlier = [
             (s == largest[..., None]) & (first + jnp.arange(s.shape[-1]) < target[..., None])
             for s, (_, first) in zip(scores, parts)
@@ -139,8 +139,8 @@ def _join(function: Any, parts: list[Any]) -> Any:
 def final_states(
     model: ChatPoseModel, batch: Mapping[str, Any], *, dropout_key: jax.Array | None = None, remat: str = "none"
 ) -> jax.Array:
-    """(B, T, D) final-norm states of a batch (``docs/architecture.md`` names its arrays): one forward pass of the model."""
-    # Rows are padded on the right, so no token that counts ever looks at padding: attention needs no mask but the causal one.
+    """(B, T, D) final-norm states of a batch (``docs/architecture.md`` lists its arrays): one forward pass of the model."""
+    # Rows are padded on the right, so with the causal mask no token attends to padding. No other mask is needed.
     return model(
         batch["input_ids"],
         segment_ids=batch.get("segment_ids"),
@@ -161,12 +161,12 @@ def loss(
     weights: tuple[Any, Any] = (1.0, 1.0),
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total loss of a batch and every part of it, without λ.
+    """Total loss of a batch, and each of its parts without λ.
 
     hidden: ``final_states`` of the batch.
-    distance: between poses, for the pose head's loss (``train.pose_loss``).
-    weights: of all that concerns text, of all that concerns poses: this batch's shares, where it is a part of a larger one.
-    key: what the pose head's loss draws from; None is one key for all batches, as validation wants it.
+    distance: the distance between poses, for the pose head's loss (``train.pose_loss``).
+    weights: weights of the text part and of the pose part. For a micro-batch, its shares of the whole batch.
+    key: random key for the pose head's loss. None is the same key for all batches, for validation.
     """
     segments = batch.get("segment_ids")
     text, accuracy = cross_entropy(model, hidden, batch["labels"], segments)

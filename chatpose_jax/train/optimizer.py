@@ -1,4 +1,4 @@
-"""The optimiser: AdamW or Muon, clipping, warm-up and decay, and the learning-rate multipliers of ``train.trainable``."""
+"""The optimiser: AdamW or Muon, gradient clipping, learning-rate schedule, and the multipliers of ``train.trainable``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Clipping by global norm, AdamW or Muon, and the multipliers of ``train.trainable``; for arrays by path. ``params`` may be abstract."""
+    """Clipping by global norm, AdamW or Muon, and the multipliers of ``train.trainable``, for arrays by path. ``params`` may be abstract."""
     rows = table.assign(params, config.trainable)
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
     scale = adam
@@ -50,15 +50,15 @@ def optimizer(config: TrainConfig, params: Mapping[str, Any]) -> optax.GradientT
 
 
 def is_matrix(path: str, rank: int) -> bool:
-    """Whether Muon trains an array. It trains the kernels of layers, patch embedding, projector and pose head, but neither the vocabulary's nor
+    """Whether Muon trains an array. It trains the kernels of layers, patch embedding, projector and pose head; but not those of the vocabulary, nor
     convolutions of a pose head.
     """
     return bool(STACKED.fullmatch(path) or (rank == 2 and ALONE.fullmatch(path)))
 
 
 def scale_by_muon() -> optax.GradientTransformation:
-    """Orthogonalised momentum for (…, in, out) matrices, one by one where layers are stacked (Jordan et al. 2024). Updates are scaled to an RMS of
-    0.2, like those of Adam (Liu et al. 2025, "Muon is scalable for LLM training"), so that both share a learning rate.
+    """Orthogonalised momentum for (…, in, out) matrices (Jordan et al. 2024); stacked layers are separate matrices. Updates are scaled to an RMS of
+    0.2, like those of Adam (Liu et al. 2025, "Muon is scalable for LLM training"), so that both can share a learning rate.
     """
 
     def dimensions(params: Any) -> Any:
@@ -68,7 +68,7 @@ def scale_by_muon() -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[-2:]) ** 0.5), updates)
 
     return optax.chain(
-        # The rest does not depend on the scale, except for an epsilon that the gradients of large models would fall below.
+        # Muon does not depend on the scale of gradients, except for an epsilon. Without this factor, gradients of large models fall below it.
         optax.scale(1e6),
         contrib.scale_by_muon(ns_steps=NEWTON_SCHULZ, preconditioning="aol", weight_dimension_numbers=dimensions),
         optax.stateless(rms),

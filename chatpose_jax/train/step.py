@@ -1,4 +1,4 @@
-"""One optimiser step as one jitted function of plain pytrees, on one device or a mesh of many."""
+"""One optimiser step as one jitted function of plain pytrees, on one device or on a mesh."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from chatpose_jax.train.pose_loss import PoseLoss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: () int32, batches seen. trainable: arrays by path. opt_state: optax's, for the trainable ones only.
+    """step: () int32, number of batches seen. trainable: arrays by path. opt_state: optax's state, only for trainable arrays.
 
-    skipped: (2,) int32, updates dropped because loss or gradient was not finite: in all, and the latest ones in a row.
+    skipped: (2,) int32, number of updates dropped because loss or gradient was not finite: in total, and the latest ones in a row.
     """
 
     step: jax.Array
@@ -40,7 +40,7 @@ class TrainState:
 
 
 POSES = int.from_bytes(b"pose")
-"""Tells the key of the pose head's loss from dropout's, which are numbered from 0 on."""
+"""Folded into the key of the pose head's loss, so that it differs from the keys of dropout, which are numbered from 0."""
 
 Step = Callable[[TrainState, table.Flat, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -51,7 +51,7 @@ def _initial(config: TrainConfig, params: Mapping[str, Any], trainable: table.Fl
 
 
 def state_shardings(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -> tuple[TrainState, table.Flat]:
-    """Where state and frozen arrays lie: the optimiser's moments like their parameter, all else on every device.
+    """Shardings of the state and of the frozen arrays. The optimiser's moments are sharded like their parameter; other state is replicated.
 
     params: arrays or abstract shapes.
     """
@@ -69,7 +69,7 @@ def state_shardings(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) 
 
 
 def abstract_state(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -> tuple[TrainState, table.Flat]:
-    """Shapes and shardings of what ``init_state`` returns; nothing is allocated, and the mesh may be of another machine."""
+    """Shapes and shardings of the result of ``init_state``. Nothing is allocated, and the mesh may be one of another machine."""
     trainable, frozen = table.split(params, config.trainable)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in trainable.items()}
     state = jax.eval_shape(lambda trainable: _initial(config, params, trainable), shapes)
@@ -83,9 +83,9 @@ def abstract_state(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -
 def init_state(
     config: TrainConfig, params: Mapping[str, Any], mesh: Mesh | None = None
 ) -> tuple[TrainState, table.Flat]:
-    """The state at step 0, and the frozen arrays that stay outside it.
+    """The state at step 0, and the frozen arrays, which are not part of the state.
 
-    mesh: where both go; arrays that lie there already stay where they are. None leaves everything in place.
+    mesh: both are put on this mesh; arrays that are already there are not moved. None leaves everything in place.
     """
     trainable, frozen = table.split(params, config.trainable)
     if mesh is None:
@@ -104,15 +104,15 @@ def make_step(
 ) -> Step:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``. The state is donated; frozen arrays are only read.
 
-    With ``accumulate`` > 1 every array of the batch has that many micro-batches on a further leading axis; each weighs what it holds of the
-    tokens and poses that count, and the terms of the pose loss are means over what the whole batch measured, so the update is that of one
-    batch of all of them. Dropout and the pose head's loss draw from (seed, step, micro-batch), each from a stream of its own, so a resumed
-    run repeats an unbroken one. Where loss or gradient is not finite the update is dropped and counted: metrics ``skipped``, in all, and
+    With ``accumulate`` > 1, every array of the batch has the micro-batches on an additional leading axis. Each micro-batch is weighted by its number
+    of tokens and poses that count, and the terms of the pose loss are means over everything measured in the whole batch. So the update equals that
+    of one large batch. Dropout and the pose head's loss use separate keys made from (seed, step, micro-batch), so a resumed run repeats an
+    uninterrupted one. If loss or gradient is not finite, the update is dropped and counted in the metrics ``skipped`` (in total) and
     ``skipped_in_a_row``.
 
     Args:
         params: arrays or abstract shapes.
-        mesh: of ``init_state``; batches lie on it by ``models.sharding.batch_sharding``.
+        mesh: the mesh of ``init_state``. Batches are sharded on it by ``models.sharding.batch_sharding``.
     """
     tx = optimizer(config, params)
     schedule = learning_rate(config)
@@ -188,7 +188,7 @@ def make_step(
 
 
 def _shares(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """(accumulate,) each: what share of the tokens with a label, and of the poses, every micro-batch holds."""
+    """(accumulate,) each: the share of the batch's labelled tokens, and of its poses, in each micro-batch."""
     segments = batch.get("segment_ids")
     tokens = jnp.sum(jax.vmap(targets)(batch["labels"], segments) >= 0, axis=(1, 2))
     poses = jnp.sum(batch["pose_mask"], axis=(1, 2))

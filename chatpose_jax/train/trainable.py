@@ -1,4 +1,4 @@
-"""What trains is a table: path pattern -> learning-rate multiplier and weight decay, or frozen. The first row that matches a path decides."""
+"""The table of what trains: path pattern -> learning-rate multiplier and weight decay, or frozen. The first row that matches a path applies."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import optax
 from chatpose_jax.errors import UserError
 
 Flat = dict[str, Any]
-"""Arrays by path, ``decoder/norm/scale``."""
+"""Arrays by path, such as ``decoder/norm/scale``."""
 
 
 class Rule(NamedTuple):
-    """One row: a regular expression that must match the whole path; ``lr`` multiplies the learning rate, None freezes.
+    """One row: a regular expression that must match the whole path. ``lr`` multiplies the learning rate; None freezes the parameter.
 
-    tokens: which rows of added tokens train, "all" or "pose", the pose token's alone. Vocabularies are often padded with rows that nothing uses.
+    tokens: which rows of added tokens train: "all", or "pose" for only the pose token's. Vocabularies are often padded with unused rows.
     """
 
     pattern: str
@@ -38,17 +38,17 @@ PAPER: tuple[Rule, ...] = (
 """LoRA, the pose head, and the rows of the new token; everything else is frozen."""
 
 HEAD: tuple[Rule, ...] = (Rule(r"pose_head/.*", 1.0), Rule(r".*", None))
-"""The pose head alone."""
+"""Only the pose head."""
 
 PROJECTOR: tuple[Rule, ...] = (*PAPER[:-1], Rule(r"projector/.*", 0.1), PAPER[-1])
-"""The paper's, and the projector at a tenth of the rate."""
+"""The paper's table, and the projector at a tenth of the rate."""
 
 EVERYTHING: tuple[Rule, ...] = (Rule(r".*/(kernel|embedding)", 1.0, 0.01), Rule(r".*", 1.0))
-"""All parameters, matrices with a little weight decay: for models that start from nothing."""
+"""All parameters, with a little weight decay for matrices: for models without pretrained weights."""
 
 
 TOKEN_AXIS = {"decoder/embed_tokens/added": 0, "decoder/lm_head/added": 1}
-"""The arrays of added tokens, and their axis of tokens."""
+"""The arrays of added tokens, and their token axis."""
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Flat:
@@ -73,13 +73,13 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
-    """The row that decides each path. Raises UserError for a path without a row, a row that matches nothing, and a bad pattern."""
+    """The row that applies to each path. Raises UserError for a path without a row, a row that matches nothing, and an invalid pattern."""
     compiled = []
     for row in rules:
         try:
             compiled.append((re.compile(row.pattern), row))
         except re.error as error:
-            raise UserError(f"train.trainable: {row.pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"train.trainable: {row.pattern!r} is not a valid regular expression: {error}") from error
     assigned: dict[str, Rule] = {}
     for path, leaf in flatten(params).items():
         found = next((row for regex, row in compiled if regex.fullmatch(path)), None)
@@ -89,13 +89,13 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
             )
         if found.lr is not None and np.issubdtype(leaf.dtype, np.integer):
             raise UserError(
-                f"train.trainable: {path} is kept as {leaf.dtype} and cannot train: freeze it in a row before {found.pattern!r}, "
+                f"train.trainable: {path} is {leaf.dtype} and cannot train: freeze it in a row before {found.pattern!r}, "
                 "or set model.quantize=none"
             )
         if found.tokens != "all" and path not in TOKEN_AXIS:
             raise UserError(
-                f"train.trainable: {path} has no rows of tokens, as {found.pattern!r} with tokens={found.tokens!r} wants: "
-                f"only {' and '.join(TOKEN_AXIS)} have"
+                f"train.trainable: the row {found.pattern!r} has tokens={found.tokens!r}, but {path} has no rows of tokens: "
+                f"only {' and '.join(TOKEN_AXIS)} have them"
             )
         assigned[path] = found
     for regex, row in compiled:
@@ -107,26 +107,26 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
 
 
 def split(params: Mapping[str, Any], rules: Sequence[Rule]) -> tuple[Flat, Flat]:
-    """(trainable, frozen), both by path. Works on arrays and on abstract shapes."""
+    """(trainable, frozen), both by path. Works for arrays and for abstract shapes."""
     rows, flat = assign(params, rules), flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if rows[path].lr is not None}
     return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
 def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
-    """The whole tree again."""
+    """The inverse of ``split``: the whole tree."""
     return unflatten({**trainable, **frozen})
 
 
 def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> Flat:
-    """For arrays of which only a part trains: path -> bool mask, broadcastable to the array. pose_token: its index among the added tokens."""
+    """Masks of the arrays of which only a part trains: path -> bool, broadcastable to the array. pose_token: its index among the added tokens."""
     rows, flat = assign(params, rules), flatten(params)
     for path, axis in TOKEN_AXIS.items():
         wanted = rows[path].lr is not None and rows[path].tokens == "pose"
         if wanted and not 0 <= pose_token < flat[path].shape[axis]:
             raise UserError(
                 f"train.trainable: the pose token is not among the {flat[path].shape[axis]} added tokens of {path}: "
-                "say tokens='all' in its row, or freeze it"
+                "set tokens='all' in its row, or freeze it"
             )
     return {
         path: np.expand_dims(np.arange(flat[path].shape[axis]) == pose_token, 1 - axis)
@@ -136,7 +136,7 @@ def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> 
 
 
 def select(masks: Flat, new: Flat, old: Flat) -> Flat:
-    """``new`` where a mask is true or there is none, else exactly ``old``."""
+    """``new`` where the mask is true or an array has no mask, and exactly ``old`` elsewhere."""
     return {path: jnp.where(masks[path], x, old[path]) if path in masks else x for path, x in new.items()}
 
 
@@ -162,8 +162,8 @@ def describe_trainable(params: Mapping[str, Any], rules: Sequence[Rule]) -> str:
 
 
 def rates(rules: Sequence[Rule]) -> dict[str, float]:
-    """The learning-rate multiplier of each row that trains, by the row's index and the words of its pattern, such as ``{"3_projector": 0.1}``; empty
-    where all are 1.
+    """The learning-rate multiplier of each row that trains. Names are the row's index and the words of its pattern, as in ``{"3_projector": 0.1}``.
+    Empty if all multipliers are 1.
     """
     found = {
         f"{index}_{'_'.join(re.findall('[a-zA-Z0-9]+', row.pattern))}".rstrip("_"): row.lr
@@ -174,7 +174,7 @@ def rates(rules: Sequence[Rule]) -> dict[str, float]:
 
 
 def scale_by_rows(rows: Mapping[str, Rule], schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The last part of AdamW, with a rate for each path: update = −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
+    """The last part of AdamW, with a rate for each path: −lr(step) · row.lr · (u + row.weight_decay · p) (Loshchilov & Hutter 2019)."""
 
     def init(params: Flat) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))

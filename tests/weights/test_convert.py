@@ -503,7 +503,7 @@ def test_load_takes_a_source_as_it_is(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="--vision FOLDER"):
         chatpose_jax.load(tmp_path / "src")
-    with pytest.raises(UserError, match="is a model folder, whole as it is; vision is for PyTorch weights"):
+    with pytest.raises(UserError, match="is a complete model folder; vision is only for PyTorch weights"):
         chatpose_jax.load(tmp_path / "out", vision=tmp_path / "clip")
 
 
