@@ -1,4 +1,4 @@
-"""A run: a configuration, its data, where it starts, the trainer, and a model folder at the end. ``chatpose train`` is this and a command line."""
+"""A complete training run, from a configuration to a model folder. ``chatpose train`` is its command line."""
 
 from __future__ import annotations
 
@@ -50,36 +50,36 @@ def run_training(
     callback: Callback | None = None,
     say: Callable[[str], None] = hosts.say,
 ) -> Path:
-    """Train by a configuration until ``train.steps``, and write the model. A run that ``out`` holds goes on.
+    """Train until ``train.steps`` and write the model. If ``out`` contains a run, it is resumed.
 
-    What holds for the whole process is the caller's: several processes join by ``hosts.connect`` first, and on CPU a run is faster after
-    ``allocator.keep_freed_memory()``.
+    The caller does what concerns the whole process: several processes call ``hosts.connect`` first, and on CPU
+    ``allocator.keep_freed_memory()`` makes a run faster.
 
     Args:
-        config: ``run_config.load_config`` makes one.
-        out: run folder: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``. One run at a time may write it.
-        init: model folder to start from; None starts from nothing, which only the preset ``tiny`` can.
-        data: rows to train on, in the place of the configuration's; or a table of such rows by split: "train", "val", "test".
-        folder: where the model goes, ``out/model`` by default.
-        profile: steps to trace into ``out/profile``.
+        config: the configuration, from ``run_config.load_config``.
+        out: run folder: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``. Only one run at a time may write it.
+        init: model folder to start from; None trains from scratch, which only the preset ``tiny`` can.
+        data: rows to train on instead of the configured ones; or a table of such rows by split: "train", "val", "test".
+        folder: the model folder to write, ``out/model`` by default.
+        profile: number of steps to trace into ``out/profile``.
         progress: show a progress bar.
-        callback: called with (step, values) for each step and each validation, as ``metrics.jsonl`` gets them, by every process; True
-            stops the run as an interrupt does.
-        say: takes the lines that tell what happens; prints them by default.
+        callback: called in every process with (step, values) for each line of ``metrics.jsonl``. If it returns True, the run stops as after
+            an interrupt.
+        say: receives the lines that the run reports; by default they are printed.
 
     Returns:
-        The model folder, which ``chatpose_jax.load`` takes.
+        The model folder, for ``chatpose_jax.load``.
 
     Raises:
-        Interrupted (``trainer``) after Ctrl-C, SIGTERM or a callback's True: everything is saved, and the same call goes on from there.
-        UserError for what is wrong with settings, data or weights. hosts.Fault where another run writes ``out``, or the file system fails.
+        Interrupted (``trainer``) after Ctrl-C, SIGTERM or a callback that returns True. Everything is saved, and the same call resumes.
+        UserError for invalid settings, data or weights. hosts.Fault if another run is writing ``out``, or the file system fails.
     """
     out, init = Path(out), None if init is None else Path(init)
     if init is not None:
         config = adopt(config, init)
     if not config.model.scan_layers:
         raise UserError(
-            "model.scan_layers must stay true in training: model folders hold stacked layers (chat unrolls them)"
+            "model.scan_layers must be true in training: model folders contain stacked layers (chat unrolls them)"
         )
     demand_table(config)  # before anything is read
     check_sources(config.data)
@@ -112,7 +112,7 @@ def _run(
 
     source = rows_of("train")
     evaluate = None
-    if settings.eval_every:  # after the training source: what is wrong with both is no matter of validation
+    if settings.eval_every:  # after the training source, so that an error of both sources does not blame validation
         with validating(settings):
             evaluate = make_evaluators(Context(config, processor, mesh, rows_of, say))
         if evaluate.names is not None:
@@ -136,7 +136,7 @@ def _run(
     )
     say(
         f"batches of {', '.join(f'{s.length} tokens × {s.images} images' for s in loader.shapes)}: "
-        "the first step of each shape waits for its compilation"
+        "the first step of each shape includes its compilation"
     )
     params = initial_params(config, init, mesh, say)
     params = train(
@@ -175,9 +175,9 @@ def _run(
 
 @contextlib.contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """While the block runs no other run may write ``out``: process 0 holds a lock, ``out/.lock``.
+    """Context manager: no other run may write ``out`` during the block. Process 0 holds the lock ``out/.lock``.
 
-    Raises hosts.Fault where another run is there, which may end; UserError where nothing can be written.
+    Raises hosts.Fault if another run holds the lock (it may end), UserError if the folder cannot be written.
     """
     with contextlib.ExitStack() as holding:
         held = ""
@@ -193,40 +193,38 @@ def only_run(out: Path) -> Iterator[None]:
 
 
 def demand_table(config: RunConfig) -> None:
-    """Raises UserError where the model cannot be built, as by an unknown head, or the table of what trains does not fit it. Nothing is allocated."""
+    """Raises UserError if the model cannot be built (as with an unknown head), or the table of what trains does not fit it. Allocates nothing."""
     assign(abstract_params(config.model), config.train.trainable)
     demand_fields(config.train.pose_loss, config.model.head)
 
 
 def training_mesh(settings: TrainConfig) -> Mesh | None:
-    """The mesh of the settings over the devices of all processes; None where that is one device."""
+    """The configured mesh over the devices of all processes; None for a single device."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     return mesh if mesh.size > 1 else None
 
 
 def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
-    """(N, 3) tokens, pictures and poses of all rows, of which each process reads its share.
+    """(N, 3) numbers of tokens, images and poses of all rows. Each process reads its share of the rows.
 
-    Raises UserError for a malformed row, and where the processes see different data.
+    Raises UserError for a malformed row, or if the processes see different data.
     """
     rank, count = jax.process_index(), jax.process_count()
     mine = range(rank, len(source), count)
-    with all_or_none():  # one alone stumbles over a row of its own
+    with all_or_none():  # an error in one process must end all of them
         sizes = measure(source, processor, min(max_length, processor.ids.context), mine)
     if count == 1:
         return sizes
     totals = hosts.all_gather(np.array([len(source)]))
     if totals.min() != totals.max():
-        raise UserError(
-            f"the processes read different data: {totals.min()} rows and {totals.max()}; all must see the same"
-        )
+        raise UserError(f"the processes read different data: {totals.min()} rows and {totals.max()} rows")
     share = hosts.all_gather(np.pad(sizes, [(0, -(-len(source) // count) - len(sizes)), (0, 0)]))
     return share.swapaxes(0, 1).reshape(-1, 3)[: len(source)]
 
 
 @contextlib.contextmanager
 def validating(settings: TrainConfig) -> Iterator[None]:
-    """Around what reads held-out rows: errors say why these are read, and how to do without."""
+    """Context manager around code that reads held-out rows: errors say why these rows are read, and how to train without them."""
     why = f"held-out rows are read for train.eval_every={settings.eval_every}; --set train.eval_every=0 trains without"
     try:
         yield

@@ -1,4 +1,4 @@
-"""The training loop: resume, step, log, save, stop cleanly; alone or as one of many processes."""
+"""The training loop: resume, step, log, save, stop cleanly; in one process or several."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from chatpose_jax.train.telemetry import Meter
 HOW = (
     "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "remat", "max_skipped", "attention",
 )  # fmt: skip
-"""Settings that a resumed run may change: how long, how often, on which devices. Any other would make another run of it."""
+"""Settings that may change when a run resumes: the number of steps, intervals, devices. A change of any other setting would make it another run."""
 
 AHEAD = 2
-"""Steps that may be under way while the next one is prepared: enough to keep a device busy, few enough to time each."""
+"""Steps that may be dispatched while the next one is prepared: enough to keep a device busy, few enough to time each step."""
 
 PROFILE_AFTER = 3
-"""Steps before a profile begins: compilation is not what one looks for."""
+"""Steps before a profile begins, so that it does not contain compilation."""
 
 
 class Batches(Protocol):
@@ -57,26 +57,26 @@ class Batches(Protocol):
 
 
 Flops = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
-"""Rows of a batch -> floating-point operations of a step on them, by the name under which their share of the peak is logged."""
+"""A batch -> floating-point operations of a step, by the name under which their fraction of the peak is logged."""
 
 Evaluation = Callable[[dict[str, Any]], Mapping[str, Any]]
-"""Parameters -> scalars, and pictures as (H, W, 3) uint8 arrays."""
+"""Parameters -> scalars, and images as (H, W, 3) uint8 arrays, by name."""
 
 Callback = Callable[[int, Mapping[str, Any]], bool | None]
-"""(step, values of a line of the log) -> True to stop after the next step, as an interrupt does; every process must say the same."""
+"""(step, values of a line of the log) -> True to stop after the next step, as after an interrupt. Every process must return the same."""
 
 
 class Interrupted(Exception):
-    """Training was asked to stop; everything up to ``step`` is saved."""
+    """Training was stopped; everything up to ``step`` is saved."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}; the same command or call goes on from there")
+        super().__init__(f"stopped at step {step}; the same command or call resumes from there")
         self.step = step
 
 
 class Log:
-    """``metrics.jsonl``, a line for each step with its losses to the last bit; TensorBoard and, if asked for, Weights &
-    Biases every now and then. After a resume the lines of lost steps are dropped. Only process 0 writes.
+    """``metrics.jsonl``, with one line for each step and its losses to the last bit; and, less often, TensorBoard and Weights & Biases (if
+    configured). When a run resumes, the lines of lost steps are removed. Only process 0 writes.
     """
 
     def __init__(
@@ -97,21 +97,23 @@ class Log:
         path.touch()
         length, garbage = _length_up_to(path, step)
         if garbage:
-            say(f"{path}: line {garbage} is no line of this log; kept as {_set_aside(path)}, and begun anew from there")
-        os.truncate(path, length)  # in one go: a kill leaves all of the kept lines or more
+            say(
+                f"{path}: line {garbage} is not a valid line; a copy is kept as {_set_aside(path)}, and the log goes on from there"
+            )
+        os.truncate(path, length)  # atomic: a kill loses none of the lines to keep
         self.file = path.open("a", buffering=1)
         if wandb:
             self.run = _wandb_run(wandb, folder, settings or {})
 
     def __call__(self, step: int, values: Mapping[str, Any], *, chart: bool = True) -> None:
-        """Scalars, and pictures where values are arrays. chart: also for TensorBoard, which need not have every step."""
+        """Logs scalars, and images (arrays). chart: also to TensorBoard, which does not get every step."""
         if self.file is None:
             return
         scalars = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
         self.file.write(json.dumps({"step": step, **scalars}) + "\n")
         if not chart:
             return
-        if self.writer is None:  # the import takes seconds where PyTorch is installed
+        if self.writer is None:  # the import takes seconds if PyTorch is installed
             from tensorboardX import SummaryWriter
 
             self.writer = SummaryWriter(
@@ -128,7 +130,7 @@ class Log:
             self.run.log({n: Image(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}, step=step)
 
     def flush(self) -> None:
-        """All lines to the disk: before a checkpoint is made of what they tell."""
+        """Writes all lines to disk, so that a checkpoint never has a step that the log lacks."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 
@@ -142,8 +144,8 @@ class Log:
 
 
 def _length_up_to(path: Path, step: int) -> tuple[int, int]:
-    """Bytes of the lines up to a step, behind which are lost steps or a line that was cut off by a kill; and the number of the first
-    line that is neither, 0 where there is none.
+    """The length in bytes of the lines up to a step. After these there may be lines of lost steps, and a line that a kill cut off. Also returns
+    the number of the first line that is invalid in any other way, or 0.
     """
     length = lost = 0
     with path.open("rb") as file:
@@ -160,7 +162,7 @@ def _length_up_to(path: Path, step: int) -> tuple[int, int]:
 
 
 def _set_aside(path: Path) -> Path:
-    """A copy under a name that is free."""
+    """Copies the file to an unused name."""
     copy = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.damaged-{n}")).exists())
     shutil.copyfile(path, copy)
     return copy
@@ -177,14 +179,14 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def identity(model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share, as JSON reads them."""
+    """The settings that must be the same when a run resumes, as JSON values."""
     settings = {"model": model_config.to_json(), "train": dataclasses.asdict(config)}
     kept = {table: {k: v for k, v in values.items() if k not in HOW} for table, values in settings.items()}
     return json.loads(json.dumps(kept))  # type: ignore[no-any-return]
 
 
 def demand_same_run(out: Path, model_config: ModelConfig, config: TrainConfig, result: Path) -> None:
-    """Raises UserError where ``out`` holds a run with other settings, as ``train`` would, before anything was read for it."""
+    """Raises UserError if ``out`` contains a run with other settings. ``train`` does the same, but only after it has read the data."""
     if (folder := out / "checkpoints").is_dir():
         settings = identity(model_config, config)
         with contextlib.closing(
@@ -211,32 +213,32 @@ def train(
     say: Callable[[str], None] = hosts.say,
     result: Path | None = None,
 ) -> dict[str, Any]:
-    """Train until ``config.steps`` and return the parameters. ``out`` holds ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+    """Train until ``config.steps`` and return the parameters. ``out`` contains ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
 
-    A checkpoint in ``out`` wins over ``params``: the same command resumes, on any mesh, with any number of processes. The first
+    If ``out`` contains a checkpoint, the run resumes from it instead of ``params``, on any mesh and with any number of processes. The first
     interrupt or SIGTERM saves and raises ``Interrupted``.
 
     Args:
-        params: where to start, placed on the mesh. Trainable arrays are consumed (donated to the first step), frozen ones used as they are.
+        params: initial parameters, placed on the mesh. Trainable arrays are donated to the first step; frozen ones are used as they are.
         batches: gives the rows ``feed.local_rows(mesh, …)`` of each global batch.
-        mesh: the devices of all processes; None is this process's first device.
-        evaluate: called with the parameters every ``eval_every`` steps; its scalars and pictures are logged under their names.
-        flops: counts the operations of a step; what they are of ``peak``, the operations per second of a device, is logged.
-        profile: write a trace of that many steps to ``out/profile``.
-        progress: show a progress bar, on process 0.
-        callback: called with every line of the log, as soon as it is there: a step or two after the one that it tells of.
-        say: takes the lines that tell what happens.
-        result: the folder that the caller writes the model to, for an error that says where to go on from; ``out/model`` by default.
+        mesh: the devices of all processes; None is the first device of this process.
+        evaluate: called with the parameters every ``eval_every`` steps; its scalars and images are logged.
+        flops: counts the operations of a step. Their fraction of ``peak``, the operations per second of a device, is logged.
+        profile: number of steps to trace into ``out/profile``.
+        progress: show a progress bar, in process 0.
+        callback: called with every line of the log as soon as it exists, a step or two after the step that it describes.
+        say: receives the lines that the run reports.
+        result: the folder where the caller writes the model, for error messages; ``out/model`` by default.
 
     Raises:
-        Interrupted; ``hosts.Fault`` when the file system fails; UserError when loss or gradient were not finite for more than
+        Interrupted; ``hosts.Fault`` if the file system fails; UserError if loss or gradient were not finite for more than
         ``config.max_skipped`` steps in a row.
     """
     out.mkdir(parents=True, exist_ok=True)
     hosts.meet("train")
     say(table.describe_trainable(params, config.trainable))
     if config.result == "best" and not config.eval_every:
-        say("train.result=best has no validation to choose by (train.eval_every=0): the result will be the last step")
+        say("train.result=best needs validation, but train.eval_every=0: the result will be the last step")
     state, frozen = init_state(config, params, mesh)
     settings = identity(model_config, config)
     checkpoints = Checkpoints(
@@ -250,7 +252,7 @@ def train(
         state, position = checkpoints.restore(state)
         if int(state.step) > config.steps:
             raise UserError(
-                f"{out} holds a run at step {int(state.step)}, beyond train.steps={config.steps}: choose another folder, or raise it"
+                f"{out} contains a run at step {int(state.step)}, beyond train.steps={config.steps}: choose another folder, or raise train.steps"
             )
         batches.restore(position)
         say(f"resuming from step {int(state.step)} in {out}")
@@ -362,7 +364,7 @@ class _Loop:
         *,
         chart: bool,
     ) -> None:
-        """Wait for a step, log it, and stop where too many in a row were of no use."""
+        """Waits for a step and logs it. Raises UserError if too many updates in a row were dropped."""
         scalars = {name: shortest(value) for name, value in jax.device_get(metrics).items()}
         base = np.float32(scalars["learning_rate"])
         scalars |= {f"learning_rate_{row}": shortest(base * np.float32(lr)) for row, lr in self.rates.items()}
@@ -383,7 +385,7 @@ class _Loop:
             stop.asked = True
 
     def _sizes(self, batch: Mapping[str, Any]) -> tuple[int, int, Mapping[str, float]]:
-        """Rows, tokens and operations of the global batch, of which this process holds its share."""
+        """Rows, tokens and operations of the global batch, estimated from this process's share."""
         config = self.config
         rows = config.batch_size * config.accumulate
         share = rows / len(batch["input_ids"])
@@ -392,7 +394,7 @@ class _Loop:
         return rows, tokens, {name: share * value for name, value in flops.items()}
 
     def _trace(self, number: int, state: TrainState, *, over: bool = False) -> None:
-        """Begin and end the profile, by the number of the step in this process that comes next. over: none does."""
+        """Begins and ends the profile. number: the number of this process's next step. over: there is no next step."""
         traced = number - PROFILE_AFTER
         if self.profile and traced == 0 and not over:
             jax.profiler.start_trace(str(self.out / "profile"))
@@ -407,25 +409,25 @@ class _Loop:
 
 
 def shortest(value: Any) -> float | int:
-    """A float32 as the number of fewest digits that is still that float32; a whole number as it is."""
+    """A float32 as the shortest decimal that reads back as the same float32; an integer as it is."""
     return int(value) if np.issubdtype(value.dtype, np.integer) else float(str(np.float32(value)))
 
 
 def best_metric(values: Mapping[str, Any], name: str) -> float | None:
-    """The value ``val_{name}``, or else the mean of ``val_{kind}_{name}`` over the kinds of held-out rows; None without one."""
+    """The value ``val_{name}``; or the mean of ``val_{kind}_{name}`` over the kinds of held-out rows; or None if there is neither."""
     keys = best_keys(values, name)
     return float(np.mean([values[key] for key in keys])) if keys else None
 
 
 def best_keys(names: Collection[str], best: str) -> list[str]:
-    """Which of these names ``train.best`` means."""
+    """The names that ``train.best`` refers to."""
     if (key := f"val_{best}") in names:
         return [key]
     return [key for kind in get_args(Kind) if (key := f"val_{kind}_{best}") in names]
 
 
 def demand_best(names: Collection[str], best: str) -> None:
-    """Raises UserError where ``train.best`` is none of the values that the evaluators give."""
+    """Raises UserError if no evaluator gives the value ``train.best``."""
     if best and names and not best_keys(names, best):
         known = sorted({re.sub(rf"^val_(({'|'.join(get_args(Kind))})_)?", "", name) for name in names})
         raise UserError(
@@ -434,12 +436,12 @@ def demand_best(names: Collection[str], best: str) -> None:
 
 
 def check_skipped(scalars: Mapping[str, float], step: int, limit: int, latest: int | None) -> None:
-    """Raises UserError when more than ``limit`` updates in a row were dropped because loss or gradient was not finite."""
+    """Raises UserError if more than ``limit`` updates in a row were dropped because loss or gradient was not finite."""
     if (row := scalars["skipped_in_a_row"]) <= limit:
         return
     name = "loss" if not math.isfinite(scalars["loss"]) else "grad_norm"
     kept = "nothing is saved yet" if latest is None else f"the last checkpoint is step {latest}"
     raise UserError(
-        f"the {name} is {scalars[name]} at step {step}, and {row} updates in a row were dropped for such a reason "
+        f"the {name} is {scalars[name]} at step {step}, and {row} updates in a row were dropped because loss or gradient was not finite "
         f"(train.max_skipped={limit}); {kept}: lower train.learning_rate or look at the data"
     )

@@ -376,7 +376,9 @@ def test_logits_that_are_no_numbers_are_an_error(place: str, value: float) -> No
     ]
     flat[place] = jnp.asarray(flat[place]).at[where].set(value)
     broken = unflatten_dict(flat, sep="/")
-    with pytest.raises(UserError, match="logits for a token of the answer are not finite. Either its weights contain NaN"):
+    with pytest.raises(
+        UserError, match=r"logits for a token of the answer are not finite\. Either its weights contain NaN"
+    ):
         run(broken, [prompt(4, last=10)])
     got: list[int] = []
     with pytest.raises(UserError, match="are not finite"):

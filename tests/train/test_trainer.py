@@ -116,7 +116,7 @@ def test_a_log_that_is_none_is_kept_aside_and_told(tmp_path, capsys, garbage, pl
     assert path.read_bytes() == b"".join(kept)
     copy = tmp_path / "metrics.jsonl.damaged-1"
     assert copy.read_bytes() == b"".join(lines) + b'{"step": 6, "lo'
-    assert f"line {min(place, 5) + 1} is no line of this log; kept as {copy}" in capsys.readouterr().out
+    assert f"line {min(place, 5) + 1} is not a valid line; a copy is kept as {copy}" in capsys.readouterr().out
     Log(tmp_path, 3).close()
     assert sorted(tmp_path.iterdir()) == [path, copy]
 
@@ -222,9 +222,7 @@ def test_a_best_result_that_nothing_measured_is_not_passed_over(tmp_path, params
     train(CONFIG, settings, params(), Batches(), tmp_path / "none", progress=False)
     assert capsys.readouterr().out.count("no validation to choose by (train.eval_every=0)") == 1
     settings = dataclasses.replace(SETTINGS, steps=2, eval_every=2, result="best", best="mpjre")
-    told = (
-        r"train.best='mpjre': no evaluator gives it; did you mean mpjpe\?; they give mpjpe; '' keeps no best checkpoint"
-    )
+    told = r"train.best='mpjre': no evaluator gives it; did you mean mpjpe\?; they give mpjpe; '' keeps no best checkpoint"
     with pytest.raises(UserError, match=told):
         train(
             CONFIG, settings, params(), Batches(), tmp_path, evaluate=lambda _: {"val_text_mpjpe": 1.0}, progress=False
