@@ -1,4 +1,4 @@
-"""Evaluators: what runs every ``train.eval_every`` steps, found by the names in ``train.evaluators``."""
+"""Evaluators compute metrics every ``train.eval_every`` steps. They are found by the names in ``train.evaluators``."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from chatpose_jax.train.config import EvaluatorRow, TrainConfig
 from chatpose_jax.train.run_config import RunConfig
 
 EVALUATORS = {"validation": "chatpose_jax.train.validate:validation"}
-"""Evaluators in the package: name -> ``package.module:function``. An evaluator is made once, by ``make(context, **options)``; its keyword-only
-parameters are its options. What it makes is called with the parameters of the model, and gives values by name: scalars, and pictures as
-(H, W, 3) uint8 arrays. It must change nothing, and give the same scalars in every process. Where it knows its names before it is called, it
-has them as an attribute ``names``.
+"""Evaluators in this package: name -> ``package.module:function``. The function is called once, as ``make(context, **options)``; its keyword-only
+parameters are its options. It returns a function of the model's parameters, which returns values by name: scalars, and images as (H, W, 3) uint8
+arrays. That function must have no side effects, and must return the same scalars in every process. It may declare the names of its values in an
+attribute ``names``.
 """
 PREFIX = "val_"
-"""How the names of all values begin in ``metrics.jsonl``."""
+"""The prefix of the names of all values in ``metrics.jsonl``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an evaluator is made from.
+    """The argument of an evaluator's function.
 
-    config: the settings of the run. processor: makes arrays of conversations. mesh: where the parameters lie; None is one device.
-    rows: gives the rows of a split of the configured data. say: takes a line for whoever watches the run.
+    config: the settings of the run. processor: encodes conversations. mesh: the mesh of the parameters; None is one device.
+    rows: returns the rows of a split of the configured data. say: reports a line to the user.
     """
 
     config: RunConfig
@@ -51,7 +51,7 @@ class Context:
 class Evaluators:
     """All evaluators of a run as one function of the parameters.
 
-    parts: what each is called in errors, and the function that it made.
+    parts: for each evaluator, its name in error messages and its function of the parameters.
     """
 
     parts: Sequence[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]]
@@ -60,12 +60,12 @@ class Evaluators:
 
     @property
     def names(self) -> Collection[str] | None:
-        """Names of all values, ``val_`` before each; None where an evaluator does not say its own."""
+        """Names of all values, with the prefix ``val_``; None if an evaluator does not declare its names."""
         said = [getattr(evaluate, "names", None) for _, evaluate in self.parts]
         return None if None in said else [f"{PREFIX}{name}" for names in said for name in names or ()]
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by name. Raises UserError where a value is no scalar and no picture, or two evaluators give the same name."""
+        """Values by name. Raises UserError if a value is neither a scalar nor an image, or if two evaluators give the same name."""
         values: dict[str, Any] = {}
         for where, evaluate in self.parts:
             found = evaluate(params)
@@ -73,21 +73,24 @@ class Evaluators:
                 raise UserError(f"{where} gave {type(found).__name__}; expected a mapping of names to values")
             for name, value in found.items():
                 if (key := f"{PREFIX}{name}") in values:
-                    raise UserError(f"{where} gives {name!r}, which an evaluator before it gave already")
+                    raise UserError(
+                        f"{where} gives {name!r}, but an earlier evaluator already gives a value with this name"
+                    )
                 values[key] = _checked(f"{where}: {name!r}", value)
         return values
 
 
 def check_evaluators(config: TrainConfig) -> None:
-    """Raises UserError for an evaluator that cannot be found, and for an option that it does not take. None is called."""
+    """Raises UserError for an evaluator that cannot be found, and for an option that it does not have. No evaluator is called."""
     for number, row in enumerate(config.evaluators):
         _bind(row, number)
 
 
 def make_evaluators(context: Context) -> Evaluators:
-    """Makes each evaluator of ``train.evaluators``.
+    """Creates the evaluators of ``train.evaluators``.
 
-    Raises UserError as ``check_evaluators`` does, and where the user's own code fails; an OSError of it stays one. All name the evaluator.
+    Raises UserError as ``check_evaluators`` does, and if the user's own code fails; an OSError in it stays an OSError. All errors name the
+    evaluator.
     """
     return Evaluators([_make(row, number, context) for number, row in enumerate(context.config.train.evaluators)])
 
@@ -98,7 +101,7 @@ def _make(row: EvaluatorRow, number: int, context: Context) -> Any:
         return where, make(context)
     evaluate = _own(where, make)(context)
     if not callable(evaluate):
-        raise UserError(f"{where} made {type(evaluate).__name__}; expected a function of the parameters")
+        raise UserError(f"{where} returned {type(evaluate).__name__}; expected a function of the parameters")
     return where, _own(where, evaluate)
 
 
@@ -110,14 +113,14 @@ def _bind(row: EvaluatorRow, number: int) -> tuple[str, Callable[[Context], Any]
     needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is p.empty]
     if len(needed) != 1:
         raise UserError(
-            f"{where}: expected a function that takes a Context, and its options by keyword, found {signature}"
+            f"{where}: expected a function with one positional parameter (a Context) and keyword-only options, found {signature}"
         )
     named.check_options(where, signature, row.options)
     return where, functools.partial(make, **row.options)
 
 
 def _own(where: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function of the user's own, whose errors are one line that names it."""
+    """Wraps a function of the user's: its errors become one line that names the evaluator."""
 
     @functools.wraps(function, updated=("__dict__",) if hasattr(function, "__dict__") else ())
     def call(argument: Any) -> Any:
@@ -130,7 +133,7 @@ def _own(where: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _checked(where: str, value: Any) -> Any:
-    """A scalar as a float, or a picture as a NumPy array."""
+    """A scalar as a float, or an image as a NumPy array."""
     try:
         array = np.asarray(value)
         if array.shape == ():
@@ -138,5 +141,5 @@ def _checked(where: str, value: Any) -> Any:
     except (TypeError, ValueError):
         array = np.empty(1)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(f"{where} is {value!r:.100}; expected a number, or a picture as an (H, W, 3) uint8 array")
+        raise UserError(f"{where} is {value!r:.100}; expected a number, or an image as an (H, W, 3) uint8 array")
     return array

@@ -1,4 +1,4 @@
-"""Batches from the host to a mesh: which rows this process makes, and one global array of everybody's."""
+"""Puts batches onto a mesh: which rows each process makes, and how these become one global array."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from chatpose_jax.models.sharding import RULES, batch_sharding
 
 
 def row_shards(mesh: Mesh | None) -> int:
-    """Parts into which the mesh splits the rows of a batch."""
+    """Number of parts into which the mesh splits the rows of a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES.axes("batch", mesh))
 
 
 def local_rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> np.ndarray | None:
-    """The rows that the devices of this process need of a global batch, which is ``accumulate`` micro-batches of
-    ``batch_size`` after one another; None means all.
+    """The rows of a global batch that the devices of this process need; None means all. A global batch is ``accumulate`` consecutive micro-batches
+    of ``batch_size`` rows.
 
-    Raises UserError when a micro-batch cannot be split evenly.
+    Raises UserError if a micro-batch cannot be split evenly.
     """
     if mesh is None:
         return None
@@ -39,10 +39,10 @@ def local_rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> np.nd
 
 
 def put(batch: Mapping[str, Any], mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> dict[str, Any]:
-    """What a step takes: micro-batches on a leading axis where there are several, rows split over the mesh.
+    """The batch for a step: rows are sharded over the mesh, and several micro-batches get a leading axis.
 
-    batch: the ``local_rows`` of a global batch, in their order. Processes may hold any rows, in any number: devices that
-    stand side by side in a mesh need not belong to the same process.
+    batch: the ``local_rows`` of a global batch, in their order. A process may have any rows, because devices that are neighbours in a mesh
+    need not belong to the same process.
     """
     leading = int(accumulate > 1)
     local: dict[str, Any] = dict(batch)

@@ -1,4 +1,4 @@
-"""Rows that a run does not train on: a few of each kind, read once and kept as batches."""
+"""Held-out rows: a few of each kind, read once and kept as batches."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def held_out_rows(rows: Sequence[Example], count: int) -> tuple[dict[str, list[E
         if len(row.poses) and len(groups.setdefault(row.kind, {})) < count:
             groups[row.kind][index] = row
     if not groups:
-        raise UserError(f"no row with a pose among {read} of {len(rows)} held-out ones")
+        raise UserError(f"none of the {read} held-out rows that were read (of {len(rows)}) has a pose")
     return {kind: [group[index] for index in sorted(group)] for kind, group in groups.items()}, read
 
 
 def spread(size: int, count: int) -> list[int]:
-    """Up to ``count`` indices into ``size`` rows, evenly spaced and ordered so that the first ones of them are evenly spaced too."""
+    """Up to ``count`` evenly spaced indices into ``size`` rows, ordered so that the first ones are about evenly spaced too."""
     count = min(size, count)
     bits = max(count - 1, 0).bit_length()
     order = sorted(range(count), key=lambda place: int(f"{place:0{bits}b}"[::-1], 2))
@@ -49,7 +49,7 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def held_out_batches(context: Context, rows: Sequence[Example], size: int) -> list[dict[str, Any]]:
-    """All rows in batches of ``size`` (of fewer, where there are fewer and no mesh); on a mesh, this process's part of each."""
+    """All rows in batches of ``size`` (without a mesh, of at most as many as there are rows). On a mesh, this process's part of each batch."""
     config, mesh = context.config, context.mesh
     loader = BatchLoader(
         rows,

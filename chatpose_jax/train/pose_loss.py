@@ -1,7 +1,7 @@
-"""How far predicted poses are from their targets: the terms of ``train.pose_loss``.
+"""The terms of ``train.pose_loss``: distances between predicted poses and their targets.
 
-A term is a row of ``TERMS``: named parts, each an error of single numbers and what of it the target measured. The value of a part is the mean
-of what was measured, over all poses of the batch.
+A term is a row of ``TERMS`` with named parts. Each part has an array of errors, and a mask of the errors that count because the target measured
+them. The value of a part is the mean of these, over all poses of the batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from smpl_jax.rotations import geodesic_distance
 class LossPart(NamedTuple):
     """A named part of a term.
 
-    error: (predicted, target, body) -> (..., n), differentiable; finite wherever ``measured`` is false, too.
-    measured: (target, body) -> (..., n) bool, what of it counts.
+    error: (predicted, target, body) -> (..., n), differentiable. It must be finite even where ``measured`` is false.
+    measured: (target, body) -> (..., n) bool, the errors that count.
     """
 
     error: Callable[[Pose, Pose, Any], jax.Array]
@@ -52,7 +52,7 @@ def _joints(error: Callable[[Pose, Pose, Any], jax.Array], joints: slice) -> Los
 
 
 def _positions(predicted: Pose, target: Pose, body: BodyModel) -> jax.Array:
-    """(..., 23) metres from each joint but the root, at the origin in both, to where it should be."""
+    """(..., 23) distances in metres between predicted and true joints, relative to the root; all joints but the root."""
     predicted, target = (to_family(pose, "smpl") for pose in (predicted, target))  # betas of SMPL-X are dropped
     has, betas = _known_betas(target), target.betas
     ours = (
@@ -66,7 +66,7 @@ def _positions(predicted: Pose, target: Pose, body: BodyModel) -> jax.Array:
         return positions[..., 1:, :] - positions[..., :1, :]
 
     square = jnp.sum((place(predicted, ours) - place(target, betas)) ** 2, axis=-1)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)  # the root has no slope at 0
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)  # the square root has no gradient at 0
 
 
 def _placed(target: Pose, body: BodyModel) -> jax.Array:
@@ -79,7 +79,7 @@ def _shape_error(predicted: Pose, target: Pose, body: Any) -> jax.Array:
 
 
 def _as_many(betas: jax.Array, like: jax.Array) -> jax.Array:
-    """The first betas as many as there are in a batch; missing ones are 0."""
+    """Betas truncated or zero-padded to the number of those in ``like``."""
     betas = betas[..., : like.shape[-1]]
     return jnp.pad(betas, [(0, 0)] * (betas.ndim - 1) + [(0, like.shape[-1] - betas.shape[-1])])
 
@@ -98,12 +98,12 @@ def _has(name: str) -> Callable[[Pose, Any], jax.Array]:
 
 _ROOT, _BODY = slice(0, 1), slice(1, None)
 TERMS: dict[PoseTerm, dict[str, LossPart]] = {
-    # The paper's: mean |ΔR| over the entries of matrices, the root's and those of all other joints.
+    # The paper's: mean |ΔR| over the entries of rotation matrices, of the root and of the other joints.
     "matrices": {"pose_root": _joints(_entries, _ROOT), "pose_body": _joints(_entries, _BODY)},
     # The mean angle in radians.
     "geodesic": {"geodesic_root": _joints(_angles, _ROOT), "geodesic_body": _joints(_angles, _BODY)},
-    # The mean distance in metres between joints of SMPL's body, relative to the root, both with the target's betas, or each with its own
-    # where the target has some and the head gives some. Fingers, jaw and eyes do not count.
+    # The mean distance in metres between joints of SMPL's body, relative to the root. Both bodies have the target's betas; if the target has
+    # betas and the head predicts betas, each body has its own. Fingers, jaw and eyes do not count.
     "joints": {"joints": LossPart(_positions, _placed)},
     # Mean |Δβ|.
     "betas": {"betas": LossPart(_shape_error, _has("betas"))},
@@ -114,9 +114,9 @@ TERMS: dict[PoseTerm, dict[str, LossPart]] = {
         )
     },
 }
-"""Names of ``train.pose_loss`` and what they measure."""
+"""The terms of ``train.pose_loss`` by name."""
 _FIELDS = ("betas", "translation")
-"""Terms that need what not every head gives: the field of the same name."""
+"""Terms that need a field of the pose, of the same name, that not every head gives."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class PoseLoss:
 
     rows: tuple[tuple[PoseTerm, float], ...] = (("matrices", 1.0),)
     body: BodyModel | None = dataclasses.field(init=False, default=None)
-    """The joints of the embedded body, without its mesh, where a term needs them: about 1000 numbers."""
+    """The joints of the default body, without its mesh, if a term needs them: about 1000 numbers."""
 
     def __post_init__(self) -> None:
         if any(term == "joints" for term, _ in self.rows):
@@ -137,13 +137,13 @@ class PoseLoss:
     def __call__(
         self, predicted: Pose, target: Pose, mask: jax.Array, scale: dict[str, jax.Array] | None = None
     ) -> dict[str, jax.Array]:
-        """The parts of each term by name, times its weight; () float32 each, 0 where nothing was measured.
+        """The parts of each term by name, times the weight of the term. Each is () float32, and 0 if nothing was measured.
 
         Args:
             predicted, target: batch shape (B, P), one family and frame.
             mask: (B, P) True where there is a pose.
-            scale: ``scale`` of the whole batch, where this is a micro-batch of it. Then the mean of the results over micro-batches, each
-                weighing as many poses as it holds, is the result of the whole.
+            scale: ``scale`` of the whole batch, if this is a micro-batch of it. The mean of the results over micro-batches, weighted by their
+                numbers of poses, is then the result for the whole batch.
         """
         scale = self.scale(target, mask) if scale is None else scale
         weight = mask.reshape(-1).astype(jnp.float32) / jnp.maximum(mask.sum(), 1)
@@ -157,7 +157,7 @@ class PoseLoss:
         return values
 
     def scale(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
-        """For each part, all numbers over those measured, of the poses that exist: 1 where everything is measured, 0 where nothing is.
+        """For each part: number of all errors / number of measured ones, over the poses that exist. 1 if everything is measured, 0 if nothing is.
 
         target, mask: any batch shape (...).
         """
@@ -174,7 +174,7 @@ class PoseLoss:
 
 
 def demand_fields(rows: Sequence[tuple[PoseTerm, float]], head: HeadConfig) -> None:
-    """Raises UserError where a term needs what the head does not give, and where terms were chosen for a head whose own loss asks for none."""
+    """Raises UserError if a term needs a field that the head does not give, or if terms are set for a head whose own loss uses none."""
     made = abstract_head(head)
     given, asked = head_output(made), list[Pose]()
     for term, _ in rows:
@@ -190,6 +190,6 @@ def demand_fields(rows: Sequence[tuple[PoseTerm, float]], head: HeadConfig) -> N
     head_loss(made, distance)
     if not asked and tuple(rows) != PoseLoss().rows:
         raise UserError(
-            f"train.pose_loss: the pose head {head.name!r} trains on a loss of its own, which takes no terms; leave train.pose_loss as it is "
-            "by default"
+            f"train.pose_loss: the pose head {head.name!r} has its own loss, which uses no terms; leave train.pose_loss at its "
+            "default"
         )

@@ -1,4 +1,4 @@
-"""Configuration files: Python with ``get_config()``, overridden on the command line, turned once into typed frozen dataclasses."""
+"""Configuration files: Python files with ``get_config()``. Command-line overrides are applied, and the result becomes typed frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ROWS = {
     "train.trainable": ("(pattern, rate or None, decay, 'all' or 'pose' tokens), the last two optional", (2, 3, 4)),
     "train.pose_loss": ("(term, weight)", (2,)),
 }
-"""Settings that are tables: what a row is, and how long it may be."""
+"""Settings that are tables: a description of a row, and its allowed lengths."""
 NAMED = {"data.sources": SourceRow, "train.evaluators": EvaluatorRow}
-"""Tables whose rows name code that has options of its own: ``data.sources.NAME.OPTION`` is one of them."""
+"""Tables whose rows name code with options. ``data.sources.NAME.OPTION`` sets one option."""
 OPTIONAL = "model.lora"
 """The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that a training run is."""
+    """All settings of a training run."""
 
     model: ModelConfig
     data: DataConfig
@@ -41,7 +41,7 @@ class RunConfig:
 
 
 def run_config(model: str) -> Any:
-    """A ``ConfigDict`` with every setting at its default and the named model preset: what a file in ``configs/`` starts from."""
+    """A ``ConfigDict`` with the named model preset and every other setting at its default. Files in ``configs/`` start from it."""
     from ml_collections import ConfigDict
 
     table = {
@@ -73,7 +73,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(name) if name.endswith(".py") else _folder() / f"{name}.py"
     if not path.is_file():
         raise UserError(
-            f"no configuration {name!r}: expected {', '.join(config_names())}, or the path of a Python file with get_config()"
+            f"there is no configuration {name!r}: expected {', '.join(config_names())}, or the path of a Python file with get_config()"
         )
     spec = importlib.util.spec_from_file_location(f"chatpose_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -82,7 +82,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(
-                f"{path} has no function get_config(), which gives the configuration (docs/training.md shows one)"
+                f"{path} has no function get_config(), which must return the configuration (docs/training.md has an example)"
             )
         config = module.get_config()
     except UserError:
@@ -108,7 +108,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _complaint(config: Any) -> str:
-    """What is wrong with a configuration; nothing where it can be used."""
+    """The error message of an invalid configuration; empty if it is valid."""
     try:
         freeze(config)
     except UserError as error:
@@ -125,7 +125,7 @@ def _apply(config: Any, override: str) -> None:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if text.lstrip()[:1] in ("(", "[", "{"):
             raise UserError(
-                f"--set {override}: brackets, but no Python value; look for a missing comma or quote"
+                f"--set {override}: the value in brackets is not valid Python; look for a missing comma or quote"
             ) from None
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     table_name, _, name = key.partition(".")
@@ -134,7 +134,7 @@ def _apply(config: Any, override: str) -> None:
     for rows in NAMED:
         if key.startswith(f"{rows}."):
             key, value = rows, _with_option(config, rows, key, value)
-    if key in NAMED and isinstance(value, str):  # a name alone
+    if key in NAMED and isinstance(value, str):  # a single name
         value = [[value]]
     *parents, name = key.split(".")
     table = config
@@ -148,7 +148,7 @@ def _apply(config: Any, override: str) -> None:
             f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them"
             + (", or none to leave it out" if key == OPTIONAL else "")
         )
-    if isinstance(table[name], str) and value is None:  # a setting whose choices have one that is called "none"
+    if isinstance(table[name], str) and value is None:  # the setting has a choice named "none"
         value = text
     try:
         table[name] = value
@@ -159,7 +159,7 @@ def _apply(config: Any, override: str) -> None:
 
 
 def _with_option(config: Any, where: str, key: str, value: Any) -> list[list[Any]]:
-    """The rows of a table of ``NAMED`` with one option of one of them set, by ``TABLE.NAME.OPTION``."""
+    """The rows of a table in ``NAMED`` with one option changed, for ``--set TABLE.NAME.OPTION=VALUE``."""
     table, _, setting = where.partition(".")
     rows = named.rows(where, config[table][setting], NAMED[where])
     name, _, option = key.removeprefix(f"{where}.").rpartition(".")
@@ -179,7 +179,7 @@ def _with_option(config: Any, where: str, key: str, value: Any) -> list[list[Any
 
 
 def _plain(value: Any) -> Any:
-    """As one would write it: named tuples without their names."""
+    """The value in its written form: named tuples as plain tuples."""
     return (
         type(value)(map(tuple, value))
         if value and isinstance(value, list | tuple) and isinstance(value[0], Rule)
@@ -195,7 +195,7 @@ def _keys(config: Any, prefix: str = "") -> Iterable[str]:
 
 
 def freeze(config: Any) -> RunConfig:
-    """``ConfigDict`` -> dataclasses; raises UserError that names a wrong setting."""
+    """``ConfigDict`` -> dataclasses. Raises a UserError that names an invalid setting."""
     table = config.to_dict()
     if unknown := sorted(set(table) - {"model", "data", "train"}):
         near = did_you_mean(unknown[0], ("model", "data", "train")) or "; the tables are model, data, train"
@@ -218,7 +218,7 @@ def freeze(config: Any) -> RunConfig:
 
 
 def _rows(table: Mapping[str, Any], key: str) -> tuple[tuple[Any, ...], ...]:
-    """The rows of a setting that is a table of them, taken out of ``table``; raises UserError for what is no row."""
+    """Removes the rows of a table setting from ``table`` and returns them. Raises UserError for anything that is not a row."""
     words, sizes = ROWS[key]
     part, _, name = key.partition(".")
     rows = table[part].pop(name, None)

@@ -1,4 +1,4 @@
-"""Where a run starts: the towers, the processor and the parameters of a model folder, or fresh ones."""
+"""The start of a run: model settings, processor and parameters, from a model folder or fresh."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatpose_jax.weights.arrays import read_metadata
 
 
 def adopt(config: RunConfig, init: Path) -> RunConfig:
-    """The configuration with the towers and token ids of the model that it starts from; in int8 where either is."""
+    """The configuration with the architecture and token ids of the model that it starts from. It uses int8 if either of the two does."""
     base = model_folder.read_config(init)
     keep = config.model
     changes = {
@@ -36,13 +36,13 @@ def adopt(config: RunConfig, init: Path) -> RunConfig:
 
 
 def make_processor(config: RunConfig, init: Path | None) -> Processor:
-    """The processor of the model started from, or the embedded one of ``tiny``."""
+    """The processor of the model that the run starts from, or that of ``tiny``, which comes with the package."""
     if init is not None:
         return Processor.load(init / model_folder.TOKENIZER, config.model)
     if config.model.text.vocab_size != preset("tiny").text.vocab_size:
         raise UserError(
             "this configuration needs weights to start from: give --init FOLDER, made by 'chatpose convert' from LLaVA-1.5; "
-            "only the preset tiny trains from nothing"
+            "only the preset tiny trains from scratch"
         )
     return tiny_processor(config.model, config.data.template)
 
@@ -50,10 +50,10 @@ def make_processor(config: RunConfig, init: Path | None) -> Processor:
 def initial_params(
     config: RunConfig, init: Path | None, mesh: Mesh | None = None, say: Callable[[str], None] = hosts.say
 ) -> Params:
-    """Fresh parameters, or those of ``init`` with fresh adapters and head where it has none; made or read onto the mesh, and then
-    quantised where the configuration asks for it and ``init`` is not. ``say`` is told where they come from.
+    """Fresh parameters, or those of ``init``, with fresh adapters and pose head if it has none. They are made or read onto the mesh, and then
+    quantised if the configuration needs int8 and ``init`` is not int8. ``say`` reports where they come from.
 
-    Raises UserError when the folder holds adapters that this configuration has no place for, or parts do not fit.
+    Raises UserError if the folder has adapters that this configuration does not have, or if shapes differ.
     """
     key = jax.random.key(config.train.seed)
     if init is None:
@@ -63,8 +63,8 @@ def initial_params(
     wanted, held = flatten(abstract_params(model)), read_metadata(init / model_folder.PARAMS)
     if lost := sorted(path for path in set(held) - set(wanted) if not path.startswith("pose_head/")):
         raise UserError(
-            f"{init} holds {lost[0]} ({len(lost)} such arrays), which this configuration would drop: "
-            "set model.lora as the folder has it"
+            f"{init} contains {lost[0]} ({len(lost)} such arrays), which this configuration would drop: "
+            "set model.lora to that of the folder"
         )
     other_head = model.head != base.head
     fresh = sorted(path for path in wanted if path not in held or (other_head and path.startswith("pose_head/")))
@@ -85,14 +85,14 @@ def initial_params(
     say(f"starting from {init}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     if other_head and any(path.startswith("pose_head/") for path in held):
         say(
-            f"its pose head, {base.head}, is left behind for {model.head}: set model.head as the folder has it to go on from it"
+            f"its pose head, {base.head}, is replaced by a fresh {model.head}: to keep it, set model.head to that of the folder"
         )
     whole = {path: made[path] if path in made else loaded.pop(path) for path in wanted}
     return unflatten(whole if config.model == model else to_int8(whole, config.model, mesh))
 
 
 def to_int8(flat: Flat, model: ModelConfig, mesh: Mesh | None) -> Flat:
-    """Arrays by path with the kernels that ``model`` keeps in int8 quantised where they lie, one after the other; empties ``flat``."""
+    """Quantises the kernels that are int8 in ``model``, one after the other, on their devices. Empties ``flat``."""
     wanted = flatten(abstract_params(model))
     for path in [path for path, leaf in wanted.items() if leaf.dtype == np.int8]:
         pair = {name: wanted[name] for name in (path, f"{path}_scale")}

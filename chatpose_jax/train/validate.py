@@ -34,8 +34,8 @@ def validation(
 ) -> Validation:
     """Losses and pose errors on held-out rows.
 
-    split: where the rows come from. rows: how many of each kind, each with a pose. batch_size: rows of a batch, rounded up to what the mesh
-    splits evenly. pictures: rows of each kind whose true and predicted bodies are drawn at every validation.
+    split: the split of the rows. rows: number of rows of each kind, each with a pose. batch_size: rows of a batch, rounded up so that the mesh
+    splits them evenly. pictures: number of rows of each kind for which the true and the predicted body are drawn.
     """
     for name, value, least in (("rows", rows, 1), ("batch_size", batch_size, 1), ("pictures", pictures, 0)):
         whole(f"the option {name} of the evaluator validation", value, least)
@@ -52,11 +52,11 @@ def validation(
 
 
 class Validation:
-    """A function of the parameters, which every process calls.
+    """A function of the parameters. Every process calls it.
 
-    It gives, for each name of a group of batches, ``{name}_…``: each part of the loss; ``mpjpe`` and ``pa_mpjpe`` in mm, of the first pose of
-    each row; and on process 0, where ``pictures`` asks for them, the picture ``{name}_poses`` (H, W, 3) uint8. A head that draws poses draws from
-    the same key every time.
+    For each named group of batches it returns ``{name}_…``: each part of the loss; ``mpjpe`` and ``pa_mpjpe`` in mm, of the first pose of each
+    row; and, in process 0 if ``pictures`` > 0, the drawing ``{name}_poses`` (H, W, 3) uint8. A head that draws samples uses the same key every
+    time.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Validation:
         rows: int = 0,
         pictures: int = 0,
     ) -> None:
-        """batches: for each name (such as "text", "image") some batches; on a mesh, this process's rows of them.
+        """batches: a list of batches for each name (such as "text", "image"); on a mesh, this process's rows of them.
 
-        mesh: where the parameters lie. rows: of a whole batch, on a mesh. pictures: rows of each name whose true and predicted bodies are drawn
-        side by side.
+        mesh: the mesh of the parameters. rows: number of rows of a global batch, on a mesh. pictures: number of rows of each name for which the
+        true and the predicted body are drawn side by side.
         """
         distance = PoseLoss(config.pose_loss)
         self._batches, self._body, self._mesh, self._rows, self._pictures = batches, body, mesh, rows, pictures
@@ -97,7 +97,7 @@ class Validation:
                 matrices = jnp.stack([to_family(pose, "smpl").rotations for pose in (predicted, target)])
             return parts, (errors, matrices, batch["pose_mask"][:, 0])
 
-        # Every process reads all results, so each holds them whole.
+        # Every process reads all results, so they are replicated.
         self._run = jax.jit(run, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
         params = abstract_params(model_config)
         self.names = [
@@ -107,7 +107,7 @@ class Validation:
         ]
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Scalars and pictures by name."""
+        """Scalars and drawings by name."""
         values: dict[str, Any] = {}
         for name, group in self._batches.items():
             parts: collections.defaultdict[str, list[float]] = collections.defaultdict(list)
@@ -136,7 +136,7 @@ def _scalars(results: Any) -> list[str]:
 
 
 def side_by_side(body: BodyModel, poses: np.ndarray) -> np.ndarray:
-    """(N, 2, 24, 3, 3) predicted and true poses -> a sheet (H, W, 3) uint8, the true one left of the predicted."""
+    """(N, 2, 24, 3, 3) predicted and true poses -> a sheet (H, W, 3) uint8, with the true body on the left."""
     panels = [
         render.render_body(body, pose, size=PICTURE_SIZE, supersample=1, frame="camera")
         for pair in poses

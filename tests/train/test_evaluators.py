@@ -52,7 +52,7 @@ def test_values_of_all_rows_stand_side_by_side(own):
         (("validation", {"split": "vla"}), "the option split: expected 'train' or 'val' or 'test', found 'vla'"),
         (("no_such_module:knees",), "cannot be imported: No module named 'no_such_module'"),
         ((f"{OWN}:nothing",), "has no function or class 'nothing'"),
-        ((f"{OWN}:of_two",), "expected a function that takes a Context"),
+        ((f"{OWN}:of_two",), "expected a function with one positional parameter"),
     ],
 )
 def test_a_wrong_row_is_refused_before_anything_is_made(own, row, words):
@@ -66,12 +66,12 @@ def test_a_wrong_row_is_refused_before_anything_is_made(own, row, words):
     ("make", "words"),
     [
         (lambda context: {}["rows"], "KeyError: 'rows'"),
-        (lambda context: None, "made NoneType; expected a function of the parameters"),
+        (lambda context: None, "returned NoneType; expected a function of the parameters"),
         (lambda context: lambda params: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda context: lambda params: 3, "gave int; expected a mapping of names to values"),
         (lambda context: lambda params: {"x": "three"}, "'x' is 'three'; expected a number, or a picture"),
         (lambda context: lambda params: {"x": np.zeros(3)}, "expected a number, or a picture"),
-        (lambda context: lambda params: {"twice": 2}, "gives 'twice', which an evaluator before it gave already"),
+        (lambda context: lambda params: {"twice": 2}, "gives 'twice', but an earlier evaluator already gives a value"),
     ],
 )
 def test_an_error_of_ones_own_names_the_evaluator(own, make, words):

@@ -154,7 +154,9 @@ def test_terms_that_the_head_cannot_have_are_refused_before_anything_is_read() -
 
 @pytest.mark.parametrize("name", ["flow", "gaussian"])
 def test_terms_that_a_head_would_not_follow_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"train.pose_loss: the pose head '{name}' trains on a loss of its own"):
+    with pytest.raises(
+        UserError, match=f"train.pose_loss: the pose head '{name}' has its own loss, which uses no terms"
+    ):
         demand_fields((("geodesic", 1.0),), HeadConfig(name))
     demand_fields(TrainConfig().pose_loss, HeadConfig(name))
 

@@ -222,7 +222,9 @@ def test_a_best_result_that_nothing_measured_is_not_passed_over(tmp_path, params
     train(CONFIG, settings, params(), Batches(), tmp_path / "none", progress=False)
     assert capsys.readouterr().out.count("no validation to choose by (train.eval_every=0)") == 1
     settings = dataclasses.replace(SETTINGS, steps=2, eval_every=2, result="best", best="mpjre")
-    told = r"train.best='mpjre': no evaluator gives it; did you mean mpjpe\?; they give mpjpe; '' keeps no best checkpoint"
+    told = (
+        r"train.best='mpjre': no evaluator gives it; did you mean mpjpe\?; they give mpjpe; '' keeps no best checkpoint"
+    )
     with pytest.raises(UserError, match=told):
         train(
             CONFIG, settings, params(), Batches(), tmp_path, evaluate=lambda _: {"val_text_mpjpe": 1.0}, progress=False
