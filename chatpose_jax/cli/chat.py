@@ -17,8 +17,8 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import load_image
 
 HELP = """Type a question. Commands:
-  /image FILE   show a picture with the next question
-  /pose         ask for a pose even if the model offers none, with the next question
+  /image FILE   show an image with the next question
+  /pose         add a pose to the next answer even if the model gives none
   /save FOLDER  write the poses of the last answer as PNG, GLB, OBJ and npz
   /reset        start over
   /quit         leave (also Ctrl-D)"""
@@ -29,27 +29,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder, or the folder of a training or demo")
     parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
     parser.add_argument(
-        "--image", action="append", default=[], help="picture file shown with the first prompt; may be repeated"
+        "--image", action="append", default=[], help="image file to show with the first prompt; may be repeated"
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="write reply.jsonl (what --json prints) and each pose as PNG, GLB, OBJ and npz into this folder; it must hold no answer yet",
+        help="write reply.jsonl (what --json prints) and each pose as PNG, GLB, OBJ and npz to this folder, which must not contain an answer yet",
     )
     parser.add_argument("--json", action="store_true", help="print the answers to --prompt as JSON, one object a turn")
-    parser.add_argument("--force-pose", action="store_true", help="end an answer that offers no pose with one")
+    parser.add_argument(
+        "--force-pose", action="store_true", help="add a pose at the end of an answer that contains none"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of sampled text, and of what a pose head draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampled text and of sampled poses")
     parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="poses for each pose token, of a head that draws"
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="samples of each pose; more than 1 needs a head that draws samples",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the folder says")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the folder")
     parser.add_argument(
         "--head",
         metavar="MODULE:CLASS",
-        help="the model's pose head, where it is of a package of your own: a folder by itself makes nothing be imported",
+        help="the model's pose head, if it is from a package of your own: a folder alone never imports code",
     )
     parser.add_argument(
         "--body",
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         save_replies(list(zip(args.prompt, replies)), args.out)
         print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
         if not any(reply.poses for reply in replies):
-            print("no pose in the answer, so no picture or mesh: --force-pose ends it with one", file=sys.stderr)
+            print("no pose in the answer, so no drawing or mesh: --force-pose adds one", file=sys.stderr)
     elif not args.json and (count := sum(len(reply.poses) for reply in replies)):
         print(f"[{count} pose{'s' if count > 1 else ''}: --out FOLDER writes PNG, GLB, OBJ and npz]", file=sys.stderr)
     return 0

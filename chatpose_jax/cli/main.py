@@ -20,8 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
     "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),
-    "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or the adapters alone"),
-    "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights holds"),
+    "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or only the adapters"),
+    "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights contains"),
     "verify": ("chatpose_jax.cli.verify", "run converted weights and their PyTorch source side by side, and compare"),
     "plan": ("chatpose_jax.cli.plan", "will a training or decoding step fit a machine, and how fast could it be"),
     "render": ("chatpose_jax.cli.render", "draw a pose file, or export it as OBJ, GLB or npz"),
@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """One that meets an unknown flag with the usage of the command it was meant for, and with the nearest flag."""
+    """A parser that answers an unknown flag with the usage of its command and a similar flag."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
         words = list(sys.argv[1:] if args is None else args)
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             flag, options = word.split("=", 1)[0], self._option_string_actions
             if word == "--" or (self._subparsers and not word.startswith("-")):
-                break  # what follows is no flag, or a command's
+                break  # the rest contains no flags, or belongs to a command
             if word.startswith("-") and " " not in flag and not _is_number(word):
                 begins = flag.startswith("--") and any(option.startswith(flag) for option in options)
                 if word != "-" and flag not in options and not begins:
@@ -58,10 +58,9 @@ def _is_number(word: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted; training that can
-    go on has others, see ``cli.train``."""
+    """Runs one command. Exit status: 0 done, 2 bad input, 130 interrupted. Training that can be resumed has others, see ``cli.train``."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # "no GPU found" is no news
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # hides "no GPU found"
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="chatpose", description="Language models that understand 3D human pose, in JAX.")
     parser.add_argument("--version", action="version", version=f"chatpose-jax {__version__}")
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for name, (module, about) in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=about)
-        if name == asked:  # the others stay unread: `chatpose --help` starts at once
+        if name == asked:  # other commands are not imported, so that `chatpose --help` starts quickly
             command = importlib.import_module(module)
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)

@@ -1,4 +1,4 @@
-"""``chatpose plan``: will a step fit a machine, and how fast could it be? Compiled here for machines that are elsewhere."""
+"""``chatpose plan``: does a step fit a machine, and how fast could it be? It is compiled here; the machine need not be present."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, help="rows of a step, by default the configuration's; with --decode, conversations (1)"
     )
-    parser.add_argument("--length", type=int, help="tokens of a row, pictures included; by default train.max_length")
+    parser.add_argument("--length", type=int, help="tokens of a row, including images; by default train.max_length")
     parser.add_argument(
         "--mesh",
-        help="DATAxFSDPxTENSOR, such as 1x8x1; by default train.mesh where set and fitting, else what suits the target",
+        help="DATAxFSDPxTENSOR, such as 1x8x1; by default train.mesh if it is set and fits, else a mesh that suits the target",
     )
     parser.add_argument("--decode", action="store_true", help="one step of decoding instead of a training step")
     parser.add_argument(
         "--effort",
         type=float,
-        help="of a TPU's compiler for a fast program, -1 to 0 (a run's); less takes less time here, the default is -1; "
-        "newer compilers take levels only, and the plan says which was used",
+        help="how hard a TPU's compiler optimises: from -1 (the default, compiles fastest) to 0 (as in a run); "
+        "newer compilers know only levels, and the plan says which was used",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def fitting(mesh: MeshConfig, chips: int) -> tuple[int, int, int] | None:
-    """(data, fsdp, tensor) of a run's mesh over so many chips; None where it takes another number."""
+    """(data, fsdp, tensor) of a run's mesh on this number of chips; None if the mesh needs another number."""
     given = math.prod(size for size in dataclasses.astuple(mesh) if size != -1)
     data, fsdp, tensor = (chips // given if size == -1 else size for size in dataclasses.astuple(mesh))
     return (data, fsdp, tensor) if data * fsdp * tensor == chips else None

@@ -11,8 +11,8 @@ from chatpose_jax.weights.spec import SourceSpec
 
 
 def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True) -> None:
-    """Adds them. planned: with those of a plan, which ``verify`` needs none of: the tokenizer, and what is started at random."""
-    group = parser.add_argument_group("parts that stand elsewhere")
+    """Adds the options. planned: include the options of a conversion plan (the tokenizer, and parts to initialise), unused by ``verify``."""
+    group = parser.add_argument_group("parts in other folders")
     group.add_argument(
         "--vision",
         metavar="FOLDER",
@@ -21,7 +21,7 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
     group.add_argument(
         "--projector",
         metavar="FILE",
-        help="mm_projector.bin or .safetensors, or the folder that holds it; found by itself beside the weights",
+        help="mm_projector.bin or .safetensors, or its folder; found automatically beside the weights",
     )
     group.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter over these weights; it stays an adapter")
     group.add_argument(
@@ -31,17 +31,19 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
         help="of adapters without an adapter_config.json, as DeepSpeed leaves them",
     )
     group.add_argument(
-        "--layout", choices=FAMILIES, help="how the weights are named; default: recognised by what is in the folder"
+        "--layout",
+        choices=FAMILIES,
+        help="the layout of the weights; default: recognised by the contents of the folder",
     )
     group.add_argument(
         "--head",
         metavar="MODULE:CLASS",
-        help="the pose head, where it is of a package of your own: files by themselves make nothing be imported",
+        help="the pose head, if it is from a package of your own: files alone never import code",
     )
     group.add_argument(
         "--image-fit",
         choices=FITS,
-        help="how pictures become squares: crop takes the middle, pad keeps all and fills up; default: as the source says",
+        help="how images become squares: crop takes the centre, pad adds a border; default: the setting of the source",
     )
     if planned:
         group.add_argument(
@@ -53,7 +55,7 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
             default=[],
             choices=("vision", "projector"),
             metavar="PART",
-            help="start vision or projector at random where no source has it, to be trained; may be repeated",
+            help="initialise vision or projector at random if no source has it, for training; may be repeated",
         )
 
 

@@ -1,4 +1,4 @@
-"""A body drawn with characters, so that an answer can be looked at where it was asked for."""
+"""Draws a body with characters, so that the terminal can show the pose of an answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smpl_jax.pose import for_body
 from smpl_jax.posed import PosedBody
 
 WIDTH, ROWS = 36, 20
-"""Of one view: columns, and lines of two pixels each."""
+"""Size of one view: columns, and lines of two pixels each."""
 _FINE = 4  # samples along each axis of a pixel
 _KEY = np.array([255, 0, 255], np.uint8)  # no part of a body has this colour
 
@@ -24,9 +24,9 @@ def can_draw(stream: TextIO) -> bool:
 
 
 def drawing(pose: PosedBody, columns: int | None = None, colours: bool | None = None) -> str:
-    """A pose as lines of half blocks: seen by the camera and, where ``columns`` are enough, from three quarters; "" where they are too few.
+    """A pose as lines of half blocks: as the camera sees it and, if there are enough ``columns``, at an angle of three quarters. "" if too few.
 
-    columns: of the terminal, by default as it says. colours: of 256; by default unless the user set NO_COLOR.
+    columns: width of the terminal, by default the real one. colours: use 256 colours; by default True unless NO_COLOR is set.
     """
     from smpl_jax.render import render_body
 

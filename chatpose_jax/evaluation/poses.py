@@ -1,4 +1,4 @@
-"""How near the poses of answers come: MPJPE, PA-MPJPE and MPJRE on a split, beside the mean pose."""
+"""Errors of the poses in generated answers: MPJPE, PA-MPJPE and MPJRE on a split, beside the mean pose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smpl_jax.pose import Pose, known, stack
 def pose_errors(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, float]:
     """Mean errors of poses of batch shape (N,), both at β = 0 (protocol C of the follow-up literature: the body's own 24 joints).
 
-    Returns the means of ``smpl_jax.metrics.pose_metrics`` over the poses of which something was measured: ``mpjpe`` and ``pa_mpjpe`` in mm,
+    Returns the means of ``smpl_jax.metrics.pose_metrics`` over the poses with measured joints: ``mpjpe`` and ``pa_mpjpe`` in mm,
     ``mpjre`` (100 · mean |ΔR| entry over the body joints), ``geodesic_degrees`` over the body joints.
     """
     errors = jax.jit(pose_metrics)(predicted, target, body)
@@ -27,8 +27,8 @@ def pose_errors(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, flo
 
 
 def mean_pose(poses: Pose) -> Pose:
-    """Of a batch (N,), for each joint the rotation nearest to the mean matrix of those measured (Moakher 2002, the projected arithmetic
-    mean); where none was, the identity.
+    """The mean of a batch (N,): for each joint, the rotation nearest to the mean matrix over the measured ones (Moakher 2002, the projected
+    arithmetic mean); the identity if there are none.
     """
     rotations = np.asarray(poses.rotations, np.float64)
     u, _, vt = np.linalg.svd(np.where(known(poses)[..., None, None], rotations, 0).mean(axis=0))
@@ -50,9 +50,9 @@ def answer_poses(
     max_new_tokens: int = 32,
     label: str | None = None,
 ) -> tuple[list[Reply], float]:
-    """Chat about each list of messages; answers with a pose, and the share that offered one unasked.
+    """Answers each list of messages. Returns answers that all have a pose, and the fraction that had one without ``force_pose``.
 
-    An answer without a pose is asked again with ``force_pose``, so every question counts.
+    A question whose answer has no pose is asked again with ``force_pose``, so that every question counts.
     """
     answers: list[Reply] = []
     offered = 0
@@ -79,10 +79,10 @@ def evaluate_chat(
     batch_size: int = 32,
     label: str | None = None,
 ) -> dict[str, float]:
-    """Errors of real answers, and of one pose, ``baseline``, given as the answer to everything, with their ratios.
+    """Errors of generated answers, errors of the constant answer ``baseline``, and their ratios.
 
-    Returns ``pose_errors`` of the first pose of each answer to the first question, the same with prefix ``baseline_``, ``ratio_…`` of both,
-    ``pose_rate`` and ``count``.
+    Returns ``pose_errors`` for the first pose of each answer to the first question; the same for ``baseline`` with the prefix ``baseline_``; the
+    ratios of the two with the prefix ``ratio_``; ``pose_rate`` and ``count``.
     """
     questions = [first_question(example) for example in examples]
     answers, rate = answer_poses(model, questions, batch_size=batch_size, label=label)
@@ -98,10 +98,10 @@ def evaluate_follow_ups(
     batch_size: int = 32,
     label: str | None = None,
 ) -> dict[str, float]:
-    """Errors of the second of two answers with a pose each, its own first answer being what the model is asked to change.
+    """Errors of the second answer in conversations of two turns: the model is asked to change the pose of its own first answer.
 
-    Returns what ``evaluate_chat`` returns, of the second pose; and with prefix ``kept_`` the errors of its first answer given once more, which a
-    model that understands the change must beat.
+    Returns the same values as ``evaluate_chat``, for the second pose. With the prefix ``kept_`` it also returns the errors of repeating the first
+    answer; a model that understands the change must be better than this.
     """
     questions = [first_question(example) for example in examples]
     first, _ = answer_poses(model, questions, batch_size=batch_size)

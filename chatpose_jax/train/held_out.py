@@ -15,16 +15,16 @@ from chatpose_jax.train import feed
 from chatpose_jax.train.evaluators import Context
 
 READ = 1024
-"""Rows that are read at most, unless many are wanted: then eight times as many as wanted."""
+"""The largest number of rows that are read; for large ``count``, it is eight times ``count``."""
 
 
 def held_out_rows(rows: Sequence[Example], count: int) -> tuple[dict[str, list[Example]], int]:
     """Up to ``count`` rows with a pose of each kind, in their order, and how many rows were read for them.
 
-    At most ``READ`` or ``8 * count`` rows are read, evenly from all over the set, and coarsely before finely. Reading stops as soon as there are
-    ``count`` of each kind that was seen, but not before ``2 * count`` rows: until then another kind may come.
+    At most ``max(READ, 8 * count)`` rows are read. They are spread evenly over the set, first far apart and then closer together. Reading stops
+    when there are ``count`` rows of each kind seen so far, but not before ``2 * count`` rows, because another kind may still come.
 
-    Raises UserError where no row has a pose.
+    Raises UserError if no row has a pose.
     """
     groups: dict[str, dict[int, Example]] = {}
     read = 0

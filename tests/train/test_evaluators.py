@@ -69,8 +69,8 @@ def test_a_wrong_row_is_refused_before_anything_is_made(own, row, words):
         (lambda context: None, "returned NoneType; expected a function of the parameters"),
         (lambda context: lambda params: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda context: lambda params: 3, "gave int; expected a mapping of names to values"),
-        (lambda context: lambda params: {"x": "three"}, "'x' is 'three'; expected a number, or a picture"),
-        (lambda context: lambda params: {"x": np.zeros(3)}, "expected a number, or a picture"),
+        (lambda context: lambda params: {"x": "three"}, "'x' is 'three'; expected a number, or an image"),
+        (lambda context: lambda params: {"x": np.zeros(3)}, "expected a number, or an image"),
         (lambda context: lambda params: {"twice": 2}, "gives 'twice', but an earlier evaluator already gives a value"),
     ],
 )

@@ -220,7 +220,7 @@ def test_pictures_and_the_best_are_kept(tmp_path, params):
 def test_a_best_result_that_nothing_measured_is_not_passed_over(tmp_path, params, capsys):
     settings = dataclasses.replace(SETTINGS, steps=1, eval_every=0, result="best")
     train(CONFIG, settings, params(), Batches(), tmp_path / "none", progress=False)
-    assert capsys.readouterr().out.count("no validation to choose by (train.eval_every=0)") == 1
+    assert capsys.readouterr().out.count("needs validation, but train.eval_every=0") == 1
     settings = dataclasses.replace(SETTINGS, steps=2, eval_every=2, result="best", best="mpjre")
     told = (
         r"train.best='mpjre': no evaluator gives it; did you mean mpjpe\?; they give mpjpe; '' keeps no best checkpoint"
