@@ -25,6 +25,7 @@ from tqdm import tqdm
 from chatpose_jax.data.example import Kind
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.heads import RESERVED
 from chatpose_jax.settings import did_you_mean
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train import trainable as table
@@ -373,7 +374,8 @@ class _Loop:
         self._tell(step, {**scalars, **speed}, stop, chart=chart)
         check_skipped(scalars, step, self.config.max_skipped, self.checkpoints.latest())
         if chart:
-            shown = {name: f"{scalars[name]:.3f}" for name in ("text", "pose_body", "pose_root") if name in scalars}
+            parts = [name for name in metrics if name not in RESERVED]  # of the pose head's loss
+            shown = {name: f"{scalars[name]:.3f}" for name in ("text", *parts)}
             shown |= {name: f"{speed[name]:.1%}" for name in ("mfu", "mfu_6n") if name in speed}
             if scalars["skipped"]:
                 shown["skipped"] = f"{scalars['skipped']}"

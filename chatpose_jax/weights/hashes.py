@@ -56,7 +56,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
         digests = {}
         for file in files:
             digest = hashlib.sha256()
-            with file.open("rb", buffering=0) as opened:
+            with file.open("rb") as opened:
                 for start in range(0, file.stat().st_size, _PIECE):
                     self._wait((str(file), start + _PIECE))
                     if self.ended:

@@ -66,7 +66,7 @@ def retarget(clip: Clip, body: BodyModel | None = None) -> Pose:
     """
     rest_body, order = _body_joints(body)
     joints, spine = _joints(clip)
-    basis = _basis(clip, joints, spine)
+    basis = _basis(clip, joints)
     world = basis @ clip.world @ basis.T
     rest = clip.rest @ basis.T
     frames = len(clip)
@@ -191,7 +191,7 @@ def _trunk(clip: Clip, joints: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def _basis(clip: Clip, joints: Mapping[str, int], spine: Mapping[str, int]) -> NDArray[np.float64]:
+def _basis(clip: Clip, joints: Mapping[str, int]) -> NDArray[np.float64]:
     """(3, 3) from the file's axes to SMPL's (x left, y up, z forward), told from the skeleton at rest."""
 
     def nearest(vector: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
