@@ -1,7 +1,7 @@
-"""One pose: what goes from a data row to a loss, from a head to a reply, from a fit to a file.
+"""``Pose``, the class of body poses for data rows, losses, pose heads, replies and files.
 
-The functions here take and give poses of any batch shape. They compute with NumPy where a pose holds NumPy's arrays, and with JAX,
-under ``jit`` too, where it holds JAX's.
+The functions take and return poses of any batch shape. For poses of NumPy arrays they compute with NumPy; for poses of JAX arrays with JAX, also
+under ``jit``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from smpl_jax.printing import one_line
 Family = Literal["shared", "smpl", "smplh", "smplx"]
 
 PARTS = {"body": 22, "rigid hands": 2, "jaw and eyes": 3, "fingers": 30}
-"""Joints by the part of the body that they move. "body" is what all families share, the root first; "fingers" are the left hand's, then
-the right hand's."""
+"""Number of joints of each part. "body" is shared by all families, with the root first. "fingers" are those of the left hand, then those of the
+right hand."""
 FAMILIES: dict[Family, tuple[str, ...]] = {
     "shared": ("body",),
     "smpl": ("body", "rigid hands"),
     "smplh": ("body", "fingers"),
     "smplx": ("body", "jaw and eyes", "fingers"),
 }
-"""Parts of a pose by body family, in the order of the joints."""
+"""The parts of each family, in the order of the joints."""
 JOINTS: dict[Family, int] = {name: sum(PARTS[part] for part in parts) for name, parts in FAMILIES.items()}
-"""Rotations of a pose by body family: 22, 24, 52 and 55."""
+"""Number of joints of each family: 22, 24, 52 and 55."""
 SHARED = PARTS["body"]
 HANDS = PARTS["fingers"]
 _SHAPE_SPACES: dict[Family, str] = {"smpl": "SMPL", "smplh": "SMPL", "smplx": "SMPL-X"}  # SMPL-H has SMPL's betas
@@ -47,19 +47,19 @@ _SHAPE_SPACES: dict[Family, str] = {"smpl": "SMPL", "smplh": "SMPL", "smplx": "S
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pose:
-    """Poses of one body family in one frame, in any batch shape (...). A pytree of arrays, NumPy's or JAX's; the frame is static.
+    """Poses of one body family in one frame, with any batch shape (...). A pytree of NumPy or JAX arrays; the frame is static.
 
-    The constructor checks nothing, since JAX calls it with other things than arrays; ``check`` does.
+    The constructor checks nothing, because JAX also calls it with values that are not arrays. Use ``check``.
 
     rotations: (..., J, 3, 3), relative to the parents, joint 0 the global orientation in ``frame``; J is one of ``JOINTS``.
     frame: "camera" (x right, y down, z away), "model" (y up) or "z-up"; see ``smpl_jax.frames``.
-    betas: (..., n) shape coefficients, or None where nothing is known of the shape. They belong to the body file that they were made
-        with: the same numbers mean another shape for SMPL-X, and for the body of this package.
-    translation: (..., 3) metres in ``frame``, or None. As in SMPL it is added to the body after its root was turned about the pelvis.
-    measured: (..., J) bool, the joints that were measured or estimated; the others are filled in and count in no loss or metric. None
+    betas: (..., n) shape coefficients, or None if the shape is unknown. They belong to the body file that they were fitted with: the same
+        numbers mean another shape for SMPL-X, and for the default body of this package.
+    translation: (..., 3) metres in ``frame``, or None. As in SMPL, it is added after the root rotation about the pelvis.
+    measured: (..., J) bool, the joints that were measured or estimated. The others have filled-in values and count in no loss or metric. None
         means all.
-    has_betas, has_translation: (...) bool, which poses of a batch have betas or a translation at all, the others being filled with
-        zeros. None means all, where the field itself is there.
+    has_betas, has_translation: (...) bool, which poses of a batch have betas or a translation; the others have zeros there. None means all,
+        if the field itself is not None.
     """
 
     rotations: Any
@@ -84,7 +84,7 @@ class Pose:
 
     @property
     def family(self) -> Family:
-        """Name of the body family whose number of joints this is. Raises ValueError where there is none."""
+        """The body family with this number of joints. Raises ValueError if there is none."""
         return family_of(self.num_joints)
 
     @property
@@ -93,7 +93,7 @@ class Pose:
         return self.rotations[..., -HANDS:, :, :] if self.num_joints >= SHARED + HANDS else None
 
     def __len__(self) -> int:
-        """Poses along the first batch axis."""
+        """Number of poses along the first batch axis."""
         if not self.shape:
             raise TypeError("a single pose has no length")
         return self.shape[0]
@@ -111,7 +111,7 @@ class Pose:
 
 
 def family_of(num_joints: int) -> Family:
-    """The family with so many joints; ValueError lists those that there are."""
+    """The family with this number of joints. Raises a ValueError that lists the families if there is none."""
     for name, count in JOINTS.items():
         if count == num_joints:
             return name
@@ -120,11 +120,11 @@ def family_of(num_joints: int) -> Family:
 
 
 def check(pose: Pose) -> Pose:
-    """The pose itself, if it is one: for poses that come from data or from a user. Looks at values, so it does not work under ``jit``.
+    """Returns a valid pose unchanged. For poses from data or from a user. It reads values, so it does not work under ``jit``.
 
     Raises:
-        ValueError: the shapes of the fields do not agree, no family has so many joints, the frame is unknown, numbers are not finite, or
-            a matrix is no rotation (R Rᵀ = 1 within 1e-3, det R = 1). Joints that were not measured need rotations too.
+        ValueError: the shapes of the fields do not agree, no family has this number of joints, the frame is unknown, numbers are not finite,
+            or a matrix is not a rotation (R Rᵀ = 1 within 1e-3, det R = 1). Joints that were not measured must be rotations too.
     """
     check_shapes(pose)
     for *at, joint in no_rotations(pose.rotations):
@@ -134,14 +134,14 @@ def check(pose: Pose) -> Pose:
 
 
 def no_rotations(matrices: Any) -> list[list[int]]:
-    """Indices (...) of those matrices (..., 3, 3) that are no rotations."""
+    """Indices (...) of the matrices (..., 3, 3) that are not rotations."""
     matrices = np.asarray(matrices)
     apart = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3)).max(axis=(-1, -2), initial=0)
     return np.argwhere((apart > 1e-3) | (np.linalg.det(matrices) < 0)).tolist()
 
 
 def check_shapes(pose: Pose) -> Pose:
-    """``check`` without a look at whether matrices are rotations: what a network predicts may be off by more than data may."""
+    """``check`` without the test that matrices are rotations, because the predictions of a network are less exact than data."""
     if not isinstance(pose, Pose):
         raise ValueError(f'expected a smpl_jax.Pose, found {type(pose).__name__}; Pose(rotations, "camera") makes one')
     turn(pose.frame)
@@ -165,7 +165,7 @@ def check_shapes(pose: Pose) -> Pose:
 
 
 def _shaped(name: str, value: Any, shape: tuple[Any, ...], kind: Any) -> np.ndarray:
-    """An array of a shape, in which text stands for any number, and of finite numbers; else ValueError."""
+    """Returns a finite array of the given shape, in which a string matches any size. Raises ValueError otherwise."""
     array = np.asarray(value)
     tail = shape[1:] if shape[:1] == (...,) else shape
     fits = array.ndim >= len(tail) and (len(tail) < len(shape) or array.ndim == len(tail))
@@ -181,14 +181,14 @@ def _shaped(name: str, value: Any, shape: tuple[Any, ...], kind: Any) -> np.ndar
 
 
 def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
-    """The same poses in another frame: the root's rotation and the translation change together.
+    """The same poses in another frame: changes the root rotation and the translation.
 
     Args:
         pose: in any frame.
         frame: "camera", "model" or "z-up".
-        body: the body that the translation is for; only poses with a translation need it. SMPL turns the root about the pelvis, which
-            is not at the origin, so a translation turns about the body's resting pelvis p: t' = T (t + p) - p. Then vertices and joints
-            of the result are those of ``pose``, turned.
+        body: the body of the poses; needed only if they have a translation. SMPL rotates the root about the pelvis, which is not at the
+            origin, so a translation must rotate about the pelvis p of the rest pose: t' = T (t + p) - p. Then the vertices and joints of the
+            result are exactly the rotated ones of ``pose``.
 
     Raises:
         ValueError: an unknown frame, or a pose with a translation and no body.
@@ -206,7 +206,7 @@ def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
 
     def apply(
         vectors: Any,
-    ) -> Any:  # broadcast products are exact, for T holds 0 and ±1; accelerators round in a matmul
+    ) -> Any:  # a broadcast product is exact, because T contains only 0 and ±1; a matmul rounds on accelerators
         return (turned * vectors[..., None, :]).sum(-1)
 
     root = apply(pose.rotations[..., 0, :, :].swapaxes(-1, -2)).swapaxes(-1, -2)
@@ -223,13 +223,13 @@ def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
 def to_family(pose: Pose, name: Family) -> Pose:
     """The same poses with the joints of another body family.
 
-    Parts that both families have are kept: the 22 joints of the body in all, the fingers between SMPL-H and SMPL-X. Parts that only the
-    new one has are filled in: they rest (identity; fingers are flat), and ``measured`` says that they were not measured. Parts that
-    only the old one has are dropped, SMPL's two rigid hands too. Betas are dropped between SMPL or SMPL-H and SMPL-X, for which the same
-    numbers mean another shape. The translation stays: it is right up to the distance of the two resting pelvises.
+    Parts that both families have are kept: the 22 joints of the body always, the fingers between SMPL-H and SMPL-X. Parts that only the new
+    family has are set to the identity (so fingers are straight) and marked as not measured. Parts that only the old family has are dropped,
+    including SMPL's two rigid hands. Betas are dropped between SMPL or SMPL-H and SMPL-X, where the same numbers mean another shape. The
+    translation is kept; it is exact up to the distance between the pelvises of the two rest poses.
 
     Raises:
-        ValueError: an unknown family, or a pose of none.
+        ValueError: the family is unknown, or the pose belongs to none.
     """
     if name not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}; found {name!r}")
@@ -259,8 +259,8 @@ def to_family(pose: Pose, name: Family) -> Pose:
 
 
 def to_betas(pose: Pose, count: int) -> Pose:
-    """The same poses with `count` betas: further ones are zeros, and what is beyond is cut off. SMPL orders betas by how much they change
-    the body, so that the first few are the best few. A pose without betas stays without."""
+    """The same poses with `count` betas, zero-padded or truncated. SMPL orders betas by their effect on the body, so truncation keeps the most
+    important ones. A pose without betas is returned unchanged."""
     if pose.betas is None:
         return pose
     more = count - pose.betas.shape[-1]
@@ -273,14 +273,14 @@ def to_betas(pose: Pose, count: int) -> Pose:
 def for_body(pose: Pose, body: BodyModel) -> dict[str, Any]:
     """Arguments of ``smpl_jax.joints``, ``vertices`` and ``forward``: ``smpl_jax.joints(body, **for_body(pose, body))``.
 
-    The family is changed to the body's (see ``to_family``); betas and translation are passed on.
+    Converts the poses to the body's family (see ``to_family``), and passes betas and translation on.
 
     Returns:
         ``rotations`` (..., J, 3, 3), and ``betas`` (..., n) and ``translation`` (..., 3) or None.
 
     Raises:
-        ValueError: the body is of no family; or the betas are not the body's: there are more than it was loaded with
-            (``load_body(path, num_betas=…)`` loads more, ``to_betas`` cuts), or they are SMPL's and the body is SMPL-X's, or the reverse.
+        ValueError: the body belongs to no family; or the betas are not the body's: there are more than it was loaded with
+            (``load_body(path, num_betas=…)`` loads more, ``to_betas`` truncates), or they are for SMPL and the body is SMPL-X, or the reverse.
     """
     return {
         "rotations": _fit(pose, body).rotations,
@@ -301,7 +301,7 @@ def _fit(pose: Pose, body: BodyModel) -> Pose:
 
 
 def _betas_of(pose: Pose, body: BodyModel) -> Any:
-    """Betas of a pose as a body takes them; ValueError where they are not its own."""
+    """The betas of a pose for a body. Raises ValueError if they do not belong to this body."""
     if pose.betas is None:
         return None
     count = pose.betas.shape[-1]
@@ -321,19 +321,19 @@ def _betas_of(pose: Pose, body: BodyModel) -> Any:
 
 
 def known(pose: Pose) -> Any:
-    """(..., J) bool, the joints that were measured: ``measured``, or all where that is None."""
+    """(..., J) bool, the measured joints: ``measured``, or all if that is None."""
     return _numpy(pose).ones(pose.rotations.shape[:-2], bool) if pose.measured is None else pose.measured
 
 
 def placed(measured: Any, parents: Sequence[int]) -> Any:
-    """The joints whose position relative to the root follows from measured rotations: those above them were all measured.
+    """The joints with a known position relative to the root: all joints above them in the tree were measured.
 
     Args:
         measured: (..., J) bool.
         parents: (J,), -1 for the root; a parent precedes its children, as in ``BodyModel.parents``.
 
     Returns:
-        (..., J) bool; the root, where all positions start, is always placed.
+        (..., J) bool; always True for the root.
     """
     found = [_numpy(measured).ones_like(measured[..., 0])]
     for parent in parents[1:]:
@@ -342,20 +342,20 @@ def placed(measured: Any, parents: Sequence[int]) -> Any:
 
 
 def unmeasured(shape: Sequence[int], family: Family = "smpl", frame: Frame = "camera") -> Pose:
-    """Poses of a batch shape that fill a place where there is none: identity rotations, no joint measured. NumPy's arrays."""
+    """Placeholder poses of a given batch shape: identity rotations, with no joint measured. NumPy arrays."""
     rotations = np.broadcast_to(np.eye(3, dtype=np.float32), (*shape, JOINTS[family], 3, 3)).copy()
     return Pose(rotations, frame, measured=np.zeros((*shape, JOINTS[family]), bool))
 
 
 def complete(pose: Pose, num_betas: int = 10) -> Pose:
-    """The same poses with every field there, so that batches are all alike: where a field is None, zeros, and the ``has_…`` say so.
+    """The same poses with no field None, so that all batches have the same structure. Missing fields are zeros, and the ``has_…`` fields say so.
 
     Args:
-        pose: any.
-        num_betas: betas of the result; there may be fewer in ``pose``, and are zeros then.
+        pose: any pose.
+        num_betas: number of betas of the result; if ``pose`` has fewer, the others are zeros.
 
     Raises:
-        ValueError: the pose has more betas; ``to_betas`` cuts.
+        ValueError: the pose has more betas; ``to_betas`` truncates them.
     """
     width = 0 if pose.betas is None else pose.betas.shape[-1]
     if width > num_betas:
@@ -373,7 +373,7 @@ _SIZES: dict[str, Callable[[Pose, int], int]] = {
 
 
 def _fill(pose: Pose, names: set[str], num_betas: int) -> Pose:
-    """The pose with those optional fields there, and the ``has_…`` of those that may be missing in a part of a batch."""
+    """The pose with the named optional fields filled in if they are None."""
     xp, changes = _numpy(pose), {}
     pose = to_betas(pose, num_betas)
     for name in names:
@@ -388,19 +388,19 @@ def _fill(pose: Pose, names: set[str], num_betas: int) -> Pose:
 
 
 def stack(poses: Sequence[Pose], axis: int = 0) -> Pose:
-    """Poses of one batch shape, frame and family along a new batch axis.
+    """Stacks poses of one batch shape, frame and family along a new batch axis.
 
-    Where some lack betas, a translation or ``measured``, and others do not, these are filled in and ``has_betas``, ``has_translation``,
-    ``measured`` say which. Fewer betas are padded with zeros. A field that none has stays None.
+    If only some poses have betas, a translation or ``measured``, the field is filled in for the others, and ``has_betas``, ``has_translation`` or
+    ``measured`` mark them. Betas are zero-padded to the largest number. A field that no pose has stays None.
 
     Raises:
-        ValueError: no poses, something that is no pose, or poses of several frames, families or shapes.
+        ValueError: there are no poses, an item is not a pose, or the poses have different frames, families or shapes.
     """
     return _join(poses, axis, "stack", lambda pose: pose.shape)
 
 
 def concatenate(poses: Sequence[Pose], axis: int = 0) -> Pose:
-    """Poses one after the other along a batch axis that they have; else like ``stack``."""
+    """Concatenates poses along an existing batch axis; otherwise like ``stack``."""
     return _join(poses, axis, "concatenate", lambda pose: pose.shape[:axis] + pose.shape[axis:][1:])
 
 
@@ -439,5 +439,5 @@ _FIELDS = ("betas", "translation", "measured", "has_betas", "has_translation")
 
 
 def _numpy(poses: Any) -> ModuleType:
-    """``jax.numpy`` where any array is JAX's, else ``numpy``."""
+    """``jax.numpy`` if any array is a JAX array, else ``numpy``."""
     return jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(poses)) else np

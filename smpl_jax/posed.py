@@ -1,4 +1,4 @@
-"""A pose together with the body that shows it: joints, mesh, pictures and files of one pose."""
+"""A pose together with a body: joints, mesh, rendered images and files of one pose."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from smpl_jax.printing import one_line
 
 SUFFIXES = (".glb", ".obj", ".npz", ".png")
 SIZES = (16, 4096)
-"""Pixels of a picture's side, at least and at most."""
+"""Smallest and largest side of a rendered image, in pixels."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PosedBody:
-    """One pose on one body. Shape and place are the pose's where it has betas and a translation; else the average shape, at the origin.
+    """One pose on one body. Without betas the body has the average shape; without a translation it is at the origin.
 
-    pose: a single one, of batch shape (), in any frame and family.
-    body: any body of the SMPL family; what the pose lacks for it rests, what it does not have is left out (``pose.to_family``).
+    pose: a single pose (batch shape ()), in any frame and family.
+    body: any body of the SMPL family. Joints that the pose lacks are in the rest pose; joints that the body lacks are ignored (``pose.to_family``).
 
     Raises:
-        ValueError: the pose's arrays do not fit each other or are not finite, there are several poses, the body is no ``BodyModel``, or
-            the betas are not this body's (``pose.for_body``).
+        ValueError: the pose's arrays do not fit each other or are not finite, there are several poses, the body is not a ``BodyModel``, or
+            the betas do not belong to this body (``pose.for_body``).
     """
 
     pose: Pose
@@ -51,7 +51,7 @@ class PosedBody:
         if pose.shape:
             raise ValueError(f"a PosedBody shows one pose, found a batch of shape {pose.shape}; index it: pose[0]")
         pose = jax.tree.map(np.asarray, pose)
-        for name in ("betas", "translation"):  # of a batch: this one has none
+        for name in ("betas", "translation"):  # from a batch, in which this pose has none
             if (has := getattr(pose, f"has_{name}")) is not None:
                 pose = pose.replace(**{name: getattr(pose, name) if has else None, f"has_{name}": None})
         object.__setattr__(self, "pose", pose)
@@ -74,17 +74,17 @@ class PosedBody:
 
     @property
     def body_rotations(self) -> np.ndarray:
-        """(K, 3, 3): the pose as the body takes it, K the body's joints."""
+        """(K, 3, 3), the pose in the body's family; K is the body's number of joints."""
         return np.asarray(for_body(self.pose, self.body)["rotations"])
 
     @functools.cached_property
     def joints(self) -> np.ndarray:
-        """(K, 3) float32 metres in ``pose.frame``, by the body's ``joint_names``."""
+        """(K, 3) float32, metres in ``pose.frame``, in the order of the body's ``joint_names``."""
         return np.asarray(_joints(self.body, for_body(self.pose, self.body)))
 
     @functools.cached_property
     def vertices(self) -> np.ndarray:
-        """(V, 3) float32 metres in ``pose.frame``."""
+        """(V, 3) float32, metres in ``pose.frame``."""
         return np.asarray(_vertices(self.body, for_body(self.pose, self.body)))
 
     def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
@@ -170,7 +170,7 @@ def _vertices(body: BodyModel, arguments: dict[str, Any]) -> jax.Array:
 
 
 def _decimals(array: np.ndarray) -> list[Any]:
-    """Nested lists of the shortest decimals that read back as the same float32: 0.1, where ``tolist`` gives 0.10000000149011612."""
+    """Nested lists of the shortest decimals that read back as the same float32: 0.1 instead of 0.10000000149011612 (``tolist``)."""
     return np.asarray(array, np.float32).astype(str).astype(float).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Reads pose files of this and other programs: what their arrays mean goes by name and shape together.
+"""Reads pose files of this and other programs. The name and the shape of an array together determine its meaning.
 
 A shape alone says little: one program writes 24 joints as 72 numbers, another the root as 3 and the other 23 joints as 69.
 So a table lists which arrays make a pose and how many joints each may hold; what fits no row, or fits in two ways that
@@ -54,7 +54,7 @@ _ROWS: tuple[_Row, ...] = (
 _KINDS: dict[str, tuple[Notation, ...]] = {"matrices": ("matrices",), "axis_angle": ("axis-angle",)}
 _ROOTS = ("global_orient", "root_orient")
 _RATES = ("mocap_framerate", "mocap_frame_rate")  # AMASS's two releases write one of them, and nobody else does
-# What may lie beside a pose, by the names that programs give it; the first that is there and fits is taken.
+# Names of other fields in files of different programs. The first one that exists and has a fitting shape is used.
 _BETAS = ("betas", "shape")  # SPIN's data sets write shape
 _TRANSLATIONS = ("translation", "trans", "transl")  # smpl_jax; AMASS, 3DPW; smplx, NeuMan
 _POSE_FLAGS = ("has_body_pose", "has_smpl")  # 4D-Humans, SPIN: 0 where the pose is a filler
@@ -64,7 +64,7 @@ _TEXTS = ("frame", "gender", "body")
 _BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
 
 
-_to_matrix = jax.jit(axis_angle_to_matrix)  # one program for each shape, where op by op it would be a dozen
+_to_matrix = jax.jit(axis_angle_to_matrix)  # jit: compiles one program for each shape instead of a dozen
 
 
 class _Reading(NamedTuple):
@@ -293,7 +293,7 @@ def _beside(first: _Reading, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str
 
 
 def _batch(reading: _Reading, arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    """The batch shape of the array that holds most of the joints."""
+    """The batch shape of the array with the most joints."""
     count, name = max(zip(reading.counts, reading.names))
     shape = arrays[name].shape
     tails = [tail for _, tail in _tails(count) if shape[len(shape) - len(tail) :] == tail]
@@ -301,7 +301,7 @@ def _batch(reading: _Reading, arrays: Mapping[str, np.ndarray]) -> tuple[int, ..
 
 
 def _text(array: np.ndarray | None) -> str | None:
-    """One text, which some programs write as bytes."""
+    """A string, which some programs write as bytes."""
     if array is None or array.ndim or array.dtype.kind not in "US":
         return None
     return str(array) if array.dtype.kind == "U" else array.item().decode("utf-8", "replace")
@@ -342,7 +342,7 @@ def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[t
 
 
 def _tails(count: int) -> list[tuple[Notation, tuple[int, ...]]]:
-    """How the last axes of an array may hold so many rotations."""
+    """The possible last axes of an array of this many rotations."""
     tails: list[tuple[Notation, tuple[int, ...]]] = [
         ("matrices", (count, 3, 3)),
         ("axis-angle", (count, 3)),
@@ -362,7 +362,7 @@ def _frame(path: Path, reading: _Reading, arrays: Mapping[str, np.ndarray], othe
 
 
 def _no_pose(arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> str:
-    """The error text for a file that holds no pose: what was expected and what was found."""
+    """The error message for a file without a pose: what was expected and what was found."""
     candidates = [f"{name} {a.dtype} of shape {a.shape}".strip() for name, a in arrays.items() if name not in _TEXTS]
     found = "; ".join([*candidates, ", ".join(others)] if others else candidates)[:300] or "nothing"
     if "body_pose" in arrays and "global_orient" not in arrays and any(_shapes("", arrays["body_pose"], _BODY)):
