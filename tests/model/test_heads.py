@@ -116,11 +116,11 @@ def test_options_that_cannot_be_a_key_are_refused() -> None:
         HeadConfig("mlp", (("sizes", {"first": 1}),))
 
 
-def test_mlp_starts_near_the_identity_and_turns_any_state_into_rotations() -> None:
+def test_mlp_starts_upright_and_turns_any_state_into_rotations() -> None:
     head, key = heads.create_head(HeadConfig("mlp"), 16, rngs=nnx.Rngs(0)), jax.random.key(0)
-    np.testing.assert_array_equal(
-        head(States(jnp.zeros((1, 1, 16))), key).rotations, np.broadcast_to(np.eye(3), (1, 1, 24, 3, 3))
-    )
+    upright = np.broadcast_to(np.eye(3), (1, 1, 24, 3, 3)).copy()
+    upright[..., 0, :, :] = np.diag([1, -1, -1])
+    np.testing.assert_array_equal(head(States(jnp.zeros((1, 1, 16))), key).rotations, upright)
     poses = head(States(jax.random.normal(jax.random.key(1), (2, 5, 16)) * 100), key).rotations
     assert poses.shape == (2, 5, 24, 3, 3)
     np.testing.assert_allclose(poses @ poses.swapaxes(-1, -2), np.broadcast_to(np.eye(3), poses.shape), atol=1e-5)

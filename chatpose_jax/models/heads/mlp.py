@@ -14,7 +14,7 @@ from smpl_jax.pose import Pose
 class MLPHead(PoseHead):
     """rotation: the representation of a joint in the output, a row of ``parts.ROTATIONS``. start: see ``parts.start_numbers``."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, rotation: RotationName = "6d", start: Start = "identity"):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, rotation: RotationName = "6d", start: Start = "upright"):
         self.rotation = rotation
         self.fc1 = Linear(width, width, bias=True, rngs=rngs)
         self.fc2 = last_linear(width, start_numbers(rotation, self.num_joints, start), axes=("mlp", "embed"), rngs=rngs)

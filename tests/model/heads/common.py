@@ -20,10 +20,10 @@ from smpl_jax.pose import Pose
 WIDTH = 16
 
 HEADS = {
-    "mlp": HeadConfig("mlp", (("start", "upright"),)),
-    "svd9d": HeadConfig("mlp", (("rotation", "svd9d"), ("start", "upright"))),
-    "quaternion": HeadConfig("mlp", (("rotation", "quaternion"), ("start", "upright"))),
-    "axis_angle": HeadConfig("mlp", (("rotation", "axis_angle"), ("start", "upright"))),
+    "mlp": HeadConfig("mlp"),
+    "svd9d": HeadConfig("mlp", (("rotation", "svd9d"),)),
+    "quaternion": HeadConfig("mlp", (("rotation", "quaternion"),)),
+    "axis_angle": HeadConfig("mlp", (("rotation", "axis_angle"),)),
     "shape": HeadConfig("shape"),
     "queries": HeadConfig("queries", (("layers", 1), ("heads", 2), ("hidden", 16))),
     "flow": HeadConfig("flow", (("steps", 3), ("layers", 1), ("hidden", 32))),

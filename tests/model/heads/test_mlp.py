@@ -22,11 +22,12 @@ KEY = jax.random.key(0)
 
 
 def test_mlp_has_the_parameters_and_numbers_of_the_first_release() -> None:
-    """By hand: Linear, ReLU, Linear whose kernel starts at a tenth, with the identity as bias."""
+    """By hand: Linear, ReLU, Linear whose kernel starts at a tenth, with the identity as bias (the first release's start)."""
     rngs = nnx.Rngs(3)
     first = Linear(WIDTH, WIDTH, bias=True, rngs=rngs)
     second = Linear(WIDTH, 144, bias=True, rngs=rngs)
-    params = nnx.to_pure_dict(nnx.state(create_head(HeadConfig("mlp"), WIDTH, rngs=nnx.Rngs(3))))
+    config = HeadConfig("mlp", (("start", "identity"),))
+    params = nnx.to_pure_dict(nnx.state(create_head(config, WIDTH, rngs=nnx.Rngs(3))))
     kernel, bias = second.kernel[...] * 0.1, jnp.tile(jnp.array([1.0, 0, 0, 0, 1, 0]), 24)
     expected = {
         "fc1": {"kernel": first.kernel[...], "bias": jnp.zeros(WIDTH)},
@@ -35,7 +36,7 @@ def test_mlp_has_the_parameters_and_numbers_of_the_first_release() -> None:
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     token = states().token
     numbers = jax.nn.relu(token @ first.kernel[...]) @ kernel + bias
-    found = create_head(HeadConfig("mlp"), WIDTH, rngs=nnx.Rngs(3))(states(), KEY).rotations
+    found = create_head(config, WIDTH, rngs=nnx.Rngs(3))(states(), KEY).rotations
     np.testing.assert_allclose(found, rotation_6d_to_matrix(numbers.reshape(2, 3, 24, 6)), atol=1e-6)
 
 
