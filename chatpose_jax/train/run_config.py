@@ -26,6 +26,8 @@ ROWS = {
 """Settings that are tables: a description of a row, and its allowed lengths."""
 NAMED = {"data.sources": SourceRow, "train.evaluators": EvaluatorRow}
 """Tables whose rows name code with options. ``data.sources.NAME.OPTION`` sets one option."""
+HEAD_OPTIONS = "model.head.options"
+"""Pairs of (name, value). ``model.head.options.NAME`` sets one."""
 OPTIONAL = "model.lora"
 """The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -136,6 +138,9 @@ def _apply(config: Any, override: str) -> None:
             key, value = rows, _with_option(config, rows, key, value)
     if key in NAMED and isinstance(value, str):  # a single name
         value = [[value]]
+    if key.startswith(f"{HEAD_OPTIONS}."):
+        given = dict(config.model.head.options) | {key.removeprefix(f"{HEAD_OPTIONS}."): value}
+        key, value = HEAD_OPTIONS, tuple(given.items())
     *parents, name = key.split(".")
     table = config
     for parent in parents:

@@ -611,6 +611,15 @@ def test_a_broken_configuration_file_is_one_clear_error(tmp_path):
         load_config(str(tmp_path / "old.py"))
 
 
+def test_an_override_reaches_an_option_of_the_head():
+    config = load_config(
+        "tiny", ["model.head.name=queries", "model.head.options.layers=4", "model.head.options.heads=2"]
+    )
+    assert config.model.head.options == (("layers", 4), ("heads", 2))
+    again = load_config("tiny", ["model.head.options.layers=4", "model.head.options.layers=1"])
+    assert again.model.head.options == (("layers", 1),)
+
+
 def test_an_error_of_an_override_is_not_laid_to_the_file(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from chatpose_jax.train.run_config import run_config\ndef get_config():\n    c = run_config('tiny')\n    c.train.steps = 0\n    return c\n"
