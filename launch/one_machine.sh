@@ -10,7 +10,7 @@ set -um                                     # m: the program is in a group of it
 tries=${TRIES:-20}
 child=
 stopping=
-# A signal to this script must reach the program, which saves and stops; bash alone would wait for its end.
+# Pass signals on to the program, so that it saves and stops; bash by itself would wait until the program ends.
 trap 'stopping=yes; kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((try = 1; try <= tries; try++)); do

@@ -38,7 +38,7 @@ from smpl_jax.pose import JOINTS, Family
 from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, Record, RestrictedUnpickler, numpy_table, records, sealed
 
 MAX_BYTES = 2**30
-"""Most that a compressed file may unpack to; the largest published body (SMPL-X in float64) takes a quarter of it."""
+"""Maximum unpacked size of a compressed file; the largest published body (SMPL-X in float64) takes a quarter of it."""
 
 # fmt: off
 _BODY_JOINTS = [
@@ -75,7 +75,7 @@ def load_body(
     num_expression: int | None = 10,
     dtype: DTypeLike = jnp.float32,
 ) -> BodyModel:
-    """Load a body model; SMPL, SMPL-H and SMPL-X are told apart by what the file holds.
+    """Load a body model. SMPL, SMPL-H and SMPL-X are recognised by the contents of the file.
 
     Args:
         path: an official ``.pkl`` or ``.npz`` (any variant), or a file of :func:`save_body_npz`. ``None`` gives the

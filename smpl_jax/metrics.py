@@ -163,13 +163,13 @@ def pose_metrics(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, ja
 
 
 def _positions(measured: jax.Array, body: BodyModel) -> jax.Array:
-    """Which of the first 24 positions count: none where the root, at which all start, would be the only one."""
+    """The joints (of the first 24) whose positions count; none if only the root would, because all positions are relative to it."""
     found = placed(measured, body.parents)[..., :24]
     return found & found[..., 1:].any(-1, keepdims=True)
 
 
 def _mean(x: jax.Array, axis: int, mask: jax.Array | None) -> jax.Array:
-    """The mean of what counts. Where all of it does, this is ``jnp.mean`` to the bit."""
+    """The mean of the values that count. If all of them do, this equals ``jnp.mean`` to the bit."""
     if mask is None:
         return x.mean(axis)
     counted = jnp.broadcast_to(mask, x.shape).sum(axis)

@@ -1,4 +1,4 @@
-"""A camera, and a rasteriser in plain numpy that finds the triangle which each pixel of a picture shows.
+"""A camera, and a rasteriser in plain numpy that finds the visible triangle at each pixel.
 
 The rasteriser is vectorised over (triangle, pixel) pairs: every triangle lists the pixel centres of its bounding box,
 the edge functions keep those inside, and one `np.maximum.at` over (inverse depth, pair) keys does the depth test.

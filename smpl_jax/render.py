@@ -1,4 +1,4 @@
-"""Pictures of meshes and bodies in plain numpy: no display, no GPU, no system package.
+"""Renders meshes and bodies in plain numpy: no display, no GPU, no system package.
 
 `frame` names the body's frame (`smpl_jax.frames`): by default the model frame, where a resting body is upright and
 faces the viewer. Cameras and lights are in the camera frame, in which ChatPose predicts: x right, **y down**, z away from
@@ -214,7 +214,7 @@ _GARMENTS = {
 def contact_sheet(
     images: Sequence[NDArray[np.uint8]], columns: int, labels: Sequence[str] | None = None, *, gap: int = 4
 ) -> NDArray[np.uint8]:
-    """Arrange pictures (H, W, 3) uint8 in rows of `columns`, labels below; returns one (H', W', 3) uint8."""
+    """Arrange images (H, W, 3) uint8 in rows of `columns`, labels below; returns one (H', W', 3) uint8."""
     if not images or columns < 1:
         raise ValueError(f"a contact sheet needs pictures and columns >= 1, found {len(images)} and {columns}")
     if labels is not None and len(labels) != len(images):
@@ -236,7 +236,7 @@ def contact_sheet(
 
 
 def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> Path:
-    """Write a (H, W, 3) uint8 picture; the file appears whole or not at all. Returns the path."""
+    """Write a (H, W, 3) uint8 image; the file is complete or absent. Returns the path."""
     return write_whole(path, lambda file: Image.fromarray(image).save(file, "PNG"))
 
 

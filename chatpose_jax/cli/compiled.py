@@ -1,4 +1,4 @@
-"""Compiled programs are kept between runs: the first step of one that was compiled before comes in seconds."""
+"""Keeps compiled programs between runs, so that the first step of a program that was compiled before takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 LIMIT = 2 << 30
-"""Bytes that are kept, of all processors together; what was not read for longest goes first."""
+"""Size limit in bytes, for all processors together. The least recently used programs are removed first."""
 
 
 def keep_compiled() -> Path | None:
