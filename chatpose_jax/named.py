@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_value, did_you_mean
@@ -88,7 +88,7 @@ def rows(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
 
     kind: the NamedTuple of a row. A single name is one row.
 
-    Raises UserError for anything that is not a row.
+    Raises UserError for anything that is not a row, and for a value that is not of the annotated type.
     """
     given = ((value,),) if isinstance(value, str) else value
     words = ", ".join("{option: value}" if name == "options" else name for name in kind._fields)
@@ -100,7 +100,11 @@ def rows(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
             raise UserError(
                 f"{expected}, found {row!r:.100} instead of a row; a single row needs a comma after its bracket, ((…),)"
             )
-    return tuple(kind(*map(_tuples, row)) for row in given)
+    found = tuple(kind(*map(_tuples, row)) for row in given)
+    for number, row in enumerate(found):
+        for name, annotation in get_type_hints(kind).items():
+            check_value(f"{where}[{number}]: {name}", getattr(row, name), annotation)
+    return found
 
 
 def _tuples(value: Any) -> Any:

@@ -145,4 +145,4 @@ def _words(kind: Any) -> str:
         return str(kind)
     if hasattr(kind, "_fields"):
         return f"({', '.join(kind._fields)})"
-    return {float: "a finite float", type(None): "none", Any: "anything"}.get(kind) or kind.__name__
+    return {float: "a finite number", type(None): "none", Any: "anything"}.get(kind) or kind.__name__

@@ -21,7 +21,7 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.compiled import keep_compiled
-from chatpose_jax.cli.flags import add_config
+from chatpose_jax.cli.flags import add_config, head_flag
 from chatpose_jax.cli.train import ending
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
@@ -119,7 +119,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
         answers.append({"files": [str(plot)]})
     print_results(results, clock)
     print(f"\nEverything is in {out}: report.json, the answers with PNG, GLB, OBJ and npz, and the model in {folder}.")
-    print(f"Go on: {sys.argv[0]} chat {out}")
+    print(f"Go on: {sys.argv[0]} chat {out}{head_flag(config.model.head.name)}")
     return 0
 
 

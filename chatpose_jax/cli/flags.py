@@ -27,6 +27,11 @@ def add_config(parser: argparse.ArgumentParser, default: str, example: str = "tr
     )
 
 
+def head_flag(name: str) -> str:
+    """What ``chatpose chat`` needs on its command line to load a model with this head: nothing, or ``--head`` for a class of one's own."""
+    return f" --head {name}" if ":" in name else ""
+
+
 def as_overrides(words: Sequence[str]) -> list[str]:
     """The words of a command line, with ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` written as ``--set=KEY=VALUE``.
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from chatpose_jax.cli.compiled import keep_compiled
-from chatpose_jax.cli.flags import add_config
+from chatpose_jax.cli.flags import add_config, head_flag
 from chatpose_jax.errors import UserError
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{stop}", file=sys.stderr)
         return hosts.STOPPED
     hosts.say(
-        f'model folder: {out}\nask it: chatpose chat {out} --prompt "Someone kneels. Can you give the SMPL pose?"'
+        f"model folder: {out}\nask it: chatpose chat {out}{head_flag(config.model.head.name)} "
+        '--prompt "Someone kneels. Can you give the SMPL pose?"'
     )
     return 0
 

@@ -344,7 +344,7 @@ class BatchLoader:
         found = [len(row[name]) for name in ("input_ids", "images", "pose_positions")]
         if found != (planned := self._sizes[index].tolist()):
             raise UserError(
-                f"example {example.id!r}, row {index}: the epoch was planned for {planned} tokens, images and poses, and it has {found}; "
+                f"{example.place}: the epoch was planned for {planned} tokens, images and poses, and it has {found}; "
                 "a row must always be the same, and sizes() of a data set must be right"
             )
         return row

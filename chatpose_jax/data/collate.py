@@ -16,7 +16,6 @@ from smpl_jax.pose import (
     Family,
     Pose,
     check,
-    check_shapes,
     complete,
     concatenate,
     to_betas,
@@ -46,7 +45,7 @@ def encode_example(
         dropped.
 
     Raises:
-        UserError, which names the example, where it is malformed or has not one pose for each ``<POSE>`` of its answers.
+        UserError, which names the row, where it is malformed or has not one pose for each ``<POSE>`` of its answers.
     """
     with _named(example):
         encoded = processor.encode(
@@ -173,17 +172,13 @@ def _named(example: Example) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"example {example.id!r}: {error}") from None
+        raise UserError(f"{example.place}: {error}") from None
 
 
 def _poses(example: Example, found: int, truncated: bool) -> Pose:
-    """The poses of an example whose tokens hold ``found`` of them, as NumPy arrays in float32; shapes and numbers are checked."""
-    try:
-        poses = check_shapes(example.poses)
-    except ValueError as error:
-        raise UserError(f"poses: {error}") from None
-    if len(poses.shape) != 1:
-        raise UserError(f"poses: expected a Pose of batch shape (P,), one for each <POSE>, found {poses.shape}")
+    """The poses of an example whose tokens hold ``found`` of them, as NumPy arrays in float32; the example is checked."""
+    example.check()
+    poses = example.poses
     if found > len(poses) or (found < len(poses) and not truncated):
         raise UserError(f"its answers hold {found} <POSE>, but it has {len(poses)} poses; there must be one for each")
     return jax.tree.map(lambda x: np.asarray(x, bool if x.dtype == bool else np.float32), poses)

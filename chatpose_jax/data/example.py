@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from chatpose_jax.settings import one_line
-from smpl_jax.pose import Pose, unmeasured
+from chatpose_jax.errors import UserError
+from chatpose_jax.settings import check_value, one_line
+from smpl_jax.pose import Pose, check_shapes, unmeasured
 
 NO_POSES = unmeasured((0,))
 Kind = Literal["text", "image", "instruction"]
@@ -32,17 +34,46 @@ class LazyImage:
 class Example:
     """A conversation and the poses that its answers show.
 
+    kind: validation reports each kind apart. It says nothing of how a row is used: any row may have images, and any may have poses.
     messages: ``{"role": "user" | "assistant", "content": str | [parts]}``, the form of OpenAI's API and transformers. A part is
         ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | PIL image | (H, W, 3) uint8 array | LazyImage}``. ``<POSE>``
         stands for a pose in the assistant's text.
     poses: a ``Pose`` of batch shape (P,), one for each ``<POSE>`` in order of appearance; by default none. Any frame and body family:
         batches hold them in the camera frame, with the joints of the pose head and the first ten betas. Joints that ``measured`` leaves
         out, and betas and translations that are not there, count in no loss.
+    where: names the row in errors; ``data.sources.NamedRows`` sets it. Without it, errors give the id.
     """
 
     id: str
     kind: Kind
     messages: list[dict[str, Any]]
     poses: Pose = NO_POSES
+    where: str = dataclasses.field(default="", repr=False, compare=False)
 
     __repr__ = one_line
+
+    @property
+    def place(self) -> str:
+        """What errors call this row."""
+        return self.where or f"example {self.id!r}"
+
+    def at(self, where: str) -> Self:
+        """The same row, which errors call ``where``."""
+        moved = copy.copy(self)
+        object.__setattr__(moved, "where", where)
+        return moved
+
+    def check(self) -> None:
+        """Raises UserError, which does not name the row, unless the kind is known and the poses are a ``Pose`` of batch shape (P,).
+
+        Shapes are checked, and that numbers are finite, but not that matrices are rotations. Messages are checked where they are encoded.
+        """
+        check_value("kind", self.kind, Kind)
+        try:
+            check_shapes(self.poses)
+        except ValueError as error:
+            raise UserError(f"poses: {error}") from None
+        if len(self.poses.shape) != 1:
+            raise UserError(
+                f"poses: expected a Pose of batch shape (P,), one for each <POSE>, found {self.poses.shape}"
+            )

@@ -39,7 +39,7 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
         return parts[0]
     for part in parts:
         if not len(part):
-            raise UserError(f"{part.where} has no rows for split {split!r}; a mixture needs some of each source")
+            raise UserError(f"{part.where}, has no rows; a mixture needs some of each source")
     return Mixture(parts, [row.weight for row in config.sources])
 
 
@@ -80,14 +80,15 @@ def _open(where: str, make: Callable[[Split], Any], split: Split) -> NamedRows:
         raise named.raised(f"{where} raised for split {split!r}", error) from error
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise UserError(f"{where}: expected a sequence of Example, found {type(rows).__name__}")
-    found = NamedRows(rows, where)
+    found = NamedRows(rows, f"{where}, split {split!r}")
     if len(found) and not hasattr(rows, "sizes"):
         found[0]  # finds a first error before all rows are read
     return found
 
 
 class NamedRows(Sequence[Example]):
-    """The rows of a source. An error of its code becomes one line that names the source and the row.
+    """The rows of a source, each checked when it is taken (``Example.check``). An error of its code becomes one line that names the source and
+    the row; so does a later error of a row, because each row knows its place.
 
     rows: what the source gave. Other attributes than those here are its attributes. where: names the source in errors.
     """
@@ -111,7 +112,11 @@ class NamedRows(Sequence[Example]):
             raise named.raised(where, error) from error
         if not isinstance(row, Example):
             raise UserError(f"{where}: expected an Example, found {type(row).__name__}")
-        return row
+        try:
+            row.check()
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return row.at(where)
 
     def sizes(self, processor: Processor, max_length: int) -> np.ndarray | None:
         """The sizes that the rows know (``data.sizes.known_sizes``), or None."""

@@ -17,7 +17,7 @@ from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.sizes import measure
-from chatpose_jax.data.sources import check_sources, examples
+from chatpose_jax.data.sources import NamedRows, check_sources, examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.chatpose import abstract_params
@@ -108,7 +108,9 @@ def _run(
     size = model.vision.image_size
 
     def rows_of(split: Split) -> Sequence[Example]:
-        return given[split] if split in given else examples(config.data, split, size)
+        if split not in given:
+            return examples(config.data, split, size)
+        return found if isinstance(found := given[split], NamedRows) else NamedRows(found, f"data[{split!r}]")
 
     source = rows_of("train")
     evaluate = None
@@ -224,8 +226,11 @@ def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) 
 
 @contextlib.contextmanager
 def validating(settings: TrainConfig) -> Iterator[None]:
-    """Context manager around code that reads held-out rows: errors say why these rows are read, and how to train without them."""
-    why = f"held-out rows are read for train.eval_every={settings.eval_every}; --set train.eval_every=0 trains without"
+    """Context manager around code that reads held-out rows: errors say why these rows are read, and when training without them helps."""
+    why = (
+        f"held-out rows are read for train.eval_every={settings.eval_every}; "
+        "if the training rows are without this error, --set train.eval_every=0 trains on them"
+    )
     try:
         yield
     except (UserError, OSError) as error:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from chatpose_jax.cli.main import main
+from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.models.chatpose import abstract_params, init_params
-from chatpose_jax.models.config import preset
+from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train import run as train_run
@@ -35,6 +36,7 @@ from chatpose_jax.train.step import TrainState
 from chatpose_jax.train.trainable import PAPER, assign, flatten
 from chatpose_jax.train.trainer import identity
 from chatpose_jax.weights import folder as model_folder
+from smpl_jax.pose import unmeasured
 from tests.train.rows import Rows
 
 
@@ -171,7 +173,7 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert said in error
     if status == 2:
-        assert "held-out rows are read for train.eval_every=7; --set train.eval_every=0 trains without" in error
+        assert "held-out rows are read for train.eval_every=7; if the training rows are without this error" in error
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,21 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
         ),
         ("a_source_for_tests:both", "raised for split 'train': KeyError: 'rows'", False),
         ("a_source_for_tests:val", "raised for split 'val': KeyError: 'rows'", True),
-        ("a_source_for_tests:bad_row", "row 3 of data.sources[0] 'a_source_for_tests:bad_row': KeyError: 'pose'", True),
+        (
+            "a_source_for_tests:bad_row",
+            "row 3 of data.sources[0] 'a_source_for_tests:bad_row', split 'val': KeyError: 'pose'",
+            True,
+        ),
+        (
+            "a_source_for_tests:lone",
+            "row 0 of data.sources[0] 'a_source_for_tests:lone', split 'val': poses: expected a Pose of batch",
+            True,
+        ),
+        (
+            "a_source_for_tests:lone_too",
+            "row 0 of data.sources[0] 'a_source_for_tests:lone_too', split 'train': poses: expected",
+            False,
+        ),
     ],
 )
 def test_advice_to_train_without_held_out_rows_needs_training_rows(
@@ -198,13 +214,16 @@ def test_advice_to_train_without_held_out_rows_needs_training_rows(
     module.both = lambda split: {}["rows"]
     module.val = lambda split: good if split == "train" else {}["rows"]
     bad = Rows(9, lambda index: {}["pose"] if index == 3 else "text")
+    lone = [Example("x", "text", [{"role": "user", "content": "Who?"}], unmeasured(()))]
+    module.lone = lambda split: good if split == "train" else lone
+    module.lone_too = lambda split: lone
     module.bad_row = lambda split: good if split == "train" else bad
     monkeypatch.setitem(sys.modules, module.__name__, module)
     settings = ["--set", f"data.sources={source}", "--set", "train.eval_every=7"]
     assert main(["train", "--out", str(tmp_path / "run"), *settings]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-    assert ("--set train.eval_every=0 trains without" in error) == advised
+    assert ("--set train.eval_every=0 trains on them" in error) == advised
 
 
 def test_a_demo_of_other_settings_is_refused_before_its_data_are_made(tmp_path, monkeypatch, capsys):
@@ -223,11 +242,30 @@ def test_a_demo_of_other_settings_is_refused_before_its_data_are_made(tmp_path, 
     assert "other settings of train.learning_rate" in error and f"--init {tmp_path / 'model'} --out NEW" in error
 
 
+def test_rows_given_in_python_are_checked_too(tmp_path):
+    """Held-out rows with a single pose have no length."""
+    asked = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<POSE>"}]
+    good, lone = (Example("x", "text", asked, unmeasured(shape)) for shape in ((1,), ()))
+    config = load_config("tiny", ["train.eval_every=7"])
+    with pytest.raises(UserError, match=r"^row 0 of data\['val'\]: poses: expected a Pose of batch shape"):
+        run_training(config, tmp_path / "run", data={"train": [good], "val": [lone]})
+
+
+@pytest.mark.parametrize(("name", "flag"), [("mlp", ""), ("my.heads:Deep", "--head my.heads:Deep ")])
+def test_the_last_line_says_how_to_ask_the_model(tmp_path, monkeypatch, capsys, name, flag):
+    config = load_config("tiny")
+    config = dataclasses.replace(config, model=config.model.replace(head=HeadConfig(name)))
+    monkeypatch.setattr("chatpose_jax.cli.train.load_config", lambda *_: config)
+    monkeypatch.setattr("chatpose_jax.cli.train.run_training", lambda *_, **__: tmp_path / "model")
+    assert main(["train", "--out", str(tmp_path)]) == 0
+    assert f"\nask it: chatpose chat {tmp_path / 'model'} {flag}--prompt " in capsys.readouterr().out
+
+
 def test_a_traceback_of_held_out_rows_says_what_wants_them(tmp_path, monkeypatch):
     monkeypatch.setattr(train_run, "examples", lambda config, split, size: {"train": []}[split])
     with pytest.raises(KeyError, match="val") as raised:
         main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"])
-    assert "train.eval_every=0 trains without" in raised.value.__notes__[0]
+    assert "train.eval_every=0 trains on them" in raised.value.__notes__[0]
 
 
 MEASURING = """
@@ -236,7 +274,7 @@ import numpy as np
 from chatpose_jax.train.run import row_sizes
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
-from chatpose_jax.models.config import preset
+from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train import hosts
 

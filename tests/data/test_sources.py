@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 from chatpose_jax.data.batches import BatchLoader
+from chatpose_jax.data.collate import encode_example
 from chatpose_jax.data.config import DataConfig, SourceRow
+from chatpose_jax.data.example import Example
 from chatpose_jax.data.mixture import Mixture
 from chatpose_jax.data.sizes import known_sizes, measure
 from chatpose_jax.data.sources import NamedRows, check_sources, examples
@@ -25,6 +27,7 @@ from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
+from smpl_jax.pose import Pose
 
 PAPER = tuple(
     ("synthetic", weight, {"kind": kind, "train_size": 20})
@@ -89,9 +92,10 @@ def test_the_settings_have_one_form_in_json_and_python():
         (((),), "instead of a row"),
         ((("a:b", 1, {}, 4),), "instead of a row"),
         ((("a:b", 0),), "weights must be positive"),
-        ((("a:b", float("nan")),), r"each \(name, weight, options\)"),
-        (((3, 1),), r"each \(name, weight, options\)"),
-        ((("a:b", 1, 4),), r"each \(name, weight, options\)"),
+        ((("a:b", float("nan")),), r"^data.sources\[0\]: weight: expected a finite number, found nan$"),
+        ((("a:b", {"folder": "x"}),), r"^data.sources\[0\]: weight: expected a finite number, found {'folder': 'x'}$"),
+        (("a:b", ("c:d",), (3, 1))[1:], r"^data.sources\[1\]: name: expected str, found 3$"),
+        ((("a:b", 1, 4),), r"^data.sources\[0\]: options: expected a table of str to anything, found 4$"),
     ],
 )
 def test_what_is_no_row_is_refused(rows, words):
@@ -108,7 +112,7 @@ def test_what_is_no_row_is_refused(rows, words):
         ({"train_size": "8"}, ": the option train_size: expected int, found '8'"),
         ({"train_size": True}, ": the option train_size: expected int, found True"),
         ({"kind": "words"}, ": the option kind: expected 'text' or 'image' or 'instruction' or none, found 'words'"),
-        ({"tasks": {"text": "much"}}, ": the option tasks: expected a table of str to a finite float, found {'text': 'much'}"),
+        ({"tasks": {"text": "much"}}, ": the option tasks: expected a table of str to a finite number, found {'text': 'much'}"),
         ({"val_size": 0}, " raised for split 'train': val_size must be a whole number of at least 1, found 0"),
         ({"tasks": {"txt": 1}}, " raised for split 'train': tasks: there is no 'txt'; did you mean text?"),
         ({"tasks": {"image": 1}, "kind": "text"}, " raised for split 'train': tasks: weights must not be negative, nor all 0, found {}"),
@@ -141,7 +145,7 @@ def make(
         ({"file": 3}, ": the option file: expected str, found 3"),
         ({"file": "f", "parts": 3}, ": the option parts: expected a list, each int, found 3"),
         ({"file": "f", "names": (1,)}, ": the option names: expected a list, each str, found (1,)"),
-        ({"file": "f", "sizes": {1: 2}}, ": the option sizes: expected a table of str to a finite float or none, found {1: 2}"),
+        ({"file": "f", "sizes": {1: 2}}, ": the option sizes: expected a table of str to a finite number or none, found {1: 2}"),
         ({"file": "f", "mode": True}, ": the option mode: expected 'a' or 1, found True"),
         ({"file": "f", "hook": 3}, ": the option hook: expected"),
         ({"file": "f", "share": "x"}, ": the option share: expected"),
@@ -226,7 +230,7 @@ def test_a_signature_that_cannot_be_read_is_one_line(own):
     ("source", "words"),
     [
         (lambda split: None, ": expected a sequence of Example, found NoneType"),
-        (lambda split: [{}], ": expected an Example, found dict"),
+        (lambda split: [{}], ", split 'train': expected an Example, found dict"),
     ],
 )
 def test_a_source_that_gives_no_examples_is_named(own, source, words):
@@ -262,7 +266,71 @@ def test_a_row_that_fails_is_named(own, line, words, number):
     rows = examples(config, "train", 64)
     with pytest.raises(UserError) as raised:
         measure(rows, tiny_processor(preset("tiny")), 1024)
-    assert str(raised.value) == f"row 4 of data.sources[{number}] {OWN!r}: {words}"
+    assert str(raised.value) == f"row 4 of data.sources[{number}] {OWN!r}, split 'train': {words}"
+
+
+TURNS = np.tile(np.eye(3, dtype=np.float32), (1, 24, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"poses": TURNS}, "poses: expected a smpl_jax.Pose, found ndarray"),
+        ({"poses": None}, "poses: expected a smpl_jax.Pose, found NoneType"),
+        ({"poses": Pose(TURNS[0], "camera")}, "poses: expected a Pose of batch shape (P,), one for each <POSE>, found ()"),
+        ({"poses": Pose(np.zeros((1, 24, 3)), "camera")}, "poses: rotations must have shape (..., J, 3, 3), found float64 (1, 24, 3)"),
+        ({"poses": Pose(TURNS, "sky")}, "poses: frame must be one of"),
+        ({"poses": Pose(TURNS * np.nan, "camera")}, "poses: rotations must be finite numbers"),
+        ({"kind": "video"}, "kind: expected 'text' or 'image' or 'instruction', found 'video'"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_wrong_is_named_when_it_is_taken(own, change, words):
+    rows = some(2)
+    bad = [rows[0], dataclasses.replace(rows[1], **change)]
+    found = examples(own(lambda split: bad), "val", 64)
+    with pytest.raises(UserError) as raised:
+        found[1]
+    assert str(raised.value).startswith(f"row 1 of {WHERE}, split 'val': {words}")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"poses": Pose(np.tile(TURNS, (2, 1, 1, 1)), "camera")}, "its answers hold 1 <POSE>, but it has 2 poses"),
+        ({"poses": Pose(2 * TURNS, "camera")}, "poses: rotations must be rotations"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages[0]: empty content"),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_row_that_cannot_be_encoded_is_named_by_its_place(own, processor, change, words, number):
+    """In a mixture too, and when it was taken out of its sequence, as held-out rows are."""
+    rows = some(2)
+    bad = own(lambda split: [rows[0], dataclasses.replace(rows[1], **change)])
+    bad = DataConfig(sources=(("synthetic", 1.0, {"val_size": 3}),) * number + bad.sources)
+    row = examples(bad, "val", 64)[-1:] if number == 0 else [examples(bad, "val", 64)[4]]
+    with pytest.raises(UserError) as raised:
+        encode_example(processor, row[0], 256)
+    assert str(raised.value).startswith(f"row 1 of data.sources[{number}] {OWN!r}, split 'val': {words}")
+
+
+def test_an_image_that_is_missing_is_named_by_its_row_when_its_batch_comes(own, processor):
+    row = some(1)[0]
+    asked = {"role": "user", "content": [{"type": "image", "image": "no-such.jpg"}, {"type": "text", "text": "Who?"}]}
+    rows = examples(own(lambda split: [dataclasses.replace(row, messages=[asked, row.messages[1]])]), "train", 64)
+    loader = BatchLoader(rows, processor, 1)
+    with pytest.raises(UserError, match=rf"^row 0 of {re.escape(WHERE)}, split 'train': .*no-such.jpg"):
+        loader.batch(0)
+
+
+def test_a_row_keeps_what_it_is_when_it_learns_its_place(own):
+    class Mine(Example):
+        def __init__(self, word):
+            super().__init__(word, "text", [{"role": "user", "content": word}])
+
+    rows = [Mine("walk")]
+    found = examples(own(lambda split: rows), "val", 64)[0]
+    assert type(found) is Mine and found.messages is rows[0].messages
+    assert found.place == f"row 0 of {WHERE}, split 'val'" and rows[0].place == "example 'walk'"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +363,7 @@ def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
 
 def test_a_mixture_names_the_source_without_rows(own):
     config = DataConfig(sources=(("synthetic",), *own(lambda split: []).sources))
-    assert refused(config, "val").startswith(f"data.sources[1] {OWN!r} has no rows for split 'val'")
+    assert refused(config, "val").startswith(f"data.sources[1] {OWN!r}, split 'val', has no rows")
 
 
 def test_rows_may_say_themselves_what_an_epoch_holds(own):
@@ -382,7 +450,9 @@ def test_a_row_of_another_size_than_was_said_is_named(own, processor):
     rows = some(1)
     wrong = np.add(measure(rows, processor, 1024), [[1, 0, 0]])
     loader = BatchLoader(examples(own(lambda split: Knowing(rows, wrong)), "train", 64), processor, 1)
-    with pytest.raises(UserError, match=rf"example '{rows[0].id}', row 0: the epoch was planned for \[\d+, 0, 1\]"):
+    with pytest.raises(
+        UserError, match=rf"^row 0 of {re.escape(WHERE)}, split 'train': the epoch was planned for \[\d+, 0, 1\]"
+    ):
         loader.batch(0)
 
 
@@ -406,5 +476,7 @@ def test_the_json_lines_of_the_docs(tmp_path, monkeypatch, processor):
         check_sources(DataConfig(sources="mydata:rows"))
     (tmp_path / "train.jsonl").write_text(lines[0] + '\n{"question": "Which?"}\n')
     rows = examples(DataConfig(sources=(("mydata:rows", 1.0, {"folder": str(tmp_path)}),)), "train", 64)
-    with pytest.raises(UserError, match=r"^row 1 of data.sources\[0\] 'mydata:rows': KeyError: 'answer'$"):
+    with pytest.raises(
+        UserError, match=r"^row 1 of data.sources\[0\] 'mydata:rows', split 'train': KeyError: 'answer'$"
+    ):
         rows[1]
