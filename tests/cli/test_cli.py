@@ -478,7 +478,7 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("data.buckets=0", "data.buckets must be at least 1"),
         ("data.sources=none", "data.sources: expected rows of .name, weight, .*, found None"),
         ("data.sources=(('synthetic', 1))", "found 'synthetic' instead of a row; a single row needs a comma"),
-        ("data.sources=(('synthetic', 'x'),)", "data.sources: expected"),
+        ("data.sources=(('synthetic', 'x'),)", "data.sources.0.: weight: expected a finite number, found 'x'"),
         ("data.sources=(('synthetic', -1),)", "weights must be positive"),
         ("data.sources.synthetic=3", "expected data.sources.NAME.OPTION=VALUE"),
         ("data.sources.syntetic.seed=3", "no row of data.sources has the name 'syntetic'; did you mean synthetic?"),
