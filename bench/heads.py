@@ -350,7 +350,7 @@ def interval(values: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> Inte
 
 def table(log: Log, args: argparse.Namespace) -> Iterator[str]:
     """Markdown, a table a set. Bold beats ``BASE``, italics lose to it; the rest is noise."""
-    times = next((run["ratios"] for run in log.find(stage="times")), {})
+    times = {case: ratio for run in log.find(stage="times") for case, ratio in run["ratios"].items()}
     for name in SETS:
         base = _runs(log, name, BASE, args)
         if not base:
@@ -375,6 +375,30 @@ def table(log: Log, args: argparse.Namespace) -> Iterator[str]:
         if runs := _runs(log, name, "gaussian", args):
             found = _interval(runs, "log_likelihood")
             yield f"\ngaussian: {found.mean:.2f} ± {found.half:.2f} nats a joint; 0 is a uniform distribution of rotations."
+
+
+def draw(log: Log, args: argparse.Namespace, path: Path) -> None:
+    """PA-MPJPE of each head less ``BASE``'s, with its interval, a panel a set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(args.sets), figsize=(5 * len(args.sets), 3.4), sharey=True, squeeze=False)
+    cases = [case for case in CASES if case != BASE]
+    for axes, name in zip(panels[0], args.sets):
+        base = _runs(log, name, BASE, args)
+        for place, case in enumerate(cases):
+            if len(runs := _runs(log, name, case, args)) == len(base):
+                apart = _interval(runs, "pa_mpjpe", base)
+                colour = "tab:grey" if not apart.sure else "tab:green" if apart.mean < 0 else "tab:red"
+                axes.errorbar(apart.mean, place, xerr=apart.half, color=colour, marker="o", capsize=3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=name, xlabel=f"PA-MPJPE less that of {BASE}, mm", yticks=range(len(cases)), yticklabels=cases)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def _runs(log: Log, name: str, case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -427,6 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--table", action="store_true", help="print the table of what there is, and run nothing")
+    parser.add_argument("--figure", type=Path, help="picture of the differences to write, .svg or .png")
     parser.add_argument("--quick", action="store_true", help="a few steps of each head: does it run?")
     args = parser.parse_args(argv)
     args.trial = TRIAL
@@ -445,6 +470,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ).stdout.strip()
     print(f"\n{args.steps} steps of {BATCH} rows; commit {commit or 'unknown'}")
     print("\n".join(table(log, args)))
+    if args.figure:
+        draw(log, args, args.figure)
 
 
 if __name__ == "__main__":
