@@ -30,7 +30,7 @@ from chatpose_jax.generate import Generated, Returning, Sampling, generate_strea
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
-from chatpose_jax.models.heads import abstract_head, head_class, head_output
+from chatpose_jax.models.heads import head_class, head_output
 from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.sharding import place
 from chatpose_jax.processing.processor import Encoded, Processor
@@ -154,9 +154,7 @@ class ChatPose:
 
     def _check_body(self) -> None:
         """Raises UserError for a body that cannot show the poses of the pose head, before the first answer."""
-
-        width = self.config.text.hidden_size
-        given = head_output(abstract_head(self.config.head, width), width)
+        given = head_output(self.config.head, self.config.text.hidden_size)
         try:
             for_body(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), given), self.body)
         except ValueError as error:

@@ -25,7 +25,8 @@ def find(where: str, name: str, table: Mapping[str, str]) -> Any:
             f"{where}: expected {' or '.join(map(repr, table))}, or 'package.module:name'{did_you_mean(name, table)}"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        imported = importlib.import_module(module)
+        found = getattr(imported, attribute, None)
     except ImportError as error:
         raise UserError(
             f"{where} cannot be imported: {error} (a module of your own must be installed, or be in a folder on PYTHONPATH)"
@@ -33,7 +34,10 @@ def find(where: str, name: str, table: Mapping[str, str]) -> Any:
     except Exception as error:
         raise raised(f"{where} cannot be imported", error) from error
     if not callable(found):
-        raise UserError(f"{where}: the module {module} has no function or class {attribute!r}")
+        scope = vars(imported)
+        what = f"; it is {found!r:.100}, of type {type(found).__name__}" if attribute in scope else ""
+        near = did_you_mean(attribute, [each for each, value in scope.items() if callable(value)])
+        raise UserError(f"{where}: the module {module} has no function or class {attribute!r}{what or near}")
     return found
 
 

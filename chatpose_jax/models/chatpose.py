@@ -162,9 +162,8 @@ def _split(config: ModelConfig) -> tuple[Any, Any]:
 def _split_with(head: type[PoseHead], config: ModelConfig) -> tuple[Any, Any]:
     """head: the class that ``config`` names now; a notebook defines one again and again by the same name."""
     with nnx.use_eager_sharding(False):
-        model = nnx.eval_shape(lambda: ChatPoseModel(config, rngs=nnx.Rngs(0)))
-        check_head(model.pose_head, config.head, config.text.hidden_size)
-        return nnx.split(model)
+        check_head(config.head, config.text.hidden_size)
+        return nnx.split(nnx.eval_shape(lambda: ChatPoseModel(config, rngs=nnx.Rngs(0))))
 
 
 def abstract_params(config: ModelConfig) -> Params:

@@ -153,14 +153,17 @@ class HeadConfig:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        expected = 'model.head.options: expected rows of (name, value), such as (("hidden", 64),), each value a number, text or a tuple of them'
+        rows = self.options
+        if not isinstance(rows, tuple) or not all(
+            isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str) for row in rows
+        ):
+            raise UserError(f"{expected}; found {rows!r:.100}")
         check_types(self, "model.head")
         try:
             hash(self)  # a configuration is a key of caches
         except TypeError:
-            raise UserError(
-                "model.head.options: expected rows of (name, value), each value a number, text or a tuple of them; "
-                f"found {self.options!r:.100}"
-            ) from None
+            raise UserError(f"{expected}; found {rows!r:.100}") from None
 
 
 @dataclasses.dataclass(frozen=True)

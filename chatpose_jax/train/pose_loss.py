@@ -16,7 +16,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import HeadConfig
-from chatpose_jax.models.heads import abstract_head, head_loss, head_output
+from chatpose_jax.models.heads import head_loss, head_output
 from chatpose_jax.train.config import PoseTerm
 from smpl_jax import body as bodies
 from smpl_jax import io
@@ -175,8 +175,7 @@ class PoseLoss:
 
 def demand_fields(rows: Sequence[tuple[PoseTerm, float]], head: HeadConfig) -> None:
     """Raises UserError if a term needs a field that the head does not give, or if terms are set for a head whose own loss uses none."""
-    made = abstract_head(head)
-    given, asked = head_output(made), list[Pose]()
+    given, asked = head_output(head), list[Pose]()
     for term, _ in rows:
         if term in _FIELDS and getattr(given, term) is None:
             raise UserError(
@@ -187,7 +186,7 @@ def demand_fields(rows: Sequence[tuple[PoseTerm, float]], head: HeadConfig) -> N
         asked.append(predicted)
         return {"distance": jnp.zeros(())}
 
-    head_loss(made, distance)
+    head_loss(head, distance)
     if not asked and tuple(rows) != PoseLoss().rows:
         raise UserError(
             f"train.pose_loss: the pose head {head.name!r} has its own loss, which uses no terms; leave train.pose_loss at its "

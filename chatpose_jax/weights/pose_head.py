@@ -54,7 +54,7 @@ def describe_head(config: ModelConfig, pose_token: str) -> dict[str, Any]:
     """The description: all that a program in another framework needs to use the weights."""
     head, width = config.head, config.text.hidden_size
     made = abstract_head(head, width)
-    given = head_output(made, width)
+    given = head_output(head, width)
     layers = {}
     if isinstance(made, MLPHead) and head.name == "mlp":
         sizes = [width, width, made.fc2.kernel.shape[-1]]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -100,15 +104,21 @@ def trusted_head(where: str, head: HeadConfig, given: str | type[PoseHead] | Non
 
 
 def create_head(config: HeadConfig, width: int, *, rngs: nnx.Rngs) -> PoseHead:
-    """Creates the head that ``config`` names, for hidden states of ``width``. Raises UserError for options that it does not have."""
-    kind, options, where = head_class(config.name), dict(config.options), f"pose head {config.name!r}"
+    """Creates the head that ``config`` names, for hidden states of ``width``.
+
+    Raises UserError for options that it does not have, for methods that cannot be called as ``PoseHead`` says, and for an exception in its
+    constructor.
+    """
+    kind, options, where = head_class(config.name), dict(config.options), _where(config)
     takes = named.signature(where, kind.__init__)
     takes = takes.replace(parameters=[each for name, each in takes.parameters.items() if name != "rngs"])
     named.check_options(where, takes, options)
-    try:
+    _check_signature(where, kind, "__init__", 1, rngs=None, **options)
+    _check_signature(where, kind, "__call__", 2)
+    _check_signature(where, kind, "sample", 3)
+    _check_signature(where, kind, "loss", 5)
+    with _running(config, "__init__", f"width={width}"):
         return kind(width, rngs=rngs, **options)
-    except TypeError as error:
-        raise UserError(f"{where} cannot be created as (width, *, rngs, **options) with {options}: {error}") from error
 
 
 def abstract_head(config: HeadConfig, width: int = WIDTH) -> PoseHead:
@@ -121,14 +131,24 @@ def head_family(config: HeadConfig) -> Family:
     return family_of(abstract_head(config).num_joints)
 
 
-def head_output(head: PoseHead, width: int = WIDTH) -> Any:
-    """The output of a head (abstract or not) as abstract shapes: a ``Pose``, if the head is correct."""
-    return nnx.eval_shape(lambda head, *given: head(*given), head, *_input(head, width))
+def head_output(config: HeadConfig, width: int = WIDTH) -> Any:
+    """The output of a head as abstract shapes: a ``Pose``, if the head is correct. Raises UserError for an exception in its ``__call__``."""
+    head = abstract_head(config, width)
+    states, key = _input(head.reads, width)
+
+    def hint() -> str:
+        if head.reads != "token" or not _runs_on_conversation(head, width):
+            return ""
+        return "its reads is 'token', so states.conversation and states.before are None; set reads = 'conversation' in the class"
+
+    with _running(config, "__call__", f"states.token float32 {states.token.shape}", hint):
+        return nnx.eval_shape(lambda head, *given: head(*given), head, states, key)
 
 
-def head_loss(head: PoseHead, distance: Distance, width: int = WIDTH) -> Any:
-    """The loss of a head, which may be abstract, as abstract shapes: scalars by name, unless the head is wrong."""
-    states, key = _input(head, width)
+def head_loss(config: HeadConfig, distance: Distance, width: int = WIDTH) -> Any:
+    """The loss of a head as abstract shapes: scalars by name, unless the head is wrong. Raises UserError for an exception in its ``loss``."""
+    head = abstract_head(config, width)
+    states, key = _input(head.reads, width)
     target = Pose(
         _floats(*_BATCH, head.num_joints, 3, 3),
         "camera",
@@ -138,14 +158,19 @@ def head_loss(head: PoseHead, distance: Distance, width: int = WIDTH) -> Any:
         has_betas=_flags(*_BATCH),
         has_translation=_flags(*_BATCH),
     )
-    return nnx.eval_shape(lambda head, *given: head.loss(*given, distance), head, states, target, _flags(*_BATCH), key)
+    with _running(
+        config, "loss", f"states.token float32 {states.token.shape}, target.rotations {target.rotations.shape}"
+    ):
+        return nnx.eval_shape(
+            lambda head, *given: head.loss(*given, distance), head, states, target, _flags(*_BATCH), key
+        )
 
 
-def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
-    """Raises UserError unless a head (abstract or not) returns poses of ``num_joints`` joints in the camera frame, and its loss returns
-    scalars with names that are not reserved.
+def check_head(config: HeadConfig, width: int) -> None:
+    """Raises UserError unless a head returns poses of ``num_joints`` joints in the camera frame, its samples have the same fields, and its
+    loss returns scalars with names that are not reserved. Nothing is computed: the methods run on abstract arrays.
     """
-    where = f"pose head {config.name!r}"
+    where, head = _where(config), abstract_head(config, width)
     if head.reads not in ("token", "conversation") or head.num_joints not in JOINTS.values():
         raise UserError(
             f"{where} has reads={head.reads!r} and num_joints={head.num_joints!r}; expected 'token' or 'conversation', and one of "
@@ -155,37 +180,140 @@ def check_head(head: PoseHead, config: HeadConfig, width: int) -> None:
         raise UserError(
             f"{where} sets reads or draws in its constructor; they belong to the class, and are looked up there"
         )
-    made, batch = head_output(head, width), _BATCH
-    rotations = _floats(*batch, head.num_joints, 3, 3)
+    made = head_output(config, width)
+    _check_pose(f"{where} gives", made, _BATCH, head.num_joints)
+    _check_sample(config, head, made, width)
+    parts = head_loss(config, lambda *_: {"distance": jnp.zeros(())}, width)
+    _check_parts(f"the loss of {where}", parts)
+
+
+def _check_pose(gives: str, made: Any, batch: tuple[int, ...], joints: int) -> None:
     if not isinstance(made, Pose):
-        raise UserError(f"{where} gives {type(made).__name__}; expected a smpl_jax.pose.Pose in the camera frame")
-    betas = getattr(made.betas, "shape", (0,))[-1:]
-    for name, expected in (
-        ("rotations", rotations),
-        ("betas", None if made.betas is None else _floats(*batch, *betas)),
-        ("translation", None if made.translation is None else _floats(*batch, 3)),
-    ):
-        found = getattr(made, name)
-        if (_shape(found), _dtype(found)) != (_shape(expected), _dtype(expected)):
-            raise UserError(
-                f"{where} gives {name} {_dtype(found)} {_shape(found)} for {batch} pose tokens; expected {_dtype(expected)} {_shape(expected)}"
-            )
+        raise UserError(f"{gives} {_words(made)}; expected a smpl_jax.pose.Pose in the camera frame")
+    betas = tuple(getattr(made.betas, "shape", ()))
+    count = betas[-1] if len(betas) == len(batch) + 1 else "n"
+    for name, shape in (("rotations", (joints, 3, 3)), ("betas", (count,)), ("translation", (3,))):
+        found, expected = getattr(made, name), f"float32 ({', '.join(map(str, batch + shape))})"
+        if (found is not None or name == "rotations") and _brief(found) != expected:
+            raise UserError(f"{gives} {name} {_brief(found)} for {_BATCH} pose tokens; expected {expected}")
     if made.frame != "camera":
-        raise UserError(f"{where} gives poses in the frame {made.frame!r}; expected 'camera'")
-    parts = head_loss(head, lambda *_: {"distance": jnp.zeros(())}, width)
-    if not isinstance(parts, dict) or any(_shape(part) != () for part in parts.values()) or RESERVED & parts.keys():
-        raise UserError(
-            f"the loss of {where} is {parts}; expected a dict of scalars, none called {', '.join(sorted(RESERVED))}"
-        )
+        raise UserError(f"{gives} poses in the frame {made.frame!r}; expected 'camera'")
+
+
+def _check_sample(config: HeadConfig, head: PoseHead, made: Pose, width: int) -> None:
+    """Raises UserError unless ``sample`` gives what ``__call__`` gave, with one more axis in front."""
+    states, key = _input(head.reads, width)
+    with _running(config, "sample", f"states.token float32 {states.token.shape}, count={_COUNT}"):
+        drawn = nnx.eval_shape(lambda head, *given: head.sample(*given, _COUNT), head, states, key)
+    gives = f"{_where(config)}: sample(states, key, {_COUNT}) gives"
+    _check_pose(gives, drawn, (_COUNT, *_BATCH), head.num_joints)
+    for name in ("betas", "translation"):
+        found, one = getattr(drawn, name), getattr(made, name)
+        expected = None if one is None else _floats(_COUNT, *one.shape)
+        if _brief(found) != _brief(expected):
+            raise UserError(
+                f"{gives} {name} {_brief(found)}; expected {_brief(expected)}, because __call__ gives {_brief(one)}"
+            )
+
+
+def _check_parts(where: str, parts: Any) -> None:
+    if not isinstance(parts, dict):
+        raise UserError(f"{where} is {_words(parts)}; expected a dict of scalars by name")
+    for name, part in parts.items():
+        if _shape(part) != ():
+            raise UserError(f"{where} has the part {name!r}, which is {_words(part)}; expected a scalar, of shape ()")
+        if name in RESERVED:
+            raise UserError(
+                f"{where} has a part {name!r}, the name of another metric; none may be called {', '.join(sorted(RESERVED))}"
+            )
 
 
 _BATCH = (2, 3)
+_COUNT = 4
+_CALLED = {
+    "__init__": "self, width, *, rngs, **options",
+    "__call__": "self, states, key",
+    "sample": "self, states, key, count",
+    "loss": "self, states, target, mask, key, distance",
+}
+"""How the methods of a head are called."""
 
 
-def _input(head: PoseHead, width: int) -> tuple[States, Any]:
+def _check_signature(where: str, kind: type[PoseHead], name: str, count: int, **options: Any) -> None:
+    """Raises UserError unless a method can be called with ``count`` arguments in order, and ``options`` by name."""
+    method, expected = getattr(kind, name), f"expected def {name}({_CALLED[name]})"
+    if name in ("__init__", "__call__") and method is getattr(PoseHead, name):
+        raise UserError(f"{where} has no {name}; {expected}{_defined(kind)}")
+    try:
+        takes = inspect.signature(method)
+    except (TypeError, ValueError):  # of a callable that Python cannot look into
+        return
+    try:
+        takes.bind(None, *[None] * count, **options)
+    except TypeError as error:
+        bare = [each.replace(annotation=inspect.Parameter.empty) for each in takes.parameters.values()]
+        plain = inspect.Signature(bare)
+        raise UserError(f"{where} has {name}{plain}; {expected} ({error}){_defined(method)}") from error
+
+
+@contextlib.contextmanager
+def _running(config: HeadConfig, name: str, given: str, hint: Callable[[], str] = str) -> Iterator[None]:
+    """Turns an exception in a method of the user's own head into one line, which names the method and the last line of the user's file.
+
+    hint: gives what is wrong, or "" for the exception's own words.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        kind = head_class(config.name)
+        methods = [each for base in kind.__mro__ if issubclass(base, PoseHead) for each in vars(base).values()]
+        files = {
+            each.__code__.co_filename
+            for each in methods
+            if inspect.isfunction(each) and not each.__module__.startswith("chatpose_jax.")
+        }
+        lines = [
+            f"{frame.f_code.co_filename}:{line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if frame.f_code.co_filename in files
+        ]
+        place = f", {lines[-1]}" if lines else _defined(getattr(kind, name))
+        where = f"{_where(config)}: {name} with {given}{place}"
+        if "nnx.List" in str(error):  # Flax explains it in twenty lines
+            what = "a list of layers must be an nnx.List([…]), and a dict of them an nnx.Dict"
+            raise UserError(f"{where}: {what} ({type(error).__name__}: {str(error).split('. ')[0]})") from error
+        if what := hint():
+            raise UserError(f"{where}: {what}") from error
+        raise named.raised(where, error) from error
+
+
+def _runs_on_conversation(head: PoseHead, width: int) -> bool:
+    try:
+        nnx.eval_shape(lambda head, *given: head(*given), head, *_input("conversation", width))
+    except Exception:
+        return False
+    return True
+
+
+def _where(config: HeadConfig) -> str:
+    return f"pose head {config.name!r}"
+
+
+def _defined(thing: Any) -> str:
+    """ ", file:line" of a class or function, or "" where Python does not know."""
+    try:
+        thing = inspect.unwrap(thing)
+        return f", {inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
+    except (OSError, TypeError, ValueError):
+        return ""
+
+
+def _input(reads: str, width: int) -> tuple[States, Any]:
     """Abstract states of a small batch, and a key."""
     token, key = _floats(*_BATCH, width), jax.eval_shape(jax.random.key, 0)
-    if head.reads == "token":
+    if reads == "token":
         return States(token), key
     return States(token, _floats(_BATCH[0], 5, width), _flags(*_BATCH, 5)), key
 
@@ -199,8 +327,17 @@ def _flags(*shape: int) -> Any:
 
 
 def _shape(array: Any) -> Any:
-    return getattr(array, "shape", type(array).__name__)
+    return getattr(array, "shape", None)
 
 
-def _dtype(array: Any) -> Any:
-    return getattr(array, "dtype", "")
+def _words(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    shape = _shape(value)
+    return (
+        f"a {type(value).__name__}" if shape is None or isinstance(value, Pose) else f"an array {value.dtype} {shape}"
+    )
+
+
+def _brief(value: Any) -> str:
+    return _words(value).removeprefix("an array ")
