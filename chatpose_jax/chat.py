@@ -404,6 +404,7 @@ def load(
     """
     from chatpose_jax.weights.folder import (
         TOKENIZER,
+        another_head,
         find_model,
         is_model_folder,
         is_source,
@@ -428,8 +429,9 @@ def load(
         if dtype is not None:
             config = config.replace(dtype=dtype, param_dtype=dtype)
         processor = Processor.load(folder / TOKENIZER, config)
-        abstract = abstract_params(config.replace(scan_layers=True))
-        params = load_params(folder, abstract if mesh is None else place(abstract, mesh))
+        with another_head(folder, config):
+            abstract = abstract_params(config.replace(scan_layers=True))
+            params = load_params(folder, abstract if mesh is None else place(abstract, mesh))
     return ChatPose(config.replace(scan_layers=False), unstack_layers(params, consume=True), processor, shape)
 
 

@@ -158,8 +158,9 @@ def _apply(config: Any, override: str) -> None:
     try:
         table[name] = value
     except (TypeError, ValueError, KeyError) as error:
+        example = '(("hidden", 64),)' if key == HEAD_OPTIONS else repr(_plain(table[name]))
         raise UserError(
-            f"--set {override}: expected {type(table[name]).__name__}, such as {_plain(table[name])!r}, found {value!r}"
+            f"--set {override}: expected {type(table[name]).__name__}, such as {example}, found {value!r}"
         ) from error
 
 

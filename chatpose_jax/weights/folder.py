@@ -238,6 +238,19 @@ def is_source(path: str | Path) -> bool:
     return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
 
 
+@contextlib.contextmanager
+def another_head(path: str | Path, config: ModelConfig) -> Iterator[None]:
+    """Around what loads a folder: if ``config`` has another pose head than the folder was trained with, a UserError says so first."""
+    try:
+        yield
+    except UserError as error:
+        if (saved := read_config(path).head.name) == config.head.name:
+            raise
+        raise UserError(
+            f"{path} was trained with the pose head {saved!r}, and --head names {config.head.name!r}, which does not fit: {error}"
+        ) from error
+
+
 def load_model_config(path: str | Path, head: str | type[PoseHead] | None = None) -> ModelConfig:
     """The model configuration of a folder, ready to be built.
 

@@ -453,6 +453,7 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("train.optimizer=sgd", "adamw"),
         ("train.trainable=[1]", "rows of"),
         ("data.sources=[3]", "data.sources: expected rows of .name, weight, .*, found 3 instead of a row"),
+        ("model.head.options={'hidden': 64}", r"such as \(\(.hidden., 64\),\), found"),
         ("train.steps=none", "train.steps: expected int, found None"),
         ("train.steps={[]:1}", "not valid Python"),
         ("train.learning_rate=none", "train.learning_rate: expected a finite number, found None"),

@@ -107,6 +107,15 @@ def test_what_is_wrong_with_a_named_head_is_one_line(folder, package, monkeypatc
     sys.modules.pop("my_heads", None)
 
 
+def test_another_head_than_the_one_of_the_folder_is_said_first(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    head = "tests.model.toy_heads:Looking"
+    assert main(["chat", str(folder), "--head", head, "--prompt", "Kneel."]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder} was trained with the pose head {HEAD!r}, and --head names {head!r}")
+    assert error.count("\n") == 1
+
+
 COMMANDS = {
     "chat": ["chat", "{folder}", "--prompt", "x"],
     "export": ["export", "{folder}", "{tmp}/out", "--format", "transformers"],

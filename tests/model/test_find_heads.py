@@ -35,7 +35,73 @@ class Moody(MLPHead):
         pass
 
 
+def make():
+    pass
+
+
 number = 3
+"""
+
+BAD = """
+import jax.numpy as jnp
+
+from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.models.heads.mlp import MLPHead
+from chatpose_jax.models.layers import Linear
+
+
+class NoInit(PoseHead):
+    def __call__(self, states, key):
+        pass
+
+
+class NoCall(PoseHead):
+    def __init__(self, width, *, rngs):
+        pass
+
+
+class Call(MLPHead):
+    def __call__(self, states):
+        pass
+
+
+class Loss(MLPHead):
+    def loss(self, states, target):
+        pass
+
+
+class Layers(MLPHead):
+    def __init__(self, width, *, rngs):
+        self.layers = [Linear(width, 3, rngs=rngs)]  # HERE Layers
+
+
+class Reads(MLPHead):
+    def __call__(self, states, key):
+        return states.conversation.mean()  # HERE Reads
+
+
+class InInit(MLPHead):
+    def __init__(self, width, *, rngs):
+        raise KeyError("two\\nlines")  # HERE InInit
+
+
+class InCall(MLPHead):
+    def __call__(self, states, key):
+        return states.token @ jnp.zeros((3, 4))  # HERE InCall
+
+
+class InLoss(MLPHead):
+    def loss(self, states, target, mask, key, distance):
+        return helper(states)
+
+
+class InSample(MLPHead):
+    def sample(self, states, key, count):
+        return super().sample(states, key)  # HERE InSample
+
+
+def helper(states):
+    return states.nothing  # HERE InLoss
 """
 
 
@@ -43,6 +109,7 @@ number = 3
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder on the path with the module ``outside_heads``, which leaves a file behind when it is imported, and one that raises."""
     (tmp_path / "outside_heads.py").write_text(MODULE)
+    (tmp_path / "bad_heads.py").write_text(BAD)
     (tmp_path / "broken_heads.py").write_text("import nothing_of_that_name\n")
     (tmp_path / "raising_heads.py").write_text("raise RuntimeError('two\\nlines')\n")
     info = tmp_path / "outside-1.0.dist-info"
@@ -53,7 +120,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     heads._offered.cache_clear()
     yield tmp_path
     heads._offered.cache_clear()
-    for name in ("outside_heads", "broken_heads", "raising_heads"):
+    for name in ("outside_heads", "bad_heads", "broken_heads", "raising_heads"):
         sys.modules.pop(name, None)
 
 
@@ -89,8 +156,9 @@ def test_two_packages_of_one_name_are_refused_and_the_boxs_names_stay(package: P
         ("outside_heads.deep:Own", {}, "cannot be imported: No module named 'outside_heads.deep'"),
         ("broken_heads:Own", {}, "'broken_heads:Own' cannot be imported: No module named 'nothing_of_that_name'"),
         ("raising_heads:Own", {}, "'raising_heads:Own' cannot be imported: RuntimeError: two lines"),
-        ("outside_heads:Owm", {}, "the module outside_heads has no function or class 'Owm'"),
-        ("outside_heads:number", {}, "has no function or class 'number'"),
+        ("outside_heads:Owm", {}, "the module outside_heads has no function or class 'Owm'; did you mean Own"),
+        ("outside_heads:number", {}, "has no function or class 'number'; it is 3, of type int"),
+        ("outside_heads:make", {}, "expected a class derived from .*PoseHead, found <function make"),
         ("outside_heads:", {}, "expected 'mlp'.*'package.module:name'"),
         (":Own", {}, "expected 'mlp'.*'package.module:name'"),
         ("pathlib:Path", {}, r"'pathlib:Path': expected a class derived from chatpose_jax.models.heads.base.PoseHead, found <class"),
@@ -98,7 +166,7 @@ def test_two_packages_of_one_name_are_refused_and_the_boxs_names_stay(package: P
         ("outside_heads:Own", {"dept": 2}, "pose head 'outside_heads:Own' has no option 'dept'; did you mean depth"),
         ("outside_heads:Own", {"depth": "two"}, "the option depth: expected int, found 'two'"),
         ("outside_heads:Own", {"rngs": 3}, "has no option 'rngs'"),
-        ("outside_heads:Moody", {}, r"'outside_heads:Moody' cannot be created as \(width, \*, rngs, \*\*options\)"),
+        ("outside_heads:Moody", {}, r"'outside_heads:Moody' has __init__\(self, width\); expected def __init__\(self, width, .*outside_heads.py:\d"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_head_is_one_line(
@@ -107,6 +175,35 @@ def test_what_is_wrong_with_a_head_is_one_line(
     with pytest.raises(UserError, match=words) as raised:
         make(name, **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("NoInit", r"has no __init__; expected def __init__\(self, width, \*, rngs, \*\*options\)"),
+        ("NoCall", r"has no __call__; expected def __call__\(self, states, key\)"),
+        ("Call", r"has __call__\(self, states\); expected def __call__\(self, states, key\)"),
+        ("Loss", r"has loss\(self, states, target\); expected def loss\(self, states, target, mask, key, distance\)"),
+        ("Layers", r"__init__ with width=128, FILE: a list of layers must be an nnx.List\(\[…\]\)"),
+        ("Reads", r"__call__ with .*, FILE: its reads is 'token', so states.conversation .* None"),
+        ("InInit", "__init__ with width=128, FILE: KeyError: 'two"),
+        ("InCall", r"__call__ with states.token float32 \(2, 3, 128\), FILE: TypeError: dot_general"),
+        ("InLoss", "loss with .*, FILE: AttributeError: 'States' object has no attribute 'nothing'"),
+        ("InSample", "sample with .*count=4, FILE: TypeError: .*'count'"),
+    ],
+)
+def test_an_error_in_the_code_of_a_head_is_one_line_with_its_place(package: Path, name: str, words: str) -> None:
+    lines = BAD.splitlines()
+    [mark] = [f"# HERE {name}"] if f"# HERE {name}" in BAD else [f"class {name}("]
+    [number] = [i for i, line in enumerate(lines, 1) if line.endswith(mark) or line.startswith(mark)]
+    place = f"bad_heads.py:{number}" if mark.startswith("#") else "bad_heads.py:"
+    with pytest.raises(UserError, match=words.replace("FILE", f".*{place}")) as raised:
+        abstract_params(preset("tiny").replace(head=HeadConfig(f"bad_heads:{name}")))
+    assert str(raised.value).startswith(f"pose head 'bad_heads:{name}'")
+    assert place in str(raised.value)
+    assert "\n" not in str(raised.value)
+    if mark.startswith("#"):
+        assert raised.value.__cause__ is not None and not isinstance(raised.value.__cause__, UserError)
 
 
 def test_a_file_names_no_head_of_somebodys_own_by_itself(package: Path) -> None:

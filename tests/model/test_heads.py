@@ -50,10 +50,13 @@ def eye(*shape: int, **more: Any) -> Pose:
 
 
 WRONG = {
-    "angles": (lambda b, p: jnp.zeros((b, p, 24, 3)), "gives ShapeDtypeStruct; expected a smpl_jax.pose.Pose"),
+    "angles": (
+        lambda b, p: jnp.zeros((b, p, 24, 3)),
+        r"gives an array float32 \(2, 3, 24, 3\); expected a smpl_jax.pose.Pose",
+    ),
     "joints": (lambda b, p: eye(b, p, 22), r"gives rotations float32 \(2, 3, 22, 3, 3\) .*\(2, 3, 24, 3, 3\)"),
     "frame": (lambda b, p: eye(b, p, 24, frame="model"), "gives poses in the frame 'model'; expected 'camera'"),
-    "betas": (lambda b, p: eye(b, p, 24, betas=jnp.zeros((b, 10))), r"gives betas float32 \(2, 10\) .*\(2, 3, 10\)"),
+    "betas": (lambda b, p: eye(b, p, 24, betas=jnp.zeros((b, 10))), r"gives betas float32 \(2, 10\) .*\(2, 3, n\)"),
     "half": (lambda b, p: eye(b, p, 24, translation=jnp.zeros((b, p, 3), jnp.bfloat16)), "gives translation bfloat16"),
 }
 
@@ -94,12 +97,48 @@ class Odd(MLPHead):
         return type(self).found
 
 
-@pytest.mark.parametrize("made", [jnp.zeros(()), {"text": jnp.zeros(())}, {"pose": jnp.zeros(2)}], ids=str)
-def test_a_loss_that_is_no_dict_of_new_scalars_is_refused(monkeypatch: pytest.MonkeyPatch, made: object) -> None:
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (jnp.zeros(()), r"is an array float32 \(\); expected a dict of scalars by name"),
+        ({"pose": jnp.zeros(()), "text": jnp.zeros(())}, "has a part 'text', the name of another metric; none may be"),
+        ({"pose": jnp.zeros(()), "more": jnp.zeros(2)}, r"has the part 'more', which is an array float32 \(2,\)"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_is_no_dict_of_new_scalars_is_refused(
+    monkeypatch: pytest.MonkeyPatch, made: object, words: str
+) -> None:
     monkeypatch.setattr(Odd, "found", made)
     monkeypatch.setitem(heads.HEADS, "odd", f"{__name__}:Odd")
-    with pytest.raises(UserError, match=r"the loss of pose head 'odd' is .*expected a dict of scalars"):
+    with pytest.raises(UserError, match=f"the loss of pose head 'odd' {words}"):
         abstract_params(preset("tiny").replace(head=HeadConfig("odd")))
+
+
+class Sampled(MLPHead):
+    change: ClassVar[Any] = None
+
+    def sample(self, states: States, key: jax.Array, count: int) -> Any:
+        return type(self).change(super().sample(states, key, count))
+
+
+SAMPLES = {
+    "one": (lambda pose: pose[0], r"rotations float32 \(2, 3, 24, 3, 3\) .*expected float32 \(4, 2, 3, 24, 3, 3\)"),
+    "array": (lambda pose: pose.rotations, r"an array float32 \(4, 2, 3, 24, 3, 3\); expected a smpl_jax.pose.Pose"),
+    "more": (
+        lambda pose: pose.replace(translation=jnp.zeros((*pose.shape, 3))),
+        r"translation float32 \(4, 2, 3, 3\); expected nothing, because __call__ gives nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_sample_gives_is_checked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    change, words = SAMPLES[name]
+    monkeypatch.setattr(Sampled, "change", staticmethod(change))
+    monkeypatch.setitem(heads.HEADS, name, f"{__name__}:Sampled")
+    with pytest.raises(UserError, match=rf"pose head '{name}': sample\(states, key, 4\) gives {words}"):
+        abstract_params(preset("tiny").replace(head=HeadConfig(name)))
 
 
 def test_a_number_of_joints_in_json_is_read_where_it_is_24() -> None:
@@ -114,6 +153,12 @@ def test_a_number_of_joints_in_json_is_read_where_it_is_24() -> None:
 def test_options_that_cannot_be_a_key_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.head\.options: expected rows of \(name, value\)"):
         HeadConfig("mlp", (("sizes", {"first": 1}),))
+
+
+@pytest.mark.parametrize("options", [("hidden", 64), (("hidden", 64, 3),), {"hidden": 64}, [("hidden", 64)]], ids=str)
+def test_options_of_another_form_show_the_right_one(options: Any) -> None:
+    with pytest.raises(UserError, match=r'model\.head\.options: expected rows .*such as \(\("hidden", 64\),\)'):
+        HeadConfig("mlp", options)
 
 
 def test_mlp_starts_upright_and_turns_any_state_into_rotations() -> None:
