@@ -202,7 +202,7 @@ class ChatPose:
             samples=samples,
         )
         encoded = [self.processor.encode(each) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
-        with self._alone():
+        with self._exclusive():
             steps = Returning(self._answer(encoded, stream_every=settings["max_new_tokens"], **settings))
             for _ in steps:
                 pass
@@ -251,7 +251,7 @@ class ChatPose:
         return Stream(self._pieces(self.processor.encode(messages), stream_every=every, **settings))
 
     def _pieces(self, encoded: Encoded, **settings: Any) -> Generator[str, None, Reply]:
-        with self._alone():
+        with self._exclusive():
             decoder = self.processor.stream()
             steps = Returning(self._answer([encoded], **settings))
             for [ids], _ in steps:
@@ -270,7 +270,7 @@ class ChatPose:
         return checked
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             raise UserError(
                 "this model is still answering: finish or close the stream (or the other thread's call) first"

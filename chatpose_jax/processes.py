@@ -1,4 +1,4 @@
-"""Several processes that write one folder: what fails in one ends in all."""
+"""Several processes that write one folder: an error in one of them ends all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jax.experimental import multihost_utils
 from chatpose_jax.errors import UserError
 
 _WAIT_SECONDS = 6 * 3600
-"""How long a process waits for the others; one that has died is noticed sooner, by JAX's heartbeats."""
+"""How long a process waits for the others. JAX's heartbeats detect a dead process sooner."""
 _MESSAGE = 1000
 _meetings = itertools.count()
 
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Every process of the run enters the block, and leaves it when all are through. What one raises ends the block in all
-    of them: there as it is, elsewhere as a UserError that says where and what. Blocks may be nested.
+    """Context manager that all processes of a run enter together and leave together. An error in one of them ends the block in all: that process
+    raises the error itself, the others a UserError with the process and its message. Blocks may be nested.
     """
     failure: Exception | None = None
     try:
@@ -33,7 +33,7 @@ def all_or_none() -> Iterator[None]:
         failure = error
     if jax.process_count() == 1:
         return
-    # By number, not by place: where one is out of a block early, the others are told at the next block that they leave.
+    # Blocks are counted, not named: if a process leaves one early, the others learn of it at the end of their next block.
     ocp.multihost.get_barrier_sync_fn()(key=f"all_or_none:{next(_meetings)}", timeout_ms=1000 * _WAIT_SECONDS)
     said = (
         b"" if failure is None else (str(failure).strip() or type(failure).__name__).encode(errors="replace")[:_MESSAGE]

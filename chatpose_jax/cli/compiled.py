@@ -1,4 +1,4 @@
-"""Keeps compiled programs between runs, so that the first step of a program that was compiled before takes seconds."""
+"""A cache of compiled programs on disk: the first step of a program that was compiled before takes seconds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ LIMIT = 2 << 30
 
 
 def keep_compiled() -> Path | None:
-    """Let JAX keep what it compiles in the user's cache folder, unless ``JAX_COMPILATION_CACHE_DIR`` says where (empty: nowhere)
-    or ``JAX_ENABLE_COMPILATION_CACHE=0`` forbids it; returns the folder, None where nothing was changed.
+    """Turns on JAX's compilation cache in the user's cache folder. Returns the folder, or None if nothing was changed.
 
-    Each kind of processor has a folder of its own, for homes are shared between machines, and a program for one CPU may die
-    on another. What lies there is run, so a folder that others may write is not used. For runs of one process: several must
-    find the same programs (see ``launch/``).
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder (empty: no cache), and ``JAX_ENABLE_COMPILATION_CACHE=0`` turns the cache off.
+
+    Each kind of processor has its own folder, because home folders are shared between machines and a program for one CPU may crash on
+    another. Cached programs are executed, so a folder that others may write to is not used. This is for runs of one process; the processes
+    of a larger run must all find the same programs (see ``launch/``).
     """
     if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None
@@ -29,7 +30,7 @@ def keep_compiled() -> Path | None:
         folder = cache_home() / "chatpose-jax" / "compiled" / processor()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
-            raise PermissionError(0, "others may write there, and what lies there is run", str(folder))
+            raise PermissionError(0, "others may write there, and cached programs are executed", str(folder))
         prune(folder.parent, LIMIT)
     except (OSError, RuntimeError) as error:  # no home, no space, read-only
         print(f"compiled programs are not kept for the next run: {error} (set {VARIABLE})", file=sys.stderr)
@@ -45,7 +46,7 @@ def cache_home() -> Path:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """A name of what XLA compiles for on this machine's CPU: its architecture, model, instruction set and number of cores."""
+    """A name for this machine's CPU as XLA's target: its architecture, model, instruction set and number of cores."""
     known = [platform.machine(), platform.processor(), str(os.cpu_count())]
     if hasattr(os, "sched_getaffinity"):
         known.append(str(len(os.sched_getaffinity(0))))
@@ -57,7 +58,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def prune(folder: Path, limit: int) -> None:
-    """Remove files until what is left below ``folder`` takes at most ``limit`` bytes, those first that were not read for longest."""
+    """Removes files below ``folder``, least recently read first, until they take at most ``limit`` bytes."""
     found = sorted(
         (
             (max(stat.st_atime, stat.st_mtime), stat.st_size, file)

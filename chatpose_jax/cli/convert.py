@@ -18,8 +18,8 @@ EXAMPLES = """examples, from a download to an answer:
   {prog} CHATPOSE-V0 out/chatpose   --vision clip-vit-large-patch14-336
   {prog} vicuna-13b-v1.5 out/vicuna --vision clip-vit-large-patch14-336 --init-missing projector
   {prog} llava-1.5-13b-hf out/mine  --adapter my-peft-adapter
-  chatpose inspect llava-v1.5-13b       what a download is, and what it lacks
-  chatpose verify llava-1.5-13b-hf out/llava      the result against PyTorch
+  chatpose inspect llava-v1.5-13b       what a download contains, and what is missing
+  chatpose verify llava-1.5-13b-hf out/llava      compare the result with PyTorch
   chatpose chat out/llava
 
 docs/weights.md has the table of all layouts."""
@@ -34,30 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="source",
         help="folder as downloaded (.safetensors or .bin, whole or in shards, config.json, tokenizer), or one such file",
     )
-    parser.add_argument(
-        "out", help="model folder to write: what chatpose chat, chatpose train and chatpose_jax.load take"
-    )
+    parser.add_argument("out", help="model folder to write, for chatpose chat, chatpose train and chatpose_jax.load")
     add_source_options(parser)
-    result = parser.add_argument_group("what is written")
-    result.add_argument("--dtype", choices=get_args(DType), help="of the base weights; default: as stored, bit by bit")
+    result = parser.add_argument_group("output")
+    result.add_argument(
+        "--dtype", choices=get_args(DType), help="dtype of the base weights; default: as stored, bit by bit"
+    )
     result.add_argument(
         "--quantize",
         choices=get_args(Quantize),
         default="none",
-        help="int8: projections of the decoder in int8, half of bfloat16's memory; they answer nearly the same and cannot "
-        "be trained, adapters on them can (default none)",
+        help="int8: store the decoder's projections in int8, in half of bfloat16's memory; answers are nearly the same, and only "
+        "adapters on them can be trained (default none)",
     )
     result.add_argument(
         "--pose-head",
         choices=("auto", "init"),
         default="auto",
-        help="auto (default): the source's, or a new one to train where it has none; init: a new one",
+        help="auto (default): the source's pose head, or a new one to train if it has none; init: a new one",
     )
-    result.add_argument("--seed", type=int, default=0, help="of whatever is started at random (default 0)")
+    result.add_argument("--seed", type=int, default=0, help="seed of random initialisation (default 0)")
     result.add_argument(
         "--allow-nonfinite",
         action="store_true",
-        help="go on where weights hold NaN or infinities, and count them in the report; default: an error",
+        help="accept weights with NaN or infinities, and count them in the report; default: an error",
     )
     result.add_argument("--compress", action="store_true", help="store with zstd: smaller, slower")
     result.add_argument(
@@ -68,17 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sums.add_argument(
         "--hashes",
         metavar="FILE",
-        help="list of SHA-256 sums, as sha256sum writes it; files are compared while they are read. A file SHA256SUMS "
-        "beside the weights is compared without being named",
+        help="list of SHA-256 sums, as sha256sum writes it; files are checked while they are read. A file SHA256SUMS "
+        "beside the weights is used without this option",
     )
     sums.add_argument(
-        "--no-hash", action="store_true", help="neither compare nor record SHA-256 sums of the source files; faster"
+        "--no-hash", action="store_true", help="neither check nor record SHA-256 sums of the source files; faster"
     )
     checks.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out ``chatpose convert``; returns the exit status. Raises UserError."""
+    """Runs ``chatpose convert`` and returns the exit status. Raises UserError."""
     plan = convert(
         source_of(args),
         args.out,

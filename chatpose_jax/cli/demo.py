@@ -1,4 +1,4 @@
-"""``chatpose demo``: a small ChatPose learns from generated data, is measured on held-out rows, and answers."""
+"""``chatpose demo``: trains a small ChatPose on generated data, evaluates it on held-out rows, and asks it questions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BASELINE_ROWS = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose demo``."""
     parser.add_argument(
-        "--out", type=Path, default=Path("out/demo"), help="folder for the model, answers, pictures and report.json"
+        "--out", type=Path, default=Path("out/demo"), help="folder for the model, answers, images and report.json"
     )
     add_config(parser, "tiny")
     parser.add_argument("--rows", type=int, default=TEST_ROWS, help="held-out rows of each kind to evaluate")
@@ -67,20 +67,20 @@ def run(args: argparse.Namespace) -> int:
 def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     size = config.model.vision.image_size
 
-    print(f"1/4  Generating people in words and pictures ({size} × {size}) ...", flush=True)
+    print(f"1/4  Generating descriptions and images of people ({size} × {size}) ...", flush=True)
     data = config.data
     if [row.name for row in data.sources] != ["synthetic"]:
         raise UserError(
             "the demo generates its data: data.sources must be one row, of the source 'synthetic' (chatpose train takes any)"
         )
     check_sources(data)
-    demand_same_run(out / "run", config.model, config.train, out / "model")  # before minutes of work
+    demand_same_run(out / "run", config.model, config.train, out / "model")  # fails before minutes of work
     rows: Any = examples(data, "train", size)
     rows.precompute(cpu_workers())
     clock.lap("data")
 
     print(
-        f"2/4  Training: {config.train.steps} steps (interrupt it if you like; the same command goes on) ...",
+        f"2/4  Training: {config.train.steps} steps (you may interrupt it; the same command resumes it) ...",
         flush=True,
     )
     try:
@@ -90,7 +90,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
         return 143
     clock.lap("training")
 
-    print("3/4  Asking about people that it has never seen ...", flush=True)
+    print("3/4  Evaluating on held-out rows ...", flush=True)
     model = load(folder, head=config.model.head.name)
     results = evaluate(model, config, count)
     clock.lap("evaluation")
@@ -135,8 +135,8 @@ class Clock:
 
 
 def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
-    """Real answers on the test split, text and pictures apart, beside the mean pose of training rows of the same kind; and
-    changes of a described pose, asked for in a second turn.
+    """Evaluates answers on the test split: rows of text and rows of images separately, each with the mean pose of training rows of that kind
+    as the baseline; and edits of a described pose, asked for in a second turn.
     """
     results = {}
     size, seed = config.model.vision.image_size, config.data.seed
@@ -155,7 +155,7 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
 
 
 def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
-    """A detailed description, a picture that it has never seen, and a description with a follow-up turn; files of each in ``out``."""
+    """Three conversations: a detailed description, a held-out image, and a description with a follow-up turn. Writes the files of each to ``out``."""
     size = config.model.vision.image_size
     text = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text": 1.0})[7]
     picture = SyntheticDataset("test", 400, config.data.seed + 1, size, {"image": 1.0})[11]
@@ -186,7 +186,7 @@ def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[st
 
 
 def _pictures(message: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The pictures of a question as files, to be asked about again."""
+    """Saves the images of a question as files, so that the user can ask about them again."""
     parts = [] if isinstance(message["content"], str) else message["content"]
     images = [part["image"] for part in parts if part["type"] == "image"]
     return [render.save_png(folder / f"question{i or ''}.png", np.asarray(image)) for i, image in enumerate(images)]
@@ -196,11 +196,11 @@ def _words(message: Mapping[str, Any]) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] if part["type"] == "text" else "[picture]" for part in content)
+    return " ".join(part["text"] if part["type"] == "text" else "[image]" for part in content)
 
 
 def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path: Path) -> Path:
-    """The picture asked about, if any, then for each turn the true body and the answered one."""
+    """Saves the input image, if any, and for each turn the true body and the predicted one."""
     from PIL import Image
 
     panels, labels = [], []
@@ -226,13 +226,13 @@ def learning_curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def draw_curve(log: list[dict[str, float]], results: Mapping[str, Any], path: Path) -> Path | None:
-    """Of a run's ``metrics.jsonl`` the losses of training, each the mean of 50 steps, and PA-MPJPE of validation rows with the baselines;
-    None, and a word, without matplotlib.
+    """Plots a run's ``metrics.jsonl``: training losses, each the mean of 50 steps, and PA-MPJPE of validation rows with the baselines. Without
+    matplotlib it prints a hint and returns None.
     """
     try:
         import matplotlib
     except ImportError:
-        print('(pip install ".[eval]" in the checkout, for a picture of the learning curve)')
+        print('(pip install ".[eval]" in the checkout to plot the learning curve)')
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -252,7 +252,7 @@ def draw_curve(log: list[dict[str, float]], results: Mapping[str, Any], path: Pa
         points = [(line["step"], line[f"val_{kind}_pa_mpjpe"]) for line in curve if f"val_{kind}_pa_mpjpe" in line]
         if points:
             axes.plot(*zip(*points), color=colour, marker="o", markersize=3, label=f"{kind} → pose")
-        dashes = (3 * number, (3, 3))  # in turn, for the two lines nearly coincide
+        dashes = (3 * number, (3, 3))  # alternating dashes, because the two lines nearly coincide
         axes.axhline(results[kind]["baseline_pa_mpjpe"], color=colour, linestyle=dashes, label=f"mean pose, {kind}")
     axes.set(xlabel="step", ylabel="PA-MPJPE, mm (validation)", xlim=(0, None), ylim=(0, None))
     for each in (losses, axes):
@@ -265,7 +265,7 @@ def draw_curve(log: list[dict[str, float]], results: Mapping[str, Any], path: Pa
 
 
 def print_results(results: Mapping[str, Any], clock: Clock) -> None:
-    """The table of the evaluation."""
+    """Prints the table of the evaluation."""
     print(
         f"\n{'held-out answers':18} {'MPJPE':>9} {'PA-MPJPE':>9} {'MPJRE':>7}   {'PA-MPJPE / mean pose':>20}   offers a pose"
     )
@@ -285,5 +285,5 @@ def print_results(results: Mapping[str, Any], clock: Clock) -> None:
 
 
 def cpu_workers() -> int:
-    """Processes worth starting for work in pure Python."""
+    """Number of processes worth starting for work in pure Python."""
     return min(os.cpu_count() or 1, 8)

@@ -30,43 +30,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMATS,
-        help="transformers: LlavaForConditionalGeneration; llava: LLaVA-1.5's own names; chatpose: CHATPOSE-V0's names, the "
-        "pose head among them; peft: adapters, token rows and head, without the base",
+        help="transformers: LlavaForConditionalGeneration; llava: LLaVA-1.5's own names; chatpose: CHATPOSE-V0's names, with the "
+        "pose head; peft: adapters, token rows and pose head, without the base",
     )
     parser.add_argument(
         "--dtype",
         choices=get_args(DType),
-        help="default: the base's, as stored; for peft float32, which adapters are stored in",
+        help="default: the base's dtype, as stored; for peft float32, the dtype of adapters",
     )
     parser.add_argument(
         "--no-merge",
         action="store_true",
-        help="leave the adapters out instead of merging them: the base that --format peft goes onto",
+        help="leave the adapters out instead of merging them; the result is the base of --format peft",
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, such as 500MB (default 5GB)"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of one file of weights, such as 500MB (default 5GB)",
     )
     parser.add_argument(
         "--head",
         metavar="MODULE:CLASS",
-        help="the folder's pose head, where it is of a package of your own: a folder by itself makes nothing be imported",
+        help="the folder's pose head, if it is from a package of your own: files alone never import code",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
     peft = parser.add_argument_group("--format peft")
-    peft.add_argument("--base-name", metavar="NAME", help="base_model_name_or_path: what the adapter goes onto")
+    peft.add_argument("--base-name", metavar="NAME", help="base_model_name_or_path: the base of the adapter")
     peft.add_argument(
         "--base-class",
         choices=BASE_CLASSES,
         default="llava",
-        help="what the base is loaded as: llava (default) LlavaForConditionalGeneration, llama LlamaForCausalLM",
+        help="class that loads the base: llava (default) LlavaForConditionalGeneration, llama LlamaForCausalLM",
     )
     peft.add_argument(
-        "--with-projector", action="store_true", help="the projector too (modules_to_save), where it was trained"
+        "--with-projector", action="store_true", help="write the projector too (modules_to_save), if it was trained"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out ``chatpose export``; returns the exit status. Raises UserError."""
+    """Runs ``chatpose export`` and returns the exit status. Raises UserError."""
     result = export(
         args.folder,
         args.out,

@@ -1,4 +1,4 @@
-"""How a command line names a configuration and changes it: ``--config``, ``--set KEY=VALUE`` and ``--config.KEY=VALUE``."""
+"""Command line options that choose a configuration and change it: ``--config``, ``--set KEY=VALUE`` and ``--config.KEY=VALUE``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PREFIX = "--config."
 
 
 def add_config(parser: argparse.ArgumentParser, default: str, example: str = "train.steps=100") -> None:
-    """Adds ``config``, a name or a file, and ``overrides``, a list of ``KEY=VALUE``, to what a command takes."""
+    """Adds the options ``config``, a name or a file, and ``overrides``, a list of ``KEY=VALUE``."""
     parser.add_argument(
         "--config",
         default=default,
@@ -33,7 +33,7 @@ def head_flag(name: str) -> str:
 
 
 def as_overrides(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` written as ``--set=KEY=VALUE``.
+    """Rewrites ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` in a list of arguments as ``--set=KEY=VALUE``.
 
     Raises UserError for a key without a value.
     """

@@ -1,4 +1,4 @@
-"""``chatpose inspect``: what a folder of weights holds, in words."""
+"""``chatpose inspect``: describes the contents of a folder of weights."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ from chatpose_jax.weights.plan import PARTS, Conversion, plan_conversion, rounde
 from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
 
 _SHOWN = 8
-"""How many tensors of one kind a report names."""
+"""Number of tensors of one kind that a report names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose inspect``."""
     parser.add_argument("path", metavar="folder", help="any checkpoint folder or file, or a model folder")
     add_source_options(parser)
-    parser.add_argument("--tensors", action="store_true", help="list every tensor, not one for all layers")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor; default: one line for all layers")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out ``chatpose inspect``: 0 if all is there, 1 if something is missing. Raises UserError for what
-    cannot be read.
-    """
+    """Runs ``chatpose inspect``. Returns 0 if nothing is missing, else 1. Raises UserError if files cannot be read."""
     spec, folder = source_of(args), Path(args.path)
     if is_model_folder(folder):
         print("\n".join(_describe_model_folder(folder, args.tensors)))
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_config(config: ModelConfig) -> list[str]:
-    """The configuration in a few lines."""
+    """Lines that describe the configuration."""
     text, vision, lora = config.text, config.vision, config.lora
     rows = [
         (
@@ -82,14 +80,14 @@ def describe_config(config: ModelConfig) -> list[str]:
 
 
 def describe_conversion(plan: Conversion) -> list[str]:
-    """What a conversion does, in lines: the model, what is new, what is left out and why."""
+    """Lines that describe a conversion: the model, new parts, and tensors that are ignored with the reasons."""
     lines = ["model", *describe_config(plan.config)]
     tokens = plan.vocabulary.tokens
     known = ", ".join(f"{literal} {id}" for literal, id in sorted(tokens.added.items(), key=lambda item: item[1]))
     lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
-    lines.append(f"  {'pictures':<11} {plan.pictures.describe()}")
+    lines.append(f"  {'images':<11} {plan.pictures.describe()}")
     dtypes = ((source.title, source.checkpoint.tensors[name].dtype, kept) for source, name, _, kept in rounded(plan))
     for (title, stored, kept), count in collections.Counter(dtypes).items():
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
@@ -137,7 +135,7 @@ def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
     try:
         lines = [line for source in provenance.get("sources", []) for line in _origin_lines(source)]
         if seen := provenance.get("pictures"):
-            lines.append(f"  {'pictures':<11} {seen}")
+            lines.append(f"  {'images':<11} {seen}")
         if started := provenance.get("initialised"):
             lines.append(f"  {'initialised':<11} {', '.join(started)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -156,7 +154,7 @@ def _origin_lines(source: Mapping[str, Any]) -> list[str]:
 
 
 def _tensor_lines(tensors: Mapping[str, Any], every: bool) -> list[str]:
-    """Name, shape and dtype of every tensor; or of one for all layers."""
+    """Name, shape and dtype of every tensor, or one line for all layers."""
     if every:
         return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]
     groups: collections.Counter[tuple[str, Any, Any]] = collections.Counter()

@@ -1,4 +1,4 @@
-"""``chatpose render``: a pose file as a picture, or in another format."""
+"""``chatpose render``: draws a pose file, or writes it in another format."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pose",
         type=Path,
         help="npz of chatpose, AMASS (poses), smplx or 4D-Humans (global_orient, body_pose), …, or .npy of (24, 3), (72,) "
-        "or (24, 3, 3); docs/body.md lists what is read",
+        "or (24, 3, 3); docs/body.md lists all formats",
     )
     parser.add_argument("--out", required=True, type=Path, help=".png, .glb, .obj or .npz")
     parser.add_argument(
         "--frame",
         choices=FRAMES,
-        help="of the root orientation; default: what the file says, z-up for AMASS, else camera",
+        help="frame of the root orientation; default: the file's, z-up for AMASS, else camera",
     )
     parser.add_argument("--index", type=int, default=0, help="frame of a sequence")
     parser.add_argument("--views", nargs="+", choices=VIEWS, default=["front", "side"])
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skinned",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="a .glb with the skeleton in it; without, the posed mesh alone, for programs that do not skin",
+        help="write the skeleton into a .glb; without it only the posed mesh, for programs without skinning",
     )
     parser.add_argument(
         "--body", type=Path, help="SMPL, SMPL-H or SMPL-X file; default: the body that comes with the package"
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw or export one pose; what the file was taken to mean goes to standard error."""
+    """Draws or exports one pose. Prints to standard error how the file was read."""
     whole("--size", args.size, 16, 4096)
     chosen = FRAMES[args.frame] if args.frame else None
     told = read_poses(args.pose, chosen)
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def fit(pose: Pose, body: BodyModel, shaped: bool) -> tuple[Pose, list[str]]:
-    """The pose in the camera frame with the body's joints, and in words what of it the body cannot show.
+    """The pose in the camera frame with the body's joints, and a note for each part of it that the body cannot show.
 
-    shaped: whether the body is one that the betas may belong to; the one that comes with the package has betas of its own.
+    shaped: whether the betas may belong to this body. The one in the package has betas of its own.
     """
     family = family_of(body.num_joints)
     dropped = [part for part in FAMILIES[pose.family] if part not in FAMILIES[family]]
@@ -95,7 +95,7 @@ def fit(pose: Pose, body: BodyModel, shaped: bool) -> tuple[Pose, list[str]]:
 
 
 def _said(file: PoseFile, source: str, left_out: list[str]) -> str:
-    """One line: which arrays were read as what, and what was not."""
+    """One line: how the arrays were read, and which were not used."""
     name = next(name for name, value in FRAMES.items() if value == file.frame)
     what = " + ".join(filter(None, file.names)) or "the array"
     rest = [*left_out, *([f"not used: {', '.join(file.unused)[:200]}"] if file.unused else [])]

@@ -11,7 +11,7 @@ from chatpose_jax.weights.spec import SourceSpec
 
 
 def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True) -> None:
-    """Adds the options. planned: include the options of a conversion plan (the tokenizer, and parts to initialise), unused by ``verify``."""
+    """Adds the options. planned: include those of a conversion plan (the tokenizer, and parts to initialise), which ``verify`` does not use."""
     group = parser.add_argument_group("parts in other folders")
     group.add_argument(
         "--vision",
@@ -28,12 +28,12 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
         "--lora-alpha",
         type=float,
         metavar="ALPHA",
-        help="of adapters without an adapter_config.json, as DeepSpeed leaves them",
+        help="lora_alpha of adapters without an adapter_config.json, such as DeepSpeed's",
     )
     group.add_argument(
         "--layout",
         choices=FAMILIES,
-        help="the layout of the weights; default: recognised by the contents of the folder",
+        help="layout of the weights; default: detected from the contents of the folder",
     )
     group.add_argument(
         "--head",
@@ -60,6 +60,6 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
 
 
 def source_of(args: argparse.Namespace) -> SourceSpec:
-    """The description that the options give. Raises UserError."""
+    """The ``SourceSpec`` that the options describe. Raises UserError."""
     names = {field.name for field in dataclasses.fields(SourceSpec)}
     return SourceSpec(**{name: value for name, value in vars(args).items() if name in names})

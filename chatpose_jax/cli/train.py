@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         type=Path,
-        help="model folder to start from (chatpose convert makes one): its towers win over the configuration's; "
-        "adapters and pose head are as model.lora and model.head say",
+        help="model folder to start from (chatpose convert writes one); its towers replace the configuration's, "
+        "model.lora and model.head set adapters and pose head",
     )
     parser.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into OUT/profile"
     )
     several = parser.add_argument_group(
-        "several processes", "found by themselves on Cloud TPU, GKE and SLURM; anywhere else give all three to each"
+        "several processes", "detected on Cloud TPU, GKE and SLURM; elsewhere give all three options to each process"
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address on which process 0 listens")
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
 
@@ -48,8 +48,8 @@ def _folder(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; exit status 0 when complete, ``hosts.STOPPED`` (143) when stopped by a signal and ``hosts.LOST`` (75) when
-    another process is gone (the same command goes on from either). Raises ``hosts.Fault`` (1) when the file system fails under it.
+    """Trains. Exit status: 0 when complete, ``hosts.STOPPED`` (143) when a signal stopped it, ``hosts.LOST`` (75) when another process is gone.
+    The same command resumes from either. Raises ``hosts.Fault`` (1) when the file system fails during the run.
     """
     if cpu_only():
         keep_freed_memory()
@@ -75,5 +75,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ending() -> str:
-    """What a Ctrl-C is answered with where nothing is to be saved."""
-    return "ending, as soon as what is being computed is done"
+    """The message after a Ctrl-C when there is nothing to save."""
+    return "ending after the computation under way"

@@ -8,7 +8,7 @@ from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.verify import verify
 
 TOLERANCE = 2e-5
-"""Relative; see ``Difference.within``."""
+"""Relative tolerance; see ``Difference.within``."""
 INCOMPLETE = 3
 """Exit status where parts of the model could not be compared."""
 
@@ -22,24 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers",
         type=int,
         metavar="N",
-        help="run N decoder layers, from the first to the last, each on torch's states (default: all; 3 of a large model)",
+        help="run N decoder layers, spread from the first to the last, each on torch's hidden states (default: all; 3 of a large model)",
     )
-    parser.add_argument("--prompt", action="append", default=[], help="ask this; may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="text to ask; may be repeated")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="ask about this picture; may be repeated"
+        "--image", action="append", default=[], metavar="FILE", help="image to ask about; may be repeated"
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=TOLERANCE,
-        help="of the largest difference, relative to the stage's largest value where that exceeds 1, ten times as much for "
-        f"poses (default {TOLERANCE:g}; weights that were cast or quantised on the way need more)",
+        help="limit of the largest difference, relative to the stage's largest value if that exceeds 1; ten times as much for "
+        f"poses (default {TOLERANCE:g}; cast or quantised weights need more)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out ``chatpose verify``: 0 if all is compared and within the tolerance, 1 if a stage is not, 3 if parts could not
-    be compared. Raises UserError."""
+    """Runs ``chatpose verify``. Returns 0 if everything was compared and is within the tolerance, 1 if a stage is not, and 3 if parts could not be
+    compared. Raises UserError.
+    """
     comparison = verify(source_of(args), args.converted, layers=args.layers, prompts=args.prompt, images=args.image)
     failed, worst = 0, 0.0
     for number, stage in enumerate(comparison.stages):

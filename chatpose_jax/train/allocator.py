@@ -28,6 +28,6 @@ def keep_freed_memory() -> bool:
 
 
 def cpu_only() -> bool:
-    """Whether JAX will compute on CPU, because it was told to or has no other platform installed. Starts no backend."""
+    """Whether JAX will compute on CPU, by its settings or because no other platform is installed. Starts no backend."""
     asked = (jax.config.jax_platforms or "").split(",")[0]  # type: ignore[attr-defined]
     return asked == "cpu" or not (asked or find_spec("libtpu") or entry_points(group="jax_plugins"))

@@ -22,8 +22,8 @@ METRIC = "metric"
 class Checkpoints:
     """Orbax checkpoints in ``folder/<step>``, written in the background. A checkpoint becomes visible when it is complete.
 
-    Every process of a run makes this object for the same folder and calls the same methods in the same order. The newest ``keep`` checkpoints
-    are kept, and the one with the least metric.
+    Every process of a run creates this object for the same folder and calls the same methods in the same order. It keeps the newest ``keep``
+    checkpoints and the one with the smallest metric.
     """
 
     def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Path):
@@ -31,7 +31,7 @@ class Checkpoints:
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
         result: the model folder of the run, for error messages.
         """
-        # On a full disk they log a line for every array and thread, beside the one error that is raised.
+        # On a full disk these loggers write a line for every array and thread, in addition to the one error that is raised.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.folder, self.identity, self.frozen, self.result = folder, identity, dict(frozen), result
@@ -45,13 +45,13 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def best(self) -> int | None:
-        """The step with the least metric; None where none was saved with one."""
+        """The step with the smallest metric; None if no checkpoint has a metric."""
         return self.manager.best_step()
 
     def save(self, state: TrainState, data: dict[str, Any], metric: float | None = None) -> None:
-        """Returns as soon as the state is copied; ``wait`` waits until it is on disk. A step that is saved already is left as it is.
+        """Saves a checkpoint. Returns as soon as the state is copied; ``wait`` waits until it is on disk. A step that is already saved is skipped.
 
-        metric: of this state; less is better. None where it was not measured.
+        metric: metric of this state, smaller is better; None if it was not measured.
         """
         step = int(state.step)
         if step != self.latest():
@@ -61,7 +61,7 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def demand_settings(self, step: int | None) -> dict[str, Any]:
-        """The JSON part of a checkpoint. Raises UserError where the checkpoint has other settings, or cannot be read."""
+        """The JSON part of a checkpoint. Raises UserError if the checkpoint has other settings or cannot be read."""
         try:
             run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         except Exception as error:
@@ -84,9 +84,10 @@ class Checkpoints:
         return run  # type: ignore[no-any-return]
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, or that of ``step``, with the shardings of ``like`` (arrays or abstract shapes): any mesh, any number of processes.
+        """Restores the newest checkpoint, or that of ``step``, with the shardings of ``like`` (arrays or abstract shapes). The mesh and the number of
+        processes may differ from those of the run that saved it.
 
-        Raises UserError where it has other settings or another frozen base, cannot be read, or differs from what was saved.
+        Raises UserError if the checkpoint has other settings or another frozen base, cannot be read, or is damaged.
         """
         step = self.latest() if step is None else step
         run = self.demand_settings(step)
@@ -134,12 +135,12 @@ def _fingerprints(state: TrainState) -> dict[str, str]:
 
 
 def _merit(metrics: Mapping[str, float]) -> float:
-    """Orbax keeps the greatest value, so the metric is negated."""
+    """Orbax keeps the largest value, so the metric is negated."""
     return -metrics[METRIC]
 
 
 def _in_todays_terms(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint as they would be written now: ``train.pose_loss`` did not exist, and all heads gave 24 joints."""
+    """Updates the settings of an old checkpoint: ``train.pose_loss`` did not exist, and all heads had 24 joints."""
     tables = {name: dict(values) for name, values in saved.items()}
     if "train" in tables:
         tables["train"].setdefault("pose_loss", [list(row) for row in TrainConfig().pose_loss])

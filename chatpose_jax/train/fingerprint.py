@@ -1,7 +1,7 @@
 """Hashes of arrays that do not depend on how they are sharded.
 
-A checkpoint of adapters is useless with another base model than its own, and the base is too large to store in it: the checkpoint stores its
-hashes.
+A checkpoint of adapters is useless with another base model than its own. The base is too large to store in the checkpoint, so the checkpoint
+stores its hashes.
 """
 
 from __future__ import annotations

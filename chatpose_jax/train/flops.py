@@ -116,7 +116,7 @@ def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:
 
 
 def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:
-    """Whether each tower needs gradients of its activations: it does where parameters train in it or in a tower before it."""
+    """Whether each tower needs gradients of its activations: it does if parameters train in it or in a tower before it."""
     order = ("vision", "projector", "decoder", "pose_head")
     return {
         tower: any(trained for path, trained in trains.items() if path.split("/")[0] in order[: place + 1])

@@ -27,7 +27,7 @@ HEARTBEAT_SECONDS = 20
 """After this much silence JAX counts a process as lost and ends the others. With JAX's default, 100, a broken job would cost more."""
 
 MEETING_SECONDS = 1800
-"""The most by which one process may be slower than another in reading its data."""
+"""How much longer one process may take than another to read its data."""
 
 LOST = 75
 """Exit status of a process that lost another one (EX_TEMPFAIL of sysexits.h). Start all of them again: the run resumes."""
@@ -53,7 +53,7 @@ TRANSIENT = frozenset(
         "ECONNRESET",
     ]
 )
-"""Errors of a disk or of the network to it, which no path or setting causes."""
+"""Errors of a disk or its network. A wrong path or setting never causes them."""
 
 
 class Fault(OSError):
@@ -82,11 +82,11 @@ def find_processes(
     environ: Mapping[str, str] = os.environ,
     dev: Path = Path("/dev"),
 ) -> Hosts | None:
-    """Reads how the processes find each other, from the flags or else from the environment; None for a run of one process.
+    """How the processes find each other, from the flags or else from the environment; None for a run of one process.
 
-    The first that is there counts: flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as the manifests in ``launch/``
-    set them; a SLURM step of several tasks; a TPU slice on GKE (TPU_WORKER_HOSTNAMES) or a Cloud TPU VM.
-    Raises UserError where only some of the three are given, or they contradict each other.
+    The first source found is used: flags; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which the manifests in ``launch/``
+    set; a SLURM step of several tasks; a TPU slice on GKE (TPU_WORKER_HOSTNAMES) or a Cloud TPU VM.
+    Raises UserError if only some of the three are given, or if they contradict each other.
     """
     flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if any(value is not None for value in flags.values()):
@@ -122,11 +122,11 @@ def _explicit(given: Mapping[str, Any]) -> Hosts:
 
 
 def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
-    """Joins the other processes. Call it before the first use of any device. None is a run of one process.
+    """Joins the other processes. Call it before the first use of any device. ``None`` means a run of one process.
 
     heartbeat: seconds of silence after which a process counts as lost.
 
-    Raises UserError where joining cannot begin: the cluster is unknown, or the coordinator's port is in use. If the other processes never come,
+    Raises UserError if joining cannot begin: the cluster is unknown, or the coordinator's port is in use. If the other processes never come,
     JAX aborts this one after five minutes, in C++, with status 134; Python cannot turn that into an error message.
     """
     if hosts is None:
@@ -145,7 +145,7 @@ def connect(hosts: Hosts | None, *, heartbeat: int = HEARTBEAT_SECONDS) -> None:
 
 
 def _demand_free(address: str) -> None:
-    """Raises UserError where the port that process 0 listens on is in use. Without this check JAX often ends in a segmentation fault."""
+    """Raises UserError if the port of process 0 is in use. Without this check JAX often ends in a segmentation fault."""
     port = int(address.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
@@ -166,7 +166,7 @@ def _arguments(hosts: Hosts) -> dict[str, Any]:
 
 
 def primary() -> bool:
-    """Whether this is process 0, which alone prints and writes what is not sharded."""
+    """Whether this is process 0. Only process 0 prints, and writes files that are not sharded."""
     return jax.process_index() == 0
 
 
@@ -184,7 +184,7 @@ def meet(where: str) -> None:
 
 
 def all_gather(value: np.ndarray) -> np.ndarray:
-    """The values of all processes, which have one shape, stacked on a new first axis. Call ``meet`` first where they may be far apart in time."""
+    """Stacks the values of all processes, which have the same shape, on a new first axis. Call ``meet`` first if they may be far apart in time."""
     return np.asarray(multihost_utils.process_allgather(value))
 
 
@@ -197,7 +197,7 @@ def announced(said: Callable[[], str]) -> Iterator[None]:
     writer.setblocking(False)
     try:
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    except ValueError:  # not the main thread, which alone receives signals
+    except ValueError:  # not the main thread; only that one receives signals
         before = None
 
     def listen() -> None:
@@ -212,7 +212,7 @@ def announced(said: Callable[[], str]) -> Iterator[None]:
     finally:
         if before is not None:
             signal.set_wakeup_fd(before)
-        writer.close()  # which ends the thread
+        writer.close()  # ends the thread
         thread.join()
         reader.close()
 
@@ -246,12 +246,12 @@ class Stop:
     def _said(self) -> str:
         self._heard += 1
         if self._heard > 1:
-            return "ending now; what was saved stands"
+            return "ending now; saved checkpoints remain"
         return "stopping after the step under way, then saving (what is being compiled is finished first); again: end without saving"
 
     @contextmanager
     def listen(self) -> Iterator[Stop]:
-        """Handles signals within the block; does nothing outside the main thread, which receives them."""
+        """Handles signals within the block. Does nothing outside the main thread, because only that one receives signals."""
         signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
         try:
             before = {number: signal.signal(number, self._signal) for number in signals}
@@ -269,7 +269,7 @@ class Stop:
 def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
     """Raises errors of the file system as ``Fault``: once the disk works again, the run can resume.
 
-    starting: paths may still be wrong, so only the errors in ``TRANSIENT`` count; later every error of the operating system does.
+    starting: paths may still be wrong, so only the errors in ``TRANSIENT`` count. Later every OSError counts.
     """
     try:
         yield
@@ -287,7 +287,7 @@ def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError that an exception is, or was caused by; TensorStore gives its number in the message."""
+    """The exception itself if it is an OSError, or the OSError that caused it. TensorStore has the error number in its message only."""
     while error is not None and not isinstance(error, OSError):
         if found := re.search(r"os_error_code='(\d+)'", str(error)):
             return OSError(int(found[1]), os.strerror(int(found[1])))

@@ -14,7 +14,7 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 
 STACKED = re.compile(r"(vision|decoder)/layers/.*kernel")
-ALONE = re.compile(r"(vision/patch_embed|projector|pose_head)/.*kernel")
+UNSTACKED = re.compile(r"(vision/patch_embed|projector|pose_head)/.*kernel")
 MUON_RMS = 0.2
 NEWTON_SCHULZ = 3
 """Newton-Schulz iterations; AOL preconditioning saves one (Boissin et al. 2025, "Turbo-Muon"). Each takes noticeable time in small models."""
@@ -53,7 +53,7 @@ def is_matrix(path: str, rank: int) -> bool:
     """Whether Muon trains an array. It trains the kernels of layers, patch embedding, projector and pose head; but not those of the vocabulary, nor
     convolutions of a pose head.
     """
-    return bool(STACKED.fullmatch(path) or (rank == 2 and ALONE.fullmatch(path)))
+    return bool(STACKED.fullmatch(path) or (rank == 2 and UNSTACKED.fullmatch(path)))
 
 
 def scale_by_muon() -> optax.GradientTransformation:

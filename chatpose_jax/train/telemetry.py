@@ -18,12 +18,12 @@ class Meter:
     """
 
     def __init__(self, peak: float | None = None) -> None:
-        """peak: peak operations per second of a device, where known."""
+        """peak: peak operations per second of a device, or None if unknown."""
         self._peak = peak
         self.restart()
 
     def restart(self) -> None:
-        """Starts anew, after saving or validating, whose time is not that of a step."""
+        """Restarts the clock after saving or validation, whose time does not belong to a step."""
         self._since: float | None = None
         self._start = time.perf_counter()
         self._times: list[float] = []
@@ -39,7 +39,7 @@ class Meter:
         self._wait += time.perf_counter() - start
 
     def done(self, rows: int, tokens: int, flops: Mapping[str, float]) -> None:
-        """One step has finished. flops: operations of the global batch, by the name of each way of counting them."""
+        """Counts a finished step. flops: operations of the global batch, one number for each way of counting."""
         now = time.perf_counter()
         if self._since is not None:
             self._times.append(now - self._since)
@@ -49,9 +49,9 @@ class Meter:
             self._flops[name] = self._flops.get(name, 0.0) + value
 
     def report(self) -> dict[str, float]:
-        """Scalars since the last report: ``samples_per_second``, ``tokens_per_second`` (padding not counted), ``step_p50``,
-        ``step_p90`` and ``data_wait`` (of a step) in seconds, and where the device says: ``device_gib`` and
-        ``device_peak_gib`` of the first device, and the share of the peak for each way of counting operations.
+        """Scalars since the last report: ``samples_per_second``, ``tokens_per_second`` (without padding), ``step_p50``, ``step_p90`` and
+        ``data_wait`` (per step) in seconds. If the device reports memory, also ``device_gib`` and ``device_peak_gib`` of the first device. If
+        the peak is known, also the share of it for each way of counting operations.
         """
         seconds = max(time.perf_counter() - self._start, 1e-9)
         times = self._times or [seconds]

@@ -35,7 +35,7 @@ from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState, init_state, make_step
 from chatpose_jax.train.telemetry import Meter
 
-HOW = (
+IGNORED_SETTINGS = (
     "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "remat", "max_skipped", "attention",
 )  # fmt: skip
 """Settings that may change when a run resumes: the number of steps, intervals, devices. A change of any other setting would make it another run."""
@@ -182,7 +182,7 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
 def identity(model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
     """The settings that must be the same when a run resumes, as JSON values."""
     settings = {"model": model_config.to_json(), "train": dataclasses.asdict(config)}
-    kept = {table: {k: v for k, v in values.items() if k not in HOW} for table, values in settings.items()}
+    kept = {table: {k: v for k, v in values.items() if k not in IGNORED_SETTINGS} for table, values in settings.items()}
     return json.loads(json.dumps(kept))  # type: ignore[no-any-return]
 
 
