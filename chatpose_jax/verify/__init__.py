@@ -1,13 +1,12 @@
-"""The proof of a conversion: the same prompts through PyTorch and through JAX, compared stage by stage.
+"""Verification of a conversion: the same prompts through PyTorch and through JAX, compared stage by stage.
 
-The torch side is built from ``transformers``' LLaMA and CLIP modules and plain torch, over the source's files as PyTorch's
-own readers give them and over the source's own ``config.json`` and ``adapter_config.json``: of this package it uses the
-names under which a layout keeps its parts, and the sizes and the dtype that the conversion arrived at. The JAX side is the
-converted folder and the model that runs everywhere else. Both compute in float32, and both hold one decoder layer at a time,
-so a model of any size fits.
+The torch side uses ``transformers``' LLaMA and CLIP modules and plain torch. PyTorch's own readers load the source's files; the settings come from
+the source's own ``config.json`` and ``adapter_config.json``. From this package it takes only the tensor names of the layout, and the sizes and
+the dtype of the conversion. The JAX side is the converted folder in the model that chat and training use. Both compute in float32 and hold one
+decoder layer at a time, so a model of any size fits.
 
-LLaVA loads its base in one dtype, the decoder's, however a CLIP beside it is stored; so does the conversion, and so does
-torch here. Where the conversion has another than the decoder's, torch keeps what is stored, and rounding shows.
+LLaVA loads its base in one dtype, the decoder's, whatever the dtype of its CLIP files. The conversion and the torch side do the same. If the
+conversion has another dtype than the decoder's, torch keeps the stored one, and the comparison shows the rounding.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from chatpose_jax.weights.spec import SourceSpec
 TEXT_PROMPT = "Show me someone who kneels."
 IMAGE_PROMPT = "How does this person stand?"
 _WHOLE = 1_500_000_000
-"""Decoder parameters up to which all layers run by default; larger models are sampled."""
+"""Largest number of decoder parameters for which all layers run by default. Of larger models a sample of layers runs."""
 _SAMPLE = 3
 _POSE_SLACK = 10.0
-"""Gram-Schmidt of two columns enlarges what differs in them, the more the smaller the angle between them."""
+"""Gram-Schmidt of two columns amplifies differences; a small angle between the columns amplifies them more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +50,11 @@ class Difference:
     maximum: float
     mean: float
     slack: float = 1.0
-    """What the stage itself makes of differences before it: as often the tolerance is allowed."""
+    """Factor on the tolerance: how much the stage itself may amplify the differences of earlier stages."""
 
     @property
     def relative(self) -> float:
-        """The largest difference over the largest value (over 1 where values are smaller)."""
+        """The largest difference divided by the largest value, or by 1 if that is smaller."""
         return self.maximum / max(self.largest, 1.0)
 
     def within(self, tolerance: float) -> bool:
@@ -72,7 +71,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A conversation, encoded once for both sides; ``pixels`` (I, H, W, 3)."""
+    """A conversation that is encoded once for both sides. pixels: (I, H, W, 3)."""
 
     name: str
     encoded: Encoded
@@ -90,8 +89,11 @@ class Prompt:
 
 
 class Comparison(NamedTuple):
-    """What ``verify`` finds. stages: in the order of the model, computed as they are taken. left_out: parts of the converted folder
-    that nothing given here holds, or that torch cannot run, so that they are not compared."""
+    """The result of ``verify``.
+
+    stages: in the order of the model; each is computed when it is taken.
+    left_out: parts of the converted folder that are not compared, because no given source has them or torch cannot run them.
+    """
 
     stages: Iterator[Difference]
     left_out: tuple[str, ...]
@@ -105,20 +107,20 @@ def verify(
     prompts: Sequence[str] = (),
     images: Sequence[str | Path] = (),
 ) -> Comparison:
-    """Runs prompts through both sides, and compares stage by stage.
+    """Runs prompts through both sides and compares them stage by stage.
 
-    With all layers, each side carries its own hidden states to the end. With a sample of them, every layer gets torch's
-    states on both sides, so a fault shows in the layer that has it.
+    With all layers, each side uses its own hidden states to the end. With a sample of layers, every layer gets torch's hidden states on both
+    sides, so a difference shows in the layer that causes it.
 
     Args:
-        source: as ``convert`` took it. Only files, ``lora_alpha``, ``layout``, ``head`` and ``image_fit`` matter here.
+        source: the source that ``convert`` read. Only files, ``lora_alpha``, ``layout``, ``head`` and ``image_fit`` are used here.
         converted: the model folder that ``convert`` wrote.
-        layers: how many decoder layers run, spread from the first to the last; default all, or 3 of a large model.
-        prompts: texts to ask; default one.
-        images: pictures, each asked about in a prompt of its own; default two of noise, a wide and a tall one.
+        layers: number of decoder layers to run, spread from the first to the last; default: all, or 3 of a large model.
+        prompts: texts to ask; by default one.
+        images: images, each asked about in its own prompt; by default two of noise, a wide and a tall one.
 
     Raises:
-        UserError: torch or transformers' torch modules are not installed; files that cannot be read; two models of
+        UserError: torch or transformers' torch modules are not installed, files cannot be read, or the two models have
             different shapes.
     """
     spec, folder = SourceSpec.of(source), Path(converted)
@@ -147,7 +149,7 @@ def _stages(peer: TorchModel, ours: JaxModel, batch: Sequence[Prompt], chosen: S
             expected, features = peer.features(seen), ours.features(prompt.pixels)
             if peer.projects:
                 yield Difference.of(prompt.name, "image features", expected, features)
-            else:  # the conversion has made a projector up: from there on both sides go on with what it gives
+            else:  # the conversion initialised the projector: from here both sides use its output
                 yield Difference.of(prompt.name, "vision tower", expected, ours.tower(prompt.pixels))
                 expected = features
         states.append((peer.embed(prompt.ids, expected), ours.embed(prompt.ids, features)))
@@ -183,7 +185,7 @@ def _sample(config: ModelConfig, layers: int | None) -> list[int]:
 
 
 def _uncompared(sources: Sequence[Source], converted: Path) -> list[str]:
-    """Parts that the conversion neither finds in these sources nor has made up itself."""
+    """Parts of the conversion that neither come from these sources nor were initialised."""
     made_up = read_folder(converted).get("provenance", {}).get("initialised", [])
     here = {part for source in sources for part in source.layout.parts}
     return [part for part in PARTS if part not in {*here, *made_up}]
@@ -194,9 +196,9 @@ def _noise(height: int, width: int) -> np.ndarray:
 
 
 def _encode(peer: TorchModel, ours: JaxModel, name: str, text: str, image: Any = None) -> Prompt:
-    image = None if image is None else load_image(image)  # opened alike for both sides, prepared by each
+    image = None if image is None else load_image(image)  # loaded once for both sides; each side preprocesses it
     content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
-    # A source without a row for the pose token cannot be asked for what follows one.
+    # A source without a row for the pose token cannot run the tokens after it.
     answer = "It is <POSE>." if ours.config.pose_token_id < peer.rows else "It is this."
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [*content, {"type": "text", "text": text}]},

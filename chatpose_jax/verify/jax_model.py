@@ -1,4 +1,4 @@
-"""The side of ``verify`` that JAX runs: the converted folder, in float32."""
+"""The JAX side of ``verify``: the converted folder, in float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatpose_jax.weights.paths import nested
 
 
 class JaxModel:
-    """The converted folder, run by the model's own modules in float32. Arrays come and go as numpy."""
+    """The converted folder, run by the model's own modules in float32. Inputs and outputs are NumPy arrays."""
 
     def __init__(self, folder: Path, config: ModelConfig):
         self.processor = Processor.load(folder / TOKENIZER, config)
@@ -34,7 +34,7 @@ class JaxModel:
         self.stored = Stored(folder / PARAMS)
 
     def _run(self, parts: Sequence[str], call: Any, *args: Any) -> np.ndarray:
-        """``call(model, *args)`` over a model of which only the named parts are read."""
+        """Runs ``call(model, *args)``; only the named parts of the model are read."""
         params: dict[str, np.ndarray] = {}
         for part in parts:
             params |= {path: self._float(self.stored.read(path)) for path in self.stored.under(part)}
@@ -48,11 +48,11 @@ class JaxModel:
         return array if array.dtype == np.int8 else array.astype(np.float32)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """(I, H, W, 3) -> (I·N, D), as the decoder takes them."""
+        """Image tokens for the decoder: (I, H, W, 3) -> (I·N, D)."""
         return self._run(("vision", "projector"), lambda model, x: model.encode_images(x)[0], pixels[None])
 
     def tower(self, pixels: np.ndarray) -> np.ndarray:
-        """(I, H, W, 3) -> (I·N, D), before the projector."""
+        """Image features before the projector: (I, H, W, 3) -> (I·N, D)."""
         return self._run(("vision",), lambda model, x: model.vision(x), pixels).reshape(
             -1, self.config.vision.hidden_size
         )

@@ -1,4 +1,4 @@
-"""The side of ``verify`` that PyTorch runs: the source's own files, in float32."""
+"""The PyTorch side of ``verify``: the source's own files, in float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from chatpose_jax.weights.spec import SourceSpec
 
 
 class TorchModel:
-    """The source, run by torch in float32. Arrays come and go as numpy."""
+    """The source, run by torch in float32. Inputs and outputs are NumPy arrays."""
 
     def __init__(self, sources: Sequence[Source], config: ModelConfig, spec: SourceSpec):
         try:
@@ -40,7 +40,7 @@ class TorchModel:
             rule.target: (source, rule.source) for source in sources for rule in source.layout.rules
         }
         self.sources, self.spec = sources, spec
-        # Layers come from the main checkpoint; an adapter may bring an embedding of its own.
+        # Layers come from the main checkpoint; an adapter may have its own embedding.
         norm = next(rule.source for rule in sources[0].layout.rules if rule.target == "decoder/norm/scale")
         self.decoder = norm.removesuffix("norm.weight")
         self.tensors = _TorchTensors(torch, spec)
@@ -48,7 +48,7 @@ class TorchModel:
         self.base = _TorchTensors(torch, spec, stored if stored == getattr(torch, config.param_dtype) else None)
         main = sources[0].checkpoint.config()
         text = {**(main.get("text_config") or main), "model_type": "llama"}
-        # Sizes, as the tensors show them; a config.json may leave them out.
+        # Sizes come from tensor shapes, because config.json may omit them.
         for name in ("hidden_size", "intermediate_size", "num_layers"):
             text[name.replace("num_layers", "num_hidden_layers")] = getattr(config.text, name)
         self.text = LlamaConfig.from_dict(text)
@@ -62,7 +62,7 @@ class TorchModel:
 
     @property
     def rows(self) -> int:
-        """Rows of the source's embedding."""
+        """Number of rows of the source's embedding."""
         source, name = self.where["decoder/embed_tokens/embedding"]
         return source.checkpoint.tensors[name].shape[0]
 
@@ -79,36 +79,37 @@ class TorchModel:
         return source, name.removesuffix(suffix)
 
     def _load(self, module: Any, source: Source, prefix: str) -> Any:
-        """The module with its state read from under ``prefix``; a tensor that is not there is an error of torch."""
+        """The module with the state read from ``prefix``. torch raises an error for a missing tensor."""
         state = {name: self.base(source, prefix + name) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval()
 
     def pixels(self, image: Any) -> np.ndarray:
-        """(S, S, 3) of a picture, by transformers' image processor with the settings beside the vision tower; in LLaVA's own
-        layout padded before that, where ``image_aspect_ratio`` says so."""
+        """Preprocesses an image to (S, S, 3), by transformers' image processor with the settings beside the vision tower. In LLaVA's own layout the
+        image is padded before, if ``image_aspect_ratio`` says so.
+        """
         import transformers
 
         folder, family = self.where["vision/class_embedding"][0].checkpoint.folder, self.sources[0].layout.family
         settings: dict[str, Any] = {}
         if any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
             reader = transformers.image_processing_base.ImageProcessingMixin
-            with contextlib.suppress(OSError):  # a processor_config.json that says nothing of pictures
+            with contextlib.suppress(OSError):  # a processor_config.json without image settings
                 settings, _ = reader.get_image_processor_dict(str(folder))
         settings = settings or dict.fromkeys(("size", "crop_size"), self.config.vision.image_size)
         own = family in ("llava_original", "vicuna")
         aspect = self.spec.image_fit
         if own and aspect is None:
-            # An adapter's before its base's, as LLaVA's own code loads them.
+            # An adapter's settings come before its base's, as in LLaVA's own code.
             told = [source.checkpoint.config() for source in sorted(self.sources, key=lambda each: not each.is_adapter)]
             aspect = next((config["image_aspect_ratio"] for config in told if "image_aspect_ratio" in config), None)
         theirs = settings.get("image_processor_type", "").startswith("Llava")
         pads = theirs and not own and family != "chatpose" and self.spec.image_fit is None
         name = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
-        kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # Pillow's, as in 4.x
+        kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # the Pillow version, as in 4.x
         settings = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
         if aspect == "pad":
-            # The filling up of LLaVA's own code: around the picture, in the mean colour.
+            # Padding as in LLaVA's own code: around the image, in the mean colour.
             side = max(image.size)
             colour = tuple(int(255 * channel) for channel in settings.get("image_mean", kind().image_mean))
             square = Image.new("RGB", (side, side), colour)
@@ -117,7 +118,7 @@ class TorchModel:
         return kind(**settings)(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """(I, H, W, 3) -> (I·N, D), CLIP's chosen hidden states, through the projector where the source has one."""
+        """CLIP's selected hidden states, projected if the source has a projector: (I, H, W, 3) -> (I·N, D)."""
         torch = self.torch
         source, prefix = self._prefix("vision/class_embedding", "embeddings.class_embedding")
         tower = self._clip(source, prefix)
@@ -134,7 +135,7 @@ class TorchModel:
 
     def _clip(self, source: Source, prefix: str) -> Any:
         tower = self.clip(self.vision)
-        tower = getattr(tower, "vision_model", tower)  # transformers 5 has no such level
+        tower = getattr(tower, "vision_model", tower)  # transformers 5 has no such attribute
         unused = tuple(
             f"encoder.layers.{i}." for i in range(self.config.vision.num_used_layers, len(tower.encoder.layers))
         )
@@ -177,14 +178,15 @@ class TorchModel:
         return run
 
     def _adapt(self, module: Any, number: int) -> None:
-        """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021), alpha / √rank · B A where peft's settings say rsLoRA
-        (Kalajdzievski 2023)."""
+        """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021), or alpha / √rank · B A if peft's settings ask for rsLoRA (Kalajdzievski
+        2023).
+        """
         for target, (source, name) in self.where.items():
             if not (target.startswith("decoder/layers/") and target.endswith("/lora_a")):
                 continue
             first = name.replace("{i}", str(number))
             if first not in source.checkpoint.tensors:
-                continue  # peft has adapters where its file has them
+                continue  # as in peft: only layers in the file have adapters
             a, b = (self.tensors(source, each) for each in (first, first.replace("lora_A", "lora_B")))
             settings = _peft_settings(source)
             alpha = settings["lora_alpha"] if self.spec.lora_alpha is None else self.spec.lora_alpha
@@ -194,8 +196,8 @@ class TorchModel:
             linear.weight.data = linear.weight.data + scale * (b @ a)
 
     def _rows(self, target: str) -> Any:
-        """A vocabulary table, with the rows that an adapter replaces."""
-        first = self.config.text.base_vocab_size  # tokens from here on are never rounded
+        """A vocabulary table. Rows that an adapter trained replace those of the base."""
+        first = self.config.text.base_vocab_size  # rows from here on are never rounded
         table = self.torch.cat([self.base(*self.where[target])[:first], self.tensors(*self.where[target])[first:]])
         module = target.split("/")[1]
         for source in self.sources:
@@ -233,13 +235,13 @@ class TorchModel:
 
 
 def _peft_settings(source: Source) -> dict[str, Any]:
-    """``adapter_config.json`` as it stands there, not as the conversion understood it."""
+    """``adapter_config.json`` itself, not the conversion's reading of it."""
     file = source.checkpoint.folder / "adapter_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 class _TorchTensors:
-    """Tensors of a source as float32, by PyTorch's own readers; files are mapped, not loaded. dtype: what they are rounded to first."""
+    """Tensors of a source as float32, by PyTorch's own readers; files are memory-mapped. dtype: the dtype that they are rounded to first."""
 
     def __init__(self, torch: Any, spec: SourceSpec, dtype: Any = None):
         self.torch, self.dtype, self.given = torch, dtype, set(spec.given.values())
@@ -250,7 +252,7 @@ class _TorchTensors:
         return (tensor if self.dtype is None else tensor.to(self.dtype)).float()
 
     def stored(self, source: Source, name: str) -> Any:
-        """As it stands in the file."""
+        """The tensor as stored in the file."""
         from safetensors import SafetensorError, safe_open
 
         entry = source.checkpoint.tensors.get(name)
@@ -265,7 +267,7 @@ class _TorchTensors:
                     return opened.get_tensor(entry.name)
             if file not in self.mapped:
                 state = self.torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                while entry.name not in state:  # the wrappers that the reader sees through
+                while entry.name not in state:  # remove wrapper prefixes, as the reader does
                     state = next(state[key] for key in ("state_dict", "model", "module") if key in state)
                 self.mapped[file] = state
             return self.mapped[file][entry.name]
@@ -275,8 +277,9 @@ class _TorchTensors:
             ) from None
 
     def _file(self, source: Source, entry: TensorEntry) -> Path:
-        """The file that transformers would take the tensor from, in its own order; the reader's for what transformers has no
-        name for (adapters, projectors, a file that was given)."""
+        """The file from which transformers would read the tensor, in its own order of preference. Tensors that transformers has no name for
+        (adapters, projectors, a file that was given) come from the reader's file.
+        """
         from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
         folder, files = source.checkpoint.folder, source.checkpoint.files

@@ -1,4 +1,4 @@
-"""Parameter arrays on disk: Orbax checkpoints (OCDBT), written from arrays, and read whole or box by box."""
+"""Parameter arrays on disk: writes Orbax checkpoints (OCDBT), and reads them as a whole or box by box."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def save(folder: Path, tree: Params, registry: Any) -> None:
 
 
 def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path → shape and dtype of what is stored. Raises UserError if the folder is no whole Orbax checkpoint."""
+    """Path → shape and dtype of each stored array. Raises UserError if the folder is not a complete Orbax checkpoint."""
     try:
         _check(folder.resolve())
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in by_path(tree).items()}
-    except Exception as error:  # orbax and tensorstore raise many kinds
+    except Exception as error:  # Orbax and TensorStore raise many types
         raise UserError(
             f"{folder}: not a whole Orbax checkpoint ({_first_line(error)}); convert or copy it again"
         ) from None
 
 
 def _check(folder: Path) -> None:
-    """Raises for a folder whose arrays cannot be listed and described. Orbax fails on these in a thread, with pages of log."""
+    """Raises if the arrays of a folder cannot be listed. Without this check Orbax fails in a thread and writes pages of log."""
     if not (folder / "_METADATA").is_file():
         raise FileNotFoundError("the file _METADATA is missing")
     store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
@@ -61,20 +61,20 @@ def _check(folder: Path) -> None:
 
 
 class Stored:
-    """The arrays of a parameter folder, read box by box; nothing is kept."""
+    """Reads the arrays of a parameter folder box by box, and caches nothing."""
 
     def __init__(self, folder: Path):
-        """Raises UserError if the folder is no whole Orbax checkpoint."""
+        """Raises UserError if the folder is not a complete Orbax checkpoint."""
         self.shapes = read_metadata(folder)
         self.folder = folder.resolve()
         self._opened: dict[str, Any] = {}
 
     def under(self, prefix: str) -> list[str]:
-        """Paths that begin with ``prefix``."""
+        """The paths that begin with ``prefix``."""
         return [path for path in self.shapes if path.startswith(prefix)]
 
     def chunk(self, path: str) -> tuple[int, ...]:
-        """The boxes that an array is stored in: what is cheap to read at once."""
+        """The boxes in which an array is stored. Each is cheap to read at once."""
         return tuple(self._open(path).chunk_layout.read_chunk.shape)
 
     def read(self, path: str, index: Any = ...) -> np.ndarray:
@@ -100,8 +100,9 @@ class Stored:
 
 
 class _ArrayReader(ocp.type_handlers.ArrayHandler):
-    """Orbax gives up at the first array that cannot be read, and closes its event loop while others are still being read: Python then
-    prints what became of each of them, behind the one error. This reader waits for them."""
+    """A reader that waits for all arrays. Orbax gives up at the first array that cannot be read and closes its event loop while others are still
+    being read; Python then prints an error for each of them, besides the one that is raised.
+    """
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
         before = asyncio.all_tasks()
@@ -113,10 +114,11 @@ class _ArrayReader(ocp.type_handlers.ArrayHandler):
 
 
 def read_arrays(folder: Path, abstract: Params) -> Params:
-    """The leaves of ``abstract`` (``jax.ShapeDtypeStruct``), cast to their dtypes, as a nested dict of jax arrays. A leaf without a sharding
-    goes to the first local device.
+    """Reads the leaves of ``abstract`` as a nested dict of JAX arrays.
 
-    Raises UserError: one error for all leaves that are missing, extra or misshaped; damaged data.
+    abstract: nested ``jax.ShapeDtypeStruct``s; arrays are cast to their dtypes. A leaf without a sharding goes to the first local device.
+
+    Raises UserError: one error for all leaves that are missing, extra or of another shape; damaged data.
     """
     wanted = by_path(abstract)
     empty = {path: leaf for path, leaf in wanted.items() if not math.prod(leaf.shape)}

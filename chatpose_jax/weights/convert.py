@@ -1,4 +1,4 @@
-"""Checkpoint of the PyTorch world → model folder, or straight onto devices."""
+"""Converts a PyTorch checkpoint to a model folder, or loads it directly onto devices."""
 
 from __future__ import annotations
 
@@ -46,18 +46,17 @@ def convert(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Converts a checkpoint to a model folder, streaming: memory does not grow with the model.
+    """Converts a checkpoint to a model folder, block by block: memory does not grow with the model.
 
-    In a multi-process run every process calls it with the same arguments, ``out`` on a shared file system; each writes
-    its share. What fails in one while it reads or writes tensors ends the conversion in all.
+    In a run of several processes every process calls it with the same arguments, with ``out`` on a shared file system, and writes its share. An
+    error in one of them, while it reads or writes tensors, ends the conversion in all.
 
     Args:
-        source: what to read; a path alone stands for ``SourceSpec(path)``.
+        source: what to read; a path means ``SourceSpec(path)``.
         out: the model folder to write.
-        hashes: put SHA-256 of each source file into the provenance, and compare it with ``SHA256SUMS`` beside the source,
-            where there is one. A path: compare with that list too, as ``sha256sum`` writes it; it must name every file of
-            the main checkpoint. ``False``: neither.
-        compress: zstd; smaller for bfloat16, and slower.
+        hashes: store the SHA-256 of each source file in the provenance, and compare it with ``SHA256SUMS`` beside the source, if that exists. A path:
+            compare also with that list, in the format of ``sha256sum``; it must name every file of the main checkpoint. ``False``: neither.
+        compress: compress with zstd; smaller for bfloat16, and slower.
         overwrite: replace a model folder at ``out``.
         progress: show a progress bar on standard error.
 
@@ -65,8 +64,8 @@ def convert(
         The plan that was carried out.
 
     Raises:
-        UserError: everything that is wrong with the sources, in one error, before anything is written; a file with
-            another hash than listed, weights that are no numbers, or a full disk: then what was written is removed.
+        UserError: one error for everything that is wrong with the sources, before anything is written; a file whose hash differs from the list,
+            weights that are not finite, or a full disk: then the partial output is removed.
     """
     with all_or_none():
         spec = SourceSpec.of(source)
@@ -80,7 +79,7 @@ def convert(
     primary = jax.process_index() == 0
     files = sorted({file for source in plan.sources for file in source.checkpoint.files}, key=str)
     share = plan.nbytes // jax.process_count()
-    # In steps of a hundredth: of the first few bytes it would promise days.
+    # Updates in steps of one percent: an estimate from the first few bytes would be days.
     progress_bar = tqdm(
         total=share,
         miniters=share // 100,
@@ -99,7 +98,7 @@ def convert(
             if primary:
                 write_processor(plan, partial / TOKENIZER)
         bar.set_description("converting")
-        bar.reset()  # the clock: what came before says nothing of bytes a second
+        bar.reset()  # restarts the clock: the time so far says nothing about bytes per second
         # A wrong hash ends the conversion at once.
         write_leaves(partial / PARAMS, plan.leaves, on_bytes=bar.update, on_read=follower.has_read, compress=compress)
         plan.nonfinite.gather()
@@ -113,13 +112,13 @@ def convert(
 def load_source(
     source: SourceSpec | str | Path, *, mesh: jax.sharding.Mesh | None = None, shardings: Shardings | None = None
 ) -> tuple[Conversion, Params]:
-    """Reads a checkpoint straight onto devices, no folder in between.
+    """Reads a checkpoint directly onto devices, without a model folder.
 
     Args:
         source: as in ``convert``.
-        mesh: spreads the parameters by ``models.sharding``; default: everything on the first device. Each process
-            reads once (int8: twice) the span of what its own devices need; it holds a few blocks of 16 MiB, whatever the size of the model.
-        shardings: path and shape of a leaf → its sharding, instead of ``mesh``.
+        mesh: shards the parameters by ``models.sharding``; default: everything on the first device. Each process reads the part that its own devices
+            need, once (int8: twice), and holds a few blocks of 16 MiB, whatever the size of the model.
+        shardings: a function from path and shape of a leaf to its sharding, instead of ``mesh``.
     """
     plan = plan_conversion(SourceSpec.of(source))
     if shardings is None and mesh is not None:
@@ -130,7 +129,7 @@ def load_source(
 
 
 def write_processor(plan: Conversion, folder: Path) -> Processor:
-    """Writes the tokenizer and the settings of the processor that a plan implies; reads them back, checked against its model."""
+    """Writes the tokenizer and the processor's settings of a plan, then reads them back and checks them against the model."""
     write_tokenizer(plan.vocabulary.tokens, folder, plan.vocabulary.added)
     write_pictures(folder, plan.pictures.settings)
     processor = Processor.load(folder, plan.config)
@@ -139,7 +138,7 @@ def write_processor(plan: Conversion, folder: Path) -> Processor:
 
 
 def _check_outside(out: Path, plan: Conversion) -> None:
-    """Raises UserError if replacing ``out`` would delete what is read."""
+    """Raises UserError if replacing ``out`` would delete a source."""
     read = [plan.vocabulary.tokens.folder]
     for source in plan.sources:
         read += [source.checkpoint.folder, *source.checkpoint.files]
@@ -148,7 +147,7 @@ def _check_outside(out: Path, plan: Conversion) -> None:
 
 
 def _provenance(plan: Conversion, digests: Mapping[Path, str]) -> dict[str, Any]:
-    """What the model folder says of its origin."""
+    """The provenance that the model folder stores."""
     return {
         "converter": f"chatpose-jax {__version__}",
         "sources": [_source_record(source, digests) for source in plan.sources],

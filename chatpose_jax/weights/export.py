@@ -1,6 +1,6 @@
-"""Model folder → checkpoint of the PyTorch world: the name tables of ``layouts``, read backwards.
+"""Exports a model folder as a PyTorch checkpoint, with the name tables of ``layouts`` in reverse.
 
-Values are read, changed and written block by block, so memory does not grow with the model; torch is not needed.
+Values are read, changed and written block by block, so memory does not grow with the model. It does not need torch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from chatpose_jax.weights.writers import Tensor, parse_bytes, write_sharded
 Format = Literal["transformers", "llava", "chatpose", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 _LAYOUT = {layout.name: layout for layout in LAYOUTS}
-# Of the names that transformers has had, those that every version reads.
+# The names that every version of transformers reads.
 _WHOLE = {"transformers": "llava_transformers_4", "llava": "llava_original", "chatpose": "chatpose"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written: files with weights, their bytes, and in words what a reader of the result must know."""
+    """What was written: the files of weights, their size in bytes, and notes for the user of the result."""
 
     files: tuple[str, ...]
     nbytes: int
@@ -60,28 +60,28 @@ def export(
     progress: bool = False,
     head: str | type[PoseHead] | None = None,
 ) -> Exported:
-    """Writes a model folder as PyTorch programs read it.
+    """Writes a model folder in a format of PyTorch programs.
 
     Args:
         folder: model folder.
         out: folder to write; must not exist.
         format: ``transformers`` (``LlavaForConditionalGeneration``), ``llava`` (LLaVA-1.5's own names), ``chatpose``
-            (CHATPOSE-V0's names, the pose head among them), or ``peft`` (adapters, added token rows and head, without
+            (CHATPOSE-V0's names, with the pose head), or ``peft`` (adapters, added token rows and pose head, without
             the base).
-        merge: put ``W + (alpha / rank) A B``, computed in float32, in the place of an adapted W. ``False`` leaves the
-            adapters out: the base that ``peft`` belongs to. Not for ``peft``.
+        merge: replace an adapted W by ``W + (alpha / rank) A B``, computed in float32. ``False`` leaves the adapters out: the result is the base
+            of ``peft``. Not for ``peft``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; default: the base's, as stored; for ``peft`` float32.
-        max_shard_size: of one file, such as ``"5GB"``.
+        max_shard_size: largest size of one file, such as ``"5GB"``.
         base_name: name or folder of the base that the adapter belongs to, for ``peft``.
-        base_class: for ``peft``: which model the base is loaded as, ``llava`` (LlavaForConditionalGeneration) or
+        base_class: for ``peft``: the class that loads the base, ``llava`` (LlavaForConditionalGeneration) or
             ``llama`` (LlamaForCausalLM).
-        with_projector: for ``peft``: the projector too, as one of ``modules_to_save``, where it was trained.
-        head: the folder's pose head, where it is of a package of one's own; see ``folder.load_model_config``.
+        with_projector: for ``peft``: write the projector too, as one of ``modules_to_save``, if it was trained.
+        head: the folder's pose head, if it is from a package of your own; see ``folder.load_model_config``.
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: not a model folder, ``out`` exists, nothing to export in this format, or a full disk; then nothing
-            is left behind.
+        UserError: not a model folder, ``out`` exists, nothing to export in this format, or a full disk. Nothing is
+            left behind.
     """
     if format not in FORMATS:
         raise UserError(f"no format {format!r}; expected one of {', '.join(FORMATS)}")
@@ -108,10 +108,10 @@ def export(
     needs = f"the export needs {nbytes / 1e9:.2g} GB"
     with explained(out, needs, too_large="--max-shard-size makes smaller files"), new_folder(out) as partial, bar:
         for stem, tensors in plan.weights.items():
-            # peft reads one file, and so do we of a head.
+            # peft reads one file of weights, and the reader of a head does too.
             files += write_sharded(partial, tensors, limit if stem == "model" else nbytes, bar.update, stem)
         write_tokenizer(model.tokens, partial, plan.new_tokens)
-        for name, data in plan.json_files.items():  # config.json last: nothing loads without it
+        for name, data in plan.json_files.items():  # config.json is last, because nothing loads without it
             (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Exported(tuple(files), nbytes, tuple(plan.notes))
 
@@ -183,9 +183,10 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
 def _tower(
     layout: Layout, vision: VisionConfig, riders: dict[str, Tensor], dtype: str
 ) -> tuple[VisionConfig, list[Tensor], str]:
-    """Completes the vision tower: its configuration in the result, tensors to add, and what to tell the user.
+    """Completes the vision tower: returns its configuration in the result, tensors to add, and a note for the user.
 
-    It is whole with its passengers. Without them it ends where it is read, and the configuration says so."""
+    With its passengers the tower is complete. Without them it ends at the last block that the model uses, and the configuration says so.
+    """
     if "vision" not in layout.parts:
         return (
             vision,
@@ -223,7 +224,7 @@ def _images(model: StoredModel) -> ImageSettings:
 
 
 def _processor_files(model: StoredModel) -> dict[str, Any]:
-    """What transformers' ``AutoProcessor`` reads."""
+    """The files that transformers' ``AutoProcessor`` reads."""
     images = _images(model)
     pad = images.fit == "pad"
     preprocessor = {

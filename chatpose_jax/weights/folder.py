@@ -1,14 +1,14 @@
-"""The model folder: what ``chatpose_jax.load`` takes, what ``convert`` and training write.
+"""The model folder: ``convert`` and training write it, ``chatpose_jax.load`` reads it.
 
 ::
 
     config.json    {"format": "chatpose-jax", "version": 1, "model": {...}, "provenance": {...}}
     tokenizer/     a complete tokenizer, the pose token in its vocabulary, and the processor's settings
     params/        Orbax checkpoint (OCDBT) of the parameter tree
-    passengers/    what the model does not use of its sources, for export: a safetensors file for each layout, and the adapter's; may be absent
+    passengers/    tensors of the sources that the model does not use, kept for export: one safetensors file per layout, and the adapter's; optional
 
-A folder is written under a temporary name and renamed when whole: an interrupted run leaves nothing that loads. Of two
-runs that write the same folder the second ends with an error that names the first.
+A folder is written under a temporary name and renamed when it is complete, so an interrupted run leaves nothing that loads. If two runs write the
+same folder, the second one ends with an error that names the first.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ FORMAT = "chatpose-jax"
 VERSION = 1
 CONFIG, PARAMS, TOKENIZER, PASSENGERS = "config.json", "params", "tokenizer", "passengers"
 MODEL = "model"
-"""Of the folder of a training or a demo: where the model is."""
+"""Name of the model folder inside the folder of a training run or a demo."""
 
 
 class Savable(Protocol):
-    """Anything that writes its own files into a folder: the processor does."""
+    """An object that writes its files into a folder, such as the processor."""
 
     def save(self, folder: Path) -> Any: ...
 
@@ -57,14 +57,14 @@ def save_folder(
     passengers: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a whole model folder, atomically. Every process of a multi-process run calls it.
+    """Writes a model folder atomically. Every process of a run calls it.
 
     Args:
         path: the folder; must not exist, unless ``overwrite``.
         params: nested dict of arrays on any mesh, layers stacked.
         processor: its ``save`` writes ``tokenizer/``.
-        provenance: anything JSON: where the weights come from.
-        passengers: the model folder that the weights started from; what it carries along is copied.
+        provenance: where the weights come from, as JSON values.
+        passengers: the model folder from which the run started; its ``passengers/`` is copied.
     """
     with new_folder(path, overwrite=overwrite) as partial:
         with all_or_none():
@@ -80,12 +80,11 @@ def save_folder(
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder beside ``path`` to fill; renames it to ``path`` if the block succeeds, removes it if it
-    raises, in this process or in another one of the run, all of which fill it.
+    """Context manager: yields a temporary folder beside ``path``, and renames it to ``path`` if the block succeeds. If the block raises, in this
+    process or another one of the run, the folder is removed. All processes write into the same folder.
 
-    What a killed run left under the temporary name is replaced. Raises UserError if another run writes ``path`` now; if
-    ``path`` exists and ``overwrite`` is not set, or if it is neither empty nor a model folder of ours: nothing else is
-    ever deleted.
+    A temporary folder that a killed run left behind is replaced. Raises UserError if another run is writing ``path``, if ``path`` exists and
+    ``overwrite`` is not set, or if it is neither empty nor a model folder of ours. Nothing else is ever deleted.
     """
     path = Path(path)
     primary = jax.process_index() == 0
@@ -133,10 +132,10 @@ _UNWRITABLE = {
 
 @contextlib.contextmanager
 def explained(out: str | Path, needs: str, too_large: str = "") -> Iterator[None]:
-    """Around what writes ``out``: makes one UserError of what the system says against writing there, TensorStore's words for it
-    among them. Whatever is not of writing, or of another file, passes.
+    """Context manager around code that writes ``out``: turns the system's errors on writing there, TensorStore's among them, into one UserError.
+    Errors that do not concern writing, or concern another file, pass unchanged.
 
-    needs: how large the result is. too_large: what to do where a file would be.
+    needs: how large the result is. too_large: advice if a file is larger than the file system allows.
     """
     try:
         yield
@@ -155,7 +154,7 @@ def explained(out: str | Path, needs: str, too_large: str = "") -> Iterator[None
 
 
 def _is_of(out: Path, file: Any) -> bool:
-    """Whether a file, as an OSError names it, belongs to what is written to ``out``; where it names none nothing speaks against it."""
+    """Whether the file that an OSError names belongs to ``out``; True if the error names no file."""
     if not isinstance(file, str | os.PathLike):
         return True
     beside = Path(os.path.abspath(out.parent))
@@ -163,7 +162,7 @@ def _is_of(out: Path, file: Any) -> bool:
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
-    """Renames; what stood at ``path`` is moved away whole first, so that nothing half deleted ever has the name."""
+    """Renames. An existing ``path`` is first moved away as a whole, so a half-deleted folder never has that name."""
     replaced = path.parent / f".{path.name}.replaced"
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
@@ -186,8 +185,9 @@ def write_config(folder: Path, config: ModelConfig, *, provenance: Mapping[str, 
 
 
 def read_folder(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model folder, checked. Raises UserError for half a folder, another program's folder (with the command that
-    converts it), or a newer version of the format."""
+    """Reads and checks ``config.json`` of a model folder. Raises UserError for an incomplete folder, another program's folder (with the command that
+    converts it), or a newer version of the format.
+    """
     path = Path(path)
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
@@ -225,14 +225,14 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the model that a training or a demo left in it: ``path/model``, where only that is a model folder."""
+    """The folder itself, or ``path/model``, where a training run or a demo writes its model, if only that is a model folder."""
     path = Path(path)
     inner = path / MODEL
     return inner if not is_model_folder(path) and not is_source(path) and is_model_folder(inner) else path
 
 
 def is_source(path: str | Path) -> bool:
-    """Whether there are PyTorch weights in a folder (or the file is such a file)."""
+    """Whether a folder contains PyTorch weights, or a file is one of them."""
     path = Path(path)
     suffixes = (".safetensors", ".bin", ".pt", ".pth")
     return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
@@ -252,10 +252,10 @@ def another_head(path: str | Path, config: ModelConfig) -> Iterator[None]:
 
 
 def load_model_config(path: str | Path, head: str | type[PoseHead] | None = None) -> ModelConfig:
-    """The model configuration of a folder, ready to be built.
+    """The model configuration of a folder, with its pose head resolved.
 
-    head: the pose head as the user names it, "package.module:Class" or the class, where it is none that this program finds by itself:
-        a folder may be a stranger's, and makes this program import nothing.
+    head: the pose head, as "package.module:Class" or the class, if this program does not find it by itself. The folder may be a stranger's, so
+        its ``config.json`` never imports code.
 
     Raises UserError: what ``read_folder`` raises; a head that the user has to name.
     """
@@ -264,8 +264,8 @@ def load_model_config(path: str | Path, head: str | type[PoseHead] | None = None
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The model configuration of a folder as it stands, to be looked at: nothing is imported, so that its pose head may be anything. Raises
-    what ``read_folder`` raises.
+    """The model configuration of a folder, for inspection only: nothing is imported, so the pose head may be unknown. Raises what ``read_folder``
+    raises.
     """
     try:
         return ModelConfig.from_json(read_folder(path)["model"])
@@ -274,10 +274,11 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def load_params(path: str | Path, abstract: Params) -> Params:
-    """The parameters of a folder, cast and placed as ``abstract`` says: nested ``jax.ShapeDtypeStruct``s, whose ``sharding`` makes each
-    process read what its devices need.
+    """The parameters of a folder as a nested dict, cast and sharded as ``abstract`` says.
 
-    Raises UserError: what ``read_folder`` raises; one error for all leaves that are missing, extra or misshaped; damaged data.
+    abstract: nested ``jax.ShapeDtypeStruct``s. With a ``sharding``, each process reads only what its devices need.
+
+    Raises UserError: what ``read_folder`` raises; one error for all leaves that are missing, extra or of another shape; damaged data.
     """
     read_folder(path)
     return read_arrays(Path(path) / PARAMS, abstract)

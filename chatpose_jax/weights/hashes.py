@@ -1,4 +1,4 @@
-"""What follows a conversion through its source files: SHA-256, compared with lists of such sums, and pages let go."""
+"""SHA-256 of the source files during a conversion: compares them with lists of sums, and frees the page cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from chatpose_jax.weights.stream import forget
 SUMS_FILE = "SHA256SUMS"
 _PIECE = 8 << 20
 _END = (chr(0x10FFFF), 0)
-"""Behind all files."""
+"""Sorts after all files."""
 
 
 class Follower(contextlib.AbstractContextManager["Follower"]):
-    """A thread that follows a conversion, which reads its files in the order of their paths. It finds their pages in the cache, computes
-    the digests, and lets go of the pages: they would otherwise take all memory that is free."""
+    """A thread that follows a conversion, which reads its files in the order of their paths. It finds their pages in the page cache, computes the
+    digests, and drops the pages, which would otherwise take all free memory.
+    """
 
     def __init__(self, files: Sequence[Path], expected: Mapping[Path, str], hashes: bool):
         self.expected, self.hashes = expected, hashes
@@ -36,7 +37,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
         self.thread.shutdown()
 
     def has_read(self, file: str, offset: int) -> None:
-        """A block at ``offset`` was read, and everything before it. Raises UserError where a file was found to be another one."""
+        """Reports that a block at ``offset`` was read, and everything before it. Raises UserError if a digest differs from the list."""
         with self.moved:
             self.position = max(self.position, (file, offset))
             self.moved.notify()
@@ -44,7 +45,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
             self.digests.result()
 
     def result(self) -> dict[Path, str]:
-        """The digests, once everything was read. Raises UserError for the first that differs from what is expected."""
+        """Waits for all files and returns their digests. Raises UserError for the first that differs from the list."""
         self.has_read(*_END)
         return self.digests.result()
 
@@ -74,7 +75,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
 
 
 def expected_hashes(sources: Sequence[Source], given: str | Path | None) -> dict[Path, str]:
-    """The digests that the sources' files must have, from the given list and from the list in each source's folder."""
+    """The expected digests of the sources' files, from the given list and the list in each source's folder."""
     expected: dict[Path, str] = {}
     for number, source in enumerate(sources):
         own = source.checkpoint.folder / SUMS_FILE
@@ -93,9 +94,9 @@ def expected_hashes(sources: Sequence[Source], given: str | Path | None) -> dict
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """File names and SHA-256 digests of a list in the format of ``sha256sum``; raises UserError for anything else.
+    """File names and SHA-256 digests of a list in the format of ``sha256sum``. Raises UserError for any other format.
 
-    A name that is listed in a folder counts where it is not listed by itself.
+    A path in a folder is listed under its file name, unless the list has that file name itself too.
     """
     sums: dict[str, str] = {}
     in_folders: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Arrays of the parameter tree that are not yet read, and how their values come out of source tensors."""
+"""Arrays of the parameter tree that are read on demand from source tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from chatpose_jax.weights.layouts import NameRule, Transform
 from chatpose_jax.weights.readers import Index, TensorEntry, bounded
 
 BLOCK = 16 << 20
-"""Bytes read at once. Larger blocks cost twice the system time: the allocator returns them to the kernel each time."""
+"""Number of bytes read at once. Larger blocks cost twice the system time: the allocator returns them to the kernel each time."""
 _READERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of the parameter tree, not yet read. ``read(index)`` gives any box of it (slices of step 1) in
-    ``dtype``."""
+    """One array of the parameter tree that is read on demand. ``read(index)`` returns any box of it (slices of step 1) in ``dtype``."""
 
     path: str
     shape: tuple[int, ...]
@@ -34,19 +33,19 @@ class Leaf:
     """The axis along which boxes are contiguous in the source file."""
     stacked: bool = False
     names: tuple[str, ...] = ()
-    """The source tensors that it is made of, one a layer where it is stacked."""
+    """The source tensors that it is read from; for stacked layers one per layer."""
     cost: int = 1
-    """Bytes that are read for one byte of it."""
+    """Number of bytes to read for one byte of it."""
     origin: Callable[[Index], tuple[str, int]] = dataclasses.field(default=lambda index: ("", 0), repr=False)
-    """Where a box begins: file and byte."""
+    """The file and the byte offset at which a box begins."""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def blocks(self, limit: int, chunk: tuple[int, ...], span: Index | None = None) -> Iterator[Index]:
-        """Boxes that cover ``span`` (default: the leaf) in the source's order, of at most about ``limit`` bytes, each a whole
-        number of ``chunk``s from the span's start.
+        """Boxes that cover ``span`` (default: the whole leaf) in the source's order. Each has at most about ``limit`` bytes, and is a whole number of
+        ``chunk``s from the span's start.
         """
         span = span if span is not None else tuple(slice(0, n) for n in self.shape)
         axis = self.split_axis % len(self.shape)
@@ -64,7 +63,7 @@ def _pieces(whole: slice, step: int) -> list[slice]:
 
 
 def read_ahead(reads: Sequence[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-    """What calls give, in their order; two threads are ahead of whoever takes it. numpy lets go of the interpreter meanwhile."""
+    """Results of calls, in order. Two threads compute ahead of the consumer; NumPy releases the GIL meanwhile."""
     reading: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         try:
@@ -82,8 +81,11 @@ def read_ahead(reads: Sequence[Callable[[], np.ndarray]]) -> Iterator[np.ndarray
 def source_leaf(
     path: str, target: jax.ShapeDtypeStruct, rule: NameRule, entries: Sequence[TensorEntry | None], row_start: int
 ) -> Leaf:
-    """The leaf that ``rule`` makes of ``entries``, one a layer where it is stacked, zeros for a layer without one. row_start:
-    first row of the source that belongs to it."""
+    """The leaf that ``rule`` describes, read from ``entries``.
+
+    entries: for stacked layers one per layer; a layer without an entry is zeros.
+    row_start: first row of the source that belongs to the leaf.
+    """
     shape = tuple(target.shape[1:] if rule.stacked else target.shape)
     dtype = np.dtype(target.dtype)
 
@@ -99,7 +101,7 @@ def source_leaf(
             return entry.read((rows, *box[1:]), borrowed=True)
 
         values = rule.transform.read(read, shape, index)
-        with np.errstate(over="ignore"):  # what it would warn of is an error in the next line
+        with np.errstate(over="ignore"):  # the next line raises an error for an overflow
             copy_array(out, values)
         demand_finite_cast(entry.name, out, values)
 
@@ -126,13 +128,14 @@ def source_leaf(
 
 
 def array_leaf(path: str, array: np.ndarray) -> Leaf:
-    """A leaf whose values are here already."""
+    """A leaf whose values are already in memory."""
     return Leaf(path, array.shape, array.dtype, lambda index: array[index])
 
 
 def copy_array(out: np.ndarray, source: np.ndarray) -> None:
-    """``out[...] = source``; a transposed matrix in blocks that stay in the cache, up to nine times as fast as whole, and no
-    copying through the slow loops of custom float types."""
+    """``out[...] = source``. A transposed matrix is copied in blocks that fit into the cache, which is up to nine times as fast. Equal dtypes
+    are copied as integers, because NumPy's loops for custom float types are slow.
+    """
     if out.dtype == source.dtype:
         word = np.dtype(f"u{out.dtype.itemsize}")
         out, source = out.view(word), source.T.view(word).T if source.flags.f_contiguous else source.view(word)
@@ -145,13 +148,14 @@ def copy_array(out: np.ndarray, source: np.ndarray) -> None:
 
 
 _PIECE = 1 << 19
-"""Bytes that are compared at once: they stay in the cache for the second look."""
+"""Number of bytes compared at once, so that they are still in the cache for the second comparison."""
 _WIDER = {"float16": "choose --dtype bfloat16 or float32", "bfloat16": "choose --dtype float32"}
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """``np.isfinite(values).all()``, at the speed of memory for the small floats too: NaN and infinities have an exponent of all ones, which
-    makes the largest words of either sign, read as integers."""
+    """``np.isfinite(values).all()``, at the speed of memory for small float types too. NaN and infinities have an exponent of all ones, so read as
+    integers they are the largest words of either sign.
+    """
     unsigned, signed = (np.dtype(f"{kind}{values.dtype.itemsize}") for kind in "ui")
     infinite = np.array(np.inf, values.dtype).view(unsigned)
     negative = np.array(-np.inf, values.dtype).view(unsigned)
@@ -162,7 +166,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def demand_finite_cast(name: str, out: np.ndarray, values: np.ndarray) -> None:
-    """Raises UserError where ``out``, cast from ``values``, has lost finite ones to a dtype that ends sooner."""
+    """Raises UserError if finite ``values`` became infinite when they were cast to the dtype of ``out``, whose range is smaller."""
     ends = float(ml_dtypes.finfo(out.dtype).max)
     if ends >= float(ml_dtypes.finfo(values.dtype).max) or all_finite(out):
         return

@@ -1,11 +1,11 @@
-"""What a model does not use of its sources, carried along in ``passengers/`` of its folder, so that an export is whole again.
+"""Passengers: tensors of the sources that the model does not use. ``passengers/`` in its folder keeps them, so that an export is complete again.
 
 ::
 
-    LAYOUT.safetensors     tensors that feed nothing here, under their names in that layout
-    adapter.json           what an adapter changed in its base beside LoRA, head and added rows
-    adapter.safetensors    of that, what the base's dtype does not hold exactly, as it came: a part by the path of its leaf, rows
-                           of the base vocabulary by module + ``TOKEN_ROWS``, in the order of ``adapter.json``
+    LAYOUT.safetensors     tensors that the model does not use, under their names in that layout
+    adapter.json           the adapter's changes of its base other than LoRA, head and added rows
+    adapter.safetensors    those of these changes that the base's dtype cannot hold exactly, as stored: a part under the path of its leaf, rows
+                           of the base vocabulary under module + ``TOKEN_ROWS``, in the order of ``adapter.json``
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANGES, ORIGINALS = "adapter.json", "adapter.safetensors"
 
 
 def write_passengers(plan: Conversion, folder: Path) -> None:
-    """Copies bit by bit what feeds nothing here."""
+    """Copies the tensors that the model does not use, bit by bit."""
     files = {name: [copied(entry, name) for name, entry in held.items()] for name, held in plan.passengers.items()}
     changed = _changed(plan)
     if changed:
@@ -46,8 +46,9 @@ def write_passengers(plan: Conversion, folder: Path) -> None:
 
 
 def _changed(plan: Conversion) -> dict[str, Any]:
-    """What adapters changed in their base beside LoRA, head and added rows, which are leaves of their own; ``{}`` if
-    nothing: ``replaced`` leaves, and ``rows`` of the base vocabulary."""
+    """The adapters' changes of their base other than LoRA, head and added rows, which are leaves: ``replaced`` leaves, and ``rows`` of the base
+    vocabulary. ``{}`` if there are none.
+    """
     own = ("pose_head/", "decoder/embed_tokens/added", "decoder/lm_head/added")
     replaced = {path for source in plan.sources if source.is_adapter for path in source.targets}
     replaced = {path for path in replaced if "/lora_" not in path and not path.startswith(own)}
@@ -72,13 +73,12 @@ def _originals(plan: Conversion) -> list[Tensor]:
 
 
 def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict[str, Tensor], list[str]]:
-    """What rides along, under its names in ``layout``, weights in ``dtype``, buffers as they are; and the names that have no
-    place there."""
+    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that have no place in it."""
     origins = {layout.name: layout for layout in LAYOUTS}
     placed: dict[str, Tensor] = {}
     lost = []
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name == ORIGINALS:  # of the adapter: the way back to PEFT takes them
+        if file.name == ORIGINALS:  # the adapter's: the export to PEFT reads them
             continue
         origin = origins.get(file.stem)
         if origin is None:
@@ -94,8 +94,10 @@ def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What the adapter that came in had changed in its base: ``whole`` parts, ``rows`` of the base vocabulary.
-    ``originals``: of that, what was rounded to ``dtype`` in the model."""
+    """The changes that the source's adapter made to its base.
+
+    whole: replaced parts. rows: replaced rows of the base vocabulary. originals: the values of these that were rounded to ``dtype`` in the model.
+    """
 
     whole: frozenset[str] = frozenset()
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
@@ -106,7 +108,7 @@ class Changes:
 
 
 def read_changes(folder: Path) -> Changes:
-    """Raises UserError for a change that PEFT has no place for."""
+    """Raises UserError for a change that PEFT cannot express."""
     if not (folder / CHANGES).is_file():
         return Changes()
     data, originals = read_json(folder / CHANGES), folder / ORIGINALS

@@ -1,4 +1,4 @@
-"""How a model's sources prepare pictures, as settings of ours: what their files say decides, an option overrides."""
+"""The image preprocessing of a model's sources, as ``ImageSettings``. It is read from their files; an option overrides it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chatpose_jax.weights.sources import Source
 _REMEDY = "say --image-fit crop or pad to leave that out"
 _CLIP = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 _LLAVA = ("LlavaImageProcessor",)
-# What transformers' classes do where their file says nothing, and all that is done here.
+# Defaults of transformers' classes, and the only values that this model supports.
 _DEMANDED: dict[str, tuple[Any, ...]] = {
     "do_resize": (True, None),
     "do_center_crop": (True, None),
@@ -31,26 +31,28 @@ _OTHER_STEPS_ALLOWED = ("do_convert_rgb", "do_pad")
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """settings: as the processor takes them. origin: in words, where they come from."""
+    """settings: settings of the processor. origin: a description of where they come from."""
 
     settings: ImageSettings
     origin: str
 
     def describe(self) -> str:
-        """In words, for a report."""
+        """A description for a report."""
         how = "padded to a square" if self.settings.fit == "pad" else "the middle square"
         return f"{how}, {self.settings.size} px ({self.origin})"
 
 
 def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: Fit | None = None) -> Pictures:
-    """What the sources do to an image before the tower sees it.
+    """The preprocessing that the sources apply to an image before the vision tower.
 
-    ``processor.json`` beside the tokenizer, which this program writes, says all. Else ``preprocessor_config.json`` (or
-    ``processor_config.json``) beside the vision tower gives size, mean, standard deviation and, for transformers, whether images are padded.
-    In LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says that; an adapter or a projector may bring one. ChatPose's released
-    program crops, whatever its ``config.json`` says. ``tokenizer`` is the folder of the tokenizer; ``fit`` overrides.
+    ``processor.json`` beside the tokenizer, which this program writes, has all settings. Otherwise ``preprocessor_config.json`` (or
+    ``processor_config.json``) beside the vision tower has size, mean, standard deviation and, for transformers, whether images are padded. In
+    LLaVA's own layout ``image_aspect_ratio`` in ``config.json`` says whether they are padded; an adapter or a projector may have its own
+    ``config.json``. ChatPose's released program crops, whatever its ``config.json`` says.
 
-    Raises UserError for a setting that ``ImageSettings`` cannot express, or another size than the tower's.
+    tokenizer: folder of the tokenizer. fit: overrides the source's.
+
+    Raises UserError for a setting that ``ImageSettings`` cannot express, or if the size differs from the tower's.
     """
     said = _ours(tokenizer) or _theirs(sources, config, fit)
     settings, origin = said.settings, said.origin
@@ -64,7 +66,7 @@ def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Pa
 
 
 def write_pictures(folder: Path, settings: ImageSettings) -> None:
-    """Puts the settings into ``processor.json`` of a tokenizer's folder; what else it holds stays."""
+    """Writes the settings into ``processor.json`` of a tokenizer's folder. Its other keys stay."""
     file = folder / SETTINGS_FILE
     data = read_json(file) if file.is_file() else {}
     data["images"] = dataclasses.asdict(settings)
@@ -87,7 +89,7 @@ def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) 
     if main.layout.family == "chatpose":
         origin += "; cropped, as ChatPose's program does whatever config.json says"
     elif main.layout.family in ("llava_original", "vicuna"):
-        # An adapter, or a projector over a LLaMA alone, has LLaVA's config.json beside it. As in infer_config an adapter's comes first.
+        # An adapter, or a projector for a plain LLaMA, has LLaVA's config.json beside it. As in infer_config an adapter's comes first.
         first = sorted(sources, key=lambda source: not source.is_adapter)
         teller = next((source for source in first if "image_aspect_ratio" in source.checkpoint.config()), main)
         fit = "crop" if chosen else _aspect(teller)
@@ -99,7 +101,7 @@ def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) 
 
 
 def _aspect(source: Source) -> Fit:
-    """LLaVA's own code: "pad" fills up to a square with the mean colour, nothing or "square" leaves it to CLIP's processor."""
+    """``image_aspect_ratio`` of LLaVA's own code: "pad" pads to a square with the mean colour; none or "square" leaves it to CLIP's processor."""
     stored, where = source.checkpoint.config(), source.checkpoint.folder / "config.json"
     for key, allowed in (("image_aspect_ratio", (None, "square", "pad")), ("mm_patch_merge_type", (None, "flat"))):
         if stored.get(key) not in allowed:
@@ -108,7 +110,7 @@ def _aspect(source: Source) -> Fit:
 
 
 def _preprocessor(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The file that transformers would read, in its order, and what it says; ``{}`` where there is none."""
+    """The file that transformers would read, in its order of preference, and its contents; ``{}`` if there is none."""
     file = folder / "processor_config.json"
     nested = read_json(file).get("image_processor") if file.is_file() else None
     if nested is not None:
@@ -120,7 +122,7 @@ def _preprocessor(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _settings(file: Path, said: Mapping[str, Any], tower: int) -> tuple[ImageSettings, bool]:
-    """Of a CLIPImageProcessor or LlavaImageProcessor, and whether it pads."""
+    """Settings of a CLIPImageProcessor or LlavaImageProcessor, and whether it pads."""
     if not said:
         return ImageSettings(tower), False
     kind = str(said.get("image_processor_type") or said.get("feature_extractor_type") or _CLIP[0])
@@ -147,10 +149,11 @@ def _settings(file: Path, said: Mapping[str, Any], tower: int) -> tuple[ImageSet
 
 
 def _side(file: Path, key: str, value: Any, stretched: bool = True) -> int:
-    """A side in pixels: a number, ``shortest_edge``, or two equal sides. Where it is what pictures are resized to, two sides
-    mean that they are stretched, which changes nothing in a square alone."""
+    """A side in pixels: a number, ``shortest_edge``, or two equal sides. For the target of a resize, two sides mean that the image is stretched,
+    which changes every image that is not square.
+    """
     if value is None:
-        return 224  # of transformers' classes
+        return 224  # default of transformers' classes
     if isinstance(value, dict):
         held = {name: side for name, side in value.items() if side is not None}
         if set(held) == {"shortest_edge"}:

@@ -1,7 +1,7 @@
-"""The plan of a conversion: for each leaf of the parameter tree where its values come from.
+"""The plan of a conversion: the origin of each leaf of the parameter tree.
 
-A plan reads headers only. It is complete or it raises: every tensor of every source feeds a leaf or is ignored by a
-rule with a reason, and every leaf has exactly one origin of the right shape.
+A plan reads headers only. It is complete or it raises: every tensor of every source either becomes part of a leaf or is ignored by a rule with a
+reason, and every leaf has exactly one origin of the right shape.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from chatpose_jax.weights.spec import SourceSpec
 
 _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _SHOWN = 8
-"""How many names of each kind of problem an error shows."""
+"""Number of names that an error shows for each kind of problem."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
 _TABLES = {"embed_tokens": "decoder/embed_tokens/embedding", "lm_head": "decoder/lm_head/kernel"}
 _REPLACED = "the adapter brings its own"
@@ -48,8 +48,8 @@ _REPLACED = "the adapter brings its own"
 class Conversion:
     """Everything that a conversion will do.
 
-    ignored: source tensor → why it feeds nothing. fresh: what no source gave. passengers: by layout, the ignored tensors that ride
-    along. nonfinite: what was found in the leaves that have been read.
+    ignored: source tensor → the reason why it is not used. fresh: parts that no source has. passengers: for each layout, the ignored tensors that
+    are kept for export. nonfinite: non-finite values found in the leaves that were read.
     """
 
     config: ModelConfig
@@ -66,12 +66,12 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the result."""
+        """Size of the result in bytes."""
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
 
 def plan_conversion(spec: SourceSpec) -> Conversion:
-    """Reads the headers, checks everything and plans. Raises one UserError that lists every problem."""
+    """Reads the headers, checks them and makes the plan. Raises one UserError that lists every problem."""
     sources = open_sources(spec)
     provided = {part for source in sources for part in source.layout.parts}
     fresh: set[str] = set(spec.init_missing)
@@ -85,25 +85,25 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
     try:
         config, vocabulary = infer_config(sources, spec)
     except UserError as error:
-        # One error for all that is missing: a user fetches it in one go.
+        # One error for everything that is missing, so that a user can fetch it at once.
         if absent:
             raise UserError(f"{error}. Without a source, too: {', '.join(absent)}") from None
         raise
     if spec.head is not None:
-        trusted_head(str(spec.path), config.head, spec.head)  # an error where no file needs it
+        trusted_head(str(spec.path), config.head, spec.head)  # raises if the head is given but not needed
     pictures = infer_pictures(sources, config, vocabulary.tokens.folder, spec.image_fit)
 
     work = _Work(config, allowed_rows(sources, config.text.base_vocab_size))
     passengers: dict[str, dict[str, TensorEntry]] = {}
     replaced = {path for source in sources if source.is_adapter for path in source.targets}
-    if any(path.startswith("pose_head/") for path in replaced):  # whatever kind of head the base has
+    if any(path.startswith("pose_head/") for path in replaced):  # the base may have any kind of head
         replaced |= {path for source in sources for path in source.targets if path.startswith("pose_head/")}
     for source in sources:
         skipped = dict.fromkeys(() if source.is_adapter else replaced, _REPLACED)
         parts = {path: path.split("/")[0] for path in work.tree}
         skipped |= {path: f"{part} is initialised afresh" for path, part in parts.items() if part in fresh}
         riders = work.take(source, skipped)
-        # Of what stands beside the main checkpoint, only tensors that other layouts know.
+        # Of the files beside the main checkpoint, only tensors that other layouts know.
         riders = [name for name in riders if source is sources[0] or source.layout.locate(name)]
         if riders and not source.is_adapter:
             passengers[source.layout.name] = {name: source.checkpoint.tensors[name] for name in riders}
@@ -153,8 +153,7 @@ class _Work:
         raise UserError(f"these weights do not fit ({kinds}); nothing was written. " + "; ".join(lines))
 
     def take(self, source: Source, skipped: Mapping[str, str]) -> list[str]:
-        """Adds the leaves that a source feeds, except those ``skipped`` (path → why). Returns the tensors that feed nothing in this
-        model."""
+        """Adds the leaves from a source, except those in ``skipped`` (path → reason). Returns the source's tensors that this model does not use."""
         tensors, vision, text = source.checkpoint.tensors, self.config.vision, self.config.text
         known: set[str] = set(source.token_rows)
         riders = {rule.source: "follows the last block, which feeds nothing" for rule in source.layout.unused}
@@ -207,7 +206,7 @@ class _Work:
 
 
 class Rounded(NamedTuple):
-    """A tensor of a source whose values the dtype of their leaf cannot hold exactly."""
+    """A source tensor whose values its leaf's dtype cannot hold exactly."""
 
     source: Source
     name: str
@@ -217,7 +216,7 @@ class Rounded(NamedTuple):
 
 
 def rounded(plan: Conversion) -> Iterator[Rounded]:
-    """What the sources say more exactly than the result does."""
+    """Source tensors that are rounded in the result."""
     base = plan.config.text.base_vocab_size
     for source in plan.sources:
         for name, entry in source.checkpoint.tensors.items():
@@ -225,7 +224,7 @@ def rounded(plan: Conversion) -> Iterator[Rounded]:
                 # Rows of new tokens stay in float32.
                 path = _TABLES[row_module(name)] if any(id < base for id in ids) else None
             else:
-                # An adapter's tensor may have the name of the one that it replaces.
+                # An adapter's tensor may have the same name as the one that it replaces.
                 reason = plan.ignored.get(name)
                 read = reason is None or (source.is_adapter and reason == _REPLACED)
                 place = source.layout.locate(name) if read else None
@@ -236,7 +235,7 @@ def rounded(plan: Conversion) -> Iterator[Rounded]:
 
 
 def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Fresh weights of one part, by path, as training would start it."""
+    """Initial weights of one part, by path, as for training."""
     state = _initialiser(part, config)(jax.random.key(seed))
     return {f"{part}/{path}": np.asarray(leaf) for path, leaf in by_path(state).items()}
 

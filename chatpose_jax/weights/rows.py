@@ -1,4 +1,4 @@
-"""Rows of the vocabulary: how many a table may have, those it lacks, and those that an adapter has trained."""
+"""Rows of the vocabulary tables: their number, missing rows, and rows that an adapter has trained."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from chatpose_jax.weights.sources import Source
 
 
 def allowed_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
-    """How many rows the table of ``embed_tokens``, and of ``lm_head``, may have: as many as the embedding, or as all tokens that have a
-    row anywhere; down to ``base`` where an adapter lists what is missing (``trainable_token_indices``)."""
+    """The numbers of rows that the tables ``embed_tokens`` and ``lm_head`` may have: that of the embedding, or that of all tokens that have a row
+    anywhere. A table may have fewer rows, down to ``base``, if an adapter lists the missing ones (``trainable_token_indices``).
+    """
     listed: dict[str, set[int]] = {"embed_tokens": set(), "lm_head": set()}
     for source in sources:
         for name, ids in source.token_rows.items():
@@ -35,7 +36,7 @@ def allowed_rows(sources: Sequence[Source], base: int) -> dict[str, set[int]]:
 
 
 def append_rows(leaves: dict[str, Leaf], sources: Sequence[Source], text: TextConfig) -> None:
-    """Gives rows that a table lacks the mean over those that it has: the neutral start for a token that nothing has trained."""
+    """Fills missing rows of a table with the mean of the others, a neutral start for an untrained token."""
     tables = {
         rule.target: (rule.transform, source.checkpoint.tensors[rule.source])
         for source in sources
@@ -56,7 +57,7 @@ def append_rows(leaves: dict[str, Leaf], sources: Sequence[Source], text: TextCo
 
 
 def replace_rows(leaves: dict[str, Leaf], source: Source, text: TextConfig) -> None:
-    """Lays the rows that an adapter has trained over those of the vocabulary, base and added."""
+    """Replaces rows of the vocabulary, base and added, by those that an adapter has trained."""
     for name, ids in source.token_rows.items():
         entry, module = source.checkpoint.tensors[name], row_module(name)
         tables = {"embed_tokens": ("embedding", 0), "lm_head": ("kernel", 1)}

@@ -1,7 +1,7 @@
-"""Leaves streamed into a new Orbax checkpoint.
+"""Streams leaves into a new Orbax checkpoint.
 
-Orbax saves what is in memory. A conversion has nothing in memory: a ``Leaf`` is read block by block while earlier blocks are being
-written. ``_LeafHandler`` teaches Orbax to save such leaves; the result is an ordinary checkpoint that any Orbax program restores.
+Orbax saves arrays that are in memory. A conversion has none: a ``Leaf`` is read block by block while earlier blocks are being written.
+``_LeafHandler`` lets Orbax save such leaves. The result is an ordinary checkpoint that any Orbax program restores.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ OnBytes = Callable[[int], Any]
 OnRead = Callable[[str, int], Any]
 
 _IN_FLIGHT = 64 << 20
-"""Bytes that may wait to be written while more is read."""
+"""Largest number of bytes that wait to be written while more are read."""
 _CHUNK = 16 << 20
-"""Bytes of one stored chunk: the unit that a sharded restore reads."""
+"""Size of one stored chunk in bytes: the unit that a sharded restore reads."""
 _SETTLE = 128 << 20
-"""Bytes that are written before they are put on the disk and dropped from the page cache."""
+"""Number of bytes written between two flushes to disk; a flush also drops their pages from the page cache."""
 
 
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
-    """Stored chunks: the whole leaf if little is read for it; else one layer, its larger axis halved until a chunk is at most 16
-    MiB, so that a sharded restore reads little beside its own."""
+    """The chunk shape. A leaf that is cheap to read is one chunk. Any other is split by layer, and the larger axis is halved until a chunk has at
+    most 16 MiB, so that a sharded restore reads little more than its own part.
+    """
     if leaf.nbytes * leaf.cost <= _CHUNK:
         return leaf.shape
     shape = [1 if leaf.stacked and axis == 0 else n for axis, n in enumerate(leaf.shape)]
@@ -59,13 +60,12 @@ def write_leaves(
     on_read: OnRead = lambda file, offset: None,
     compress: bool = False,
 ) -> None:
-    """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 16 MiB,
-    whatever the model's size.
+    """Streams leaves into a new Orbax checkpoint ``folder``. Resident memory stays at a few blocks of 16 MiB, whatever the model's size.
 
     Args:
-        on_bytes: hears how many bytes were written.
-        on_read: hears the file and the byte from which a block was read; blocks follow the files in order of their paths.
-        compress: zstd.
+        on_bytes: called with the number of bytes that were written.
+        on_read: called with the file and the offset from which a block was read. Blocks are in the order of the files' paths.
+        compress: compress with zstd.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, _LeafHandler(on_bytes, on_read, compress)),
@@ -75,7 +75,7 @@ def write_leaves(
 
 
 class _LeafHandler(ocp.type_handlers.TypeHandler):
-    """Saves ``Leaf``s. Each process writes its share of the blocks; restoring is the business of Orbax's own array handler."""
+    """Saves ``Leaf``s. Each process writes its share of the blocks. Orbax's own array handler restores them."""
 
     def __init__(self, on_bytes: OnBytes, on_read: OnRead, compress: bool):
         self.on_bytes, self.on_read = on_bytes, on_read
@@ -91,7 +91,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("leaves are only written")
 
     async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        # All leave Orbax's save here if one fails: behind it, it lets them wait for each other.
+        # If one process fails, all leave Orbax's save here: later in it they would wait for each other.
         with all_or_none():
             boxes = []
             for leaf, info in zip(values, infos, strict=True):
@@ -102,7 +102,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         return []
 
     async def _create(self, leaf: Leaf, info: Any) -> tuple[Any, Path]:
-        """A new array for a leaf, and the folder of all arrays."""
+        """Creates the array of a leaf; returns it and the folder of all arrays."""
         await info.await_path_creation()
         info.use_compression = self.compress
         spec = ocp.type_handlers.get_json_tspec_write(
@@ -115,7 +115,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             arg=ocp.SaveArgs(),
         )
         base = spec["kvstore"]["base"]
-        base["file_io_sync"] = False  # all together at the end
+        base["file_io_sync"] = False  # all files are synced together at the end
         return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context), Path(base["path"])
 
     def _write(self, boxes: Sequence[Any], settler: _Settler) -> None:
@@ -132,7 +132,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         try:
             for (origin, store, _, index), block in zip(boxes, read_ahead(reads)):
                 self.on_read(*origin)
-                # The array is ours alone, so tensorstore need not copy it.
+                # Nobody else uses the array, so tensorstore need not copy it.
                 write = store[index].write(block, can_reference_source_data_indefinitely=True)
                 writing.append((write, block.nbytes))
                 while sum(count for _, count in writing) > _IN_FLIGHT:
@@ -142,23 +142,25 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             settler.finish()
         finally:
             settler.thread.shutdown()
-            # Where the conversion failed: nothing may be written once its folder is removed.
+            # After a failure: nothing may be written once the folder is removed.
             for write, _ in writing:
                 with contextlib.suppress(Exception):
                     write.result()
 
 
 def _share(boxes: list[Any], rank: int, count: int) -> list[Any]:
-    """The boxes of one process. All are in the order of the source files, which are so read once, from front to back; each
-    process has a stretch of about as many bytes as the others."""
+    """The boxes that one process writes. Boxes are ordered by source file and offset, so each file is read once, from front to back. Each process
+    has a contiguous part of about the same number of bytes.
+    """
     sizes = [math.prod(part.stop - part.start for part in index) * leaf.dtype.itemsize for _, _, leaf, index in boxes]
     ends = itertools.accumulate(sizes)
     return [box for box, size, end in zip(boxes, sizes, ends) if (end - size) * count // sum(sizes) == rank]
 
 
 class _Settler:
-    """Puts what was written on the disk, and lets go of its pages, while a conversion runs. The page cache would otherwise take all memory
-    that is free, which costs virtual machines much time, and others what they had cached."""
+    """Flushes written files to disk and drops their pages from the page cache while a conversion runs. Otherwise the page cache would take all free
+    memory. That is slow on virtual machines, and evicts what other programs have cached.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.unsettled = folder, 0
@@ -173,7 +175,7 @@ class _Settler:
             self.running, self.unsettled = self.thread.submit(self._settle), 0
 
     def finish(self) -> None:
-        """Returns when everything is on the disk."""
+        """Waits until everything is on disk."""
         self.running.result()
         self.settled.clear()  # some may have grown since
         self._settle()
@@ -192,7 +194,7 @@ class _Settler:
 
 
 def forget(descriptor: int, until: int = 0) -> None:
-    """Lets go of the first ``until`` bytes of a file in the page cache (0: of all), where the system can be told so."""
+    """Drops the first ``until`` bytes of a file (0: all) from the page cache, if the system supports it."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # a folder has no pages
             os.posix_fadvise(descriptor, 0, until, os.POSIX_FADV_DONTNEED)

@@ -1,5 +1,4 @@
-"""What a tokenizer's files say about ids, read without building the tokenizer: how many pieces, which tokens were
-added, where."""
+"""Reads ids from a tokenizer's files without building the tokenizer: the number of pieces, and the added tokens with their ids."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers import demand_native, describe_folder, read_json
 
 _ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-# transformers 5 writes these, which 4.x does not know or takes for something else.
+# Keys that transformers 5 writes, and that 4.x does not know or misreads.
 _ONLY_IN_5 = ("backend", "is_local", "local_files_only")
 _CLASSES_OF_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend")
-# A space before the text unless it has one, as a pre-tokenizer that tokenizers 0.13 to 0.15 cannot read, and as a
-# normalizer that all read.
+# Adds a space before the text unless it has one: as a pre-tokenizer, which tokenizers 0.13 to 0.15 cannot read, and as a
+# normalizer, which all versions read.
 _METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
 _SPACE_IN_FRONT = {
     "type": "Sequence",
@@ -42,7 +41,7 @@ _SPACE_IN_FRONT = {
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """base_size: pieces of the vocabulary proper. added: literal -> id of the tokens behind it."""
+    """base_size: number of pieces of the base vocabulary. added: literal -> id of the tokens after it."""
 
     folder: Path
     base_size: int
@@ -52,18 +51,19 @@ class Tokens:
 
     @property
     def size(self) -> int:
-        """The first id that is free."""
+        """The first free id."""
         return max((self.base_size, *(id + 1 for id in self.added.values())))
 
     @property
     def pose_token_id(self) -> int | None:
-        """Id of the pose token, None where the vocabulary has none."""
+        """Id of the pose token; None if the vocabulary has none."""
         return next((self.added[literal] for literal in POSE_LITERALS if literal in self.added), None)
 
 
 def read_tokens(folder: str | Path) -> Tokens:
-    """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens. The base vocabulary is the pieces of
-    SentencePiece: 32 000 for LLaMA, LLaMA-2 and Vicuna. Raises UserError where there is none."""
+    """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens. The base vocabulary is SentencePiece's: 32 000
+    pieces for LLaMA, LLaMA-2 and Vicuna. Raises UserError if there is no tokenizer.
+    """
     folder = Path(folder)
     try:
         return _read_tokens(folder)
@@ -105,10 +105,10 @@ def _read_tokens(folder: Path) -> Tokens:
 
 
 def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
-    """Writes a complete tokenizer: the source's files, with ``added`` literals behind the vocabulary in each of their lists, in words that
-    transformers 4.x reads too. A bare ``tokenizer.model`` gets LLaMA's settings. The settings of our own processor go along.
+    """Writes a complete tokenizer: the source's files, with the ``added`` literals after the vocabulary in each of their lists, in a format that
+    transformers 4.x reads too. A lone ``tokenizer.model`` gets LLaMA's settings. The settings of our own processor are copied.
 
-    Raises UserError if transformers does not read the result as ``tokens`` and ``added`` say, or finds no BOS.
+    Raises UserError if transformers reads other ids than ``tokens`` and ``added`` say, or finds no BOS token.
     """
     out.mkdir(parents=True, exist_ok=True)
     new = {literal: tokens.size + offset for offset, literal in enumerate(added)}
@@ -121,7 +121,7 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(out), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers passes on any error of its parsers
         raise UserError(
             f"{tokens.folder}: transformers cannot read this tokenizer ({type(error).__name__}: {error})"
         ) from None
@@ -149,7 +149,7 @@ def _files(tokens: Tokens, new: Mapping[str, int]) -> dict[str, bytes]:
 
 
 def _settings(settings: dict[str, Any], new: Mapping[str, int], slow: bool) -> dict[str, Any]:
-    """``tokenizer_config.json`` in the words that 4.x and 5.x share, with ``new`` where it lists the added tokens."""
+    """``tokenizer_config.json`` in the format that 4.x and 5.x share, with ``new`` in its list of added tokens."""
     settings = {name: value for name, value in settings.items() if name not in _ONLY_IN_5}
     if settings.get("tokenizer_class") in (None, *_CLASSES_OF_5):
         settings["tokenizer_class"] = "LlamaTokenizer" if slow else ANY_FAST
@@ -158,14 +158,14 @@ def _settings(settings: dict[str, Any], new: Mapping[str, int], slow: bool) -> d
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"] |= {str(id): {"content": literal, **_ADDED} for literal, id in new.items()}
     elif slow and new:
-        # Without the list above, 4.x finds a token in the text as it was only if it is special: the second of
-        # "<image><image>" would be letters.
+        # Without the list above, 4.x matches a token in the raw text only if it is special: the second one of
+        # "<image><image>" would be split into letters.
         settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *new]
     return settings
 
 
 def _fast(fast: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
-    """``tokenizer.json`` with ``new``, in words that tokenizers reads from 0.13 on, as far as it has them."""
+    """``tokenizer.json`` with ``new``, as far as possible in a format that tokenizers 0.13 and newer read."""
     fast["added_tokens"] = [
         *(fast.get("added_tokens") or []),
         *({"id": id, "content": literal, **_ADDED} for literal, id in new.items()),
