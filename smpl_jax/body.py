@@ -1,16 +1,16 @@
 """Body models of the SMPL family as pure functions on a frozen pytree.
 
-SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X differ in their arrays, not in their arithmetic, so one code
-path serves them all:
+SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X differ in their arrays, not in their arithmetic. One code
+path serves all of them:
 
     vertices = skinning(template + shape directions · betas + pose directions · (R - I),  kinematic tree,  weights)
 
-Three entry points, because their costs differ by up to a hundred times: :func:`joints` never touches the mesh,
-:func:`vertices` of ``body.subset(ids)`` computes the chosen vertices only, :func:`vertices` and :func:`forward` the
-whole mesh.
+There are three entry points, because their costs differ by up to a hundred times: :func:`joints` never touches the mesh,
+:func:`vertices` of ``body.subset(ids)`` computes the chosen vertices only, and :func:`vertices` and :func:`forward`
+compute the whole mesh.
 
-Frames: the body rests in the file's own frame (SMPL's: y up, facing +z, metres, pelvis off the origin). Joint 0's
-rotation turns it about the pelvis into the frame that the caller means; ``translation`` is added last.
+Frames: the body at rest is in the file's own frame (SMPL's: y up, facing +z, metres, pelvis off the origin). Joint 0's
+rotation turns it about the pelvis into the caller's frame; ``translation`` is added last.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ Chunk = int | None | Literal["auto"]
 )
 @dataclasses.dataclass(frozen=True)
 class BodyModel:
-    """A body model: arrays (pytree leaves) and what is known about them (static).
+    """A body model: arrays (pytree leaves) and their static description.
 
     Letters: V vertices, F faces, J joints, S = ``num_betas + num_expression`` shape directions, P = 9 (J - 1) pose
-    directions. Vertex arrays are component-major (x, y, z planes), which makes blending and skinning one matrix product
+    directions. Vertex arrays are component-major (x, y, z planes), so that blending and skinning are one matrix product
     each.
     """
 
@@ -49,19 +49,19 @@ class BodyModel:
     bases: jax.Array  # (S + P, 3, V) shape, expression, then pose directions
     weights: jax.Array  # (J, V) skinning weights
     joint_template: jax.Array  # (J, 3) rest joints
-    joint_shapedirs: jax.Array  # (S, J, 3) their motion with shape
+    joint_shapedirs: jax.Array  # (S, J, 3) shape directions of the rest joints
     faces: jax.Array  # (F, 3) int32, counter-clockwise seen from outside
     regressors: dict[str, jax.Array]  # name -> (K, V): further keypoints as weighted sums of vertices
 
-    name: str  # "smpl", "smplh", "smplx", or what the file calls itself
+    name: str  # "smpl", "smplh", "smplx", or the file's own name
     parents: tuple[int, ...]  # -1 for the root; a parent always precedes its children
     joint_names: tuple[str, ...]
-    vertex_ids: tuple[tuple[str, int], ...]  # named vertices that the file knows
+    vertex_ids: tuple[tuple[str, int], ...]  # named vertices of the file
     num_betas: int
     num_expression: int
 
     def __repr__(self) -> str:
-        count = next(iter(np.shape(self.template)[::-1]), "?")  # JAX puts other things than arrays in its place, too
+        count = next(iter(np.shape(self.template)[::-1]), "?")  # JAX may replace arrays by other objects
         return f"BodyModel({self.name!r}, {count} vertices, {self.num_joints} joints, {self.num_betas} betas)"
 
     @property
@@ -78,11 +78,11 @@ class BodyModel:
 
     @property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Joints by their depth in the kinematic tree, root first."""
+        """Joints grouped by their depth in the kinematic tree, root first."""
         return _levels(self.parents)
 
     def vertex_id(self, name: str) -> int:
-        """Index of a named vertex; a ``ValueError`` lists the names that this body knows, and says how to add one."""
+        """Index of a named vertex. A ``ValueError`` for an unknown name lists the known ones, and says how to add one."""
         ids = dict(self.vertex_ids)
         if name not in ids:
             raise ValueError(
@@ -94,11 +94,10 @@ class BodyModel:
     def with_keypoints(
         self, *, vertex_ids: Mapping[str, int] | None = None, regressors: Mapping[str, ArrayLike] | None = None
     ) -> "BodyModel":
-        """The same body with further named vertices and regressors; a name that it has already means the new one.
+        """The same body with further named vertices and regressors. A name that exists already is replaced.
 
-        SMPL's own files hold neither: what numbers and weights mean depends on the mesh, so they come with the file or
-        from the caller. ``save_body_npz`` keeps them in a file (``vertex_id_names``, ``vertex_ids``,
-        ``regressor_<name>``).
+        SMPL's own files have neither. Vertex numbers and weights depend on the mesh, so they come with the file or from
+        the caller. ``save_body_npz`` stores them in a file (``vertex_id_names``, ``vertex_ids``, ``regressor_<name>``).
 
         Args:
             vertex_ids: name to vertex number.
@@ -129,19 +128,19 @@ class BodyModel:
         num_expression: int | None = 10,
         dtype: DTypeLike = jnp.float32,
     ) -> "BodyModel":
-        """Build from the arrays that :func:`smpl_jax.io.load_body_arrays` returns.
+        """Builds a body from the arrays that :func:`smpl_jax.io.load_body_arrays` returns.
 
         Args:
             arrays: ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)``,
                 ``posedirs (V, 3, P)``, ``J_regressor (J, V)``, ``weights (V, J)``, ``f (F, 3)``, ``parents (J,)``,
                 ``model_name ()``, ``joint_names (J,)``, and optionally ``vertex_id_names`` with ``vertex_ids``, and any
                 ``regressor_<name> (K, V)``.
-            num_betas: how many shape directions to keep; ``None`` keeps all.
-            num_expression: how many expression directions to keep, of those that there are; ``None`` keeps all.
-            dtype: of every floating leaf. float64 needs ``jax_enable_x64``.
+            num_betas: number of shape directions to keep; ``None`` keeps all.
+            num_expression: number of expression directions to keep, if the body has any; ``None`` keeps all.
+            dtype: dtype of every floating-point leaf. float64 needs ``jax_enable_x64``.
 
         Raises:
-            ValueError: the file holds fewer shape directions than ``num_betas``.
+            ValueError: the file has fewer shape directions than ``num_betas``.
         """
         available = arrays["shapedirs"].shape[-1]
         num_betas = available if num_betas is None else num_betas
@@ -181,8 +180,8 @@ class BodyModel:
     def subset(self, vertex_ids: ArrayLike) -> "BodyModel":
         """The same body with only the given vertices, in the given order; joints are unchanged.
 
-        Faces, named vertices and regressors are kept if all their vertices are in the subset. The time to pose the body
-        falls with the number of vertices.
+        Faces, named vertices and regressors are kept if all their vertices are in the subset. A subset takes less time to
+        pose, in proportion to its number of vertices.
 
         Args:
             vertex_ids: (N,) integers, without repeats; concrete, not traced.
@@ -288,7 +287,7 @@ def forward(
 
 
 def pelvis(body: BodyModel, betas: ArrayLike | None = None) -> jax.Array:
-    """Joint 0 of the resting body, (..., 3) metres: the point that the root's rotation turns the body about.
+    """Joint 0 of the body at rest, (..., 3) metres: the point about which the root's rotation turns the body.
 
     betas: (..., n) shape coefficients, n <= ``body.num_betas``.
     """
@@ -298,8 +297,8 @@ def pelvis(body: BodyModel, betas: ArrayLike | None = None) -> jax.Array:
 
 
 def regress(body: BodyModel, vertices: ArrayLike, name: str) -> jax.Array:
-    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``; a ``ValueError`` lists those that
-    the file holds.
+    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``. A ``ValueError`` for an unknown name
+    lists the known ones.
     """
     if name not in body.regressors:
         raise ValueError(
@@ -318,7 +317,7 @@ def _levels(parents: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 class _Inputs(NamedTuple):
-    """Checked arguments in the body's dtype, all of one flat batch B."""
+    """Checked arguments in the body's dtype, flattened to one batch axis B."""
 
     rotations: jax.Array  # (B, J, 3, 3)
     shape: jax.Array  # (B, S)
@@ -366,8 +365,8 @@ def _pose(body: BodyModel, inputs: _Inputs) -> BodyOutput:
 
     transforms = jnp.concatenate([orientation, from_rest[..., None]], axis=-1)  # (B, J, 3, 4)
     skin = jnp.matmul(transforms.transpose(0, 2, 3, 1).reshape(size * 12, -1), body.weights, precision=_HIGHEST)
-    # Written out by component so that the gradient is fast: that of a broadcast product is a sum over three rows, which
-    # XLA on CPU does not vectorise; that of a slice is a padding, where that of a split is a concatenation.
+    # Written out by component for a fast gradient. The gradient of a broadcast product is a sum over three rows, which
+    # XLA does not vectorise on CPU. The gradient of a slice is a padding; that of a split, used here, is a concatenation.
     t = [row[:, 0] for row in jax.lax.split(skin.reshape(size, 12, -1), [1] * 12, axis=1)]
     x, y, z = (plane[:, 0] for plane in jax.lax.split(shaped, [1] * 3, axis=1))
     posed = jnp.stack([t[i] * x + t[i + 1] * y + t[i + 2] * z + t[i + 3] for i in (0, 4, 8)], axis=1)
@@ -404,7 +403,7 @@ def _inputs(
     translation: ArrayLike | None,
     expression: ArrayLike | None,
 ) -> tuple[_Inputs, tuple[int, ...]]:
-    """The arguments checked, broadcast and flattened, and the batch shape that they had."""
+    """Checks, broadcasts and flattens the arguments; returns them with their batch shape."""
     rotations = jnp.asarray(rotations, body.dtype)
     if rotations.shape[-3:] != (body.num_joints, 3, 3):
         hint = "; smpl_jax.for_body makes them from a pose of another family" if rotations.shape[-2:] == (3, 3) else ""
@@ -443,7 +442,7 @@ def _inputs(
 
 
 def _coefficients(body: BodyModel, what: str, given: ArrayLike | None, count: int) -> jax.Array:
-    """Coefficients (..., count), missing ones 0."""
+    """Coefficients padded with zeros to (..., count)."""
     values = jnp.zeros(count, body.dtype) if given is None else jnp.asarray(given, body.dtype)
     if values.ndim == 0 or values.shape[-1] > count:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Meshes for other programs: OBJ and GLB (glTF 2.0). Each file appears whole or not at all.
+"""Meshes for other programs: OBJ and GLB (glTF 2.0). Files are written atomically.
 
-`frame` names the frame of the mesh or pose (`smpl_jax.frames`), by default the model frame: y up, facing +z. OBJ and glTF
-are y up, so what is in another frame is turned; nothing is mirrored.
+`frame` names the frame of the mesh or pose (`smpl_jax.frames`); the default is the model frame: y up, facing +z. OBJ and
+glTF are y up, so meshes in another frame are rotated; nothing is mirrored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VERTEX_DATA, _INDEX_DATA = 34962, 34963
 
 
 def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "model") -> Path:
-    """Write a Wavefront OBJ, y up, metres, with smooth normals.
+    """Writes a Wavefront OBJ, y up, metres, with smooth normals.
 
     Args:
         path: where.
@@ -41,7 +41,7 @@ def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: F
         frame: of the vertices; see the module's docstring.
 
     Raises:
-        ValueError: arrays that make no mesh, or an unknown frame.
+        ValueError: the arrays are not a mesh, or the frame is unknown.
     """
     points, triangles = _y_up(vertices, faces, frame)
     lines = ["# y up, metres"]
@@ -55,14 +55,14 @@ def write_obj(path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: F
 def write_glb(
     path: PathLike, vertices: ArrayLike, faces: ArrayLike, *, frame: Frame = "model", colors: ArrayLike | None = None
 ) -> Path:
-    """Write a mesh as binary glTF 2.0, y up, metres. A posed body written so shows its pose in every viewer.
+    """Writes a mesh as binary glTF 2.0, y up, metres. Every viewer shows a posed body in its pose.
 
     Args:
-        path, vertices, faces, frame: as for `write_obj`; glTF knows no mesh without faces.
+        path, vertices, faces, frame: as for `write_obj`; glTF has no mesh without faces.
         colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).
 
     Raises:
-        ValueError: arrays that make no mesh, no faces, or an unknown frame.
+        ValueError: the arrays are not a mesh, there are no faces, or the frame is unknown.
     """
     points, triangles = _y_up(vertices, faces, frame)
     glb = _Glb()
@@ -82,24 +82,24 @@ def write_skinned_glb(
     frame: Frame = "model",
     colors: ArrayLike | None = None,
 ) -> Path:
-    """Write a posed body with its skeleton: binary glTF 2.0, named joints, y up, metres.
+    """Writes a posed body with its skeleton: binary glTF 2.0, named joints, y up, metres.
 
-    The mesh is stored at rest as template + shape + the correctives *of this pose*, the joints posed. Plain glTF
-    skinning thus shows this pose exactly, and Blender or Unity get a rig; posed otherwise there, it keeps this pose's
-    correctives. A program that does not skin shows the rest pose: `write_glb` is for those.
+    The file contains the rest mesh (template + shape + the pose correctives *of this pose*) and the posed joints. Plain glTF skinning thus
+    reproduces this pose exactly, and Blender or Unity get a rig. In other poses the mesh keeps this pose's correctives. A program without
+    skinning shows the rest pose; use `write_glb` for those.
 
     Args:
         path: where.
         body: the body model.
-        rotations: (J, 3, 3), relative to the parents; joint 0 takes the body into `frame`.
+        rotations: (J, 3, 3), relative to the parents; joint 0 rotates the body into `frame`.
         betas: (S,) shape coefficients.
         translation: (3,) metres, in `frame`.
         frame: of joint 0's rotation and of the translation.
         colors: sRGB (3,) or (V, 3).
 
     Raises:
-        ValueError: shapes that do not fit the body, numbers that are not finite, a body whose weights are no shares,
-            or an unknown frame.
+        ValueError: shapes do not fit the body, numbers are not finite, the body's weights are negative or do not sum to 1,
+            or the frame is unknown.
     """
     upright = turn(frame)
     pose = np.asarray(rotations, np.float64)
@@ -166,7 +166,7 @@ class _Glb:
         bounds: bool = False,
         normalized: bool = False,
     ) -> int:
-        """Append an array (N, ...) as a buffer view of its own; returns the accessor's index."""
+        """Appends an array (N, ...) as its own buffer view; returns the accessor's index."""
         data = np.ascontiguousarray(array, _DTYPES[component])
         offset = len(self.binary)
         self.binary += data.tobytes()
@@ -235,7 +235,7 @@ def _add_mesh(
 
 
 def _influences(weights: NDArray[np.float64]) -> dict[str, tuple[NDArray[Any], int]]:
-    """Sets of four joints and weights from weights (V, J); as many sets as the busiest vertex needs."""
+    """Sets of four joints and weights from weights (V, J), as many as the vertex with the most joints needs."""
     total = weights.sum(1, keepdims=True)
     if not ((weights >= 0).all() and (np.abs(total - 1) < 1e-3).all()):
         raise ValueError(

@@ -1,19 +1,19 @@
-"""Body files: read in every published variant, written in one.
+"""Body files: reads every published variant, writes one.
 
-Nothing in a file is ever run: pickles go through an allow-list (:mod:`smpl_jax.unpickle`), npz members are read
-without numpy's pickle support, and sizes are checked before memory is taken. Neither chumpy nor scipy is needed.
+Nothing in a file is ever executed: pickles are read with an allow-list (:mod:`smpl_jax.unpickle`), npz members without
+numpy's pickle support, and sizes are checked before memory is allocated. Neither chumpy nor scipy is needed.
 
-Layout of an ``.npz`` body file (all that :func:`save_body_npz` writes):
+Layout of an ``.npz`` body file, as :func:`save_body_npz` writes it:
 
 * ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``posedirs (V, 3, 9 (J - 1))``, ``weights (V, J)``,
   ``J_regressor (J, V)``, ``f (F, 3)``, ``kintree_table (2, J)`` (parents, then joint numbers): SMPL's names and shapes;
-* any of the floating arrays may be stored as integers beside ``<name>_scale`` (float, broadcastable): the value is
+* any floating-point array may be stored as integers with ``<name>_scale`` (float, broadcastable): the value is
   their product;
 * ``J_regressor`` and ``regressor_<name> (K, V)`` may be stored as CSR triples ``<name>_data``, ``<name>_indices``,
   ``<name>_indptr``;
 * optionally ``model_name ()``, ``joint_names (J,)``, ``vertex_id_names (n,)`` with ``vertex_ids (n,)``,
   ``expressiondirs (V, 3, E)``;
-* optionally, as SMPL-H and SMPL-X name them, ``hands_components{l,r} (C, 45)`` and ``hands_mean{l,r} (45,)``, and
+* optionally, under the names of SMPL-H and SMPL-X, ``hands_components{l,r} (C, 45)`` and ``hands_mean{l,r} (45,)``, and
   ``lmk_faces_idx (L,)`` with ``lmk_bary_coords (L, 3)``, which become the regressor ``face_landmarks``.
 """
 
@@ -75,18 +75,18 @@ def load_body(
     num_expression: int | None = 10,
     dtype: DTypeLike = jnp.float32,
 ) -> BodyModel:
-    """Load a body model. SMPL, SMPL-H and SMPL-X are recognised by the contents of the file.
+    """Loads a body model. SMPL, SMPL-H and SMPL-X are detected from the contents of the file.
 
     Args:
-        path: an official ``.pkl`` or ``.npz`` (any variant), or a file of :func:`save_body_npz`. ``None`` gives the
-            default body that comes with the package; it is read once.
+        path: an official ``.pkl`` or ``.npz`` (any variant), or a file of :func:`save_body_npz`. ``None`` is the
+            default body of the package; it is read once.
         num_betas: shape directions to keep; ``None`` keeps all. Fewer are faster.
         num_expression: expression directions to keep (SMPL-X); ``None`` keeps all.
-        dtype: of the floating arrays; float64 needs ``jax_enable_x64``.
+        dtype: dtype of the floating-point arrays; float64 needs ``jax_enable_x64``.
 
     Raises:
         BodyFileError: the file is missing, cut off, malformed or hostile; see :func:`load_body_arrays`.
-        ValueError: the file holds fewer shape directions than ``num_betas``.
+        ValueError: the file has fewer shape directions than ``num_betas``.
     """
     if path is None:
         return _default_body(num_betas, num_expression, np.dtype(dtype))
@@ -101,22 +101,22 @@ def _default_body(num_betas: int | None, num_expression: int | None, dtype: np.d
 
 
 def load_body_arrays(path: str | os.PathLike[str] | None = None) -> dict[str, np.ndarray]:
-    """Read a body file into plain arrays of one layout, whatever variant the file is.
+    """Reads a body file of any variant into plain arrays of one layout.
 
     Args:
         path: as for :func:`load_body`.
 
     Returns:
-        ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)`` (E = 0 but for SMPL-X),
+        ``v_template (V, 3)``, ``shapedirs (V, 3, N)``, ``expressiondirs (V, 3, E)`` (E = 0 except for SMPL-X),
         ``posedirs (V, 3, 9 (J - 1))``, ``J_regressor (J, V)``, ``weights (V, J)`` in the file's own
         precision; ``f (F, 3)`` and ``parents (J,)`` int32 (-1 for the root);
-        ``model_name ()`` and ``joint_names (J,)`` text; when the file has them ``vertex_id_names (n,)`` with
+        ``model_name ()`` and ``joint_names (J,)`` text; if the file has them, ``vertex_id_names (n,)`` with
         ``vertex_ids (n,)``, each ``regressor_<name> (K, V)``, dense, and ``hands_components{l,r} (C, 45)`` with
         ``hands_mean{l,r} (45,)``.
 
     Raises:
-        BodyFileError: the file is missing, cut off, holds arrays that do not fit together, asks for absurd sizes, or
-            (pickles) names something that would have to be run. Nothing of it has been run.
+        BodyFileError: the file is missing or cut off, its arrays do not fit together, it asks for absurd sizes, or it
+            is a pickle that names something that would have to be run. Nothing of it has been run.
     """
     if path is None:
         resource = importlib.resources.files("smpl_jax") / "default_body" / "body.npz"
@@ -165,11 +165,11 @@ def _read(file: IO[bytes], where: str) -> dict[str, np.ndarray]:
         ) from error
 
 
-# the members of either container -------------------------------------------------------------------------------------
+# members of both containers ------------------------------------------------------------------------------------------
 
 
 def _wanted(name: str) -> bool:
-    """Real files hold more than a body needs (SMPL-X's npz even pickled dictionaries): the rest is not looked at."""
+    """The members that a body needs. Real files have more (SMPL-X's npz even has pickled dictionaries); the rest is not read."""
     stem = name.removesuffix("_scale")
     for part in _CSR:
         stem = stem.removesuffix(f"_{part}")
@@ -207,7 +207,7 @@ def _read_npy(file: IO[bytes], size: int, where: str) -> Any:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(file)
     if dtype.hasobject:
-        # "Cleaned" files keep a scipy matrix this way. numpy would run its unrestricted unpickler on it; ours does not.
+        # "Cleaned" files store a scipy matrix this way. numpy would use its unrestricted unpickler; this code does not.
         return _plain(RestrictedUnpickler(file, _table()).load(), where)
     promised = math.prod(shape) * dtype.itemsize
     if any(n < 0 for n in shape) or file.tell() + promised != size:
@@ -218,11 +218,11 @@ def _read_npy(file: IO[bytes], size: int, where: str) -> Any:
 
 
 def _table() -> dict[str, Any]:
-    """What an official body pickle may name, made anew for each file."""
+    """The names that an official body pickle may use. The table is made anew for each file."""
     sparse = [
         f"scipy.sparse.{m}{k}.{k}_{t}" for k in ("csc", "csr", "coo") for m in ("", "_") for t in ("matrix", "array")
     ]
-    # A chumpy node keeps a set among its state, which tells nothing of its values.
+    # The state of a chumpy node contains a set, which does not affect its values.
     sets = ("__builtin__.set", "builtins.set")
     table = numpy_table() | records([*sparse, *sets, "chumpy.ch.Ch", "chumpy.reordering.Select"])
     table |= {f"{m}._reconstructor": sealed(_reconstructor) for m in ("copy_reg", "copyreg")}
@@ -237,7 +237,7 @@ def _reconstructor(cls: Any, base: Any, state: Any) -> Record:
 
 
 class _Sparse:
-    """A sparse matrix not yet made dense: its shape is checked against the body's first."""
+    """A sparse matrix before it is made dense: its shape must first be checked against the body's."""
 
     def __init__(self, kind: str, state: Mapping[str, Any], where: str):
         def vector(name: str) -> np.ndarray:
@@ -260,7 +260,7 @@ class _Sparse:
         self.row, self.col = row, col
 
     def dense(self, shape: tuple[int, ...], where: str) -> np.ndarray:
-        """The matrix, once ``shape`` is known to be right."""
+        """The dense matrix. ``shape`` must already be checked."""
         if self.shape != shape or not len(self.row) == len(self.col) == len(self.data):
             raise BodyFileError(
                 f"{where}: the sparse matrix has shape {self.shape}, {len(self.data)} entries; expected {shape}"
@@ -279,7 +279,7 @@ class _Sparse:
 def _plain(value: Any, where: str) -> Any:
     """A value of either container as an ndarray, text or :class:`_Sparse`."""
     if isinstance(value, PickledArray):
-        if isinstance(value.value, list):  # an object array: only a single wrapped value is a body's
+        if isinstance(value.value, list):  # an object array: a body file has only single wrapped values
             if len(value.value) != 1:
                 raise BodyFileError(f"{where} holds an array of {len(value.value)} Python objects where numbers belong")
             return _plain(value.value[0], where)
@@ -291,7 +291,7 @@ def _plain(value: Any, where: str) -> Any:
         module, _, name = value.name.rpartition(".")
         if module.startswith("scipy"):
             return _Sparse(name[:3], state, where)
-        if name == "Select":  # chumpy's lazy indexing: part of another array, reshaped
+        if name == "Select":  # chumpy's lazy indexing: a part of another array, reshaped
             source, index = _plain(state["a"], where), _plain(state["idxs"], where)
             return np.asarray(source).ravel()[np.asarray(index)].reshape(state["preferred_shape"])
         return _plain(state["x"], where)
@@ -334,7 +334,7 @@ def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
         name: (-1, num_vertices) for name in raw if name.startswith("regressor_") and not name.endswith("_scale")
     }
     out = {name: _numbers(raw, name, shape, where) for name, shape in shapes.items() if name in raw}
-    if raw["weights"].dtype.kind in "iu":  # rounding to integers leaves sums a little off 1
+    if raw["weights"].dtype.kind in "iu":  # after rounding to integers the sums are not exactly 1
         out["weights"] = out["weights"] / out["weights"].sum(axis=1, keepdims=True)
     out["f"] = _indices(raw["f"], "f", (-1, 3), num_vertices, where)
     if any(name in raw for name in _LANDMARKS):
@@ -362,7 +362,7 @@ def _parents(table: Any, where: str) -> np.ndarray:
         raise BodyFileError(
             f"{where}: kintree_table must have shape (2, 1 to 1024); got {table.dtype} of shape {table.shape}"
         )
-    # The root's parent is written as -1, or as 4294967295 or 2^64 - 1 where the table is unsigned.
+    # The root's parent is written as -1, or as 4294967295 or 2^64 - 1 if the table is unsigned.
     parents = table[0].astype(np.uint64 if table.dtype.kind == "u" else np.int64).astype(np.int64).astype(np.int32)
     parents[0] = -1
     if not all(0 <= p < j for j, p in enumerate(parents.tolist()) if j):
@@ -373,7 +373,7 @@ def _parents(table: Any, where: str) -> np.ndarray:
 
 
 def _posedirs(array: Any, shape: tuple[int, ...]) -> Any:
-    """Pose directions also come flattened, (3V, P), and flattened and transposed, (P, 3V)."""
+    """Reshapes pose directions. Files also store them flattened, (3V, P), or flattened and transposed, (P, 3V)."""
     vertices, _, pose_dims = shape
     if getattr(array, "shape", None) == (pose_dims, 3 * vertices):
         array = array.T
@@ -381,7 +381,7 @@ def _posedirs(array: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _landmarks(raw: Mapping[str, Any], faces: np.ndarray, num_vertices: int, where: str) -> np.ndarray:
-    """Points on triangles, (L,) faces and (L, 3) weights of their corners, as a regressor (L, V)."""
+    """Points on triangles, given by (L,) faces and (L, 3) weights of their corners, as a regressor (L, V)."""
     if missing := [name for name in _LANDMARKS if name not in raw]:
         raise BodyFileError(f"{where} has landmarks without {missing[0]}")
     triangles = faces[_indices(raw["lmk_faces_idx"], "lmk_faces_idx", (-1,), len(faces), where)]
@@ -394,14 +394,14 @@ def _landmarks(raw: Mapping[str, Any], faces: np.ndarray, num_vertices: int, whe
 
 
 def _split_expression(shapedirs: np.ndarray, num_joints: int) -> tuple[np.ndarray, np.ndarray]:
-    """SMPL-X keeps both in one array: 300 + 100 directions, or 10 + 10 in the small release."""
+    """Splits shape and expression directions. SMPL-X has both in one array: 300 + 100, or 10 + 10 in the small release."""
     count = shapedirs.shape[-1]
     betas = count if num_joints != JOINTS["smplx"] else 300 if count >= 400 else min(count, 10)
     return shapedirs[..., :betas], shapedirs[..., betas:]
 
 
 def _numbers(raw: Mapping[str, Any], name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """A floating array of the given shape (-1: any), dequantised and checked."""
+    """A floating-point array of the given shape (-1: any), dequantised and checked."""
     value = raw[name]
     actual = getattr(value, "shape", None)
     if actual is None or len(actual) != len(shape) or any(n not in (-1, m) for n, m in zip(shape, actual)):
@@ -443,16 +443,16 @@ def _indices(array: Any, name: str, shape: tuple[int, ...], limit: int, where: s
 def save_body_npz(
     path: str | os.PathLike[str], arrays: Mapping[str, Any], *, quantize: Mapping[str, DTypeLike] | None = None
 ) -> None:
-    """Write a compressed body file that :func:`load_body` reads back; the same input gives the same bytes.
+    """Writes a compressed body file that :func:`load_body` reads back. The same input gives the same bytes.
 
     Args:
-        path: where; the name is taken as it is.
-        arrays: the layout of :func:`load_body_arrays`. Regressors are stored sparse where that is smaller.
-        quantize: array name to the integer type that it is rounded to, with one scale for each entry of the last axis
-            of the blend shapes and one for the whole of any other array. Rounding errors are at most half a scale.
+        path: the file to write; no suffix is added.
+        arrays: in the layout of :func:`load_body_arrays`. Regressors are stored sparse if that is smaller.
+        quantize: array name to the integer type to which it is rounded. Blend shapes have one scale for each entry of
+            the last axis, any other array has one scale. Rounding errors are at most half a scale.
 
     Raises:
-        BodyFileError: the arrays do not make a body.
+        BodyFileError: the arrays are not a body.
     """
     raw = {name: np.asarray(value) for name, value in arrays.items() if name != "parents"}
     parents = np.asarray(arrays["parents"])

@@ -1,8 +1,7 @@
-"""A body model behind smplx's keywords: ``create(...)``, then ``model(betas=…, body_pose=…, global_orient=…).vertices``.
+"""A body model with smplx's keywords: ``create(...)``, then ``model(betas=…, body_pose=…, global_orient=…).vertices``.
 
-For code that moves from smplx: axis-angle poses in parts, a leading batch axis, hands by principal components, and the
-joints in smplx's order with the keypoints that it adds. The arithmetic is :mod:`smpl_jax.body`'s, which new code calls
-straight.
+For code that moves from smplx: axis-angle poses in parts, a leading batch axis, hands by principal components, and the joints in smplx's order
+with its additional keypoints. :mod:`smpl_jax.body` does the arithmetic; new code calls it directly.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from smpl_jax.rotations import axis_angle_to_matrix
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-# Parts of a pose in the order of the joints, by the body's number of joints.
+# Number of joints of the body -> parts of its pose, in the order of the joints.
 _BODY = (("global_orient", 1), ("body_pose", SHARED - 1))
 _FACE = (("jaw_pose", 1), ("leye_pose", 1), ("reye_pose", 1))
 _HANDS = (("left_hand_pose", HANDS // 2), ("right_hand_pose", HANDS // 2))
@@ -35,7 +34,7 @@ _PARTS: dict[int, tuple[str, tuple[tuple[str, int], ...]]] = {
     JOINTS["smplh"]: ("smplh", (*_BODY, *_HANDS)),
     JOINTS["smplx"]: ("smplx", (*_BODY, *_FACE, *_HANDS)),
 }
-# The vertices that smplx appends to the joints, in its order: its names, and those of our files.
+# The vertices that smplx appends to the joints, in its order: its names, and the names in our files.
 # fmt: off
 _VERTEX_JOINTS = {
     "nose": "nose", "reye": "right_eye", "leye": "left_eye", "rear": "right_ear", "lear": "left_ear",
@@ -47,7 +46,7 @@ _VERTEX_JOINTS = {
     "rring": "right_ring_tip", "rpinky": "right_pinky_tip",
 }
 # fmt: on
-# Keywords of smplx.create that are not supported: the value that is accepted, for it changes nothing, and what to do for others.
+# Keywords of smplx.create that are not supported: the value that is accepted because it changes nothing, and advice for other values.
 _FOREIGN: dict[str, tuple[Any, str]] = {
     "use_face_contour": (False, "contour landmarks depend on the pose of the head; the 51 fixed ones are in .joints"),
     "joint_mapper": (None, "index .joints, whose names are .joint_names"),
@@ -62,7 +61,9 @@ class LayerOutput(NamedTuple):
 
     vertices: jax.Array | None  # (B, V, 3) metres; None with return_verts=False
     joints: jax.Array  # (B, len(joint_names), 3) metres
-    full_pose: jax.Array | None  # (B, 3 J) axis-angle or (B, J, 3, 3), hands whole; None unless asked for
+    full_pose: (
+        jax.Array | None
+    )  # (B, 3 J) axis-angle or (B, J, 3, 3), hands as 15 joints each; None unless return_full_pose
 
     def __repr__(self) -> str:
         shapes = (f"{name} {np.shape(value)}" for name, value in self._asdict().items() if value is not None)
@@ -76,15 +77,15 @@ class LayerOutput(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A body model to call with smplx's keywords; made by :func:`create`. A pytree: it may enter ``jax.jit``."""
+    """A body model that is called with smplx's keywords; :func:`create` makes it. It is a pytree, so it may be an argument of ``jax.jit``."""
 
     body: BodyModel
-    part: BodyModel  # its vertices `support` alone
-    hand_components: jax.Array | None  # (2, C, 45) of the left and the right hand
+    part: BodyModel  # the body with the vertices `support` only
+    hand_components: jax.Array | None  # (2, C, 45), left and right hand
     hand_mean: jax.Array | None  # (2, 45) axis-angle
     keypoints: jax.Array  # (K, len(support)) weights of the appended joints on the vertices `support`
     support: tuple[int, ...]
-    joint_names: tuple[str, ...]  # of `LayerOutput.joints`: the kinematic ones, then those appended
+    joint_names: tuple[str, ...]  # of `LayerOutput.joints`: the kinematic joints, then the appended ones
     batch_size: int
 
     @property
@@ -117,19 +118,19 @@ class Layer:
         return_verts: bool = True,
         return_full_pose: bool = False,
     ) -> LayerOutput:
-        """Pose the body. Missing arguments are zero; the batch shapes of all broadcast with ``(batch_size,)``.
+        """Poses the body. Missing arguments are zero; batch shapes broadcast with ``(batch_size,)``.
 
         Args:
-            betas: (B, n) shape coefficients, n at most the number that was loaded.
-            global_orient, body_pose, jaw_pose, leye_pose, reye_pose: axis-angle (B, 3 K) or (B, K, 3) in radians of the
+            betas: (B, n) shape coefficients, n at most the number of loaded ones.
+            global_orient, body_pose, jaw_pose, leye_pose, reye_pose: axis-angle (B, 3 K) or (B, K, 3) in radians, for
                 1, 23 (SMPL) or 21, 1, 1 and 1 joints.
-            left_hand_pose, right_hand_pose: (B, n) of the n components, or with ``use_pca=False`` axis-angle of 15
+            left_hand_pose, right_hand_pose: (B, n) components, or with ``use_pca=False`` axis-angle of 15
                 joints; the file's mean pose is added unless ``flat_hand_mean=True``.
             expression: (B, n) coefficients (SMPL-X).
             transl: (B, 3) metres, added last.
-            pose2rot: False takes rotation matrices (B, K, 3, 3) for every part, of hands whole and without mean.
-            return_verts: False computes no vertex but those that joints need.
-            return_full_pose: give the pose of all joints.
+            pose2rot: False takes rotation matrices (B, K, 3, 3) for every part; hands then have no components and no mean.
+            return_verts: False computes only the vertices that joints need.
+            return_full_pose: return the pose of all joints.
 
         Raises:
             ValueError: a shape does not fit, or the body has no such part.
@@ -210,26 +211,26 @@ def create(
     dtype: DTypeLike = jnp.float32,
     **foreign: Any,
 ) -> Layer:
-    """Load a body model to call as one calls smplx's.
+    """Loads a body model that is called like smplx's.
 
     Args:
-        model_path: a body file, or a folder with ``smplx/SMPLX_NEUTRAL.npz``, ``smpl/SMPL_MALE.pkl`` and their kind in
-            it; None is the body that comes with the package.
-        model_type: "smpl", "smplh" or "smplx"; of a folder which to take ("smpl" by default), of a file what to expect:
-            what it is goes by what is in it.
-        gender: "neutral", "male" or "female", of the file in a folder.
-        ext: "npz" or "pkl", of the file in a folder; by default whichever is there.
-        num_betas, num_expression_coeffs: coefficients to keep.
+        model_path: a body file, or a folder with files such as ``smplx/SMPLX_NEUTRAL.npz`` and ``smpl/SMPL_MALE.pkl``;
+            None is the default body of the package.
+        model_type: "smpl", "smplh" or "smplx". In a folder it chooses the file ("smpl" by default). For a file it is the expected type; the
+            actual type follows from the file's contents.
+        gender: "neutral", "male" or "female": chooses the file in a folder.
+        ext: "npz" or "pkl": chooses the file in a folder; by default the one that exists.
+        num_betas, num_expression_coeffs: number of coefficients to keep.
         use_pca, num_pca_comps, flat_hand_mean: hands of SMPL-H and SMPL-X, see ``Layer.__call__``.
         vertex_ids: the vertices that smplx appends to the joints, by its names, for instance
-            ``smplx.vertex_ids.vertex_ids["smplh"]``: SMPL's own files name none. A body that names all 21 needs none.
-        batch_size: of the output where no argument has a batch axis.
-        dtype: of everything; float64 needs ``jax_enable_x64``.
-        foreign: ``create_*`` of smplx, accepted and ignored: a ``Layer`` stores no parameters, all are passed at the call.
+            ``smplx.vertex_ids.vertex_ids["smplh"]``. SMPL's own files have no vertex names. A body that names all 21 does not need it.
+        batch_size: batch size of the output if no argument has a batch axis.
+        dtype: dtype of everything; float64 needs ``jax_enable_x64``.
+        foreign: smplx's ``create_*``, which are accepted and ignored: a ``Layer`` stores no parameters, all are arguments of the call.
 
     Raises:
-        BodyFileError: no such file, or no body in it.
-        ValueError: the body is of another type, lacks hands, or a keyword asks for what is not here.
+        BodyFileError: the file is missing or is not a body.
+        ValueError: the body is of another type or lacks hands, or a keyword is not supported.
     """
     _refuse(foreign)
     for name, text in (("model_type", model_type), ("gender", gender), ("ext", ext)):
@@ -285,7 +286,7 @@ def _refuse(foreign: Mapping[str, Any]) -> None:
 
 
 def _find(path: str | os.PathLike[str] | None, model_type: str | None, gender: str, ext: str | None) -> Path | None:
-    """The body file; in a folder by smplx's naming."""
+    """The body file; in a folder it has the name that smplx expects."""
     if path is None:
         return None
     if model_type is not None and model_type.lower() not in {kind for kind, _ in _PARTS.values()}:
@@ -303,7 +304,7 @@ def _find(path: str | os.PathLike[str] | None, model_type: str | None, gender: s
 
 
 def _hands(arrays: Mapping[str, np.ndarray], name: str, path: Path | None) -> np.ndarray:
-    """(2, ...) of the left and the right hand."""
+    """(2, ...), left and right hand."""
     if missing := [side for side in (f"{name}l", f"{name}r") if side not in arrays]:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}: use_pca=False and flat_hand_mean=True take finger rotations as they are"
@@ -312,7 +313,7 @@ def _hands(arrays: Mapping[str, np.ndarray], name: str, path: Path | None) -> np
 
 
 def _appended(body: BodyModel) -> tuple[list[str], np.ndarray]:
-    """Names and weights (K, V) of the joints after the kinematic ones: 21 vertices if the body names them all, then
+    """Names and weights (K, V) of the joints after the kinematic ones: the 21 vertices, if the body names all of them, then
     face landmarks.
     """
     ids, landmarks = dict(body.vertex_ids), body.regressors.get("face_landmarks")

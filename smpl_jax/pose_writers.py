@@ -1,6 +1,6 @@
-"""Writes poses to files: this package's npz, AMASS's two kinds, plain axis-angle. ``smpl_jax.read_poses`` reads each back.
+"""Writes poses to files: this package's npz, AMASS's two formats, plain axis-angle. ``smpl_jax.read_poses`` reads all of them.
 
-Each file appears whole or not at all.
+Files are written atomically.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ def write_poses(
     joint_names: Sequence[str] | None = None,
     body: str | None = None,
 ) -> Path:
-    """Write poses for NumPy and for other programs: ``np.load(path, allow_pickle=False)``.
+    """Writes poses for NumPy and for other programs: ``np.load(path, allow_pickle=False)``.
 
     Layouts:
 
     * "smpl_jax", ``.npz``: ``axis_angle`` (..., J, 3) radians, ``matrices`` (..., J, 3, 3), ``rotation_6d`` (..., J, 6) with
-      ``rotation_6d_order`` ("columns": first column, then second), ``frame`` in words, the other fields of the pose under their names
-      where they are not None, and ``joints``, ``joint_names``, ``body`` where given.
-    * "amass", ``.npz``, poses of batch shape (T,) in the frame "z-up": of SMPL-H's 52 joints as AMASS's SMPL+H release (``poses`` (T, 156),
-      ``trans``, ``betas`` (16,), ``dmpls``, ``gender``, ``mocap_framerate``), of SMPL-X's 55 as its SMPL-X release (``poses`` (T, 165), its parts
-      ``root_orient`` … ``pose_eye``, ``surface_model_type``, ``mocap_frame_rate`` …). These formats have a shape, a place and, for
-      SMPL-H, soft tissue (``dmpls``) always: zeros stand there for what the pose lacks, and ``has_betas``, ``has_translation`` and ``measured``,
-      which other programs do not look at, say so.
-    * "axis-angle", ``.npy``: (..., 3 J) float32 radians, and nothing else: who reads it has to know the frame.
+      ``rotation_6d_order`` ("columns": first column, then second), the name of the ``frame``, the other fields of the pose that are not None under
+      their names, and ``joints``, ``joint_names`` and ``body`` if given.
+    * "amass", ``.npz``, poses of batch shape (T,) in the frame "z-up". SMPL-H's 52 joints are written as in AMASS's SMPL+H release (``poses``
+      (T, 156), ``trans``, ``betas`` (16,), ``dmpls``, ``gender``, ``mocap_framerate``), SMPL-X's 55 joints as in its SMPL-X release (``poses``
+      (T, 165), its parts ``root_orient`` … ``pose_eye``, ``surface_model_type``, ``mocap_frame_rate`` …). These formats always have betas, a
+      translation and, for SMPL-H, soft tissue (``dmpls``). Fields that the pose lacks are zeros; ``has_betas``, ``has_translation`` and
+      ``measured`` mark them, but other programs do not read these flags.
+    * "axis-angle", ``.npy``: (..., 3 J) float32 radians and nothing else. The reader has to know the frame.
 
     Args:
-        path: where; its suffix has to be the layout's.
-        pose: any, with rotations that are rotations.
+        path: the file to write; its suffix must be the layout's.
+        pose: any pose whose matrices are rotations.
         layout: one of the above.
-        gender: "female", "male" or "neutral", of the body that the betas belong to; "amass" needs it.
-        rate: poses a second; "amass" needs it.
-        joints: (..., K, 3) metres in the pose's frame, with their K ``joint_names``; body: name of the body that they and the betas belong to.
-            For "smpl_jax" alone.
+        gender: "female", "male" or "neutral": gender of the body that the betas belong to; "amass" needs it.
+        rate: poses per second; "amass" needs it.
+        joints: (..., K, 3) metres in the pose's frame, with their K ``joint_names``; body: name of the body of these joints and the betas.
+            For "smpl_jax" only.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: the pose is none, or the layout cannot hold it or lacks something; the text says what to do.
+        ValueError: the pose is invalid, the layout cannot store it, or a required argument is missing; the message says what to do.
     """
     check(pose)
     if layout not in get_args(FileKind):
@@ -163,6 +163,4 @@ def _axis_angle(pose: Pose) -> np.ndarray:
     return np.asarray(_to_axis_angle(np.asarray(pose.rotations, np.float32)))
 
 
-_to_axis_angle = jax.jit(
-    rotations.matrix_to_axis_angle
-)  # one program for each shape, where op by op it would be dozens
+_to_axis_angle = jax.jit(rotations.matrix_to_axis_angle)  # compiles one program for each shape instead of dozens

@@ -1,8 +1,8 @@
 """Reads pose files of this and other programs. The name and the shape of an array together determine its meaning.
 
-A shape alone says little: one program writes 24 joints as 72 numbers, another the root as 3 and the other 23 joints as 69.
-So a table lists which arrays make a pose and how many joints each may hold; what fits no row, or fits in two ways that
-differ, is an error that lists the choices. Nothing in a file is run: plain arrays only.
+A shape alone is ambiguous: one program writes 24 joints as 72 numbers, another writes the root as 3 and the other 23 joints as 69. So a table
+lists which arrays make up a pose, and how many joints each may have. A file that fits no row, or fits several with different results, is an
+error that lists the choices. Nothing in a file is executed; only plain arrays are read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from smpl_jax.pose import HANDS, JOINTS, PARTS, SHARED, Pose, no_rotations
 from smpl_jax.rotations import axis_angle_to_matrix
 
 Notation = Literal["matrices", "axis-angle"]
-_WHOLE = tuple(JOINTS.values())  # joints of a pose with its root
-_BODY = (JOINTS["smpl"] - 1, SHARED - 1)  # without its root: SMPL's 23, the 21 of SMPL-H and SMPL-X
+_WHOLE = tuple(JOINTS.values())  # number of joints with the root
+_BODY = (JOINTS["smpl"] - 1, SHARED - 1)  # number of joints without the root: 23 in SMPL, 21 in SMPL-H and SMPL-X
 
-# A row is one way to write a pose: the arrays of its joints in order, and how many joints each may hold. An array in
-# brackets may be missing.
+# A row is one way to write a pose: its arrays in the order of the joints, and how many joints each may have. An array in
+# brackets is optional.
 _Row = tuple[tuple[str, tuple[int, ...]], ...]
 _ROWS: tuple[_Row, ...] = (
     (("matrices", _WHOLE),),  # smpl_jax, ChatPose-JAX
@@ -53,22 +53,22 @@ _ROWS: tuple[_Row, ...] = (
 )
 _KINDS: dict[str, tuple[Notation, ...]] = {"matrices": ("matrices",), "axis_angle": ("axis-angle",)}
 _ROOTS = ("global_orient", "root_orient")
-_RATES = ("mocap_framerate", "mocap_frame_rate")  # AMASS's two releases write one of them, and nobody else does
+_RATES = ("mocap_framerate", "mocap_frame_rate")  # AMASS's two releases write one of them each; no other program does
 # Names of other fields in files of different programs. The first one that exists and has a fitting shape is used.
 _BETAS = ("betas", "shape")  # SPIN's data sets write shape
 _TRANSLATIONS = ("translation", "trans", "transl")  # smpl_jax; AMASS, 3DPW; smplx, NeuMan
-_POSE_FLAGS = ("has_body_pose", "has_smpl")  # 4D-Humans, SPIN: 0 where the pose is a filler
+_POSE_FLAGS = ("has_body_pose", "has_smpl")  # 4D-Humans, SPIN: 0 if the pose is a placeholder
 _BETAS_FLAGS = ("has_betas", "has_smpl")
 _TRANSLATION_FLAGS = ("has_translation",)
 _TEXTS = ("frame", "gender", "body")
 _BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
 
 
-_to_matrix = jax.jit(axis_angle_to_matrix)  # jit: compiles one program for each shape instead of a dozen
+_to_matrix = jax.jit(axis_angle_to_matrix)  # jit compiles one program for each shape instead of a dozen
 
 
 class _Reading(NamedTuple):
-    """One meaning of the arrays of a row."""
+    """One interpretation of the arrays of a row."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -78,13 +78,12 @@ class _Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PoseFile:
-    """An opened pose file whose meaning is known. ``file[3]`` is a pose, ``file[10:20]`` and ``file.poses()`` are a batch of them; only
-    the poses that are asked for are converted. ``len(file)`` counts them.
+    """An opened pose file. ``file[3]`` is a pose; ``file[10:20]`` and ``file.poses()`` are a batch of poses. Only the requested poses are converted.
+    ``len(file)`` is their number.
 
-    names: the arrays that make its poses. unused: what else lies in the file and is not in its poses. num_joints: 22, 24, 52
-    or 55, the root first. kind: how the file writes a rotation. frame: of root and translation; None where the file does not
-    say, and then ``read_poses(path, frame=…)`` has to. shape: the batch shape that the poses have in the file. gender, rate
-    (poses a second), body (whose betas these are): None where the file does not say.
+    names: the arrays of the poses. unused: the other arrays of the file. num_joints: 22, 24, 52 or 55, the root first. kind: how the file writes a
+    rotation. frame: frame of root and translation; None if the file does not state it, and then ``read_poses(path, frame=…)`` must. shape: the
+    batch shape of the poses in the file. gender, rate (poses per second), body (whose betas these are): None if the file does not state them.
     """
 
     path: Path
@@ -99,7 +98,9 @@ class PoseFile:
     body: str | None
     _readings: tuple[_Reading, ...] = dataclasses.field(repr=False)
     _arrays: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
-    _fields: Mapping[str, np.ndarray] = dataclasses.field(repr=False)  # of ``Pose``, each of one row or of a row a pose
+    _fields: Mapping[str, np.ndarray] = dataclasses.field(
+        repr=False
+    )  # fields of ``Pose``, each with one row or one row per pose
 
     def __len__(self) -> int:
         return self._readings[0].poses
@@ -110,11 +111,11 @@ class PoseFile:
     def __getitem__(self, index: int | slice) -> Pose:
         """One pose, or several of batch shape (n,): float32 NumPy arrays, rotations as matrices, in the file's frame.
 
-        A pose that the file marks as a filler (``has_body_pose`` of 4D-Humans) has no joint measured.
+        In a pose that the file marks as a placeholder (``has_body_pose`` of 4D-Humans) no joint is measured.
 
         Raises:
-            PoseFileError: there is no such pose, it is not finite or no rotations, the frame is unknown, or arrays of the file
-                that should say the same differ.
+            PoseFileError: there is no such pose, it is not finite, its matrices are not rotations, the frame is unknown, or two arrays
+                of the file contradict each other.
         """
         if self.frame is None:
             raise PoseFileError(
@@ -148,7 +149,7 @@ class PoseFile:
         return jax.tree.map(lambda x: x.reshape(*self.shape, *x.shape[1:]), self[:])
 
     def _rotations(self, which: np.ndarray) -> np.ndarray:
-        """(n, J, 3, 3) float32 of the poses `which`."""
+        """Rotations (n, J, 3, 3) float32 of the poses `which`."""
         first, *others = self._readings
         pose = self._matrices(first, which)
         for other in others:
@@ -183,33 +184,32 @@ class PoseFile:
 
 
 def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> PoseFile:
-    """Open an ``.npz`` or ``.npy`` of poses and find out what it means.
+    """Opens an ``.npz`` or ``.npy`` of poses and determines its layout.
 
-    An ``.npz`` is read by the names of its arrays; each may be rotation matrices (..., J, 3, 3) or axis-angle (..., J, 3)
-    or (..., 3 J), radians:
+    An ``.npz`` is read by the names of its arrays. Each may contain rotation matrices (..., J, 3, 3), or axis-angle (..., J, 3) or (..., 3 J) in
+    radians:
 
     * ``matrices``, ``axis_angle``, ``poses``, ``pose``, ``full_pose``, ``fullpose``: 22, 24, 52 or 55 joints;
-    * ``global_orient`` with ``body_pose`` of 23 or 21 joints; or ``body_pose`` alone of 24;
-    * ``root_orient`` with ``pose_body`` of 21 or 23 joints, and ``pose_hand`` of 2 or 30 where it is there.
+    * ``global_orient`` with ``body_pose`` of 23 or 21 joints; or only ``body_pose`` of 24;
+    * ``root_orient`` with ``pose_body`` of 21 or 23 joints, and optionally ``pose_hand`` of 2 or 30.
 
     An ``.npy`` is one array of 22, 24, 52 or 55 joints.
 
-    Beside them are read, where they are there and fit the poses: ``betas``; ``translation``, ``trans`` or ``transl``; ``measured``;
-    the flags of what is a filler, ``has_betas``, ``has_translation``, ``has_body_pose``; and the texts and numbers that `PoseFile`
-    has. One row serves all poses, or there is one for each. What is not read is listed as ``unused``.
+    Other fields are read if they exist and fit the poses: ``betas``; ``translation``, ``trans`` or ``transl``; ``measured``; the flags of
+    placeholders ``has_betas``, ``has_translation``, ``has_body_pose``; and the texts and numbers of `PoseFile`. Each has one row for all poses or
+    one row per pose. Arrays that are not read are listed in ``unused``.
 
     Args:
         path: the file.
-        frame: of root and translation; overrides what the file says, and has to be given where it says nothing before poses are taken
-            from it.
+        frame: frame of root and translation. It overrides the file's. If the file has none, it is required before poses are read.
 
     Returns:
-        The file; its ``frame`` is what its text ``frame`` says (``write_poses``); "z-up" for AMASS, known by its frame rate or
-        by ``poses`` of SMPL-H's or SMPL-X's 52 or 55 joints; else None.
+        The opened file. Its ``frame`` is its text ``frame`` (``write_poses``); "z-up" for AMASS, which is recognised by its frame rate or by
+        ``poses`` of 52 or 55 joints; otherwise None.
 
     Raises:
-        PoseFileError: the file is missing, cut off or no file of plain arrays; no array in it is a pose; or two
-            meanings fit.
+        PoseFileError: the file is missing, cut off or not a file of plain arrays; no array in it is a pose; or two
+            interpretations fit.
         ValueError: an unknown frame.
     """
     if frame is not None:
@@ -224,7 +224,7 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
         raise PoseFileError(f"{path}: {_no_pose(arrays, others)}")
     first = found[0]
     used = {name for reading in found for name in reading.names}
-    for root in _ROOTS:  # beside a whole pose, a root has to be that pose's
+    for root in _ROOTS:  # a root beside a whole pose must belong to it
         if root in arrays and root not in used:
             reading = next((r for r in _readings(((root, (1,)),), arrays, whole=(1,)) if r.poses == first.poses), None)
             if reading is None:
@@ -255,12 +255,12 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
 
 
 def _beside(first: _Reading, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], set[str]]:
-    """What else of ``Pose`` the file holds, each of one row or of a row a pose, and the names of the arrays that it came from."""
+    """The other fields of ``Pose`` in the file, each with one row or one row per pose, and the names of their arrays."""
     fields: dict[str, np.ndarray] = {}
     used: set[str] = set()
 
     def take(names: tuple[str, ...], kinds: str, axes: int, width: int | None = None) -> np.ndarray | None:
-        """The first array that is there and fits, as (1 or as many as poses, width): `axes` is 1 for rows, 0 for one number each."""
+        """The first array that exists and fits, as (1 or number of poses, width). axes: 1 for rows, 0 for single numbers."""
         for name in names:
             array = arrays.get(name)
             if array is None or array.dtype.kind not in kinds or array.ndim < axes or not array.size:
@@ -312,10 +312,10 @@ def _is_number(array: np.ndarray) -> bool:
 
 
 def _readings(row: _Row, arrays: Mapping[str, np.ndarray], whole: tuple[int, ...] = _WHOLE) -> Iterator[_Reading]:
-    """The meaning that fits names and shapes of a row: as many poses of one kind in each part, `whole` joints in all.
+    """The interpretation that fits names and shapes of a row: the same number of poses of one kind in each part, and `whole` joints in total.
 
-    There is one at most: numbers in a last axis of 3 or of 3 J and a last but one of 3 or of J tell the kinds apart, and
-    a root, which alone can be read in several ways, takes its kind and number from the body beside it.
+    At most one fits. The kinds differ in the last axis (3 or 3 J) and the one before it (3 or J). Only a root is ambiguous; it takes its kind and
+    its number of poses from the body beside it.
     """
     parts = [(name.strip("[]"), counts) for name, counts in row if not name.startswith("[") or name[1:-1] in arrays]
     if any(name not in arrays for name, _ in parts):
@@ -331,7 +331,7 @@ def _readings(row: _Row, arrays: Mapping[str, np.ndarray], whole: tuple[int, ...
 
 
 def _shapes(name: str, array: np.ndarray, counts: tuple[int, ...]) -> Iterator[tuple[int, Notation, int]]:
-    """(joints, kind, poses) that an array may mean."""
+    """The possible interpretations of an array, as (joints, kind, poses)."""
     if array.dtype.kind not in "fiu":
         return
     for count in counts:
@@ -384,7 +384,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Arrays whose names can belong to a pose, and the names of what else there is; a ``.npy`` (mapped, not read) has
+    """Arrays whose names can belong to a pose, and the names of all others. A ``.npy`` (memory-mapped, not read) has
     the name "".
     """
     wanted = {name.strip("[]") for row in _ROWS for name, _ in row} | _BESIDE
@@ -393,7 +393,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         if isinstance(data, np.ndarray):
             return {"": data}, ()
         arrays: dict[str, np.ndarray] = {}
-        with data:  # members are read when asked for: what else lies in the file is not looked at
+        with data:  # members are read on demand; the others are not read at all
             members = data.zip.namelist()
             sizes = {
                 name: data.zip.getinfo(name if name in members else f"{name}.npy").file_size

@@ -1,8 +1,8 @@
 """A camera, and a rasteriser in plain numpy that finds the visible triangle at each pixel.
 
-The rasteriser is vectorised over (triangle, pixel) pairs: every triangle lists the pixel centres of its bounding box,
-the edge functions keep those inside, and one `np.maximum.at` over (inverse depth, pair) keys does the depth test.
-Body meshes have thousands of triangles of a few pixels each, for which this is near the cost of reading the mesh.
+The rasteriser is vectorised over (triangle, pixel) pairs. Every triangle lists the pixel centres of its bounding box,
+the edge functions keep those inside, and one `np.maximum.at` over (inverse depth, pair) keys is the depth test.
+Body meshes have thousands of triangles of a few pixels each. For them this costs little more than reading the mesh.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from smpl_jax.printing import one_line
 
-# Pairs of (triangle, pixel) handled at a time: bounds memory when a few triangles fill a large picture.
+# Number of (triangle, pixel) pairs at a time; bounds memory when a few triangles fill a large image.
 _PAIRS_AT_ONCE = 1 << 22
-# Nothing nearer than this is drawn; triangles that cross it are dropped, not clipped.
+# Near plane, in metres. Triangles that cross it are dropped, not clipped.
 _NEAR = 1e-3
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera; pixel centres lie at (column + 0.5, row + 0.5).
+    """A pinhole camera. Pixel centres are at (column + 0.5, row + 0.5).
 
     Attributes:
-        width, height: picture size in pixels.
+        width, height: image size in pixels.
         focal: focal length in pixels.
         center: principal point (x, y) in pixels.
-        translation: (3,) metres, added to points before projecting, so that a mesh at the origin can be seen.
+        translation: (3,) metres, added to points before projection, so that a mesh at the origin is visible.
     """
 
     width: int
@@ -61,9 +61,9 @@ class Camera:
 
         Args:
             vertices: (V, 3) metres, camera frame.
-            size: side of a square picture, or (height, width).
-            fov: full vertical angle of view in degrees; small angles look like a portrait lens.
-            margin: free border, as a fraction of the picture, on each side.
+            size: side of a square image, or (height, width).
+            fov: full vertical field of view in degrees; small angles look like a portrait lens.
+            margin: free border on each side, as a fraction of the image.
         """
         v = np.asarray(vertices, np.float64).reshape(-1, 3)
         height, width = (size, size) if isinstance(size, int) else size
@@ -71,7 +71,7 @@ class Camera:
         low, high = v.min(0), v.max(0)
         middle = (low + high) / 2
         room = focal / (0.5 * (1 - 2 * margin) * np.array([width, height]))
-        # Each vertex has to fit at its own depth: distance >= |offset| * focal / half size - its depth offset.
+        # Each vertex must fit at its own depth: distance >= |offset| * focal / half size - its depth offset.
         offset = v - middle
         distance = max(float((np.abs(offset[:, :2]) * room - offset[:, 2:]).max()), 10 * _NEAR)
         x, y, z = (float(c) for c in (-middle[0], -middle[1], distance - middle[2]))
@@ -102,17 +102,17 @@ class Fragments(NamedTuple):
 
 
 def rasterize(vertices: ArrayLike, faces: ArrayLike, camera: Camera, *, cull: bool = True) -> Raster:
-    """Find the nearest triangle at each pixel centre.
+    """Finds the nearest triangle at each pixel centre.
 
     Args:
         vertices: (V, 3) metres, camera frame.
         faces: (F, 3) vertex indices, counter-clockwise seen from outside (as in SMPL).
         camera: the view.
-        cull: leave out triangles that face away; right for closed meshes.
+        cull: skip triangles that face away; correct for closed meshes.
 
     Returns:
-        Raster of `face` (H, W) int32, -1 where nothing is seen; `barycentric` (H, W, 3) float32, perspective correct;
-        `depth` (H, W) float32 metres along z, inf where nothing is seen.
+        Raster of `face` (H, W) int32, -1 where nothing is visible; `barycentric` (H, W, 3) float32, perspective correct;
+        `depth` (H, W) float32 metres along z, inf where nothing is visible.
     """
     points, triangles = mesh(vertices, faces)
     seen = fragments(points + np.asarray(camera.translation, np.float32), triangles, camera, cull)
@@ -127,7 +127,7 @@ def rasterize(vertices: ArrayLike, faces: ArrayLike, camera: Camera, *, cull: bo
 
 
 def mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Vertices (V, 3) float32 and faces (F, 3) intp; ValueError for arrays that are no mesh."""
+    """Vertices (V, 3) float32 and faces (F, 3) intp. Raises ValueError if the arrays are not a mesh."""
     points, triangles = np.asarray(vertices, np.float32), np.asarray(faces)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"vertices must be (V, 3), found {points.shape}")
@@ -152,7 +152,7 @@ def fragments(points: NDArray[np.float32], faces: NDArray[np.intp], camera: Came
 
     a, b, c = faces.T
     xa, ya, xb, yb, xc, yc = x[a], y[a], x[b], y[b], x[c], y[c]
-    # Twice the signed area; with y down, triangles that face the viewer come out negative.
+    # Twice the signed area. With y down, it is negative for triangles that face the viewer.
     area = (xb - xa) * (yc - ya) - (xc - xa) * (yb - ya)
     left = np.ceil(np.minimum(np.minimum(xa, xb), xc) - 0.5).clip(0, camera.width)
     right = np.floor(np.maximum(np.maximum(xa, xb), xc) - 0.5).clip(-1, camera.width - 1)
@@ -202,7 +202,7 @@ def fragments(points: NDArray[np.float32], faces: NDArray[np.intp], camera: Came
         empty = np.zeros(0, np.intp)
         return Fragments(empty, empty, np.zeros((0, 3), np.float32), np.zeros(0, np.float32))
     every = pieces[0] if len(pieces) == 1 else Fragments(*(np.concatenate(p) for p in zip(*pieces)))
-    # Bits of positive floats sort like the floats: the largest key is the nearest fragment, the later face on a tie.
+    # The bits of positive floats sort like the floats: the largest key is the nearest fragment, or the later face on a tie.
     key = (np.float32(1) / every.depth).view(np.int32).astype(np.int64) << 32 | np.arange(1, len(every.depth) + 1)
     np.maximum.at(best, every.pixel, key)
     (pixel,) = np.nonzero(best)
@@ -211,8 +211,8 @@ def fragments(points: NDArray[np.float32], faces: NDArray[np.intp], camera: Came
 
 
 def vertex_normals(points: NDArray[np.float32], faces: NDArray[Any]) -> NDArray[np.float32]:
-    """Area-weighted unit normals (V, 3) float32, outward, of vertices (V, 3) and faces (F, 3); (0, 1, 0) where no face
-    with an area gives a direction.
+    """Area-weighted unit normals (V, 3) float32, outward, of vertices (V, 3) and faces (F, 3). A vertex whose faces all have zero area gets
+    (0, 1, 0).
     """
     a, b, c = (points[faces[:, k]].T.astype(np.float64) for k in range(3))  # tiny edges underflow in float32
     u, v = b - a, c - a
@@ -230,7 +230,7 @@ def vertex_normals(points: NDArray[np.float32], faces: NDArray[Any]) -> NDArray[
 def interpolate(
     values: NDArray[np.float32], corners: NDArray[np.intp], barycentric: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Values (V, C) at N places given by their triangles' corners (N, 3) and weights (N, 3), as (C, N)."""
+    """Interpolates values (V, C) at N points, given by their triangles' corners (N, 3) and weights (N, 3); returns (C, N)."""
     out = values[corners[:, 0]] * barycentric[:, :1]
     out += values[corners[:, 1]] * barycentric[:, 1:2]
     out += values[corners[:, 2]] * barycentric[:, 2:]

@@ -1,8 +1,8 @@
 """Renders meshes and bodies in plain numpy: no display, no GPU, no system package.
 
-`frame` names the body's frame (`smpl_jax.frames`): by default the model frame, where a resting body is upright and
+`frame` names the body's frame (`smpl_jax.frames`). The default is the model frame, in which a body at rest is upright and
 faces the viewer. Cameras and lights are in the camera frame, in which ChatPose predicts: x right, **y down**, z away from
-the viewer. There an upright body that faces the viewer has a global orientation near Rx(π).
+the viewer. In it an upright body that faces the viewer has a global orientation near Rx(π).
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def render_mesh(
     supersample: int = 2,
     ground: ArrayLike | None = None,
 ) -> NDArray[np.uint8]:
-    """Draw a mesh with smooth shading.
+    """Draws a mesh with smooth shading.
 
     Args:
         vertices: (V, 3) metres in `frame`.
         faces: (F, 3) vertex indices, counter-clockwise seen from outside.
-        frame: of the vertices. It has no default: vertices of smplx are in "model", those that fit a camera's calibration in
+        frame: frame of the vertices. It has no default: smplx's vertices are in "model", vertices that match a camera's calibration are in
             "camera".
-        camera: the view, in the camera frame; by default one that frames the mesh in a picture of `size`.
-        size: side of a square picture, or (height, width), when no camera is given.
+        camera: the view, in the camera frame; by default one that frames the mesh in an image of `size`.
+        size: side of a square image, or (height, width), if no camera is given.
         colors: sRGB in 0..1, one (3,) or one for each vertex (V, 3).
-        background: sRGB (3,) in 0..1, or a picture (H, W, 3), uint8 or in 0..1.
+        background: sRGB (3,) in 0..1, or an image (H, W, 3), uint8 or in 0..1.
         light: (3,) direction **towards** the main light, camera frame.
-        supersample: samples along each axis of a pixel; 1 is quick and jagged.
-        ground: (3,) direction up, camera frame: lays a soft shadow on the plane below the lowest vertex.
+        supersample: samples along each axis of a pixel; 1 is fast and aliased.
+        ground: (3,) up direction, camera frame: draws a soft shadow on the plane below the lowest vertex.
 
     Returns:
         (H, W, 3) uint8, sRGB.
@@ -74,7 +74,7 @@ def render_mesh(
     seen = fragments(points, triangles, fine, cull=True)
     if not len(seen.pixel):
         return picture
-    base = base * base  # sRGB to linear, near enough and several times quicker than a power of 2.2
+    base = base * base  # approximate sRGB to linear; several times faster than a power of 2.2
     per_vertex = [vertex_normals(points, triangles), points] + ([base] if base.ndim == 2 else [])
     values = interpolate(np.concatenate(per_vertex, 1), triangles[seen.face], seen.barycentric)
     albedo = values[6:] if base.ndim == 2 else base[:, None]
@@ -111,18 +111,18 @@ def render_body(
     elevation: float = 8.0,
     ground: bool = True,
 ) -> NDArray[np.uint8]:
-    """Draw one posed body, one panel for each view.
+    """Draws one posed body, one panel for each view.
 
     Args:
         body: a body model.
         rotations: (J, 3, 3), joint 0 the global orientation.
         betas: (S,) shape coefficients; zeros by default.
         size: side of a panel, or its (height, width).
-        views: any of front, three_quarter, side, back, other_side; "front" is what the camera of the pose sees.
-        frame: of joint 0's rotation: "model" (y up, facing +z: an identity root stands upright, as in smplx), "camera"
+        views: any of front, three_quarter, side, back, other_side; "front" is the view of the pose's camera.
+        frame: of joint 0's rotation: "model" (y up, facing +z: with an identity root the body is upright, as in smplx), "camera"
             (x right, y down, z away: ChatPose's poses) or "z-up" (AMASS).
         colors: sRGB (3,) or (V, 3); by default `clothing_colors`.
-        background: sRGB (3,) or a panel-sized picture.
+        background: sRGB (3,) or an image of a panel's size.
         supersample: samples along each axis of a pixel.
         elevation: degrees by which the viewer looks down.
         ground: draw a soft shadow on the floor.
@@ -173,8 +173,8 @@ def clothing_colors(
 ) -> NDArray[np.float32]:
     """Vertex colours (V, 3), sRGB, of a dressed person.
 
-    Each vertex takes the garment of the joint that moves it most; hair (`None`: none) grows behind and above a line
-    through forehead and ears. Goes by joint names and the rest pose, so it works for any body of the family.
+    Each vertex takes the garment of the joint with the largest weight. Hair (`None`: none) covers the region behind and above a line through
+    forehead and ears. It uses joint names and the rest pose only, so it works for any body of the family.
     """
     names, weights = body.joint_names, np.asarray(body.weights).T
     rest, ids = np.asarray(body.template).T, dict(body.vertex_ids)
@@ -184,7 +184,7 @@ def clothing_colors(
         part = name.removeprefix("left_").removeprefix("right_")
         if part in _GARMENTS:
             palette[k] = np.asarray(garments[_GARMENTS[part]], np.float32)
-    # A high power picks the leading joint, yet fades over a seam instead of following the triangles' edges.
+    # A high power selects the joint with the largest weight, but blends at a seam instead of following the triangles' edges.
     share = weights**5
     share = share / share.sum(1, keepdims=True)
     colors = (share @ palette).astype(np.float32)
@@ -193,7 +193,7 @@ def clothing_colors(
         above, owned = rest - np.asarray(body.joint_template)[k], weights.argmax(1) == k
         x, y, z = above.T / above[owned, 1].max(initial=1e-6)
         if hair is not None:
-            line = np.minimum(y - np.maximum(0.9 * z + 0.30, 1.6 * z - 0.02), 0.42 - np.abs(x))  # the ears stay free
+            line = np.minimum(y - np.maximum(0.9 * z + 0.30, 1.6 * z - 0.02), 0.42 - np.abs(x))  # leaves the ears free
             mix = (line / 0.05 + 0.5).clip(0, 1)[:, None] * share[:, k : k + 1]
             colors += mix * (np.asarray(hair, np.float32) - colors)
         for eye in ("left_eye", "right_eye"):
@@ -214,7 +214,7 @@ _GARMENTS = {
 def contact_sheet(
     images: Sequence[NDArray[np.uint8]], columns: int, labels: Sequence[str] | None = None, *, gap: int = 4
 ) -> NDArray[np.uint8]:
-    """Arrange images (H, W, 3) uint8 in rows of `columns`, labels below; returns one (H', W', 3) uint8."""
+    """Arranges images (H, W, 3) uint8 in rows of `columns`, with labels below. Returns one (H', W', 3) uint8."""
     if not images or columns < 1:
         raise ValueError(f"a contact sheet needs pictures and columns >= 1, found {len(images)} and {columns}")
     if labels is not None and len(labels) != len(images):
@@ -236,12 +236,12 @@ def contact_sheet(
 
 
 def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> Path:
-    """Write a (H, W, 3) uint8 image; the file is complete or absent. Returns the path."""
+    """Writes a (H, W, 3) uint8 image atomically. Returns the path."""
     return write_whole(path, lambda file: Image.fromarray(image).save(file, "PNG"))
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors (3, ...) made unit; zero stays zero."""
+    """Normalises vectors (3, ...); zero stays zero."""
     x, y, z = vectors
     return vectors / np.maximum(np.sqrt(x * x + y * y + z * z), np.float32(1e-20))
 
@@ -249,7 +249,7 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def _shade(
     normal: NDArray[np.float32], position: NDArray[np.float32], albedo: NDArray[np.float32], light: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Linear colour (3, N) of (3, N) arrays: sky and floor light, a wrapped main light, a faint highlight and a rim."""
+    """Shades (3, N) arrays; returns linear colour (3, N): light from sky and floor, a wrapped main light, a faint highlight and a rim."""
     normal, towards, light = _unit(normal), _unit(-position), _unit(light)
 
     def dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -283,7 +283,7 @@ def _lay_shadow(
     up: NDArray[np.float32],
     strength: float = 0.55,
 ) -> None:
-    """Darken, in place, the floor below the lowest point: soft, and darker where the body is near the floor."""
+    """Draws a soft shadow, in place, on the floor below the lowest point. It is darker where the body is near the floor."""
     up = up / np.sqrt((up * up).sum())
     height = points @ up
     level = height.min()
@@ -291,7 +291,7 @@ def _lay_shadow(
     side /= np.sqrt((side * side).sum())
     deep = np.cross(side, up)
     floor = np.stack([points @ side, points @ deep], 1)
-    # A height map of falling occlusion on a coarse grid, blurred by three box passes.
+    # Occlusion, which falls with height, on a coarse grid, blurred by three box filters.
     cell, margin = np.float32(0.02), 12
     origin = floor.min(0) - margin * cell
     index = ((floor - origin) / cell).astype(np.intp)

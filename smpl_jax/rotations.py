@@ -1,7 +1,7 @@
 """Conversions between rotation representations.
 
-Every function takes any leading batch shape and keeps the dtype of floating input. Values and gradients are finite at
-every rotation: at the identity, next to it, at π and at 2π. This matters in practice: a fit starts at the zero pose,
+Every function takes any leading batch shape and keeps the dtype of floating-point input. Values and gradients are finite
+at every rotation: at the identity, next to it, at π and at 2π. This matters in practice: a fit starts at the zero pose,
 where the textbook formulas divide zero by zero.
 
 Conventions: matrices act on column vectors; an axis-angle vector is the unit axis times the angle in radians;
@@ -20,19 +20,19 @@ Order6D = Literal["columns", "interleaved", "rows"]
 def rotation_6d_to_matrix(x: ArrayLike, order: Order6D = "columns") -> jax.Array:
     """6D representation to a rotation matrix by Gram-Schmidt (Zhou et al., CVPR 2019, equation 15).
 
-    Published code packs the same six numbers in three ways, told apart by name:
+    Published code packs the same six numbers in three orders:
 
     * ``"columns"``: three numbers of the first column, then three of the second (4D-Humans/HMR2, ChatPose);
     * ``"interleaved"``: the top two columns in row-major order, ``x.reshape(3, 2)`` (SPIN and its descendants);
     * ``"rows"``: three numbers of the first *row*, then three of the second (PyTorch3D).
 
     Args:
-        x: (..., 6). The two vectors need be neither unit nor orthogonal.
-        order: the packing.
+        x: (..., 6). The two vectors need not be unit or orthogonal.
+        order: the order of the six numbers.
 
     Returns:
-        (..., 3, 3). Two zero or parallel vectors span no frame: the result is then finite, its gradient too, but it is
-        no rotation.
+        (..., 3, 3). Two zero or parallel vectors do not span a frame: the result and its gradient are then finite, but the result is not a
+        rotation.
 
     Raises:
         ValueError: the last axis is not 6, or the order is unknown.
@@ -82,8 +82,8 @@ def axis_angle_to_matrix(axis_angle: ArrayLike) -> jax.Array:
 
 
 def matrix_to_axis_angle(matrix: ArrayLike) -> jax.Array:
-    """Rotation matrices (..., 3, 3) to axis-angle (..., 3), angle in [0, π]; at π, where both signs mean the same,
-    either is returned.
+    """Rotation matrices (..., 3, 3) to axis-angle (..., 3), angle in [0, π]. At π, both signs of the axis are the same rotation; either is
+    returned.
     """
     return quaternion_to_axis_angle(matrix_to_quaternion(matrix))
 
@@ -101,11 +101,10 @@ def quaternion_to_matrix(quaternion: ArrayLike) -> jax.Array:
 
 
 def matrix_to_quaternion(matrix: ArrayLike) -> jax.Array:
-    """Rotation matrices (..., 3, 3) to unit quaternions (..., 4), ``wxyz``; the sign is that of the largest component
-    made positive.
+    """Rotation matrices (..., 3, 3) to unit quaternions (..., 4), ``wxyz``. The sign makes the largest component positive.
 
-    Shepperd's method: each row below is ``4 q_i q``; the one with the largest ``q_i`` is normalised, so nothing small
-    is ever divided by.
+    Shepperd's method: each row below is ``4 q_i q``. The row with the largest ``q_i`` is normalised, so no division is by a
+    small number.
     """
     m = _floating(matrix, (3, 3), "rotation matrices")
     xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
@@ -147,17 +146,16 @@ def quaternion_to_axis_angle(quaternion: ArrayLike) -> jax.Array:
 
 @jax.custom_jvp
 def matrix_9d_to_rotation(matrix: ArrayLike) -> jax.Array:
-    """The rotation nearest to any matrix, in the Frobenius norm: its singular values set to 1, the least one's sign
-    such that the determinant is 1 (Levinson et al., NeurIPS 2020, "SVD+").
+    """The rotation nearest to any matrix, in the Frobenius norm. Its singular values are set to 1, with the sign of the smallest such that the
+    determinant is 1 (Levinson et al., NeurIPS 2020, "SVD+").
 
     Args:
-        matrix: (..., 3, 3), nine free numbers; its scale does not count.
+        matrix: (..., 3, 3), nine free numbers; its scale does not matter.
 
     Returns:
-        (..., 3, 3). The first derivative is right wherever the nearest rotation is unique, equal singular values
-        included: at a rotation itself, say, where that of an SVD is not defined. Where several rotations are nearest (a
-        matrix of rank 1 or 0, a reflection whose lesser singular values agree) one of them is returned, and the
-        derivative along the directions in which they differ is 0.
+        (..., 3, 3). The first derivative is correct wherever the nearest rotation is unique. This includes equal singular values, such as at a
+        rotation, where the derivative of an SVD is not defined. If several rotations are nearest (a matrix of rank 1 or 0, a reflection whose
+        smallest singular values are equal), one of them is returned, and the derivative along the directions in which they differ is 0.
 
     Raises:
         ValueError: the last axes are not (3, 3).
@@ -168,8 +166,8 @@ def matrix_9d_to_rotation(matrix: ArrayLike) -> jax.Array:
 
 @matrix_9d_to_rotation.defjvp
 def _matrix_9d_to_rotation_jvp(primals: tuple[ArrayLike], tangents: tuple[ArrayLike]) -> tuple[jax.Array, jax.Array]:
-    """M = U S Vᵀ, R = U Vᵀ: dR = U Z Vᵀ with Z_ij = (A_ij - A_ji) / (s_i + s_j), A = Uᵀ dM V. No s_i - s_j, by which
-    the derivatives of U and V alone divide, is left.
+    """M = U S Vᵀ, R = U Vᵀ: dR = U Z Vᵀ with Z_ij = (A_ij - A_ji) / (s_i + s_j), A = Uᵀ dM V. The derivatives of U and V divide by s_i - s_j; this
+    formula does not.
     """
     matrix, tangent = _floating(primals[0], (3, 3), "matrices"), jnp.asarray(tangents[0])
     u, s, vt = _proper_svd(matrix)
@@ -181,7 +179,7 @@ def _matrix_9d_to_rotation_jvp(primals: tuple[ArrayLike], tangents: tuple[ArrayL
 
 
 def _proper_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, s, Vᵀ with det(U Vᵀ) = 1: the last singular value and column of U are negated where they must be."""
+    """U, s, Vᵀ with det(U Vᵀ) = 1: the last singular value and column of U are negated if necessary."""
     u, s, vt = jnp.linalg.svd(matrix)
     sign = jnp.where(jnp.linalg.det(u) * jnp.linalg.det(vt) < 0, -1.0, 1.0).astype(s.dtype)
     last = jnp.stack([jnp.ones_like(sign), jnp.ones_like(sign), sign], axis=-1)
@@ -194,17 +192,17 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def exponential_volume(axis_angle: ArrayLike) -> jax.Array:
-    """What the exponential map makes of a small volume at axis-angle vectors (..., 3): 2 (1 - cos t) / t², t = |v|,
-    shape (...). With it densities of axis-angles become densities of rotations (Chirikjian 2012, section 10.4).
+    """Volume factor of the exponential map at axis-angle vectors (..., 3): 2 (1 - cos t) / t², t = |v|, shape (...). It turns densities of
+    axis-angle vectors into densities of rotations (Chirikjian 2012, section 10.4).
     """
     return _half_angle(_floating(axis_angle, (3,), "axis-angle vectors"))[1] ** 2
 
 
 def geodesic_distance(a: ArrayLike, b: ArrayLike) -> jax.Array:
-    """Angle in radians, [0, π], of the rotation between two stacks of matrices (..., 3, 3); shape (...), with
+    """Geodesic distance: angle in radians, [0, π], between rotation matrices (..., 3, 3); shape (...), with
     broadcasting.
 
-    The gradient is 0 where the rotations agree and where they are exactly half a turn apart (the distance has a kink
+    The gradient is 0 if the rotations are equal or exactly half a turn apart (the distance has a kink
     at both).
     """
     a, b = _floating(a, (3, 3), "rotation matrices"), _floating(b, (3, 3), "rotation matrices")
@@ -220,7 +218,7 @@ def _half_angle(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos(t/2) and sin(t/2)/(t/2) of t = |v|, each (...), smooth at 0."""
     square = jnp.sum(v * v, axis=-1) / 4
     small = square < 1e-3
-    # The inner `where` keeps sqrt away from 0, whose infinite slope would otherwise turn the unused branch's gradient
+    # The inner `where` keeps sqrt away from 0. Its infinite slope there would turn the gradient of the unused branch
     # into 0 * inf.
     half = jnp.sqrt(jnp.where(small, 1.0, square))
     s = square
@@ -230,7 +228,7 @@ def _half_angle(v: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _normalize(v: jax.Array) -> jax.Array:
-    """v / |v| along the last axis; vectors too short to have a direction are left as they are."""
+    """v / |v| along the last axis. Vectors too short to have a direction are returned unchanged."""
     square = jnp.sum(v * v, axis=-1, keepdims=True)
     tiny = square <= jnp.finfo(v.dtype).tiny
     return v / jnp.sqrt(jnp.where(tiny, 1.0, square))

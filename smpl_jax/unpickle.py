@@ -1,8 +1,8 @@
-"""Read pickles from strangers without running anything that they name.
+"""Reads untrusted pickles without running any code that they name.
 
-A pickle is a program whose ``GLOBAL`` opcodes import any function and whose ``REDUCE`` opcodes call it. Here a name is
-looked up in a table that the caller gives, never imported; a name that is not in the table ends the load with
-:class:`ForbiddenGlobal`. Table entries build plain data only, and no opcode can change them.
+A pickle is a program: its ``GLOBAL`` opcodes import any function, and its ``REDUCE`` opcodes call it. Here a name is looked up in a table from the
+caller and never imported. A name that is not in the table ends the load with :class:`ForbiddenGlobal`. Table entries build plain data only, and
+no opcode can change them.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class ForbiddenGlobal(pickle.UnpicklingError):
-    """The pickle names something that is not in the table."""
+    """The pickle uses a name that is not in the table."""
 
     def __init__(self, name: str):
         super().__init__(f"the pickle asks for {name}")
@@ -23,18 +23,16 @@ class ForbiddenGlobal(pickle.UnpicklingError):
 
 
 class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
-    """An unpickler that resolves names in a table alone.
+    """An unpickler that resolves names in a table only.
 
-    It derives from the standard library's Python implementation, not from the one in C. It is as fast, for the work is in a
-    few large buffers. Its memo is a dictionary, so a file cannot make it allocate gigabytes, and each opcode can be
-    replaced.
+    It derives from the standard library's Python implementation, not from the one in C. It is as fast, because most of the work is a few large
+    buffers. Its memo is a dictionary, so a file cannot make it allocate gigabytes, and each opcode can be replaced.
 
     Args:
         file: binary, with ``read`` and ``readline``.
-        table: ``"module.name"`` to what stands for it: a function, wrapped by :func:`sealed`, or a class from
-            :func:`record`.
+        table: ``"module.name"`` to its replacement: a function, wrapped by :func:`sealed`, or a class from :func:`record`.
         persistent_load: resolves persistent ids (PyTorch's storages); without it they are an error.
-        encoding: of Python 2 strings; latin1 keeps bytes as they are.
+        encoding: encoding of Python 2 strings; latin1 keeps bytes unchanged.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._persistent_load = persistent_load
 
     def _bytearray8(self: Any) -> None:
-        # The base class allocates what the file announces before it reads it.
+        # The base class would allocate the announced size before it reads.
         size = int.from_bytes(self.read(8), "little")
         data = self.read(size)
         if len(data) != size:
@@ -108,7 +106,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
 
 def _plain(keys: list[Any]) -> list[Any]:
-    """The keys; raises where one is neither text nor a number."""
+    """Returns the keys. Raises if one is neither text nor a number."""
     for key in keys:
         if not isinstance(key, (str, bytes, int, float, type(None))):
             raise pickle.UnpicklingError(f"the pickle holds a dictionary or set with a {type(key).__name__} as a key")
@@ -116,9 +114,7 @@ def _plain(keys: list[Any]) -> list[Any]:
 
 
 class sealed:
-    """A function as a table entry: callable, and without a ``__dict__`` or a ``__setstate__`` through which a
-    ``BUILD`` opcode could change it.
-    """
+    """Makes a function a table entry: a callable without a ``__dict__`` or a ``__setstate__`` through which a ``BUILD`` opcode could change it."""
 
     __slots__ = ("_function",)
 
@@ -133,15 +129,13 @@ class sealed:
 
 
 class Record:
-    """Stands for an object of a foreign class: the name of the class and the saved state of the object. Neither is
-    imported or run.
-    """
+    """Replaces an object of a foreign class: it has the name of the class and the saved state of the object. Neither is imported or run."""
 
     name: str = ""
     state: Any = None
 
     def __init__(self, *args: Any):
-        pass  # a constructor's arguments say nothing that the state does not
+        pass  # the state contains everything, so the constructor's arguments are ignored
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -153,8 +147,8 @@ def records(names: Iterable[str]) -> dict[str, type[Record]]:
 
 
 class PickledArray:
-    """A numpy array under construction: numpy's own constructors trust the shape and type that a file gives them, this
-    one checks both.
+    """A numpy array under construction. numpy's own constructors trust the shape and type in the file; this one checks
+    both.
     """
 
     __slots__ = ("value",)
@@ -163,7 +157,7 @@ class PickledArray:
         self.value: Any = None  # an ndarray, or the list of an object array's elements
 
     def __setstate__(self, state: Any) -> None:
-        shape, dtype, fortran, data = state[-4:]  # an older version number may stand before them
+        shape, dtype, fortran, data = state[-4:]  # an older version number may come before them
         self.value = _array(data, dtype, shape, "F" if fortran else "C")
 
 
@@ -180,7 +174,7 @@ class PickledDType:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """The dtype if it holds numbers or text; ``None`` for objects."""
+        """The dtype if it is of numbers or text; ``None`` for objects."""
         if self.code in ("O", "O8", "O4"):
             return None
         if not re.fullmatch(r"[biuf][1248]|[SU][0-9]{1,4}", self.code) or self.order not in ("<", ">", "=", "|"):
@@ -201,7 +195,7 @@ def numpy_table() -> dict[str, Any]:
         "numeric._frombuffer": _from_buffer,
     }
     table: dict[str, Any] = {f"numpy.{core}.{k}": sealed(f) for core in ("core", "_core") for k, f in functions.items()}
-    # Only ever passed to `_reconstruct` as the class to make, so their names will do.
+    # Only passed to `_reconstruct` as the class to create, so their names suffice.
     for name in ("numpy.ndarray", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix"):
         table[name] = name
     return table | {"numpy.dtype": sealed(PickledDType), "_codecs.encode": sealed(_encode)}

@@ -1,4 +1,4 @@
-"""Motion capture: BVH and ASF/AMC files to clips, clips to SMPL poses. One file a format; ``retarget`` knows none of them."""
+"""Motion capture: BVH and ASF/AMC files to clips, clips to SMPL poses. Each format has a module; ``retarget`` depends on none of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["SUFFIXES", "Clip", "read_amc", "read_bvh", "read_clip", "retarget"]
 
 READERS = {".bvh": read_bvh, ".amc": read_amc}
 SUFFIXES = tuple(READERS)
-"""Suffixes of files that hold a motion."""
+"""Suffixes of motion files."""
 
 
 def read_clip(path: str | os.PathLike[str]) -> Clip:
-    """Read a ``.bvh``, or an ``.amc`` with its skeleton ``.asf`` beside it, by its suffix.
+    """Reads a ``.bvh``, or an ``.amc`` with its skeleton ``.asf`` beside it; the suffix decides.
 
     Raises:
-        PoseFileError: another suffix, or what the format's reader raises.
+        PoseFileError: another suffix, or any error of the format's reader.
     """
     reader = READERS.get(Path(path).suffix.lower())
     if reader is None:

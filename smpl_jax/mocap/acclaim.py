@@ -1,4 +1,4 @@
-"""Acclaim's pair of files: a skeleton (ASF) and the motion of it (AMC), as CMU's database keeps them."""
+"""Acclaim's pair of files: a skeleton (ASF) and its motion (AMC), as in CMU's database."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from smpl_jax.errors import PoseFileError
 from smpl_jax.mocap.clip import MAX_JOINTS, Clip, numbers, read_text, turn_about
 
 RATE = 120.0
-"""Frames a second of CMU's clips; the files do not say."""
+"""Frames per second of CMU's clips. The files do not state it."""
 INCH = 0.0254
 LEGS = tuple(f"{side}{bone}" for side in "lr" for bone in ("femur", "tibia", "foot"))
 LIMIT_MARGIN = 15.0
-"""Degrees by which a leg may leave the skeleton's limits: beyond, the frame is a fault of the capture (a flipped foot)."""
+"""Degrees by which a leg may exceed the skeleton's limits. Beyond that the frame is a capture error (a flipped foot)."""
 UPPER = ("lfemur", "rfemur", "lhumerus", "rhumerus")
-"""Bones whose angles are never all 0 but where they were not captured (both arms in the first frames of CMU's 03_02)."""
+"""Bones whose angles are all 0 only if they were not captured (both arms in the first frames of CMU's 03_02)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bone:
-    """direction: unit (3,); length: file's unit; frame: (3, 3), the axes that its angles turn about; order: of these turns; limits: (n, 2)."""
+    """direction: unit (3,). length: in the file's unit. frame: (3, 3), the axes of its angles. order: order of the rotations. limits: (n, 2)."""
 
     direction: NDArray[np.float64]
     length: float
@@ -38,7 +38,7 @@ class _Bone:
 
 @dataclasses.dataclass(frozen=True)
 class _Skeleton:
-    """root: how AMC writes it ("tx", "rz", …); unit: metres; degrees: 1, or those of a radian; parents before children."""
+    """root: AMC's names of its channels ("tx", "rz", …). unit: in metres. degrees: degrees per unit of angle. Parents precede children."""
 
     root: tuple[str, ...]
     position: NDArray[np.float64]
@@ -51,14 +51,14 @@ class _Skeleton:
 
 
 def read_amc(path: str | os.PathLike[str], skeleton: str | os.PathLike[str] | None = None) -> Clip:
-    """Read an AMC file with its skeleton.
+    """Reads an AMC file with its skeleton.
 
-    skeleton: the ASF file; by default the one beside it whose name the clip's starts with, ``02.asf`` for ``02_01.amc``. A bone of ASF starts at
-    a joint that has its name here. Lengths come out in metres. Frames are not ``trusted`` whose legs leave the skeleton's own limits by more than
-    ``LIMIT_MARGIN``, or where all angles of a thigh or an upper arm are 0.
+    skeleton: the ASF file. By default the one beside the clip whose name is a prefix of the clip's: ``02.asf`` for ``02_01.amc``. A joint has the
+    name of the ASF bone that starts at it. Lengths are in metres. A frame is not ``trusted`` if its legs exceed the skeleton's own limits by more
+    than ``LIMIT_MARGIN``, or if all angles of a thigh or an upper arm are 0.
 
     Raises:
-        PoseFileError: a file is missing, malformed or cut off, or uses a part of the format that is not followed (lengths that change).
+        PoseFileError: a file is missing, malformed or cut off, or uses an unsupported part of the format (lengths that change).
     """
     file = Path(path)
     asf = Path(skeleton) if skeleton is not None else _beside(file)
@@ -107,7 +107,7 @@ def _vector(bone: _Bone) -> NDArray[np.float64]:
 
 
 def _turned(angles: dict[str, np.ndarray], frame: np.ndarray, order: str, frames: int) -> np.ndarray:
-    """(T, 3, 3): turns by ``angles`` (degrees) about the axes of ``frame``, the first of ``order`` innermost."""
+    """Rotations (T, 3, 3) by ``angles`` (degrees) about the axes of ``frame``, the first of ``order`` innermost."""
     inner = np.tile(np.eye(3), (frames, 1, 1))
     for axis in order:
         if (angle := angles.get(f"r{axis}")) is not None:
@@ -125,7 +125,7 @@ def _beside(file: Path) -> Path:
 
 
 def _read_frames(file: Path, dof: dict[str, tuple[str, ...]]) -> tuple[dict[str, np.ndarray], float | None]:
-    """Values (T, n) of the root and each bone that moves, and the factor that makes them degrees, None where the file does not say."""
+    """Values (T, n) of the root and each moving bone, and their factor to degrees, None if the file does not state the unit."""
     rows: dict[str, list[list[str]]] = {name: [] for name in dof}
     frames, degrees = 0, None
 
@@ -206,7 +206,7 @@ def _read_asf(file: Path) -> _Skeleton:
 
 
 def _bones(lines: Iterable[str], degrees: float, file: Path) -> dict[str, _Bone]:
-    """Bones by name, each between ``begin`` and ``end``."""
+    """Bones by name. Each is between ``begin`` and ``end``."""
     bones: dict[str, _Bone] = {}
     block: list[str] | None = None
     for line in lines:
@@ -258,7 +258,7 @@ def _bone(fields: dict[str, list[str]], degrees: float, file: Path) -> tuple[str
 
 
 def _parents(lines: Iterable[str], bones: dict[str, _Bone], file: Path) -> dict[str, str]:
-    """Parent of each bone, parents before children."""
+    """The parent of each bone; parents come before children."""
     children: dict[str, list[str]] = {}
     for line in lines:
         parent, *below = line.split() or [""]
@@ -279,14 +279,14 @@ def _parents(lines: Iterable[str], bones: dict[str, _Bone], file: Path) -> dict[
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of what is not empty or a comment."""
+    """(number, line) of each line that is not empty or a comment."""
     for number, line in enumerate(text.splitlines(), 1):
         if line := line.partition("#")[0].strip():
             yield number, line
 
 
 def _fields(lines: Iterable[str]) -> dict[str, list[str]]:
-    """Name to words; a line that starts with a bracket goes on with the one before."""
+    """Name to words. A line that starts with a bracket continues the line before."""
     out: dict[str, list[str]] = {}
     last: list[str] = []
     for line in lines:

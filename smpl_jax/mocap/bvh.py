@@ -1,4 +1,4 @@
-"""BVH files: a HIERARCHY of joints with offsets and channels, then one line of channel values a frame."""
+"""BVH files: a HIERARCHY of joints with offsets and channels, then one line of channel values per frame."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _CHANNELS = {f"{axis}{kind}" for axis in "XYZ" for kind in ("position", "rotatio
 
 
 def read_bvh(path: str | os.PathLike[str]) -> Clip:
-    """Read a BVH file.
+    """Reads a BVH file.
 
-    A joint's rotation is the product of its channels' in their order, the first outermost. The format tells no unit of length. A first frame
-    without any rotation is a rest pose that a converter put before the motion (cgspeed's files of CMU's clips): it is not ``trusted``.
+    A joint's rotation is the product of the rotations of its channels in their order, the first outermost. The format has no unit of length. A first
+    frame without any rotation is a rest pose that a converter inserted (cgspeed's files of CMU's clips); it is not ``trusted``.
 
     Raises:
-        PoseFileError: the file is missing, malformed or cut off, or moves a joint other than the root by position channels.
+        PoseFileError: the file is missing, malformed or cut off, or a joint other than the root has position channels that change.
     """
     file = Path(path)
     head, found, motion = read_text(file).partition("MOTION")

@@ -1,4 +1,4 @@
-"""A clip of motion capture: a skeleton with its joints' rotations over time, whichever file it came from."""
+"""A clip of motion capture: a skeleton with its joints' rotations over time, whatever the file format."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from smpl_jax.errors import PoseFileError
 from smpl_jax.printing import one_line
 
 MAX_BYTES = 2**28
-"""A motion file that is larger is refused: a minute of motion takes about a megabyte."""
+"""Maximum size of a motion file. A minute of motion takes about a megabyte."""
 MAX_JOINTS = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """T frames of a skeleton of J joints. At rest all rotations are the identity and the bones are as ``offsets`` say.
+    """T frames of a skeleton of J joints. At rest all rotations are the identity and the bones are ``offsets``.
 
-    names: (J,), parents before children, joint 0 the root; tips of limbs have names that end in `` end``.
+    names: (J,), parents before children, joint 0 the root. Names of the tips of limbs end in `` end``.
     parents: (J,) int, -1 for the root.
-    offsets: (J, 3) from the parent joint at rest, in the file's axes: metres where the format tells its unit (ASF), else the file's unit.
+    offsets: (J, 3) from the parent joint at rest, in the file's axes: metres if the format has a unit (ASF), else the file's unit.
     rotations: (T, J, 3, 3) relative to the parent.
     translation: (T, 3) position of the root, in the unit of ``offsets``.
-    rate: frames a second.
-    trusted: (T,) bool; False for frames that the file itself shows to be wrong: an inserted rest pose, legs beyond its own limits.
+    rate: frames per second.
+    trusted: (T,) bool; False for frames that are wrong by the file itself: an inserted rest pose, legs beyond its own limits.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Clip:
 
     @functools.cached_property
     def world(self) -> NDArray[np.float64]:
-        """(T, J, 3, 3) rotations from rest, in the file's axes."""
+        """Rotations from rest (T, J, 3, 3), in the file's axes."""
         out = np.array(self.rotations)
         for joint, parent in enumerate(self.parents):
             if parent >= 0:
@@ -57,7 +57,7 @@ class Clip:
 
     @functools.cached_property
     def positions(self) -> NDArray[np.float64]:
-        """(T, J, 3) joints, in the file's axes and the unit of ``offsets``."""
+        """Joint positions (T, J, 3), in the file's axes and the unit of ``offsets``."""
         out = np.zeros((*self.rotations.shape[:2], 3))
         out[:, 0] = self.translation
         for joint, parent in enumerate(self.parents):
@@ -67,7 +67,7 @@ class Clip:
 
     @functools.cached_property
     def rest(self) -> NDArray[np.float64]:
-        """(J, 3) joints at rest, the root at the origin."""
+        """Joint positions at rest (J, 3), the root at the origin."""
         out = np.zeros_like(self.offsets)
         for joint, parent in enumerate(self.parents):
             if parent >= 0:
@@ -88,7 +88,7 @@ def turn_about(axis: str, degrees: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a motion file. Raises PoseFileError where there is none, it is too large, or no text."""
+    """The text of a motion file. Raises PoseFileError if the file is missing, too large, or not text."""
     file = Path(path)
     try:
         if not file.is_file():
@@ -104,7 +104,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def numbers(words: Sequence[str], where: str) -> NDArray[np.float64]:
-    """Words as finite numbers (N,); PoseFileError names ``where`` and the first that is none."""
+    """Words as finite numbers (N,). Otherwise raises PoseFileError with ``where`` and the first bad word."""
     try:
         values = np.array(words, np.float64)
     except ValueError:

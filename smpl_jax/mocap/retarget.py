@@ -1,4 +1,4 @@
-"""A clip's motion on SMPL's skeleton: every limb points where the clip's does."""
+"""Retargets a clip's motion to SMPL's skeleton: every limb points in the direction of the clip's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from smpl_jax.errors import PoseFileError
 from smpl_jax.mocap.clip import Clip
 from smpl_jax.pose import JOINTS, Pose
 
-# SMPL's joint on the left (or in the middle) -> the joint of a skeleton that turns the same bone. {L} is the skeleton's word for left.
+# SMPL's joint on the left (or in the middle) -> the skeleton's joint that rotates the same bone. {L} is the skeleton's word for left.
 _LIMBS = ("hip", "knee", "ankle", "shoulder", "elbow", "wrist")
 _SCHEMES: dict[str, tuple[tuple[str, str], dict[str, str]]] = {
-    # Acclaim, as CMU's database names it
+    # Acclaim, with the names of CMU's database
     "acclaim": (("l", "r"), {
         "pelvis": "root", "hip": "{L}femur", "knee": "{L}tibia", "ankle": "{L}foot", "foot": "{L}toes",
         "collar": "{L}clavicle", "shoulder": "{L}humerus", "elbow": "{L}radius", "wrist": "{L}hand",
@@ -37,32 +37,32 @@ _SCHEMES: dict[str, tuple[tuple[str, str], dict[str, str]]] = {
 }  # fmt: skip
 _SPINE = ("spine1", "spine2", "spine3")
 _ELBOW = np.array([0.0, -0.966, 0.259])
-"""Axis that SMPL's elbows bend about at rest, both sides alike but for its sign, which is left open."""
+"""Axis about which SMPL's elbows bend at rest, for both sides. Its sign is undetermined."""
 _KNEE = np.array([1.0, 0.0, 0.0])
 SWING_TO_COLLAR = 0.25
-"""Share of an arm's swing that its collar carries: captures do not measure collar bones."""
+"""Fraction of an arm's swing that its collar takes, because captures do not measure collar bones."""
 TWIST_TO_ELBOW = 0.5
-"""Share of the forearm's twist that the elbow carries: a skeleton has it between elbow and wrist."""
+"""Fraction of the forearm's twist that the elbow takes, because a forearm twists between elbow and wrist."""
 SKEWED = 0.85
-"""Least cosine between the axes of a skeleton at rest and those of its file."""
+"""Smallest allowed cosine between the axes of a skeleton at rest and those of its file."""
 
 
 def retarget(clip: Clip, body: BodyModel | None = None) -> Pose:
     """SMPL's 24 rotations for all frames of a clip.
 
-    The rest poses are aligned bone by bone: thigh, shin, upper arm, forearm and hand of the body point exactly where the clip's do. Hips, spine,
-    neck and head turn as the clip's joints turn, feet as well, but for the spread of the legs at rest. How an arm's turn is
-    shared by collar and shoulder, and a forearm's by elbow and wrist, is a rule (``SWING_TO_COLLAR``, ``TWIST_TO_ELBOW``).
+    The rest poses are aligned bone by bone: thigh, shin, upper arm, forearm and hand of the body point exactly in the directions of the clip's. Hips,
+    spine, neck, head and feet rotate as the clip's joints do, except for the spread of the legs at rest. A rule splits an arm's rotation between
+    collar and shoulder (``SWING_TO_COLLAR``), and a forearm's between elbow and wrist (``TWIST_TO_ELBOW``).
 
-    body: whose bones are aligned, SMPL's by names; the default body.
+    body: the body whose bones are aligned, with SMPL's joint names; by default the default body.
 
     Returns:
-        A ``Pose`` of batch shape (T,), float32 arrays of NumPy, in the frame "model"; ``translation`` (T, 3) is in metres, scaled by the length of
-        the legs so that feet stay on the ground. ``measured`` (T, 24) is False for joints that the skeleton does not have, whose rotation
-        is the identity: always SMPL's two rigid hands.
+        A ``Pose`` of batch shape (T,), float32 NumPy arrays, in the frame "model". ``translation`` (T, 3) is in metres, scaled by the length of the
+        legs so that feet stay on the ground. ``measured`` (T, 24) is False for joints that the skeleton does not have; their rotation
+        is the identity. SMPL's two rigid hands are always among them.
 
     Raises:
-        PoseFileError: the skeleton's names are not known, or its rest pose is not upright with arms and legs stretched (a T-pose or an A-pose).
+        PoseFileError: the skeleton's names are unknown, or its rest pose is not upright with straight arms and legs (a T-pose or an A-pose).
     """
     rest_body, order = _body_joints(body)
     joints, spine = _joints(clip)
@@ -70,7 +70,7 @@ def retarget(clip: Clip, body: BodyModel | None = None) -> Pose:
     world = basis @ clip.world @ basis.T
     rest = clip.rest @ basis.T
     frames = len(clip)
-    turned: dict[str, NDArray[np.float64]] = {}  # world rotations of SMPL's joints, told in its rest frame
+    turned: dict[str, NDArray[np.float64]] = {}  # world rotations of SMPL's joints, in its rest frame
 
     def direction(start: str, end: str) -> NDArray[np.float64]:
         return _unit(rest[joints[end]] - rest[joints[start]])
@@ -95,7 +95,7 @@ def retarget(clip: Clip, body: BodyModel | None = None) -> Pose:
             turned[start] = world[:, joints[start]] @ _align(
                 body_direction(start, end), _KNEE, direction(start, end), hinge
             )
-        flat = np.array([1.0, 1.0, 0.0])  # a foot follows the spread of the legs, which is seen from the front
+        flat = np.array([1.0, 1.0, 0.0])  # a foot follows the spread of the legs in the frontal plane
         spread = _swing(_unit(body_direction(hip, ankle) * flat), _unit(direction(hip, ankle) * flat))
         for name in (ankle, foot):
             if name in joints:
@@ -148,7 +148,7 @@ def _body_joints(body: BodyModel | None) -> tuple[dict[str, NDArray[np.float64]]
 
 
 def _joints(clip: Clip) -> tuple[dict[str, int], dict[str, int]]:
-    """SMPL's joint to the clip's: limbs, pelvis, neck, head; and the trunk's."""
+    """Maps SMPL's joints to the clip's: limbs, pelvis, neck, head; and the joints of the trunk."""
     plain = {name.rpartition(":")[2]: joint for joint, name in reversed(list(enumerate(clip.names)))}
     wanting: dict[str, list[str]] = {}
     for scheme, ((left, right), table) in _SCHEMES.items():
@@ -172,7 +172,7 @@ def _joints(clip: Clip) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _trunk(clip: Clip, joints: Mapping[str, int]) -> dict[str, int]:
-    """SMPL's three spine joints, spread over the joints between hips and arms; fewer where there are fewer."""
+    """Distributes SMPL's three spine joints over the clip's joints between hips and arms; fewer if the clip has fewer."""
 
     def upwards(joint: int) -> list[int]:
         chain = []
@@ -192,7 +192,7 @@ def _trunk(clip: Clip, joints: Mapping[str, int]) -> dict[str, int]:
 
 
 def _basis(clip: Clip, joints: Mapping[str, int]) -> NDArray[np.float64]:
-    """(3, 3) from the file's axes to SMPL's (x left, y up, z forward), told from the skeleton at rest."""
+    """Rotation (3, 3) from the file's axes to SMPL's (x left, y up, z forward), estimated from the skeleton at rest."""
 
     def nearest(vector: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
         unit = _unit(vector)
@@ -211,7 +211,7 @@ def _basis(clip: Clip, joints: Mapping[str, int]) -> NDArray[np.float64]:
         arm = _unit(wrist - shoulder)
         signs.append(
             float(np.hypot(max(float(sign * left @ arm), 0.0), float(up @ arm)))
-        )  # to its side, level or hanging
+        )  # the arm points sideways or hangs
     if abs(left @ up) > 0 or min(signs) < SKEWED:
         raise PoseFileError(
             f"{clip.path}: its skeleton at rest stands neither upright nor with stretched arms and legs; expected a T-pose or an A-pose"
@@ -220,11 +220,11 @@ def _basis(clip: Clip, joints: Mapping[str, int]) -> NDArray[np.float64]:
 
 
 def _hinge(rotations: NDArray[np.float64], basis: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """The unit axis, at rest and in SMPL's axes, that a joint (T, 3, 3) turns about in all frames; None where it turns about several, or
-    hardly at all.
+    """The unit axis, at rest and in SMPL's axes, about which a joint (T, 3, 3) rotates in all frames; None if it rotates about several, or hardly
+    at all.
     """
     skew = rotations - np.swapaxes(rotations, -1, -2)
-    axes = np.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], -1) / 2  # sine of the angle times the axis
+    axes = np.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], -1) / 2  # axis times the sine of the angle
     _, sizes, rows = np.linalg.svd(axes, full_matrices=False)
     steady = len(sizes) < 2 or sizes[1] < 1e-3 * sizes[0]
     return basis @ rows[0] if steady and np.linalg.norm(axes, axis=-1).max() > np.sin(np.deg2rad(5)) else None
@@ -236,7 +236,7 @@ def _align(
     target: NDArray[np.float64],
     hinge: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
-    """(3, 3) that takes a bone of SMPL at rest to the direction ``target``, and the axis it bends about to ``hinge`` where that is known."""
+    """Rotation (3, 3) from a bone of SMPL at rest to the direction ``target``. If ``hinge`` is known, the axis of bending goes to it."""
     swing = _swing(bone, target)
     if hinge is None:
         return swing
@@ -251,7 +251,7 @@ def _align(
 
 
 def _tip(clip: Clip, joint: int) -> int | None:
-    """The child of a joint that lies farthest from it, not at its own place: where a hand points."""
+    """The child of a joint that is farthest from it, not at the same position: the direction of a hand."""
     children = np.flatnonzero(clip.parents == joint)
     lengths = np.linalg.norm(clip.offsets[children], axis=-1)
     return int(children[lengths.argmax()]) if len(children) and lengths.max() > 1e-6 else None
@@ -263,12 +263,12 @@ def _leg(at: Mapping[str, NDArray[np.float64]]) -> float:
 
 
 def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Vectors (..., 3) made unit."""
+    """Normalises vectors (..., 3)."""
     return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
 
 
 def _about(axis: NDArray[np.float64], angle: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """(..., 3, 3) about unit axes (..., 3) by radians (...), by Rodrigues' formula."""
+    """Rotations (..., 3, 3) about unit axes (..., 3) by radians (...), by Rodrigues' formula."""
     x, y, z = np.moveaxis(np.asarray(axis, float), -1, 0)
     zero = np.zeros_like(x)
     skew = np.stack([np.stack(row, -1) for row in ((zero, -z, y), (z, zero, -x), (-y, x, zero))], -2)
@@ -277,7 +277,7 @@ def _about(axis: NDArray[np.float64], angle: NDArray[np.float64] | float) -> NDA
 
 
 def _swing(start: NDArray[np.float64], end: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(..., 3, 3), the least turn of a unit vector (3,) onto unit vectors (..., 3); about y where they are opposite."""
+    """The smallest rotations (..., 3, 3) of a unit vector (3,) onto unit vectors (..., 3); about y if they are opposite."""
     normal = np.cross(start, end)
     sine = np.linalg.norm(normal, axis=-1)
     cosine = end @ start
@@ -286,7 +286,7 @@ def _swing(start: NDArray[np.float64], end: NDArray[np.float64]) -> NDArray[np.f
 
 
 def _power(rotations: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-    """Rotations (..., 3, 3) carried out to a share of their angle."""
+    """Rotations (..., 3, 3) with their angles scaled by a fraction."""
     skew = rotations - np.swapaxes(rotations, -1, -2)
     axis = np.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1) / 2
     sine = np.linalg.norm(axis, axis=-1)
@@ -295,7 +295,7 @@ def _power(rotations: NDArray[np.float64], share: float) -> NDArray[np.float64]:
 
 
 def _twist(rotations: NDArray[np.float64], axis: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(...) radians by which rotations (..., 3, 3) turn about a unit axis (3,), what swings the axis itself left out."""
+    """Twist angles (...) in radians of rotations (..., 3, 3) about a unit axis (3,), without the swing of the axis."""
     swing = _swing(axis, rotations @ axis)
     rest = np.swapaxes(swing, -1, -2) @ rotations
     across = _unit(np.cross(axis, [0.3, 0.5, 0.8]))
