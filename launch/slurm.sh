@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# SLURM: one process for each GPU; two nodes of eight here. Change the numbers to yours, then:
+# SLURM: one process for each GPU; here two nodes of eight. Change the numbers to yours, then:
 #
 #   sbatch launch/slurm.sh --config chatpose_13b --init /shared/llava-13b --out /shared/runs/13b
 #
-# --out and --init must lie on a file system that all nodes share. The run goes on by itself: SIGTERM comes three minutes
-# before the time limit (and at a preemption), the run saves and exits with 143, and the job queues again; so it does
-# after 1, 75, 134 or 137 (the file system failed, a process crashed or was lost), up to a hundred times. Resuming with other numbers below is fine. To end
-# it: scancel --signal=KILL. The environment that has `chatpose` must be active when sbatch is called (it is inherited), or
-# activate it below; an account or a partition goes on sbatch's command line. With JAX_COMPILATION_CACHE_DIR=/shared/compiled
-# (on the file system of all nodes, where strangers must not write) the next start finds what this one compiled.
+# --out and --init must be on a file system that all nodes share. SIGTERM comes three minutes before the time limit and at
+# a preemption; the run then saves and exits with 143, and the job is queued again. The same happens after 1, 75, 134 or
+# 137 (the file system failed, a process crashed or was lost), up to a hundred times. The next start may use other numbers
+# below. To end the run: scancel --signal=KILL. The environment with `chatpose` must be active when sbatch is called (the job
+# inherits it), or activate it below. Give an account or a partition on sbatch's command line. Set JAX_COMPILATION_CACHE_DIR to a
+# folder of the shared file system that strangers cannot write to, and the next start reuses what this one compiled.
 #SBATCH --job-name=chatpose
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -23,7 +23,7 @@
 [[ $# -gt 0 ]] || { sed -n '2,11p' "$0"; exit 2; }
 set -u
 
-# Processes find each other through SLURM's variables. One that dies takes the others of this step with it.
+# Processes find each other through SLURM's variables. If one dies, SLURM ends the others of this step.
 srun --kill-on-bad-exit=1 chatpose train "$@"
 status=$?
 case $status in

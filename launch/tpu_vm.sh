@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice without Kubernetes. From the root of the checkout:
 #
-#   launch/tpu_vm.sh create                     # ask for the slice and wait until it is there
-#   launch/tpu_vm.sh install                    # this checkout and its packages, on every worker
+#   launch/tpu_vm.sh create                     # request the slice and wait until it is ready
+#   launch/tpu_vm.sh install                    # install this checkout and its packages on every worker
 #   launch/tpu_vm.sh run    --config chatpose_13b --init /mnt/runs/llava-13b --out /mnt/runs/13b \
 #     --set train.batch_size=32 --set train.accumulate=1 --set train.mesh.tensor=2          # for 64 chips
-#   launch/tpu_vm.sh keep   --config …          # all of that, again after every preemption, until the run is complete
-#   launch/tpu_vm.sh stop                       # let the run save and exit (end `keep` before)
+#   launch/tpu_vm.sh keep   --config …          # all of the above, again after every preemption, until the run is complete
+#   launch/tpu_vm.sh stop                       # let the run save and exit (end `keep` first)
 #   launch/tpu_vm.sh delete
 #
-# --out and --init must lie on a file system that all workers share: SHARE is an NFS export (Filestore), mounted at
-# /mnt/runs. A module of yours with data goes along once it is committed, at the root of the checkout.
+# --out and --init must be on a file system that all workers share: SHARE is an NFS export (Filestore), mounted at
+# /mnt/runs. Your own data module is copied too, once it is committed at the root of the checkout.
 set -euo pipefail
 NAME=${NAME:-chatpose}
 ZONE=${ZONE:-us-west4-a}
@@ -18,15 +18,15 @@ TYPE=${TYPE:-v5litepod-64}                   # gcloud compute tpus accelerator-t
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}      # gcloud compute tpus versions list
 SPOT=${SPOT:-yes}
 SHARE=${SHARE:-}                             # HOST:/PATH
-PAUSE=${PAUSE:-20}                           # seconds between two looks, and before something that failed is tried again
-TRIES=${TRIES:-20}                           # failures after which `keep` gives up; LASTING seconds of a run forgive all before
+PAUSE=${PAUSE:-20}                           # seconds between two polls, and before a retry
+TRIES=${TRIES:-20}                           # failures after which `keep` gives up; a run of LASTING seconds resets the count
 LASTING=${LASTING:-600}
 
 tpus() { gcloud compute tpus "$@" --zone="$ZONE"; }
 everywhere() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
 
 state() {
-  # An error that does not say that the slice is missing (no network, say) is neither a state nor a failure.
+  # Other errors than "the slice does not exist", such as no network, are neither a state nor a failure.
   local error
   error=$(mktemp)
   if ! tpus queued-resources describe "$NAME" --format='value(state.state)' 2>"$error"; then
@@ -52,7 +52,7 @@ create() {
 }
 
 install() {
-  # The Python of an image may be older than 3.11, so uv brings one.
+  # The image's Python may be older than 3.11, so uv installs one.
   archive=$(mktemp --suffix=.tar.gz)
   trap 'rm "$archive"' EXIT
   git archive --format=tar.gz --output="$archive" HEAD
@@ -64,8 +64,8 @@ install() {
 }
 
 run() {
-  # Every worker runs the same command; they find each other through the TPU's metadata. On the shared file system
-  # a new slice finds what the last one compiled.
+  # Every worker runs the same command; they find each other through the TPU's metadata. With the shared file system
+  # a new slice reuses what the last one compiled.
   everywhere "if mountpoint -q /mnt/runs; then export JAX_COMPILATION_CACHE_DIR=/mnt/runs/compiled; fi; PYTHONPATH=chatpose env/bin/chatpose train $(printf '%q ' "$@")"
 }
 
@@ -74,13 +74,13 @@ stop() { everywhere 'pkill -TERM -f "env/bin/chatpose train" || true'; }
 delete() { tpus queued-resources delete "$NAME" --force --quiet; }
 
 keep() {
-  # One step a round, by the state of the slice: what failed is tried again, and `keep` itself may be started anew.
+  # Each round takes one step that depends on the state of the slice. Failed steps are retried, and `keep` itself can be restarted.
   trap 'exit 130' INT
   local failures=0 began status
   while ((failures < TRIES)); do
     case $(state) in
       ACTIVE)
-        # Before every run, for a worker may be new or have lost its mount; processes of their own, where `set -e` holds.
+        # Install before every run: a worker may be new or have lost its mount. Separate processes, so that `set -e` holds in them.
         began=$SECONDS status=1
         if bash "$0" install; then
           status=0
@@ -95,7 +95,7 @@ keep() {
     esac
     sleep "$PAUSE"
   done
-  echo "tpu_vm.sh: gave up after $failures failures (TRIES); a slice that stands is still billed: launch/tpu_vm.sh delete" >&2
+  echo "tpu_vm.sh: gave up after $failures failures (TRIES); a remaining slice is still billed: launch/tpu_vm.sh delete" >&2
   return 1
 }
 
