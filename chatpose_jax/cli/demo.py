@@ -119,7 +119,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
         answers.append({"files": [str(plot)]})
     print_results(results, clock)
     print(f"\nEverything is in {out}: report.json, the answers with PNG, GLB, OBJ and npz, and the model in {folder}.")
-    print(f"Go on: {sys.argv[0]} chat {out}{head_flag(config.model.head.name)}")
+    print(f"Ask it yourself: {sys.argv[0]} chat {out}{head_flag(config.model.head.name)}")
     return 0
 
 
