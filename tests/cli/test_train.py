@@ -120,7 +120,7 @@ def test_int8_is_no_idle_word_beside_init(base, sizes):
 
 
 def test_int8_kernels_do_not_train_beside_init_either(base):
-    with pytest.raises(UserError, match=r"kept as int8 and cannot train"):
+    with pytest.raises(UserError, match=r"is int8 and cannot train"):
         demand_table(adopt(load_config("tiny", ["model.quantize=int8"]), base))
 
 
