@@ -64,7 +64,7 @@ def _mlp(rotation: str = "6d", loss: tuple[tuple[str, float], ...] = (("matrices
 BASE = "mlp, 6d"
 CASES: dict[str, Case] = {
     BASE: _mlp(),
-    "mlp, 6d, starts upside down": Case("mlp"),  # the default of this head: the identity
+    "mlp, 6d, starts upside down": Case("mlp", (("start", "identity"),)),
     "mlp, svd9d": _mlp("svd9d"),
     "mlp, quaternion": _mlp("quaternion"),
     "mlp, axis-angle": _mlp("axis_angle"),
