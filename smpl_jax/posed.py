@@ -88,7 +88,7 @@ class PosedBody:
         return np.asarray(_vertices(self.body, for_body(self.pose, self.body)))
 
     def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
-        """(H, W, 3) uint8 picture, one panel a view, of ``size`` (16 … 4096) pixels each way; the body is in the middle wherever it stands.
+        """Renders an image (H, W, 3) uint8 with one square panel per view, ``size`` (16 … 4096) pixels wide. The body is always centred.
 
         views: some of "front" (what the camera sees), "three_quarter", "side", "back" and "other_side".
 

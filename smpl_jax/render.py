@@ -216,9 +216,9 @@ def contact_sheet(
 ) -> NDArray[np.uint8]:
     """Arranges images (H, W, 3) uint8 in rows of `columns`, with labels below. Returns one (H', W', 3) uint8."""
     if not images or columns < 1:
-        raise ValueError(f"a contact sheet needs pictures and columns >= 1, found {len(images)} and {columns}")
+        raise ValueError(f"a contact sheet needs images and columns >= 1, found {len(images)} and {columns}")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(images)} pictures need as many labels, found {len(labels)}")
+        raise ValueError(f"{len(images)} images need as many labels, found {len(labels)}")
     height = max(i.shape[0] for i in images)
     width = max(i.shape[1] for i in images)
     caption = 16 if labels is not None else 0

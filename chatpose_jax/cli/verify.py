@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if comparison.left_out:
         print(
             f"incomplete: what was compared is equal (largest relative difference {worst:.2e}); not compared: "
-            f"{', '.join(comparison.left_out)} of {args.converted}: no weights were given for that, or the head is none that torch knows here; name "
-            "every source that chatpose convert had (--vision, --projector, --adapter)"
+            f"{', '.join(comparison.left_out)} of {args.converted}: no source has these weights, or torch cannot run this pose head; name "
+            "every source that chatpose convert read (--vision, --projector, --adapter)"
         )
         return INCOMPLETE
     print(

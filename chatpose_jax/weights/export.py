@@ -176,7 +176,7 @@ def _whole(model: StoredModel, format: Format, dtype: DType) -> ExportPlan:
         if format == "llava":
             files["config.json"]["image_aspect_ratio"] = "pad"
         elif format == "chatpose":
-            notes.append("pictures were padded to a square here; ChatPose's own code cuts out the middle")
+            notes.append("images were padded to a square here; ChatPose's own code crops the centre")
     return ExportPlan(weights, files, notes, new_tokens)
 
 

@@ -60,7 +60,7 @@ def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Pa
         settings, origin = dataclasses.replace(settings, fit=fit), f"--image-fit; the rest: {origin}"
     if settings.size != config.vision.image_size:
         raise UserError(
-            f"{origin}: pictures of {settings.size} pixels, the vision tower takes {config.vision.image_size}; the files belong to two models"
+            f"{origin}: images of {settings.size} pixels, but the vision tower takes {config.vision.image_size}; the files belong to two models"
         )
     return Pictures(settings, origin)
 
@@ -105,7 +105,7 @@ def _aspect(source: Source) -> Fit:
     stored, where = source.checkpoint.config(), source.checkpoint.folder / "config.json"
     for key, allowed in (("image_aspect_ratio", (None, "square", "pad")), ("mm_patch_merge_type", (None, "flat"))):
         if stored.get(key) not in allowed:
-            raise UserError(f"{where}: {key}={stored[key]!r}: this model sees a picture once, as one square; {_REMEDY}")
+            raise UserError(f"{where}: {key}={stored[key]!r}: this model takes one square view of an image; {_REMEDY}")
     return "pad" if stored.get("image_aspect_ratio") == "pad" else "crop"
 
 

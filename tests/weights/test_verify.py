@@ -373,7 +373,11 @@ def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> Non
         ("preprocessor_config.json", {"size": {"height": 28, "width": 28}}, "without stretching"),
         ("preprocessor_config.json", {"crop_size": {"height": 28, "width": 14}}, "crop_size=.*the side of a square"),
         ("preprocessor_config.json", {"size": 32}, "resized to 32 pixels and cropped to 28"),
-        ("preprocessor_config.json", {"size": 56, "crop_size": 56}, "pictures of 56 pixels, the vision tower takes 28"),
+        (
+            "preprocessor_config.json",
+            {"size": 56, "crop_size": 56},
+            "images of 56 pixels, but the vision tower takes 28",
+        ),
         ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor=1.0"),
         ("preprocessor_config.json", {"image_std": [1, 0, 1]}, "std.*above 0"),
         ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNextImageProcessor"),
