@@ -305,7 +305,7 @@ def test_top_p_draws_from_the_nucleus_in_proportion() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 510}, "holds 7 tokens .* 510, but the context is 512"),
+        ({"max_new_tokens": 510}, "has 7 tokens .* 510, but the context is 512"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": 2, "force_tail": TAIL}, "at least 3"),
     ],

@@ -603,7 +603,7 @@ def test_a_description_must_stand_beside_the_head(plain: Path, tmp_path: Path) -
         ({"num_joints": 1e999}, "not a description of a pose head"),
         ({"num_joints": 52}, "num_joints is 52, but this head gives 24"),
         ({"name": "../mlp"}, r"its pose head '\.\./mlp' is not part of this program"),
-        ({"options": {"a": {"b": []}}}, r"not a description of a pose head .*unhashable"),
+        ({"options": {"a": {"b": []}}}, r"not a description of a pose head .*model.head.options: expected rows"),
     ):
         (tmp_path / "bare" / "pose_head.json").write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=message):
