@@ -363,7 +363,7 @@ def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
-        ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': this model sees"),
+        ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': this model takes"),
         ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'"),
         ("preprocessor_config.json", {"resample": 2}, "resample=2 is not supported; this model has 3"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False"),
