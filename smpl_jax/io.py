@@ -35,7 +35,15 @@ from jax.typing import DTypeLike
 from smpl_jax.body import BodyModel
 from smpl_jax.errors import BodyFileError
 from smpl_jax.pose import JOINTS, Family
-from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, Record, RestrictedUnpickler, numpy_table, records, sealed
+from smpl_jax.unpickle import (
+    ForbiddenGlobal,
+    PickledArray,
+    PickledObject,
+    RestrictedUnpickler,
+    numpy_table,
+    pickled_objects,
+    sealed,
+)
 
 MAX_BYTES = 2**30
 """Maximum unpacked size of a compressed file; the largest published body (SMPL-X in float64) takes a quarter of it."""
@@ -224,14 +232,14 @@ def _table() -> dict[str, Any]:
     ]
     # The state of a chumpy node contains a set, which does not affect its values.
     sets = ("__builtin__.set", "builtins.set")
-    table = numpy_table() | records([*sparse, *sets, "chumpy.ch.Ch", "chumpy.reordering.Select"])
+    table = numpy_table() | pickled_objects([*sparse, *sets, "chumpy.ch.Ch", "chumpy.reordering.Select"])
     table |= {f"{m}._reconstructor": sealed(_reconstructor) for m in ("copy_reg", "copyreg")}
     table |= {f"{m}.object": "object" for m in ("__builtin__", "builtins")}  # only ever an argument of `_reconstructor`
     return table
 
 
-def _reconstructor(cls: Any, base: Any, state: Any) -> Record:
-    if not (isinstance(cls, type) and issubclass(cls, Record)):
+def _reconstructor(cls: Any, base: Any, state: Any) -> PickledObject:
+    if not (isinstance(cls, type) and issubclass(cls, PickledObject)):
         raise pickle.UnpicklingError("the pickle reconstructs something other than a chumpy or scipy array")
     return cls()
 
@@ -284,7 +292,7 @@ def _plain(value: Any, where: str) -> Any:
                 raise BodyFileError(f"{where} holds an array of {len(value.value)} Python objects where numbers belong")
             return _plain(value.value[0], where)
         return value.value
-    if isinstance(value, Record):
+    if isinstance(value, PickledObject):
         state = value.state
         if not isinstance(state, dict):
             raise BodyFileError(f"{where} holds a {value.name} without its state")

@@ -128,7 +128,7 @@ class sealed:
         raise pickle.UnpicklingError("the pickle tries to change the function that it calls")
 
 
-class Record:
+class PickledObject:
     """Replaces an object of a foreign class: it has the name of the class and the saved state of the object. Neither is imported or run."""
 
     name: str = ""
@@ -141,9 +141,9 @@ class Record:
         self.state = state
 
 
-def records(names: Iterable[str]) -> dict[str, type[Record]]:
-    """Table entries that turn objects of the named classes (``"module.name"``) into :class:`Record`."""
-    return {name: type("Record", (Record,), {"name": name}) for name in names}
+def pickled_objects(names: Iterable[str]) -> dict[str, type[PickledObject]]:
+    """Table entries that turn objects of the named classes (``"module.name"``) into :class:`PickledObject`."""
+    return {name: type("PickledObject", (PickledObject,), {"name": name}) for name in names}
 
 
 class PickledArray:

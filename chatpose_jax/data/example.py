@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -36,11 +36,12 @@ class Example:
 
     kind: validation reports each kind apart. It says nothing of how a row is used: any row may have images, and any may have poses.
     messages: ``{"role": "user" | "assistant", "content": str | [parts]}``, the form of OpenAI's API and transformers. A part is
-        ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | PIL image | (H, W, 3) uint8 array | LazyImage}``. ``<POSE>``
+        ``{"type": "text", "text": str}`` or ``{"type": "image", "image": path | bytes | PIL image | (H, W, 3) uint8 array | LazyImage}``. ``<POSE>``
         stands for a pose in the assistant's text.
     poses: a ``Pose`` of batch shape (P,), one for each ``<POSE>`` in order of appearance; by default none. Any frame and body family:
         batches hold them in the camera frame, with the joints of the pose head and the first ten betas. Joints that ``measured`` leaves
         out, and betas and translations that are not there, count in no loss.
+    extras: what evaluation needs and training does not (``data.record.Record``).
     where: names the row in errors; ``data.sources.NamedRows`` sets it. Without it, errors give the id.
     """
 
@@ -48,6 +49,7 @@ class Example:
     kind: Kind
     messages: list[dict[str, Any]]
     poses: Pose = NO_POSES
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     where: str = dataclasses.field(default="", repr=False, compare=False)
 
     __repr__ = one_line

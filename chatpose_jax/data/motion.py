@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.synthetic import captions, questions, skeleton
+from chatpose_jax.data.synthetic import captions, skeleton
 from chatpose_jax.data.synthetic.dataset import to_camera
 from chatpose_jax.data.synthetic.posecodes import encode
 from chatpose_jax.errors import UserError

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
+from chatpose_jax.data import questions
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.synthetic import preview, questions
+from chatpose_jax.data.synthetic import preview
 from chatpose_jax.data.synthetic.dataset import DEFAULT_TASKS, TASKS, SyntheticDataset, to_camera
 from chatpose_jax.data.synthetic.families import POSTURES, sample_poses
 from chatpose_jax.data.synthetic.report import report

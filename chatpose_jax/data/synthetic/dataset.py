@@ -9,9 +9,10 @@ from typing import Any, overload
 
 import numpy as np
 
+from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import NO_POSES, Example, Kind, LazyImage
-from chatpose_jax.data.synthetic import captions, questions, skeleton
+from chatpose_jax.data.synthetic import captions, edits, skeleton
 from chatpose_jax.data.synthetic.families import (
     COLUMN,
     POSTURES,
@@ -305,16 +306,16 @@ def _edit(row: _Row, tries: int = 8) -> tuple[str, np.ndarray] | None:
     for _ in range(tries):
         angles, arms = row.pose.angles.copy(), row.pose.arms.copy()
         if row.rng.random() < 0.3:
-            words = row.pick(tuple(questions.BODY_EDITS))
-            for column, value in questions.BODY_EDITS[words].items():
+            words = row.pick(tuple(edits.BODY_EDITS))
+            for column, value in edits.BODY_EDITS[words].items():
                 angles[0, COLUMN[column]] = value
         else:
-            name = row.pick(tuple(questions.ARM_EDITS))
+            name = row.pick(tuple(edits.ARM_EDITS))
             side = row.pick(("left", "right", "both"))
             sides = ("left", "right") if side == "both" else (side,)
             if name not in allowed or any(arms[0, ("left", "right").index(s)] == name for s in sides):
                 continue
-            one, both = questions.ARM_EDITS[name]
+            one, both = edits.ARM_EDITS[name]
             words = both if side == "both" else one.format(side=side)
             for s in sides:
                 start = COLUMN[f"{s}_elevation"]
