@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writing of files."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import IO, Any
 
 
 def write_whole(path: str | os.PathLike[str], fill: Callable[[IO[bytes]], Any]) -> Path:
-    """Let `fill` write a neighbour of `path`, then rename it: a reader never sees half a file. Returns the path."""
+    """Writes a file atomically: `fill` writes a temporary file beside it, which then replaces `path`. Returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

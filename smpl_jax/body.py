@@ -1,16 +1,14 @@
 """Body models of the SMPL family as pure functions on a frozen pytree.
 
-SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X differ in their arrays, not in their arithmetic. One code
-path serves all of them:
+SMPL (Loper et al., SIGGRAPH Asia 2015), SMPL-H and SMPL-X have different arrays but the same formula:
 
     vertices = skinning(template + shape directions · betas + pose directions · (R - I),  kinematic tree,  weights)
 
-There are three entry points, because their costs differ by up to a hundred times: :func:`joints` never touches the mesh,
-:func:`vertices` of ``body.subset(ids)`` computes the chosen vertices only, and :func:`vertices` and :func:`forward`
-compute the whole mesh.
+:func:`joints` does not compute the mesh and is up to a hundred times faster than :func:`vertices` and :func:`forward`,
+which do. :func:`vertices` of ``body.subset(ids)`` computes only the chosen vertices.
 
-Frames: the body at rest is in the file's own frame (SMPL's: y up, facing +z, metres, pelvis off the origin). Joint 0's
-rotation turns it about the pelvis into the caller's frame; ``translation`` is added last.
+Frames: the body at rest is in the frame of its file (SMPL's: y up, facing +z, metres, the pelvis not at the origin). The
+rotation of joint 0 rotates it about the pelvis into the caller's frame; ``translation`` is added last.
 """
 
 import dataclasses
@@ -82,12 +80,12 @@ class BodyModel:
         return _levels(self.parents)
 
     def vertex_id(self, name: str) -> int:
-        """Index of a named vertex. A ``ValueError`` for an unknown name lists the known ones, and says how to add one."""
+        """Index of a named vertex. Raises a ValueError that lists the known names if there is none."""
         ids = dict(self.vertex_ids)
         if name not in ids:
             raise ValueError(
-                f"body {self.name!r} has no vertex named {name!r}: its file names {', '.join(sorted(ids)) or 'none'}. "
-                f"body.with_keypoints(vertex_ids={{{name!r}: its number}}) adds names that hold for this file's mesh"
+                f"body {self.name!r} has no vertex named {name!r}; its named vertices are {', '.join(sorted(ids)) or 'none'}. "
+                f"To name one: body.with_keypoints(vertex_ids={{{name!r}: number}})"
             )
         return ids[name]
 
@@ -146,7 +144,8 @@ class BodyModel:
         num_betas = available if num_betas is None else num_betas
         if not 0 <= num_betas <= available:
             raise ValueError(
-                f"num_betas={num_betas}, but the body file holds {available} shape directions; None takes all of them"
+                f"num_betas must be in [0, {available}], the number of shape directions of the body file, or None for all; "
+                f"found {num_betas}"
             )
         expression = arrays["expressiondirs"][..., :num_expression]
         template = np.asarray(arrays["v_template"], np.float64)
@@ -287,7 +286,7 @@ def forward(
 
 
 def pelvis(body: BodyModel, betas: ArrayLike | None = None) -> jax.Array:
-    """Joint 0 of the body at rest, (..., 3) metres: the point about which the root's rotation turns the body.
+    """Joint 0 of the body at rest, (..., 3) metres. The rotation of the root rotates the body about this point.
 
     betas: (..., n) shape coefficients, n <= ``body.num_betas``.
     """
@@ -297,13 +296,13 @@ def pelvis(body: BodyModel, betas: ArrayLike | None = None) -> jax.Array:
 
 
 def regress(body: BodyModel, vertices: ArrayLike, name: str) -> jax.Array:
-    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``. A ``ValueError`` for an unknown name
-    lists the known ones.
+    """Keypoints (..., K, 3) from vertices (..., V, 3) by one of ``body.regressors``. Raises a ValueError that lists
+    the known names if there is none.
     """
     if name not in body.regressors:
         raise ValueError(
-            f"body {body.name!r} has no regressor {name!r}: its file holds {', '.join(body.regressors) or 'none'}. "
-            f"body.with_keypoints(regressors={{{name!r}: weights (K, {body.num_vertices})}}) adds one"
+            f"body {body.name!r} has no regressor {name!r}; its regressors are {', '.join(body.regressors) or 'none'}. "
+            f"To add one: body.with_keypoints(regressors={{{name!r}: weights (K, {body.num_vertices})}})"
         )
     return jnp.einsum("kv,...vc->...kc", body.regressors[name], jnp.asarray(vertices), precision=_HIGHEST)
 
@@ -406,9 +405,9 @@ def _inputs(
     """Checks, broadcasts and flattens the arguments; returns them with their batch shape."""
     rotations = jnp.asarray(rotations, body.dtype)
     if rotations.shape[-3:] != (body.num_joints, 3, 3):
-        hint = "; smpl_jax.for_body makes them from a pose of another family" if rotations.shape[-2:] == (3, 3) else ""
+        hint = "; smpl_jax.for_body converts a pose of another family" if rotations.shape[-2:] == (3, 3) else ""
         if rotations.shape[-2:] == (body.num_joints, 3) or rotations.shape[-1:] == (3 * body.num_joints,):
-            hint = f"; smpl_jax.axis_angle_to_matrix makes them from axis-angle (..., {body.num_joints}, 3)"
+            hint = f"; smpl_jax.axis_angle_to_matrix converts axis-angle (..., {body.num_joints}, 3)"
         raise ValueError(
             f"rotations of body {body.name!r} must have shape (..., {body.num_joints}, 3, 3); "
             f"got {rotations.shape}{hint}"
@@ -445,7 +444,5 @@ def _coefficients(body: BodyModel, what: str, given: ArrayLike | None, count: in
     """Coefficients padded with zeros to (..., count)."""
     values = jnp.zeros(count, body.dtype) if given is None else jnp.asarray(given, body.dtype)
     if values.ndim == 0 or values.shape[-1] > count:
-        raise ValueError(
-            f"{what} must have shape (..., n) with n <= {count}, as body {body.name!r} was loaded; got {values.shape}"
-        )
+        raise ValueError(f"{what} of body {body.name!r} must have shape (..., n) with n <= {count}; got {values.shape}")
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, count - values.shape[-1])])

@@ -204,7 +204,7 @@ def _add_mesh(
     further: dict[str, tuple[NDArray[Any], int]],
 ) -> None:
     if not len(faces):
-        raise ValueError(f"glTF holds no mesh without faces; found {len(points)} vertices and 0 faces")
+        raise ValueError(f"a glTF mesh needs faces; found {len(points)} vertices and 0 faces")
     attributes = {
         "POSITION": glb.accessor(points, _FLOAT, target=_VERTEX_DATA, bounds=True),
         "NORMAL": glb.accessor(vertex_normals(points, faces), _FLOAT, target=_VERTEX_DATA),
@@ -239,7 +239,8 @@ def _influences(weights: NDArray[np.float64]) -> dict[str, tuple[NDArray[Any], i
     total = weights.sum(1, keepdims=True)
     if not ((weights >= 0).all() and (np.abs(total - 1) < 1e-3).all()):
         raise ValueError(
-            "glTF skins by shares: each vertex's weights must be at least 0 and sum to 1, and these do not"
+            "skinning weights must be non-negative and sum to 1 at each vertex; "
+            f"found weights from {weights.min():.3g} and sums from {total.min():.3g} to {total.max():.3g}"
         )
     count = int((weights > 0).sum(1).max())
     sets = -(-count // 4)

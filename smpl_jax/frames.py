@@ -1,7 +1,7 @@
 """Coordinate frames of poses and meshes.
 
-A body file rests in the model frame, so a pose whose root is the identity is in that frame. Other programs turn the root
-into frames of their own. All frames are right-handed, in metres; none is a mirror image of another.
+Body files define the rest pose in the model frame: with an identity root rotation, a body is upright in it. Other programs
+use other frames for the root. All frames are right-handed and in metres.
 """
 
 import re
@@ -26,11 +26,11 @@ _TO_MODEL: dict[str, NDArray[np.float64]] = {
 
 
 def parse_frame(words: str) -> Frame:
-    """The frame that a file's text starts with: "camera", "model" or "y-up", "z-up", whatever follows. ValueError for another."""
+    """The frame named by the first word of a text: "camera", "model" or "y-up", or "z-up". Raises ValueError for another word."""
     first = re.match(r"[\w-]*", words.lower())
     frame = _WORDS.get(first[0]) if first else None
     if frame is None:
-        raise ValueError(f"frame is {words!r:.100}; expected {', '.join(_WORDS)}, then more words")
+        raise ValueError(f"frame must start with one of {', '.join(_WORDS)}; found {words!r:.100}")
     return frame
 
 

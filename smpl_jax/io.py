@@ -123,8 +123,8 @@ def load_body_arrays(path: str | os.PathLike[str] | None = None) -> dict[str, np
         ``hands_mean{l,r} (45,)``.
 
     Raises:
-        BodyFileError: the file is missing or cut off, its arrays do not fit together, it asks for absurd sizes, or it
-            is a pickle that names something that would have to be run. Nothing of it has been run.
+        BodyFileError: the file is missing or cut off, its arrays are inconsistent or too large, or it is a pickle that
+            would run code. The code was not run.
     """
     if path is None:
         resource = importlib.resources.files("smpl_jax") / "default_body" / "body.npz"
@@ -156,20 +156,20 @@ def _read(file: IO[bytes], where: str) -> dict[str, np.ndarray]:
         raise
     except ForbiddenGlobal as error:
         raise BodyFileError(
-            f"{where} tries to load and run {error.name}, which no body file needs; nothing was run. "
-            "Get the file from its official source again"
+            f"{where} tries to run {error.name}, which no official body file does. Nothing was run. "
+            "Download the file again from its official source"
         ) from None
     except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise BodyFileError(
-            f"{where} is cut off or is no body file ({error}); expected a .npz or .pkl in SMPL's format"
+            f"{where} is cut off or not a body file ({error}); expected a .npz or .pkl file in SMPL's format"
         ) from None
     except MemoryError:
         raise BodyFileError(
-            f"{where} asks for more memory than there is; expected a .npz or .pkl in SMPL's format"
+            f"{where} needs more memory than is available; expected a .npz or .pkl file in SMPL's format"
         ) from None
     except Exception as error:  # a malformed pickle can fail in any of the opcodes' Python operations
         raise BodyFileError(
-            f"{where} is malformed ({type(error).__name__}: {error}); expected a .npz or .pkl in SMPL's format"
+            f"{where} is malformed ({type(error).__name__}: {error}); expected a .npz or .pkl file in SMPL's format"
         ) from error
 
 
@@ -187,7 +187,7 @@ def _wanted(name: str) -> bool:
 def _read_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
     content = RestrictedUnpickler(file, _table()).load()
     if not isinstance(content, dict):
-        raise BodyFileError(f"{where} holds a {type(content).__name__}; a body file holds a dictionary of arrays")
+        raise BodyFileError(f"{where}: expected a dictionary of arrays, found {type(content).__name__}")
     return {
         k: _plain(v, where)
         for key, v in content.items()
@@ -201,7 +201,7 @@ def _read_npz(file: IO[bytes], where: str) -> dict[str, Any]:
         wanted = {name: i for i in archive.infolist() if _wanted(name := i.filename.removesuffix(".npy"))}
         total = sum(info.file_size for info in wanted.values())
         if total > MAX_BYTES:
-            raise BodyFileError(f"{where} would unpack to {total:,} bytes; no body needs more than {MAX_BYTES:,}")
+            raise BodyFileError(f"{where} would unpack to {total:,} bytes; the limit is {MAX_BYTES:,}")
         for name, info in wanted.items():
             with archive.open(info) as member:
                 members[name] = _read_npy(member, info.file_size, f"{name!r} in {where}")
@@ -220,7 +220,7 @@ def _read_npy(file: IO[bytes], size: int, where: str) -> Any:
     promised = math.prod(shape) * dtype.itemsize
     if any(n < 0 for n in shape) or file.tell() + promised != size:
         raise BodyFileError(
-            f"{where} promises {promised:,} bytes ({dtype} of shape {shape}) and holds {size - file.tell():,}"
+            f"{where}: expected {promised:,} bytes ({dtype} of shape {shape}), found {size - file.tell():,}"
         )
     return np.frombuffer(file.read(promised), dtype).reshape(shape, order="F" if fortran else "C")
 
@@ -262,7 +262,9 @@ class _Sparse:
         else:
             minor, indptr = vector("indices"), vector("indptr")
             if indptr[0] != 0 or indptr[-1] != len(minor) or (np.diff(indptr) < 0).any():
-                raise BodyFileError(f"{where}: the sparse matrix's indptr does not fit its {len(minor)} indices")
+                raise BodyFileError(
+                    f"{where}: the sparse matrix has {len(minor)} indices, and its indptr does not fit them"
+                )
             major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
             row, col = (major, minor) if kind == "csr" else (minor, major)
         self.row, self.col = row, col
@@ -289,13 +291,13 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, PickledArray):
         if isinstance(value.value, list):  # an object array: a body file has only single wrapped values
             if len(value.value) != 1:
-                raise BodyFileError(f"{where} holds an array of {len(value.value)} Python objects where numbers belong")
+                raise BodyFileError(f"{where}: expected numbers, found an array of {len(value.value)} Python objects")
             return _plain(value.value[0], where)
         return value.value
     if isinstance(value, PickledObject):
         state = value.state
         if not isinstance(state, dict):
-            raise BodyFileError(f"{where} holds a {value.name} without its state")
+            raise BodyFileError(f"{where}: the pickled {value.name} has no state")
         module, _, name = value.name.rpartition(".")
         if module.startswith("scipy"):
             return _Sparse(name[:3], state, where)
@@ -323,7 +325,7 @@ def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
         raw[name] = _Sparse("csr", triple | {"shape": (len(triple["indptr"]) - 1, vertices)}, where)
     missing = [name for name in _REQUIRED if name not in raw]
     if missing:
-        raise BodyFileError(f"{where} is no body file: it lacks {', '.join(missing)}")
+        raise BodyFileError(f"{where} is not a body file: it lacks {', '.join(missing)}")
 
     parents = _parents(raw["kintree_table"], where)
     num_joints, num_vertices = len(parents), len(raw["v_template"])
@@ -353,7 +355,7 @@ def _canonical(raw: dict[str, Any], where: str) -> dict[str, np.ndarray]:
     out["model_name"] = np.asarray(raw.get("model_name", name)).astype(str)
     out["joint_names"] = np.asarray(raw.get("joint_names", joint_names)).astype(str)
     if out["model_name"].shape != () or out["joint_names"].shape != (num_joints,):
-        raise BodyFileError(f"{where}: model_name must be one text and joint_names {num_joints} of them")
+        raise BodyFileError(f"{where}: model_name must be a string, and joint_names must be {num_joints} strings")
     if "vertex_ids" in raw or "vertex_id_names" in raw:
         out["vertex_id_names"] = np.asarray(raw.get("vertex_id_names", [])).astype(str)
         out["vertex_ids"] = _indices(
@@ -391,7 +393,7 @@ def _posedirs(array: Any, shape: tuple[int, ...]) -> Any:
 def _landmarks(raw: Mapping[str, Any], faces: np.ndarray, num_vertices: int, where: str) -> np.ndarray:
     """Points on triangles, given by (L,) faces and (L, 3) weights of their corners, as a regressor (L, V)."""
     if missing := [name for name in _LANDMARKS if name not in raw]:
-        raise BodyFileError(f"{where} has landmarks without {missing[0]}")
+        raise BodyFileError(f"{where}: landmarks need {' and '.join(_LANDMARKS)}; {missing[0]} is missing")
     triangles = faces[_indices(raw["lmk_faces_idx"], "lmk_faces_idx", (-1,), len(faces), where)]
     weights = _numbers(raw, "lmk_bary_coords", triangles.shape, where)
     if len(triangles) * num_vertices * weights.itemsize > MAX_BYTES:
@@ -418,14 +420,14 @@ def _numbers(raw: Mapping[str, Any], name: str, shape: tuple[int, ...], where: s
     if isinstance(value, _Sparse):
         value = value.dense(actual, f"{where}: {name}")
     if value.dtype.kind not in "iuf":
-        raise BodyFileError(f"{where}: {name} must hold numbers; got {value.dtype}")
+        raise BodyFileError(f"{where}: {name} must contain numbers; got {value.dtype}")
     scale = raw.get(f"{name}_scale")
     if scale is not None:
         value = value.astype(np.float32) * np.broadcast_to(np.asarray(scale, np.float32), value.shape)
     elif value.dtype.kind in "iu":
-        raise BodyFileError(f"{where}: {name} holds integers; they need {name}_scale beside them")
+        raise BodyFileError(f"{where}: {name} contains integers, which need a {name}_scale")
     if not np.isfinite(value).all():
-        raise BodyFileError(f"{where}: {name} holds values that are not finite")
+        raise BodyFileError(f"{where}: {name} must be finite numbers; found NaN or infinity")
     return value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
 
 
@@ -438,7 +440,7 @@ def _indices(array: Any, name: str, shape: tuple[int, ...], limit: int, where: s
     ):
         expected = ", ".join("any" if n < 0 else str(n) for n in shape)
         raise BodyFileError(
-            f"{where}: {name} must hold integers of shape ({expected}); got {array.dtype} of shape {array.shape}"
+            f"{where}: {name} must contain integers of shape ({expected}); got {array.dtype} of shape {array.shape}"
         )
     if array.size and (int(array.min()) < 0 or int(array.max()) >= limit):
         raise BodyFileError(f"{where}: {name} must lie in [0, {limit}); got {array.min()} to {array.max()}")
@@ -465,7 +467,7 @@ def save_body_npz(
     raw = {name: np.asarray(value) for name, value in arrays.items() if name != "parents"}
     parents = np.asarray(arrays["parents"])
     raw["kintree_table"] = np.stack([parents, np.arange(len(parents))]).astype(np.int32)
-    _canonical(dict(raw), f"what is to be written to {os.fspath(path)}")
+    _canonical(dict(raw), f"the arrays for {os.fspath(path)}")
     members: dict[str, np.ndarray] = {}
     for name in sorted(raw):
         value = raw[name]

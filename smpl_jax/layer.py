@@ -61,9 +61,8 @@ class LayerOutput(NamedTuple):
 
     vertices: jax.Array | None  # (B, V, 3) metres; None with return_verts=False
     joints: jax.Array  # (B, len(joint_names), 3) metres
-    full_pose: (
-        jax.Array | None
-    )  # (B, 3 J) axis-angle or (B, J, 3, 3), hands as 15 joints each; None unless return_full_pose
+    # (B, 3 J) axis-angle or (B, J, 3, 3), hands as 15 joints each; None unless return_full_pose
+    full_pose: jax.Array | None
 
     def __repr__(self) -> str:
         shapes = (f"{name} {np.shape(value)}" for name, value in self._asdict().items() if value is not None)
@@ -142,7 +141,7 @@ class Layer:
         kind, parts = _PARTS[self.body.num_joints]
         foreign = [name for name, value in given.items() if value is not None and name not in dict(parts)]
         if foreign:
-            raise ValueError(f"a body of {kind}'s {self.body.num_joints} joints has no {', '.join(foreign)}")
+            raise ValueError(f"a body of type {kind} ({self.body.num_joints} joints) has no {', '.join(foreign)}")
         poses = [self._part(name, count, given[name], pose2rot) for name, count in parts]
         try:
             batch = np.broadcast_shapes((self.batch_size,), *(pose.shape[:-3] for pose in poses))
@@ -242,7 +241,7 @@ def create(
     arrays = load_body_arrays(path)
     body = BodyModel.from_arrays(arrays, num_betas=num_betas, num_expression=num_expression_coeffs, dtype=dtype)
     if body.num_joints not in _PARTS:
-        raise ValueError(f"{path} has {body.num_joints} joints; create takes {', '.join(map(str, _PARTS))}")
+        raise ValueError(f"{path}: expected a body of {', '.join(map(str, _PARTS))} joints, found {body.num_joints}")
     kind = _PARTS[body.num_joints][0]
     if model_type is not None and model_type.lower() != kind:
         raise ValueError(
@@ -259,7 +258,7 @@ def create(
     if vertex_ids is not None:
         body = body.with_keypoints(vertex_ids={_VERTEX_JOINTS.get(name, name): i for name, i in vertex_ids.items()})
         if missing := [name for name, ours in _VERTEX_JOINTS.items() if ours not in dict(body.vertex_ids)]:
-            raise ValueError(f"vertex_ids lacks {', '.join(missing)}: smplx's order needs all {len(_VERTEX_JOINTS)}")
+            raise ValueError(f"vertex_ids must name all {len(_VERTEX_JOINTS)} vertices; it lacks {', '.join(missing)}")
     names, weights = _appended(body)
     support = np.flatnonzero(weights.any(axis=0))
     return Layer(
@@ -299,16 +298,14 @@ def _find(path: str | os.PathLike[str] | None, model_type: str | None, gender: s
     tried = [place / name for place in (folder / kind, folder) for name in names]
     found = next((file for file in tried if file.is_file()), None)
     if found is None:
-        raise BodyFileError(f"{folder} holds no {gender} {kind} body; looked for {', '.join(map(str, tried))}")
+        raise BodyFileError(f"{folder}: found no {gender} {kind} body; expected one of {', '.join(map(str, tried))}")
     return found
 
 
 def _hands(arrays: Mapping[str, np.ndarray], name: str, path: Path | None) -> np.ndarray:
     """(2, ...), left and right hand."""
     if missing := [side for side in (f"{name}l", f"{name}r") if side not in arrays]:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: use_pca=False and flat_hand_mean=True take finger rotations as they are"
-        )
+        raise ValueError(f"{path} lacks {', '.join(missing)}; use_pca=False and flat_hand_mean=True do not need them")
     return np.stack([arrays[f"{name}l"], arrays[f"{name}r"]])
 
 

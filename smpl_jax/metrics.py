@@ -1,7 +1,6 @@
-"""Errors between predicted and true poses, one number for each sample (average over samples yourself, or with
-``jnp.mean``).
+"""Errors between predicted and true poses, one number per sample.
 
-Joint positions are in metres and their errors in millimetres, as papers print them; rotations are matrices.
+Joint positions are in metres, their errors in millimetres, as in papers; rotations are matrices.
 """
 
 from typing import NamedTuple
@@ -131,17 +130,17 @@ def geodesic_degrees(predicted: ArrayLike, target: ArrayLike) -> jax.Array:
 
 
 def pose_metrics(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, jax.Array]:
-    """Errors of poses in one frame, both in the body's average shape: over what ``target`` and ``predicted`` measured.
+    """Errors of poses in one frame, over the joints that both measured. Joint positions are those of the body's average shape.
 
-    A position counts where all rotations above it were measured (``pose.placed``); for ``pa_mpjpe`` the root's does not matter.
+    A position counts if all its ancestors in the tree were measured (``pose.placed``); for ``pa_mpjpe`` the root need not be.
 
     Args:
         predicted, target: of any body families, (...).
         body: gives the positions, those of its first 24 joints.
 
     Returns:
-        Each (...), NaN where nothing counts: ``mpjpe`` and ``pa_mpjpe`` in mm; ``mpjre``, and ``geodesic_degrees``, the mean angle, over
-        the joints of the body without the root (23 of SMPL's, 21 that families share).
+        Each (...), NaN where no joint counts: ``mpjpe`` and ``pa_mpjpe`` in mm; ``mpjre`` and ``geodesic_degrees`` (the mean angle) over
+        the joints without the root (23 of SMPL, or the 21 that all families share).
     """
     if predicted.frame != target.frame:
         raise ValueError(f"expected poses in one frame, found {predicted.frame!r} and {target.frame!r}")
@@ -150,7 +149,7 @@ def pose_metrics(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, ja
     shown = [to_family(pose.replace(measured=counts), family_of(body.num_joints)) for pose in (predicted, target)]
     a, b = (joints(body, pose.rotations)[..., :24, :] for pose in shown)
     measured = shown[0].measured
-    # PA-MPJPE takes any root, but where nothing else was measured there is nothing to tell.
+    # PA-MPJPE does not depend on the root; it is undefined if no other joint was measured.
     turned = measured.at[..., 0].set(measured[..., 1:].any(-1))
     last = target.num_joints if target.family == "smpl" else SHARED
     angles = geodesic_degrees(predicted.rotations[..., 1:last, :, :], target.rotations[..., 1:last, :, :])
@@ -163,7 +162,7 @@ def pose_metrics(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, ja
 
 
 def _positions(measured: jax.Array, body: BodyModel) -> jax.Array:
-    """The joints (of the first 24) whose positions count; none if only the root would, because all positions are relative to it."""
+    """The joints (of the first 24) whose positions count. None counts if only the root was placed, because positions are relative to it."""
     found = placed(measured, body.parents)[..., :24]
     return found & found[..., 1:].any(-1, keepdims=True)
 

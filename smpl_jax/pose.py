@@ -116,7 +116,7 @@ def family_of(num_joints: int) -> Family:
         if count == num_joints:
             return name
     known = ", ".join(f"{count} ({name})" for name, count in JOINTS.items())
-    raise ValueError(f"a pose has {known} joints; found {num_joints}")
+    raise ValueError(f"expected a number of joints of {known}; found {num_joints}")
 
 
 def check(pose: Pose) -> Pose:
@@ -129,7 +129,9 @@ def check(pose: Pose) -> Pose:
     check_shapes(pose)
     for *at, joint in no_rotations(pose.rotations):
         where = f" of pose {', '.join(map(str, at))}" if at else ""
-        raise ValueError(f"rotations must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); joint {joint}{where} is none")
+        raise ValueError(
+            f"rotations must be rotation matrices (R Rᵀ = 1 within 1e-3, det R = 1); joint {joint}{where} is not one"
+        )
     return pose
 
 
@@ -141,7 +143,7 @@ def no_rotations(matrices: Any) -> list[list[int]]:
 
 
 def check_shapes(pose: Pose) -> Pose:
-    """``check`` without the test that matrices are rotations, because the predictions of a network are less exact than data."""
+    """``check`` without the test that matrices are rotations. For predictions of a network, which are less exact than data."""
     if not isinstance(pose, Pose):
         raise ValueError(f'expected a smpl_jax.Pose, found {type(pose).__name__}; Pose(rotations, "camera") makes one')
     turn(pose.frame)
@@ -160,7 +162,7 @@ def check_shapes(pose: Pose) -> Pose:
             _shaped(name, getattr(pose, name), shape, kind)
     for name in ("betas", "translation"):
         if getattr(pose, f"has_{name}") is not None and getattr(pose, name) is None:
-            raise ValueError(f"has_{name} is there, but {name} is None")
+            raise ValueError(f"has_{name} is given, but {name} is None")
     return pose
 
 
@@ -174,7 +176,9 @@ def _shaped(name: str, value: Any, shape: tuple[Any, ...], kind: Any) -> np.ndar
         expected = ", ".join("..." if n is ... else str(n) for n in shape)
         raise ValueError(f"{name} must have shape ({expected}), found {array.dtype} {array.shape}")
     if not jnp.issubdtype(array.dtype, kind):
-        raise ValueError(f"{name} must be {'True or False' if kind is np.bool_ else 'numbers'}, found {array.dtype}")
+        raise ValueError(
+            f"{name} must be {'bool' if kind is np.bool_ else 'floating-point numbers'}, found {array.dtype}"
+        )
     if kind is not np.bool_ and not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite numbers, found NaN or infinities")
     return array
@@ -198,8 +202,8 @@ def to_frame(pose: Pose, frame: Frame, body: BodyModel | None = None) -> Pose:
         return pose
     if pose.translation is not None and body is None:
         raise ValueError(
-            f"a translation turns about the pelvis of a body: to_frame(pose, {frame!r}, body), "
-            "or pose.replace(translation=None, has_translation=None)"
+            f"a translation changes its frame about the pelvis, so the body is needed: to_frame(pose, {frame!r}, body); "
+            "or drop the translation: pose.replace(translation=None, has_translation=None)"
         )
     xp = _numpy(pose)
     turned = xp.asarray(matrix, pose.rotations.dtype)
@@ -294,8 +298,8 @@ def _fit(pose: Pose, body: BodyModel) -> Pose:
         return pose
     if body.num_joints not in JOINTS.values():
         raise ValueError(
-            f"body {body.name!r} has {body.num_joints} joints, which is no family's, "
-            f"and the pose has {pose.num_joints}; expected as many"
+            f"body {body.name!r} belongs to no family, so poses are not converted for it; "
+            f"expected a pose of {body.num_joints} joints, found {pose.num_joints}"
         )
     return to_family(pose, family_of(body.num_joints))
 
@@ -307,8 +311,8 @@ def _betas_of(pose: Pose, body: BodyModel) -> Any:
     count = pose.betas.shape[-1]
     if count > body.num_betas:
         raise ValueError(
-            f"the pose has {count} betas, body {body.name!r} was loaded with {body.num_betas}: load_body(path, "
-            f"num_betas={count}) takes all, to_betas(pose, {body.num_betas}) cuts them"
+            f"the pose has {count} betas, body {body.name!r} was loaded with {body.num_betas}: load more with "
+            f"load_body(path, num_betas={count}), or truncate with to_betas(pose, {body.num_betas})"
         )
     if pose.num_joints != body.num_joints:
         ours, theirs = (_SHAPE_SPACES.get(family_of(n)) for n in (pose.num_joints, body.num_joints))
@@ -326,7 +330,7 @@ def known(pose: Pose) -> Any:
 
 
 def placed(measured: Any, parents: Sequence[int]) -> Any:
-    """The joints with a known position relative to the root: all joints above them in the tree were measured.
+    """The joints whose position relative to the root is known, because all their ancestors in the tree were measured.
 
     Args:
         measured: (..., J) bool.
@@ -360,7 +364,7 @@ def complete(pose: Pose, num_betas: int = 10) -> Pose:
     width = 0 if pose.betas is None else pose.betas.shape[-1]
     if width > num_betas:
         raise ValueError(
-            f"the pose has {width} betas, {num_betas} were asked for; to_betas(pose, {num_betas}) cuts them"
+            f"expected at most {num_betas} betas, found {width}; to_betas(pose, {num_betas}) truncates them"
         )
     return _fill(pose, set(_FIELDS), num_betas)
 

@@ -70,13 +70,13 @@ def write_poses(
         raise ValueError(f"layout must be one of {', '.join(map(repr, get_args(FileKind)))}; found {layout!r}")
     suffix = ".npy" if layout == "axis-angle" else ".npz"
     if Path(path).suffix.lower() != suffix:
-        raise ValueError(f"{path}: the layout {layout!r} is written to {suffix} files")
+        raise ValueError(f"{path}: a file of layout {layout!r} must end in {suffix}")
     given = {"gender": gender, "rate": rate, "joints": joints, "joint_names": joint_names, "body": body}
     taken = {"smpl_jax": ("joints", "joint_names", "body"), "amass": ("gender", "rate"), "axis-angle": ()}[layout]
     if foreign := [name for name, value in given.items() if value is not None and name not in taken]:
-        raise ValueError(f"a file of layout {layout!r} holds no {', '.join(foreign)}")
+        raise ValueError(f"the layout {layout!r} cannot store {', '.join(foreign)}")
     if 0 in pose.shape:
-        raise ValueError(f"{path}: no pose to write, found the batch shape {pose.shape}")
+        raise ValueError(f"{path}: expected at least one pose, found the batch shape {pose.shape}")
     pose = jax.tree.map(np.asarray, pose)
     if layout == "axis-angle":
         return _write_axis_angle(path, pose)
@@ -108,26 +108,26 @@ def _ours(pose: Pose, given: dict[str, Any]) -> dict[str, np.ndarray]:
 def _amass(pose: Pose, gender: str | None, rate: float | None) -> dict[str, Any]:
     if pose.num_joints not in (JOINTS["smplh"], JOINTS["smplx"]):
         raise ValueError(
-            f"AMASS holds poses of SMPL-H or SMPL-X, found {pose.num_joints} joints ({pose.family}); "
-            "to_family(pose, 'smplh') fills in fingers at rest"
+            f"AMASS stores poses of SMPL-H (52 joints) or SMPL-X (55), found {pose.num_joints} joints ({pose.family}); "
+            "to_family(pose, 'smplh') adds straight fingers"
         )
     if pose.frame != "z-up":
-        raise ValueError(f"AMASS has the frame 'z-up', found {pose.frame!r}; to_frame(pose, 'z-up', body) turns it")
+        raise ValueError(f"AMASS uses the frame 'z-up', found {pose.frame!r}; to_frame(pose, 'z-up', body) changes it")
     if len(pose.shape) != 1 or not pose.shape[0]:
         raise ValueError(
-            f"AMASS holds a sequence of poses, batch shape (T,), found {pose.shape}; pose[None] makes one of one"
+            f"AMASS stores a sequence of batch shape (T,), found {pose.shape}; pose[None] is a sequence of one pose"
         )
     if gender not in _GENDERS:
-        raise ValueError(f"AMASS needs gender, one of {', '.join(_GENDERS)}; found {gender!r}")
+        raise ValueError(f"the layout 'amass' needs gender, one of {', '.join(_GENDERS)}; found {gender!r}")
     number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
     if not number or not 0 < float(rate or 0) < math.inf:
-        raise ValueError(f"AMASS needs rate, a positive number of poses a second; found {rate!r}")
+        raise ValueError(f"the layout 'amass' needs rate, a positive number of poses per second; found {rate!r}")
     size, poses = pose.shape[0], _axis_angle(pose).reshape(*pose.shape, -1).astype(np.float64)
     trans = np.zeros((size, 3)) if pose.translation is None else pose.translation.astype(np.float64)
     betas, extra = np.zeros(_AMASS_BETAS), {}
     if pose.betas is not None:
         if (pose.betas != pose.betas[:1]).any() or (pose.has_betas is not None and not pose.has_betas.all()):
-            raise ValueError("AMASS has one shape for all poses of a file; the betas of these differ")
+            raise ValueError("AMASS stores the same betas for all poses of a file; found different betas")
         betas = to_betas(pose, max(_AMASS_BETAS, pose.betas.shape[-1])).betas[0].astype(np.float64)
     else:
         extra["has_betas"] = np.array(False)
@@ -149,10 +149,12 @@ def _amass(pose: Pose, gender: str | None, rate: float | None) -> dict[str, Any]
 
 
 def _write_axis_angle(path: str | os.PathLike[str], pose: Pose) -> Path:
-    if lost := [name for name in ("betas", "translation", "measured") if getattr(pose, name) is not None]:
+    optional = ("betas", "has_betas", "translation", "has_translation", "measured")
+    if lost := [name for name in optional if getattr(pose, name) is not None]:
         none = ", ".join(f"{name}=None" for name in lost)
         raise ValueError(
-            f"an axis-angle file holds rotations alone, and would lose {', '.join(lost)}; pose.replace({none}, …)"
+            f"the layout 'axis-angle' stores only rotations and would lose {', '.join(lost)}; "
+            f"drop them with pose.replace({none})"
         )
     array = _axis_angle(pose).reshape(*pose.shape, -1)
     return write_whole(path, lambda file: np.save(file, array, allow_pickle=False))

@@ -51,7 +51,7 @@ class PosedBody:
         if pose.shape:
             raise ValueError(f"a PosedBody shows one pose, found a batch of shape {pose.shape}; index it: pose[0]")
         pose = jax.tree.map(np.asarray, pose)
-        for name in ("betas", "translation"):  # from a batch, in which this pose has none
+        for name in ("betas", "translation"):  # a pose of a batch may lack a field that others have
             if (has := getattr(pose, f"has_{name}")) is not None:
                 pose = pose.replace(**{name: getattr(pose, name) if has else None, f"has_{name}": None})
         object.__setattr__(self, "pose", pose)
@@ -72,11 +72,6 @@ class PosedBody:
         """(J, 6) float32: the first two columns of each matrix, one after the other."""
         return np.asarray(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
 
-    @property
-    def body_rotations(self) -> np.ndarray:
-        """(K, 3, 3), the pose in the body's family; K is the body's number of joints."""
-        return np.asarray(for_body(self.pose, self.body)["rotations"])
-
     @functools.cached_property
     def joints(self) -> np.ndarray:
         """(K, 3) float32, metres in ``pose.frame``, in the order of the body's ``joint_names``."""
@@ -93,7 +88,7 @@ class PosedBody:
         views: some of "front" (what the camera sees), "three_quarter", "side", "back" and "other_side".
 
         Raises:
-            ValueError: another size or view.
+            ValueError: the size or a view is invalid.
         """
         from smpl_jax.render import render_body
 
@@ -106,13 +101,13 @@ class PosedBody:
         )
 
     def save(self, path: str | os.PathLike[str], *, skinned: bool = True) -> Path:
-        """Write ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (axis-angle, matrices, 6D, joints, the frame named) or ``.png``.
+        """Writes ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (``write_poses``, with the joints) or ``.png``.
 
-        skinned: a ``.glb`` holds the resting body and the skeleton that poses it, which programs that do not skin show in a T-pose. False
-            writes the posed mesh alone, as every viewer shows it.
+        skinned: True writes the rest mesh and the posed skeleton to a ``.glb``; programs without skinning show the rest pose. False writes
+            the posed mesh only, which every viewer shows in its pose.
 
         Raises:
-            ValueError: a path without one of these endings; for ``.npz``, matrices that are no rotations.
+            ValueError: the path has another suffix; or, for ``.npz``, the matrices are not rotations.
         """
         from smpl_jax import export, render
 
@@ -125,7 +120,7 @@ class PosedBody:
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             raise ValueError(
-                f"{path}: a pose is saved as .glb, .obj, .npz or .png, not {path.suffix or 'without a suffix'!r}"
+                f"{path}: expected a path that ends in {', '.join(SUFFIXES)}; found {path.suffix or 'no suffix'}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         frame, faces = self.pose.frame, np.asarray(self.body.faces)
@@ -143,8 +138,8 @@ class PosedBody:
         return path
 
     def to_json(self) -> dict[str, Any]:
-        """The frame, the body's name, axis-angle (J, 3), the body's joints (K, 3), and betas and translation where the pose has them; numbers
-        are lists of float32's shortest decimals."""
+        """The frame, the body's name, axis-angle (J, 3), the body's joints (K, 3), and betas and translation if the pose has them. Numbers
+        have the shortest decimals that read back as the same float32."""
         more = {name: getattr(self.pose, name) for name in ("betas", "translation")}
         return {
             "frame": describe_frame(self.pose.frame),

@@ -119,7 +119,8 @@ class PoseFile:
         """
         if self.frame is None:
             raise PoseFileError(
-                f"{self.path}: does not say its frame; read_poses(path, frame=…) with one of {', '.join(get_args(Frame))}"
+                f"{self.path}: the file does not state its frame; pass it to read_poses(path, frame=…), "
+                f"one of {', '.join(get_args(Frame))}"
             )
         count = len(self)
         if isinstance(index, slice):
@@ -127,15 +128,17 @@ class PoseFile:
         elif 0 <= index < count:
             which = np.array([index])
         else:
-            raise PoseFileError(f"{self.path}: pose {index} was asked for, but there are {count} poses")
+            raise PoseFileError(f"{self.path}: expected the index of a pose in [0, {count}), found {index}")
         fields = {name: rows[which if len(rows) > 1 else np.zeros_like(which)] for name, rows in self._fields.items()}
         for name in ("betas", "translation"):
             if (has := fields.get(f"has_{name}")) is not None:
                 fields[name] = np.where(has[:, None], fields[name], 0)
         pose = Pose(self._rotations(which), self.frame, **fields)
         for name in ("betas", "translation"):
-            if name in fields and not np.isfinite(fields[name]).all():
-                raise PoseFileError(f"{self.path}: {name} must be finite numbers; those of pose {index} are not")
+            if name in fields and not (finite := np.isfinite(fields[name]).all(-1)).all():
+                raise PoseFileError(
+                    f"{self.path}: {name} must be finite numbers; found NaN or infinity in pose {which[finite.argmin()]}"
+                )
         if isinstance(index, slice):
             return pose
         pose = pose[0]
@@ -158,8 +161,8 @@ class PoseFile:
             apart = np.abs(pose[:, :shared] - again[:, :shared]).max(initial=0)
             if other.poses != len(self) or apart > 1e-3:
                 raise PoseFileError(
-                    f"{self.path}: {_listed(first.names)} and {_listed(other.names)} give different poses; "
-                    "save the one that you mean without the other"
+                    f"{self.path}: {_listed(first.names)} and {_listed(other.names)} are different poses; "
+                    "remove the wrong one from the file"
                 )
         return pose
 
@@ -172,13 +175,15 @@ class PoseFile:
         bad = ~np.isfinite(turns).reshape(len(turns), -1).all(1)
         if bad.any():
             names = _listed(reading.names) or "the array"
-            raise PoseFileError(f"{self.path}: {names} must be finite numbers; pose {which[bad.argmax()]} is not")
+            raise PoseFileError(
+                f"{self.path}: {names} must be finite numbers; found NaN or infinity in pose {which[bad.argmax()]}"
+            )
         if reading.kind == "axis-angle":
             return np.asarray(_to_matrix(turns))
         for at, joint in no_rotations(turns):
             raise PoseFileError(
-                f"{self.path}: {_listed(reading.names) or 'the array'} must be rotations (R Rᵀ = 1 within 1e-3, det R = 1); "
-                f"joint {joint} of pose {which[at]} is none"
+                f"{self.path}: {_listed(reading.names) or 'the array'} must be rotation matrices "
+                f"(R Rᵀ = 1 within 1e-3, det R = 1); joint {joint} of pose {which[at]} is not one"
             )
         return turns
 
@@ -216,7 +221,9 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
         frames.turn(frame)
     path = Path(path)
     if not path.is_file():
-        raise PoseFileError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected an .npz or .npy")
+        raise PoseFileError(
+            f"{path}: expected an .npz or .npy file, found {'a folder' if path.is_dir() else 'no such file'}"
+        )
     arrays, others = _load(path)
     rows: tuple[_Row, ...] = ((("", _WHOLE),),) if "" in arrays else _ROWS
     found = [reading for row in rows for reading in _readings(row, arrays)]
@@ -224,13 +231,13 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
         raise PoseFileError(f"{path}: {_no_pose(arrays, others)}")
     first = found[0]
     used = {name for reading in found for name in reading.names}
-    for root in _ROOTS:  # a root beside a whole pose must belong to it
+    for root in _ROOTS:  # the root of a complete pose may be repeated in an array of its own; they must agree
         if root in arrays and root not in used:
             reading = next((r for r in _readings(((root, (1,)),), arrays, whole=(1,)) if r.poses == first.poses), None)
             if reading is None:
                 raise PoseFileError(
-                    f"{path}: {root} has shape {arrays[root].shape}, which is no root for the {first.poses} poses of "
-                    f"{_listed(first.names)}; save the one that you mean without the other"
+                    f"{path}: expected one {root} for each of the {first.poses} poses of {_listed(first.names)}, "
+                    f"found shape {arrays[root].shape}; remove the wrong one from the file"
                 )
             found.append(reading)
             used.add(root)
@@ -366,17 +373,15 @@ def _no_pose(arrays: Mapping[str, np.ndarray], others: tuple[str, ...]) -> str:
     candidates = [f"{name} {a.dtype} of shape {a.shape}".strip() for name, a in arrays.items() if name not in _TEXTS]
     found = "; ".join([*candidates, ", ".join(others)] if others else candidates)[:300] or "nothing"
     if "body_pose" in arrays and "global_orient" not in arrays and any(_shapes("", arrays["body_pose"], _BODY)):
-        return f"body_pose has no root: save global_orient (1 joint) beside it; found {found}"
+        return f"body_pose does not contain the root; expected global_orient (1 joint) as well; found {found}"
     if "" in arrays and any(_shapes("", arrays[""], _BODY)):
-        return (
-            f"23 or 21 joints are a body without its root: save 22, 24, 52 or 55 joints, the root first; found {found}"
-        )
+        return f"an array of 23 or 21 joints lacks the root; expected 22, 24, 52 or 55 joints, the root first; found {found}"
     choices = (
         "matrices, axis_angle, poses, pose, full_pose or fullpose of 22, 24, 52 or 55 joints; global_orient with "
         "body_pose of 23 or 21, or body_pose alone of 24; root_orient with pose_body of 21 or 23"
     )
     expected = "an array of 22, 24, 52 or 55 joints" if "" in arrays else choices
-    return f"no pose; expected {expected}, each (…, J, 3, 3), or (…, J, 3) or (…, 3 J) in radians; found {found}"
+    return f"expected {expected}, each (…, J, 3, 3), or (…, J, 3) or (…, 3 J) in radians; found {found}"
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -418,6 +423,6 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     except (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise PoseFileError(
-            f"{path}: no .npy or .npz file of plain arrays, or cut off{reason}. A pickle (.pkl, .pt) is not opened: "
-            "load it where you trust it, and np.savez its arrays under their names"
+            f"{path}: expected a complete .npy or .npz file of plain arrays{reason}. Pickles (.pkl, .pt) can run code and "
+            "are not opened: if you trust the file, load it yourself and save its arrays with np.savez"
         ) from error

@@ -137,7 +137,7 @@ def mesh(vertices: ArrayLike, faces: ArrayLike) -> tuple[NDArray[np.float32], ND
         raise ValueError(f"faces must be integers (F, 3), found {triangles.dtype} {triangles.shape}")
     if triangles.size and not 0 <= triangles.min() <= triangles.max() < len(points):
         raise ValueError(
-            f"faces must number the {len(points)} vertices from 0; found {triangles.min()} to {triangles.max()}"
+            f"faces must be vertex indices in [0, {len(points)}); found {triangles.min()} to {triangles.max()}"
         )
     return points, triangles.astype(np.intp, copy=False)
 

@@ -18,7 +18,7 @@ class ForbiddenGlobal(pickle.UnpicklingError):
     """The pickle uses a name that is not in the table."""
 
     def __init__(self, name: str):
-        super().__init__(f"the pickle asks for {name}")
+        super().__init__(f"the pickle refers to {name}")
         self.name = name
 
 
@@ -101,7 +101,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent_load is None:
-            raise pickle.UnpicklingError("the pickle holds a persistent id, which this kind of file has no use for")
+            raise pickle.UnpicklingError("the pickle contains a persistent id, which is not supported")
         return self._persistent_load(pid)
 
 
@@ -109,7 +109,9 @@ def _plain(keys: list[Any]) -> list[Any]:
     """Returns the keys. Raises if one is neither text nor a number."""
     for key in keys:
         if not isinstance(key, (str, bytes, int, float, type(None))):
-            raise pickle.UnpicklingError(f"the pickle holds a dictionary or set with a {type(key).__name__} as a key")
+            raise pickle.UnpicklingError(
+                f"keys must be text or numbers; the pickle has a {type(key).__name__} as a key"
+            )
     return keys
 
 
@@ -125,7 +127,7 @@ class sealed:
         return self._function(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("the pickle tries to change the function that it calls")
+        raise pickle.UnpicklingError("the pickle tries to change a function")
 
 
 class PickledObject:
@@ -179,7 +181,7 @@ class PickledDType:
             return None
         if not re.fullmatch(r"[biuf][1248]|[SU][0-9]{1,4}", self.code) or self.order not in ("<", ">", "=", "|"):
             raise pickle.UnpicklingError(
-                f"the pickle holds an array of type {self.code!r}, which is neither numbers nor text"
+                f"arrays must contain numbers or text; the pickle has an array of type {self.code!r}"
             )
         return np.dtype(self.order + self.code)
 
@@ -218,13 +220,13 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"the pickle encodes something other than latin1 text ({encoding!r})")
+        raise pickle.UnpicklingError(f"expected text in the encoding latin1; the pickle has the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
     if not isinstance(dtype, PickledDType):
-        raise pickle.UnpicklingError("the pickle holds an array without a type")
+        raise pickle.UnpicklingError("the pickle has an array without a dtype")
     kind = dtype.dtype
     if kind is None:
         return data
@@ -233,9 +235,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
     elif isinstance(data, pickle.PickleBuffer):
         data = data.raw()
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape) or order not in ("C", "F"):
-        raise pickle.UnpicklingError(f"the pickle holds an array of impossible shape {shape!r}")
+        raise pickle.UnpicklingError(f"the pickle has an array of invalid shape {shape!r} or order {order!r}")
     if math.prod(shape) * kind.itemsize != len(data):
-        raise pickle.UnpicklingError(
-            f"the pickle promises a {kind} array of shape {shape} and holds {len(data)} bytes for it"
-        )
+        raise pickle.UnpicklingError(f"the pickle has {len(data)} bytes for an array of {kind} and shape {shape}")
     return np.frombuffer(data, kind).reshape(shape, order=order)

@@ -1,4 +1,4 @@
-"""A body for machines without a licensed one: SMPL's file format, our own shape, no third-party data.
+"""The default body: a body of our own in SMPL's file format, made without third-party data. It needs no licence from SMPL's authors.
 
-`body.npz` is what `smpl_jax.io.load_body()` reads; `python -m smpl_jax.default_body.generate` makes it.
+`smpl_jax.io.load_body()` reads `body.npz`; `python -m smpl_jax.default_body.generate` makes it.
 """

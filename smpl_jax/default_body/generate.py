@@ -1,7 +1,7 @@
-"""Make the default body: `python -m smpl_jax.default_body.generate body.npz`.
+"""Makes the default body: `python -m smpl_jax.default_body.generate body.npz`.
 
-Needs scikit-image, scipy and fast-simplification (`pip install '.[body]'`), only to build; reading the
-result needs numpy alone. The same versions, which the file notes as `built_with`, give the same file.
+Building needs scikit-image, scipy and fast-simplification (`pip install '.[body]'`); reading the result needs only numpy.
+The file records their versions as `built_with`; the same versions give the same file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LANDMARKS: dict[str, tuple[str, tuple[float, float, float]]] = {
     "left_big_toe": ("left_foot", (-0.5, 0, 1)),
     "left_small_toe": ("left_foot", (1, 0, 0.5)),
 }
-# Landmarks that are not the furthest vertex in any direction: the vertex nearest to a place (floor frame).
+# Other landmarks: the vertex nearest to a point (floor frame).
 _PLACES = {"left_eye": (0.0315, 1.6105, 0.086), "mouth": (0.0, 1.549, 0.095)}
 
 
@@ -103,7 +103,7 @@ def landmarks(
 
 
 def pack_body(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Round for the file: integers with a `_scale` beside them, the regressor sparse."""
+    """Rounds the arrays for the file: to integers with a `_scale` each. The regressor becomes sparse."""
     packed: dict[str, NDArray[Any]] = {
         "f": arrays["f"].astype(np.uint16),
         "kintree_table": arrays["kintree_table"].astype(np.int32),
@@ -132,7 +132,7 @@ def pack_body(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def write(path: str | os.PathLike[str]) -> Path:
-    """Build the body and write it to `path`; the file appears whole or not at all."""
+    """Builds the body and writes it to `path` atomically."""
     packed = pack_body(build())
     return write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **packed))
 
@@ -143,8 +143,8 @@ def _check_needs() -> None:
     missing = [package for module, package in _BUILD_NEEDS.items() if find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"building the default body needs {', '.join(missing)}: pip install '.[body]' in the checkout. "
-            "The built body comes with the package; this is only to change it."
+            f"building the default body needs {', '.join(missing)}: run pip install '.[body]' in the checkout. "
+            "To use the default body, nothing has to be built: the package contains it."
         )
 
 

@@ -1,7 +1,7 @@
-"""From a signed distance to SMPL's 6 890 vertices and 13 776 faces, exactly symmetric.
+"""Meshes a signed distance with SMPL's 6 890 vertices and 13 776 faces, exactly symmetric.
 
-Half of the body is meshed by marching cubes with its cut at x = 0, thinned by quadric edge collapses, and mirrored. A
-closed mesh of genus 0 has V = F / 2 + 2, so asking for SMPL's number of faces gives its number of vertices.
+Marching cubes mesh the half x >= 0 of the body, quadric edge collapses simplify it, and its mirror image completes it. A
+closed mesh of genus 0 has V = F / 2 + 2, so SMPL's number of faces gives SMPL's number of vertices.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def largest_piece(
 
 
 class Magnifier:
-    """A one-to-one map of space that enlarges head, hands and feet, so that an even error there buys finer triangles.
+    """An invertible map of space that enlarges head, hands and feet, so that simplification with one error bound leaves more triangles there.
 
-    Along one axis, whatever lies beyond a place is enlarged by a factor that grows over a short way; lengths across
-    that axis, about a centre line, grow alike. The plane x = 0 maps to itself.
+    Along one axis, the part beyond a start is enlarged by a factor that grows to its full value over a short distance.
+    Lengths across the axis, about a centre line, are enlarged by the same factor. The plane x = 0 maps to itself.
     """
 
     # axis, direction, start, way, factor, centre line of the two other coordinates
@@ -119,10 +119,10 @@ def thin(
     normals: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     count: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Quadric edge collapses down to exactly `count` faces, finer on head, hands and feet; the rim stays on x = 0.
+    """Simplifies to exactly `count` faces by quadric edge collapses, finer on head, hands and feet; the rim stays on x = 0.
 
-    Limbs are nearly cylinders, on which collapses leave triangles as long as the limb, and those bend badly. A ripple
-    of 2 mm on trunk and limbs makes long edges costly; `relax` takes it away again.
+    Limbs are nearly cylinders. Collapses would leave triangles as long as the limb there, which bend badly. A ripple of
+    2 mm on trunk and limbs makes long edges costly; `relax` removes it afterwards.
     """
     import fast_simplification
 
@@ -132,7 +132,7 @@ def thin(
     uneven = vertices + normals(vertices.astype(np.float32)) * ripple[:, None]
     uneven[vertices[:, 0] == 0, 0] = 0.0
     large, triangles = magnifier(uneven), faces.astype(np.int32)
-    # A collapse on the rim removes one face, any other two, so a run can end one face short; then the next pace is tried.
+    # A collapse removes one face on the rim and two elsewhere, so a run can miss the count by one. Then the next value is tried.
     for pace in (2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.2, 3.4, 3.6, 3.8):
         points, kept = fast_simplification.simplify(large, triangles, target_count=count, agg=pace)
         kept = kept.astype(np.int64)
@@ -147,7 +147,7 @@ def thin(
 def mirror_mesh(
     vertices: NDArray[np.float64], faces: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Close a half at x >= 0 with its mirror image: vertices, faces, and the index of each vertex's mirror image.
+    """Closes a half at x >= 0 with its mirror image. Returns vertices, faces, and the index of each vertex's mirror image.
 
     Order: left half with its rim first, then the mirror images of the vertices off the rim.
     """
@@ -186,8 +186,8 @@ def relax(
     rounds: int,
     amount: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Even out triangles: slide each vertex by `amount` (V,), in 0..1, along the skin towards the mean of its
-    neighbours, then back onto the field's zero.
+    """Makes triangles more even: moves each vertex along the surface towards the mean of its neighbours, by the fraction
+    `amount` (V,), and then projects it onto the zero of the field.
     """
     average = neighbours(faces, len(vertices))
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""All of the default body except its surface: skinning weights, joint regressor, shape directions, pose correctives.
+"""The default body's skinning weights, joint regressor, shape directions and pose correctives.
 
 All functions take vertices in the floor frame of `skeleton` (floor at y = 0, x = body's left, y up, z forward, metres)
 and return exactly symmetric results. `twin` (V,) is the index of each vertex's mirror image.
@@ -32,7 +32,7 @@ def _ramp(t: Array, reach: float) -> Array:
 def skinning_weights(vertices: Array, faces: NDArray[np.int64], twin: NDArray[np.int64]) -> Array:
     """(V, 24) weights, multiples of 1/65535, at most four a vertex, summing to 1.
 
-    Written down joint by joint as cross-fades over planes that follow the creases of a body, then smoothed on the skin.
+    Each joint's weight fades across planes that follow the creases of a body. Then the weights are smoothed over the mesh.
     """
     limbs = _left_limbs(vertices) + _left_limbs(vertices * _FLIP)[:, MIRROR_JOINTS]
     w = limbs + _trunk(vertices) * (1 - limbs.sum(1, keepdims=True))
@@ -103,10 +103,10 @@ def _trunk(p: Array) -> Array:
 
 
 def joint_regressor(vertices: Array, weights: Array, joints: Array, twin: NDArray[np.int64]) -> Array:
-    """(24, V) non-negative weights, rows summing to 1, that place each joint among the vertices around it.
+    """(24, V) non-negative weights, rows summing to 1, that give each joint's position from the vertices around it.
 
-    Non-negative least squares on the vertices that the joint and its parent share, with a light pull towards equal
-    weights so that many vertices take part.
+    Non-negative least squares over the vertices that the joint shares with its parent, slightly regularised towards
+    equal weights, so that many vertices contribute.
     """
     from scipy.optimize import nnls
 
@@ -150,7 +150,7 @@ SHAPE_NAMES = (
 
 
 def shape_directions(vertices: Array, faces: NDArray[np.int64], weights: Array, joints: Array) -> Array:
-    """(V, 3, 10) metres a unit, in the order of `SHAPE_NAMES`; smooth functions of place, hence symmetric."""
+    """(V, 3, 10) metres per unit, in the order of `SHAPE_NAMES`. They are smooth symmetric functions of the position."""
     x, y, z = vertices.T
     side = np.sign(x)
     off_axis = vertices - _nearest_on_bones(vertices, weights, joints)
@@ -198,7 +198,7 @@ def shape_directions(vertices: Array, faces: NDArray[np.int64], weights: Array, 
 
 
 def _nearest_on_bones(vertices: Array, weights: Array, joints: Array) -> Array:
-    """The point of the skeleton that each vertex lies around, mixed over bones by skinning weight."""
+    """The nearest point on each bone, averaged over the bones by skinning weight, for each vertex."""
     ends = {
         "pelvis": "spine1", "spine1": "spine2", "spine2": "spine3", "spine3": "neck", "neck": "head",
         **{f"{s}_{a}": f"{s}_{b}" for s in ("left", "right") for a, b in (
@@ -230,10 +230,10 @@ def pose_correctives(
 ) -> Array:
     """(V, 3, 207) rest-frame offsets, linear in R - I of joints 1 to 23 (row-major), that correct the errors of linear blend skinning.
 
-    One joint turns at a time, over the range that a person has. The target turns each vertex about the joint by a *part
-    of the rotation* instead of blending matrices, which keeps its distance from the joint: no collapse at the elbow, no
-    candy wrapper at the wrist. Ridge regression of the posed difference gives the directions. It is fitted inside that
-    range because a linear map of R - I extrapolates badly: fitted on all rotations it bulges.
+    One joint rotates at a time, over the human range of motion. The target rotates each vertex about the joint by a
+    *fraction of the rotation* instead of blending matrices. This keeps its distance from the joint, so elbows do not
+    collapse and wrists do not pinch. Ridge regression of the difference of the posed vertices gives the directions. The
+    fit uses only that range, because a linear function of R - I fitted to all rotations bulges.
     """
     directions = np.zeros((len(vertices), 3, _COUNT - 1, 3, 3))
     descends = _descendants()
@@ -316,12 +316,12 @@ _RANGES = {
 
 
 def sample_rotations(joint: str, count: int) -> Array:
-    """(count, 3, 3) rotations of a left or midline joint over its range: a fixed even set of Euler angles."""
+    """(count, 3, 3) rotations of a left or midline joint over its range: a deterministic, evenly spread set of Euler angles."""
     ranges = np.radians(np.array(_RANGES[joint.removeprefix("left_")], np.float64))
     golden = np.array([0.8191725133961645, 0.6710436067037893, 0.5497004779019703])  # R3 sequence of M. Roberts
     unit = (0.5 + np.arange(1, count + 1)[:, None] * golden) % 1
     angles = ranges[:, 0] + unit * (ranges[:, 1] - ranges[:, 0])
-    # Three quarters of the samples turn about one axis only: bending without twist is what bodies do most.
+    # Three quarters of the samples rotate about one axis only, as bodies mostly do.
     angles[::4, [1, 2]] = 0
     angles[1::4, [0, 2]] = 0
     angles[2::4, [0, 1]] = 0

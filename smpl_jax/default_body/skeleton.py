@@ -1,9 +1,9 @@
-"""The default body's skeleton: SMPL's 24 joints and tree, placed by published segment proportions.
+"""The default body's skeleton: SMPL's 24 joints and tree, with published proportions of body segments.
 
 Heights and lengths follow the segment fractions of stature in Drillis & Contini (1966) as tabulated by Winter,
 "Biomechanics and Motor Control of Human Movement", for a stature of 1.72 m; joints are centres of rotation, not
-landmarks on the skin. Coordinates here have the floor at y = 0; `generate` moves the origin to `ORIGIN`, off the pelvis
-as in published body files.
+landmarks on the skin. Here the floor is at y = 0; `generate` moves the origin to `ORIGIN`, which is not the pelvis, as in
+published body files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PLACES = {
 
 
 def swap_sides(name: str) -> str:
-    """`left_knee` for `right_knee` and back; names of the midline stay."""
+    """The name of the joint on the other side, such as `left_knee` for `right_knee`. Other names are returned unchanged."""
     if name.startswith("left_"):
         return "right_" + name[5:]
     return "left_" + name[6:] if name.startswith("right_") else name

@@ -1,8 +1,8 @@
 """The default body's skin, as a signed distance: negative inside, metres, floor at y = 0, y up, z forward, T-pose.
 
 Trunk, limbs, feet and palms are lofts: an axis with stations that give a centre and four radii, joined by monotone
-cubics. The rest are ellipsoids and round cones. Parts are joined by polynomial smooth unions. All numbers are our own,
-chosen by eye and by girth (see `docs/body-default.md`).
+cubics. The other parts are ellipsoids and round cones. Polynomial smooth unions join the parts. All numbers are our own,
+chosen by eye and by circumference (see `docs/body-default.md`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Field = NDArray[np.float32]
 
 
 def smooth_min(a: Field, b: Field, k: float) -> Field:
-    """Polynomial smooth union of two distances; surfaces nearer than `k` melt together."""
+    """Polynomial smooth union of two distances; surfaces nearer than `k` blend."""
     h = np.maximum(np.float32(k) - np.abs(a - b), 0)
     return np.minimum(a, b) - h * h * np.float32(0.25 / k)
 

@@ -26,5 +26,5 @@ def read_clip(path: str | os.PathLike[str]) -> Clip:
     """
     reader = READERS.get(Path(path).suffix.lower())
     if reader is None:
-        raise PoseFileError(f"{path}: expected a file of motion capture, {' or '.join(SUFFIXES)}")
+        raise PoseFileError(f"{path}: expected a motion file that ends in {' or '.join(SUFFIXES)}")
     return reader(path)

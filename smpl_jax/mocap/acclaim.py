@@ -119,7 +119,8 @@ def _beside(file: Path) -> Path:
     found = sorted(p for p in file.parent.glob("*.[aA][sS][fF]") if file.stem.startswith(p.stem))
     if not found:
         raise PoseFileError(
-            f"{file}: no skeleton beside it; expected an .asf whose name the clip's starts with, such as {file.stem.split('_')[0]}.asf"
+            f"{file}: no skeleton in the same folder; expected an .asf file whose name is a prefix of the clip's, "
+            f"such as {file.stem.split('_')[0]}.asf"
         )
     return max(found, key=lambda p: len(p.stem))
 
@@ -142,18 +143,20 @@ def _read_frames(file: Path, dof: dict[str, tuple[str, ...]]) -> tuple[dict[str,
             if word in (":DEGREES", ":RADIANS"):
                 degrees = 1.0 if word == ":DEGREES" else 180 / np.pi
             elif word != ":FULLY-SPECIFIED":
-                raise PoseFileError(f"{where}: {words[0]:.60} is not followed; expected :FULLY-SPECIFIED, :DEGREES")
+                raise PoseFileError(f"{where}: expected :FULLY-SPECIFIED, :DEGREES or :RADIANS; found {words[0]:.60}")
         elif words[0].isdecimal() and len(words) == 1:
             whole()
             frames += 1
         else:
             known = dof.get(words[0])
             if known is None or not frames or len(words) != 1 + len(known):
-                wanted = f"{len(known)} values of {words[0]}" if known else "a bone of the skeleton that moves"
-                raise PoseFileError(f"{where}: expected {wanted}, in a frame with a number; found {line!r:.80}")
+                wanted = (
+                    f"{len(known)} values of {words[0]}" if known else "a bone of the skeleton with degrees of freedom"
+                )
+                raise PoseFileError(f"{where}: expected {wanted}, after the number of a frame; found {line!r:.80}")
             rows[words[0]].append(words[1:])
     if not frames:
-        raise PoseFileError(f"{file}: expected AMC, numbered frames of bones and angles; found no frame")
+        raise PoseFileError(f"{file}: expected AMC, numbered frames of bones and angles; found no frames")
     whole()
     values = {}
     for name, found in rows.items():
@@ -174,7 +177,7 @@ def _read_asf(file: Path) -> _Skeleton:
     unknown = set(sections) - {"version", "name", "units", "documentation", "root", "bonedata", "hierarchy", "skin"}
     missing = {"units", "root", "bonedata", "hierarchy"} - set(sections)
     if unknown or missing:
-        words = f"has no :{min(missing)}" if missing else f":{min(unknown):.60} is not followed"
+        words = f"has no :{min(missing)}" if missing else f":{min(unknown):.60} is not supported"
         raise PoseFileError(f"{file}: expected ASF with :units, :root, :bonedata and :hierarchy; {words}")
 
     units = _fields(sections["units"])
@@ -215,13 +218,13 @@ def _bones(lines: Iterable[str], degrees: float, file: Path) -> dict[str, _Bone]
         elif line == "end" and block is not None:
             name, bone = _bone(_fields(block), degrees, file)
             if name in bones or name == "root" or len(bones) >= MAX_JOINTS:
-                raise PoseFileError(f"{file}: expected up to {MAX_JOINTS} bones of different names; found {name!r:.60}")
+                raise PoseFileError(f"{file}: expected up to {MAX_JOINTS} bones with unique names; found {name!r:.60}")
             bones[name] = bone
             block = None
         elif block is not None:
             block.append(line)
         elif line:
-            raise PoseFileError(f"{file}, :bonedata: found {line!r:.60} outside begin and end")
+            raise PoseFileError(f"{file}, :bonedata: expected bones between begin and end; found {line!r:.60} outside")
     if block is not None:
         raise PoseFileError(f"{file}, :bonedata is cut off: its last bone has no end")
     return bones
@@ -270,11 +273,11 @@ def _parents(lines: Iterable[str], bones: dict[str, _Bone], file: Path) -> dict[
         parent = pending.pop()
         for name in children.pop(parent, []):
             if name not in bones or name in order:
-                raise PoseFileError(f"{file}, :hierarchy: {name!r:.60} is no bone, or stands there twice")
+                raise PoseFileError(f"{file}, :hierarchy: {name!r:.60} is not a bone, or is listed twice")
             order[name] = parent
             pending.append(name)
     if lost := [*children, *(set(bones) - set(order))]:
-        raise PoseFileError(f"{file}, :hierarchy: {lost[0]!r:.60} does not hang on the root")
+        raise PoseFileError(f"{file}, :hierarchy: {lost[0]!r:.60} is not connected to the root")
     return order
 
 

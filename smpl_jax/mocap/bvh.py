@@ -43,7 +43,8 @@ def read_bvh(path: str | os.PathLike[str]) -> Clip:
                 translation[:, "xyz".index(axis)] = value
             elif np.ptp(value) > 0.02 * np.abs(offsets).max():
                 raise PoseFileError(
-                    f"{file}: {names[joint]} moves by its channel {kind}; only the root may, for bones keep their length"
+                    f"{file}: the channel {kind} of {names[joint]} changes over time; only the root may change its position, "
+                    "because bones have constant lengths"
                 )
     still = np.abs(rotations[0] - np.eye(3)).max() < 1e-6
     trusted = np.arange(len(values)) >= (1 if still and len(values) > 1 else 0)
@@ -62,7 +63,7 @@ def _hierarchy(words: list[str], file: Path) -> tuple[list[str], list[int], np.n
     def take(count: int) -> list[str]:
         nonlocal at
         if at + count > len(words):
-            raise PoseFileError(f"{file}: the hierarchy ends after {' '.join(words[-4:])!r:.80}")
+            raise PoseFileError(f"{file}: the hierarchy is cut off after {' '.join(words[-4:])!r:.80}")
         at += count
         return words[at - count : at]
 
@@ -77,9 +78,9 @@ def _hierarchy(words: list[str], file: Path) -> tuple[list[str], list[int], np.n
                 called.append(found)
             name = f"{names[stack[-1]]} end" if word == "End" else " ".join(called)
             if not name or (name in names and word != "End"):
-                raise PoseFileError(f"{file}: expected a name of its own for each joint; found {name!r:.60}")
+                raise PoseFileError(f"{file}: expected a unique name for each joint; found {name!r:.60}")
             if len(names) >= MAX_JOINTS:
-                raise PoseFileError(f"{file}: more than {MAX_JOINTS} joints")
+                raise PoseFileError(f"{file}: expected at most {MAX_JOINTS} joints; found more")
             parents.append(stack[-1] if stack else -1)
             stack.append(len(names))
             names.append(name)
@@ -99,9 +100,7 @@ def _hierarchy(words: list[str], file: Path) -> tuple[list[str], list[int], np.n
                 )
             channels[stack[-1]] = kinds
         else:
-            raise PoseFileError(
-                f"{where}: found {word!r:.60} where OFFSET, CHANNELS, JOINT, End Site or a brace stands"
-            )
+            raise PoseFileError(f"{where}: expected OFFSET, CHANNELS, JOINT, End Site or a brace; found {word!r:.60}")
     if stack or not names:
         raise PoseFileError(f"{file}: the hierarchy is cut off: {len(stack)} braces are open")
     return names, parents, np.stack([offsets[joint] for joint in range(len(names))]), channels
@@ -122,6 +121,6 @@ def _motion(text: str, columns: int, file: Path) -> tuple[np.ndarray, float]:
         )
     if len(words) - 5 != frames * columns:
         raise PoseFileError(
-            f"{file}: expected {words[1]} frames of {columns} values; found {len(words) - 5} values: cut off, or too long"
+            f"{file}: expected {words[1]} frames of {columns} values; found {len(words) - 5} values in all"
         )
     return numbers(words[5:], f"{file}, MOTION").reshape(int(frames), columns), float(1 / seconds)

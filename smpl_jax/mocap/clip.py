@@ -29,7 +29,7 @@ class Clip:
     rotations: (T, J, 3, 3) relative to the parent.
     translation: (T, 3) position of the root, in the unit of ``offsets``.
     rate: frames per second.
-    trusted: (T,) bool; False for frames that are wrong by the file itself: an inserted rest pose, legs beyond its own limits.
+    trusted: (T,) bool; False for frames that the file itself shows to be wrong: an inserted rest pose, or legs beyond the file's limits.
     """
 
     path: Path
@@ -92,14 +92,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
     file = Path(path)
     try:
         if not file.is_file():
-            raise PoseFileError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}")
+            raise PoseFileError(
+                f"{file}: expected a motion file, found {'a folder' if file.is_dir() else 'no such file'}"
+            )
         if (size := file.stat().st_size) > MAX_BYTES:
-            raise PoseFileError(f"{file}: {size:,} bytes; files of motion capture are read up to {MAX_BYTES:,}")
+            raise PoseFileError(f"{file}: expected a motion file of at most {MAX_BYTES:,} bytes; found {size:,}")
         data = file.read_bytes()
     except OSError as error:
         raise PoseFileError(f"{file}: {error.strerror}") from error
     if b"\0" in data:
-        raise PoseFileError(f"{file}: expected text, found bytes of another kind")
+        raise PoseFileError(f"{file}: expected a text file, found binary data")
     return data.decode("utf-8", "replace")
 
 

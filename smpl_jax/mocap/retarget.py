@@ -143,7 +143,7 @@ def _body_joints(body: BodyModel | None) -> tuple[dict[str, NDArray[np.float64]]
     names = model.joint_names[: JOINTS["smpl"]]
     places = np.asarray(model.joint_template, np.float64)
     if model.joint_names[:22] != io.load_body().joint_names[:22]:
-        raise ValueError(f"retarget needs a body whose first 22 joints have SMPL's names; found {names}")
+        raise ValueError(f"expected a body whose first 22 joints have SMPL's names; found {names}")
     return dict(zip(names, places)), list(zip(names, model.parents[: JOINTS["smpl"]]))
 
 
@@ -166,8 +166,8 @@ def _joints(clip: Clip) -> tuple[dict[str, int], dict[str, int]]:
         wanting[scheme] = missing
     scheme, missing = min(wanting.items(), key=lambda item: len(item[1]))
     raise PoseFileError(
-        f"{clip.path}: no skeleton whose names are known; nearest is {scheme}, which lacks {', '.join(missing):.200}. "
-        f"Found {', '.join(clip.names):.300}"
+        f"{clip.path}: unknown joint names; the most similar known names are those of {scheme}, of which "
+        f"{', '.join(missing):.200} are missing. Found {', '.join(clip.names):.300}"
     )
 
 
@@ -214,7 +214,7 @@ def _basis(clip: Clip, joints: Mapping[str, int]) -> NDArray[np.float64]:
         )  # the arm points sideways or hangs
     if abs(left @ up) > 0 or min(signs) < SKEWED:
         raise PoseFileError(
-            f"{clip.path}: its skeleton at rest stands neither upright nor with stretched arms and legs; expected a T-pose or an A-pose"
+            f"{clip.path}: expected a rest pose that is upright with straight arms and legs (a T-pose or an A-pose); found another"
         )
     return np.stack([left, up, np.cross(left, up)])
 

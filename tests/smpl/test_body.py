@@ -201,14 +201,14 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
             ValueError,
             r"\(\.\.\., 55, 3, 3\); got \(24, 3, 3\); smpl_jax.for_body",
         ),
-        (lambda b, x: smpl_jax.joints(b, np.zeros((8, 24, 3))), ValueError, "axis_angle_to_matrix makes them from"),
-        (lambda b, x: smpl_jax.joints(b, np.zeros((8, 72))), ValueError, "axis_angle_to_matrix makes them from"),
+        (lambda b, x: smpl_jax.joints(b, np.zeros((8, 24, 3))), ValueError, "axis_angle_to_matrix converts axis-angle"),
+        (lambda b, x: smpl_jax.joints(b, np.zeros((8, 72))), ValueError, "axis_angle_to_matrix converts axis-angle"),
         (
             lambda b, x: smpl_jax.joints(b, EYE, np.zeros(11)),
             ValueError,
-            r"betas must have shape \(\.\.\., n\) with n <= 10",
+            r"betas of body .* must have shape \(\.\.\., n\) with n <= 10",
         ),
-        (lambda b, x: smpl_jax.joints(b, EYE, expression=np.zeros(1)), ValueError, "expression must have .* n <= 0"),
+        (lambda b, x: smpl_jax.joints(b, EYE, expression=np.zeros(1)), ValueError, "expression of body .* n <= 0"),
         (
             lambda b, x: smpl_jax.joints(b, EYE, translation=np.zeros(2)),
             ValueError,
@@ -221,7 +221,7 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
         (
             lambda b, x: smpl_jax.regress(b, np.zeros((200, 3)), "h36m"),
             ValueError,
-            r"no regressor 'h36m': its file holds tips\. body.with_keypoints",
+            r"no regressor 'h36m': its regressors are tips\. To add one: body.with_keypoints",
         ),
     ],
 )
@@ -233,7 +233,8 @@ def test_bad_arguments(call, error, message, body, smplx_body):
 def test_names_and_regressors_are_added_by_name():
     body = BodyModel.from_arrays({k: v for k, v in load_body_arrays().items() if not k.startswith("vertex_id")})
     with pytest.raises(
-        ValueError, match=r"no vertex named 'nose': its file names none\. body.with_keypoints\(vertex_ids="
+        ValueError,
+        match=r"no vertex named 'nose'; its named vertices are none\. To name one: body.with_keypoints\(vertex_ids=",
     ):
         body.vertex_id("nose")
     weights = np.zeros((2, body.num_vertices))
@@ -241,7 +242,7 @@ def test_names_and_regressors_are_added_by_name():
     named = body.with_keypoints(vertex_ids={"nose": 114}, regressors={"h36m": weights})
     assert named.vertex_id("nose") == 114 and body.vertex_ids == ()
     np.testing.assert_array_equal(named.regressors["h36m"] @ body.template.T, body.template.T[np.array([3, 5])])
-    with pytest.raises(ValueError, match="its file names nose"):
+    with pytest.raises(ValueError, match="its named vertices are nose"):
         named.vertex_id("tail")
     for wrong in ({"vertex_ids": {"nose": 6890}}, {"vertex_ids": {"nose": 1.5}}, {"regressors": {"x": weights[:, :9]}}):
         with pytest.raises(ValueError, match="must"):

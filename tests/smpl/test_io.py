@@ -111,7 +111,7 @@ def test_number_of_shape_directions(tmp_path):
     np.testing.assert_allclose(
         load_body(path, num_betas=3).bases[:3], source["shapedirs"][..., :3].transpose(2, 1, 0), rtol=1e-6
     )
-    with pytest.raises(ValueError, match="num_betas=301, but the body file holds 300"):
+    with pytest.raises(ValueError, match=r"num_betas must be in \[0, 300\], .*found 301"):
         load_body(path, num_betas=301)
 
 
@@ -191,7 +191,7 @@ def test_hostile_pickle_is_refused(attack, asked, tmp_path):
     pickle.loads(pickle.dumps(Attack(touch)))
     assert TOUCHED.pop() == "run"  # the attack works on the standard loader
     for protocol in (0, 2, 4):
-        with pytest.raises(BodyFileError, match=rf"body.pkl tries to load and run \S*{asked}, .*nothing was run"):
+        with pytest.raises(BodyFileError, match=rf"body.pkl tries to run \S*{asked}, .*Nothing was run"):
             load_body(dump(tmp_path / "body.pkl", hostile(attack), protocol))
     assert not TOUCHED
 
@@ -199,7 +199,7 @@ def test_hostile_pickle_is_refused(attack, asked, tmp_path):
 def test_hostile_npz_is_refused(tmp_path):
     TOUCHED.clear()
     np.savez(tmp_path / "body.npz", **hostile("touch"))
-    with pytest.raises(BodyFileError, match=r"tries to load and run \S*test_io.touch"):
+    with pytest.raises(BodyFileError, match=r"tries to run \S*test_io.touch"):
         load_body(tmp_path / "body.npz")
     np.savez(tmp_path / "body.npz", **random_arrays(), part2num=np.array({"x": Attack(touch)}))
     load_body(tmp_path / "body.npz")  # a member that no body needs is not even looked at
@@ -245,7 +245,7 @@ def test_array_states_are_checked(tmp_path):
     for honest, lie in ((b"K\xc8K\x03\x86", b"K\xffK\x03\x86"), (b"X\x02\x00\x00\x00f8", b"X\x02\x00\x00\x00V8")):
         assert honest in data
         (tmp_path / "body.pkl").write_bytes(data.replace(honest, lie))
-        with pytest.raises(BodyFileError, match=r"promises|neither numbers nor text"):
+        with pytest.raises(BodyFileError, match=r"bytes for an array|numbers or text"):
             load_body(tmp_path / "body.pkl")
 
 
@@ -262,12 +262,12 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         for name in ("v_template", "posedirs", "shapedirs"):
             archive.writestr(f"{name}.npy", npy((2**19,), data=bytes(2**22)))
     assert (tmp_path / "bomb.npz").stat().st_size < 2e4
-    with pytest.raises(BodyFileError, match=r"would unpack to 12,583,\d+ bytes; no body needs more than 8,388,608"):
+    with pytest.raises(BodyFileError, match=r"would unpack to 12,583,\d+ bytes; the limit is 8,388,608"):
         load_body(tmp_path / "bomb.npz")
     with zipfile.ZipFile(tmp_path / "liar.npz", "w") as archive:
         archive.writestr("v_template.npy", npy((2**37,)))
     with pytest.raises(
-        BodyFileError, match=r"'v_template' in .*liar.npz promises 1,099,511,627,776 bytes .* and holds 0"
+        BodyFileError, match=r"'v_template' in .*liar.npz: expected 1,099,511,627,776 bytes .*, found 0"
     ):
         load_body(tmp_path / "liar.npz")
 
@@ -286,13 +286,13 @@ BROKEN = {
         lambda a: a | {"J_regressor": sparse.coo_matrix((10**9, 10**9))},
         r"shape \(24, 200\); got \(1000000000, 1000000000\)",
     ),
-    "nan": (lambda a: a | {"weights": a["weights"] * np.nan}, "weights holds values that are not finite"),
-    "text": (lambda a: a | {"weights": a["weights"].astype(str)}, "weights must hold numbers"),
-    "integers": (lambda a: a | {"weights": a["weights"].astype(int)}, "they need weights_scale"),
+    "nan": (lambda a: a | {"weights": a["weights"] * np.nan}, "weights must be finite numbers"),
+    "text": (lambda a: a | {"weights": a["weights"].astype(str)}, "weights must contain numbers"),
+    "integers": (lambda a: a | {"weights": a["weights"].astype(int)}, "need a weights_scale"),
     "faces": (lambda a: a | {"f": a["f"] + 200}, r"f must lie in \[0, 200\)"),
     "cycle": (lambda a: a | {"kintree_table": a["kintree_table"][:, ::-1]}, "every joint after its parent"),
     "tree": (lambda a: a | {"kintree_table": a["kintree_table"][0]}, r"kintree_table must have shape \(2, "),
-    "names": (lambda a: a | {"joint_names": np.array(["pelvis"])}, "joint_names 24 of them"),
+    "names": (lambda a: a | {"joint_names": np.array(["pelvis"])}, "joint_names must be 24 strings"),
     "triple": (lambda a: a | {"J_regressor_indptr": np.zeros(25, int)}, "J_regressor is stored sparse and lacks"),
     "ids": (
         lambda a: a | {"vertex_id_names": np.array(["nose"]), "vertex_ids": np.array([200])},

@@ -180,10 +180,10 @@ def test_defaults_and_shapes(folder):
     ("make", "call", "words"),
     [
         ({"model_type": "smplz"}, {}, "model_type must be smpl, smplh or smplx"),
-        ({"gender": "female"}, {}, "holds no female smpl body; looked for .*SMPL_FEMALE.npz"),
+        ({"gender": "female"}, {}, "found no female smpl body; expected one of .*SMPL_FEMALE.npz"),
         ({"use_face_contour": True}, {}, "use_face_contour=True is not supported"),
         ({"v_template": np.zeros((3, 3))}, {}, "is not supported: replace v_template"),
-        ({"vertex_ids": {"nose": 3}}, {}, "vertex_ids lacks reye, leye"),
+        ({"vertex_ids": {"nose": 3}}, {}, "it lacks reye, leye"),
         ({"vertex_ids": {"nose": 3000}}, {}, r"vertex 'nose' must be a number in \[0, 120\)"),
         ({"vertex_ids": {"nose": "3"}}, {}, r"vertex 'nose' must be a number in \[0, 120\); found '3'"),
         ({"batch_size": 1.5}, {}, "batch_size must be a whole number of at least 1; found 1.5"),
@@ -194,7 +194,7 @@ def test_defaults_and_shapes(folder):
         ({}, {"body_pose": np.zeros((1, 23, 3, 3))}, "pose2rot=False takes matrices"),
         ({}, {"body_pose": np.zeros((1, 69)), "pose2rot": False}, r"must have shape \(B, 23, 3, 3\)"),
         ({}, {"jaw_pose": np.zeros((1, 3))}, "has no jaw_pose"),
-        ({}, {"expression": np.zeros((1, 3))}, "expression must have shape"),
+        ({}, {"expression": np.zeros((1, 3))}, "expression of body .* must have shape"),
         ({"model_type": "smplx"}, {"left_hand_pose": np.zeros((1, 45))}, r"\(B, 6\) of components"),
         ({}, {"body_pose": np.zeros((3, 69)), "global_orient": np.zeros((2, 3))}, "do not broadcast"),
     ],
@@ -214,7 +214,7 @@ def test_files_go_by_what_is_in_them(folder, tmp_path):
         create(folder, genre="male")
     create(folder, create_transl=False, use_face_contour=False, joint_mapper=None)
     (tmp_path / "handless.pkl").write_bytes(pickle.dumps(random_arrays("smplh", 50), 4))
-    with pytest.raises(ValueError, match="lacks hands_componentsl, hands_componentsr: use_pca=False"):
+    with pytest.raises(ValueError, match="lacks hands_componentsl, hands_componentsr; use_pca=False"):
         create(tmp_path / "handless.pkl")
     create(tmp_path / "handless.pkl", use_pca=False, flat_hand_mean=True)
 

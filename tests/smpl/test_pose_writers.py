@@ -184,22 +184,22 @@ def test_what_others_read_from_our_amass_is_our_body(kind, bodies, tmp_path):
 @pytest.mark.parametrize(
     ("change", "layout", "options", "words"),
     [
-        ({}, "amass", {"rate": 30}, "AMASS needs gender, one of female, male, neutral; found None"),
+        ({}, "amass", {"rate": 30}, "'amass' needs gender, one of female, male, neutral; found None"),
         ({}, "amass", {"gender": "x", "rate": 30}, "found 'x'"),
-        ({}, "amass", {"gender": "male"}, "AMASS needs rate, a positive number of poses a second; found None"),
+        ({}, "amass", {"gender": "male"}, "'amass' needs rate, a positive number of poses per second; found None"),
         ({}, "amass", {"gender": "male", "rate": 0}, "needs rate.*found 0"),
         ({}, "amass", {"gender": "male", "rate": float("nan")}, "needs rate"),
-        ({}, "amass", {"gender": "male", "rate": 30, "body": "x"}, "a file of layout 'amass' holds no body"),
-        ({"frame": "camera"}, "amass", {"gender": "male", "rate": 30}, r"AMASS has the frame 'z-up', found 'camera'; to_frame"),
+        ({}, "amass", {"gender": "male", "rate": 30, "body": "x"}, "the layout 'amass' cannot store body"),
+        ({"frame": "camera"}, "amass", {"gender": "male", "rate": 30}, r"AMASS uses the frame 'z-up', found 'camera'; to_frame"),
         ({"rotations": rotations(4, 24), "betas": None}, "amass", {"gender": "male", "rate": 30}, r"24 joints \(smpl\); to_family"),
-        ({"betas": numbers(4, 16)}, "amass", {"gender": "male", "rate": 30}, "one shape for all poses of a file"),
+        ({"betas": numbers(4, 16)}, "amass", {"gender": "male", "rate": 30}, "the same betas for all poses of a file"),
         ({"rotations": rotations(52), "betas": None, "translation": None}, "amass", {"gender": "male", "rate": 30}, r"pose\[None\]"),
         ({}, "axis-angle", {}, r"would lose betas, translation; pose.replace\(betas=None, translation=None"),
         ({}, "bvh", {}, "layout must be one of 'smpl_jax', 'amass', 'axis-angle'; found 'bvh'"),
-        ({}, "smpl_jax", {"gender": "male"}, "holds no gender"),
-        ({"rotations": 2 * rotations(4, 52)}, "smpl_jax", {}, "rotations must be rotations"),
+        ({}, "smpl_jax", {"gender": "male"}, "cannot store gender"),
+        ({"rotations": 2 * rotations(4, 52)}, "smpl_jax", {}, "must be rotation matrices"),
         ({"betas": numbers(16)}, "smpl_jax", {}, r"betas must have shape \(4, n\)"),
-        ({"rotations": rotations(0, 24), "betas": None, "translation": None}, "smpl_jax", {}, "no pose to write"),
+        ({"rotations": rotations(0, 24), "betas": None, "translation": None}, "smpl_jax", {}, "at least one pose"),
     ],
 )  # fmt: skip
 def test_what_a_layout_cannot_hold_is_one_line(change, layout, options, words, tmp_path):
@@ -212,7 +212,7 @@ def test_what_a_layout_cannot_hold_is_one_line(change, layout, options, words, t
 
 def test_a_suffix_says_what_a_file_is(tmp_path):
     for name, layout in (("x.npy", "smpl_jax"), ("x.npz", "axis-angle"), ("x", "smpl_jax")):
-        with pytest.raises(ValueError, match=f"the layout '{layout}' is written to .np[yz] files"):
+        with pytest.raises(ValueError, match=f"a file of layout '{layout}' must end in .np[yz]"):
             write_poses(tmp_path / name, Pose(rotations(24), "camera"), layout)
 
 

@@ -148,7 +148,7 @@ def test_light_comes_from_where_it_is_said_to():
         ({"vertices": np.zeros((4, 2))}, "vertices must be"),
         ({"vertices": np.full((4, 3), np.nan)}, "vertices must be finite"),
         ({"faces": np.zeros((1, 3))}, "faces must be integers"),
-        ({"faces": [[0, 1, 4]]}, "faces must number the 4 vertices from 0; found 0 to 4"),
+        ({"faces": [[0, 1, 4]]}, "faces must be vertex indices in \\[0, 4\\); found 0 to 4"),
         ({"faces": [[0, 1, -1]]}, "found -1 to 1"),
         ({"frame": "world"}, "frame must be one of 'model', 'camera', 'z-up'; found 'world'"),
         ({"colors": np.zeros((3, 3))}, "colors must have"),
