@@ -262,7 +262,7 @@ BAD_ASF = {
     "no number": (("length 7.5", "length long"), "expected finite numbers, found 'long'"),
     "not finite": (("length 7.5", "length nan"), "expected finite numbers, found 'nan'"),
     "no direction": (("direction 0.34202 -0.939693 0\n    length 7.2", "length 7.2"), "bone 'ltibia' has no direction"),
-    "a bone twice": (("name ltibia", "name lfemur"), "bones of different names; found 'lfemur'"),
+    "a bone twice": (("name ltibia", "name lfemur"), "bones with unique names; found 'lfemur'"),
     "a circle": (("root lfemur\n", "ltibia lfemur\n"), "is not connected to the root"),
     "a bone of nobody": (("lfemur ltibia\n  end", "lfemur rtibia\n  end"), "'rtibia' is not a bone"),
     "few limits": (("(-70.0 70.0)", ""), "limits for rx ry rz; found 4 numbers"),
@@ -336,13 +336,13 @@ def refused(read, words, file):
 
 def test_other_files_are_refused(tmp_path, monkeypatch):
     refused(lambda: read_clip(tmp_path / "a.bvh"), "no such file", "a.bvh")
-    refused(lambda: read_clip(tmp_path / "a.fbx"), "expected a file of motion capture, .bvh or .amc", "a.fbx")
+    refused(lambda: read_clip(tmp_path / "a.fbx"), "expected a motion file that ends in .bvh or .amc", "a.fbx")
     (tmp_path / "05_01.amc").write_text(AMC)
-    refused(lambda: read_clip(tmp_path / "05_01.amc"), "no skeleton beside it; expected an .asf", "05.asf")
+    refused(lambda: read_clip(tmp_path / "05_01.amc"), "no skeleton in the same folder; expected an .asf", "05.asf")
     (tmp_path / "a.bvh").write_bytes(b"HIERARCHY\0")
-    refused(lambda: read_clip(tmp_path / "a.bvh"), "expected text", "a.bvh")
+    refused(lambda: read_clip(tmp_path / "a.bvh"), "expected a text file", "a.bvh")
     monkeypatch.setattr("smpl_jax.mocap.clip.MAX_BYTES", 8)
-    refused(lambda: read_clip(tmp_path / "a.bvh"), "read up to 8", "a.bvh")
+    refused(lambda: read_clip(tmp_path / "a.bvh"), "at most 8 bytes", "a.bvh")
 
 
 def test_deep_hierarchies_do_not_run_out_of_stack(tmp_path):

@@ -194,7 +194,7 @@ def test_what_others_read_from_our_amass_is_our_body(kind, bodies, tmp_path):
         ({"rotations": rotations(4, 24), "betas": None}, "amass", {"gender": "male", "rate": 30}, r"24 joints \(smpl\); to_family"),
         ({"betas": numbers(4, 16)}, "amass", {"gender": "male", "rate": 30}, "the same betas for all poses of a file"),
         ({"rotations": rotations(52), "betas": None, "translation": None}, "amass", {"gender": "male", "rate": 30}, r"pose\[None\]"),
-        ({}, "axis-angle", {}, r"would lose betas, translation; pose.replace\(betas=None, translation=None"),
+        ({}, "axis-angle", {}, r"would lose betas, translation; drop them with pose.replace\(betas=None, translation=None"),
         ({}, "bvh", {}, "layout must be one of 'smpl_jax', 'amass', 'axis-angle'; found 'bvh'"),
         ({}, "smpl_jax", {"gender": "male"}, "cannot store gender"),
         ({"rotations": 2 * rotations(4, 52)}, "smpl_jax", {}, "must be rotation matrices"),
