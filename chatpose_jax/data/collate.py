@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chatpose_jax import named
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import IGNORE, Processor
@@ -171,8 +172,8 @@ def weightless(row: dict[str, Any]) -> dict[str, Any]:
 def _named(example: Example) -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{example.place}: {error}") from None
+    except (UserError, OSError) as error:  # a LazyImage may raise an OSError, after which a run can be resumed
+        raise named.raised(example.place, error) from error
 
 
 def _poses(example: Example, found: int, truncated: bool) -> Pose:

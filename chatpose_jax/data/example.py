@@ -21,7 +21,7 @@ Kind = Literal["text", "image", "instruction"]
 class LazyImage:
     """An image that is made when it is needed, for rows whose images come from code. Measuring a row makes none.
 
-    make: gives (H, W, 3) uint8, the same at every call.
+    make: gives (H, W, 3) uint8, the same at every call. Where the row is encoded, an exception in it becomes one line that names the row.
     """
 
     make: Callable[[], np.ndarray]

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps
 
+from chatpose_jax import named
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_types, require
 
@@ -227,8 +228,8 @@ def _as_array(source: Any, name: str) -> np.ndarray:
         array = np.asarray(source)
         narrow = array.dtype == np.float16 or (array.dtype.kind == "V" and array.dtype.names is None)
         return array.astype(np.float32) if narrow else array
-    except Exception as error:  # another library may raise anything
-        raise UserError(f"{name} ({type(source).__name__}) gives no NumPy array: {error!s:.200}") from None
+    except Exception as error:  # another library, or the user's own code (data.LazyImage), may raise anything
+        raise named.raised(f"{name} ({type(source).__name__}) cannot be converted to NumPy", error) from error
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -1,6 +1,7 @@
 """Rows become arrays of few shapes, in an order that is a function of the seed; a resumed loader goes on exactly."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import zlib
@@ -173,8 +174,11 @@ def test_poses_come_in_the_camera_frame_with_the_joints_of_the_head(processor):
         ({"poses": poses(1, 0, 23)}, r"'row-0': poses: .*22 \(shared\), 24 \(smpl\).*found 23"),
         ({"poses": poses(1, 0, frame="sky")}, r"'row-0': poses: frame must be one of .*'sky'"),
         ({"poses": Pose(np.full((1, 24, 3, 3), np.nan), "camera")}, r"'row-0': poses: .*finite"),
-        ({"poses": Pose(np.zeros((1, 24, 3, 3)), "camera")}, r"'row-0': poses: .*joint 0 of pose 0 is none"),
-        ({"poses": poses(1, 0, frame="z-up", translation=np.zeros((1, 3)))}, r"'row-0': poses: .*pelvis of a body"),
+        ({"poses": Pose(np.zeros((1, 24, 3, 3)), "camera")}, r"'row-0': poses: .*joint 0 of pose 0 is not one"),
+        (
+            {"poses": poses(1, 0, frame="z-up", translation=np.zeros((1, 3)))},
+            r"'row-0': poses: .*pelvis, so the body is needed",
+        ),
         ({"messages": [{"role": "user", "content": ""}]}, r"'row-0': messages\[0\]: empty content"),
     ],
 )
@@ -182,6 +186,29 @@ def test_malformed_example_is_named(processor, change, error):
     good = example(0)
     with pytest.raises(UserError, match=error):
         encode_example(processor, Example(**{**vars(good), **change}), 256)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            KeyError("scan 7"),
+            UserError,
+            r"^row 3 of mine: messages\[0\].content\[0\]: .*LazyImage.*: KeyError: 'scan 7'$",
+        ),
+        (OSError(errno.EIO, "I/O error"), OSError, r"I/O error \(messages\[0\].*\(row 3 of mine: OSError\)$"),
+    ],
+)
+def test_an_error_in_a_lazy_image_names_the_row(processor, error, kind, words):
+    def make():
+        raise error
+
+    content = [{"type": "image", "image": LazyImage(make)}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}]
+    row = Example("a", "image", messages).at("row 3 of mine")
+    with pytest.raises(kind, match=words) as caught:
+        encode_example(processor, row, 256)
+    assert getattr(caught.value, "errno", None) == getattr(error, "errno", None)
 
 
 @pytest.mark.parametrize("cache", [0, CACHE])

@@ -249,7 +249,7 @@ def test_tensors_of_torch():
     np.testing.assert_array_equal(np.asarray(load_image((values * 255).byte())), (values * 255).byte().numpy())
     with pytest.raises(UserError, match=r"shape \(3, 4, 5\).*channels come last"):
         load_image(torch.zeros(3, 4, 5))
-    with pytest.raises(UserError, match=r"the array \(Tensor\) gives no NumPy array"):
+    with pytest.raises(UserError, match=r"the array \(Tensor\) cannot be converted to NumPy"):
         load_image(torch.zeros(4, 4, 3, device="meta"))
 
 
