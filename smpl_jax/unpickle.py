@@ -78,7 +78,8 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self.stack[-1].update(_plain(items))
 
     def _frozenset(self: Any) -> None:
-        self.append(frozenset(_plain(self.pop_mark())))
+        items = self.pop_mark()  # first, because it replaces `self.append`
+        self.append(frozenset(_plain(items)))
 
     dispatch: ClassVar = {
         **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
@@ -151,16 +152,21 @@ def pickled_objects(names: Iterable[str]) -> dict[str, type[PickledObject]]:
 class PickledArray:
     """A numpy array under construction. numpy's own constructors trust the shape and type in the file; this one checks
     both.
+
+    value: an ndarray, or the list of an object array's elements. shape, order: those that the file gives.
     """
 
-    __slots__ = ("value",)
+    __slots__ = ("order", "shape", "value")
 
     def __init__(self) -> None:
-        self.value: Any = None  # an ndarray, or the list of an object array's elements
+        self.value: Any = None
+        self.shape: Any = ()
+        self.order: Any = "C"
 
     def __setstate__(self, state: Any) -> None:
-        shape, dtype, fortran, data = state[-4:]  # an older version number may come before them
-        self.value = _array(data, dtype, shape, "F" if fortran else "C")
+        self.shape, dtype, fortran, data = state[-4:]  # an older version number may come before them
+        self.order = "F" if fortran else "C"
+        self.value = _array(data, dtype, self.shape, self.order)
 
 
 class PickledDType:
@@ -209,7 +215,7 @@ def _reconstruct(*subtype_shape_and_code: Any) -> PickledArray:
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
     result = PickledArray()
-    result.value = _array(data, dtype, shape, order)
+    result.shape, result.order, result.value = shape, order, _array(data, dtype, shape, order)
     return result
 
 

@@ -32,7 +32,7 @@ from chatpose_jax.models.heads import trusted_head
 from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
-from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json
+from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json_object
 
 FORMAT = "chatpose-jax"
 VERSION = 1
@@ -194,7 +194,7 @@ def read_folder(path: str | Path) -> dict[str, Any]:
         hint = "" if path.exists() else fetch_hint(path)
         raise UserError(f"{path}: {what}; expected a model folder (config.json, tokenizer/, params/){hint}")
     if (path / CONFIG).is_file():
-        data = read_json(path / CONFIG)
+        data = read_json_object(path / CONFIG)
         if data.get("format") == FORMAT:
             if data.get("version") != VERSION:
                 raise UserError(
@@ -221,7 +221,7 @@ def read_folder(path: str | Path) -> dict[str, Any]:
 def is_model_folder(path: str | Path) -> bool:
     """Whether ``config.json`` says that this program wrote the folder; other programs write a ``config.json`` too."""
     config = Path(path) / CONFIG
-    return config.is_file() and read_json(config).get("format") == FORMAT
+    return config.is_file() and read_json_object(config).get("format") == FORMAT
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:

@@ -23,7 +23,7 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS, row_module
 from chatpose_jax.weights.layouts import LAYOUTS, Layout
 from chatpose_jax.weights.plan import Conversion, rounded
-from chatpose_jax.weights.readers import TensorEntry, read_json, read_safetensors_header
+from chatpose_jax.weights.readers import TensorEntry, read_json_object, read_safetensors_header
 from chatpose_jax.weights.writers import Tensor, copied, write_safetensors
 
 CHANGES, ORIGINALS = "adapter.json", "adapter.safetensors"
@@ -111,7 +111,7 @@ def read_changes(folder: Path) -> Changes:
     """Raises UserError for a change that PEFT cannot express."""
     if not (folder / CHANGES).is_file():
         return Changes()
-    data, originals = read_json(folder / CHANGES), folder / ORIGINALS
+    data, originals = read_json_object(folder / CHANGES), folder / ORIGINALS
     places = {"decoder/embed_tokens/embedding": "embed_tokens", "decoder/lm_head/kernel": "lm_head"}
     whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
     if lost := [path for path, module in whole.items() if module is None]:

@@ -12,7 +12,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.processing.images import Fit, ImageSettings
 from chatpose_jax.processing.processor import SETTINGS_FILE
-from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.readers import read_json_object
 from chatpose_jax.weights.sources import Source
 
 _REMEDY = "say --image-fit crop or pad to leave that out"
@@ -68,14 +68,14 @@ def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Pa
 def write_pictures(folder: Path, settings: ImageSettings) -> None:
     """Writes the settings into ``processor.json`` of a tokenizer's folder. Its other keys stay."""
     file = folder / SETTINGS_FILE
-    data = read_json(file) if file.is_file() else {}
+    data = read_json_object(file) if file.is_file() else {}
     data["images"] = dataclasses.asdict(settings)
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _ours(folder: Path) -> Pictures | None:
     file = folder / SETTINGS_FILE
-    stored = read_json(file).get("images") if file.is_file() else None
+    stored = read_json_object(file).get("images") if file.is_file() else None
     return None if stored is None else Pictures(ImageSettings.from_json(stored, file), str(file))
 
 
@@ -112,13 +112,13 @@ def _aspect(source: Source) -> Fit:
 def _preprocessor(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     """The file that transformers would read, in its order of preference, and its contents; ``{}`` if there is none."""
     file = folder / "processor_config.json"
-    nested = read_json(file).get("image_processor") if file.is_file() else None
+    nested = read_json_object(file).get("image_processor") if file.is_file() else None
     if nested is not None:
         if not isinstance(nested, dict):
             raise UserError(f"{file}: image_processor={nested!r}; expected a table")
         return file, nested
     file = folder / "preprocessor_config.json"
-    return file, read_json(file) if file.is_file() else {}
+    return file, read_json_object(file) if file.is_file() else {}
 
 
 def _settings(file: Path, said: Mapping[str, Any], tower: int) -> tuple[ImageSettings, bool]:

@@ -19,7 +19,7 @@ from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.heads.mlp import MLPHead
 from chatpose_jax.weights.layouts import Layout, NameRule, parts
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.readers import read_json
+from chatpose_jax.weights.readers import read_json_object
 
 WEIGHTS, DESCRIPTION = "pose_head.safetensors", "pose_head.json"
 FORMAT = "chatpose-pose-head"
@@ -88,7 +88,7 @@ def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:
     file = folder / DESCRIPTION
     if not file.is_file():
         raise UserError(f"{folder}: {WEIGHTS} without {DESCRIPTION}, which says what head it is; copy that too")
-    data = read_json(file)
+    data = read_json_object(file)
     if (data.get("format"), data.get("version")) != (FORMAT, 1):
         raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
     try:

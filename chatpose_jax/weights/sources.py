@@ -19,7 +19,7 @@ from chatpose_jax.weights.readers import (
     TensorEntry,
     find_projector,
     open_checkpoint,
-    read_json,
+    read_json_object,
 )
 from chatpose_jax.weights.spec import SourceSpec
 
@@ -193,4 +193,4 @@ def _pose_head(folder: Path, head: str | type | None) -> list[Source]:
 
 def _adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.folder / adapters.ADAPTER_CONFIG
-    return read_json(file) if file.is_file() else {}
+    return read_json_object(file) if file.is_file() else {}

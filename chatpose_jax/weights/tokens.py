@@ -21,7 +21,7 @@ from chatpose_jax.processing.tokenizer import (
     read_files,
 )
 from chatpose_jax.settings import one_line
-from chatpose_jax.weights.readers import demand_native, describe_folder, read_json
+from chatpose_jax.weights.readers import demand_native, describe_folder, read_json_object
 
 _ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 # Keys that transformers 5 writes, and that 4.x does not know or misreads.
@@ -76,7 +76,7 @@ def read_tokens(folder: str | Path) -> Tokens:
 
 
 def _read_tokens(folder: Path) -> Tokens:
-    fast = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
+    fast = read_json_object(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
     pieces = (fast.get("model") or {}).get("vocab") or []
     added = {str(token["content"]): int(token["id"]) for token in fast.get("added_tokens") or []}
     if (folder / "tokenizer.model").is_file():
@@ -97,9 +97,9 @@ def _read_tokens(folder: Path) -> Tokens:
             "name the folder that has it with --tokenizer (Vicuna's or LLaMA-2's fits every LLaVA-1.5)"
         )
     if (folder / "added_tokens.json").is_file():
-        added |= {str(literal): int(id) for literal, id in read_json(folder / "added_tokens.json").items()}
+        added |= {str(literal): int(id) for literal, id in read_json_object(folder / "added_tokens.json").items()}
     if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        decoder = read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
         added |= {str(token["content"]): int(id) for id, token in decoder.items()}
     return Tokens(folder, base, {literal: id for literal, id in added.items() if id >= base})
 

@@ -23,7 +23,7 @@ from chatpose_jax.weights.hashes import read_sums
 from chatpose_jax.weights.readers import (
     checkpoint,
     open_checkpoint,
-    read_json,
+    read_json_object,
     read_safetensors_header,
     read_torch_header,
 )
@@ -407,10 +407,10 @@ def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
 def test_json_that_is_too_deep_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep.json").write_text('{"a":' * 200_000)
     with pytest.raises(UserError, match=r"deep\.json: not readable as JSON"):
-        read_json(tmp_path / "deep.json")
+        read_json_object(tmp_path / "deep.json")
     monkeypatch.setattr(checkpoint, "_MAX_SETTINGS", 1000)
     with pytest.raises(UserError, match="1000000 bytes are too many"):
-        read_json(tmp_path / "deep.json")
+        read_json_object(tmp_path / "deep.json")
 
 
 def test_sums_of_a_whole_tree(tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 997657
 def test_files_that_are_something_else_are_called_by_name(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: {message}"):
-        read_json(tmp_path / name) if name == "config.json" else open_checkpoint(tmp_path)
+        read_json_object(tmp_path / name) if name == "config.json" else open_checkpoint(tmp_path)
 
 
 def test_a_tokenizer_that_was_not_fetched(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from chatpose_jax.weights.readers.checkpoint import (
     Checkpoint,
     find_projector,
     open_checkpoint,
-    read_json,
+    read_json_object,
 )
 from chatpose_jax.weights.readers.entry import Index, TensorEntry, bounded
 from chatpose_jax.weights.readers.foreign import demand_native, describe_folder, fetch_hint
@@ -28,7 +28,7 @@ __all__ = [
     "fetch_hint",
     "find_projector",
     "open_checkpoint",
-    "read_json",
+    "read_json_object",
     "read_safetensors_header",
     "read_torch_header",
 ]

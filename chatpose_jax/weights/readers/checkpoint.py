@@ -71,10 +71,10 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the folder, ``{}`` where there is none. Raises UserError if it is no JSON object."""
-        return read_json(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+        return read_json_object(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 100 MB; raises UserError that says what is wrong."""
     try:
         if (size := path.stat().st_size) > _MAX_SETTINGS:
@@ -131,14 +131,14 @@ def find_projector(folder: Path) -> Path | None:
 def _demand_one(folder: Path, first: Path, *others: Path) -> None:
     """Raises UserError where another program would take another set of weights than ``first``."""
     for other in others:
-        weight_map = read_json(other).get("weight_map")
+        weight_map = read_json_object(other).get("weight_map")
         if not isinstance(weight_map, dict) or any(file != first.name for file in weight_map.values()):
             raise UserError(
                 f"{folder}: two sets of weights: {first.name}, which transformers reads, and the shards of {other.name}, which "
                 f"other programs read; move one of them away, or give {first.name} or {other.name} instead of the folder"
             )
     config = folder / "config.json"
-    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    named = read_json_object(config).get("transformers_weights") if config.is_file() else None
     if named not in (None, first.name):
         raise UserError(
             f"{config}: transformers_weights={named!r} names other weights than {first.name}, which older programs read; give "
@@ -168,7 +168,7 @@ def _from_files(folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def _from_index(index: Path) -> Checkpoint:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a table 'weight_map' of tensor names and files")
     if not all(isinstance(name, str) for name in weight_map.values()):
