@@ -164,6 +164,27 @@ def _object_array(items: list[Any], shape: Any, order: Any) -> np.ndarray:
     return flat.reshape(shape, order=order)
 
 
+# Names of files --------------------------------------------------------------------------------------------------------------------------------
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The path of a file that a data set names, relative to a folder. It need not be there.
+
+    name: text, or bytes of UTF-8; with "/" or "\\" between its parts.
+
+    Raises UserError for a name that leads out of the folder, or is none.
+    """
+    text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    if not text or _leads_out(text):
+        raise UserError(f"expected the name of a file inside {folder}, found {text!r:.120}")
+    return folder.joinpath(*re.split(r"[/\\]", text))
+
+
+def _leads_out(name: str) -> bool:
+    parts = re.split(r"[/\\]", name)
+    return parts[0] == "" or ".." in parts or bool(re.match("[A-Za-z]:", name)) or "\0" in name
+
+
 # npz ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -349,10 +370,9 @@ class _BoundedFile(io.FileIO):
 
 
 def _check_member(info: tarfile.TarInfo, path: Path) -> None:
-    parts = re.split(r"[/\\]", info.name)
     if info.size < 0:  # tarfile would go back and read the same header for ever
         raise UserError(f"{path}: {info.name!r:.120} has a size of {info.size} bytes")
-    if parts[0] == "" or ".." in parts or re.match("[A-Za-z]:", info.name) or "\0" in info.name:
+    if _leads_out(info.name):
         raise UserError(
             f"{path}: the name {info.name!r:.120} leads out of the tar's own folder; no data set needs that"
         )

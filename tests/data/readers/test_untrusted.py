@@ -324,6 +324,14 @@ def test_tar_headers_with_false_sizes(tmp_path, kind, size):
         list(untrusted.tar_members(path))
 
 
+def test_names_of_files(tmp_path):
+    for name in ("a/b.jpg", b"a/b.jpg", np.str_("a/b.jpg"), np.bytes_(b"a/b.jpg"), "a\\b.jpg", "./a/b.jpg"):
+        assert untrusted.inside(tmp_path, name) == tmp_path / "a" / "b.jpg"
+    for name in ("/etc/passwd", "../x", b"a/../../x", "a\\..\\..\\x", "C:/x", "a\0b", "", "\\\\host\\x"):
+        with pytest.raises(UserError, match="expected the name of a file inside"):
+            untrusted.inside(tmp_path, name)
+
+
 def test_image_size():
     for kind in ("PNG", "JPEG"):
         file = io.BytesIO()
