@@ -88,7 +88,7 @@ def hostile(path):
 def test_a_hostile_pickle_runs_nothing(tmp_path, protocol):
     mark = tmp_path / "mark"
     data = pickle.dumps([{"body_pose": hostile(mark)}], protocol)
-    with pytest.raises(UserError, match=r"^here: the pickle asks for (posix|nt)\.system.*nothing was run"):
+    with pytest.raises(UserError, match=r"^here: the pickle refers to (posix|nt)\.system.*nothing was run"):
         untrusted.load_pickle(data, "here")
     assert not mark.exists()
     pickle.loads(data)
@@ -105,7 +105,7 @@ def test_names_that_read_only_plain_values(tmp_path):
         Runs(open, str(mark), "w"),
         Runs(np.load, "x"),
     ):
-        with pytest.raises(UserError, match=r"asks for"):
+        with pytest.raises(UserError, match=r"refers to"):
             untrusted.load_pickle(pickle.dumps(call), "x")
     assert not mark.exists()
 
@@ -162,7 +162,7 @@ def test_npz_that_would_run_code(tmp_path):
     mark = tmp_path / "mark"
     path = npz(tmp_path / "a.npz", good=np.zeros(2), bad=np.array([hostile(mark)], dtype=object))
     assert equal(untrusted.load_npz(path, ["good"]), {"good": np.zeros(2)})
-    with pytest.raises(UserError, match=r"a\.npz: bad: the pickle asks for"):
+    with pytest.raises(UserError, match=r"a\.npz: bad: the pickle refers to"):
         untrusted.load_npz(path)
     assert not mark.exists()
 
