@@ -33,7 +33,8 @@ from pairs import paired
 
 from chatpose_jax.data.collate import collate, encode_example
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.motion import MotionDataset, motion
+from chatpose_jax.data.readers.mocap import Bvh
+from chatpose_jax.data.record import Record
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.evaluation.poses import mean_pose
 from chatpose_jax.models.chatpose import attend_evenly, bind, init_params
@@ -131,12 +132,15 @@ def rows(name: str, split: Any, fold: int, folder: str, limit: int) -> Rows:
         examples = SyntheticDataset(split, limit or ROWS[split], 0, 64, {"text": 1.0})
         groups = np.arange(len(examples))
     else:
-        clips = motion(split, seed=0, folder=folder, fold=fold % 5)
-        assert isinstance(clips, MotionDataset)
-        starts = [start for _, start in clips.clips]
-        chosen = np.arange(len(clips))[:: max(1, len(clips) // limit)] if limit else np.arange(len(clips))
-        groups = np.searchsorted(starts, chosen, side="right") - 1
-        examples = [clips[int(i)] for i in chosen]
+        reader = Bvh(Path(folder), rate=10, spacing=0, tasks={"detailed": 1}, fold=fold % 5)
+        read = [
+            (record.example(), number)
+            for number, clip in enumerate(reader.parts(split))
+            for record in reader.read(split, clip)
+            if isinstance(record, Record)
+        ]
+        read = read[:: max(1, len(read) // limit)] if limit else read
+        examples, groups = [example for example, _ in read], np.array([number for _, number in read])
     encoded = [encode_example(processor, example, 128) for example in examples]
     short = [i for i, row in enumerate(encoded) if len(row["input_ids"]) <= LENGTH]
     encoded, groups = [encoded[i] for i in short], groups[short]

@@ -2,5 +2,8 @@
 
 from __future__ import annotations
 
-DATA_SETS: dict[str, str] = {}
+DATA_SETS: dict[str, str] = {
+    "cmu": "chatpose_jax.data.readers.mocap:Cmu",
+    "bvh": "chatpose_jax.data.readers.mocap:Bvh",
+}
 """name -> ``package.module:Class`` of its ``Reader``. The name is also that of the source of ``data.sources`` that reads the prepared folder."""

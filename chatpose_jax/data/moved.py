@@ -12,6 +12,11 @@ MOVED = ("source", "mixture", *SIZES)
 """Fields that ``DataConfig`` had."""
 KINDS = {"synthetic-text": "text", "synthetic-instruction": "instruction", "synthetic-image": "image"}
 """Names of earlier sources -> the option ``kind`` of "synthetic"."""
+PREPARED = {
+    "motion": "clips are prepared once: type chatpose data prepare cmu --source FOLDER --out data/cmu (bvh for clips that are not CMU's), "
+    "then --set data.sources=cmu; the options rate, folds and fold go to prepare, detail is now tasks, and all frames are spacing=0"
+}
+"""Names of earlier sources -> what to do instead."""
 _MIXTURE = (("synthetic-text", 1.0), ("synthetic-instruction", 1.0), ("synthetic-image", 2.0))
 
 

@@ -1,4 +1,6 @@
-"""Questions of users and answers of the assistant, to choose from. {caption} is a caption with its full stop, {edit} a change of the pose."""
+"""Questions of users and answers of the assistant, to choose from. {caption} is a caption with its full stop, {edit} a change of the pose, {motion}
+what a recorded clip shows.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +41,15 @@ DESCRIBE = (
 )
 SUMMARISE = ("What is this person doing?", "Say in a few words what the person does.", "Which posture is it?")
 ARMS = ("Where are the arms?", "What are the arms doing?", "How does the person hold the arms?")
+MOTIONS = (
+    "A moment of this motion: {motion}.",
+    "The person is in the middle of this: {motion}.",
+    "The motion is {motion}.",
+)
+"""What a clip shows, before a caption."""
+MOTION_TO_POSE = (
+    "Show me a moment of this motion: {motion}.",
+    "What pose can a person have during this: {motion}?",
+    "Imagine a person in the middle of this: {motion}. What is the SMPL pose?",
+    "Can you show how a body looks in this motion: {motion}?",
+)

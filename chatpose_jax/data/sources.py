@@ -13,14 +13,11 @@ from chatpose_jax import named
 from chatpose_jax.data.config import DataConfig, SourceRow, Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.mixture import Mixture
-from chatpose_jax.data.moved import KINDS
+from chatpose_jax.data.moved import KINDS, PREPARED
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
-SOURCES = {
-    "synthetic": "chatpose_jax.data.synthetic.dataset:synthetic",
-    "motion": "chatpose_jax.data.motion:motion",
-}
+SOURCES = {"synthetic": "chatpose_jax.data.synthetic.dataset:synthetic"}
 """Sources in the package: name -> ``package.module:function``.
 
 A source is called as ``make(split, *, image_size, seed, **options)`` and gives a sequence of ``Example``. Its keyword-only parameters are its
@@ -57,6 +54,8 @@ def _bind(row: SourceRow, number: int, image_size: int, seed: int) -> Callable[[
     where = f"data.sources[{number}] {row.name!r}"
     if row.name in KINDS:
         raise UserError(f'{where} is now ("synthetic", {row.weight!r}, {{"kind": "{KINDS[row.name]}"}})')
+    if row.name in PREPARED:
+        raise UserError(f"{where}: {PREPARED[row.name]}")
     make = named.find(where, row.name, SOURCES)
     signature = named.signature(where, make)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

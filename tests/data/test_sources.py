@@ -184,9 +184,10 @@ def test_a_source_that_is_missing_is_named():
         ("no_such_module:rows", "cannot be imported.*PYTHONPATH"),
         ("chatpose_jax.data.mixture:rows", "the module chatpose_jax.data.mixture has no function or class 'rows'"),
         ("chatpose_jax.data.mixture:__name__", "has no function"),
-        (":rows", "expected 'synthetic' or 'motion', or"),
-        ("nonsense", "expected 'synthetic' or 'motion', or 'package.module:name'"),
+        (":rows", "expected 'synthetic', or"),
+        ("nonsense", "expected 'synthetic', or 'package.module:name'"),
         ("syntetic", "did you mean synthetic?"),
+        ("motion", "type chatpose data prepare cmu --source FOLDER --out data/cmu"),
         ("synthetic-image", r'is now \("synthetic", 1.0, {"kind": "image"}\)'),
     ):
         with pytest.raises(UserError, match=words):

@@ -1,6 +1,5 @@
 """Motion capture: clips as their files mean them, and bodies whose limbs point where the clips' do."""
 
-import itertools
 import re
 
 import numpy as np
@@ -11,52 +10,9 @@ from smpl_jax.body import joints
 from smpl_jax.mocap import read_amc, read_bvh, read_clip, retarget
 from smpl_jax.pose import JOINTS
 
+from ..motion_files import tree, write_bvh
+
 LIMBS = (("hip", "knee"), ("knee", "ankle"), ("shoulder", "elbow"), ("elbow", "wrist"))
-AXES = np.eye(3)
-SPINE = ("Hips", "Spine", "Spine1", "Spine2")
-
-
-def tree(prefix=""):
-    """(name, parent, offset) of a T-pose in centimetres, x left, y up, z forward."""
-    rows = [("Hips", "", (0, 0, 0))]
-    rows += [(name, parent, (0, 12, 0)) for parent, name in itertools.pairwise(SPINE)]
-    rows += [("Neck", "Spine2", (0, 20, 0)), ("Head", "Neck", (0, 10, 0))]
-    for side, sign in (("Left", 1), ("Right", -1)):
-        for name, parent, offset in (
-            ("UpLeg", "Hips", (9, -8, 0)), ("Leg", "UpLeg", (0, -40, 0)), ("Foot", "Leg", (0, -40, 0)), ("ToeBase", "Foot", (0, -5, 13)),
-            ("Shoulder", "Spine2", (6, 15, 0)), ("Arm", "Shoulder", (12, 0, 0)), ("ForeArm", "Arm", (26, 0, 0)), ("Hand", "ForeArm", (25, 0, 0)),
-        ):  # fmt: skip
-            above = parent if parent in SPINE else f"{side}{parent}"
-            rows.append((f"{side}{name}", above, (sign * offset[0], *offset[1:])))
-    return [(prefix + name, prefix + parent if parent else "", offset) for name, parent, offset in rows]
-
-
-def write_bvh(path, *frames, rows=None, turn=AXES, order="ZXY", seconds="0.01"):
-    """A BVH file of frames {joint: angles in degrees, by ``order``}; ``turn`` takes the axes above to the file's."""
-    rows = tree() if rows is None else rows
-    named, columns = [], [*"XYZ"]
-
-    def write(name, offset, depth):
-        channels = " ".join(f"{axis}rotation" for axis in order)
-        position = "Xposition Yposition Zposition " if depth == 0 else ""
-        named.append(name)
-        columns.extend(order)
-        inside = "".join(write(child, where, 1) for child, parent, where in rows if parent == name)
-        inside = inside or f"End Site {{ OFFSET {' '.join(map(str, turn @ np.array(offset) / 3))} }}"
-        where = " ".join(map(str, turn @ np.array(offset)))
-        return (
-            f"{'JOINT' if depth else 'ROOT'} {name} {{\n OFFSET {where}\n"
-            f" CHANNELS {6 - 3 * depth} {position}{channels}\n {inside} }}\n"
-        )
-
-    text = "HIERARCHY\n" + write(rows[0][0], rows[0][2], 0)
-    lines = [
-        " ".join(str(v) for v in (1, 90, 2, *(a for n in named for a in frame.get(n, (0, 0, 0))))) for frame in frames
-    ]
-    path.write_text(f"{text}MOTION\nFrames: {len(lines)}\nFrame Time: {seconds}\n" + "\n".join(lines) + "\n")
-    return path
-
-
 FLEXED = {
     "LeftLeg": (0, 90, 0),
     "RightUpLeg": (0, -60, 0),

@@ -6,7 +6,13 @@ so the arms may be exchanged. To add a situation, add a line.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import numpy as np
+
+from chatpose_jax.data.synthetic import skeleton
+from chatpose_jax.data.synthetic.families import sample_poses
 
 
 class Situation(NamedTuple):
@@ -82,3 +88,29 @@ QUESTIONS = (
     "Can you show a person who {situation}?",
     "Please give me the pose of somebody who {situation}.",
 )
+
+
+CLEAR, TIE = 0.07, 0.01
+_SAMPLES = 12
+
+
+def situations_of(rotations: np.ndarray) -> list[Situation]:
+    """The situations that a pose clearly belongs to, often none: a generated body of theirs, or its mirror image, is nearer than ``CLEAR``, and none
+    of another situation is nearer by ``TIE``.
+
+    rotations: (24, 3, 3) in the body frame, facing +z. Distances are means over the joints in metres, the pelvis at the origin.
+    """
+    joints, _ = skeleton.forward_kinematics(np.asarray(rotations, float)[None])
+    nearest = np.linalg.norm(_bodies() - joints, axis=-1).mean(-1).min(-1)
+    return [SITUATIONS[i] for i in np.flatnonzero(nearest <= min(CLEAR, nearest.min() + TIE))]
+
+
+@functools.cache
+def _bodies() -> np.ndarray:
+    """Joints (situations, bodies, 24, 3) of bodies that are drawn once for each situation."""
+    drawn = [
+        sample_poses(_SAMPLES, [20240617, number], situation.posture, situation.arms).rotations
+        for number, situation in enumerate(SITUATIONS)
+    ]
+    turned = [skeleton.remove_yaw(np.concatenate([poses, skeleton.mirror(poses)])) for poses in drawn]
+    return np.stack([skeleton.forward_kinematics(poses)[0] for poses in turned])
