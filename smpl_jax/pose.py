@@ -7,6 +7,7 @@ under ``jit``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
@@ -260,6 +261,34 @@ def to_family(pose: Pose, name: Family) -> Pose:
     if {source, name} <= set(_SHAPE_SPACES) and _SHAPE_SPACES[source] != _SHAPE_SPACES[name]:
         out = out.replace(betas=None, has_betas=None)
     return out
+
+
+_TWINS: dict[str, list[int]] = {
+    "body": [0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20],
+    "rigid hands": [1, 0],
+    "jaw and eyes": [0, 2, 1],
+    "fingers": [*range(HANDS // 2, HANDS), *range(HANDS // 2)],
+}
+"""For each joint of a part, its counterpart on the other side."""
+
+
+def mirror(pose: Pose) -> Pose:
+    """The poses as a mirror shows them: left and right change places, and x changes its sign, in any frame.
+
+    Betas are kept, because bodies are taken to be symmetric. The translation is exact up to the distance of the rest pose's pelvis from x = 0
+    (a few millimetres for SMPL).
+
+    Raises ValueError if the pose belongs to no family.
+    """
+    starts = itertools.accumulate([PARTS[part] for part in FAMILIES[pose.family]], initial=0)
+    twins = [start + twin for start, part in zip(starts, FAMILIES[pose.family]) for twin in _TWINS[part]]
+    xp, side = _numpy(pose), np.array([-1, 1, 1], np.float32)
+    rotations = pose.rotations[..., twins, :, :] * xp.asarray(np.outer(side, side), pose.rotations.dtype)
+    return pose.replace(
+        rotations=rotations,
+        translation=None if pose.translation is None else pose.translation * xp.asarray(side, pose.translation.dtype),
+        measured=None if pose.measured is None else pose.measured[..., twins],
+    )
 
 
 def to_betas(pose: Pose, count: int) -> Pose:
