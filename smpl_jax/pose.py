@@ -272,7 +272,7 @@ _TWINS: dict[str, list[int]] = {
 """For each joint of a part, its counterpart on the other side."""
 
 
-def mirror(pose: Pose) -> Pose:
+def mirror_pose(pose: Pose) -> Pose:
     """The poses as a mirror shows them: left and right change places, and x changes its sign, in any frame.
 
     Betas are kept, because bodies are taken to be symmetric. The translation is exact up to the distance of the rest pose's pelvis from x = 0

@@ -17,7 +17,7 @@ from PIL import Image
 from chatpose_jax.data.readers.untrusted import image_size
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import FORMATS, load_image
-from smpl_jax.pose import Pose, mirror
+from smpl_jax.pose import Pose, mirror_pose
 
 ASPECT = (192, 256)
 """Width and height of the crops of ViTPose; 4D-Humans' setting ``BBOX_SHAPE`` makes boxes at least so tall or wide."""
@@ -96,7 +96,7 @@ class Change:
         Where the body turns, the translation is dropped, because it turns about the pelvis of a body that is not known here.
         """
         if self.flip:
-            pose = mirror(pose)
+            pose = mirror_pose(pose)
         if self.turn:
             rotations = np.array(pose.rotations)
             rotations[..., 0, :, :] = self._turned() @ rotations[..., 0, :, :].astype(np.float64)

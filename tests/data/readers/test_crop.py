@@ -148,10 +148,10 @@ def apart(a, b):
 
 
 def test_the_picture_of_a_mirrored_pose_is_the_mirrored_picture(body, pose):
-    first, second = picture(body, pose), picture(body, smpl_jax.mirror(pose))
+    first, second = picture(body, pose), picture(body, smpl_jax.mirror_pose(pose))
     assert apart(first[:, ::-1], second) < 0.01
     assert apart(first, second) > 0.3 and apart(first[:, ::-1], picture(body, pose)) > 0.3
-    half = pose.replace(rotations=smpl_jax.mirror(pose).rotations[[0, *range(1, 24)]])
+    half = pose.replace(rotations=smpl_jax.mirror_pose(pose).rotations[[0, *range(1, 24)]])
     half = half.replace(rotations=np.concatenate([half.rotations[:1], pose.rotations[1:]]))  # the root alone
     assert apart(first[:, ::-1], picture(body, half)) > 0.2
 
@@ -166,12 +166,12 @@ def test_mirroring_twice_gives_the_same(pose):
             translation=rng.normal(size=(2, 3)),
             measured=rng.random((2, count)) < 0.5,
         )
-        once = smpl_jax.mirror(whole)
-        twice = smpl_jax.mirror(once)
+        once = smpl_jax.mirror_pose(whole)
+        twice = smpl_jax.mirror_pose(once)
         for field in ("rotations", "translation", "measured"):
             np.testing.assert_array_equal(getattr(twice, field), getattr(whole, field))
         assert not np.array_equal(once.rotations, whole.rotations)
-    assert smpl_jax.mirror(pose).measured.tolist() == (np.arange(24) != 11).tolist()
+    assert smpl_jax.mirror_pose(pose).measured.tolist() == (np.arange(24) != 11).tolist()
 
 
 def test_mirrored_joints_change_names(body, pose):
@@ -179,7 +179,7 @@ def test_mirrored_joints_change_names(body, pose):
     names = [str(name) for name in smpl_jax.load_body_arrays()["joint_names"]]
     other = [names.index(n.replace("left", "?").replace("right", "left").replace("?", "right")) for n in names]
     first = np.asarray(smpl_jax.joints(body, **smpl_jax.for_body(pose, body)))
-    second = np.asarray(smpl_jax.joints(body, **smpl_jax.for_body(smpl_jax.mirror(pose), body)))
+    second = np.asarray(smpl_jax.joints(body, **smpl_jax.for_body(smpl_jax.mirror_pose(pose), body)))
     np.testing.assert_allclose(second, first[other] * [-1, 1, 1], atol=1e-5)
 
 
