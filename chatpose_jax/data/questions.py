@@ -1,5 +1,5 @@
-"""Questions of users and answers of the assistant, to choose from. {caption} is a caption with its full stop, {edit} a change of the pose, {motion}
-what a recorded clip shows.
+"""Questions of users and answers of the assistant, to choose from. {caption} is a caption with its full stop, {edit} a change of the pose as a
+clause, {change} one in sentences, {motion} what a recorded clip shows.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ POSE_ANSWERS = (
     "I would say <POSE>.",
 )
 EDIT_QUESTIONS = ("Now {edit}.", "And what if you {edit}?", "Please {edit} and keep the rest.")
+CHANGES = (
+    "{change}",
+    "{change} What is the pose then?",
+    "Change the pose like this: {change}",
+    "From there on: {change}",
+)
 EDIT_ANSWERS = ("<POSE>", "Now it is <POSE>.", "The new pose is <POSE>.", "With this change it is <POSE>.")
 DESCRIBE = (
     "Describe the pose in words.",

@@ -1,0 +1,209 @@
+"""PoseFix: two poses of AMASS, and how to get from the first to the second in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from chatpose_jax.data import questions
+from chatpose_jax.data.config import Split
+from chatpose_jax.data.reader import About, Skipped
+from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw
+from chatpose_jax.data.readers.posescript import (
+    Release,
+    draw,
+    id_of,
+    in_parts,
+    need,
+    pick,
+    place_of,
+    read_ids,
+    read_table,
+    texts_of,
+    turn,
+)
+from chatpose_jax.data.record import Record, seeded
+from chatpose_jax.data.synthetic import captions
+from chatpose_jax.errors import UserError
+from chatpose_jax.settings import whole
+from smpl_jax.pose import Pose, stack, to_family, to_frame
+
+Texts = Literal["human-first", "human", "human-or-paraphrase", "automatic"]
+Pairs = Literal["all", "in", "out"]
+FOLDER = "posefix_release"
+_PLACES = "ids_2_dataset_sequence_and_frame_index_100k.json"
+_PAIRS = "pair_id_2_pose_ids.json"
+_SPLIT = "{}_{}_sequence_pair_ids.json"
+_KINDS = {
+    "human": "posefix_human_6157.json",
+    "paraphrases": "posefix_paraphrases_4284.json",
+    "automatic": "posefix_auto_135305.json",
+}
+_ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "human-first": (("human", "paraphrases", "automatic"),),
+    "human": (("human",),),
+    "human-or-paraphrase": (("human", "paraphrases"), ("paraphrases", "human")),
+    "automatic": (("automatic",),),
+}
+"""Rule of texts -> orders of kinds, of which one is drawn."""
+_ALL = (
+    _PLACES,
+    _PAIRS,
+    *_KINDS.values(),
+    *(_SPLIT.format(s, k) for s in ("train", "val", "test") for k in ("in", "out")),
+)
+
+
+class Pair(NamedTuple):
+    """A pair of poses: ids of the pair and of the poses, and their places."""
+
+    key: str
+    poses: tuple[str, str]
+    first: Place | Skipped
+    second: Place | Skipped
+
+
+class PoseFix:
+    """Reads PoseFix. A row has two turns: a description of the first pose, which is answered with it, and then the change in words, which is
+    answered with the second pose.
+
+    A model does not see the numbers of an earlier answer. So the first pose must be described in words, and PoseFix describes only changes:
+    the description is a caption of PoseScript V2, whose poses these are (option ``posescript``); without it, one by this package's rules
+    (``data.synthetic.captions``).
+
+    Poses are as PoseScript's. Where both poses are of one AMASS file, the yaw of the first is removed from both, so that turns of the body stay.
+    ``group`` is the AMASS file of the second pose.
+
+    ``extras``: ``pair_id`` (int), ``pose_ids`` ((2,) int64), ``in_sequence`` (bool, both poses are of one AMASS file), ``first_group`` (the
+    AMASS file of the first pose). In "val" and "test" also ``human``, ``paraphrases`` and ``automatic``: all texts of the change, tuples of
+    strings.
+
+    Options:
+        amass, smplx: as PoseScript's.
+        posescript: the folder of PoseScript V2.
+        pairs: "in" and "out" take only the pairs that are listed as in-sequence or out-of-sequence.
+        captions: of the change. "human-first" is one by a person, or else a paraphrase of one, or else an automatic one;
+            "human-or-paraphrase" has half of each. "human" and "automatic" take one kind only.
+        variants: rows for each pair of "train", with different draws. "val" and "test" have one.
+        seed: of the draws.
+
+    Source: the repository naver/posescript (``src/text2pose/{data,utils,config}.py``).
+    """
+
+    about: ClassVar[About] = About(
+        title="PoseFix",
+        licence="CC BY-NC-SA 4.0, not for commercial use",
+        page="https://github.com/naver/posescript",
+        files=(f"the JSON files of posefix_dataset_release.zip, or a folder {FOLDER} of them",),
+        options=(
+            OPTION,
+            "--set posescript=FOLDER is PoseScript V2, whose captions describe the first poses (not necessary)",
+        ),
+    )
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        amass: str = "",
+        smplx: bool = False,
+        posescript: str = "",
+        pairs: Pairs = "all",
+        captions: Texts = "human-first",
+        variants: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.folder = source / FOLDER if (source / FOLDER).is_dir() else source
+        need(self.about, self.folder, _ALL)
+        read_table.cache_clear()  # the files may have changed since
+        _parts.cache_clear()
+        self.pairs, self.captions = pairs, captions
+        self.variants, self.seed = whole("variants", variants, 1), seed
+        self.descriptions = Release.open(self.about, Path(posescript).expanduser(), "v2") if posescript else None
+        self.amass = Amass.open(self.about, source, amass, smplx)
+
+    def parts(self, split: Split) -> Sequence[int]:
+        """Numbers, one for some files of AMASS in the order of the names of the second poses' files."""
+        return range(len(_parts(self.folder, split, self.pairs)))
+
+    def read(self, split: Split, part: int) -> Iterator[Record | Skipped]:
+        """The pairs of a part, by file and frame of the second pose."""
+        pairs = _parts(self.folder, split, self.pairs)[part]
+        poses = self.amass.read(place for pair in pairs for place in (pair.first, pair.second))
+        for pair in pairs:
+            first, second = poses[pair.first], poses[pair.second]
+            if isinstance(first, Skipped):
+                yield dataclasses.replace(first, key=pair.key)
+            elif isinstance(second, Skipped):
+                yield dataclasses.replace(second, key=pair.key)
+            else:
+                yield self._record(split, pair, first, second)
+
+    def _record(self, split: Split, pair: Pair, first: Pose, second: Pose) -> Record | Skipped:
+        a, b, key = pair.first, pair.second, pair.key
+        assert isinstance(a, Place) and isinstance(b, Place)
+        in_sequence = a.file == b.file
+        poses = stack([to_view(first, yaw(first)), to_view(second, yaw(first if in_sequence else second))])
+        try:
+            changes = {kind: texts_of([self.folder / name], key) for kind, name in _KINDS.items()}
+            known = self.descriptions.captions(pair.poses[0]) if self.descriptions else {}
+        except UserError as error:
+            return Skipped(key, "a caption is not text", True, f"{error}")
+        talks = []
+        for variant in range(self.variants if split == "train" else 1):
+            rng = seeded(self.seed, "posefix", key, variant)
+            change = draw(rng, _ORDER[self.captions], changes)
+            if change is None:
+                return Skipped(key, "no text of the chosen kind")
+            start = draw(rng, (("human", "automatic"),), known) if known else _described(rng, poses[0])
+            if start is None:
+                return Skipped(key, "PoseScript has no caption of the first pose")
+            talks.append(
+                turn(pick(rng, questions.TEXT_TO_POSE).format(caption=start), pick(rng, questions.POSE_ANSWERS))
+                + turn(pick(rng, questions.CHANGES).format(change=change), pick(rng, questions.EDIT_ANSWERS))
+            )
+        extras: dict[str, Any] = {
+            "pair_id": int(key),
+            "pose_ids": np.array(pair.poses, np.int64),
+            "in_sequence": in_sequence,
+            "first_group": a.file,
+        }
+        return Record(
+            key,
+            "text",
+            tuple(talks),
+            poses=poses,
+            group=b.file,
+            extras=extras if split == "train" else extras | changes,
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(folder: Path, split: Split, pairs: Pairs) -> list[list[Pair]]:
+    kinds = ("in", "out") if pairs == "all" else (pairs,)
+    keys = dict.fromkeys(key for kind in kinds for key in read_ids(folder / _SPLIT.format(split, kind)))
+    table = read_table(folder / _PAIRS)
+    return in_parts([_pair(folder, key, table) for key in keys], lambda pair: pair.second)
+
+
+def _pair(folder: Path, key: str, table: Mapping[str, Any]) -> Pair:
+    entry = table.get(key)
+    try:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise UserError(f"{folder / _PAIRS}: expected the ids of two poses for pair {key}; found {entry!r:.100}")
+        first, second = (id_of(each, folder / _PAIRS) for each in entry)
+    except UserError as error:
+        fault = Skipped(key, "a pair is damaged", True, f"{error}")
+        return Pair(key, ("", ""), fault, fault)
+    return Pair(key, (first, second), place_of(folder / _PLACES, first), place_of(folder / _PLACES, second))
+
+
+def _described(rng: np.random.Generator, pose: Pose) -> str:
+    """A caption of a pose by rules."""
+    rotations = to_frame(to_family(pose, "smpl"), "model").rotations
+    return captions.describe(rotations, seed=int(rng.integers(2**31)))

@@ -1,0 +1,142 @@
+"""SPG, speculative pose generation: questions that imply a pose of PoseScript and do not describe it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from chatpose_jax.data import questions
+from chatpose_jax.data.config import Split
+from chatpose_jax.data.reader import About, Skipped, missing
+from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw
+from chatpose_jax.data.readers.posescript import Release, Version, id_of, in_parts, pick, turn
+from chatpose_jax.data.readers.untrusted import parse_json, read_lines
+from chatpose_jax.data.record import Record, seeded
+from chatpose_jax.errors import UserError
+from smpl_jax.pose import stack
+
+FILE = "spg.jsonl"
+
+
+class Query(NamedTuple):
+    """A question, the id of its pose, and the place of the pose; or a fault."""
+
+    key: str
+    pose_id: str
+    query: str
+    place: Place | Skipped
+
+
+class Spg:
+    """Reads SPG. ChatPose's authors have not published theirs, so the format is this package's; ``chatpose data build spg`` writes it.
+
+    The file ``spg.jsonl`` has one JSON object in each line (UTF-8):
+
+    ========  ====================================================================================================
+    pose_id   id of a pose of PoseScript, a whole number (a number or its digits as text)
+    query     the user's complete question, text that is not empty. It is asked as it stands
+    source    "posescript"
+    version   "v1" or "v2", the release of PoseScript that the id belongs to; without it, the one that is there
+    split     "train", "val" or "test"; without it, "test"
+    ========  ====================================================================================================
+
+    Other fields are for people and are not read. A pose may have several queries.
+
+    A row asks the query and is answered with the pose, which is read as PoseScript's (``readers.posescript``). ``group`` is the AMASS file.
+    ``extras``: ``pose_id`` (int), ``frame`` (int, of the AMASS file), ``query``.
+
+    Options: posescript: the folder of PoseScript; by default the source folder. amass, smplx, version: as PoseScript's. seed: of the answers'
+    words.
+    """
+
+    about: ClassVar[About] = About(
+        title="SPG, speculative pose generation",
+        licence="that of PoseScript, CC BY-NC-SA 4.0, not for commercial use",
+        page="https://github.com/naver/posescript, and docs/data.md for the questions",
+        files=(f"{FILE} (chatpose data build spg makes one)", "the JSON files of PoseScript"),
+        options=("--set posescript=FOLDER is the folder of PoseScript, by default the source folder", OPTION),
+    )
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        amass: str = "",
+        smplx: bool = False,
+        posescript: str = "",
+        version: Version = "auto",
+        seed: int = 0,
+    ) -> None:
+        self.file = source / FILE
+        if not self.file.is_file():
+            raise missing(self.about, self.file)
+        self.seed = seed
+        _parts.cache_clear()  # the file may have changed since
+        self.release = Release.open(self.about, Path(posescript).expanduser() if posescript else source, version)
+        self.amass = Amass.open(self.about, source, amass, smplx)
+
+    def parts(self, split: Split) -> Sequence[int]:
+        """Numbers, one for some files of AMASS in the order of their names."""
+        return range(len(_parts(self.file, self.release, split)))
+
+    def read(self, split: Split, part: int) -> Iterator[Record | Skipped]:
+        """The queries of a part, by file and frame of their poses."""
+        rows = _parts(self.file, self.release, split)[part]
+        poses = self.amass.read(row.place for row in rows)
+        for row in rows:
+            pose = poses[row.place]
+            if isinstance(pose, Skipped):
+                yield dataclasses.replace(pose, key=row.key)
+                continue
+            assert isinstance(row.place, Place)
+            answer = pick(seeded(self.seed, "spg", row.key), questions.POSE_ANSWERS)
+            yield Record(
+                row.key,
+                "text",
+                (turn(row.query, answer),),
+                poses=stack([to_view(pose, yaw(pose))]),
+                group=row.place.file,
+                extras={"pose_id": int(row.pose_id), "frame": row.place.frame, "query": row.query},
+            )
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(file: Path, release: Release, split: Split) -> list[list[Query]]:
+    rows, seen = [], set()
+    for number, line in read_lines(file):
+        where = f"{file}, line {number}"
+        try:
+            entry = parse_json(line, where)
+            if _split(entry, release, where) != split:
+                continue
+            pose_id, query = id_of(entry.get("pose_id"), f"{where}, pose_id"), entry["query"].strip()
+            if (pose_id, query) in seen:
+                raise UserError(f"{where}: the same pose_id and query are in an earlier line")
+        except UserError as error:
+            if split == "test":  # a line that is none has no split: it is reported once
+                rows.append(Query(f"line {number}", "", "", Skipped("", "a damaged line", True, f"{error}")))
+            continue
+        seen.add((pose_id, query))
+        rows.append(Query(f"{pose_id}#{number}", pose_id, query, release.place(pose_id)))
+    return in_parts(rows, lambda row: row.place)
+
+
+def _split(entry: Any, release: Release, where: str) -> str:
+    """The split of a line. Raises UserError for a line that is not as ``Spg`` says."""
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: expected an object with pose_id, query and source; found a {type(entry).__name__}")
+    if entry.get("source") != "posescript":
+        raise UserError(f'{where}: expected "source": "posescript"; found {entry.get("source")!r:.100}')
+    if (version := entry.get("version", release.version)) != release.version:
+        raise UserError(
+            f"{where}: the pose is one of PoseScript {version!r:.20}, and {release.version} was read from {release.folder}"
+        )
+    if not isinstance(entry.get("query"), str) or not entry["query"].strip():
+        raise UserError(f"{where}: expected a question as text in query; found {entry.get('query')!r:.100}")
+    split = entry.get("split", "test")
+    if split not in ("train", "val", "test"):
+        raise UserError(f"{where}: split must be train, val or test; found {split!r:.100}")
+    return split
