@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.record import Record
+from chatpose_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +63,17 @@ class Reader(Protocol):
         """The items of a part, always the same in the same order. A damaged item gives a ``Skipped``, and reading continues.
         A part of which nothing can be read raises UserError, which names the file."""
         ...
+
+
+def missing(about: About, *paths: str | Path) -> UserError:
+    """The error to raise where original files are not there. It names them, and says what is expected, where to get it and under which licence."""
+    names = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    expected = f"--source is a folder with {'; '.join(about.files)}" + "".join(f"; {line}" for line in about.options)
+    return UserError(
+        f"{about.title}: {names} not found. {expected}. {where_to_get(about)}. Then type the same command again"
+    )
+
+
+def where_to_get(about: About) -> str:
+    """Where a data set is given out, and under which licence."""
+    return f"Get it from {about.page} (licence: {about.licence})"

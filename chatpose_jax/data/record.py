@@ -31,7 +31,8 @@ class Record:
     images: encoded images (JPEG, PNG), as bytes.
     poses: a ``Pose`` of batch shape (P,), NumPy arrays, in any frame and family.
     group: the sequence, motion file or clip that the item comes from. Items of one group are alike, so a group belongs to one split.
-    extras: numbers, strings and NumPy arrays that evaluation needs and training does not, for example joints in metres or a box in pixels.
+    extras: numbers, strings, tuples of strings and NumPy arrays that evaluation needs and training does not, for example joints in metres or a
+        box in pixels.
     """
 
     key: str

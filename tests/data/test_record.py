@@ -12,7 +12,12 @@ def record() -> Record:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which poses?"}]},
         {"role": "assistant", "content": "<POSE> and <POSE>."},
     )
-    extras = {"joints": np.arange(6, dtype=">f8").reshape(2, 3), "gender": "f", "frame_rate": np.float64(60)}
+    extras = {
+        "joints": np.arange(6, dtype=">f8").reshape(2, 3),
+        "gender": "f",
+        "frame_rate": np.float64(60),
+        "texts": ("a", "b"),
+    }
     return Record("a/1", "image", (talk, talk), (b"jpeg",), poses, "a", extras)
 
 
@@ -22,6 +27,7 @@ def test_bytes_give_the_record_back() -> None:
     assert found.poses.frame == "z-up" and found.poses.measured.dtype == bool and found.poses.betas.shape == (2, 16)
     np.testing.assert_array_equal(found.extras["joints"], record().extras["joints"])
     assert found.extras["gender"] == "f" and found.extras["frame_rate"] == 60
+    assert found.extras["texts"] == ("a", "b")
 
 
 def test_rows_are_its_conversations() -> None:

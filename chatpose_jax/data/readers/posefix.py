@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -14,19 +13,7 @@ from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.reader import About, Skipped
 from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw
-from chatpose_jax.data.readers.posescript import (
-    Release,
-    draw,
-    id_of,
-    in_parts,
-    need,
-    pick,
-    place_of,
-    read_ids,
-    read_table,
-    texts_of,
-    turn,
-)
+from chatpose_jax.data.readers.posescript import Release, Tables, draw, id_of, in_parts, pick, subfolder, turn
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.data.synthetic import captions
 from chatpose_jax.errors import UserError
@@ -118,22 +105,20 @@ class PoseFix:
         variants: int = 1,
         seed: int = 0,
     ) -> None:
-        self.folder = source / FOLDER if (source / FOLDER).is_dir() else source
-        need(self.about, self.folder, _ALL)
-        read_table.cache_clear()  # the files may have changed since
-        _parts.cache_clear()
+        self.tables = Tables(self.about, subfolder(source, FOLDER), _ALL)
         self.pairs, self.captions = pairs, captions
         self.variants, self.seed = whole("variants", variants, 1), seed
-        self.descriptions = Release.open(self.about, Path(posescript).expanduser(), "v2") if posescript else None
+        self.descriptions = Release(self.about, Path(posescript).expanduser(), "v2") if posescript else None
         self.amass = Amass.open(self.about, source, amass, smplx)
+        self._plans: dict[Split, list[list[Pair]]] = {}
 
     def parts(self, split: Split) -> Sequence[int]:
         """Numbers, one for some files of AMASS in the order of the names of the second poses' files."""
-        return range(len(_parts(self.folder, split, self.pairs)))
+        return range(len(self._plan(split)))
 
     def read(self, split: Split, part: int) -> Iterator[Record | Skipped]:
         """The pairs of a part, by file and frame of the second pose."""
-        pairs = _parts(self.folder, split, self.pairs)[part]
+        pairs = self._plan(split)[part]
         poses = self.amass.read(place for pair in pairs for place in (pair.first, pair.second))
         for pair in pairs:
             first, second = poses[pair.first], poses[pair.second]
@@ -144,13 +129,32 @@ class PoseFix:
             else:
                 yield self._record(split, pair, first, second)
 
+    def _plan(self, split: Split) -> list[list[Pair]]:
+        if split not in self._plans:
+            kinds = ("in", "out") if self.pairs == "all" else (self.pairs,)
+            keys = dict.fromkeys(key for kind in kinds for key in self.tables.ids(_SPLIT.format(split, kind)))
+            self._plans[split] = in_parts(map(self._pair, keys), lambda pair: pair.second)
+        return self._plans[split]
+
+    def _pair(self, key: str) -> Pair:
+        entry, where = self.tables.table(_PAIRS).get(key), f"{self.tables.folder / _PAIRS}, pair {key}"
+        try:
+            if not isinstance(entry, list) or len(entry) != 2:
+                raise UserError(f"{where}: expected the ids of two poses; found {entry!r:.100}")
+            first, second = (id_of(each, where) for each in entry)
+        except UserError as error:
+            fault = Skipped(key, "a pair is damaged", True, f"{error}")
+            return Pair(key, ("", ""), fault, fault)
+        places = (self.tables.place_in(_PLACES, each) for each in (first, second))
+        return Pair(key, (first, second), *places)
+
     def _record(self, split: Split, pair: Pair, first: Pose, second: Pose) -> Record | Skipped:
         a, b, key = pair.first, pair.second, pair.key
         assert isinstance(a, Place) and isinstance(b, Place)
         in_sequence = a.file == b.file
         poses = stack([to_view(first, yaw(first)), to_view(second, yaw(first if in_sequence else second))])
         try:
-            changes = {kind: texts_of([self.folder / name], key) for kind, name in _KINDS.items()}
+            changes = {kind: self.tables.texts([name], key) for kind, name in _KINDS.items()}
             known = self.descriptions.captions(pair.poses[0]) if self.descriptions else {}
         except UserError as error:
             return Skipped(key, "a caption is not text", True, f"{error}")
@@ -181,26 +185,6 @@ class PoseFix:
             group=b.file,
             extras=extras if split == "train" else extras | changes,
         )
-
-
-@functools.lru_cache(maxsize=4)
-def _parts(folder: Path, split: Split, pairs: Pairs) -> list[list[Pair]]:
-    kinds = ("in", "out") if pairs == "all" else (pairs,)
-    keys = dict.fromkeys(key for kind in kinds for key in read_ids(folder / _SPLIT.format(split, kind)))
-    table = read_table(folder / _PAIRS)
-    return in_parts([_pair(folder, key, table) for key in keys], lambda pair: pair.second)
-
-
-def _pair(folder: Path, key: str, table: Mapping[str, Any]) -> Pair:
-    entry = table.get(key)
-    try:
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise UserError(f"{folder / _PAIRS}: expected the ids of two poses for pair {key}; found {entry!r:.100}")
-        first, second = (id_of(each, folder / _PAIRS) for each in entry)
-    except UserError as error:
-        fault = Skipped(key, "a pair is damaged", True, f"{error}")
-        return Pair(key, ("", ""), fault, fault)
-    return Pair(key, (first, second), place_of(folder / _PLACES, first), place_of(folder / _PLACES, second))
 
 
 def _described(rng: np.random.Generator, pose: Pose) -> str:

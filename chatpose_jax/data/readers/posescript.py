@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -111,16 +110,17 @@ class PoseScript:
         seed: int = 0,
     ) -> None:
         self.captions, self.variants, self.seed = captions, whole("variants", variants, 1), seed
-        self.release = Release.open(ABOUT, source, version)
+        self.release = Release(ABOUT, source, version)
         self.amass = Amass.open(ABOUT, source, amass, smplx)
+        self._plans: dict[Split, list[list[tuple[str, Place | Skipped]]]] = {}
 
     def parts(self, split: Split) -> Sequence[int]:
         """Numbers, one for each ``FILES_A_PART`` files of AMASS in the order of their names."""
-        return range(len(self.release.parts(split)))
+        return range(len(self._plan(split)))
 
     def read(self, split: Split, part: int) -> Iterator[Record | Skipped]:
         """The poses of some files of AMASS, by file and frame."""
-        rows = self.release.parts(split)[part]
+        rows = self._plan(split)[part]
         poses = self.amass.read(place for _, place in rows)
         for key, place in rows:
             pose = poses[place]
@@ -129,6 +129,12 @@ class PoseScript:
             else:
                 assert isinstance(place, Place)
                 yield self._record(split, key, place, pose)
+
+    def _plan(self, split: Split) -> list[list[tuple[str, Place | Skipped]]]:
+        if split not in self._plans:
+            rows = [(key, self.release.place(key)) for key in self.release.split(split)]
+            self._plans[split] = in_parts(rows, lambda row: row[1])
+        return self._plans[split]
 
     def _record(self, split: Split, key: str, place: Place, pose: Pose) -> Record | Skipped:
         try:
@@ -154,101 +160,93 @@ class PoseScript:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """The files of a release of PoseScript. Each process reads them when it needs them, and keeps them."""
+class Tables:
+    """JSON files of a folder. Each process reads them when it needs them, and once."""
 
-    folder: Path
-    version: str
+    def __init__(self, about: About, folder: Path, names: Sequence[str]) -> None:
+        """Raises UserError that lists those of the files `names` which are not there."""
+        self.folder = folder
+        self._found: dict[str, Mapping[str, Any]] = {}
+        if absent := [folder / name for name in names if not (folder / name).is_file()]:
+            raise missing(about, *absent)
 
-    @classmethod
-    def open(cls, about: About, source: Path, version: Version = "auto") -> Release:
-        """The release in a folder, or in the folder ``posescript_release`` of it. Raises UserError where files are not there."""
-        read_table.cache_clear()  # the files may have changed since
-        _parts.cache_clear()
-        folder = source / FOLDER if (source / FOLDER).is_dir() else source
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": {}}
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """A file of values by id; a list counts its values from 0. Raises UserError for another file."""
+        if name not in self._found:
+            found = read_json(self.folder / name)
+            if isinstance(found, list):
+                found = {str(number): value for number, value in enumerate(found)}
+            if not isinstance(found, dict):
+                raise UserError(f"{self.folder / name}: expected values by id, found a {type(found).__name__}")
+            self._found[name] = found
+        return self._found[name]
+
+    def ids(self, name: str) -> list[str]:
+        """A list of ids, as digits, each once. Raises UserError for another file."""
+        found = read_json(self.folder / name)
+        if not isinstance(found, list):
+            raise UserError(f"{self.folder / name}: expected a list of ids, found a {type(found).__name__}")
+        return list(dict.fromkeys(id_of(each, self.folder / name) for each in found))
+
+    def place_in(self, name: str, key: str) -> Place | Skipped:
+        """The place of a pose in a file of places by id; or, where there is none, why."""
+        entry = self.table(name).get(key)
+        if entry is None:
+            return Skipped(key, "no pose of this id", True, f"{self.folder / name}: no pose {key}")
+        try:
+            return amass_place(entry)
+        except UserError as error:
+            return Skipped(key, "the place of a pose is damaged", True, f"{self.folder / name}: pose {key}: {error}")
+
+    def texts(self, names: Sequence[str], key: str) -> tuple[str, ...]:
+        """The texts of an id in files that have one string or a list of strings for each. Empty ones are left out, white space becomes one space,
+        and each ends with a mark. Raises UserError for other values."""
+        found = []
+        for name in names:
+            value = self.table(name).get(key, [])
+            for text in value if isinstance(value, list) else [value]:
+                if not isinstance(text, str):
+                    where = f"{self.folder / name}, id {key}"
+                    raise UserError(f"{where}: expected text or a list of texts; found {value!r:.100}")
+                if words := " ".join(text.split()):
+                    found.append(words if words[-1] in ".!?" else f"{words}.")
+        return tuple(found)
+
+
+class Release(Tables):
+    """The files of a release of PoseScript, in a folder or in the folder ``posescript_release`` of it."""
+
+    def __init__(self, about: About, source: Path, version: Version = "auto") -> None:
+        """Raises UserError where files are not there, or where there are two releases and none is chosen."""
+        folder = subfolder(source, FOLDER)
         there = [name for name, files in RELEASES.items() if (folder / files.places).is_file()]
-        if version == "auto":
-            if not there:
-                raise missing(about, *(folder / files.places for files in RELEASES.values()))
-            if len(there) > 1:
-                raise UserError(
-                    f"{folder} has both releases of PoseScript: choose one, --set version=v1 or --set version=v2"
-                )
-            (version,) = there  # type: ignore[assignment]
-        need(about, folder, RELEASES[version].all())
-        return cls(folder, version)
+        if version == "auto" and not there:
+            raise missing(about, *(folder / files.places for files in RELEASES.values()))
+        if version == "auto" and len(there) > 1:
+            raise UserError(f"{folder} has both releases of PoseScript: choose one, --set version=v1 or version=v2")
+        self.version = there[0] if version == "auto" else version
+        self.files = RELEASES[self.version]
+        super().__init__(about, folder, self.files.all())
+
+    def split(self, split: Split) -> list[str]:
+        """The ids of a split."""
+        return self.ids(self.files.split.format(split))
 
     def place(self, key: str) -> Place | Skipped:
         """The place of a pose; or, where there is none, why."""
-        return place_of(self.folder / RELEASES[self.version].places, key)
-
-    def parts(self, split: Split) -> list[list[tuple[str, Place | Skipped]]]:
-        """The ids of a split with their places, in parts."""
-        return _parts(self, split)
+        return self.place_in(self.files.places, key)
 
     def captions(self, key: str) -> dict[str, tuple[str, ...]]:
         """All captions of a pose, under "human" and "automatic"; maybe none. Raises UserError where one is not text."""
-        files = RELEASES[self.version]
-        kinds = {"human": files.human, "automatic": files.automatic}
-        return {kind: texts_of([self.folder / name for name in names], key) for kind, names in kinds.items()}
+        return {"human": self.texts(self.files.human, key), "automatic": self.texts(self.files.automatic, key)}
 
 
-@functools.lru_cache(maxsize=4)
-def _parts(release: Release, split: Split) -> list[list[tuple[str, Place | Skipped]]]:
-    rows = [
-        (key, release.place(key)) for key in read_ids(release.folder / RELEASES[release.version].split.format(split))
-    ]
-    return in_parts(rows, lambda row: row[1])
-
-
-def in_parts(rows: Iterable[Row], place: Callable[[Row], Place | Skipped]) -> list[list[Row]]:
-    """Rows in the order of their files, frames and ids, in parts of ``FILES_A_PART`` files. Rows without a place come first."""
-
-    def order(row: Row) -> tuple[str, int]:
-        found = place(row)
-        return found if isinstance(found, Place) else ("", -1)
-
-    ordered = sorted(rows, key=order)  # stable
-    files = [list(group) for _, group in itertools.groupby(ordered, lambda row: order(row)[0])]
-    return [list(itertools.chain(*files[at : at + FILES_A_PART])) for at in range(0, len(files), FILES_A_PART)]
-
-
-def place_of(path: Path, key: str) -> Place | Skipped:
-    """The place of a pose in a table of places; or, where there is none, why."""
-    entry = read_table(path).get(key)
-    if entry is None:
-        return Skipped(key, "no pose of this id", True, f"{path}: no pose {key}")
-    try:
-        return amass_place(entry)
-    except UserError as error:
-        return Skipped(key, "the place of a pose is damaged", True, f"{path}: pose {key}: {error}")
-
-
-def need(about: About, folder: Path, names: Sequence[str]) -> None:
-    """Raises UserError that lists the files which are not in a folder."""
-    absent = [folder / name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise missing(about, *absent)
-
-
-@functools.lru_cache(maxsize=16)
-def read_table(path: Path) -> Mapping[str, Any]:
-    """A JSON file of values by id; a list counts its values from 0. Read once. Raises UserError for another file."""
-    found = read_json(path)
-    if isinstance(found, list):
-        return {str(number): value for number, value in enumerate(found)}
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a table of values by id, found a {type(found).__name__}")
-    return found
-
-
-def read_ids(path: Path) -> list[str]:
-    """A JSON list of ids, as digits, each once. Raises UserError for another file."""
-    found = read_json(path)
-    if not isinstance(found, list):
-        raise UserError(f"{path}: expected a list of ids, found a {type(found).__name__}")
-    return list(dict.fromkeys(id_of(each, path) for each in found))
+def subfolder(source: Path, name: str) -> Path:
+    """The folder of this name in a folder, which the archive unpacks to; or the folder itself, where there is none."""
+    return source / name if (source / name).is_dir() else source
 
 
 def id_of(value: Any, where: object) -> str:
@@ -259,18 +257,16 @@ def id_of(value: Any, where: object) -> str:
     return text
 
 
-def texts_of(paths: Sequence[Path], key: str) -> tuple[str, ...]:
-    """The texts of an id in files that hold one string or a list of strings for each. Empty ones are left out, white space becomes one space, and
-    each ends with a mark. Raises UserError for other values."""
-    found = []
-    for path in paths:
-        value = read_table(path).get(key, [])
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str):
-                raise UserError(f"{path}: expected text or a list of texts for id {key}; found {value!r:.100}")
-            if words := " ".join(text.split()):
-                found.append(words if words[-1] in ".!?" else f"{words}.")
-    return tuple(found)
+def in_parts(rows: Iterable[Row], place: Callable[[Row], Place | Skipped]) -> list[list[Row]]:
+    """Rows in the order of their files and frames, in parts of ``FILES_A_PART`` files. Rows without a place come first."""
+
+    def order(row: Row) -> tuple[str, int]:
+        found = place(row)
+        return found if isinstance(found, Place) else ("", -1)
+
+    ordered = sorted(rows, key=order)  # stable
+    files = [list(group) for _, group in itertools.groupby(ordered, lambda row: order(row)[0])]
+    return [list(itertools.chain(*files[at : at + FILES_A_PART])) for at in range(0, len(files), FILES_A_PART)]
 
 
 def draw(rng: np.random.Generator, orders: Sequence[Sequence[str]], texts: Mapping[str, Sequence[str]]) -> str | None:

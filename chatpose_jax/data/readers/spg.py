@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -74,17 +73,17 @@ class Spg:
         if not self.file.is_file():
             raise missing(self.about, self.file)
         self.seed = seed
-        _parts.cache_clear()  # the file may have changed since
-        self.release = Release.open(self.about, Path(posescript).expanduser() if posescript else source, version)
+        self.release = Release(self.about, Path(posescript).expanduser() if posescript else source, version)
         self.amass = Amass.open(self.about, source, amass, smplx)
+        self._plans: dict[Split, list[list[Query]]] = {}
 
     def parts(self, split: Split) -> Sequence[int]:
         """Numbers, one for some files of AMASS in the order of their names."""
-        return range(len(_parts(self.file, self.release, split)))
+        return range(len(self._plan(split)))
 
     def read(self, split: Split, part: int) -> Iterator[Record | Skipped]:
         """The queries of a part, by file and frame of their poses."""
-        rows = _parts(self.file, self.release, split)[part]
+        rows = self._plan(split)[part]
         poses = self.amass.read(row.place for row in rows)
         for row in rows:
             pose = poses[row.place]
@@ -102,26 +101,28 @@ class Spg:
                 extras={"pose_id": int(row.pose_id), "frame": row.place.frame, "query": row.query},
             )
 
+    def _plan(self, split: Split) -> list[list[Query]]:
+        if split not in self._plans:
+            self._plans[split] = in_parts(self._queries(split), lambda row: row.place)
+        return self._plans[split]
 
-@functools.lru_cache(maxsize=4)
-def _parts(file: Path, release: Release, split: Split) -> list[list[Query]]:
-    rows, seen = [], set()
-    for number, line in read_lines(file):
-        where = f"{file}, line {number}"
-        try:
-            entry = parse_json(line, where)
-            if _split(entry, release, where) != split:
+    def _queries(self, split: Split) -> Iterator[Query]:
+        seen = set()
+        for number, line in read_lines(self.file):
+            where = f"{self.file}, line {number}"
+            try:
+                entry = parse_json(line, where)
+                if _split(entry, self.release, where) != split:
+                    continue
+                pose_id, query = id_of(entry.get("pose_id"), f"{where}, pose_id"), entry["query"].strip()
+                if (pose_id, query) in seen:
+                    raise UserError(f"{where}: an earlier line has the same pose_id and query")
+            except UserError as error:
+                if split == "test":  # a damaged line may have no split: it is reported once
+                    yield Query(f"line {number}", "", "", Skipped("", "a damaged line", True, f"{error}"))
                 continue
-            pose_id, query = id_of(entry.get("pose_id"), f"{where}, pose_id"), entry["query"].strip()
-            if (pose_id, query) in seen:
-                raise UserError(f"{where}: the same pose_id and query are in an earlier line")
-        except UserError as error:
-            if split == "test":  # a line that is none has no split: it is reported once
-                rows.append(Query(f"line {number}", "", "", Skipped("", "a damaged line", True, f"{error}")))
-            continue
-        seen.add((pose_id, query))
-        rows.append(Query(f"{pose_id}#{number}", pose_id, query, release.place(pose_id)))
-    return in_parts(rows, lambda row: row.place)
+            seen.add((pose_id, query))
+            yield Query(f"{pose_id}#{number}", pose_id, query, self.release.place(pose_id))
 
 
 def _split(entry: Any, release: Release, where: str) -> str:

@@ -65,7 +65,7 @@ def test_first_folders_are_renamed(name: str, expected: str) -> None:
     "name", ["../x_poses.npz", "/etc/x_poses.npz", "CMU/../../x_poses.npz", "x_poses.npz", "CMU/x.pkl"]
 )
 def test_other_names_are_errors(name: str) -> None:
-    with pytest.raises(UserError, match="expected (the name of )?a file"):
+    with pytest.raises(UserError, match=r"expected (the name of )?a file"):
         file_name(name)
 
 
