@@ -88,7 +88,7 @@ def file_name(name: str) -> str:
     return "/".join([names[0], *rest])
 
 
-def place(entry: Any) -> Place:
+def place_of(entry: Any) -> Place:
     """The place that ``["AMASS", file, frame]`` names. Raises UserError for anything else."""
     if not isinstance(entry, list) or len(entry) != 3 or entry[0] != "AMASS" or not isinstance(entry[1], str):
         raise UserError(f'expected ["AMASS", file, frame]; found {entry!r:.200}')
@@ -98,7 +98,7 @@ def place(entry: Any) -> Place:
     return Place(file_name(entry[1]), frame)
 
 
-def yaw(pose: Pose) -> np.ndarray:
+def yaw_of(pose: Pose) -> np.ndarray:
     """The yaw (...) of poses in the z-up frame, in radians, float64: θz of the root R = Rz(θz) Ry(θy) Rx(θx), as PoseScript defines it."""
     root = np.asarray(pose.rotations[..., 0, :, :], np.float64)
     return np.arctan2(root[..., 1, 0], root[..., 0, 0])
@@ -107,7 +107,7 @@ def yaw(pose: Pose) -> np.ndarray:
 def to_view(pose: Pose, angle: np.ndarray) -> Pose:
     """Poses in the z-up frame, turned by minus `angle` (...) radians about the vertical, in the camera frame.
 
-    With ``angle = yaw(pose)`` a person who stands upright faces the camera, and the root is near Rx(π).
+    With ``angle = yaw_of(pose)`` a person who stands upright faces the camera, and the root is near Rx(π).
     """
     cos, sin, zero, one = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
     back = np.stack([np.stack(row, -1) for row in ((cos, sin, zero), (-sin, cos, zero), (zero, zero, one))], -2)

@@ -12,8 +12,8 @@ import numpy as np
 from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.reader import About, Skipped
-from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw
-from chatpose_jax.data.readers.posescript import Release, Tables, draw, id_of, in_parts, pick, subfolder, turn
+from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw_of
+from chatpose_jax.data.readers.posescript import Release, Tables, draw_text, exchange, id_of, in_parts, pick, subfolder
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.data.synthetic import captions
 from chatpose_jax.errors import UserError
@@ -152,7 +152,7 @@ class PoseFix:
         a, b, key = pair.first, pair.second, pair.key
         assert isinstance(a, Place) and isinstance(b, Place)
         in_sequence = a.file == b.file
-        poses = stack([to_view(first, yaw(first)), to_view(second, yaw(first if in_sequence else second))])
+        poses = stack([to_view(first, yaw_of(first)), to_view(second, yaw_of(first if in_sequence else second))])
         try:
             changes = {kind: self.tables.texts([name], key) for kind, name in _KINDS.items()}
             known = self.descriptions.captions(pair.poses[0]) if self.descriptions else {}
@@ -161,15 +161,15 @@ class PoseFix:
         talks = []
         for variant in range(self.variants if split == "train" else 1):
             rng = seeded(self.seed, "posefix", key, variant)
-            change = draw(rng, _ORDER[self.captions], changes)
+            change = draw_text(rng, _ORDER[self.captions], changes)
             if change is None:
                 return Skipped(key, "no text of the chosen kind")
-            start = draw(rng, (("human", "automatic"),), known) if known else _described(rng, poses[0])
+            start = draw_text(rng, (("human", "automatic"),), known) if known else _described(rng, poses[0])
             if start is None:
                 return Skipped(key, "PoseScript has no caption of the first pose")
             talks.append(
-                turn(pick(rng, questions.TEXT_TO_POSE).format(caption=start), pick(rng, questions.POSE_ANSWERS))
-                + turn(pick(rng, questions.CHANGES).format(change=change), pick(rng, questions.EDIT_ANSWERS))
+                exchange(pick(rng, questions.TEXT_TO_POSE).format(caption=start), pick(rng, questions.POSE_ANSWERS))
+                + exchange(pick(rng, questions.CHANGES).format(change=change), pick(rng, questions.EDIT_ANSWERS))
             )
         extras: dict[str, Any] = {
             "pair_id": int(key),

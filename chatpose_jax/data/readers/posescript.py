@@ -14,8 +14,7 @@ import numpy as np
 from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.reader import About, Skipped, missing
-from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw
-from chatpose_jax.data.readers.amass import place as amass_place
+from chatpose_jax.data.readers.amass import OPTION, Amass, Place, place_of, to_view, yaw_of
 from chatpose_jax.data.readers.untrusted import read_json
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.errors import UserError
@@ -144,17 +143,17 @@ class PoseScript:
         talks = []
         for variant in range(self.variants if split == "train" else 1):
             rng = seeded(self.seed, "posescript", key, variant)
-            caption = draw(rng, _ORDER[self.captions], captions)
+            caption = draw_text(rng, _ORDER[self.captions], captions)
             if caption is None:
                 return Skipped(key, "no caption of the chosen kind")
             question = pick(rng, questions.TEXT_TO_POSE).format(caption=caption)
-            talks.append(turn(question, pick(rng, questions.POSE_ANSWERS)))
+            talks.append(exchange(question, pick(rng, questions.POSE_ANSWERS)))
         extras: dict[str, Any] = {"pose_id": int(key), "frame": place.frame}
         return Record(
             key,
             "text",
             tuple(talks),
-            poses=stack([to_view(pose, yaw(pose))]),
+            poses=stack([to_view(pose, yaw_of(pose))]),
             group=place.file,
             extras=extras if split == "train" else extras | captions,
         )
@@ -197,7 +196,7 @@ class Tables:
         if entry is None:
             return Skipped(key, "no pose of this id", True, f"{self.folder / name}: no pose {key}")
         try:
-            return amass_place(entry)
+            return place_of(entry)
         except UserError as error:
             return Skipped(key, "the place of a pose is damaged", True, f"{self.folder / name}: pose {key}: {error}")
 
@@ -269,7 +268,9 @@ def in_parts(rows: Iterable[Row], place: Callable[[Row], Place | Skipped]) -> li
     return [list(itertools.chain(*files[at : at + FILES_A_PART])) for at in range(0, len(files), FILES_A_PART)]
 
 
-def draw(rng: np.random.Generator, orders: Sequence[Sequence[str]], texts: Mapping[str, Sequence[str]]) -> str | None:
+def draw_text(
+    rng: np.random.Generator, orders: Sequence[Sequence[str]], texts: Mapping[str, Sequence[str]]
+) -> str | None:
     """One text: an order is drawn, and of its first kind that has texts, one; None where it has none."""
     order = orders[int(rng.integers(len(orders)))]
     return next((pick(rng, texts[kind]) for kind in order if texts[kind]), None)
@@ -280,6 +281,6 @@ def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def turn(question: str, answer: str) -> tuple[dict[str, Any], ...]:
+def exchange(question: str, answer: str) -> tuple[dict[str, Any], ...]:
     """One turn of a conversation."""
     return {"role": "user", "content": question}, {"role": "assistant", "content": answer}

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.reader import About, Skipped, missing
-from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw
-from chatpose_jax.data.readers.posescript import Release, Version, id_of, in_parts, pick, turn
+from chatpose_jax.data.readers.amass import OPTION, Amass, Place, to_view, yaw_of
+from chatpose_jax.data.readers.posescript import Release, Version, exchange, id_of, in_parts, pick
 from chatpose_jax.data.readers.untrusted import parse_json, read_lines
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.errors import UserError
@@ -95,8 +95,8 @@ class Spg:
             yield Record(
                 row.key,
                 "text",
-                (turn(row.query, answer),),
-                poses=stack([to_view(pose, yaw(pose))]),
+                (exchange(row.query, answer),),
+                poses=stack([to_view(pose, yaw_of(pose))]),
                 group=row.place.file,
                 extras={"pose_id": int(row.pose_id), "frame": row.place.frame, "query": row.query},
             )

@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from chatpose_jax.data.reader import Skipped
 from chatpose_jax.data.readers import amass
-from chatpose_jax.data.readers.amass import Amass, Place, file_name, place, to_view, yaw
+from chatpose_jax.data.readers.amass import Amass, Place, file_name, place_of, to_view, yaw_of
 from chatpose_jax.data.readers.posescript import ABOUT
 from chatpose_jax.errors import UserError
 from smpl_jax import poses as pose_files
@@ -75,7 +75,7 @@ def test_other_names_are_errors(name: str) -> None:
 )
 def test_other_places_are_errors(entry: object) -> None:
     with pytest.raises(UserError, match="expected"):
-        place(entry)
+        place_of(entry)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_view_is_scipys() -> None:
     tilt = np.abs(Rotation.from_rotvec(roots).as_euler("xyz")[:, 1])
     roots = roots[tilt < np.deg2rad(80)]  # near 90° the yaw itself is not determined
     pose = z_up(roots)
-    seen = to_view(pose, yaw(pose))
+    seen = to_view(pose, yaw_of(pose))
     assert seen.frame == "camera" and seen.rotations.dtype == np.float32
     np.testing.assert_allclose(seen.rotations[:, 0], [without_yaw(root) for root in roots], atol=1e-6)
     assert np.array_equal(seen.rotations[:, 1:], pose.rotations[:, 1:])
@@ -193,7 +193,7 @@ def test_the_view_is_scipys() -> None:
 def test_bodies_on_their_side_have_a_view() -> None:
     side = (Rotation.from_euler("z", 0.7) * Rotation.from_euler("y", 90, degrees=True)).as_rotvec()
     pose = z_up(side[None])
-    seen = to_view(pose, yaw(pose))
+    seen = to_view(pose, yaw_of(pose))
     check(seen)
     # only the vertical turned: the body's axes keep their heights
     np.testing.assert_allclose(seen.rotations[0, 0, 1], -pose.rotations[0, 0, 2], atol=1e-6)
@@ -202,7 +202,7 @@ def test_bodies_on_their_side_have_a_view() -> None:
 @pytest.mark.parametrize("turn", [0.0, 1.0, 3.0, -2.0])
 def test_upright_people_face_the_camera(turn: float) -> None:
     pose = z_up(upright(turn)[None])
-    seen = to_view(pose, yaw(pose))
+    seen = to_view(pose, yaw_of(pose))
     flat = to_frame(seen, "z-up"), to_frame(seen, "model"), seen
     for pose, angle in zip(flat, (np.pi / 2, 0, np.pi)):
         expected = Rotation.from_rotvec([angle, 0, 0]).as_matrix()
