@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
 import operator
@@ -69,6 +70,19 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], words: str) -
     """Raises UserError unless an argument is an instance of ``kind``, which ``words`` describe."""
     if not isinstance(value, kind):
         raise UserError(f"{name} must be {words}, found {type(value).__name__}: {_shown(value)}")
+
+
+def parse_value(text: str) -> Any:
+    """A value as it is typed behind ``--set NAME=``: a Python literal, ``true``, ``false``, ``none``, or else the text itself.
+
+    Raises UserError, without the name, for brackets that are no literal.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        if text.lstrip()[:1] in ("(", "[", "{"):
+            raise UserError("the value in brackets is not valid Python; look for a missing comma or quote") from None
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

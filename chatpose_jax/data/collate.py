@@ -12,7 +12,7 @@ import numpy as np
 from chatpose_jax import named
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.processor import IGNORE, Processor
+from chatpose_jax.processing.processor import IGNORE, Processor, Sizes
 from smpl_jax.pose import (
     Family,
     Pose,
@@ -73,10 +73,15 @@ def measure_example(processor: Processor, example: Example, max_length: int) -> 
 
     Raises UserError as ``encode_example`` does, but not for images.
     """
+    return count_example(processor, example, max_length)[:3]
+
+
+def count_example(processor: Processor, example: Example, max_length: int | None = None) -> Sizes:
+    """As ``measure_example``, with all that ``Processor.measure`` counts; without ``max_length`` of the whole conversation."""
     with _named(example):
         sizes = processor.measure(example.messages, max_length)
         _poses(example, sizes.poses, sizes.truncated)
-    return sizes[:3]
+    return sizes
 
 
 def collate(

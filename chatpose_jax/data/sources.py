@@ -11,14 +11,19 @@ import numpy as np
 
 from chatpose_jax import named
 from chatpose_jax.data.config import DataConfig, SourceRow, Split
+from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.mixture import Mixture
 from chatpose_jax.data.moved import KINDS, PREPARED
+from chatpose_jax.data.prepared import data_set
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
-SOURCES = {"synthetic": "chatpose_jax.data.synthetic.dataset:synthetic"}
-"""Sources in the package: name -> ``package.module:function``.
+SOURCES = {
+    "synthetic": "chatpose_jax.data.synthetic.dataset:synthetic",
+    "prepared": "chatpose_jax.data.prepared:prepared",
+}
+"""Sources in the package: name -> ``package.module:function``. The names of ``DATA_SETS`` are sources too (``prepared.data_set``).
 
 A source is called as ``make(split, *, image_size, seed, **options)`` and gives a sequence of ``Example``. Its keyword-only parameters are its
 options. ``image_size`` (pixels) and ``seed`` are passed only if it has such parameters, and options may replace them.
@@ -47,16 +52,18 @@ def check_sources(config: DataConfig) -> None:
 
 def _bound(config: DataConfig, image_size: int) -> list[Callable[[Split], NamedRows]]:
     """A function of the split for each source. All are checked first."""
-    return [_bind(row, number, image_size, config.seed) for number, row in enumerate(config.sources)]
+    return [_bind(row, number, image_size, config) for number, row in enumerate(config.sources)]
 
 
-def _bind(row: SourceRow, number: int, image_size: int, seed: int) -> Callable[[Split], NamedRows]:
+def _bind(row: SourceRow, number: int, image_size: int, config: DataConfig) -> Callable[[Split], NamedRows]:
     where = f"data.sources[{number}] {row.name!r}"
     if row.name in KINDS:
         raise UserError(f'{where} is now ("synthetic", {row.weight!r}, {{"kind": "{KINDS[row.name]}"}})')
     if row.name in PREPARED:
         raise UserError(f"{where}: {PREPARED[row.name]}")
-    make = named.find(where, row.name, SOURCES)
+    make = (
+        data_set(row.name, config.root) if row.name in DATA_SETS else named.find(where, row.name, SOURCES | DATA_SETS)
+    )
     signature = named.signature(where, make)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is p.empty]
@@ -66,7 +73,7 @@ def _bind(row: SourceRow, number: int, image_size: int, seed: int) -> Callable[[
             f"{where}: a source takes the split, and its options by keyword: write def {name}(split, *, image_size, seed), "
             f"found def {name}{signature}"
         )
-    offered = {"image_size": image_size, "seed": seed}
+    offered = {"image_size": image_size, "seed": config.seed}
     options = {name: value for name, value in offered.items() if name in signature.parameters} | dict(row.options)
     named.check_options(where, signature, options)
     return functools.partial(_open, where, functools.partial(make, **options))

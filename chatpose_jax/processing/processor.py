@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -38,6 +39,15 @@ IGNORE = -100
 """Label of a position that does not count in the loss."""
 
 SETTINGS_FILE = "processor.json"
+
+_WORDS = "A person kneels, 3.5 m away: the left arm (bent at 90°) isn't near the body -- naïve, 我, é, 🙂\n\tbrown fox_jumps; Zürich?"
+_PROBE = (
+    {"role": "user", "content": [{"type": "image", "image": ""}, {"type": "text", "text": _WORDS}]},
+    {"role": "assistant", "content": "It is <POSE>. And this one <POSE>"},
+    {"role": "user", "content": _WORDS.upper()},
+    {"role": "assistant", "content": _WORDS[::-1]},
+)
+"""A conversation in which tokenizers, templates and markers show."""
 
 Markers = Literal["auto", "always", "never"]
 """Whether ``<im_start>`` and ``<im_end>`` stand around an image: "auto", where the vocabulary has them; "always", as ordinary text where it
@@ -95,12 +105,14 @@ class Encoded:
 
 
 class Sizes(NamedTuple):
-    """Numbers of tokens, images and pose tokens of a conversation, and whether ``max_length`` cut tokens off."""
+    """Numbers of tokens, images and pose tokens of a conversation, whether ``max_length`` cut tokens off, and how many tokens follow the last
+    image or pose token: a cut of so many changes neither number."""
 
     tokens: int
     images: int
     poses: int
     truncated: bool
+    tail: int
 
 
 class Processor:
@@ -215,7 +227,18 @@ class Processor:
         length = len(ids) if max_length is None else self._cut(ids, min(max_length, self.ids.context))
         kept = ids[:length]
         images = kept.count(self.ids.image_token_id) // self.ids.num_patches
-        return Sizes(length, images, kept.count(self.ids.pose_token_id), length < len(ids))
+        control = (self.ids.image_token_id, self.ids.pose_token_id)
+        tail = next((place for place, token in enumerate(reversed(kept)) if token in control), length)
+        return Sizes(length, images, kept.count(self.ids.pose_token_id), length < len(ids), tail)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the tokenizer and template. Two processors with the same one give a conversation the same tokens, apart from those of images."""
+        ids, _, _ = self._layout(_PROBE, add_generation_prompt=False)
+        control = {self.ids.image_token_id: -1, self.ids.pose_token_id: -2}
+        found = [control.get(token, token) for token in ids]
+        one_image = [token for before, token in zip([0, *found], found) if not before == token == -1]
+        return hashlib.blake2b(repr(one_image).encode(), digest_size=8).hexdigest()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of generated ids. A pose token becomes ``<POSE>``, other control tokens become nothing."""

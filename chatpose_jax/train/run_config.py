@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -15,7 +14,7 @@ from chatpose_jax.data import moved
 from chatpose_jax.data.config import DataConfig, SourceRow
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, preset
-from chatpose_jax.settings import did_you_mean
+from chatpose_jax.settings import did_you_mean, parse_value
 from chatpose_jax.train.config import EvaluatorRow, MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
 
@@ -123,13 +122,9 @@ def _apply(config: Any, override: str) -> None:
     if not equals:
         raise UserError(f"--set {override}: expected KEY=VALUE, such as train.steps=100")
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        if text.lstrip()[:1] in ("(", "[", "{"):
-            raise UserError(
-                f"--set {override}: the value in brackets is not valid Python; look for a missing comma or quote"
-            ) from None
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        value = parse_value(text)
+    except UserError as error:
+        raise UserError(f"--set {override}: {error}") from None
     table_name, _, name = key.partition(".")
     if table_name == "data" and name in moved.MOVED:
         raise UserError(moved.in_an_override(name, value))

@@ -1,0 +1,33 @@
+"""``chatpose data list``."""
+
+from __future__ import annotations
+
+import argparse
+
+from chatpose_jax.data.datasets import DATA_SETS
+from chatpose_jax.data.prepare import find_reader, reader_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose data list``."""
+    parser.add_argument("name", nargs="?", help="say more of this data set: its files and options")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table, or one data set. Raises UserError for an unknown name."""
+    if args.name is None:
+        rows = [
+            (name, (about := find_reader(name).about).title, about.licence, about.page) for name in sorted(DATA_SETS)
+        ]
+        widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+        for *cells, page in rows:
+            print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), page]))
+        return 0
+    kind = find_reader(args.name)
+    about = kind.about
+    print(f"{about.title}\nlicence: {about.licence}\npage: {about.page}\n--source FOLDER with")
+    print("\n".join(f"  {line}" for line in about.files))
+    if options := reader_options(kind):
+        print("--set OPTION=VALUE")
+        print("\n".join(f"  {line}" for line in [*about.options, *options]))
+    return 0

@@ -1,0 +1,105 @@
+"""``chatpose data prepare``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from chatpose_jax.data.datasets import DATA_SETS
+from chatpose_jax.data.pool import cpus
+from chatpose_jax.data.prepare import MAX_BROKEN, prepare
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import preset
+from chatpose_jax.processing.processor import Processor, tiny_processor
+from chatpose_jax.settings import parse_value
+from chatpose_jax.weights import folder as model_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``chatpose data prepare``."""
+    parser.add_argument("name", help=f"{', '.join(sorted(DATA_SETS))}; or package.module:Class of a reader of your own")
+    parser.add_argument("--source", required=True, type=Path, metavar="FOLDER", help="folder of the original files")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FOLDER", help="folder to write; data/NAME is where training looks"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        dest="options",
+        help="an option of the data set; may be repeated",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=cpus(), metavar="N", help="processes; default: one for each processor"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="model folder that will be trained: tokens of rows are counted for it here, not at its start",
+    )
+    parser.add_argument(
+        "--max-broken",
+        type=int,
+        default=MAX_BROKEN,
+        metavar="N",
+        help=f"leave out so many broken items and stop at one more (default {MAX_BROKEN})",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares a data set and reports what it holds. The same command goes on after an interrupt or an error. Raises UserError."""
+    try:
+        found = prepare(
+            args.name,
+            args.source,
+            args.out,
+            processor=_processor(args.model),
+            options=_options(args.options),
+            workers=args.workers,
+            max_broken=args.max_broken,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        print("\nwhat is finished stays: the same command goes on", file=sys.stderr)
+        raise
+    if not args.quiet:
+        print("\n".join(report(found)))
+        print(f"wrote {args.out}")
+    return 0
+
+
+def report(description: dict) -> list[str]:
+    """Lines that say what a prepared data set holds."""
+    lines = [f"{description['about']['title']} (licence: {description['about']['licence']})"]
+    for split, about in description["splits"].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
+        size = sum(shard["bytes"] for shard in about["shards"])
+        lines.append(f"{split}: {about['rows']} rows ({kinds}) of {about['records']} records, {size / 1e9:.2f} GB")
+        lines += [f"  left out: {count} × {reason}" for reason, count in about["skipped"].items()]
+        lines += [f"  broken: {item['key']}: {item['detail'] or item['reason']}" for item in about["broken"][:5]]
+        if more := len(about["broken"]) - 5:
+            lines += [f"  and {more} more in dataset.json"] if more > 0 else []
+    return lines
+
+
+def _options(given: list[str]) -> dict[str, object]:
+    options = {}
+    for word in given:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"--set {word}: expected OPTION=VALUE")
+        try:
+            options[name] = parse_value(text)
+        except UserError as error:
+            raise UserError(f"--set {word}: {error}") from None
+    return options
+
+
+def _processor(model: Path | None) -> Processor:
+    if model is None:
+        return tiny_processor(preset("tiny"))
+    return Processor.load(model / model_folder.TOKENIZER, model_folder.read_config(model))

@@ -1,0 +1,387 @@
+"""Writes a prepared data set from the original files. It may be killed at any moment: the same call then goes on, and the bytes are the same."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import inspect
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import msgpack
+import numpy as np
+
+from chatpose_jax import __version__, named
+from chatpose_jax.data import store
+from chatpose_jax.data.collate import count_example
+from chatpose_jax.data.config import Split
+from chatpose_jax.data.datasets import DATA_SETS
+from chatpose_jax.data.pool import Tick, share
+from chatpose_jax.data.reader import Reader, Skipped
+from chatpose_jax.data.record import SCHEMA, Record, to_bytes
+from chatpose_jax.errors import UserError
+from chatpose_jax.locks import only_writer
+from chatpose_jax.processing.processor import Processor
+from chatpose_jax.settings import whole
+from smpl_jax.pose import check
+
+MAX_SHARDS = 512
+"""Of a split. Where it has more parts, neighbours share a shard."""
+MAX_BROKEN = 100
+MALFORMED = "no valid row"
+WORK, LOCK = ".unfinished", ".lock"
+"""In the folder that is written: what a later call needs to go on, and the lock. They are removed at the end."""
+_RECORDS_A_TICK = 64
+
+
+class TooManyBroken(UserError):
+    """More items are broken than ``max_broken``."""
+
+
+class Broken(NamedTuple):
+    """An item that gave no record because it is damaged."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One shard to write, from neighbouring parts of a split."""
+
+    split: Split
+    number: int
+    count: int
+    parts: tuple[Any, ...]
+
+    def shard(self, out: Path) -> Path:
+        return out / self.split / store.shard_name(self.number, self.count)
+
+    def note(self, out: Path) -> Path:
+        """The file that says what the shard holds. Where it is, the shard is complete."""
+        return out / WORK / self.split / f"{self.number:05d}"
+
+
+def prepare(
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    processor: Processor,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    max_broken: int = MAX_BROKEN,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Reads the original files of a data set, and writes the folder that the source of this name reads.
+
+    Args:
+        name: an entry of ``DATA_SETS``, or ``package.module:Class`` of a reader of one's own.
+        source: folder of the original files.
+        out: folder to write. One that an earlier call with equal arguments has begun is completed.
+        processor: counts the tokens of rows for the index. Training with another tokenizer counts them again.
+        options: of the reader.
+        workers: processes that read. The result does not depend on their number.
+        max_broken: so many broken items are skipped; one more is an error.
+        progress: show a progress bar.
+
+    Returns:
+        The description, as in ``dataset.json``.
+
+    Raises:
+        UserError for options that do not fit, missing files, a folder that holds anything else, and too many broken items; OSError where
+        writing fails. What is finished stays.
+    """
+    out, source = Path(out), Path(source)
+    whole("workers", workers, 1)
+    whole("max_broken", max_broken, 0)
+    options = dict(options or {})
+    kind = find_reader(name)
+    reader = make_reader(name, source, options)
+    parts = {split: some for split in get_args(Split) if (some := list(reader.parts(split)))}
+    if not parts:
+        raise UserError(f"data set {name!r}: {source} holds nothing to read; expected {'; '.join(kind.about.files)}")
+    plan = {
+        "schema": SCHEMA,
+        "name": name,
+        "about": {field: getattr(kind.about, field) for field in ("title", "licence", "page")},
+        "options": _plain(_defaults(kind) | options),
+        "version": __version__,
+        "lengths": processor.fingerprint,
+    }
+    with only_writer(out, out / LOCK):
+        if (out / store.DESCRIPTION).exists():
+            return _finished(out, plan)
+        _begin(out, plan, parts)
+        jobs = [job for split, some in parts.items() for job in _jobs(split, some)]
+        _write_shards(ShardWriter(out, reader, processor, max_broken), jobs, workers, progress)
+        splits = {split: _complete(out, [job for job in jobs if job.split == split]) for split in parts}
+        description = {**plan, "splits": splits}
+        store.write_file(out / store.DESCRIPTION, store.to_json(description))
+        shutil.rmtree(out / WORK)
+    return description
+
+
+def find_reader(name: str) -> type[Reader]:
+    """The class of a data set's reader. Raises UserError where there is none of this name."""
+    where = f"data set {name!r}"
+    found = named.find(where, name, DATA_SETS)
+    if not all(hasattr(found, part) for part in ("about", "parts", "read")):
+        raise UserError(
+            f"{where}: expected a class with about, parts and read (chatpose_jax.data.reader.Reader), found {found!r:.100}"
+        )
+    return found
+
+
+def make_reader(name: str, source: Path, options: Mapping[str, Any]) -> Reader:
+    """The reader of a data set for the files in ``source``. Raises UserError for options that do not fit, and for missing files."""
+    where, kind = f"data set {name!r}", find_reader(name)
+    named.check_options(where, named.signature(where, kind), options)
+    if not source.is_dir():
+        raise UserError(f"{where}: --source {source} is no folder; expected one with {'; '.join(kind.about.files)}")
+    try:
+        return kind(source, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise named.raised(where, error) from error
+
+
+def reader_options(kind: type[Reader]) -> list[str]:
+    """The options of a reader, each as ``name: type = default``."""
+    parameters = named.signature(kind.about.title, kind).parameters.values()
+    return [str(parameter) for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def _defaults(kind: type[Reader]) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _jobs(split: Split, parts: Sequence[Any]) -> Iterator[Job]:
+    count = min(len(parts), MAX_SHARDS)
+    for number in range(count):
+        first, end = (len(parts) * place // count for place in (number, number + 1))
+        yield Job(split, number, count, tuple(parts[first:end]))
+
+
+def _finished(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    found = store.read_description(out)
+    _demand_same(f"{out} holds a data set with", found, plan)
+    shutil.rmtree(out / WORK, ignore_errors=True)  # a killed call left it: this is its last step
+    return found
+
+
+def _demand_same(holds: str, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    for name, value in plan.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{holds} {name} {found.get(name)!r:.200}, and this call has {value!r:.200}; "
+                "choose another folder, or delete this one"
+            )
+
+
+def _begin(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[Any]]) -> None:
+    """Makes the folders, or checks that those of an earlier call are for the same result."""
+    plan = {**plan, "parts": {split: list(map(str, some)) for split, some in parts.items()}}
+    file = out / WORK / "plan"
+    if file.exists():
+        _demand_same(f"{out} holds the beginning of a data set with", msgpack.unpackb(file.read_bytes()), plan)
+    elif others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, WORK)):
+        raise UserError(f"{out} holds other files ({others[0]}); choose a new or an empty folder")
+    for folder in (out / WORK, *(parent / split for split in parts for parent in (out, out / WORK))):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+    store.write_file(file, msgpack.packb(plan))
+
+
+def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progress: bool) -> None:
+    """Writes all shards that are not there yet."""
+    from tqdm import tqdm
+
+    done = [job for job in jobs if _is_done(writer.out, job)]
+    pending = [job for job in jobs if job not in done]
+    broken = [item for job in done for item in _read_note(job.note(writer.out)).broken]
+    _limit(broken, writer.max_broken)
+    with (
+        tqdm(
+            total=len(jobs),
+            initial=len(done),
+            unit="shard",
+            disable=not progress,
+            dynamic_ncols=True,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+        ) as bar,
+        contextlib.closing(share(writer, pending, workers, lambda count: bar.set_postfix(records=count))) as found,
+    ):
+        for some in found:
+            broken += some
+            bar.update()
+            _limit(broken, writer.max_broken)
+
+
+def _is_done(out: Path, job: Job) -> bool:
+    try:
+        return job.shard(out).stat().st_size == _read_note(job.note(out)).bytes
+    except FileNotFoundError:
+        return False
+
+
+def _limit(broken: Sequence[Broken], most: int) -> None:
+    if len(broken) > most:
+        first = "; ".join(f"{item.key}: {item.reason} ({item.detail})" for item in broken[:3])
+        raise TooManyBroken(
+            f"{len(broken)} items are broken, more than --max-broken {most}: {first}"
+            f"{' …' if len(broken) > 3 else ''}. If so many may be left out, the same command with a larger --max-broken goes on"
+        )
+
+
+class Note(NamedTuple):
+    """What a finished shard holds. rows: its part of the index, as bytes."""
+
+    rows: bytes
+    records: int
+    skipped: dict[str, int]
+    broken: list[Broken]
+    bytes: int
+    sha256: str
+
+
+def _read_note(file: Path) -> Note:
+    note = Note(*msgpack.unpackb(file.read_bytes()))
+    return note._replace(broken=[Broken(*item) for item in note.broken])
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardWriter:
+    """Writes shards, one at a time. It is pickled to other processes."""
+
+    out: Path
+    reader: Reader
+    processor: Processor
+    max_broken: int
+
+    def __call__(self, job: Job, tick: Tick) -> list[Broken]:
+        """Writes one shard and its note, and returns its broken items."""
+        shard, note = job.shard(self.out), job.note(self.out)
+        temporary = shard.with_name(f"{shard.name}.{os.getpid()}.tmp")
+        rows: list[tuple[int, ...]] = []
+        skipped: collections.Counter[str] = collections.Counter()
+        broken: list[Broken] = []
+        records = 0
+        file = _ShardFile(temporary)
+        for item in self._items(job):
+            counted = self._count(item) if isinstance(item, Record) else item
+            if isinstance(counted, Skipped):
+                skipped[counted.reason] += 1
+                if counted.broken:
+                    broken.append(Broken(counted.key, counted.reason, counted.detail))
+                    _limit(broken, self.max_broken)
+                continue
+            file.write(to_bytes(item))
+            rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(counted)]
+            records += 1
+            if records % _RECORDS_A_TICK == 0:
+                tick(_RECORDS_A_TICK)
+        tick(records % _RECORDS_A_TICK)
+        size, digest = file.close()
+        temporary.replace(shard)
+        data = np.array(rows, store.ROW).tobytes()
+        store.write_file(note, msgpack.packb(Note(data, records, dict(skipped), broken, size, digest)))
+        return broken
+
+    def _items(self, job: Job) -> Iterator[Any]:
+        for part in job.parts:
+            try:
+                yield from self.reader.read(job.split, part)
+            except UserError:
+                raise
+            except Exception as error:
+                raise named.raised(f"{type(self.reader).about.title}, {job.split}, {part}", error) from error
+
+    def _count(self, record: Record) -> list[tuple[int, ...]] | Skipped:
+        """What the index says of the record's rows: kind, images, poses, tokens, tail. A ``Skipped`` where training would refuse a row."""
+        rows: list[tuple[int, ...]] = []
+        try:
+            check(record.poses)
+            for place in range(len(record.conversations)):
+                found = count_example(self.processor, record.example(place))
+                tokens = found.tokens - found.images * self.processor.ids.num_patches
+                rows.append((store.KINDS.index(record.kind), found.images, found.poses, tokens, found.tail))
+        except ValueError as error:
+            return Skipped(record.key, MALFORMED, broken=True, detail=str(error))
+        return rows
+
+
+class _ShardFile:
+    """Writes an ArrayRecord file. A failure is an OSError that names the file."""
+
+    def __init__(self, file: Path) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.file = file
+        self._writer = self._call(ArrayRecordWriter, str(file), store.WRITER)
+
+    def write(self, data: bytes) -> None:
+        self._call(self._writer.write, data)
+
+    def close(self) -> tuple[int, str]:
+        """Puts the file onto the disk; its size, and its SHA-256."""
+        self._call(self._writer.close)
+        with self.file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def _call(self, function: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return function(*values)
+        except RuntimeError as error:  # its text has the system's words for the cause
+            words = str(error)
+            number = next((code for code in _CAUSES if os.strerror(code) in words), errno.EIO)
+            raise OSError(number, os.strerror(number), str(self.file)) from error
+
+
+_CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
+
+
+def _complete(out: Path, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Writes the index of a split; what the description says of the split."""
+    notes = [_read_note(job.note(out)) for job in jobs]
+    rows = np.concatenate([np.frombuffer(note.rows, store.ROW) for note in notes])
+    index = io.BytesIO()
+    np.save(index, rows)
+    store.write_file(out / jobs[0].split / store.INDEX, index.getvalue())
+    skipped: collections.Counter[str] = collections.Counter()
+    for note in notes:
+        skipped.update(note.skipped)
+    return {
+        "rows": len(rows),
+        "records": sum(note.records for note in notes),
+        "kinds": {
+            kind: int(count) for place, kind in enumerate(store.KINDS) if (count := (rows["kind"] == place).sum())
+        },
+        "skipped": dict(sorted(skipped.items())),
+        "broken": [item._asdict() for note in notes for item in note.broken],
+        "index": {"bytes": len(index.getvalue()), "sha256": hashlib.sha256(index.getvalue()).hexdigest()},
+        "shards": [
+            {"file": job.shard(out).name, "records": note.records, "bytes": note.bytes, "sha256": note.sha256}
+            for job, note in zip(jobs, notes)
+        ],
+    }
