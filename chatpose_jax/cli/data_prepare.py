@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
         print("\nwhat is finished stays: the same command goes on", file=sys.stderr)
         raise
     if not args.quiet:
-        print("\n".join(report(found)))
+        print("\n".join(describe_data_set(found)))
         print(f"wrote {args.out}")
     return 0
 
 
-def report(description: dict) -> list[str]:
+def describe_data_set(description: dict) -> list[str]:
     """Lines that say what a prepared data set holds."""
     lines = [f"{description['about']['title']} (licence: {description['about']['licence']})"]
     for split, about in description["splits"].items():

@@ -44,10 +44,10 @@ def lengths_of(rows: Sequence[Example], folder: Path, processor: Processor) -> n
                 time.sleep(0.5)
                 continue
             except UserError:  # nobody can write here
-                return count(rows, processor)
+                return count_lengths(rows, processor)
             if file.exists():
                 break
-            found, data = count(rows, processor), io.BytesIO()
+            found, data = count_lengths(rows, processor), io.BytesIO()
             np.save(data, found)
             with contextlib.suppress(OSError):
                 write_file(file, data.getvalue())
@@ -61,7 +61,7 @@ def lengths_of(rows: Sequence[Example], folder: Path, processor: Processor) -> n
     return found
 
 
-def count(rows: Sequence[Example], processor: Processor) -> np.ndarray:
+def count_lengths(rows: Sequence[Example], processor: Processor) -> np.ndarray:
     """(N,) ``LENGTHS`` of all rows, counted by all processors of this machine where there are many rows."""
     starts = range(0, len(rows), _RANGE)
     found = np.empty(len(rows), LENGTHS)

@@ -30,7 +30,7 @@ from chatpose_jax.data.record import SCHEMA, Record, to_bytes
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.processing.processor import Processor
-from chatpose_jax.settings import whole
+from chatpose_jax.settings import one_line, whole
 from smpl_jax.pose import check
 
 MAX_SHARDS = 512
@@ -62,6 +62,8 @@ class Job:
     number: int
     count: int
     parts: tuple[Any, ...]
+
+    __repr__ = one_line
 
     def shard(self, out: Path) -> Path:
         return out / self.split / store.shard_name(self.number, self.count)
@@ -253,7 +255,7 @@ def _limit(broken: Sequence[Broken], most: int) -> None:
         )
 
 
-class Note(NamedTuple):
+class _Note(NamedTuple):
     """What a finished shard holds. rows: its part of the index, as bytes."""
 
     rows: bytes
@@ -264,8 +266,8 @@ class Note(NamedTuple):
     sha256: str
 
 
-def _read_note(file: Path) -> Note:
-    note = Note(*msgpack.unpackb(file.read_bytes()))
+def _read_note(file: Path) -> _Note:
+    note = _Note(*msgpack.unpackb(file.read_bytes()))
     return note._replace(broken=[Broken(*item) for item in note.broken])
 
 
@@ -304,7 +306,7 @@ class ShardWriter:
         size, digest = file.close()
         temporary.replace(shard)
         data = np.array(rows, store.ROW).tobytes()
-        store.write_file(note, msgpack.packb(Note(data, records, dict(skipped), broken, size, digest)))
+        store.write_file(note, msgpack.packb(_Note(data, records, dict(skipped), broken, size, digest)))
         return broken
 
     def _items(self, job: Job) -> Iterator[Any]:

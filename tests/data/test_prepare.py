@@ -2,32 +2,20 @@
 
 import hashlib
 import json
-import os
 import pickle
-import random
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from chatpose_jax.cli.main import main
-from chatpose_jax.data import datasets, lengths, prepared, store
-from chatpose_jax.data.batches import BatchLoader
-from chatpose_jax.data.config import DataConfig
-from chatpose_jax.data.prepare import WORK, TooManyBroken, prepare
+from chatpose_jax.data import lengths, prepared
+from chatpose_jax.data.prepare import prepare
 from chatpose_jax.data.prepared import Prepared
 from chatpose_jax.data.sizes import known_sizes, measure
-from chatpose_jax.data.sources import check_sources, examples
 from chatpose_jax.errors import UserError
-from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 
@@ -127,7 +115,7 @@ def test_another_template_is_counted_once(folder, processor, tmp_path, monkeypat
     wanted = measure(Prepared(copy, "train")[:], other, 4096)
     assert not np.array_equal(wanted, measure(Prepared(copy, "train"), processor, 4096))
     np.testing.assert_array_equal(measure(Prepared(copy, "train"), other, 4096), wanted)
-    monkeypatch.setattr(lengths, "count", None)
+    monkeypatch.setattr(lengths, "count_lengths", None)
     np.testing.assert_array_equal(measure(Prepared(copy, "train"), other, 4096), wanted)
     (file,) = (copy / "train").glob("lengths-*")
     file.write_bytes(file.read_bytes()[:-1])

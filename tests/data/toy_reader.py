@@ -33,7 +33,7 @@ class Toy:
 
     def parts(self, split: Split) -> Sequence[range]:
         lines = len(self.file.read_text().splitlines())
-        ends = {"train": range(0, lines - 4), "val": range(lines - 4, lines), "test": range(0)}[split]
+        ends = {"train": range(lines - 4), "val": range(lines - 4, lines), "test": range(0)}[split]
         return [ends[start : start + self.size] for start in range(0, len(ends), self.size)]
 
     def read(self, split: Split, part: range) -> Iterator[Record | Skipped]:

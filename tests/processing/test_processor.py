@@ -192,8 +192,10 @@ def test_truncation_never_cuts_a_picture(tiny):
 def test_measuring_opens_no_picture(tiny):
     messages = [user("What?", "nowhere.png"), assistant("It is <POSE>.")]
     full = tiny.encode([user("What?", GREY), messages[1]], False)
-    assert tiny.measure(messages) == (len(full.input_ids), 1, 1, False)
-    assert tiny.measure(messages, int(full.pose_positions[0])) == (full.pose_positions[0], 1, 0, True)
+    length, pose = len(full.input_ids), int(full.pose_positions[0])
+    image = int(np.flatnonzero(full.input_ids == tiny.ids.image_token_id)[-1])
+    assert tiny.measure(messages) == (length, 1, 1, False, length - pose - 1)
+    assert tiny.measure(messages, pose) == (pose, 1, 0, True, pose - image - 1)
     with pytest.raises(UserError, match=r"messages\[0\].content\[0\]: no image file"):
         tiny.encode(messages, False)
 
