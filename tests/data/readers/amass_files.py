@@ -58,7 +58,7 @@ def write_smplx(path: Path, poses: np.ndarray, gender: Any = "neutral", rate: An
         mocap_time_length=np.array(count / 120),
         markers_latent=np.zeros((53, 3)),
         latent_labels=np.array(["ARIEL", "C7"]),
-        markers_latent_vids=np.zeros(53, np.int64),
+        markers_latent_vids=np.array({"ARIEL": 8994, "C7": 3832}, dtype=object),  # a dictionary, pickled
         trans=np.zeros((count, 3)),
         poses=np.concatenate([root, body, face, hands], 1),
         betas=np.zeros(16),
