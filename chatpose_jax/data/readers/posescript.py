@@ -80,8 +80,8 @@ class PoseScript:
     to 0, and Rx(+90°) follows. SMPL's rigid hands, and feet and fingers that AMASS has filled in, are not measured. There are no betas.
     ``group`` is the AMASS file (``readers.amass.file_name``).
 
-    ``extras``: ``pose_id`` (int), ``frame`` (int, of the AMASS file). In "val" and "test" also ``human`` and ``automatic``: all captions of the
-    pose, tuples of strings.
+    ``extras``: ``pose_id`` (int), ``version`` ("v1" or "v2", the release of the id), ``frame`` (int, of the AMASS file). In "val" and "test" also
+    ``human`` and ``automatic``: all captions of the pose, tuples of strings.
 
     Options:
         amass: the folder of AMASS; by default ``AMASS`` in the source folder. smplx: read SMPL-X files where SMPL-H files are not there
@@ -148,7 +148,7 @@ class PoseScript:
                 return Skipped(key, "no caption of the chosen kind")
             question = pick(rng, questions.TEXT_TO_POSE).format(caption=caption)
             talks.append(exchange(question, pick(rng, questions.POSE_ANSWERS)))
-        extras: dict[str, Any] = {"pose_id": int(key), "frame": place.frame}
+        extras: dict[str, Any] = {"pose_id": int(key), "version": self.release.version, "frame": place.frame}
         return Record(
             key,
             "text",

@@ -45,7 +45,7 @@ class Spg:
     Other fields are for people and are not read. A pose may have several queries.
 
     A row asks the query and is answered with the pose, which is read as PoseScript's (``readers.posescript``). ``group`` is the AMASS file.
-    ``extras``: ``pose_id`` (int), ``frame`` (int, of the AMASS file), ``query``.
+    ``extras``: ``pose_id`` (int), ``version`` ("v1" or "v2"), ``frame`` (int, of the AMASS file), ``query``.
 
     Options: posescript: the folder of PoseScript; by default the source folder. amass, smplx, version: as PoseScript's. seed: of the answers'
     words.
@@ -98,7 +98,12 @@ class Spg:
                 (exchange(row.query, answer),),
                 poses=stack([to_view(pose, yaw_of(pose))]),
                 group=row.place.file,
-                extras={"pose_id": int(row.pose_id), "frame": row.place.frame, "query": row.query},
+                extras={
+                    "pose_id": int(row.pose_id),
+                    "version": self.release.version,
+                    "frame": row.place.frame,
+                    "query": row.query,
+                },
             )
 
     def _plan(self, split: Split) -> list[list[Query]]:

@@ -8,11 +8,13 @@ import pytest
 
 from chatpose_jax.data import questions
 from chatpose_jax.data.collate import encode_example
-from chatpose_jax.data.config import Split
+from chatpose_jax.data.config import DataConfig, SourceRow, Split
+from chatpose_jax.data.prepare import prepare
 from chatpose_jax.data.reader import Skipped
 from chatpose_jax.data.readers import posescript
 from chatpose_jax.data.readers.posescript import PoseScript
 from chatpose_jax.data.record import Record, from_bytes, to_bytes
+from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
@@ -66,7 +68,8 @@ def test_rows_ask_for_poses_in_the_camera_frame(source: Path) -> None:
     }
     processor = tiny_processor(preset("tiny"))
     for record in found:
-        assert record.kind == "text" and record.extras == {"pose_id": int(record.key), "frame": int(record.key)}
+        assert record.kind == "text" and (record.extras["pose_id"], record.extras["frame"]) == (int(record.key),) * 2
+        assert record.extras["version"] == ("v1" if (source / "posescript_release").is_dir() else "v2")
         pose = check(record.poses)
         assert pose.frame == "camera" and pose.rotations.shape == (1, 52, 3, 3) and pose.betas is None
         root = motion(20, 0 if int(record.key) % 2 else 1)[int(record.key), :3]
@@ -173,6 +176,18 @@ def test_lists_of_ids_must_be_that(tmp_path: Path, name: str, value: Any) -> Non
     (tmp_path / "AMASS" / "CMU").mkdir(parents=True)
     with pytest.raises(UserError, match=r"train_ids\.json: expected"):
         PoseScript(tmp_path).parts("train")
+
+
+def test_prepared_rows(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "prepared" / "posescript"
+    processor = tiny_processor(preset("tiny"))
+    about = prepare("posescript", source, out, processor=processor, options={"variants": 3})
+    assert {split: (some["rows"], some["records"]) for split, some in about["splits"].items()} == {
+        "train": (24, 8), "val": (1, 1), "test": (3, 3),
+    }  # fmt: skip
+    rows = examples(DataConfig(sources=(SourceRow("posescript"),), root=str(out.parent)), "test", 32)
+    assert [row.id for row in rows] == ["9", "11", "10"]
+    assert rows[1].extras["human"][0] == "The man waves." and rows[1].poses.measured.dtype == bool
 
 
 def test_smplx_files(source: Path) -> None:

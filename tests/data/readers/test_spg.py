@@ -46,7 +46,7 @@ def test_a_row_asks_the_query_as_it_stands(source: Path) -> None:
     assert isinstance(item, Record)
     assert item.conversations[0][0] == {"role": "user", "content": ROW["query"]} and item.kind == "text"
     assert item.group == "BMLrub/rub055/0027_jump_poses.npz"
-    assert item.extras == {"pose_id": 3, "frame": 3, "query": ROW["query"]}
+    assert item.extras == {"pose_id": 3, "version": "v1", "frame": 3, "query": ROW["query"]}
     np.testing.assert_allclose(item.poses.rotations[0, 0], without_yaw(motion(10)[3, :3]), atol=1e-6)
     assert len(encode_example(tiny_processor(preset("tiny")), item.example(), 512)["pose_positions"]) == 1
 
