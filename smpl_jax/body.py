@@ -28,6 +28,9 @@ _CPU_CHUNK = 64  # bodies; beyond this the skinning product of a batch leaves th
 
 Chunk = int | None | Literal["auto"]
 
+SHAPE_SPACES = {"smpl": "SMPL", "smplh": "SMPL", "smplx": "SMPL-X"}
+"""Shape spaces by the name of the body. SMPL-H has the betas of SMPL. Any other body has a shape space of its own name."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -69,6 +72,11 @@ class BodyModel:
     @property
     def num_vertices(self) -> int:
         return self.template.shape[-1]
+
+    @property
+    def shape_space(self) -> str:
+        """The shape space of its betas: "SMPL", "SMPL-X", or the body's own name. Betas of one mean another shape in another."""
+        return SHAPE_SPACES.get(self.name, self.name)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smpl_jax import body as bodies
-from smpl_jax.body import BodyModel
+from smpl_jax.body import SHAPE_SPACES, BodyModel
 from smpl_jax.frames import Frame, turn
 from smpl_jax.printing import one_line
 
@@ -38,29 +38,30 @@ JOINTS: dict[Family, int] = {name: sum(PARTS[part] for part in parts) for name, 
 """Number of joints of each family: 22, 24, 52 and 55."""
 SHARED = PARTS["body"]
 HANDS = PARTS["fingers"]
-_SHAPE_SPACES: dict[Family, str] = {"smpl": "SMPL", "smplh": "SMPL", "smplx": "SMPL-X"}  # SMPL-H has SMPL's betas
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["rotations", "betas", "translation", "measured", "has_betas", "has_translation"],
-    meta_fields=["frame"],
+    meta_fields=["frame", "shape_space"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pose:
-    """Poses of one body family in one frame, with any batch shape (...). A pytree of NumPy or JAX arrays; the frame is static.
+    """Poses of one body family in one frame, with any batch shape (...). A pytree of NumPy or JAX arrays; the frame and the
+    shape space are static.
 
     The constructor checks nothing, because JAX also calls it with values that are not arrays. Use ``check``.
 
     rotations: (..., J, 3, 3), relative to the parents, joint 0 the global orientation in ``frame``; J is one of ``JOINTS``.
     frame: "camera" (x right, y down, z away), "model" (y up) or "z-up"; see ``smpl_jax.frames``.
-    betas: (..., n) shape coefficients, or None if the shape is unknown. They belong to the body file that they were fitted with: the same
-        numbers mean another shape for SMPL-X, and for the default body of this package.
+    betas: (..., n) shape coefficients, or None if the shape is unknown. The same numbers mean another shape in another shape space.
     translation: (..., 3) metres in ``frame``, or None. As in SMPL, it is added after the root rotation about the pelvis.
     measured: (..., J) bool, the joints that were measured or estimated. The others have filled-in values and count in no loss or metric. None
         means all.
     has_betas, has_translation: (...) bool, which poses of a batch have betas or a translation; the others have zeros there. None means all,
         if the field itself is not None.
+    shape_space: what the betas belong to, ``BodyModel.shape_space`` of the body that they were fitted with: "SMPL" (SMPL-H's too), "SMPL-X" or
+        the name of another body. None if unknown; then the number of joints alone tells SMPL's from SMPL-X's.
     """
 
     rotations: Any
@@ -70,6 +71,7 @@ class Pose:
     measured: Any = None
     has_betas: Any = None
     has_translation: Any = None
+    shape_space: str | None = None
 
     __repr__ = one_line
 
@@ -148,6 +150,8 @@ def check_shapes(pose: Pose) -> Pose:
     if not isinstance(pose, Pose):
         raise ValueError(f'expected a smpl_jax.Pose, found {type(pose).__name__}; Pose(rotations, "camera") makes one')
     turn(pose.frame)
+    if not isinstance(pose.shape_space, str | None):
+        raise ValueError(f"shape_space must be the name of a shape space or None, found {pose.shape_space!r:.60}")
     rotations = _shaped("rotations", pose.rotations, (..., "J", 3, 3), jnp.floating)
     family_of(rotations.shape[-3])
     batch = rotations.shape[:-3]
@@ -230,8 +234,9 @@ def to_family(pose: Pose, name: Family) -> Pose:
 
     Parts that both families have are kept: the 22 joints of the body always, the fingers between SMPL-H and SMPL-X. Parts that only the new
     family has are set to the identity (so fingers are straight) and marked as not measured. Parts that only the old family has are dropped,
-    including SMPL's two rigid hands. Betas are dropped between SMPL or SMPL-H and SMPL-X, where the same numbers mean another shape. The
-    translation is kept; it is exact up to the distance between the pelvises of the two rest poses.
+    including SMPL's two rigid hands. Betas are dropped between the shape space of SMPL and SMPL-H and that of SMPL-X; betas of an unknown space,
+    or of another body, count as those of their family. The translation is kept; it is exact up to the distance between the pelvises of the two
+    rest poses.
 
     Raises:
         ValueError: the family is unknown, or the pose belongs to none.
@@ -239,6 +244,10 @@ def to_family(pose: Pose, name: Family) -> Pose:
     if name not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}; found {name!r}")
     source = pose.family
+    ours = pose.shape_space if pose.shape_space in SHAPE_SPACES.values() else SHAPE_SPACES.get(source)
+    theirs = SHAPE_SPACES.get(name)
+    if ours and theirs and ours != theirs:
+        pose = pose.replace(betas=None, has_betas=None, shape_space=None)
     if name == source:
         return pose
     xp, dtype = _numpy(pose), pose.rotations.dtype
@@ -255,12 +264,9 @@ def to_family(pose: Pose, name: Family) -> Pose:
         rotations.append(pose.rotations[..., places[part], :, :] if kept else rest)
         if measured is not None:
             known.append(measured[..., places[part]] if kept else xp.zeros(shape, bool))
-    out = pose.replace(
+    return pose.replace(
         rotations=xp.concatenate(rotations, -3), measured=None if measured is None else xp.concatenate(known, -1)
     )
-    if {source, name} <= set(_SHAPE_SPACES) and _SHAPE_SPACES[source] != _SHAPE_SPACES[name]:
-        out = out.replace(betas=None, has_betas=None)
-    return out
 
 
 _TWINS: dict[str, list[int]] = {
@@ -313,7 +319,7 @@ def for_body(pose: Pose, body: BodyModel) -> dict[str, Any]:
 
     Raises:
         ValueError: the body belongs to no family; or the betas are not the body's: there are more than it was loaded with
-            (``load_body(path, num_betas=…)`` loads more, ``to_betas`` truncates), or they are for SMPL and the body is SMPL-X, or the reverse.
+            (``load_body(path, num_betas=…)`` loads more, ``to_betas`` truncates), or they are of another shape space.
     """
     return {
         "rotations": _fit(pose, body).rotations,
@@ -337,19 +343,21 @@ def _betas_of(pose: Pose, body: BodyModel) -> Any:
     """The betas of a pose for a body. Raises ValueError if they do not belong to this body."""
     if pose.betas is None:
         return None
+    spaces: list[str | None] = [pose.shape_space, body.shape_space]
+    if pose.shape_space is None and pose.num_joints != body.num_joints:
+        spaces = [SHAPE_SPACES.get(family_of(count)) for count in (pose.num_joints, body.num_joints)]
+    ours, theirs = spaces
+    if ours and theirs and ours != theirs:
+        raise ValueError(
+            f"the pose has betas of {ours}, which mean another shape for body {body.name!r} of {theirs}; "
+            "pose.replace(betas=None, has_betas=None) has the average shape"
+        )
     count = pose.betas.shape[-1]
     if count > body.num_betas:
         raise ValueError(
             f"the pose has {count} betas, body {body.name!r} was loaded with {body.num_betas}: load more with "
             f"load_body(path, num_betas={count}), or truncate with to_betas(pose, {body.num_betas})"
         )
-    if pose.num_joints != body.num_joints:
-        ours, theirs = (_SHAPE_SPACES.get(family_of(n)) for n in (pose.num_joints, body.num_joints))
-        if ours and theirs and ours != theirs:
-            raise ValueError(
-                f"the pose has betas of {ours}, which mean another shape for body {body.name!r} of {theirs}: "
-                "pose.replace(betas=None, has_betas=None) is the average shape"
-            )
     return pose.betas
 
 
@@ -424,10 +432,11 @@ def stack(poses: Sequence[Pose], axis: int = 0) -> Pose:
     """Stacks poses of one batch shape, frame and family along a new batch axis.
 
     If only some poses have betas, a translation or ``measured``, the field is filled in for the others, and ``has_betas``, ``has_translation`` or
-    ``measured`` mark them. Betas are zero-padded to the largest number. A field that no pose has stays None.
+    ``measured`` mark them. Betas are zero-padded to the largest number. A field that no pose has stays None. The shape space of the result is
+    unknown if that of any betas is.
 
     Raises:
-        ValueError: there are no poses, an item is not a pose, or the poses have different frames, families or shapes.
+        ValueError: there are no poses, an item is not a pose, or the poses have different frames, families, shape spaces or batch shapes.
     """
     return _join(poses, axis, "stack", lambda pose: pose.shape)
 
@@ -463,8 +472,12 @@ def _join(poses: Sequence[Pose], axis: int, how: str, alike: Callable[[Pose], tu
         if name in names and any(getattr(pose, name) is None for pose in poses):
             names.add(f"has_{name}")
     width = max((pose.betas.shape[-1] for pose in poses if pose.betas is not None), default=0)
+    spaces = {pose.shape_space for pose in poses if pose.betas is not None}
+    if len(named := sorted(space for space in spaces if space is not None)) > 1:
+        raise ValueError(f"{how} takes poses of one shape space, found betas of {' and '.join(named)}")
+    space = spaces.pop() if len(spaces) == 1 else None
     xp = _numpy(poses)
-    filled = [_fill(pose, names, width) for pose in poses]
+    filled = [_fill(pose, names, width).replace(shape_space=space) for pose in poses]
     return jax.tree.map(lambda *leaves: getattr(xp, how)(leaves, axis), *filled)
 
 

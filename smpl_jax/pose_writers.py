@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from smpl_jax import rotations
 from smpl_jax._files import write_whole
+from smpl_jax.body import SHAPE_SPACES
 from smpl_jax.frames import describe_frame
 from smpl_jax.pose import HANDS, JOINTS, SHARED, Pose, check, to_betas
 
@@ -41,8 +42,8 @@ def write_poses(
     Layouts:
 
     * "smpl_jax", ``.npz``: ``axis_angle`` (..., J, 3) radians, ``matrices`` (..., J, 3, 3), ``rotation_6d`` (..., J, 6) with
-      ``rotation_6d_order`` ("columns": first column, then second), the name of the ``frame``, the other fields of the pose that are not None under
-      their names, and ``joints``, ``joint_names`` and ``body`` if given.
+      ``rotation_6d_order`` ("columns": first column, then second), the name of the ``frame``, the other fields of the pose that are not None
+      (``shape_space`` beside ``betas``) under their names, and ``joints``, ``joint_names`` and ``body`` if given.
     * "amass", ``.npz``, poses of batch shape (T,) in the frame "z-up". SMPL-H's 52 joints are written as in AMASS's SMPL+H release (``poses``
       (T, 156), ``trans``, ``betas`` (16,), ``dmpls``, ``gender``, ``mocap_framerate``), SMPL-X's 55 joints as in its SMPL-X release (``poses``
       (T, 165), its parts ``root_orient`` … ``pose_eye``, ``surface_model_type``, ``mocap_frame_rate`` …). These formats always have betas, a
@@ -96,6 +97,8 @@ def _ours(pose: Pose, given: dict[str, Any]) -> dict[str, np.ndarray]:
     for name in ("betas", "translation", "measured", "has_betas", "has_translation"):
         if (value := getattr(pose, name)) is not None:
             arrays[name] = value.astype(bool if value.dtype == bool else np.float32)
+    if pose.betas is not None and pose.shape_space is not None:
+        arrays["shape_space"] = np.array(pose.shape_space)
     if given["joints"] is not None:
         arrays["joints"] = np.asarray(given["joints"], np.float32)
     if given["joint_names"] is not None:
@@ -110,6 +113,12 @@ def _amass(pose: Pose, gender: str | None, rate: float | None) -> dict[str, Any]
         raise ValueError(
             f"AMASS stores poses of SMPL-H (52 joints) or SMPL-X (55), found {pose.num_joints} joints ({pose.family}); "
             "to_family(pose, 'smplh') adds straight fingers"
+        )
+    space = SHAPE_SPACES[pose.family]
+    if pose.betas is not None and pose.shape_space not in (None, space):
+        raise ValueError(
+            f"AMASS stores betas of {space} for {pose.num_joints} joints, found betas of {pose.shape_space}; "
+            "pose.replace(betas=None, has_betas=None) drops them"
         )
     if pose.frame != "z-up":
         raise ValueError(f"AMASS uses the frame 'z-up', found {pose.frame!r}; to_frame(pose, 'z-up', body) changes it")

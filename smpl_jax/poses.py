@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from smpl_jax import frames, io
+from smpl_jax.body import SHAPE_SPACES
 from smpl_jax.errors import PoseFileError
 from smpl_jax.frames import Frame
 from smpl_jax.pose import HANDS, JOINTS, PARTS, SHARED, Pose, no_rotations
@@ -60,7 +61,7 @@ _TRANSLATIONS = ("translation", "trans", "transl")  # smpl_jax; AMASS, 3DPW; smp
 _POSE_FLAGS = ("has_body_pose", "has_smpl")  # 4D-Humans, SPIN: 0 if the pose is a placeholder
 _BETAS_FLAGS = ("has_betas", "has_smpl")
 _TRANSLATION_FLAGS = ("has_translation",)
-_TEXTS = ("frame", "gender", "body")
+_TEXTS = ("frame", "gender", "body", "shape_space")
 _BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
 
 
@@ -83,7 +84,8 @@ class PoseFile:
 
     names: the arrays of the poses. unused: the other arrays of the file. num_joints: 22, 24, 52 or 55, the root first. kind: how the file writes a
     rotation. frame: frame of root and translation; None if the file does not state it, and then ``read_poses(path, frame=…)`` must. shape: the
-    batch shape of the poses in the file. gender, rate (poses per second), body (whose betas these are): None if the file does not state them.
+    batch shape of the poses in the file. gender, rate (poses per second), body (whose joints and betas these are): None if the file does not state
+    them. shape_space: ``Pose.shape_space`` of the betas: what the file states, or else that of ``body``.
     """
 
     path: Path
@@ -96,6 +98,7 @@ class PoseFile:
     gender: str | None
     rate: float | None
     body: str | None
+    shape_space: str | None
     _readings: tuple[_Reading, ...] = dataclasses.field(repr=False)
     _arrays: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     _fields: Mapping[str, np.ndarray] = dataclasses.field(
@@ -133,7 +136,8 @@ class PoseFile:
         for name in ("betas", "translation"):
             if (has := fields.get(f"has_{name}")) is not None:
                 fields[name] = np.where(has[:, None], fields[name], 0)
-        pose = Pose(self._rotations(which), self.frame, **fields)
+        space = self.shape_space if "betas" in fields else None
+        pose = Pose(self._rotations(which), self.frame, shape_space=space, **fields)
         for name in ("betas", "translation"):
             if name in fields and not (finite := np.isfinite(fields[name]).all(-1)).all():
                 raise PoseFileError(
@@ -254,7 +258,8 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
         shape=_batch(first, arrays),
         gender=texts.get("gender"),
         rate=next(iter(rates.values()), None),
-        body=texts.get("body"),
+        body=(body := texts.get("body")),
+        shape_space=texts.get("shape_space") or SHAPE_SPACES.get(body or "", body),
         _readings=tuple(found),
         _arrays=arrays,
         _fields=fields,

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     file = told if told.frame else read_poses(args.pose, "camera")
     body = io.load_body(args.body)
     pose = file[args.index]
-    fitted, left_out = fit(pose, body, shaped=args.body is not None or file.body == body.name)
+    fitted, left_out = fit(pose, body, shaped=args.body is not None)
     try:
         posed = PosedBody(fitted, body)
         if args.out.suffix == ".png":
@@ -76,17 +76,21 @@ def run(args: argparse.Namespace) -> int:
 def fit(pose: Pose, body: BodyModel, shaped: bool) -> tuple[Pose, list[str]]:
     """The pose in the camera frame with the body's joints, and a note for each part of it that the body cannot show.
 
-    shaped: whether the betas may belong to this body. The one in the package has betas of its own.
+    shaped: whether betas of an unknown shape space may belong to this body. The one in the package has betas of its own.
     """
     family = family_of(body.num_joints)
     dropped = [part for part in FAMILIES[pose.family] if part not in FAMILIES[family]]
     left_out = [f"joints left out: {sum(map(PARTS.__getitem__, dropped))} of {', '.join(dropped)}"] if dropped else []
     betas = pose.betas
-    if betas is not None and not shaped:
-        pose = pose.replace(betas=None)
-        left_out.append("betas not used: they belong to the body that the pose was made with; --body takes its file")
+    space = pose.shape_space
+    if betas is not None and not (space == body.shape_space if space else shaped):
+        pose = pose.replace(betas=None, shape_space=None)
+        left_out.append(
+            f"betas not used: they belong to {space or 'the body that the pose was made with'}; --body takes its file"
+        )
+    shown = pose.betas is not None
     pose = to_family(pose, family)
-    if betas is not None and shaped and pose.betas is None:
+    if shown and pose.betas is None:
         left_out.append(f"betas not used: they are not those of {family}")
     elif pose.betas is not None and len(betas) > body.num_betas:
         pose = to_betas(pose, body.num_betas)

@@ -56,7 +56,7 @@ def encode_example(
         poses = _poses(example, found, encoded.truncated)
         try:
             poses = check(poses)[:found]
-            poses = to_betas(to_family(to_frame(poses, "camera"), family), BETAS)
+            poses = to_betas(to_family(to_frame(poses, "camera"), family), BETAS).replace(shape_space=None)
         except ValueError as error:
             raise UserError(f"poses: {error}") from None
     return {

@@ -67,6 +67,7 @@ def to_bytes(record: Record) -> bytes:
         "conversations": record.conversations,
         "images": record.images,
         "frame": poses.frame,
+        "shape_space": poses.shape_space,
         "poses": {name: np.asarray(value) for name in _POSE_ARRAYS if (value := getattr(poses, name)) is not None},
         "group": record.group,
         "extras": dict(sorted(record.extras.items())),
@@ -78,9 +79,8 @@ def from_bytes(data: bytes) -> Record:
     """Reads ``to_bytes``. Raises UserError for bytes that are no record."""
     try:
         fields = msgpack.unpackb(data, ext_hook=_unpack, use_list=False)
-        poses = Pose(
-            **{name: np.asarray(value) for name, value in fields.pop("poses").items()}, frame=fields.pop("frame")
-        )
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in fields.pop("poses").items()}
+        poses = Pose(**arrays, frame=fields.pop("frame"), shape_space=fields.pop("shape_space", None))
         return Record(**fields, poses=poses)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         raise UserError(f"expected a record of a prepared data set, found other or damaged bytes ({error})") from None

@@ -414,6 +414,11 @@ def test_render_gives_a_body_of_its_own_the_shape_it_had(tmp_path, capsys):
     again = read_poses(tmp_path / "out.npz")[0]
     np.testing.assert_array_equal(again.betas, pose.betas)
     np.testing.assert_array_equal(again.translation, pose.translation)
+    np.savez(tmp_path / "body.npz", **random_arrays("smpl", 60))
+    other = ["--out", str(tmp_path / "other.npz"), "--body", str(tmp_path / "body.npz")]
+    assert main(["render", str(tmp_path / "in.npz"), *other]) == 0
+    assert "betas not used: they belong to chatpose-default" in lines(capsys)[1]
+    assert read_poses(tmp_path / "other.npz")[0].betas is None
 
 
 def test_render_writes_a_glb_with_and_without_skin(tmp_path):

@@ -99,8 +99,9 @@ def test_shapes_and_dtypes(processor):
     rows = [encode_example(processor, example(i, images), 512) for i, images in enumerate((2, 0, 1))]
     batch = collate(rows, 256, max_images=3, max_poses=2, pad_id=0)
     held = batch.pop("poses")
-    assert (held.frame, held.shape) == ("camera", (3, 2))
-    assert {name: (value.shape[2:], value.dtype.name) for name, value in vars(held).items() if name != "frame"} == {
+    assert (held.frame, held.shape, held.shape_space) == ("camera", (3, 2), None)
+    arrays = {name: value for name, value in vars(held).items() if name not in ("frame", "shape_space")}
+    assert {name: (value.shape[2:], value.dtype.name) for name, value in arrays.items()} == {
         "rotations": ((24, 3, 3), "float32"),
         "betas": ((10,), "float32"),
         "translation": ((3,), "float32"),
@@ -162,6 +163,17 @@ def test_poses_come_in_the_camera_frame_with_the_joints_of_the_head(processor):
     assert all(np.array_equal(x[0, :2], y[:, 0]) for x, y in zip(jax.tree.leaves(packed), jax.tree.leaves(batch)))
     there = encode_example(processor, rows[0], 256, family="smplx")["poses"]
     assert there.num_joints == 55 and there.has_betas.all() and there.betas.tolist() == [list(range(10))]
+
+
+def test_rows_of_several_shape_spaces_have_one_structure(processor):
+    rows = [
+        dataclasses.replace(example(0), poses=poses(1, 0, betas=np.ones((1, 10)), shape_space=s)) for s in ("SMPL", "a")
+    ]
+    encoded = [encode_example(processor, row, 256) for row in rows]
+    assert jax.tree.structure(encoded[0]["poses"]) == jax.tree.structure(encoded[1]["poses"])
+    assert pack(encoded)["poses"].has_betas.all()
+    strange = dataclasses.replace(rows[0], poses=rows[0].poses.replace(shape_space="SMPL-X"))
+    assert not encode_example(processor, strange, 256)["poses"].has_betas.any(), "SMPL-X's betas are not SMPL's"
 
 
 @pytest.mark.parametrize(

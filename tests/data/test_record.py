@@ -7,7 +7,7 @@ from smpl_jax.pose import Pose, unmeasured
 
 
 def record() -> Record:
-    poses = unmeasured((2,), "smplh", "z-up").replace(betas=np.zeros((2, 16), np.float32))
+    poses = unmeasured((2,), "smplh", "z-up").replace(betas=np.zeros((2, 16), np.float32), shape_space="SMPL")
     talk = (
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which poses?"}]},
         {"role": "assistant", "content": "<POSE> and <POSE>."},
@@ -24,7 +24,12 @@ def record() -> Record:
 def test_bytes_give_the_record_back() -> None:
     found = from_bytes(to_bytes(record()))
     assert to_bytes(found) == to_bytes(record())
-    assert found.poses.frame == "z-up" and found.poses.measured.dtype == bool and found.poses.betas.shape == (2, 16)
+    assert (
+        found.poses.frame == "z-up"
+        and found.poses.shape_space == "SMPL"
+        and found.poses.measured.dtype == bool
+        and found.poses.betas.shape == (2, 16)
+    )
     np.testing.assert_array_equal(found.extras["joints"], record().extras["joints"])
     assert found.extras["gender"] == "f" and found.extras["frame_rate"] == 60
     assert found.extras["texts"] == ("a", "b")

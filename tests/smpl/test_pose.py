@@ -53,7 +53,7 @@ def test_a_pose_passes_through_jax_and_keeps_its_kind():
     assert pose[1:3].shape == (2,) and pose[0].shape == () and pose[0].betas.shape == (10,)
     assert repr(pose) == (
         "Pose(rotations=float32 (4, 24, 3, 3), frame='camera', betas=float32 (4, 10), translation=None, measured=None, "
-        "has_betas=None, has_translation=None)"
+        "has_betas=None, has_translation=None, shape_space=None)"
     )
     assert jax.tree.map(lambda x: None, pose).rotations is None, "the constructor takes what JAX puts in"
     assert pose.hands is None
@@ -144,6 +144,44 @@ def test_betas_stay_where_they_mean_the_same_shape(bodies):
         smpl_jax.for_body(pose, bodies["smplx"])
     with pytest.raises(ValueError, match="family must be one of 'shared', 'smpl', 'smplh', 'smplx'; found 'mano'"):
         smpl_jax.to_family(pose, "mano")
+
+
+def test_betas_of_a_named_shape_space_are_refused_by_other_bodies_of_as_many_joints(bodies):
+    default, smpl = smpl_jax.load_body(), bodies["smpl"]
+    assert (default.shape_space, smpl.shape_space) == (default.name, "SMPL")
+    assert (bodies["smplh"].shape_space, bodies["smplx"].shape_space) == ("SMPL", "SMPL-X")
+    pose = Pose(rotations(2, 24), "camera", betas=numbers(2, 10), shape_space="SMPL")
+    smpl_jax.for_body(pose, smpl)
+    smpl_jax.for_body(pose, bodies["smplh"])
+    with pytest.raises(ValueError, match=rf"betas of SMPL, .* for body '{default.name}' of {default.name}"):
+        smpl_jax.for_body(pose, default)
+    with pytest.raises(ValueError, match=rf"betas of {default.name}, .* for body 'smpl' of SMPL"):
+        smpl_jax.PosedBody(pose.replace(shape_space=default.name)[0], smpl)
+    jitted = jax.jit(lambda p: smpl_jax.joints(smpl, **smpl_jax.for_body(p, smpl)))
+    with pytest.raises(ValueError, match="which mean another shape"):
+        jitted(pose.replace(shape_space=default.name))
+    smpl_jax.for_body(pose.replace(shape_space=None), default)  # unknown: the number of joints fits
+    smpl_jax.for_body(pose.replace(betas=None), default)
+    with pytest.raises(ValueError, match="shape_space must be the name of a shape space or None, found 3"):
+        smpl_jax.check(pose.replace(shape_space=3))
+
+
+def test_a_shape_space_goes_with_its_betas(bodies):
+    pose = Pose(rotations(24), "camera", betas=numbers(10), shape_space="SMPL")
+    assert smpl_jax.to_family(pose, "smplh").shape_space == "SMPL"
+    other = smpl_jax.to_family(pose, "smplx")
+    assert other.betas is None and other.shape_space is None
+    shared = smpl_jax.to_family(pose.replace(rotations=rotations(55), shape_space="SMPL-X"), "shared")
+    assert shared.shape_space == "SMPL-X" and smpl_jax.to_family(shared, "smpl").betas is None
+    mine = smpl_jax.to_family(smpl_jax.to_family(pose.replace(shape_space="mine"), "shared"), "smpl")
+    assert mine.betas is not None and mine.shape_space == "mine"
+    bare = Pose(rotations(24), "camera")
+    assert smpl_jax.stack([bare, pose]).shape_space == "SMPL"
+    assert smpl_jax.stack([pose, pose.replace(shape_space=None)]).shape_space is None
+    assert smpl_jax.stack([pose, pose.replace(betas=None, shape_space="mine")]).shape_space == "SMPL"
+    with pytest.raises(ValueError, match="stack takes poses of one shape space, found betas of SMPL and mine"):
+        smpl_jax.stack([pose, pose.replace(shape_space="mine")])
+    assert smpl_jax.to_frame(smpl_jax.complete(pose), "model", bodies["smpl"]).shape_space == "SMPL"
 
 
 def test_a_body_takes_the_pose_with_its_shape_and_place(bodies):

@@ -196,6 +196,7 @@ def test_what_others_read_from_our_amass_is_our_body(kind, bodies, tmp_path):
         ({"rotations": rotations(52), "betas": None, "translation": None}, "amass", {"gender": "male", "rate": 30}, r"pose\[None\]"),
         ({}, "axis-angle", {}, r"would lose betas, translation; drop them with pose.replace\(betas=None, translation=None"),
         ({}, "bvh", {}, "layout must be one of 'smpl_jax', 'amass', 'axis-angle'; found 'bvh'"),
+        ({"shape_space": "mine"}, "amass", {"gender": "male", "rate": 30}, "AMASS stores betas of SMPL for 52 joints, .*of mine"),
         ({}, "smpl_jax", {"gender": "male"}, "cannot store gender"),
         ({"rotations": 2 * rotations(4, 52)}, "smpl_jax", {}, "must be rotation matrices"),
         ({"betas": numbers(16)}, "smpl_jax", {}, r"betas must have shape \(4, n\)"),
@@ -237,7 +238,20 @@ def test_a_pose_of_the_package_s_body_keeps_its_shape_in_a_file(tmp_path):
     body = load_body()
     posed = smpl_jax.PosedBody(Pose(rotations(24), "camera", betas=numbers(10), translation=numbers(3)), body)
     file = read_poses(posed.save(tmp_path / "pose.npz"))
-    assert file.body == body.name
+    assert file.body == file.shape_space == file[0].shape_space == body.name
     again = smpl_jax.PosedBody(file[0], body)
     np.testing.assert_array_equal(again.vertices, posed.vertices)
     assert json.dumps(again.to_json()) == json.dumps(posed.to_json())
+
+
+@pytest.mark.parametrize(
+    ("space", "body", "read"),
+    [("SMPL", None, "SMPL"), ("mine", "other", "mine"), (None, "smplh", "SMPL"), (None, None, None)],
+)
+def test_a_file_says_which_shape_space_its_betas_have(space, body, read, tmp_path):
+    pose = Pose(rotations(3, 24), "camera", betas=numbers(3, 10), shape_space=space)
+    file = read_poses(write_poses(tmp_path / "pose.npz", pose, body=body))
+    assert (file.shape_space, file.body, file[0].shape_space, file.poses().shape_space) == (read, body, read, read)
+    assert "shape_space" not in file.unused
+    bare = read_poses(write_poses(tmp_path / "bare.npz", pose.replace(betas=None), body=body))
+    assert bare[0].shape_space is None
