@@ -56,6 +56,7 @@ def encode_example(
         poses = _poses(example, found, encoded.truncated)
         try:
             poses = check(poses)[:found]
+            # Without its static shape space, because batches of all sources need one structure.
             poses = to_betas(to_family(to_frame(poses, "camera"), family), BETAS).replace(shape_space=None)
         except ValueError as error:
             raise UserError(f"poses: {error}") from None

@@ -40,7 +40,8 @@ class Example:
         stands for a pose in the assistant's text.
     poses: a ``Pose`` of batch shape (P,), one for each ``<POSE>`` in order of appearance; by default none. Any frame and body family:
         batches hold them in the camera frame, with the joints of the pose head and the first ten betas. Joints that ``measured`` leaves
-        out, and betas and translations that are not there, count in no loss.
+        out, and betas and translations that are not there, count in no loss. Batches drop ``Pose.shape_space``, so the betas of all sources
+        must belong to one body.
     extras: what evaluation needs and training does not (``data.record.Record``).
     where: names the row in errors; ``data.sources.NamedRows`` sets it. Without it, errors give the id.
     """
