@@ -5,6 +5,11 @@ from __future__ import annotations
 DATA_SETS: dict[str, str] = {
     "cmu": "chatpose_jax.data.readers.mocap:Cmu",
     "bvh": "chatpose_jax.data.readers.mocap:Bvh",
+    "coco": "chatpose_jax.data.readers.humans4d:Coco",
+    "coco_vitpose": "chatpose_jax.data.readers.humans4d:CocoVitpose",
+    "h36m": "chatpose_jax.data.readers.humans4d:H36M",
+    "mpi_inf_3dhp": "chatpose_jax.data.readers.humans4d:MpiInf3dhp",
+    "mpii": "chatpose_jax.data.readers.humans4d:Mpii",
     "posefix": "chatpose_jax.data.readers.posefix:PoseFix",
     "posescript": "chatpose_jax.data.readers.posescript:PoseScript",
     "spg": "chatpose_jax.data.readers.spg:Spg",

@@ -414,7 +414,7 @@ def tar_samples(
 def _split(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    return f"{folder}{slash}{stem}", suffix.lower()
+    return (f"{folder}{slash}{stem}", suffix.lower()) if stem else (name, "")  # hidden files belong to no sample
 
 
 # Images ------------------------------------------------------------------------------------------------------------------------------------------

@@ -253,6 +253,8 @@ def test_tar_samples(tmp_path):
         ("coco/a.b/1.detection.npz", b"3"),
         (f"coco/{long}/2.JPG", b"4"),
         (f"coco/{long}/2.data.pyd", b"5"),
+        ("coco/._2.jpg", b"of a Mac"),
+        ("coco/.jpg", b"hidden"),
         ("readme", b"6"),
     )
     assert list(untrusted.tar_samples(path, ("jpg", "data.pyd"))) == [
