@@ -5,6 +5,7 @@ from __future__ import annotations
 DATA_SETS: dict[str, str] = {
     "cmu": "chatpose_jax.data.readers.mocap:Cmu",
     "bvh": "chatpose_jax.data.readers.mocap:Bvh",
+    "bedlam": "chatpose_jax.data.readers.bedlam:Bedlam",
     "coco": "chatpose_jax.data.readers.humans4d:Coco",
     "coco_vitpose": "chatpose_jax.data.readers.humans4d:CocoVitpose",
     "h36m": "chatpose_jax.data.readers.humans4d:H36M",
