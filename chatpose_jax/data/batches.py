@@ -1,24 +1,23 @@
 """A loader of batches. Each batch is a pure function of its step.
 
-An epoch is planned from the seed and its number. So the position of a loader is one number, a run resumes exactly in any number of processes,
-and each process makes its rows of the same global batch. Batches are prepared ahead by one thread, or by Grain's threads or processes, which
-read them by number.
+Which rows a batch holds is worked out from its number (``data.order``). So the position of a loader is one number, a run resumes exactly in
+any number of processes, and each process makes its rows of the same global batch. Batches are prepared ahead by threads or processes of
+Grain, which reads them by number.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from chatpose_jax.data.collate import BETAS, Batch, collate, encode_example, pack, weightless
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.order import Pattern, Pools, fit_buckets, fit_packs, key, shuffled
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
@@ -32,31 +31,8 @@ TOKENS_BETWEEN_POSES = 64
 ENDLESS = 1 << 40
 ROW_BYTES = 2048
 """Bytes, about, of the Python objects of a row that is kept."""
-
-
-def fit_packs(sizes: np.ndarray, limits: np.ndarray, open_packs: int = 64) -> list[list[int]]:
-    """Packs rows by best fit, in their order: each goes into the pack where it leaves the fewest tokens free, among ``open_packs``.
-
-    sizes: (N, K) tokens, images, poses of each row; none is larger than ``limits`` (K,).
-    """
-    done: list[list[int]] = []
-    packs: list[list[int]] = []
-    room = np.empty((0, sizes.shape[1]), np.int64)
-    for row, size in enumerate(sizes):
-        fits = np.flatnonzero((room >= size).all(axis=1))
-        if fits.size:
-            best = fits[np.argmin(room[fits, 0])]
-        else:
-            if len(packs) == open_packs:  # the fullest is the least likely to take another row
-                full = int(np.argmin(room[:, 0]))
-                done.append(packs.pop(full))
-                room = np.delete(room, full, axis=0)
-            best = len(packs)
-            packs.append([])
-            room = np.concatenate([room, limits[None]])
-        packs[best].append(row)
-        room[best] -= size
-    return done + packs
+ORDER = 2
+"""Counts the changes of the order of rows. A run continues only in the order in which it began."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +46,31 @@ class BatchShape:
     images: int
 
 
-EpochPlan = list[tuple[BatchShape, list[list[int]]]]
-
-
 class Drawn(Protocol):
-    """A data set that chooses the rows of an epoch: ``data.mixture.Mixture``."""
+    """A data set of several sources, of which an epoch takes shares: ``data.mixture.Mixture``.
 
-    def epoch(self, number: int, seed: int) -> np.ndarray: ...
+    draws: (rows, rows that an epoch takes) of each source, in their order.
+    """
+
+    @property
+    def draws(self) -> Sequence[tuple[int, int]]: ...
+
+
+class _Group(NamedTuple):
+    """The batches of one shape in an epoch. ends: the packs of the patterns up to each."""
+
+    shape: BatchShape
+    patterns: list[Pattern]
+    ends: np.ndarray
+    batches: int
+
+
+class _Epoch(NamedTuple):
+    """before, drawn: (pools, sources) rows that earlier epochs took, and that this one takes."""
+
+    before: np.ndarray
+    drawn: np.ndarray
+    groups: list[_Group]
 
 
 class BatchLoader:
@@ -96,8 +90,10 @@ class BatchLoader:
     cache: encoded rows are kept, with images as uint8, up to so many bytes.
     sizes: of all rows, as ``data.sizes.measure`` gives them. Without, they are measured here; no image is opened.
     prefetch: batches to prepare ahead; 0 prepares each when it is asked for.
-    threads: threads that prepare batches ahead; from 2 on they are Grain's. Images are decoded in parallel.
+    threads: threads that prepare batches ahead. Images are decoded in parallel.
     workers: processes of Grain that prepare batches ahead, for rows made by Python code, which threads cannot make in parallel.
+
+    shapes: all shapes of batches, for which a training step is compiled.
     """
 
     def __init__(
@@ -146,30 +142,29 @@ class BatchLoader:
         self._cache: dict[int, dict[str, Any]] = {}
         self._prefetch, self._threads, self._workers = prefetch, threads, workers
         self._step = 0
-        self._plans: dict[int, EpochPlan] = {}
         self._starts = {0: 0}  # epoch -> its first step, for epochs that are known
-        self._sizes = measure(dataset, processor, self.max_length) if sizes is None else np.asarray(sizes, np.int64)
+        self._epochs: dict[int, _Epoch] = {}
+        self._types, self._type = _types(measure(dataset, processor, self.max_length) if sizes is None else sizes)
+        draws = getattr(dataset, "draws", [(len(dataset), len(dataset))])
+        self._draws = [(int(rows), int(share)) for rows, share in draws]
         # The first rows are kept. Every epoch has a new order, so the last used would serve no better.
         pose = complete(unmeasured((), family), BETAS)
         size = np.array([8, 3 * processor.images.size**2, sum(x.nbytes for x in jax.tree.leaves(pose))])
-        self._cached = int(np.searchsorted(np.cumsum(self._sizes @ size + ROW_BYTES), cache, "right"))
-        self._group(lengths, buckets)
+        kept = (self._types @ size + ROW_BYTES)[self._type[: cache // ROW_BYTES]]
+        self._cached = int(np.searchsorted(np.cumsum(kept), cache, "right"))
+        self._form_pools(lengths, buckets)
+        contents = zlib.crc32(repr((packing, self.shapes, self._draws)).encode())
+        self._contents = zlib.crc32(self._type, zlib.crc32(self._types, contents))
 
     def __len__(self) -> int:
         """Batches in the first epoch."""
         return self._count(0)
 
-    @property
-    def shapes(self) -> tuple[BatchShape, ...]:
-        """All shapes of batches, for which a training step is compiled."""
-        return tuple(self._groups)
-
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0 in the first epoch: a pure function of the loader's arguments and ``step``."""
-        epoch, index = self._locate(step)
-        shape, packs = self._plan(epoch)[index]
+        shape, packs = self.rows_of(step)
         return collate(
-            [self._packed(packs[row]) for row in self.rows],
+            [self._packed(numbers) for numbers in packs],
             shape.length,
             max_images=shape.images,
             max_poses=self.max_poses,
@@ -177,38 +172,48 @@ class BatchLoader:
             image_size=self.processor.images.size,
         )
 
+    def rows_of(self, step: int) -> tuple[BatchShape, list[list[int]]]:
+        """The shape of the batch of a step, and the numbers of the data rows in each of its rows, several where they are packed.
+
+        ``~number`` stands for a copy without labels and poses, which fills the batch.
+        """
+        epoch, index = self._locate(step)
+        plan = self._plan(epoch)
+        if self.shuffle:
+            index = int(shuffled(np.array(index), sum(group.batches for group in plan.groups), key(self.seed, 2, epoch)))
+        number = 0
+        while index >= plan.groups[number].batches:
+            index -= plan.groups[number].batches
+            number += 1
+        group = plan.groups[number]
+        slots = index * self.batch_size + self.rows
+        total = int(group.ends[-1])
+        packs = slots % total
+        if self.shuffle and len(group.patterns) > 1:
+            packs = shuffled(packs, total, key(self.seed, 3, epoch, number))
+        pattern = np.searchsorted(group.ends, packs, "right")
+        first = group.ends - [pattern.count for pattern in group.patterns]
+        places = [group.patterns[i].places(int(n)) for i, n in zip(pattern, packs - first[pattern])]
+        pools, inner = np.array([place for pack in places for place in pack], np.int64).reshape(-1, 2).T
+        rows = iter(self._pools.rows(epoch, plan.before, plan.drawn, pools, inner).tolist())
+        return group.shape, [
+            [next(rows) if slot < total else ~next(rows) for _ in pack] for slot, pack in zip(slots, places)
+        ]
+
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current state on. ``state`` counts those that were given out."""
-        ahead = self._inline() if self._prefetch < 1 else self._in_thread()
-        if self._threads > 1 or self._workers:
-            ahead = self._by_grain()
-        for batch in ahead:
+        steps = _Steps(self, self._step)
+        reads_ahead = self._prefetch or self._threads > 1 or self._workers
+        for batch in self._ahead(steps) if reads_ahead else map(steps.__getitem__, range(len(steps))):
             self._step += 1
             yield batch
 
-    def _inline(self) -> Iterator[Batch]:
-        while not self._finished(self._step):
-            yield self.batch(self._step)
-
-    def _in_thread(self) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead: collections.deque[Future[Batch]] = collections.deque()
-            step = self._step
-            while True:
-                while len(ahead) <= self._prefetch and not self._finished(step):
-                    ahead.append(pool.submit(self.batch, step))
-                    step += 1
-                if not ahead:
-                    return
-                yield ahead.popleft().result()
-
-    def _by_grain(self) -> Iterator[Batch]:
+    def _ahead(self, steps: _Steps) -> Iterator[Batch]:
         import grain
         from absl import flags
 
-        source = grain.MapDataset.source(_Steps(self, self._step))
-        options = grain.ReadOptions(num_threads=max(self._threads, 1), prefetch_buffer_size=max(self._prefetch, 1))
-        batches = source.to_iter_dataset(options)
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, 1))
+        batches = grain.MapDataset.source(steps).to_iter_dataset(options)
         if self._workers:
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags, which this program does not parse
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(self._workers))
@@ -217,20 +222,24 @@ class BatchLoader:
     def state(self) -> dict[str, int]:
         """The position of the loader, for JSON. After ``restore`` an equal loader continues with the next batch, in any number of processes."""
         epoch, index = self._locate(self._step)
-        place = {"step": self._step, "epoch": epoch, "index": index}
-        words = repr((self.packing, self.shapes, getattr(self.dataset, "shares", None)))
-        contents = zlib.crc32(words.replace(BatchShape.__name__, "Shape").encode())  # its name in runs of before
-        contents = zlib.crc32(self._sizes.tobytes(), contents)
         return {
-            **place,
+            "step": self._step,
+            "epoch": epoch,
+            "index": index,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "rows": len(self.dataset),
-            "contents": contents,
+            "contents": self._contents,
+            "order": ORDER,
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Goes to a saved state. Raises UserError where it belongs to other data or settings, which would give other batches."""
+        if (order := state.get("order", 1)) != ORDER:
+            raise UserError(
+                f"the run began with version {order} of the order of rows, and this program has version {ORDER}, which would give other "
+                "batches; finish the run with the program that began it, or start a new run from its weights"
+            )
         for name, value in self.state().items():
             if name not in ("step", "epoch", "index") and state.get(name) != value:
                 raise UserError(
@@ -239,9 +248,6 @@ class BatchLoader:
                 )
         self._step = int(state["step"])
         self._starts[int(state["epoch"])] = self._step - int(state["index"])
-
-    def _finished(self, step: int) -> bool:
-        return self.epochs is not None and self._locate(step)[0] >= self.epochs
 
     def _locate(self, step: int) -> tuple[int, int]:
         """(epoch, index in it) of a step. Epochs of packs or of a mixture differ in length."""
@@ -254,76 +260,72 @@ class BatchLoader:
         return epoch, step - self._starts[epoch]
 
     def _count(self, epoch: int) -> int:
-        return len(self._plan(epoch)) if self._fixed is None else self._fixed
+        return sum(group.batches for group in self._plan(epoch).groups) if self._fixed is None else self._fixed
 
-    def _group(self, lengths: Sequence[int] | None, buckets: int) -> None:
-        sizes = self._sizes
-        self.max_images, self.max_poses = int(sizes[:, 1].max()), max(1, int(sizes[:, 2].max()))
-        self._groups: dict[BatchShape, np.ndarray] = {}
-        self._fixed: int | None = None
+    def _form_pools(self, lengths: Sequence[int] | None, buckets: int) -> None:
+        """Rows that may stand for each other in a batch form a pool: those of one shape of batch, or of one size where they are packed."""
+        types, rows = self._types, np.bincount(self._type)
+        self.max_images, self.max_poses = int(types[:, 1].max()), max(1, int(types[:, 2].max()))
         if self.packing:
             if self.max_images:
                 room = self.max_length // (self.processor.ids.num_patches + TEXT_BESIDE_AN_IMAGE)
                 self.max_images = max(self.max_images, room)
             self.max_poses = max(self.max_poses, self.max_length // TOKENS_BETWEEN_POSES)
-            for images in np.unique([0 if (sizes[:, 1] == 0).any() else self.max_images, self.max_images]):
-                self._groups[BatchShape(self.max_length, int(images))] = np.arange(len(sizes))
-            return
-        for images in (0, self.max_images) if self.max_images else (0,):
-            rows = np.flatnonzero((sizes[:, 1] > 0) == (images > 0))
-            if not rows.size:
-                continue
-            chosen = sorted(lengths) if lengths is not None else fit_buckets(sizes[rows, 0], buckets, self.max_length)
-            if chosen[-1] < sizes[rows, 0].max():
-                raise UserError(
-                    f"lengths={tuple(chosen)} hold no row of {sizes[rows, 0].max()} tokens; "
-                    "add a longer one or lower max_length"
+            held = sorted({0 if (types[:, 1] == 0).any() else self.max_images, self.max_images})
+            self.shapes = tuple(BatchShape(self.max_length, images) for images in held)
+            pools = np.arange(len(types))
+        else:
+            shapes: list[BatchShape] = []
+            pools = np.zeros(len(types), np.int64)
+            for images in (0, self.max_images) if self.max_images else (0,):
+                some = np.flatnonzero((types[:, 1] > 0) == (images > 0))
+                if not some.size:
+                    continue
+                found = types[some, 0]
+                chosen = (
+                    sorted(lengths) if lengths is not None else fit_buckets(found, buckets, self.max_length, rows[some])
                 )
-            slots = np.searchsorted(chosen, sizes[rows, 0])
-            for slot in np.unique(slots):
-                self._groups[BatchShape(int(chosen[slot]), images)] = rows[slots == slot]
-        if not hasattr(self.dataset, "epoch"):
-            self._fixed = sum(-(-len(rows) // self.batch_size) for rows in self._groups.values())
+                if chosen[-1] < found.max():
+                    raise UserError(
+                        f"lengths={tuple(chosen)} hold no row of {found.max()} tokens; add a longer one or lower max_length"
+                    )
+                used, places = np.unique(np.searchsorted(chosen, found), return_inverse=True)
+                pools[some] = places + len(shapes)
+                shapes += [BatchShape(int(chosen[slot]), images) for slot in used]
+            self.shapes = tuple(shapes)
+        pools = pools.astype(np.min_scalar_type(len(pools)))
+        self._pools = Pools(pools[self._type], int(pools.max()) + 1, self._draws, self.seed, self.shuffle)
+        self._fixed: int | None = None
+        self._fixed = self._count(0) if self._pools.constant else None
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        """The batches of an epoch: shape, and for each of ``batch_size`` rows the indices of the examples in it. ``~index`` is a copy without
-        labels and poses, which fills the batch.
-        """
-        if (found := self._plans.get(epoch)) is not None:
+    def _plan(self, epoch: int) -> _Epoch:
+        """What the batches of an epoch hold. It has the size of the different sizes of rows, not of their number."""
+        if (found := self._epochs.get(epoch)) is not None:
             return found
-        random = np.random.default_rng((self.seed, epoch))
-        plan: EpochPlan = []
-        for shape, packs in self._packs(epoch, random):
-            fill = [[~row for row in packs[i % len(packs)]] for i in range(-len(packs) % self.batch_size)]
-            packs = [*packs, *fill]
-            plan += [(shape, packs[i : i + self.batch_size]) for i in range(0, len(packs), self.batch_size)]
-        if self.shuffle:
-            plan = [plan[i] for i in random.permutation(len(plan))]
-        self._plans = {number: known for number, known in self._plans.items() if abs(number - epoch) == 1}
-        self._plans[epoch] = plan  # batches ahead may belong to the next epoch
+        before = self._pools.before(epoch)
+        drawn = self._pools.before(epoch + 1) - before
+        known = next(iter(self._epochs.values()), None) if self._pools.constant else None
+        plan = _Epoch(before, drawn, known.groups if known else self._groups(drawn.sum(axis=1)))
+        # Batches ahead may belong to the next epoch.
+        self._epochs = {number: known for number, known in self._epochs.items() if abs(number - epoch) == 1} | {
+            epoch: plan
+        }
         return plan
 
-    def _packs(self, epoch: int, random: np.random.Generator) -> Iterator[tuple[BatchShape, list[list[int]]]]:
-        """The packs of an epoch by shape, in their order; a pack is one row without ``packing``."""
-        times = None
-        if hasattr(self.dataset, "epoch"):
-            times = np.bincount(self.dataset.epoch(epoch, self.seed), minlength=len(self.dataset))
-        groups: list[tuple[BatchShape | None, np.ndarray]] = list(self._groups.items())
+    def _groups(self, drawn: np.ndarray) -> list[_Group]:
+        """The batches of an epoch of ``drawn`` (pools,) rows, by shape."""
         if self.packing:
-            groups = [(None, np.arange(len(self.dataset)))]
-        for shape, rows in groups:
-            drawn = rows if times is None else np.repeat(rows, times[rows])
-            order = random.permutation(drawn) if self.shuffle else drawn
-            if shape is not None:
-                if order.size:
-                    yield shape, [[int(row)] for row in order]
-                continue
-            limits = np.array([self.max_length, self.max_images, self.max_poses])
-            packs = [[int(order[i]) for i in pack] for pack in fit_packs(self._sizes[order], limits)]
-            for packed in self._groups:
-                some = [rows for rows in packs if bool(self._sizes[rows, 1].any()) == bool(packed.images)]
-                if some:
-                    yield packed, some
+            patterns = fit_packs(self._types, drawn, np.array([self.max_length, self.max_images, self.max_poses]))
+            images = [any(self._types[pool, 1] for pool, _, _ in pattern.parts) for pattern in patterns]
+            by_shape = [[p for p, some in zip(patterns, images) if some == (shape.images > 0)] for shape in self.shapes]
+        else:
+            by_shape = [[Pattern(int(rows), [(pool, 1, 0)])] if rows else [] for pool, rows in enumerate(drawn)]
+        groups = []
+        for shape, some in zip(self.shapes, by_shape):
+            if some:
+                ends = np.cumsum([pattern.count for pattern in some])
+                groups.append(_Group(shape, some, ends, -(-int(ends[-1]) // self.batch_size)))
+        return groups
 
     def _packed(self, numbers: list[int]) -> dict[str, Any]:
         """One row of a batch."""
@@ -342,7 +344,7 @@ class BatchLoader:
         example = self.dataset[index]
         row = encode_example(self.processor, example, self.max_length, family=self.family, normalise=normalise)
         found = [len(row[name]) for name in ("input_ids", "images", "pose_positions")]
-        if found != (planned := self._sizes[index].tolist()):
+        if found != (planned := self._types[self._type[index]].tolist()):
             raise UserError(
                 f"{example.place}: the epoch was planned for {planned} tokens, images and poses, and it has {found}; "
                 "a row must always be the same, and sizes() of a data set must be right"
@@ -365,23 +367,10 @@ class _Steps:
         return self.loader.batch(self.first + index)
 
 
-def fit_buckets(lengths: np.ndarray, count: int, limit: int, multiple: int = 16) -> list[int]:
-    """At most ``count`` padded lengths for rows of ``lengths`` (N,) that pad least in all: multiples of ``multiple``, at most ``limit``."""
-    rounded = np.minimum(-(-np.asarray(lengths) // multiple) * multiple, limit)
-    values, frequency = (column.tolist() for column in np.unique(rounded, return_counts=True))
-    if len(values) > 128:  # the search takes quadratic time
-        return fit_buckets(lengths, count, limit, 2 * multiple)
-    below = np.cumsum(frequency).tolist()
-    # best[j]: the least padded total of the rows up to values[j], and its buckets, of which values[j] is the last
-    best = [(value * rows, [value]) for value, rows in zip(values, below)]
-    for _ in range(count - 1):
-        best = [
-            min(
-                [
-                    best[j],
-                    *((best[i][0] + values[j] * (below[j] - below[i]), [*best[i][1], values[j]]) for i in range(j)),
-                ]
-            )
-            for j in range(len(values))
-        ]
-    return best[-1][1]
+def _types(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different sizes (T, 3) of rows, and the number (N,) of the one that each row has, in few bytes."""
+    most = sizes.max(axis=0).astype(np.int64) + 1
+    joined = (sizes[:, 0].astype(np.int64) * most[1] + sizes[:, 1]) * most[2] + sizes[:, 2]
+    found, where = np.unique(joined, return_inverse=True)
+    types = np.stack([found // (most[1] * most[2]), found // most[2] % most[1], found % most[2]], axis=1)
+    return types, where.astype(np.min_scalar_type(len(types)))

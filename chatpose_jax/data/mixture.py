@@ -52,13 +52,7 @@ class Mixture(Sequence[Example]):
         """The sizes that the sources know, one source after another; see ``data.sizes.known_sizes``."""
         return np.concatenate([known_sizes(source, processor, max_length) for source in self.sources])
 
-    def epoch(self, number: int, seed: int) -> np.ndarray:
-        """The indices of an epoch's rows, source by source. A row that is drawn twice is in it twice."""
-        drawn = []
-        for index, (source, end, share) in enumerate(zip(self.sources, self._ends, self.shares)):
-            size = len(source)
-            rounds = range(number * share // size, -(-(number + 1) * share // size))
-            orders = [np.random.default_rng((seed, 1, index, turn)).permutation(size) for turn in rounds]
-            start = number * share - rounds[0] * size
-            drawn.append(np.concatenate(orders)[start : start + share] + (end - size))
-        return np.concatenate(drawn)
+    @property
+    def draws(self) -> list[tuple[int, int]]:
+        """(rows, rows that an epoch takes) of each source, for ``data.batches``."""
+        return list(zip(map(len, self.sources), self.shares))

@@ -12,50 +12,54 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
 
-def measure(
-    dataset: Sequence[Example], processor: Processor, max_length: int, rows: Sequence[int] | None = None
-) -> np.ndarray:
-    """(N, 3) int64: tokens, images and poses of the given rows, by default of all.
+def measure(dataset: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
+    """(N, 3) integers: tokens, images and poses of all rows.
 
     Rows whose sizes the data set does not know (``known_sizes``) are read. No image is opened.
 
     Raises UserError for a malformed row.
     """
-    chosen = np.arange(len(dataset)) if rows is None else np.asarray(rows, np.int64)
-    sizes = known_sizes(dataset, processor, max_length)[chosen]
-    for place in np.flatnonzero(sizes[:, 0] < 0):
-        sizes[place] = measure_example(processor, dataset[int(chosen[place])], max_length)
+    sizes = known_sizes(dataset, processor, max_length)
+    unknown = np.flatnonzero(sizes[:, 0] < 0)
+    if unknown.size:
+        sizes[unknown] = measure_rows(dataset, processor, max_length, unknown)
     return sizes
 
 
+def measure_rows(
+    dataset: Sequence[Example], processor: Processor, max_length: int, rows: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """(K, 3) int64: the same of the given rows, which are read."""
+    found = [measure_example(processor, dataset[int(row)], max_length) for row in rows]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
 def known_sizes(dataset: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
-    """(N, 3) int64: tokens, images and poses of each row, as the data set knows them; -1 where it does not.
+    """(N, 3) integers: tokens, images and poses of each row, as the data set knows them; -1 where it does not.
 
     A data set may have a method ``sizes(processor, max_length)`` that gives such an array, or None. It counts what ``processor`` gives for a
     row that is cut at ``max_length`` tokens.
 
     Raises UserError where the method gives anything else.
     """
-    unknown = np.full((len(dataset), 3), -1, np.int64)
+    shape = (len(dataset), 3)
     method = getattr(dataset, "sizes", None)
-    if method is None:
-        return unknown
     name = getattr(dataset, "where", f"the data set {type(dataset).__name__}")
-    if not callable(method):
+    if method is not None and not callable(method):
         raise UserError(f"{name}: its attribute 'sizes' must be a method, sizes(processor, max_length)")
-    if (given := method(processor, max_length)) is None:
-        return unknown
+    given = None if method is None else method(processor, max_length)
+    if given is None:
+        return np.full(shape, -1, np.int64)
     sizes = np.asarray(given)
-    if sizes.shape != unknown.shape or sizes.dtype.kind not in "iu":
+    if sizes.shape != shape or sizes.dtype.kind not in "iu":
         raise UserError(
             f"{name}: sizes() must give integers ({len(dataset)}, 3), tokens, images and poses of each row, or None; "
             f"found {sizes.dtype} {sizes.shape}"
         )
-    sizes = sizes.astype(np.int64)
     known = sizes[:, 0] >= 0
     if wrong := np.flatnonzero(known & ((sizes < [1, 0, 0]).any(axis=1) | (sizes[:, 0] > max_length))).tolist():
         raise UserError(
             f"{name}: sizes() gives {sizes[wrong[0]].tolist()} tokens, images and poses for row {wrong[0]}; "
             f"expected 1 to {max_length} tokens"
         )
-    return np.where(known[:, None], sizes, -1)
+    return sizes if known.all() else np.where(known[:, None], sizes, np.int64(-1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.sizes import measure
+from chatpose_jax.data.sizes import known_sizes, measure_rows
 from chatpose_jax.data.sources import NamedRows, check_sources, examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
@@ -207,21 +208,28 @@ def training_mesh(settings: TrainConfig) -> Mesh | None:
 
 
 def row_sizes(source: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
-    """(N, 3) numbers of tokens, images and poses of all rows. Each process reads its share of the rows.
+    """(N, 3) numbers of tokens, images and poses of all rows. Each process reads its share of the rows whose sizes the data set does not know.
 
     Raises UserError for a malformed row, or if the processes see different data.
     """
     rank, count = jax.process_index(), jax.process_count()
-    mine = range(rank, len(source), count)
+    max_length = min(max_length, processor.ids.context)
     with all_or_none():  # an error in one process must end all of them
-        sizes = measure(source, processor, min(max_length, processor.ids.context), mine)
-    if count == 1:
-        return sizes
-    totals = hosts.all_gather(np.array([len(source)]))
-    if totals.min() != totals.max():
-        raise UserError(f"the processes read different data: {totals.min()} rows and {totals.max()} rows")
-    share = hosts.all_gather(np.pad(sizes, [(0, -(-len(source) // count) - len(sizes)), (0, 0)]))
-    return share.swapaxes(0, 1).reshape(-1, 3)[: len(source)]
+        sizes = known_sizes(source, processor, max_length)
+        unknown = np.flatnonzero(sizes[:, 0] < 0)
+        found = measure_rows(source, processor, max_length, unknown[rank::count])
+    if count > 1:
+        words = zlib.crc32(sizes.tobytes()) & 0x7FFFFFFF  # JAX gathers 32 bits
+        totals, contents = hosts.all_gather(np.array([len(source), words])).T
+        if totals.min() != totals.max():
+            raise UserError(f"the processes read different data: {totals.min()} rows and {totals.max()} rows")
+        if contents.min() != contents.max():
+            raise UserError("the processes read different data: their rows have different sizes")
+        share = hosts.all_gather(np.pad(found, [(0, -(-len(unknown) // count) - len(found)), (0, 0)]))
+        found = share.swapaxes(0, 1).reshape(-1, 3)[: len(unknown)]
+    if unknown.size:
+        sizes[unknown] = found
+    return sizes
 
 
 @contextlib.contextmanager

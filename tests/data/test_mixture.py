@@ -37,19 +37,24 @@ def test_rows_by_index(mixture):
             mixture[index]
 
 
-def test_shares_are_exact_and_every_row_has_its_turn(mixture):
-    drawn = [mixture[i] for epoch in range(12) for i in mixture.epoch(epoch, seed=3)]
-    for name, size, share in zip("abc", SIZES, (20, 20, 40)):
-        mine = [row for source, row in drawn if source == name]
-        assert len(mine) == 12 * share
-        for turn in range(12 * share // size):
-            assert sorted(mine[turn * size : (turn + 1) * size]) == list(range(size))
-
-
-def test_an_epoch_is_a_function_of_its_number_and_the_seed(mixture):
-    np.testing.assert_array_equal(mixture.epoch(5, 0), mixture.epoch(5, 0))
-    assert not np.array_equal(mixture.epoch(5, 0), mixture.epoch(6, 0))
-    assert not np.array_equal(mixture.epoch(5, 0), mixture.epoch(5, 1))
+@pytest.mark.parametrize("options", [{"buckets": 1}, {"buckets": 3}, {"packing": True, "max_length": 300}])
+def test_shares_are_exact_and_every_row_has_its_turn(options):
+    sizes, shares = (10, 40, 30), (20, 20, 40)
+    rows = Mixture([SyntheticDataset("train", size, tasks={"text": 1, "words": 1}) for size in sizes], [1, 1, 2])
+    assert rows.draws == list(zip(sizes, shares))
+    loader = BatchLoader(rows, tiny_processor(preset("tiny")), 4, **options)
+    count = np.zeros(80, int)
+    step, orders = 0, []
+    for epoch in range(1, 7):
+        drawn = []
+        while loader._locate(step)[0] < epoch:
+            drawn += [number for pack in loader.rows_of(step)[1] for number in pack if number >= 0]
+            step += 1
+        assert np.histogram(drawn, [0, 10, 50, 80])[0].tolist() == list(shares)
+        np.add.at(count, drawn, 1)
+        assert all(np.ptp(some) <= 1 for some in np.split(count, [10, 50]))
+        orders.append(drawn)
+    assert orders[0] != orders[2]
 
 
 @pytest.mark.parametrize(("sources", "weights"), [([], []), ([[1]], [0]), ([[1], [2]], [1]), ([[1], []], [1, 1])])
