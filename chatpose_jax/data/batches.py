@@ -154,7 +154,7 @@ class BatchLoader:
         self._cached = int(np.searchsorted(np.cumsum(kept), cache, "right"))
         self._form_pools(lengths, buckets)
         contents = zlib.crc32(repr((packing, self.shapes, self._draws)).encode())
-        self._contents = zlib.crc32(self._type, zlib.crc32(self._types, contents))
+        self._contents = zlib.crc32(self._type.tobytes(), zlib.crc32(self._types.tobytes(), contents))
 
     def __len__(self) -> int:
         """Batches in the first epoch."""
