@@ -180,7 +180,8 @@ class BatchLoader:
         epoch, index = self._locate(step)
         plan = self._plan(epoch)
         if self.shuffle:
-            index = int(shuffled(np.array(index), sum(group.batches for group in plan.groups), key(self.seed, 2, epoch)))
+            total = sum(group.batches for group in plan.groups)
+            index = int(shuffled(np.array(index), total, key(self.seed, 2, epoch)))
         number = 0
         while index >= plan.groups[number].batches:
             index -= plan.groups[number].batches

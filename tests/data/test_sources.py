@@ -299,7 +299,7 @@ def test_a_row_that_is_wrong_is_named_when_it_is_taken(own, change, words):
     ("change", "words"),
     [
         ({"poses": Pose(np.tile(TURNS, (2, 1, 1, 1)), "camera")}, "its answers hold 1 <POSE>, but it has 2 poses"),
-        ({"poses": Pose(2 * TURNS, "camera")}, "poses: rotations must be rotations"),
+        ({"poses": Pose(2 * TURNS, "camera")}, "poses: rotations must be rotation matrices"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0]: empty content"),
     ],
 )
