@@ -19,7 +19,7 @@ from chatpose_jax.data.readers.untrusted import MAX_MEMBER, inside, load_npz, re
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
-from smpl_jax.pose import JOINTS, Pose
+from smpl_jax.pose import JOINTS, SHAPE_SPACES, Pose
 
 _REQUIRED = ("imgname", "center", "scale", "pose_cam", "shape", "trans_cam", "cam_ext", "cam_int")
 _OPTIONAL = ("gtkps", "gender", "sub")
@@ -135,6 +135,7 @@ class Bedlam:
             betas=numbers["shape"][None].astype(np.float32),
             translation=(numbers["trans_cam"] + numbers["cam_ext"][:3, 3])[None].astype(np.float32),
             measured=np.arange(joints)[None] < 22 if joints == JOINTS["smpl"] else None,
+            shape_space=SHAPE_SPACES["smpl" if joints == JOINTS["smpl"] else "smplx"],
         )
         rng = seeded(self.seed, key, "words")
         base = next((scene.removesuffix(rate) for rate in _RATES if scene.endswith(rate)), scene)

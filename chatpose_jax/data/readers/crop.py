@@ -136,6 +136,11 @@ def stored_pixels(data: bytes, where: object) -> np.ndarray:
     """
     image_size(data, where)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.mode == "RGB" and "transparency" not in image.info:  # nearly all: needs no copies
+        try:
+            return np.asarray(image)
+        except Exception as error:  # decoders raise anything for damaged files
+            raise UserError(f"{where}: the image is damaged or cut off ({error})") from None
     image.getexif().clear()
     return np.asarray(load_image(image, str(where)))
 
@@ -153,15 +158,21 @@ def warp(pixels: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     rows = (back[1, 0] * x + back[1, 1] * y + back[1, 2]).clip(-1, height)
     left, top = np.floor(columns).astype(np.int32), np.floor(rows).astype(np.int32)
     first, last = (left.min(), top.min()), (left.max() + 2, top.max() + 2)
-    part = np.zeros((last[1] - first[1], last[0] - first[0], 3), np.uint8)
+    part = np.zeros((last[1] - first[1], last[0] - first[0], 4), np.uint8)  # four bytes a pixel are one number to pick
     x0, y0, x1, y1 = max(first[0], 0), max(first[1], 0), min(last[0], width), min(last[1], height)
-    part[y0 - first[1] : y1 - first[1], x0 - first[0] : x1 - first[0]] = pixels[y0:y1, x0:x1]
-    flat, stride = part.reshape(-1, 3), part.shape[1]
+    part[y0 - first[1] : y1 - first[1], x0 - first[0] : x1 - first[0], :3] = pixels[y0:y1, x0:x1]
+    flat, stride = part.reshape(-1).view(np.uint32), part.shape[1]
     at = (top - first[1]) * stride + left - first[0]
+
+    def pick(offset: int) -> np.ndarray:
+        return flat[at + offset].view(np.uint8).reshape(size, size, 4).astype(np.float32)
+
     right, below = (columns - left).astype(np.float32)[..., None], (rows - top).astype(np.float32)[..., None]
-    upper = flat[at] * (1 - right) + flat[at + 1] * right
-    lower = flat[at + stride] * (1 - right) + flat[at + stride + 1] * right
-    return (upper * (1 - below) + lower * below + np.float32(0.5)).astype(np.uint8)
+    upper, lower = pick(0), pick(stride)
+    upper += (pick(1) - upper) * right
+    lower += (pick(stride + 1) - lower) * right
+    upper += (lower - upper) * below
+    return (upper[..., :3] + np.float32(0.5)).astype(np.uint8)
 
 
 def coloured(pixels: np.ndarray, colours: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ from chatpose_jax.data.readers.untrusted import load_pickle, tar_samples
 from chatpose_jax.data.record import Conversation, Record, seeded
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import real, whole
-from smpl_jax.pose import Pose
+from smpl_jax.pose import SHAPE_SPACES, Pose
 
 PAGE = "https://github.com/shubham-goel/4D-Humans#training"
 TARS = "dataset_tars"
@@ -206,7 +206,8 @@ class Humans4D:
         for joint, beyond in _TOES.items():
             measured[:, joint] = self.markers or (seen[list(beyond)] > 0).any()
         betas = None if shape is None else shape[None].astype(np.float32)
-        pose = Pose(crop.to_matrices(person.axis_angle[None]), "camera", betas=betas, measured=measured)
+        space = None if betas is None else SHAPE_SPACES["smpl"]
+        pose = Pose(crop.to_matrices(person.axis_angle[None]), "camera", betas, measured=measured, shape_space=space)
         for copy in range(1 + self.augment):
             name = f"{key}+{copy}" if copy else key
             change = crop.Change.draw(seeded(self.seed, name, "change")) if copy else crop.Change()

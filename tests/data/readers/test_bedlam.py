@@ -108,7 +108,9 @@ def test_records_show_what_they_say(tmp_path, rendered, body):
         smpl_jax.check(record.poses)
         pixels = np.asarray(Image.open(io.BytesIO(record.images[0])), float)
         assert pixels.shape == (256, 256, 3)
-        joints = np.asarray(smpl_jax.joints(body, **smpl_jax.for_body(record.poses, body)))[0]
+        assert record.poses.shape_space == "SMPL" and record.poses.betas.tolist() == [[0] * 10]
+        average = record.poses.replace(betas=None, shape_space=None)  # the body drawn here has betas of its own
+        joints = np.asarray(smpl_jax.joints(body, **smpl_jax.for_body(average, body)))[0]
         seen = joints @ record.extras["cam_int"].T
         seen = seen[:, :2] / seen[:, 2:]
         np.testing.assert_allclose(seen, record.extras["keypoints_2d"], atol=0.05)
@@ -158,6 +160,7 @@ def test_smplx_and_bedlam2(tmp_path, rendered, joints, betas, family):
         row = int(record.key.rpartition("#")[2])
         assert record.poses.family == family and record.poses.measured is None and len(record.conversations) == 2
         np.testing.assert_allclose(record.poses.betas[0], shape[row], rtol=1e-6)
+        assert record.poses.shape_space == "SMPL-X"
         expected = smpl_jax.axis_angle_to_matrix(pose[row].reshape(-1, 3).astype(np.float32))
         np.testing.assert_allclose(record.poses.rotations[0], expected, atol=1e-6)
         assert "sub" not in record.extras and record.extras["gender"] == "female"

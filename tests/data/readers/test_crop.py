@@ -89,10 +89,12 @@ def test_box_side():
 
 
 def test_exif_orientation_is_ignored():
-    file, exif = io.BytesIO(), Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (30, 20), "red").save(file, "JPEG", exif=exif)
-    assert crop.stored_pixels(file.getvalue(), "x").shape == (20, 30, 3)
+    for mode, colour in (("RGB", "red"), ("L", 200), ("CMYK", (9, 9, 9, 9))):
+        file = io.BytesIO()
+        Image.new(mode, (30, 20), colour).save(file, "JPEG", exif=exif)
+        assert crop.stored_pixels(file.getvalue(), "x").shape == (20, 30, 3)
     with pytest.raises(UserError, match=r"^x"):
         crop.stored_pixels(file.getvalue()[:300], "x")
 
