@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from chatpose_jax.cli.demo import draw_curve
+from chatpose_jax.cli.demo import draw_curve, generated
 from chatpose_jax.cli.main import main
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.data.synthetic.scene import MAX_YAW
+from chatpose_jax.train.run_config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["train.steps=3", "train.eval_every=3", "train.batch_size=8"]
@@ -49,6 +52,17 @@ def test_the_data_set_of_the_docs_trains(tmp_path, monkeypatch):
     (tmp_path / "mydata.py").write_text(next(block for block in blocks if "class Waves" in block))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["train", "--out", str(tmp_path / "run"), *sets("data.sources=mydata:make", few=())]) == 0
+
+
+def test_rows_of_the_demo_are_of_the_configured_source():
+    options = ("max_yaw=90.0", "seed=5", "image_size=32")
+    config = load_config("tiny", [f"data.sources.synthetic.{option}" for option in options])
+    rows = generated(config, "test", {"image": 1.0}, 20)
+    assert (rows.max_yaw, rows.image_size, len(rows)) == (90, 32, 20)
+    expected = SyntheticDataset("test", 20, 5, 32, {"image": 1.0}, 90)
+    assert all(a.poses.rotations.tobytes() == b.poses.rotations.tobytes() for a, b in zip(rows, expected))
+    assert rows[0].messages != generated(config, "test", {"image": 1.0}, seed=1)[0].messages
+    assert generated(load_config("tiny"), "test", {"text": 1.0}).max_yaw == MAX_YAW
 
 
 def test_the_curve_of_a_head_with_a_loss_of_its_own_is_drawn(tmp_path):

@@ -139,27 +139,34 @@ def evaluate(model: ChatPose, config: RunConfig, count: int) -> dict[str, Any]:
     as the baseline; and edits of a described pose, asked for in a second turn.
     """
     results = {}
-    size, seed = config.model.vision.image_size, config.data.seed
     splits: tuple[tuple[Split, int], ...] = (("test", count), ("train", BASELINE_ROWS))
     for kind in ("text", "image"):
-        test, train = (
-            SyntheticDataset(split, rows, seed, size, {kind: 1.0}).precompute(cpu_workers()) for split, rows in splits
-        )
+        test, train = (generated(config, split, {kind: 1.0}, rows).precompute(cpu_workers()) for split, rows in splits)
         mean = mean_pose(stack([row.poses[0] for row in train]))
         results[kind] = evaluate_chat(model, test[:count], mean, label=kind)
         if kind == "text":
-            turns = SyntheticDataset("test", None, seed, size, {"text_turns": 1.0})
+            turns = generated(config, "test", {"text_turns": 1.0})
             changes = list(itertools.islice((row for row in turns if len(row.poses) == 2), count))
             results["follow-up"] = evaluate_follow_ups(model, changes, mean, label="follow-up")
     return results
 
 
+def generated(
+    config: RunConfig, split: Split, tasks: Mapping[str, float], size: int | None = None, seed: int = 0
+) -> SyntheticDataset:
+    """Generated rows like those of the configured source, but of these tasks. ``seed`` is added to the source's."""
+    options = {"image_size": config.model.vision.image_size, "seed": config.data.seed, **config.data.sources[0].options}
+    options["seed"] += seed
+    same = {name: options[name] for name in ("image_size", "seed", "max_yaw") if name in options}
+    return SyntheticDataset(split, size, tasks=tasks, **same)
+
+
 def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
     """Three conversations: a detailed description, a held-out image, and a description with a follow-up turn. Writes the files of each to ``out``."""
-    size = config.model.vision.image_size
-    text = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text": 1.0})[7]
-    picture = SyntheticDataset("test", 400, config.data.seed + 1, size, {"image": 1.0})[11]
-    turns = SyntheticDataset("test", 400, config.data.seed + 1, size, {"text_turns": 1.0})
+    texts, pictures, turns = (
+        generated(config, "test", {task: 1.0}, 400, seed=1) for task in ("text", "image", "text_turns")
+    )
+    text, picture = texts[7], pictures[11]
     follow = next(row for row in (turns[i] for i in range(len(turns))) if len(row.poses) == 2)
     answers = []
     for name, row in (("description", text), ("picture", picture), ("follow-up", follow)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from chatpose_jax.models.chatpose import ChatPoseModel
-from chatpose_jax.models.heads.base import Distance
+from chatpose_jax.models.heads.base import Distance, PoseHead
 from chatpose_jax.models.layers import matmul, product
 from chatpose_jax.models.sharding import constrain, gather_weight
 from chatpose_jax.train.pose_loss import PoseLoss
@@ -158,14 +158,14 @@ def loss(
     lambda_text: float,
     lambda_pose: float,
     distance: Distance = PAPER_LOSS,
-    weights: tuple[Any, Any] = (1.0, 1.0),
+    weights: Counts | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total loss of a batch, and each of its parts without λ.
 
     hidden: ``final_states`` of the batch.
     distance: the distance between poses, for the pose head's loss (``train.pose_loss``).
-    weights: weights of the text part and of the pose part. For a micro-batch, its shares of the whole batch.
+    weights: for a micro-batch, its shares of the ``counts`` of the whole batch; each part is multiplied by its own.
     key: random key for the pose head's loss. None is the same key for all batches, for validation.
     """
     segments = batch.get("segment_ids")
@@ -178,7 +178,37 @@ def loss(
         jax.random.key(0) if key is None else key,
         distance,
     )
-    text, accuracy = weights[0] * text, weights[0] * accuracy
-    pose = {name: weights[1] * value for name, value in pose.items()}
-    total = lambda_text * text + lambda_pose * sum(pose.values())
-    return total, {"loss": total, "text": text, "token_accuracy": accuracy, **pose}
+    parts = {"text": text, "token_accuracy": accuracy, **pose}
+    if weights is not None:
+        parts = {name: weights.of(name) * value for name, value in parts.items()}
+    total = weighted(parts, lambda_text, lambda_pose)
+    return total, {"loss": total, **parts}
+
+
+def weighted(parts: Mapping[str, Any], lambda_text: float, lambda_pose: float) -> Any:
+    """λ_t · text + λ_θ · the sum of all parts of the pose head. A part that is missing counts 0."""
+    return lambda_text * parts.get("text", 0.0) + lambda_pose * sum(
+        value for name, value in parts.items() if name not in _TEXT
+    )
+
+
+class Counts(NamedTuple):
+    """The number of values in the mean that each part of a loss is: tokens for the text; ``parts`` by name, and poses for all others."""
+
+    tokens: Any
+    poses: Any
+    parts: dict[str, Any]
+
+    def of(self, name: str) -> Any:
+        """That of the part ``name``."""
+        return self.tokens if name in _TEXT else self.parts.get(name, self.poses)
+
+
+_TEXT = ("text", "token_accuracy")
+
+
+def counts(head: PoseHead, batch: Mapping[str, Any]) -> Counts:
+    """The counts of a batch, with the parts of the head's own loss."""
+    target, mask = batch["poses"], batch["pose_mask"]
+    tokens = (targets(batch["labels"], batch.get("segment_ids")) >= 0).sum()
+    return Counts(tokens, mask.sum(), head.counts(target, mask))

@@ -161,13 +161,15 @@ class PoseLoss:
 
         target, mask: any batch shape (...).
         """
-        scales = {}
-        for _, _, name, part in self._parts():
-            counts = part.measured(target, self.body)
-            every = mask.sum() * counts.shape[-1]
-            found = (counts & mask[..., None]).sum()
-            scales[name] = jnp.where(found > 0, every / jnp.maximum(found, 1), 0)
-        return scales
+        sizes = {name: part.measured(target, self.body).shape[-1] for _, _, name, part in self._parts()}
+        return {
+            name: jnp.where(found > 0, mask.sum() * sizes[name] / jnp.maximum(found, 1), 0)
+            for name, found in self.counts(target, mask).items()
+        }
+
+    def counts(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        """For each part: the number of measured errors, over the poses that exist. target, mask: any batch shape (...)."""
+        return {name: (part.measured(target, self.body) & mask[..., None]).sum() for _, _, name, part in self._parts()}
 
     def _parts(self) -> Sequence[tuple[float, str, str, LossPart]]:
         return [(weight, term, name, part) for term, weight in self.rows for name, part in TERMS[term].items()]

@@ -108,10 +108,13 @@ def _run(
     processor = make_processor(config, init)
     size = model.vision.image_size
 
+    in_python = {
+        split: rows if isinstance(rows, NamedRows) else NamedRows(rows, f"data[{split!r}]")
+        for split, rows in given.items()
+    }
+
     def rows_of(split: Split) -> Sequence[Example]:
-        if split not in given:
-            return examples(config.data, split, size)
-        return found if isinstance(found := given[split], NamedRows) else NamedRows(found, f"data[{split!r}]")
+        return in_python[split] if split in in_python else examples(config.data, split, size)
 
     source = rows_of("train")
     evaluate = None
@@ -168,7 +171,9 @@ def _run(
                 "trained": {
                     "steps": settings.steps,
                     "from": str(init) if init else "scratch",
-                    "data": config.data.sources,
+                    "data": config.data.sources
+                    if "train" not in in_python
+                    else f"{len(source)} rows given in Python: {in_python['train'].where}",
                 }
             },
             passengers=init,

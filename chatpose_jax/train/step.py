@@ -18,7 +18,7 @@ from chatpose_jax.models.sharding import batch_sharding, on_mesh, shardings
 from chatpose_jax.settings import one_line
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.loss import final_states, loss, targets
+from chatpose_jax.train.loss import counts, final_states, loss
 from chatpose_jax.train.optimizer import learning_rate, optimizer
 from chatpose_jax.train.pose_loss import PoseLoss
 
@@ -104,11 +104,10 @@ def make_step(
 ) -> Step:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``. The state is donated; frozen arrays are only read.
 
-    With ``accumulate`` > 1, every array of the batch has the micro-batches on an additional leading axis. Each micro-batch is weighted by its number
-    of tokens and poses that count, and the terms of the pose loss are means over everything measured in the whole batch. So the update equals that
-    of one large batch. Dropout and the pose head's loss use separate keys made from (seed, step, micro-batch), so a resumed run repeats an
-    uninterrupted one. If loss or gradient is not finite, the update is dropped and counted in the metrics ``skipped`` (in total) and
-    ``skipped_in_a_row``.
+    With ``accumulate`` > 1, every array of the batch has the micro-batches on an additional leading axis. Each part of the loss is the mean over
+    what counts for it in the whole batch: tokens, measured joints, known betas. So the update equals that of one large batch. Dropout and the pose
+    head's loss use separate keys made from (seed, step, micro-batch), so a resumed run repeats an uninterrupted one. If loss or gradient is not
+    finite, the update is dropped and counted in the metrics ``skipped`` (in total) and ``skipped_in_a_row``.
 
     Args:
         params: arrays or abstract shapes.
@@ -140,14 +139,17 @@ def make_step(
 
     def gradients(trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, Any], key: jax.Array) -> Any:
         if config.accumulate == 1:
-            return gradient(trainable, frozen, batch, key, (1.0, 1.0), None)
+            return gradient(trainable, frozen, batch, key, None, None)
 
         def micro(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part, scale)), None
 
         keys = jax.random.split(key, config.accumulate)
-        parts = (batch, keys, _shares(batch))
-        scale = distance.scale(batch["poses"], batch["pose_mask"])
+        head = bind(model_config, table.merge(trainable, frozen)).pose_head
+        shares = jax.tree.map(lambda n: n / jnp.maximum(n.sum(), 1), jax.vmap(functools.partial(counts, head))(batch))
+        scale = distance.scale(batch["poses"], batch["pose_mask"])  # makes these parts exact under the share of poses
+        shares = shares._replace(parts={name: share for name, share in shares.parts.items() if name not in scale})
+        parts = (batch, keys, shares)
         shapes = jax.eval_shape(gradient, trainable, frozen, *jax.tree.map(lambda x: x[0], parts), scale)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(micro, zeros, parts)[0]
@@ -185,12 +187,3 @@ def make_step(
         return jax.jit(step, donate_argnums=0)
     places = state_shardings(config, params, mesh)[0]
     return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, PartitionSpec())))
-
-
-def _shares(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """(accumulate,) each: the share of the batch's labelled tokens, and of its poses, in each micro-batch."""
-    segments = batch.get("segment_ids")
-    tokens = jnp.sum(jax.vmap(targets)(batch["labels"], segments) >= 0, axis=(1, 2))
-    poses = jnp.sum(batch["pose_mask"], axis=(1, 2))
-    text, pose = (count / jnp.maximum(count.sum(), 1) for count in (tokens, poses))
-    return text, pose

@@ -20,13 +20,14 @@ from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.evaluators import Context
 from chatpose_jax.train.held_out import held_out_batches, held_out_rows
-from chatpose_jax.train.loss import final_states, loss
+from chatpose_jax.train.loss import counts, final_states, loss, weighted
 from chatpose_jax.train.pose_loss import PoseLoss
 from smpl_jax import io, metrics, render
 from smpl_jax.body import BodyModel
 from smpl_jax.pose import to_family
 
 PICTURE_SIZE = 128
+ERRORS = ("mpjpe", "pa_mpjpe")
 
 
 def validation(
@@ -54,9 +55,9 @@ def validation(
 class Validation:
     """A function of the parameters. Every process calls it.
 
-    For each named group of batches it returns ``{name}_…``: each part of the loss; ``mpjpe`` and ``pa_mpjpe`` in mm, of the first pose of each
-    row; and, in process 0 if ``pictures`` > 0, the drawing ``{name}_poses`` (H, W, 3) uint8. A head that draws samples uses the same key every
-    time.
+    For each named group of batches it returns ``{name}_…``: the loss and each of its parts, as one batch of all rows has them; ``mpjpe`` and
+    ``pa_mpjpe`` in mm, the means over the first poses of all rows that have measured joints; and, in process 0 if ``pictures`` > 0, the drawing
+    ``{name}_poses`` (H, W, 3) uint8. A value of which the rows measure nothing is left out. A head that draws samples uses the same key every time.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Validation:
         """
         distance = PoseLoss(config.pose_loss)
         self._batches, self._body, self._mesh, self._rows, self._pictures = batches, body, mesh, rows, pictures
+        self._config = config
 
         def run(params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[dict[str, jax.Array], Any]:
             with on_mesh(mesh):
@@ -93,9 +95,12 @@ class Validation:
                 poses = model.poses(model.states(hidden, batch["pose_index"][:, :1]), jax.random.key(0))
                 predicted, target = poses[:, 0], batch["poses"][:, 0]
                 found = metrics.pose_metrics(predicted, target, body)
-                errors = {name: found[name] for name in ("mpjpe", "pa_mpjpe")}
+                errors = {name: found[name] for name in ERRORS}
                 matrices = jnp.stack([to_family(pose, "smpl").rotations for pose in (predicted, target)])
-            return parts, (errors, matrices, batch["pose_mask"][:, 0])
+                held = counts(model.pose_head, batch)
+                held.parts.update(distance.counts(batch["poses"], batch["pose_mask"]))
+                del parts["loss"]
+            return parts, ({name: held.of(name) for name in parts}, errors, matrices, batch["pose_mask"][:, 0])
 
         # Every process reads all results, so they are replicated.
         self._run = jax.jit(run, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
@@ -110,18 +115,23 @@ class Validation:
         """Scalars and drawings by name."""
         values: dict[str, Any] = {}
         for name, group in self._batches.items():
-            parts: collections.defaultdict[str, list[float]] = collections.defaultdict(list)
-            errors: collections.defaultdict[str, list[np.ndarray]] = collections.defaultdict(list)
+            sums: collections.defaultdict[str, float] = collections.defaultdict(float)
+            held: collections.Counter[str] = collections.Counter()
             drawn: list[np.ndarray] = []
             for batch in group:
-                scalars, (distances, matrices, present) = jax.device_get(self._run(params, self._put(batch)))
-                for key, value in scalars.items():
-                    parts[key].append(float(value))
-                for key, value in distances.items():
-                    errors[key].append(value[present])
+                means, (sizes, errors, matrices, present) = jax.device_get(self._run(params, self._put(batch)))
+                finite = np.isfinite(matrices[0]).all(axis=(1, 2, 3))
+                for key, value in errors.items():  # NaN where the row has nothing measured, or the model diverged
+                    counted = value[present & ~(np.isnan(value) & finite)]
+                    means[key], sizes[key] = counted.mean() if len(counted) else 0.0, len(counted)
+                for key, value in means.items():
+                    sums[key] += float(value) * int(sizes[key])
+                    held[key] += int(sizes[key])
                 drawn += list(matrices[:, present].swapaxes(0, 1))[: self._pictures - len(drawn)]
-            values |= {f"{name}_{key}": float(np.mean(means)) for key, means in parts.items()}
-            values |= {f"{name}_{key}": float(np.nanmean(np.concatenate(each))) for key, each in errors.items()}
+            found = {key: sums[key] / held[key] for key in sums if held[key]}
+            parts = {key: value for key, value in found.items() if key not in ERRORS}
+            total = weighted(parts, self._config.lambda_text, self._config.lambda_pose)
+            values |= {f"{name}_{key}": value for key, value in {"loss": total, **found}.items()}
             if drawn and hosts.primary():
                 values[f"{name}_poses"] = side_by_side(self._body, np.stack(drawn))
         return values
@@ -131,8 +141,8 @@ class Validation:
 
 
 def _scalars(results: Any) -> list[str]:
-    parts, (errors, *_) = results
-    return [*parts, *errors]
+    parts, _ = results
+    return ["loss", *parts, *ERRORS]
 
 
 def side_by_side(body: BodyModel, poses: np.ndarray) -> np.ndarray:

@@ -219,22 +219,26 @@ def test_a_head_that_draws_repeats_by_seed_and_step(toys: dict[str, Any]) -> Non
 
 
 def test_micro_batches_of_ragged_measurements_make_the_update_of_the_whole() -> None:
-    config = CONFIG.replace(lora=dataclasses.replace(CONFIG.lora, dropout=0.0))
+    """In all terms, and in the betas of the head's own loss."""
+    config = CONFIG.replace(lora=dataclasses.replace(CONFIG.lora, dropout=0.0), head=HeadConfig("shape"))
     settings = dataclasses.replace(
         SETTINGS, batch_size=2, grad_clip=1e9, pose_loss=(("matrices", 1.0), ("geodesic", 0.5), ("joints", 2.0))
     )
     halves = [fake_batch(config, batch=2, length=16, seed=i) for i in range(2)]
     for seed, half in enumerate(halves):
         half["poses"].rotations[:] = poses(seed).rotations[:, :1]
+        betas = np.random.default_rng(seed).standard_normal((2, 1, 10), np.float32)
+        half["poses"] = half["poses"].replace(betas=betas, has_betas=np.ones((2, 1), bool))
     halves[0]["poses"].measured[:, :, 10:] = False
     halves[1]["poses"].measured[0, 0, :3] = False
     halves[1]["pose_mask"][1] = False
+    halves[0]["poses"].has_betas[0] = False
     results = []
     for accumulate, join in ((1, np.concatenate), (2, np.stack)):
         batch = jax.tree.map(lambda *parts, join=join: join(parts), *halves)
         results.append(run(config, dataclasses.replace(settings, accumulate=accumulate), [batch]))
     (one, (whole,)), (two, (parts,)) = results
-    assert parts == pytest.approx(whole, rel=GRADIENT)
+    assert parts == pytest.approx(whole, rel=GRADIENT) and parts["betas"] > 0
     for value, expected in zip(jax.tree.leaves(two.opt_state), jax.tree.leaves(one.opt_state), strict=True):
         np.testing.assert_allclose(value, expected, rtol=0, atol=GRADIENT * np.abs(expected).max(initial=1e-8))
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 import chatpose_jax
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.train import run as train_run
 from chatpose_jax.train.run import run_training
 from chatpose_jax.train.run_config import load_config
 from chatpose_jax.train.trainable import flatten
@@ -22,6 +24,19 @@ SMALL = [
 
 def stored(folder):
     return flatten(model_folder.load_params(folder, abstract_params(model_folder.load_model_config(folder))))
+
+
+def trained_on(folder):
+    return model_folder.read_folder(folder)["provenance"]["trained"]["data"]
+
+
+def test_rows_given_in_python_are_what_the_model_folder_names(tmp_path, monkeypatch):
+    """Not the configured sources, which were not read."""
+    monkeypatch.setattr(train_run, "train", lambda model, settings, params, *_, **__: params)
+    rows = SyntheticDataset("train", 3, tasks={"text_short": 1})
+    assert trained_on(run_training(load_config("tiny", SMALL), tmp_path, data=rows)) == (
+        "3 rows given in Python: data['train']"
+    )
 
 
 def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
@@ -57,6 +72,7 @@ def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, m
     assert list(found) == [3, 5]
     for line in found.values():
         assert 0 < line["val_knees"] < 180 and line["val_text_pa_mpjpe"] > 0 and line["val_text_pose_root"] > 0
+    assert trained_on(names["folder"]) == [["synthetic", 1.0, {"train_size": 8, "tasks": {"text_short": 1}}]]
     once, twice = stored(whole), stored(names["folder"])
     assert once.keys() == twice.keys()
     for path, leaf in once.items():

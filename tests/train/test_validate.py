@@ -37,6 +37,35 @@ def test_validation_is_the_mean_over_rows_that_hold_a_pose():
     np.testing.assert_allclose(found["image_pa_mpjpe"], np.mean(metrics.pa_mpjpe(predicted, true)), rtol=1e-3)
 
 
+def test_batches_count_by_what_they_hold():
+    """Ragged ones: of tokens, of poses, of measured joints. All together they say what one batch of all rows says."""
+    halves = [fake_batch(CONFIG, batch=2, length=12, seed=seed) for seed in range(2)]
+    halves[0]["labels"][:, :-2] = -100
+    halves[0]["pose_mask"][0] = False
+    halves[0]["poses"].measured[:, :, 10:] = False
+    halves[1]["poses"].measured[0] = False
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
+    params = init_params(CONFIG, jax.random.key(0))
+    found = Validation(CONFIG, SETTINGS, {"text": [whole], "image": halves}, io.load_body())(params)
+    assert all(np.isfinite(value) for value in found.values())
+    names = [name.removeprefix("text_") for name in found if name.startswith("text_")]
+    assert {"loss", "text", "token_accuracy", "pose_root", "pose_body", "mpjpe", "pa_mpjpe"} == set(names)
+    for name in names:
+        np.testing.assert_allclose(found[f"image_{name}"], found[f"text_{name}"], rtol=GRADIENT, err_msg=name)
+
+
+def test_rows_that_measure_nothing_give_no_errors_and_diverged_ones_nan():
+    batch = fake_batch(CONFIG, batch=2, length=12)
+    batch["poses"].measured[:] = False
+    params = init_params(CONFIG, jax.random.key(0))
+    validation = Validation(CONFIG, SETTINGS, {"image": [batch]}, io.load_body())
+    assert set(validation(params)) == {"image_loss", "image_text", "image_token_accuracy"}
+    batch["poses"].measured[0] = True
+    head = params["pose_head"]
+    broken = params | {"pose_head": jax.tree.map(lambda x: x * np.nan, head)}
+    assert np.isfinite(validation(params)["image_mpjpe"]) and np.isnan(validation(broken)["image_mpjpe"])
+
+
 def test_a_batch_goes_through_the_model_once(monkeypatch):
     passes = []
     once = ChatPoseModel.__call__

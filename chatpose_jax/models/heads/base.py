@@ -79,3 +79,11 @@ class PoseHead(nnx.Module):
             Named float32 scalars. Their sum is multiplied by λ_θ. All are 0 if there is no pose.
         """
         return distance(self(states, key), target, mask)
+
+    def counts(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        """For the parts of ``loss`` that are means over anything but the poses and that are not the ``distance``'s: the number of values in the
+        mean, by name of the part. They weigh such a part over several micro-batches or validation batches.
+
+        target, mask: as in ``loss``.
+        """
+        return {}

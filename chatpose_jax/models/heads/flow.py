@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chatpose_jax.models.heads.base import Distance, PoseHead, States
-from chatpose_jax.models.heads.parts import ROTATIONS, last_linear, measured_mean, sizes, start_numbers
+from chatpose_jax.models.heads.parts import ROTATIONS, last_linear, measured_count, measured_mean, sizes, start_numbers
 from chatpose_jax.models.layers import Linear, RMSNorm
 from smpl_jax.pose import Pose
 from smpl_jax.rotations import matrix_to_rotation_6d
@@ -87,3 +87,6 @@ class FlowHead(PoseHead):
             x = jnp.where(target.measured[..., None], x, start)
         found = self.predict(states.token, x.reshape(*mask.shape, -1), t).reshape(end.shape)
         return {"pose_flow": measured_mean(jnp.mean((found - end) ** 2, axis=-1), target, mask)}
+
+    def counts(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        return {"pose_flow": measured_count(target, mask)}

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from chatpose_jax.models.heads.base import Distance, PoseHead, States
-from chatpose_jax.models.heads.parts import ROTATIONS, last_linear, measured_mean, start_numbers
+from chatpose_jax.models.heads.parts import ROTATIONS, last_linear, measured_count, measured_mean, start_numbers
 from chatpose_jax.models.layers import Linear
 from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
@@ -106,6 +106,9 @@ class GaussianHead(PoseHead):
     ) -> dict[str, jax.Array]:
         """Mean negative log-likelihood of a measured joint. ``distance`` is not used."""
         return {"pose_nll": -measured_mean(self.log_likelihood(states, target), target, mask)}
+
+    def counts(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        return {"pose_nll": measured_count(target, mask)}
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from chatpose_jax.models.layers import Linear
 from chatpose_jax.settings import whole
-from smpl_jax.pose import Pose
+from smpl_jax.pose import Pose, known
 from smpl_jax.rotations import (
     axis_angle_to_matrix,
     matrix_9d_to_rotation,
@@ -79,7 +79,10 @@ def last_linear(
 
 def measured_mean(values: jax.Array, target: Pose, mask: jax.Array) -> jax.Array:
     """Mean of (B, P, J) numbers over the measured joints of the poses that exist; 0 if there are none."""
-    counts = jnp.broadcast_to(mask[..., None], values.shape)
-    if target.measured is not None:
-        counts = counts & target.measured
+    counts = mask[..., None] & known(target)
     return jnp.where(counts, values, 0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def measured_count(target: Pose, mask: jax.Array) -> jax.Array:
+    """The number of joints in ``measured_mean``."""
+    return (mask[..., None] & known(target)).sum()

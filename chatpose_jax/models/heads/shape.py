@@ -45,6 +45,14 @@ class ShapeHead(MLPHead):
         parts = distance(made, target, mask)
         if target.betas is None or "betas" in parts:
             return parts
-        known = mask if target.has_betas is None else mask & target.has_betas
+        known = _known(target, mask)
         error = jnp.abs(made.betas - target.betas).mean(axis=-1)
         return {**parts, "betas": self.weight * jnp.where(known, error, 0).sum() / jnp.maximum(known.sum(), 1)}
+
+    def counts(self, target: Pose, mask: jax.Array) -> dict[str, jax.Array]:
+        return {} if target.betas is None else {"betas": _known(target, mask).sum()}
+
+
+def _known(target: Pose, mask: jax.Array) -> jax.Array:
+    """(B, P), the poses whose betas are known."""
+    return mask if target.has_betas is None else mask & target.has_betas

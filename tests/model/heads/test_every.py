@@ -76,6 +76,33 @@ def test_starts_upright_with_finite_gradients_and_without_what_was_not_measured(
     assert all((x == 0).all() for x in jax.tree.leaves(run(params, target, jnp.zeros((2, 3), bool))))
 
 
+@pytest.mark.parametrize("name", ["shape", "flow", "gaussian"])
+def test_its_own_loss_is_a_mean_over_what_it_counts(name: str) -> None:
+    """Ragged rows, each alone and all together. The flow draws other numbers for other batches, so only its counts compare."""
+    graph, params = nnx.split(make(name))
+    given, target = states(), poses(KEY, 2, 3)
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    target = target.replace(has_betas=mask.at[0, 0].set(False))
+
+    @jax.jit
+    def run(given: Any, target: Pose, mask: jax.Array) -> Any:
+        head = nnx.merge(graph, params)
+        parts, counts = head.loss(given, target, mask, KEY, l1), head.counts(target, mask)
+        return {part: parts[part] for part in counts}, counts
+
+    everything = given, target, mask
+    means, sizes = run(*everything)
+    rows = [run(*jax.tree.map(lambda x, row=row: x[row : row + 1], everything)) for row in range(2)]
+    measured = (mask[..., None] & target.measured).sum()
+    assert sizes == {"betas": 2} if name == "shape" else list(sizes.values()) == [measured]
+    assert all(sizes[part] == sum(row[1][part] for row in rows) for part in means)
+    if name != "flow":
+        for part, mean in means.items():
+            assert mean * sizes[part] == pytest.approx(
+                float(sum(row[0][part] * row[1][part] for row in rows)), rel=1e-5
+            )
+
+
 @pytest.mark.parametrize("name", ["mlp", "svd9d", "quaternion", "axis_angle", "queries", "gaussian"])
 def test_learns_a_pose(name: str) -> None:
     """One pose, whatever is asked, of a person who does not quite face the camera."""
