@@ -15,7 +15,7 @@ import chatpose_jax
 from chatpose_jax.chat import ChatPose, Stream
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling, generate
-from chatpose_jax.models.chatpose import bind, init_params, unstack_layers
+from chatpose_jax.models.chatpose import bind, init_params, stack_layers, unstack_layers
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.folder import save_folder
@@ -199,8 +199,6 @@ def test_images_as_path_array_pil_and_openai_are_the_same(model, tmp_path):
 
 
 def test_load_gives_the_model_that_was_saved(params, model, tmp_path):
-    from chatpose_jax.models.chatpose import stack_layers
-
     stacked = CONFIG.replace(scan_layers=True)
     save_folder(tmp_path / "m", stacked, stack_layers(params), processor=model.processor)
     loaded = chatpose_jax.load(tmp_path / "m")
@@ -357,7 +355,6 @@ def test_generation_checks_its_arguments(params, prompts, images, settings, word
 
 
 def test_the_model_in_a_folder_of_a_training_is_found(params, model, tmp_path):
-    from chatpose_jax.models.chatpose import stack_layers
     from chatpose_jax.weights.export import export
 
     (tmp_path / "demo").mkdir()
@@ -402,19 +399,26 @@ def with_head(params, name):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def poses_of_one_pass(config, params, ids, pixels, index):
+def poses_of_one_pass(config, params, ids, mask, pixels, index):
     model = bind(config, params)
-    return model.poses(model.states(model(ids, pixel_values=pixels).hidden, index), jax.random.key(0)).rotations[0]
+    hidden = model(ids, attention_mask=mask, pixel_values=pixels).hidden
+    return model.poses(model.states(hidden, index), jax.random.key(0)).rotations[0]
 
 
 def check_against_one_pass(model, messages, reply):
-    """A reply's poses are those of one forward pass over prompt, pictures and answer."""
+    """A reply's poses are those of one forward pass over prompt, pictures and answer; padded, so that it is compiled once or twice."""
     prompt = model.processor.encode(messages)
     places = np.flatnonzero(reply.ids == model.config.pose_token_id) + len(prompt.input_ids)
-    ids = np.concatenate([prompt.input_ids, reply.ids])[None]
+    whole = np.concatenate([prompt.input_ids, reply.ids])
+    ids, index = np.zeros((1, 256), np.int32), np.zeros((1, 16), np.int32)
+    ids[0, : len(whole)], index[0, : len(places)] = whole, places - 1
+    mask = np.arange(256)[None] < len(whole)
     pixels = np.stack(prompt.images)[None] if prompt.images else None
-    whole = rounded(lambda params: poses_of_one_pass(model.config, params, ids, pixels, places[None] - 1), model.params)
-    agree(whole, [pose.matrices for pose in reply.poses])
+    stacked = model.config.replace(scan_layers=True)
+    expected = rounded(
+        lambda params: poses_of_one_pass(stacked, params, ids, mask, pixels, index), stack_layers(model.params)
+    )
+    agree(expected[: len(places)], [pose.matrices for pose in reply.poses])
 
 
 def test_a_head_that_reads_the_conversation_sees_all_of_it(params):
@@ -432,11 +436,11 @@ def test_a_head_that_reads_the_conversation_sees_all_of_it(params):
     stream = fresh(model).stream(conversations[0], max_new_tokens=10, force_pose=True)
     "".join(stream)
     check_against_one_pass(model, conversations[0], stream.reply)
-    other = fresh(model).chat(
-        [user("Who is this, and how do they stand?", picture(5))], max_new_tokens=10, force_pose=True
-    )
+    shown = [user("Who is this, and how do they stand?", picture(5)), *conversations[0][1:]]
+    other = fresh(model).stream(shown, max_new_tokens=10, force_pose=True)
+    "".join(other)
     with pytest.raises(AssertionError):  # so that the comparison can see another picture
-        check_against_one_pass(model, [user("Who is this, and how do they stand?", picture(4))], other)
+        check_against_one_pass(model, conversations[0], other.reply)
 
 
 def test_samples_repeat_by_seed_and_the_first_is_always_the_same(params):

@@ -60,7 +60,7 @@ def sample(hint: typing.Any) -> typing.Any:
         settings = inner[0] in (int, float, str) or (origin is tuple and not whole)
         return (tuple if origin is tuple else list)([sample(inner[0])] * (3 if settings else MANY))
     if origin in (dict, collections.abc.Mapping):
-        return {f"key {i}": sample(inner[1]) for i in range(3 if inner[1] in (int, float) else MANY)}
+        return dict.fromkeys((f"key {i}" for i in range(3 if inner[1] in (int, float) else MANY)), sample(inner[1]))
     if origin is collections.abc.Callable:
         return print
     if inspect.isclass(hint) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields")):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -173,11 +174,17 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Params:
     """Fresh random weights, the same on every mesh. Each device makes its own shard."""
+    return _init_with(head_class(config.head.name), config, mesh)(key)
+
+
+@functools.lru_cache(maxsize=32)
+def _init_with(head: type[PoseHead], config: ModelConfig, mesh: Mesh | None) -> Callable[[jax.Array], Params]:
+    """Compiled once for each model and mesh. head: as in ``_split_with``."""
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(ChatPoseModel(config, rngs=nnx.Rngs(key))))
 
-    return jax.jit(init, out_shardings=None if mesh is None else shardings(abstract_params(config), mesh))(key)
+    return jax.jit(init, out_shardings=None if mesh is None else shardings(abstract_params(config), mesh))
 
 
 def attend_evenly(params: Params) -> Params:

@@ -12,6 +12,7 @@ from chatpose_jax.models.chatpose import ChatPoseModel
 from chatpose_jax.models.heads.base import Distance, PoseHead
 from chatpose_jax.models.layers import matmul, product
 from chatpose_jax.models.sharding import constrain, gather_weight
+from chatpose_jax.settings import one_line
 from chatpose_jax.train.pose_loss import PoseLoss
 
 CHUNK = 256
@@ -198,6 +199,9 @@ class Counts(NamedTuple):
     tokens: Any
     poses: Any
     parts: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def of(self, name: str) -> Any:
         """That of the part ``name``."""

@@ -1,19 +1,33 @@
 """A whole run as a library call: what a notebook does, from docs/training.md."""
 
+import hashlib
 import json
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import chatpose_jax
+from chatpose_jax.data.example import Example
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.train import run as train_run
-from chatpose_jax.train.run import run_training
+from chatpose_jax.train.run import (
+    demand_table,
+    run_training,
+    training_mesh,
+)
 from chatpose_jax.train.run_config import load_config
-from chatpose_jax.train.trainable import flatten
+from chatpose_jax.train.start import adopt, initial_params
+from chatpose_jax.train.trainable import PAPER, assign, flatten
 from chatpose_jax.weights import folder as model_folder
+from smpl_jax.pose import unmeasured
+from tests.train.settings import lora
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 SMALL = [
@@ -77,3 +91,99 @@ def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, m
     assert once.keys() == twice.keys()
     for path, leaf in once.items():
         np.testing.assert_array_equal(leaf, twice[path], err_msg=path)
+
+
+def test_one_device_needs_no_mesh():
+    assert training_mesh(load_config("tiny").train) is None
+    mesh = training_mesh(load_config("tiny", ["train.mesh.data=-1"]).train)
+    assert mesh is not None
+    assert dict(mesh.shape) == {"data": mesh.size, "fsdp": 1, "tensor": 1}
+
+
+def test_int8_kernels_do_not_train_beside_init_either(base):
+    with pytest.raises(UserError, match=r"is int8 and cannot train"):
+        demand_table(adopt(load_config("tiny", ["model.quantize=int8"]), base))
+
+
+def test_rows_given_in_python_are_checked_too(tmp_path):
+    """Held-out rows with a single pose have no length."""
+    asked = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<POSE>"}]
+    good, lone = (Example("x", "text", asked, unmeasured(shape)) for shape in ((1,), ()))
+    config = load_config("tiny", ["train.eval_every=7"])
+    with pytest.raises(UserError, match=r"^row 0 of data\['val'\]: poses: expected a Pose of batch shape"):
+        run_training(config, tmp_path / "run", data={"train": [good], "val": [lone]})
+
+
+MEASURING = """
+import sys
+import numpy as np
+from chatpose_jax.train.run import row_sizes
+from chatpose_jax.data.sizes import measure
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.models.config import HeadConfig, preset
+from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train import hosts
+
+address, rank = sys.argv[1], int(sys.argv[2])
+hosts.connect(hosts.find_processes(address, 2, rank))
+
+
+class Rows(list):
+    taken = ()
+
+    def __getitem__(self, index):
+        self.taken += (index,)
+        return super().__getitem__(index)
+
+
+processor = tiny_processor(preset("tiny"))
+rows = Rows(SyntheticDataset("val", 13, tasks={"text": 1, "text_turns": 1})[:])
+sizes = row_sizes(rows, processor, 1024)
+assert rows.taken == tuple(range(rank, 13, 2)), rows.taken
+np.testing.assert_array_equal(sizes, measure(rows, processor, 1024))
+for wrong in (rows[: 12 + rank], [*rows[:4], None, *rows[5:]]):
+    try:
+        row_sizes(wrong, processor, 1024)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_each_process_measures_its_share_and_errors_reach_all():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEASURING, address, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    for out, _ in said:
+        assert "UserError the processes read different data: 12 rows and 13" in out
+    assert "AttributeError" in said[0][0]  # row 4 is of process 0
+    assert "UserError process 0 of 2 failed, so all end" in said[1][0]
+
+
+def digests(params):
+    return {path: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for path, leaf in flatten(params).items()}
+
+
+def test_a_lora_run_leaves_the_frozen_base_to_the_bit(base, tmp_path):
+    table = f"train.trainable={[list(row) for row in PAPER]}"
+    config = lora(table, "train.learning_rate=0.01", "train.warmup_steps=0")
+    result = stored(run_training(config, tmp_path, init=base))
+    before, start, after = map(digests, (stored(base), initial_params(adopt(config, base), base), result))
+    trains = {path for path, row in assign(result, PAPER).items() if row.lr is not None}
+    assert {path: digest for path, digest in after.items() if path not in trains} == {
+        path: digest for path, digest in before.items() if path not in trains
+    }
+    adapters = {path for path in after if "/lora_" in path}
+    assert len(adapters) == 4
+    assert adapters <= {path for path in trains if after[path] != start[path]}
