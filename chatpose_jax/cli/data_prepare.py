@@ -13,7 +13,6 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.settings import parse_value
-from chatpose_jax.weights import folder as model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,4 +101,6 @@ def _options(given: list[str]) -> dict[str, object]:
 def _processor(model: Path | None) -> Processor:
     if model is None:
         return tiny_processor(preset("tiny"))
+    from chatpose_jax.weights import folder as model_folder  # takes seconds
+
     return Processor.load(model / model_folder.TOKENIZER, model_folder.read_config(model))

@@ -207,11 +207,12 @@ def _begin(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[An
         _demand_same(f"{out} holds the beginning of a data set with", msgpack.unpackb(file.read_bytes()), plan)
     elif others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, WORK)):
         raise UserError(f"{out} holds other files ({others[0]}); choose a new or an empty folder")
-    for folder in (out / WORK, *(parent / split for split in parts for parent in (out, out / WORK))):
-        folder.mkdir(parents=True, exist_ok=True)
+    (out / WORK).mkdir(exist_ok=True)
+    store.write_file(file, msgpack.packb(plan))  # before all else: from here on the folder is known as ours
+    for folder in (out, out / WORK, *(parent / split for split in parts for parent in (out, out / WORK))):
+        folder.mkdir(exist_ok=True)
         for left in folder.glob("*.tmp"):
             left.unlink()
-    store.write_file(file, msgpack.packb(plan))
 
 
 def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progress: bool) -> None:
@@ -231,7 +232,9 @@ def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progre
             dynamic_ncols=True,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         ) as bar,
-        contextlib.closing(share(writer, pending, workers, lambda count: bar.set_postfix(records=count))) as found,
+        contextlib.closing(
+            share(writer, pending, workers, lambda count: bar.set_postfix(records=count, refresh=sys.stderr.isatty()))
+        ) as found,
     ):
         for some in found:
             broken += some

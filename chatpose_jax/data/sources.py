@@ -31,18 +31,20 @@ options. ``image_size`` (pixels) and ``seed`` are passed only if it has such par
 
 
 def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Example]:
-    """The rows of a split: those of the only source, or a mixture by weight.
+    """The rows of a split: those of the only source, or a mixture by weight. Of "val" and "test", sources without such rows take no part.
 
     Raises UserError, which names the source, where a source is not found, an option does not fit, the source gives no sequence of ``Example``,
     or its code fails. Its code may also fail at a row, later; the error then names the row. An OSError of its code stays an OSError.
     """
-    parts = [rows(split) for rows in _bound(config, image_size)]
+    parts = [(rows(split), row.weight) for rows, row in zip(_bound(config, image_size), config.sources)]
+    if split != "train" and any(len(part) for part, _ in parts):
+        parts = [(part, weight) for part, weight in parts if len(part)]
     if len(parts) == 1:
-        return parts[0]
-    for part in parts:
+        return parts[0][0]
+    for part, _ in parts:
         if not len(part):
             raise UserError(f"{part.where}, has no rows; a mixture needs some of each source")
-    return Mixture(parts, [row.weight for row in config.sources])
+    return Mixture(*zip(*parts))
 
 
 def check_sources(config: DataConfig) -> None:

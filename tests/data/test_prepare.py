@@ -1,23 +1,38 @@
 """``chatpose data prepare`` and the source that reads its folders."""
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import pickle
+import random
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from chatpose_jax.data import lengths, prepared
-from chatpose_jax.data.prepare import prepare
+from chatpose_jax.cli.main import main
+from chatpose_jax.data import datasets, lengths, prepared, store
+from chatpose_jax.data.batches import BatchLoader
+from chatpose_jax.data.config import DataConfig
+from chatpose_jax.data.prepare import WORK, TooManyBroken, prepare
 from chatpose_jax.data.prepared import Prepared
 from chatpose_jax.data.sizes import known_sizes, measure
+from chatpose_jax.data.sources import check_sources, examples
 from chatpose_jax.errors import UserError
+from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
+from chatpose_jax.train.run import run_training
+from chatpose_jax.train.run_config import load_config
 
 HERE = Path(__file__).resolve().parent
 TOY = "toy_reader:Toy"
@@ -140,3 +155,346 @@ def test_processes_give_the_same_bytes(folder, source, processor, tmp_path):
     before = contents(tmp_path / "three")
     prepare(TOY, source, tmp_path / "three", processor=processor)  # nothing is left to do
     assert contents(tmp_path / "three") == before
+
+
+class Forks:
+    """Processes that run ``chatpose``, each forked from one that has imported it (``forks.py``)."""
+
+    def __init__(self, folder):
+        path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+        self.log = folder / "log"
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert self.process.stdout.readline().startswith("ready")
+
+    def start(self, *argv, pause=0.0, **task):
+        """Starts ``chatpose argv``, and returns its process id."""
+        env = {"TOY_PAUSE": str(pause)}
+        self.process.stdin.write(
+            json.dumps({"argv": list(map(str, argv)), "env": env, "log": str(self.log), **task}) + "\n"
+        )
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """Waits for the process that was started: its exit code, and what it printed."""
+        return int(self.process.stdout.readline()), self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    found = Forks(tmp_path_factory.mktemp("forks"))
+    yield found
+    found.process.stdin.close()
+    found.process.wait(10)
+
+
+def words_of(source, out):
+    return ["data", "prepare", TOY, "--source", source, "--out", out, "--workers", 1]
+
+
+def test_ten_kills_at_random_leave_the_same_bytes(folder, source, forks, tmp_path):
+    wanted, seed = contents(folder), random.randrange(1 << 30)
+    draw, stages, kills, number = random.Random(seed), set(), 0, 0
+    while kills < 10:
+        out = tmp_path / str(number)
+        start = time.monotonic()
+        process = forks.start(*words_of(source, out), pause=0.004)
+        if not kills:  # how long it takes
+            while not (out / WORK / "train" / "00000").exists():
+                time.sleep(0.001)
+            first = time.monotonic() - start
+        time.sleep(draw.uniform(0, 4 * first) if kills else 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        code, _ = forks.end()
+        if code == 0:
+            assert contents(out) == wanted, seed
+            number += 1
+            continue
+        assert code == -signal.SIGKILL
+        kills += 1
+        half = any(out.glob("*/*.tmp"))
+        stages.add((len(list(out.glob(f"{WORK}/*/[0-9]*"))), half))
+    assert len({done for done, _ in stages}) > 2 and {half for _, half in stages} == {True, False}, (stages, seed)
+    forks.start(*words_of(source, out))
+    assert forks.end()[0] == 0
+    assert contents(out) == wanted, seed
+
+
+def test_a_kill_before_any_operation_on_a_file_loses_nothing(source, processor, forks, tmp_path):
+    few = tmp_path / "source"
+    few.mkdir()
+    (few / "words.txt").write_text("\n".join(WORDS * 2))
+    forks.start(*words_of(few, tmp_path / "whole"))
+    code, said = forks.end()
+    operations = int(said.splitlines()[-1])
+    wanted = contents(tmp_path / "whole")
+    assert code == 0 and operations > 20
+    for number in range(1, operations + 1):
+        out = tmp_path / str(number)
+        forks.start(*words_of(few, out), kill_at=number)
+        assert forks.end()[0] == -signal.SIGKILL, number
+        prepare(TOY, few, out, processor=processor)
+        assert contents(out) == wanted, number
+
+
+def test_an_interrupt_says_how_to_go_on(folder, source, forks, tmp_path):
+    process = forks.start(*words_of(source, tmp_path / "out"), pause=0.01)
+    while not (tmp_path / "out" / WORK / "train" / "00001").exists():
+        time.sleep(0.001)
+    os.kill(process, signal.SIGINT)
+    code, said = forks.end()
+    assert code == 130 and "what is finished stays: the same command goes on" in said and "Traceback" not in said
+    forks.start(*words_of(source, tmp_path / "out"))
+    code, said = forks.end()
+    assert code == 0 and contents(tmp_path / "out") == contents(folder)
+    assert re.search(r"\| 0/10 ", said) is None  # it did not begin again
+
+
+def test_a_full_disk_is_one_line(source, forks, tmp_path):
+    forks.start(*words_of(source, tmp_path / "out"), largest=70_000)
+    code, said = forks.end()
+    assert code == 2 and "Traceback" not in said
+    assert re.search(r"^error: .*00000-of-00009.array_record.*: File too large$", said, flags=re.M), said
+    forks.start(*words_of(source, tmp_path / "out"))
+    assert forks.end()[0] == 0
+
+
+def test_the_system_s_words_for_a_failed_write_are_found(source, processor, tmp_path, monkeypatch):
+    import array_record.python.array_record_module as module
+
+    class Full(module.ArrayRecordWriter):
+        def __init__(self, path, options):
+            super().__init__("/dev/full", options)
+
+    monkeypatch.setattr(module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        prepare(TOY, source, tmp_path / "out", processor=processor)
+    assert raised.value.errno == errno.ENOSPC and "array_record" in raised.value.filename
+
+
+def test_folders_that_cannot_be_used(folder, source, processor, tmp_path):
+    def attempt(match, out, **changes):
+        with pytest.raises(UserError, match=match):
+            prepare(TOY, changes.pop("source", source), out, **{"processor": processor, **changes})
+
+    (tmp_path / "file").write_text("")
+    attempt("cannot be written", tmp_path / "file" / "out")
+    attempt("there is no folder|is no folder", tmp_path / "out", source=tmp_path / "nothing")
+    attempt(
+        "^Toy poses: .*words.txt not found. --source is a folder with words.txt: a line a row. Get it from https://example.org/toy "
+        r"\(licence: CC0, free for all uses\). Then type the same command again$",
+        tmp_path / "out",
+        source=HERE / "readers",
+    )
+    attempt("holds other files \\(file\\)", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    before = contents(folder)
+    attempt(
+        "holds a data set with options .*'variants': 2.* and this call has .*'variants': 3",
+        folder,
+        options={"variants": 3},
+    )
+    attempt("holds a data set with lengths", folder, processor=tiny_processor(preset("tiny"), "vicuna_v1"))
+    assert contents(folder) == before
+    attempt("has no option 'varants'; did you mean variants", tmp_path / "out", options={"varants": 3})
+    attempt("the option variants: expected int, found 'x'", tmp_path / "out", options={"variants": "x"})
+    assert not (tmp_path / "out").exists()
+    out = tmp_path / "locked"
+    with only_writer(out, out / ".lock"), pytest.raises(Locked, match="is writing it"):
+        prepare(TOY, source, out, processor=processor)
+
+
+def test_other_options_do_not_continue_what_was_begun(source, processor, tmp_path):
+    with pytest.raises(TooManyBroken):
+        prepare(TOY, source, tmp_path / "out", processor=processor, max_broken=3)
+    with pytest.raises(UserError, match="holds the beginning of a data set with options"):
+        prepare(TOY, source, tmp_path / "out", processor=processor, options={"seed": 1})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_many_broken_items_stop_it(folder, source, tmp_path, capsys, workers):
+    words = [*map(str, words_of(source, tmp_path / "out")), "--workers", str(workers)]
+    assert main([*words, "--max-broken", "3"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"^error: 4 items are broken, more than --max-broken 3: line \d+: no such word \(the line is 'broken'\); ", said
+    )
+    assert main([*words, "--max-broken", "12"]) == 0  # 11 of train and 1 of val
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+def test_rows_that_training_would_refuse_are_broken_items(processor, tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(["raise", "twisted", *["turn"] * 4]))
+    found = prepare(TOY, tmp_path, tmp_path / "out", processor=processor)["splits"]["train"]
+    (broken,) = found["broken"]
+    assert found["records"] == 1 and broken["key"] == "line 1" and "rotations must be rotation" in broken["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"), [("user", "words.txt: cannot be read"), ("", "Toy poses, train, range.*: KeyError: 'x'")]
+)
+def test_a_part_that_fails_is_named(processor, tmp_path, fail, words):
+    (tmp_path / "words.txt").write_text("\n".join(["raise", "fail", *["turn"] * 4]))
+    with pytest.raises(UserError, match=words):
+        prepare(TOY, tmp_path, tmp_path / "out", processor=processor, options={"fail": fail})
+
+
+def test_more_parts_than_shards_share_them(folder, source, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("chatpose_jax.data.prepare.MAX_SHARDS", 4)
+    prepare(TOY, source, tmp_path / "out", processor=processor)
+    rows = Prepared(tmp_path / "out", "train")
+    assert len(list((tmp_path / "out" / "train").glob("*.array_record"))) == 4
+    assert [row.id for row in rows] == [row.id for row in Prepared(folder, "train")]
+
+
+def damage(folder, change):
+    """Changes a copy of a prepared folder: "schema", or one of its files by a function of its bytes."""
+    name, edit = change
+    file = folder / name
+    if edit is None:
+        file.unlink()
+    else:
+        file.write_bytes(edit(file.read_bytes()))
+
+
+SHARD = "train/00000-of-00009.array_record"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            ("dataset.json", lambda data: data.replace(b'"schema": 1', b'"schema": 7')),
+            "has schema version 7, .* reads 1",
+        ),
+        (("dataset.json", lambda data: data[:-9]), "dataset.json is damaged"),
+        (("dataset.json", lambda data: b"[]"), "describes no prepared data set"),
+        (("dataset.json", None), "is no prepared data set: dataset.json not found"),
+        (("train/index.npy", lambda data: data + b"x"), "index.npy is not as it was prepared .* bytes instead of"),
+        (("train/index.npy", None), "index.npy is not as it was prepared .*No such file"),
+        (("train/index.npy", lambda data: data.replace(b"tokens", b"tokans")), "index.npy is not as it was prepared"),
+        (
+            (SHARD, lambda data: data[:-1]),
+            "00000-of-00009.array_record is not as it was prepared .131071 bytes instead of 131072",
+        ),
+        ((SHARD, None), "00000-of-00009.array_record is not as it was prepared .No such file"),
+        (
+            (SHARD, lambda data: data.replace(b"left arm, said once", b"left leg, said once")),
+            "is not as it was prepared .record 0: .*data check",
+        ),
+        ((SHARD, lambda data: bytes(len(data))), "is not as it was prepared"),
+    ],
+)
+def test_damage_is_one_clear_error(folder, tmp_path, change, words):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(copy, change)
+    with pytest.raises(UserError, match=words) as raised:
+        Prepared(copy, "train")[0]
+    assert "\n" not in str(raised.value) and str(copy) in str(raised.value)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setitem(datasets.DATA_SETS, "toy", TOY)
+
+
+def test_data_sets_are_sources(source, processor, tmp_path, known):
+    prepare("toy", source, tmp_path / "toy", processor=processor)
+    rows = examples(DataConfig(sources="toy", root=str(tmp_path)), "train", 64)
+    assert len(rows) == 92 and rows[0].where.startswith("row 0 of data.sources[0] 'toy'")
+    elsewhere = DataConfig(
+        sources=(("toy", 1.0, {"folder": str(tmp_path / "toy")}), ("synthetic", 1.0, {"val_size": 8}))
+    )
+    assert len(examples(elsewhere, "val", 64)) == 4 + 8
+    named = DataConfig(sources=(("prepared", 1.0, {"folder": str(tmp_path / "toy")}),))
+    assert [row.id for row in examples(named, "val", 64)] == [row.id for row in examples(elsewhere, "val", 64)][:4]
+
+
+def test_data_that_is_not_there(source, folder, processor, tmp_path, known):
+    config = DataConfig(sources="toy", root=str(tmp_path))
+    check_sources(config)
+    words = (
+        f"^data.sources\\[0\\] 'toy' raised for split 'train': the prepared folder {tmp_path}/toy of Toy poses is not there. Get it from "
+        r"https://example.org/toy \(licence: CC0, free for all uses\), then type: chatpose data prepare toy --source FOLDER --out "
+    )
+    with pytest.raises(UserError, match=words):
+        examples(config, "train", 64)
+    with pytest.raises(TooManyBroken):
+        prepare("toy", source, tmp_path / "toy", processor=processor, max_broken=2)
+    with pytest.raises(UserError, match="toy of Toy poses is not complete"):
+        examples(config, "train", 64)
+    with pytest.raises(UserError, match="has no option 'fodler'; did you mean folder"):
+        check_sources(DataConfig(sources=(("toy", 1.0, {"fodler": "x"}),)))
+    with pytest.raises(UserError, match=f"holds the data set '{TOY}', expected 'toy'"):
+        examples(DataConfig(sources=(("toy", 1.0, {"folder": str(folder)}),)), "train", 64)
+
+
+def test_sources_without_held_out_rows_take_no_part_in_validation(source, processor, tmp_path, known):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "words.txt").write_text("turn\n" * 4)  # all of them "val"
+    prepare("toy", tmp_path / "few", tmp_path / "toy", processor=processor)
+    both = DataConfig(sources=(("synthetic", 1.0, {"test_size": 6}), ("toy", 2.0)), root=str(tmp_path))
+    assert len(examples(both, "test", 64)) == 6
+    with pytest.raises(UserError, match="'toy', split 'train', has no rows; a mixture needs some of each source"):
+        examples(both, "train", 64)
+
+
+def test_a_mixture_with_a_prepared_folder_trains(processor, tmp_path, known):
+    (tmp_path / "words.txt").write_text("raise both arms\n" * 12)
+    prepare("toy", tmp_path, tmp_path / "toy", processor=processor)
+    settings = [
+        "train.steps=2",
+        "train.log_every=1",
+        "train.batch_size=2",
+        "data.buckets=1",
+        "train.eval_every=0",
+        f"data.root={tmp_path}",
+    ]
+    half = {"train_size": 8, "tasks": {"text_short": 1}}
+    config = load_config("tiny", [*settings, f"data.sources=(('synthetic', 1.0, {half}), ('toy', 2.0))"])
+    said: list[str] = []
+    run_training(config, tmp_path / "run", progress=False, say=said.append)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] > 0 for line in lines)
+    assert any("measuring 24 rows" in line for line in said)
+
+
+def test_batches_come_from_shards(folder, processor):
+    loader = BatchLoader(Prepared(folder, "train"), processor, 8)
+    plain = BatchLoader(Prepared(folder, "train")[:], processor, 8)
+    assert loader.state() == plain.state()
+    for name, value in loader.batch(3).items():
+        if name != "poses":
+            np.testing.assert_array_equal(value, plain.batch(3)[name])
+    process = iter(BatchLoader(Prepared(folder, "train"), processor, 8, workers=1))
+    np.testing.assert_array_equal(next(process)["input_ids"], plain.batch(0)["input_ids"])
+
+
+def test_a_million_rows_open_at_once(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    about = json.loads((copy / "dataset.json").read_text())
+    rows = np.resize(np.load(copy / "train" / store.INDEX), 1_000_000)
+    np.save(copy / "train" / store.INDEX, rows)
+    train = about["splits"]["train"]
+    train["rows"], train["index"]["bytes"] = len(rows), (copy / "train" / store.INDEX).stat().st_size
+    (copy / "dataset.json").write_text(json.dumps(about))
+    start = time.process_time()
+    found = Prepared(copy, "train")
+    assert found[999_999].id and len(found) == 1_000_000
+    assert time.process_time() - start < 0.2
+    sizes = found.sizes(tiny_processor(preset("tiny")), 1024)
+    assert sizes.shape == (1_000_000, 3) and time.process_time() - start < 2
+
+
+def test_the_list_of_data_sets(known, capsys):
+    assert main(["data", "list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("toy ")]
+    assert re.split(" {2,}", line) == ["toy", "Toy poses", "CC0, free for all uses", "https://example.org/toy"]
+    assert main(["data", "list", "toy"]) == 0
+    said = capsys.readouterr().out
+    assert "words.txt: a line a row" in said and "variants: int = 2" in said
+    assert main(["data", "list", "tou"]) == 2 and "did you mean toy" in capsys.readouterr().err
