@@ -100,12 +100,12 @@ class Prepared(Sequence[Example]):
             raise self._changed(self.shard(shard), f"record {number}: {error}") from None
 
     def sizes(self, processor: Processor, max_length: int) -> np.ndarray:
-        """(N, 3) int64: tokens, images and poses of each row; see ``data.sizes.known_sizes``. -1 for rows of which an image or a pose is cut off.
+        """(N, 3) int32: tokens, images and poses of each row; see ``data.sizes.known_sizes``. -1 for rows of which an image or a pose is cut off.
 
         Tokens come from the index. Where it was made with another tokenizer or template, they are counted once, and kept beside the index.
         """
         tokens, tail = self._lengths(processor)
-        images, poses = self._index["images"].astype(np.int64), self._index["poses"].astype(np.int64)
+        images, poses = self._index["images"].astype(np.int32), self._index["poses"].astype(np.int32)
         total = tokens + images * processor.ids.num_patches
         limit = min(max_length, processor.ids.context)
         sizes = np.stack([np.minimum(total, limit), images, poses], axis=1)
@@ -113,12 +113,12 @@ class Prepared(Sequence[Example]):
         return sizes
 
     def _lengths(self, processor: Processor) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) int64 each: tokens without those of images, and how many of them follow the last image or pose."""
+        """(N,) int32 each: tokens without those of images, and how many of them follow the last image or pose."""
         if processor.fingerprint == self.description["lengths"]:
             found = self._index
         else:
             found = lengths_of(self, self.folder / self.split, processor)
-        return found["tokens"].astype(np.int64), found["tail"].astype(np.int64)
+        return found["tokens"].astype(np.int32), found["tail"].astype(np.int32)
 
     def _map(self, about: dict[str, Any]) -> np.ndarray:
         file = self.folder / self.split / store.INDEX

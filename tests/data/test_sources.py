@@ -365,7 +365,7 @@ def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
 
 def test_a_mixture_names_the_source_without_rows(own):
     config = DataConfig(sources=(("synthetic",), *own(lambda split: []).sources))
-    assert refused(config, "val").startswith(f"data.sources[1] {OWN!r}, split 'val', has no rows")
+    assert refused(config).startswith(f"data.sources[1] {OWN!r}, split 'train', has no rows")
 
 
 def test_rows_may_say_themselves_what_an_epoch_holds(own):
