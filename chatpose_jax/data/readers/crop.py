@@ -203,9 +203,14 @@ def check_box(center: np.ndarray, side: float) -> None:
 
 
 def to_matrices(axis_angle: np.ndarray) -> np.ndarray:
-    """Rotation matrices (..., 3, 3) float32 of axis-angle vectors (..., 3) in radians. NumPy only: processes that read need no JAX device."""
+    """Rotation matrices (..., 3, 3) float32 of axis-angle vectors (..., 3) in radians. NumPy only: processes that read need no JAX device.
+
+    Raises UserError for vectors that are not finite or much longer than a turn: they are in degrees, or no rotations.
+    """
     vectors = np.asarray(axis_angle, np.float64)
     angle = np.linalg.norm(vectors, axis=-1)[..., None, None]
+    if not (angle < 100).all():
+        raise UserError(f"expected rotations as axis-angle vectors in radians, found one of {angle.max():.3g}")
     x, y, z = np.moveaxis(vectors, -1, 0)
     zero = np.zeros_like(x)
     cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*x.shape, 3, 3)

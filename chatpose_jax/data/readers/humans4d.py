@@ -31,7 +31,7 @@ KEYPOINTS = 44
 _IMAGES = ("jpg", "jpeg", "png")
 _ANNOTATION = "data.pyd"
 _HANDS = (22, 23)
-_TOES = {10: (19, 20), 11: (22, 23)}
+_TOES = {10: [19, 20], 11: [22, 23]}
 """SMPL's joints that bend the toes, and the keypoints beyond them (big and small toe)."""
 
 
@@ -46,7 +46,7 @@ def ask_for_pose(rng: np.random.Generator) -> Conversation:
 class Person:
     """One checked entry of an annotation, in pixels of the image and metres in the camera frame.
 
-    axis_angle: (24, 3). betas: (10,), or None where the fit has none. keypoints_2d: (44, 3), keypoints_3d: (44, 4) or None, both with a confidence.
+    axis_angle: (24, 3), zeros without a pose. betas: (10,), or None. keypoints_2d: (44, 3), keypoints_3d: (44, 4) or None, both with a confidence.
     reprojection: the loss of the fit, where the file has it.
     """
 
@@ -65,22 +65,20 @@ class Person:
         if not isinstance(entry, Mapping):
             raise UserError(f"expected a dictionary for each person, found {type(entry).__name__}")
         has_pose = _flag(entry, "has_body_pose")
-        has_betas = _flag(entry, "has_betas")
         extra = entry.get("extra_info", {})
         losses = extra.get("fitting_loss", {}) if isinstance(extra, Mapping) else {}
         losses = losses.item() if isinstance(losses, np.ndarray) and losses.size == 1 else losses
         reprojection = losses.get("reprojection_loss") if isinstance(losses, Mapping) else None
-        scale = _array(entry, "scale", (1,), (2,))
         points = _array(entry, "keypoints_3d", (KEYPOINTS, 4)) if "keypoints_3d" in entry else None
         return cls(
             center=_array(entry, "center", (2,)),
-            scale=scale,
+            scale=_array(entry, "scale", (1,), (2,)),
             has_pose=has_pose,
             axis_angle=_array(entry, "body_pose", (72,)).reshape(24, 3) if has_pose else np.zeros((24, 3)),
-            betas=_array(entry, "betas", (10,)) if has_betas else None,
+            betas=_array(entry, "betas", (10,)) if _flag(entry, "has_betas") else None,
             keypoints_2d=_array(entry, "keypoints_2d", (KEYPOINTS, 3)),
             keypoints_3d=points if points is not None and (points[:, 3] > 0).any() else None,
-            reprojection=None if reprojection is None else float(np.asarray(reprojection, np.float64).reshape(())),
+            reprojection=None if reprojection is None else _number(reprojection),
         )
 
 
@@ -94,6 +92,13 @@ def _array(entry: Mapping[Any, Any], name: str, *shapes: tuple[int, ...]) -> np.
     if array.shape not in shapes or not np.isfinite(array).all():
         raise UserError(f"{name} must be finite numbers of shape {' or '.join(map(str, shapes))}, found {array.shape}")
     return array
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(np.asarray(value, np.float64).reshape(()))
+    except (TypeError, ValueError):
+        raise UserError(f"reprojection_loss must be a number, found {type(value).__name__}") from None
 
 
 def _flag(entry: Mapping[Any, Any], name: str) -> bool:
@@ -164,9 +169,9 @@ class Humans4D:
         return self.tars if split == "train" else ()
 
     def read(self, split: Split, part: str) -> Iterator[Record | Skipped]:
-        path = self.source / TARS / self.folder / part
+        path, found = self.source / TARS / self.folder / part, False
         for key, files in tar_samples(path, (*_IMAGES, _ANNOTATION)):
-            name = f"{part}/{key}"
+            found, name = True, f"{part}/{key}"
             try:
                 images = [files[suffix] for suffix in _IMAGES if suffix in files]
                 if len(images) != 1 or _ANNOTATION not in files:
@@ -180,6 +185,8 @@ class Humans4D:
                 continue
             for number, entry in enumerate(people):
                 yield from self._person(f"{name}#{number}", self._group(key), entry, pixels)
+        if not found:
+            raise UserError(f"{path}: expected files KEY.jpg and KEY.{_ANNOTATION}, found none")
 
     def _group(self, key: str) -> str:
         found = re.search(self.group, key)
@@ -187,45 +194,48 @@ class Humans4D:
 
     def _person(self, key: str, group: str, entry: Any, pixels: np.ndarray) -> Iterator[Record | Skipped]:
         try:
-            person = Person.read(entry)
+            person = self._filtered(Person.read(entry))
             side = crop.box_side(person.scale, self.tall)
             crop.check_box(person.center, side)
+            pose = self._pose(person)
         except UserError as error:
             yield Skipped(key, "damaged annotation of a person", broken=True, detail=str(error))
             return
-        seen = np.where(person.keypoints_2d[:, 2] < self.min_confidence, 0, person.keypoints_2d[:, 2])
-        shape = person.betas
-        if shape is not None and self.max_beta and np.abs(shape).max() > self.max_beta:
-            shape = None
-        if reason := self._reason(person, seen, shape):
+        if reason := self._reason(person):
             yield Skipped(key, reason)
             return
-        points = np.column_stack([person.keypoints_2d[:, :2], seen])
-        measured = np.ones((1, 24), bool)
-        measured[:, _HANDS] = False
-        for joint, beyond in _TOES.items():
-            measured[:, joint] = self.markers or (seen[list(beyond)] > 0).any()
-        betas = None if shape is None else shape[None].astype(np.float32)
-        space = None if betas is None else SHAPE_SPACES["smpl"]
-        pose = Pose(crop.to_matrices(person.axis_angle[None]), "camera", betas, measured=measured, shape_space=space)
         for copy in range(1 + self.augment):
             name = f"{key}+{copy}" if copy else key
             change = crop.Change.draw(seeded(self.seed, name, "change")) if copy else crop.Change()
-            yield self._record(name, group, person, pixels, side, pose, points, change)
+            yield self._record(name, group, person, pixels, side, pose, change)
 
-    def _reason(self, person: Person, seen: np.ndarray, shape: np.ndarray | None) -> str:
+    def _filtered(self, person: Person) -> Person:
+        """Without keypoints of little confidence, and without an extreme shape."""
+        points, betas = np.array(person.keypoints_2d), person.betas
+        points[points[:, 2] < self.min_confidence, 2] = 0
+        if betas is not None and self.max_beta and np.abs(betas).max() > self.max_beta:
+            betas = None
+        return dataclasses.replace(person, keypoints_2d=points, betas=betas)
+
+    def _pose(self, person: Person) -> Pose:
+        measured = np.ones((1, 24), bool)
+        measured[:, _HANDS] = False
+        for joint, beyond in _TOES.items():
+            measured[:, joint] = self.markers or (person.keypoints_2d[beyond, 2] > 0).any()
+        betas = None if person.betas is None else person.betas[None].astype(np.float32)
+        space = None if betas is None else SHAPE_SPACES["smpl"]
+        return Pose(crop.to_matrices(person.axis_angle[None]), "camera", betas, measured=measured, shape_space=space)
+
+    def _reason(self, person: Person) -> str:
         """Why a person is left out, or nothing."""
         if not person.has_pose:
             return "no pose"
-        if self.need_shape and shape is None:
+        if self.need_shape and person.betas is None:
             return "no shape, or an extreme one"
-        if (seen > 0).sum() <= self.min_keypoints:
+        if (person.keypoints_2d[:, 2] > 0).sum() <= self.min_keypoints:
             return "too few keypoints"
-        if (
-            self.max_reprojection
-            and person.reprojection is not None
-            and not person.reprojection < self.max_reprojection
-        ):
+        limit, loss = self.max_reprojection, person.reprojection
+        if limit and loss is not None and not loss < limit:
             return "large reprojection loss"
         if self._plausible is not None and not self._plausible(person.axis_angle[1:22]):
             return "improbable pose"
@@ -246,13 +256,12 @@ class Humans4D:
         pixels: np.ndarray,
         side: float,
         pose: Pose,
-        points: np.ndarray,
         change: crop.Change,
     ) -> Record:
         height, width = pixels.shape[:2]
         matrix = change.matrix(person.center, side, self.size, width)
         image = crop.coloured(crop.warp(pixels, matrix, self.size), change.colours)
-        moved = crop.moved(points, matrix)
+        moved = crop.moved(person.keypoints_2d, matrix)
         extras: dict[str, Any] = {
             "keypoints_2d": moved[crop.TWINS] if change.flip else moved,
             "box": np.array([*person.center, side], np.float32),

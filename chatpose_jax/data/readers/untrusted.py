@@ -214,6 +214,10 @@ def load_npz(
                 )
             arrays = {}
             for name, info in wanted.items():
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise UserError(
+                        f"{where}: {name:.120} is packed in a way that NumPy does not write"
+                    )  # and has no bound
                 with archive.open(info) as member:
                     arrays[name] = _npy(member, info.file_size, f"{where}: {name}")
             return arrays
@@ -245,6 +249,12 @@ def _npy(file: IO[bytes], size: int, where: str) -> np.ndarray:
         at += more
     if at < held:
         raise UserError(f"{where}: is cut off after {at:,} of {held:,} bytes")
+    if (
+        dtype.kind == "U"
+        and held
+        and np.frombuffer(data, np.dtype(np.uint32).newbyteorder(dtype.byteorder)).max() > 0x10FFFF
+    ):
+        raise UserError(f"{where}: holds bytes that are no text")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -336,7 +346,7 @@ def tar_members(
     try:
         with _BoundedFile(path) as file, tarfile.TarFile(fileobj=file) as tar:
             read = 0
-            while (info := tar.next()) is not None:
+            while (info := file.header(tar)) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep all headers
                 _check_member(info, path)
                 if not info.isreg() or not wanted(info.name):
@@ -361,10 +371,18 @@ def tar_members(
 
 
 class _BoundedFile(io.FileIO):
-    """Refuses to read very much at once. tarfile believes the sizes of its extended headers."""
+    """Refuses to read very much at once. tarfile believes the sizes of its extended headers, and takes long to parse large ones."""
+
+    most = MAX_MEMBER
+
+    def header(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        self.most = 2**16
+        info = tar.next()
+        self.most = MAX_MEMBER
+        return info
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= MAX_MEMBER:
+        if size is None or not 0 <= size <= self.most:
             raise tarfile.ReadError(f"a header asks for {size} bytes")
         return super().read(size)
 

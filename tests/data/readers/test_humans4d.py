@@ -311,6 +311,51 @@ def test_a_cut_tar_is_an_error_after_its_whole_samples(tmp_path):
     assert found == ["000000.tar/a/0#0", "000000.tar/a/1#0"]
 
 
+def test_a_tar_of_something_else_is_an_error(tmp_path):
+    write(tmp_path, Coco, [("a/1", {"txt": b"1"})])
+    with pytest.raises(UserError, match=r"000000\.tar: expected files KEY\.jpg and KEY\.data\.pyd, found none"):
+        read(tmp_path)
+
+
+JUNK = (
+    None,
+    "x",
+    b"x",
+    3,
+    -1.5,
+    1e300,
+    np.nan,
+    [],
+    [1, 2],
+    {},
+    {"a": 1},
+    np.zeros(0),
+    np.zeros((3, 3, 3)),
+    np.array("x"),
+    np.array({}, object),
+)
+
+
+@pytest.mark.parametrize("name", [*person(), "all"])
+def test_whatever_a_person_holds(tmp_path, name):
+    """Each field in turn is something else: a record, or a report; never another error."""
+    changes = [{name: junk} for junk in JUNK] if name != "all" else [dict.fromkeys(person(), junk) for junk in JUNK]
+    if name == "extra_info":
+        changes += [{name: {"fitting_loss": junk}} for junk in JUNK]
+        changes += [{name: {"fitting_loss": np.array({"reprojection_loss": junk}, object)}} for junk in JUNK]
+    if name == "body_pose":
+        changes += [{name: np.full(72, 180.0)}]
+    write(tmp_path, Coco, [("a/1", sample(*(person(**change) for change in changes)))])
+    items = read(tmp_path, size=16)
+    assert len(items) == len(changes)
+    for item in items:
+        if isinstance(item, Skipped):
+            assert item.detail or not item.broken
+        else:
+            smpl_jax.check(item.poses)
+    assert any(isinstance(item, Skipped) for item in items)
+
+
 def test_options(tmp_path):
     write(tmp_path, Coco, [("a/1", sample(person(scale=np.array([0.19, 0.2]))))])
     (record,) = read(tmp_path, tall=True, size=64)

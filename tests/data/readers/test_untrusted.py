@@ -195,6 +195,33 @@ def test_npz_bombs_and_damage(tmp_path):
         untrusted.load_npz(tmp_path / "promise.npz")
 
 
+def test_npz_of_other_packers(tmp_path):
+    """LZMA and bzip2 unpack without a bound. NumPy reads them and does not write them."""
+    member = io.BytesIO()
+    np.save(member, np.zeros(10))
+    for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as file:
+            file.writestr("a.npy", member.getvalue())
+        assert equal(dict(np.load(tmp_path / "a.npz")), {"a": np.zeros(10)})
+        with pytest.raises(UserError, match="a is packed in a way that NumPy does not write"):
+            untrusted.load_npz(tmp_path / "a.npz")
+
+
+def test_text_of_an_npz_is_text(tmp_path):
+    for order in "<>":
+        text = np.array(["é", "bc"]).astype(f"{order}U2")
+        path = npz(tmp_path / "a.npz", False, a=text)
+        assert equal(untrusted.load_npz(path), {"a": text})
+        member = io.BytesIO()
+        np.save(member, text)
+        with zipfile.ZipFile(tmp_path / "b.npz", "w") as file:
+            contents = bytearray(member.getvalue())
+            contents[-16:-12] = b"\xff" * 4
+            file.writestr("a.npy", bytes(contents))
+        with pytest.raises(UserError, match="no text"):
+            untrusted.load_npz(tmp_path / "b.npz")
+
+
 def test_json(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"é": [1, 2]}', "utf-8")
@@ -315,13 +342,13 @@ def test_tars_are_bounded(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-@pytest.mark.parametrize("size", [-512, 2**40])
+@pytest.mark.parametrize("size", [-512, 2**17, 2**40])
 def test_tar_headers_with_false_sizes(tmp_path, kind, size):
     info = tarfile.TarInfo("1.jpg")
     info.type, info.size = kind, size
     path = tmp_path / "a.tar"
     header = info.tobuf(tarfile.GNU_FORMAT)
-    path.write_bytes(header + bytes(4096))
+    path.write_bytes(header + b"\0" * 2**16 if size < 2**18 else header + bytes(4096))
     with pytest.raises(UserError, match=r"a\.tar"):
         list(untrusted.tar_members(path))
 
