@@ -1,5 +1,5 @@
-"""Converts PyTorch weights (LLaVA-1.5, CHATPOSE-V0, Vicuna) to a folder that chatpose_jax.load takes. PyTorch is not
-needed, nothing in a file is run, and memory does not grow with the model. The same as: chatpose convert.
+"""Converts PyTorch weights (LLaVA-1.5, CHATPOSE-V0, Vicuna) to a folder for chatpose_jax.load. It does not need PyTorch, runs no code from a file,
+and its memory does not grow with the model. The same as chatpose convert.
 """
 
 import sys

@@ -54,12 +54,12 @@ def write(folder: Path, count: int, width: int, height: int) -> list[str]:
     random = np.random.default_rng(0)
     files = []
     for index in range(count):
-        picture = np.zeros((height, width, 3), np.float32)
+        image = np.zeros((height, width, 3), np.float32)
         for size in (8, 32, 128):
             coarse = random.uniform(0, 255, (size * height // width, size, 3)).astype(np.uint8)
-            picture += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 3
+            image += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 3
         path = folder / f"{index}.jpg"
-        Image.fromarray(picture.astype(np.uint8)).save(path, quality=90)
+        Image.fromarray(image.astype(np.uint8)).save(path, quality=90)
         files.append(str(path))
     return files
 
@@ -109,7 +109,7 @@ def _used() -> float:
 
 
 def processor_at(size: int) -> Processor:
-    """The tiny tokenizer with LLaVA's picture size and patches."""
+    """The tiny tokenizer with LLaVA's image size and patches."""
     config = preset("tiny")
     made = tiny_processor(config)
     made.images = ImageSettings(size=size)
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, default=64)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--size", type=int, default=336, help="side of the pictures that the model sees")
+    parser.add_argument("--size", type=int, default=336, help="side of the images that the model sees")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--rows", type=int, default=500, help="of the set whose start is measured")

@@ -455,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--table", action="store_true", help="print the table of what there is, and run nothing")
-    parser.add_argument("--figure", type=Path, help="picture of the differences to write, .svg or .png")
+    parser.add_argument("--figure", type=Path, help="figure of the differences to write, .svg or .png")
     parser.add_argument("--quick", action="store_true", help="a few steps of each head: does it run?")
     args = parser.parse_args(argv)
     args.trial = TRIAL

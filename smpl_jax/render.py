@@ -66,14 +66,14 @@ def render_mesh(
         raise ValueError(f"colors must have shape (3,) or ({len(points)}, 3), found {base.shape}")
     view = Camera.looking_at(points, size) if camera is None else camera
     points = points + np.asarray(view.translation, np.float32)
-    picture = _backdrop(background, view)
+    image = _backdrop(background, view)
     if ground is not None:
-        _lay_shadow(picture, points, view, np.asarray(ground, np.float32))
+        _lay_shadow(image, points, view, np.asarray(ground, np.float32))
 
     fine = view.scaled(supersample)
     seen = fragments(points, triangles, fine, cull=True)
     if not len(seen.pixel):
-        return picture
+        return image
     base = base * base  # approximate sRGB to linear; several times faster than a power of 2.2
     per_vertex = [vertex_normals(points, triangles), points] + ([base] if base.ndim == 2 else [])
     values = interpolate(np.concatenate(per_vertex, 1), triangles[seen.face], seen.barycentric)
@@ -86,12 +86,12 @@ def render_mesh(
     count = np.bincount(target, minlength=view.width * view.height)
     (covered,) = np.nonzero(count)
     total = np.stack([np.bincount(target, lit[c], len(count))[covered] for c in range(3)], 1)
-    flat = picture.reshape(-1, 3)
+    flat = image.reshape(-1, 3)
     behind = (flat[covered] / 255.0) ** 2
     samples = supersample * supersample
     mixed = (total + behind * (samples - count[covered])[:, None]) / samples
     flat[covered] = (np.sqrt(mixed.clip(0, 1)) * 255 + 0.5).astype(np.uint8)
-    return picture
+    return image
 
 
 _VIEWS = {"front": 0.0, "three_quarter": 40.0, "side": 90.0, "back": 180.0, "other_side": -90.0}
@@ -277,7 +277,7 @@ def _backdrop(background: ArrayLike | None, camera: Camera) -> NDArray[np.uint8]
 
 
 def _lay_shadow(
-    picture: NDArray[np.uint8],
+    image: NDArray[np.uint8],
     points: NDArray[np.float32],
     camera: Camera,
     up: NDArray[np.float32],
@@ -325,7 +325,7 @@ def _lay_shadow(
     shade = (blocked[i, j] * (1 - f[:, 0]) + blocked[i + 1, j] * f[:, 0]) * (1 - f[:, 1])
     shade += (blocked[i, j + 1] * (1 - f[:, 0]) + blocked[i + 1, j + 1] * f[:, 0]) * f[:, 1]
     keep = 1 - np.float32(strength) * shade.clip(0, 1)
-    picture[valid] = (picture[valid] * keep[:, None] + 0.5).astype(np.uint8)
+    image[valid] = (image[valid] * keep[:, None] + 0.5).astype(np.uint8)
 
 
 def _rotation_x(angle: float) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from chatpose_jax.generate import Sampling, generate
 from chatpose_jax.models.chatpose import bind, init_params, stack_layers, unstack_layers
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
-from chatpose_jax.weights.folder import save_folder
+from chatpose_jax.weights.save import save_folder
 from smpl_jax import PosedBody, load_body
 from tests.numerics import EPS, MARGIN, agree, rounded
 
@@ -40,7 +40,7 @@ def model(params):
     return ChatPose(CONFIG, params, tiny_processor(CONFIG))
 
 
-def picture(seed):
+def make_image(seed):
     return np.random.default_rng(seed).integers(0, 255, (80, 100, 3), dtype=np.uint8)
 
 
@@ -96,27 +96,29 @@ def test_later_turns_reuse_the_cache_and_change_nothing(model, monkeypatch):
 
     monkeypatch.setattr(chat, "generate_stream", spy)
     messages = []
-    for turn, question in enumerate([user("Who is this?", picture(0)), user("And this?", picture(1)), user("Why?")]):
+    for turn, question in enumerate(
+        [user("Who is this?", make_image(0)), user("And this?", make_image(1)), user("Why?")]
+    ):
         messages.append(question)
         reply = model.chat(messages, max_new_tokens=12, force_pose=turn == 1)
         assert_same(reply, fresh(model).chat(messages, max_new_tokens=12, force_pose=turn == 1))
         messages.append(reply.message)
     kept, whole = lengths[0::2], lengths[1::2]
     assert kept[0] == whole[0]
-    assert kept[1][0] < whole[1][0] - CONFIG.vision.num_patches, "the first picture was computed again"
+    assert kept[1][0] < whole[1][0] - CONFIG.vision.num_patches, "the first image was computed again"
     assert kept[2][0] < 20
 
 
-def test_another_picture_is_not_taken_for_the_first(model):
-    model.chat([user("Who is this?", picture(0))], max_new_tokens=4)
-    again = model.chat([user("Who is this?", picture(1))], max_new_tokens=12)
-    assert_same(again, fresh(model).chat([user("Who is this?", picture(1))], max_new_tokens=12))
+def test_another_image_is_not_taken_for_the_first(model):
+    model.chat([user("Who is this?", make_image(0))], max_new_tokens=4)
+    again = model.chat([user("Who is this?", make_image(1))], max_new_tokens=12)
+    assert_same(again, fresh(model).chat([user("Who is this?", make_image(1))], max_new_tokens=12))
 
 
 def test_a_batch_equals_its_rows_in_both_turns(model):
     conversations = [
         [user("One?")],
-        [user("Two, with a picture?", picture(2))],
+        [user("Two, with an image?", make_image(2))],
         [user("Three, which is a longer question than the others?")],
     ]
     for _ in range(2):
@@ -188,10 +190,10 @@ def test_sampling_repeats_by_seed(model):
 
 
 def test_images_as_path_array_pil_and_openai_are_the_same(model, tmp_path):
-    Image.fromarray(picture(3)).save(tmp_path / "p.png")
+    Image.fromarray(make_image(3)).save(tmp_path / "p.png")
     uri = "data:image/png;base64," + base64.b64encode((tmp_path / "p.png").read_bytes()).decode()
     openai = [{"type": "image_url", "image_url": {"url": uri, "detail": "low"}}, {"type": "text", "text": "This?"}]
-    sources = [picture(3), Image.fromarray(picture(3)), tmp_path / "p.png", str(tmp_path / "p.png")]
+    sources = [make_image(3), Image.fromarray(make_image(3)), tmp_path / "p.png", str(tmp_path / "p.png")]
     questions = [*(user("This?", source) for source in sources), {"role": "user", "content": openai}]
     replies = [model.chat([question], max_new_tokens=6) for question in questions]
     for reply in replies[1:]:
@@ -202,7 +204,7 @@ def test_load_gives_the_model_that_was_saved(params, model, tmp_path):
     stacked = CONFIG.replace(scan_layers=True)
     save_folder(tmp_path / "m", stacked, stack_layers(params), processor=model.processor)
     loaded = chatpose_jax.load(tmp_path / "m")
-    question = [user("Who is this?", picture(0))]
+    question = [user("Who is this?", make_image(0))]
     assert_same(
         loaded.chat(question, max_new_tokens=8, force_pose=True),
         model.chat(question, max_new_tokens=8, force_pose=True),
@@ -358,7 +360,7 @@ def test_the_model_in_a_folder_of_a_training_is_found(params, model, tmp_path):
     from chatpose_jax.weights.export import export
 
     (tmp_path / "demo").mkdir()
-    with pytest.raises(UserError, match="demo: no model folder"):
+    with pytest.raises(UserError, match="demo: not a model folder"):
         chatpose_jax.load(tmp_path / "demo")
     folder = save_folder(
         tmp_path / "demo/model", CONFIG.replace(scan_layers=True), stack_layers(params), processor=model.processor
@@ -367,7 +369,7 @@ def test_the_model_in_a_folder_of_a_training_is_found(params, model, tmp_path):
     assert_same(
         chatpose_jax.load(tmp_path / "demo").chat(question, max_new_tokens=4), model.chat(question, max_new_tokens=4)
     )
-    with pytest.raises(UserError, match=f"demo: no model folder.*; {folder} is one"):
+    with pytest.raises(UserError, match=f"demo: not a model folder.*; give {folder} instead"):
         export(tmp_path / "demo", tmp_path / "out", "transformers")
 
 
@@ -378,7 +380,7 @@ def test_an_answer_is_one_line(model):
         (reply.poses[0], "PosedBody(pose=Pose(rotations=float32 (24, 3, 3), frame='camera', "),
         (model, "body 'chatpose-default'"),
         (model.body, "6890 vertices"),
-        (model.processor.encode([user("x", picture(0))]), "images=[float32 (64, 64, 3)]"),
+        (model.processor.encode([user("x", make_image(0))]), "images=[float32 (64, 64, 3)]"),
         (model.stream([user("x")]), "Stream"),
     ):
         text = repr(value)
@@ -406,7 +408,7 @@ def poses_of_one_pass(config, params, ids, mask, pixels, index):
 
 
 def check_against_one_pass(model, messages, reply):
-    """A reply's poses are those of one forward pass over prompt, pictures and answer; padded, so that it is compiled once or twice."""
+    """A reply's poses are those of one forward pass over prompt, images and answer; padded, so that it is compiled once or twice."""
     prompt = model.processor.encode(messages)
     places = np.flatnonzero(reply.ids == model.config.pose_token_id) + len(prompt.input_ids)
     whole = np.concatenate([prompt.input_ids, reply.ids])
@@ -425,7 +427,7 @@ def test_a_head_that_reads_the_conversation_sees_all_of_it(params):
     """In a batch of two lengths, in a later turn that reuses the cache, and streamed: what one forward pass shows it."""
     model = with_head(params, "Looking")
     conversations = [
-        [user("Who is this, and how do they stand?", picture(4))],
+        [user("Who is this, and how do they stand?", make_image(4))],
         [user("One?")],
     ]
     for _ in range(2):
@@ -436,10 +438,10 @@ def test_a_head_that_reads_the_conversation_sees_all_of_it(params):
     stream = fresh(model).stream(conversations[0], max_new_tokens=10, force_pose=True)
     "".join(stream)
     check_against_one_pass(model, conversations[0], stream.reply)
-    shown = [user("Who is this, and how do they stand?", picture(5)), *conversations[0][1:]]
+    shown = [user("Who is this, and how do they stand?", make_image(5)), *conversations[0][1:]]
     other = fresh(model).stream(shown, max_new_tokens=10, force_pose=True)
     "".join(other)
-    with pytest.raises(AssertionError):  # so that the comparison can see another picture
+    with pytest.raises(AssertionError):  # so that the comparison can see another image
         check_against_one_pass(model, conversations[0], other.reply)
 
 

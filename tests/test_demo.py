@@ -32,7 +32,7 @@ def test_the_demo_leaves_answers_and_a_report(tmp_path, capsys):
     assert report["evaluation"]["follow-up"]["count"] == 8
     assert report["evaluation"]["follow-up"]["kept_pa_mpjpe"] > 0
     assert report["learning_curve"][-1]["step"] == 3
-    assert [answer["name"] for answer in report["answers"][:3]] == ["description", "picture", "follow-up"]
+    assert [answer["name"] for answer in report["answers"][:3]] == ["description", "image", "follow-up"]
     assert len(report["answers"][2]["turns"]) == 2
     for answer in report["answers"]:
         assert all(Path(file).stat().st_size > 0 for file in answer["files"])

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def question(prompt: str, images: Sequence[str]) -> dict[str, Any]:
-    """A user message, pictures first."""
+    """A user message, images first."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
@@ -204,7 +204,7 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
             elif command == "/image":
                 image = os.path.expanduser(rest.strip())
                 if not image:
-                    raise UserError("/image FILE: name a picture file")
+                    raise UserError("/image FILE: name an image file")
                 load_image(image, "/image")
                 images.append(image)
             elif command == "/save":

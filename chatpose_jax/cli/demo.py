@@ -163,13 +163,13 @@ def generated(
 
 def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[str, Any]]:
     """Three conversations: a detailed description, a held-out image, and a description with a follow-up turn. Writes the files of each to ``out``."""
-    texts, pictures, turns = (
+    texts, images, turns = (
         generated(config, "test", {task: 1.0}, 400, seed=1) for task in ("text", "image", "text_turns")
     )
-    text, picture = texts[7], pictures[11]
+    text, image = texts[7], images[11]
     follow = next(row for row in (turns[i] for i in range(len(turns))) if len(row.poses) == 2)
     answers = []
-    for name, row in (("description", text), ("picture", picture), ("follow-up", follow)):
+    for name, row in (("description", text), ("image", image), ("follow-up", follow)):
         folder, messages, replies = out / name, [], []
         files: list[Path] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[st
             if message["role"] != "user":
                 continue
             messages.append(message)
-            files += _pictures(message, folder)
+            files += _save_images(message, folder)
             reply = model.chat(messages, max_new_tokens=48)
             messages.append(reply.message)
             replies.append((_words(message), reply))
@@ -192,7 +192,7 @@ def ask_questions(model: ChatPose, config: RunConfig, out: Path) -> list[dict[st
     return answers
 
 
-def _pictures(message: Mapping[str, Any], folder: Path) -> list[Path]:
+def _save_images(message: Mapping[str, Any], folder: Path) -> list[Path]:
     """Saves the images of a question as files, so that the user can ask about them again."""
     parts = [] if isinstance(message["content"], str) else message["content"]
     images = [part["image"] for part in parts if part["type"] == "image"]
@@ -213,9 +213,9 @@ def _panel(model: ChatPose, row: Example, replies: list[tuple[str, Reply]], path
     panels, labels = [], []
     first = row.messages[0]["content"]
     if not isinstance(first, str):
-        picture = np.asarray(next(part["image"] for part in first if part["type"] == "image"))
-        panels.append(np.asarray(Image.fromarray(picture).resize((384, 384), Image.Resampling.NEAREST)))
-        labels.append("picture")
+        image = np.asarray(next(part["image"] for part in first if part["type"] == "image"))
+        panels.append(np.asarray(Image.fromarray(image).resize((384, 384), Image.Resampling.NEAREST)))
+        labels.append("image")
     for number, ((_, reply), truth) in enumerate(zip(replies, row.poses), 1):
         turn = f" {number}" if len(row.poses) > 1 else ""
         panels.append(render.render_body(model.body, truth.rotations, size=384, frame=truth.frame))

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         plan = plan_conversion(spec)
     except UserError as error:
-        print(f"not convertible as it is: {error}")
+        print(f"cannot be converted as it is: {error}")
         return 1
     print("\n".join(describe_conversion(plan)))
     return 0
@@ -87,7 +87,7 @@ def describe_conversion(plan: Conversion) -> list[str]:
     lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
-    lines.append(f"  {'images':<11} {plan.pictures.describe()}")
+    lines.append(f"  {'images':<11} {plan.images.describe()}")
     dtypes = ((source.title, source.checkpoint.tensors[name].dtype, kept) for source, name, _, kept in rounded(plan))
     for (title, stored, kept), count in collections.Counter(dtypes).items():
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
@@ -98,7 +98,7 @@ def describe_conversion(plan: Conversion) -> list[str]:
         more = f"; … {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
         lines.append(f"  {'not finite':<11} {len(counts)} tensors: {shown}{more}")
     if unread := [str(file) for source in plan.sources for file in source.checkpoint.unread]:
-        lines.append(f"  {'not read':<11} {', '.join(unread)}: programs take the others first")
+        lines.append(f"  {'not read':<11} {', '.join(unread)}: programs prefer the other weights")
     for reason, count in collections.Counter(plan.ignored.values()).items():
         lines.append(f"  {'ignored':<11} {count} tensors: {reason}")
     return lines
@@ -134,7 +134,7 @@ def _describe_model_folder(folder: Path, every: bool) -> list[str]:
 def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
     try:
         lines = [line for source in provenance.get("sources", []) for line in _origin_lines(source)]
-        if seen := provenance.get("pictures"):
+        if seen := provenance.get("images") or provenance.get("pictures"):  # earlier folders have the second key
             lines.append(f"  {'images':<11} {seen}")
         if started := provenance.get("initialised"):
             lines.append(f"  {'initialised':<11} {', '.join(started)}")

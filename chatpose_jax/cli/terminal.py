@@ -37,7 +37,7 @@ def drawing(pose: PosedBody, columns: int | None = None, colours: bool | None = 
         return ""
     size = (2 * ROWS * _FINE, WIDTH * _FINE)
     fitted = for_body(pose.pose, pose.body)
-    picture = render_body(
+    image = render_body(
         pose.body,
         fitted["rotations"],
         fitted["betas"],
@@ -48,7 +48,7 @@ def drawing(pose: PosedBody, columns: int | None = None, colours: bool | None = 
         supersample=1,
         ground=False,
     )
-    blocks = picture.reshape(2 * ROWS, _FINE, -1, _FINE, 3).swapaxes(1, 2).reshape(2 * ROWS, -1, _FINE**2, 3)
+    blocks = image.reshape(2 * ROWS, _FINE, -1, _FINE, 3).swapaxes(1, 2).reshape(2 * ROWS, -1, _FINE**2, 3)
     drawn = (blocks != _KEY).any(-1)
     count = drawn.sum(-1)
     pixels = (blocks * drawn[..., None]).sum(-2) / np.maximum(count, 1)[..., None]

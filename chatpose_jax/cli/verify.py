@@ -10,7 +10,7 @@ from chatpose_jax.verify import verify
 TOLERANCE = 2e-5
 """Relative tolerance; see ``Difference.within``."""
 INCOMPLETE = 3
-"""Exit status where parts of the model could not be compared."""
+"""Exit status if parts of the model could not be compared."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if comparison.left_out:
         print(
-            f"incomplete: what was compared is equal (largest relative difference {worst:.2e}); not compared: "
-            f"{', '.join(comparison.left_out)} of {args.converted}: no source has these weights, or torch cannot run this pose head; name "
-            "every source that chatpose convert read (--vision, --projector, --adapter)"
+            f"incomplete: the compared parts are equal (largest relative difference {worst:.2e}); not compared: "
+            f"{', '.join(comparison.left_out)} of {args.converted}, because no source has these weights, or torch cannot run this pose head; "
+            "give every source that chatpose convert read (--vision, --projector, --adapter)"
         )
         return INCOMPLETE
     print(

@@ -98,7 +98,7 @@ def plan_training(
     patches = model.vision.num_patches * images
     if length < patches + 8:
         raise UserError(
-            f"a row of {length} tokens has no place for {images} picture(s) of {patches} tokens and a conversation"
+            f"a row of {length} tokens has no place for {images} image(s) of {patches} tokens and a conversation"
         )
     where = make_mesh(*mesh, devices=devices(target))
     ways = math.prod(where.shape[axis] for axis in RULES.axes("batch", where))

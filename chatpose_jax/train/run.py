@@ -36,7 +36,7 @@ from chatpose_jax.train.run_config import RunConfig
 from chatpose_jax.train.start import adopt, initial_params, make_processor
 from chatpose_jax.train.trainable import assign
 from chatpose_jax.train.trainer import Callback, demand_best, train
-from chatpose_jax.weights import folder as model_folder
+from chatpose_jax.weights.save import save_folder
 
 
 def run_training(
@@ -162,7 +162,7 @@ def _run(
         result=folder,
     )
     with hosts.restartable(out):
-        return model_folder.save_folder(
+        return save_folder(
             folder,
             model,
             params,

@@ -26,19 +26,19 @@ from smpl_jax import io, metrics, render
 from smpl_jax.body import BodyModel
 from smpl_jax.pose import to_family
 
-PICTURE_SIZE = 128
+DRAWING_SIZE = 128
 ERRORS = ("mpjpe", "pa_mpjpe")
 
 
 def validation(
-    context: Context, *, split: Split = "val", rows: int = 128, batch_size: int = 32, pictures: int = 4
+    context: Context, *, split: Split = "val", rows: int = 128, batch_size: int = 32, drawings: int = 4
 ) -> Validation:
     """Losses and pose errors on held-out rows.
 
     split: the split of the rows. rows: number of rows of each kind, each with a pose. batch_size: rows of a batch, rounded up so that the mesh
-    splits them evenly. pictures: number of rows of each kind for which the true and the predicted body are drawn.
+    splits them evenly. drawings: number of rows of each kind for which the true and the predicted body are drawn.
     """
-    for name, value, least in (("rows", rows, 1), ("batch_size", batch_size, 1), ("pictures", pictures, 0)):
+    for name, value, least in (("rows", rows, 1), ("batch_size", batch_size, 1), ("drawings", drawings, 0)):
         whole(f"the option {name} of the evaluator validation", value, least)
     held_out = context.rows(split)
     groups, read = held_out_rows(held_out, rows)
@@ -48,7 +48,7 @@ def validation(
     size = shards * -(-batch_size // shards)
     batches = {kind: held_out_batches(context, group, size) for kind, group in groups.items()}
     return Validation(
-        config.model, config.train, batches, io.load_body(), mesh=context.mesh, rows=size, pictures=pictures
+        config.model, config.train, batches, io.load_body(), mesh=context.mesh, rows=size, drawings=drawings
     )
 
 
@@ -56,7 +56,7 @@ class Validation:
     """A function of the parameters. Every process calls it.
 
     For each named group of batches it returns ``{name}_…``: the loss and each of its parts, as one batch of all rows has them; ``mpjpe`` and
-    ``pa_mpjpe`` in mm, the means over the first poses of all rows that have measured joints; and, in process 0 if ``pictures`` > 0, the drawing
+    ``pa_mpjpe`` in mm, the means over the first poses of all rows that have measured joints; and, in process 0 if ``drawings`` > 0, the drawing
     ``{name}_poses`` (H, W, 3) uint8. A value of which the rows measure nothing is left out. A head that draws samples uses the same key every time.
     """
 
@@ -69,15 +69,15 @@ class Validation:
         *,
         mesh: Mesh | None = None,
         rows: int = 0,
-        pictures: int = 0,
+        drawings: int = 0,
     ) -> None:
         """batches: a list of batches for each name (such as "text", "image"); on a mesh, this process's rows of them.
 
-        mesh: the mesh of the parameters. rows: number of rows of a global batch, on a mesh. pictures: number of rows of each name for which the
+        mesh: the mesh of the parameters. rows: number of rows of a global batch, on a mesh. drawings: number of rows of each name for which the
         true and the predicted body are drawn side by side.
         """
         distance = PoseLoss(config.pose_loss)
-        self._batches, self._body, self._mesh, self._rows, self._pictures = batches, body, mesh, rows, pictures
+        self._batches, self._body, self._mesh, self._rows, self._drawings = batches, body, mesh, rows, drawings
         self._config = config
 
         def run(params: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[dict[str, jax.Array], Any]:
@@ -127,7 +127,7 @@ class Validation:
                 for key, value in means.items():
                     sums[key] += float(value) * int(sizes[key])
                     held[key] += int(sizes[key])
-                drawn += list(matrices[:, present].swapaxes(0, 1))[: self._pictures - len(drawn)]
+                drawn += list(matrices[:, present].swapaxes(0, 1))[: self._drawings - len(drawn)]
             found = {key: sums[key] / held[key] for key in sums if held[key]}
             parts = {key: value for key, value in found.items() if key not in ERRORS}
             total = weighted(parts, self._config.lambda_text, self._config.lambda_pose)
@@ -148,7 +148,7 @@ def _scalars(results: Any) -> list[str]:
 def side_by_side(body: BodyModel, poses: np.ndarray) -> np.ndarray:
     """(N, 2, 24, 3, 3) predicted and true poses -> a sheet (H, W, 3) uint8, with the true body on the left."""
     panels = [
-        render.render_body(body, pose, size=PICTURE_SIZE, supersample=1, frame="camera")
+        render.render_body(body, pose, size=DRAWING_SIZE, supersample=1, frame="camera")
         for pair in poses
         for pose in (pair[1], pair[0])
     ]

@@ -64,7 +64,9 @@ class Difference:
     def of(cls, prompt: str, stage: str, expected: Any, found: Any, slack: float = 1.0) -> Difference:
         expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
         if expected.shape != found.shape:
-            raise UserError(f"{stage}: torch gives {expected.shape}, JAX {found.shape}; these are two different models")
+            raise UserError(
+                f"{stage}: torch gives {expected.shape}, JAX {found.shape}; the source and the folder are different models"
+            )
         delta = np.abs(expected - found)
         return cls(prompt, stage, float(np.abs(expected).max()), float(delta.max()), float(delta.mean()), slack)
 
@@ -75,7 +77,7 @@ class Prompt:
 
     name: str
     encoded: Encoded
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
 
     __repr__ = one_line
 
@@ -144,7 +146,7 @@ def _stages(peer: TorchModel, ours: JaxModel, batch: Sequence[Prompt], chosen: S
     for prompt in batch:
         features = expected = None
         if prompt.pixels is not None:
-            seen = peer.pixels(prompt.picture)[None]
+            seen = peer.pixels(prompt.image)[None]
             yield Difference.of(prompt.name, "pixels", seen, prompt.pixels)
             expected, features = peer.features(seen), ours.features(prompt.pixels)
             if peer.projects:

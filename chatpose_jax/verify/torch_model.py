@@ -32,7 +32,7 @@ class TorchModel:
             from transformers.models.llama import modeling_llama
         except ImportError as error:
             raise UserError(
-                f"chatpose verify compares with PyTorch, which is not here ({error}): pip install '.[torch]' in the checkout"
+                f"chatpose verify needs PyTorch, which is not installed ({error}): pip install '.[torch]' in the checkout"
             ) from None
         self.torch, self.llama, self.clip = torch, modeling_llama, CLIPVisionModel
         self.config = config
@@ -86,7 +86,7 @@ class TorchModel:
 
     def pixels(self, image: Any) -> np.ndarray:
         """Preprocesses an image to (S, S, 3), by transformers' image processor with the settings beside the vision tower. In LLaVA's own layout the
-        image is padded before, if ``image_aspect_ratio`` says so.
+        image is first padded, if ``image_aspect_ratio`` is "pad".
         """
         import transformers
 
@@ -235,7 +235,7 @@ class TorchModel:
 
 
 def _peft_settings(source: Source) -> dict[str, Any]:
-    """``adapter_config.json`` itself, not the conversion's reading of it."""
+    """``adapter_config.json``, read independently of the conversion."""
     file = source.checkpoint.folder / "adapter_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -258,7 +258,7 @@ class _TorchTensors:
         entry = source.checkpoint.tensors.get(name)
         if entry is None:
             raise UserError(
-                f"{source.title}: no tensor {name!r}, which torch's module has; this layout is not verified"
+                f"{source.title}: no tensor {name!r}, which torch's module needs; chatpose verify does not support this layout"
             )
         file = self._file(source, entry)
         try:
@@ -273,7 +273,7 @@ class _TorchTensors:
             return self.mapped[file][entry.name]
         except (SafetensorError, KeyError, StopIteration):
             raise UserError(
-                f"{file}: no tensor {entry.name!r}, which {entry.file.name} has: two sets of weights"
+                f"{file}: no tensor {entry.name!r}, which {entry.file.name} has; the folder has two sets of weights: remove one"
             ) from None
 
     def _file(self, source: Source, entry: TensorEntry) -> Path:

@@ -44,7 +44,7 @@ def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in by_path(tree).items()}
     except Exception as error:  # Orbax and TensorStore raise many types
         raise UserError(
-            f"{folder}: not a whole Orbax checkpoint ({_first_line(error)}); convert or copy it again"
+            f"{folder}: not a complete Orbax checkpoint ({_first_line(error)}); convert or copy it again"
         ) from None
 
 
@@ -55,7 +55,7 @@ def _check(folder: Path) -> None:
     store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
     headers = [key for key in store.list().result() if key.endswith(b"/.zarray")]
     if not headers:
-        raise FileNotFoundError("no arrays are listed; manifest.ocdbt is missing or another checkpoint's")
+        raise FileNotFoundError("no arrays are listed; manifest.ocdbt is missing or belongs to another checkpoint")
     for header in [store.read(key) for key in headers]:
         header.result()
 

@@ -17,24 +17,17 @@ from chatpose_jax.processes import all_or_none
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.weights.arrays import Params
 from chatpose_jax.weights.devices import Shardings, onto_devices
-from chatpose_jax.weights.folder import (
-    PARAMS,
-    PASSENGERS,
-    TOKENIZER,
-    explained,
-    is_model_folder,
-    new_folder,
-    write_config,
-)
+from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, is_model_folder
 from chatpose_jax.weights.hashes import Follower, expected_hashes
+from chatpose_jax.weights.images import write_image_settings
 from chatpose_jax.weights.passengers import write_passengers
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.pictures import write_pictures
 from chatpose_jax.weights.plan import Conversion, plan_conversion
+from chatpose_jax.weights.save import explained, new_folder, write_config
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.stream import write_leaves
-from chatpose_jax.weights.tokens import write_tokenizer
+from chatpose_jax.weights.tokenizer_writer import write_tokenizer
 
 
 def convert(
@@ -71,7 +64,7 @@ def convert(
         spec = SourceSpec.of(source)
         if is_model_folder(spec.path):
             raise UserError(
-                f"{spec.path} is a model folder already: chatpose chat takes it, chatpose export writes it for PyTorch"
+                f"{spec.path} is already a model folder; chatpose chat reads it, and chatpose export writes it for PyTorch"
             )
         plan = plan_conversion(spec)
         _check_outside(Path(out), plan)
@@ -131,7 +124,7 @@ def load_source(
 def write_processor(plan: Conversion, folder: Path) -> Processor:
     """Writes the tokenizer and the processor's settings of a plan, then reads them back and checks them against the model."""
     write_tokenizer(plan.vocabulary.tokens, folder, plan.vocabulary.added)
-    write_pictures(folder, plan.pictures.settings)
+    write_image_settings(folder, plan.images.settings)
     processor = Processor.load(folder, plan.config)
     processor.save(folder)
     return processor
@@ -143,7 +136,7 @@ def _check_outside(out: Path, plan: Conversion) -> None:
     for source in plan.sources:
         read += [source.checkpoint.folder, *source.checkpoint.files]
     if inside := next((path for path in read if path.resolve().is_relative_to(out.resolve())), None):
-        raise UserError(f"{out} holds {inside}, which the conversion reads; choose another folder")
+        raise UserError(f"{out} contains {inside}, which the conversion reads; choose another folder")
 
 
 def _provenance(plan: Conversion, digests: Mapping[Path, str]) -> dict[str, Any]:
@@ -152,7 +145,7 @@ def _provenance(plan: Conversion, digests: Mapping[Path, str]) -> dict[str, Any]
         "converter": f"chatpose-jax {__version__}",
         "sources": [_source_record(source, digests) for source in plan.sources],
         "initialised": list(plan.fresh),
-        "pictures": plan.pictures.describe(),
+        "images": plan.images.describe(),
     }
 
 

@@ -1,5 +1,8 @@
-"""Leaves straight onto devices. A process reads each byte that its devices need once, a block at a time, and hands every device
-its part; large parameters come together in the devices' memory, never in the host's."""
+"""Loads leaves directly onto devices.
+
+Each process reads every byte that its devices need once, block by block, and copies to each device its part of the block. Large parameters are
+assembled in the memory of the devices, never on the host.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def onto_devices(leaves: Mapping[str, Leaf], shardings: Shardings) -> Params:
-    """Leaves as jax arrays, nested. In a multi-process run every process calls it."""
+    """The leaves as a nested dict of JAX arrays. In a run of several processes, every process calls it."""
     return unflatten_dict({path: _array(leaf, shardings(path, leaf.shape)) for path, leaf in leaves.items()}, sep="/")
 
 
@@ -45,8 +48,9 @@ Part = tuple[jax.Device, tuple[int, ...], jax.Array]
 
 
 def device_parts(leaf: Leaf, sharding: jax.sharding.Sharding) -> Iterator[list[Part]]:
-    """Reads what this process's devices need of a leaf, block by block, with what lies between their shards. Yields for each block: device,
-    place in the device's shard, part. The host holds a few blocks."""
+    """Reads the parts of a leaf that this process's devices need, block by block, and the bytes between them. Yields for each block a list of
+    (device, start in the device's shard, part). The host holds only a few blocks.
+    """
     wanted = {
         device: bounded(index, leaf.shape)
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
@@ -70,7 +74,7 @@ def device_parts(leaf: Leaf, sharding: jax.sharding.Sharding) -> Iterator[list[P
         yield parts
 
 
-# A shard is put together as raw words: XLA's CPU backend would take a bfloat16 one through float32, whole, for each part.
+# A shard is assembled as unsigned integers: XLA's CPU backend would convert a bfloat16 shard to float32 and back for each part.
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
@@ -79,7 +83,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.A
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(shard: jax.Array, part: jax.Array, start: tuple[int, ...]) -> jax.Array:
-    """The shard with ``part`` in it at ``start``, in the same memory."""
+    """Writes ``part`` into the shard at ``start``, in place."""
     return jax.lax.dynamic_update_slice(shard, jax.lax.bitcast_convert_type(part, shard.dtype), start)
 
 

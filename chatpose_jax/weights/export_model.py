@@ -1,4 +1,4 @@
-"""A model folder as tensors of torch's shapes, each read block by block when it is written."""
+"""The parameters of a model folder as tensors with torch's names and shapes. Each is read block by block while it is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from chatpose_jax.weights.writers import Tensor, row_blocks
 
 @dataclasses.dataclass(frozen=True)
 class ExportPlan:
-    """weights: file name without suffix → tensors. json_files: name → content. notes: for the user."""
+    """What an export writes.
+
+    weights: file name without suffix → tensors. json_files: file name → content. notes: for the user. new_tokens: tokens that the tokenizer gets in
+    addition.
+    """
 
     weights: Mapping[str, Sequence[Tensor]]
     json_files: Mapping[str, Any]
@@ -36,7 +40,7 @@ class ExportPlan:
 
 
 class StoredModel:
-    """The parameters of a model folder, read box by box as the base's weights, adapters merged or left out."""
+    """Reads the parameters of a model folder box by box, as weights of the base with the adapters merged or left out."""
 
     def __init__(self, folder: Path, config: ModelConfig, tokens: Tokens, merge: bool):
         self.folder, self.config, self.tokens = folder, config, tokens
@@ -47,21 +51,23 @@ class StoredModel:
         absent = [path for path, shape in self.shapes.items() if 0 not in shape and path not in self.stored.shapes]
         wrong = [path for path in self.stored.shapes if self.stored.shapes[path].shape != self.shapes.get(path)]
         if absent or wrong:
-            raise UserError(f"{folder}: params/ and config.json disagree at {', '.join((absent + wrong)[:6])}")
+            raise UserError(
+                f"{folder}: params/ and config.json disagree at {', '.join((absent + wrong)[:6])}; copy the folder again"
+            )
         self.merged = merge and config.lora is not None
 
     @property
     def pose_token(self) -> str:
-        """Its literal in the vocabulary. Raises UserError if the tokenizer has none."""
+        """The text of the pose token. Raises UserError if the tokenizer has no token of its id."""
         found = [text for text, id in self.tokens.added.items() if id == self.config.pose_token_id]
         if not found:
             raise UserError(
-                f"{self.tokens.folder}: no token {self.config.pose_token_id}, the pose token of config.json"
+                f"{self.tokens.folder}: no token has the id {self.config.pose_token_id}, the pose_token_id of config.json; copy the folder again"
             )
         return found[0]
 
     def read(self, path: str, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a leaf, or of one layer of it: as stored, or in float32 where something is computed."""
+        """A box of a leaf, or of one of its layers: as stored, or in float32 if it is dequantised or merged."""
         at = () if layer is None else (layer,)
         values = self.stored.read(path, (*at, *index))
         parent = path.removesuffix("/kernel")
@@ -75,7 +81,10 @@ class StoredModel:
         return values
 
     def tensors(self, rules: Sequence[NameRule], dtype: Any, more_rows: int = 0) -> list[Tensor]:
-        """What the rows of a table write, layer by layer. ``more_rows``: of embedding and LM head."""
+        """The tensors that ``rules`` describe, in the order of the layers.
+
+        more_rows: number of rows to append to the embedding and the LM head, each the mean of the others.
+        """
         grouped: dict[str, list[NameRule]] = {}
         for rule in rules:
             if 0 not in self.shapes[rule.target]:
@@ -116,7 +125,7 @@ class StoredModel:
 
 
 def head_weights(model: StoredModel) -> dict[str, Sequence[Tensor]]:
-    """The pose head as a file of its own."""
+    """The tensors of ``pose_head.safetensors``, under the file's name without suffix."""
     paths = [path for path in model.shapes if path.startswith("pose_head/")]
     stem = pose_head.WEIGHTS.removesuffix(".safetensors")
     return {stem: model.tensors(pose_head.rules(model.config.head, paths), np.float32)}

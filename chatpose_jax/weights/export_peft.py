@@ -1,4 +1,4 @@
-"""The adapters of a model folder as a PEFT folder."""
+"""Plans the export of adapters as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights import adapters, pose_head
+from chatpose_jax.weights.adapter_config import ADAPTER_CONFIG
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.folder import PASSENGERS
 from chatpose_jax.weights.layouts import LAYOUTS, NameRule
@@ -32,16 +33,19 @@ _LAYOUT = {
 def adapter_plan(
     model: StoredModel, dtype: str, base_name: str | None, base_class: BaseClass, with_projector: bool
 ) -> ExportPlan:
+    """Plans the export of adapters, added token rows and pose head as a PEFT folder. Raises UserError if the model has no adapters, or if its
+    source's adapter changed the base in a way that PEFT cannot express.
+    """
     config, layout = model.config, _LAYOUT[base_class]
     lora, text = config.lora, config.text
     if lora is None:
         raise UserError(
-            f"{model.folder}: no adapters in this model, so there is nothing for peft; choose --format transformers, llava or "
+            f"{model.folder}: the model has no adapters to write for peft; choose --format transformers, llava or "
             "chatpose (adapters come from training with model.lora, or from convert --adapter)"
         )
     changed = read_changes(model.folder / PASSENGERS)
     if with_projector and "projector" not in layout.parts:
-        raise UserError("a LlamaForCausalLM has no projector; leave --with-projector out, or say --base-class llava")
+        raise UserError("a LlamaForCausalLM has no projector; leave --with-projector out, or choose --base-class llava")
     saved = ["multi_modal_projector"] if with_projector or ("projector" in changed.whole & layout.parts) else []
     rules = [rule for rule in layout.lora if rule.target in model.shapes]
     adapted = _adapted_layers(model)
@@ -55,16 +59,16 @@ def adapter_plan(
         elif ids := [*changed.rows.get(module, ()), *range(text.base_vocab_size, text.vocab_size)]:
             rows[module] = ids
             table = _token_rows(model, pair, ids, np.dtype(dtype))
-            token_rows.append(_as_it_came(table, pair[0].target, model, changed, ids))
+            token_rows.append(_with_originals(table, pair[0].target, model, changed, ids))
     paths = {rule.source: rule.target for rule in rules if rule.rows != "added"}
     wholes = [
-        _as_it_came(tensor, paths[tensor.name], model, changed) if tensor.name in paths else tensor
+        _with_originals(tensor, paths[tensor.name], model, changed) if tensor.name in paths else tensor
         for tensor in model.tensors(rules, dtype)
     ]
     tensors = [
         dataclasses.replace(tensor, name=adapters.PREFIX + tensor.name)
         for tensor in [*wholes, *token_rows]
-        if _is_held(tensor.name, adapted)
+        if _has_adapter(tensor.name, adapted)
     ]
     settings = {
         "peft_type": "LORA",
@@ -76,7 +80,7 @@ def adapter_plan(
         "lora_dropout": lora.dropout,
         "target_modules": _target_modules(base_class, adapted, text.num_layers),
         "modules_to_save": saved or None,
-        # Settings of later releases only where they say something: releases without them refuse their names.
+        # Only if it is needed, because earlier releases refuse settings that they do not know.
         **({"trainable_token_indices": rows} if rows else {}),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -84,29 +88,29 @@ def adapter_plan(
     }
     files = {
         pose_head.DESCRIPTION: pose_head.describe_head(config, model.pose_token),
-        adapters.ADAPTER_CONFIG: settings,
+        ADAPTER_CONFIG: settings,
     }
     notes = [
         f"adapters: {adapters.in_words(lora)}",
-        "the base is not in it: peft loads it onto the base that you started from",
-        f"for {_NEEDS[base_class]}; earlier ones may leave parts of it out without a word",
+        "without the base: peft loads it onto the base that you started from",
+        f"for {_NEEDS[base_class]}; earlier versions may silently skip parts of it",
     ]
     if rows or saved:
         held = [f"rows {_ranges(ids)} of {module}" for module, ids in rows.items()]
-        notes.append(f"with it: {', '.join(held + saved)}")
+        notes.append(f"contains: {', '.join(held + saved)}")
     if text.num_added_tokens:
         notes.append(
             f"a base with fewer than {text.vocab_size} rows needs resize_token_embeddings({text.vocab_size}) first"
         )
     if base_class == "llava" and "multi_modal_projector" not in saved:
-        notes.append("the projector is the base's; if it was trained, say --with-projector")
+        notes.append("without the projector; if it was trained, add --with-projector")
     if "projector" in changed.whole - layout.parts:
-        notes.append("the projector, which the adapter had brought, has no place in a LlamaForCausalLM: left out")
+        notes.append("left out: the projector of the source's adapter, because a LlamaForCausalLM has none")
     return ExportPlan({"adapter_model": tensors, **head_weights(model)}, files, notes)
 
 
 def _adapted_layers(model: StoredModel) -> dict[str, list[int]]:
-    """Projection → the layers where its adapter is there: A = B = 0 stands for none, and never trains."""
+    """Projection → the layers in which it has an adapter. A = B = 0 means that it has none; such an adapter never trains."""
     found: dict[str, list[int]] = {}
     for path, shape in model.shapes.items():
         if not path.endswith("/lora_a"):
@@ -120,13 +124,13 @@ def _adapted_layers(model: StoredModel) -> dict[str, list[int]]:
     return found
 
 
-def _is_held(name: str, adapted: Mapping[str, Sequence[int]]) -> bool:
+def _has_adapter(name: str, adapted: Mapping[str, Sequence[int]]) -> bool:
     match = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.", name)
     return match is None or int(match[1]) in adapted[match[2]]
 
 
 def _target_modules(base_class: BaseClass, adapted: Mapping[str, Sequence[int]], layers: int) -> str:
-    """CLIP has projections of the same names, so the decoder's are said in full."""
+    """``target_modules`` as a regular expression. It has the path of the decoder, because CLIP has projections of the same names."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for target, held in adapted.items():
         if held:
@@ -139,11 +143,12 @@ def _target_modules(base_class: BaseClass, adapted: Mapping[str, Sequence[int]],
     return "|".join(each)
 
 
-def _as_it_came(
+def _with_originals(
     tensor: Tensor, path: str, model: StoredModel, changed: Changes, ids: Sequence[int] | None = None
 ) -> Tensor:
-    """The tensor of the leaf ``path`` (or of its rows ``ids``), with the float32 original in place of every value that was not trained: one
-    that still equals its rounded original."""
+    """The tensor of the leaf ``path``, or of its rows ``ids``, with the source's float32 values where they were not trained. A value was not trained
+    if it still equals the rounded value of the source.
+    """
     module = path.split("/")[1]
     places = {id: row for row, id in enumerate(range(tensor.shape[0]) if ids is None else ids)}
     parts = []
@@ -161,11 +166,11 @@ def _as_it_came(
             for original, row_of in parts:
                 here = [at for at in range(len(block)) if start + at in row_of]
                 if here:
-                    came = _rows(original, [row_of[start + at] for at in here])
+                    exact = _rows(original, [row_of[start + at] for at in here])
                     with np.errstate(over="ignore"):
-                        expected = functools.reduce(np.ndarray.astype, roundings, came)
+                        expected = functools.reduce(np.ndarray.astype, roundings, exact)
                     untrained = _bits(expected) == _bits(block[here])
-                    block[here] = np.where(untrained, came.astype(tensor.dtype), block[here])
+                    block[here] = np.where(untrained, exact.astype(tensor.dtype), block[here])
             start += len(block)
             yield block
 

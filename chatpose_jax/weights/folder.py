@@ -1,4 +1,4 @@
-"""The model folder: ``convert`` and training write it, ``chatpose_jax.load`` reads it.
+"""Reads model folders. ``save`` writes them, for ``convert`` and training.
 
 ::
 
@@ -6,32 +6,21 @@
     tokenizer/     a complete tokenizer, the pose token in its vocabulary, and the processor's settings
     params/        Orbax checkpoint (OCDBT) of the parameter tree
     passengers/    tensors of the sources that the model does not use, kept for export: one safetensors file per layout, and the adapter's; optional
-
-A folder is written under a temporary name and renamed when it is complete, so an interrupted run leaves nothing that loads. If two runs write the
-same folder, the second one ends with an error that names the first.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
-
-import jax
+from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.locks import only_writer
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.heads import trusted_head
 from chatpose_jax.models.heads.base import PoseHead
-from chatpose_jax.processes import all_or_none
-from chatpose_jax.weights.arrays import Params, read_arrays, write_arrays
+from chatpose_jax.weights.arrays import Params, read_arrays
 from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json_object
 
 FORMAT = "chatpose-jax"
@@ -39,149 +28,6 @@ VERSION = 1
 CONFIG, PARAMS, TOKENIZER, PASSENGERS = "config.json", "params", "tokenizer", "passengers"
 MODEL = "model"
 """Name of the model folder inside the folder of a training run or a demo."""
-
-
-class Savable(Protocol):
-    """An object that writes its files into a folder, such as the processor."""
-
-    def save(self, folder: Path) -> Any: ...
-
-
-def save_folder(
-    path: str | Path,
-    config: ModelConfig,
-    params: Params,
-    *,
-    processor: Savable,
-    provenance: Mapping[str, Any] | None = None,
-    passengers: Path | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes a model folder atomically. Every process of a run calls it.
-
-    Args:
-        path: the folder; must not exist, unless ``overwrite``.
-        params: nested dict of arrays on any mesh, layers stacked.
-        processor: its ``save`` writes ``tokenizer/``.
-        provenance: where the weights come from, as JSON values.
-        passengers: the model folder from which the run started; its ``passengers/`` is copied.
-    """
-    with new_folder(path, overwrite=overwrite) as partial:
-        with all_or_none():
-            if jax.process_index() == 0:
-                processor.save(partial / TOKENIZER)
-                if passengers is not None and (passengers / PASSENGERS).is_dir():
-                    shutil.copytree(passengers / PASSENGERS, partial / PASSENGERS)
-        write_arrays(partial / PARAMS, params)
-        if jax.process_index() == 0:
-            write_config(partial, config, provenance=provenance)
-    return Path(path)
-
-
-@contextlib.contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Context manager: yields a temporary folder beside ``path``, and renames it to ``path`` if the block succeeds. If the block raises, in this
-    process or another one of the run, the folder is removed. All processes write into the same folder.
-
-    A temporary folder that a killed run left behind is replaced. Raises UserError if another run is writing ``path``, if ``path`` exists and
-    ``overwrite`` is not set, or if it is neither empty nor a model folder of ours. Nothing else is ever deleted.
-    """
-    path = Path(path)
-    primary = jax.process_index() == 0
-    partial = path.parent / f".{path.name}.partial"
-    with contextlib.ExitStack() as held:
-        with all_or_none():
-            if primary:
-                held.enter_context(only_writer(path, path.parent / f".{path.name}.lock"))
-                _check_free(path, overwrite)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-        try:
-            with all_or_none():
-                yield partial
-            with all_or_none():
-                if primary:
-                    _check_free(path, overwrite)
-                    _put_in_place(partial, path)
-        except BaseException:
-            if primary:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not overwrite:
-        raise UserError(f"{path} exists already; choose another folder, or say --overwrite")
-    if not (is_model_folder(path) or (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} exists and is no model folder of this program; it is not overwritten")
-
-
-_UNWRITABLE = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file would pass the limit on file sizes (ulimit -f, or the file system's)",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission to write",
-    errno.EPERM: "no permission to write",
-    errno.EIO: "a disk failed",
-    errno.ENAMETOOLONG: "a file name is too long for the file system",
-}
-
-
-@contextlib.contextmanager
-def explained(out: str | Path, needs: str, too_large: str = "") -> Iterator[None]:
-    """Context manager around code that writes ``out``: turns the system's errors on writing there, TensorStore's among them, into one UserError.
-    Errors that do not concern writing, or concern another file, pass unchanged.
-
-    needs: how large the result is. too_large: advice if a file is larger than the file system allows.
-    """
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        number, file = getattr(error, "errno", None), getattr(error, "filename", None)
-        if told := re.search(r"os_error_code='(\d+)'", str(error)):
-            number = int(told[1])
-        elif "RESOURCE_EXHAUSTED" in str(error):
-            number = errno.ENOSPC
-        why = _UNWRITABLE.get(number or 0, "cannot be written" if told else None)
-        if isinstance(error, UserError) or why is None or not _is_of(Path(out), file):
-            raise
-        hint = f"; {too_large}" if too_large and number == errno.EFBIG else ""
-        said = " ".join(str(error).split())
-        raise UserError(f"{out}: {why}; {needs}{hint}; nothing was left behind ({said:.300})") from None
-
-
-def _is_of(out: Path, file: Any) -> bool:
-    """Whether the file that an OSError names belongs to ``out``; True if the error names no file."""
-    if not isinstance(file, str | os.PathLike):
-        return True
-    beside = Path(os.path.abspath(out.parent))
-    return any(Path(os.path.abspath(file)).is_relative_to(beside / name) for name in (out.name, f".{out.name}.partial"))
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Renames. An existing ``path`` is first moved away as a whole, so a half-deleted folder never has that name."""
-    replaced = path.parent / f".{path.name}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        path.rename(replaced)
-    try:
-        partial.rename(path)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(path)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_config(folder: Path, config: ModelConfig, *, provenance: Mapping[str, Any] | None = None) -> None:
-    """Writes ``config.json``, the last file of a folder."""
-    data: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": config.to_json()}
-    if provenance:
-        data["provenance"] = dict(provenance)
-    (folder / CONFIG).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_folder(path: str | Path) -> dict[str, Any]:
@@ -198,11 +44,11 @@ def read_folder(path: str | Path) -> dict[str, Any]:
         if data.get("format") == FORMAT:
             if data.get("version") != VERSION:
                 raise UserError(
-                    f"{path}: written in version {data.get('version')} of the format, this program reads {VERSION}; upgrade it"
+                    f"{path}: the format's version is {data.get('version')}, this program reads version {VERSION}; upgrade it"
                 )
             if missing := [name for name in (PARAMS, TOKENIZER) if not (path / name).is_dir()]:
                 raise UserError(
-                    f"{path}: half a model folder: {' and '.join(missing)} missing; convert or copy it again"
+                    f"{path}: incomplete model folder: {' and '.join(missing)} missing; convert or copy it again"
                 )
             return data
     if is_source(path):
@@ -210,12 +56,10 @@ def read_folder(path: str | Path) -> dict[str, Any]:
             f"{path}: a PyTorch checkpoint, not a model folder; convert it first: chatpose convert {path} OUT"
         )
     if is_model_folder(path / MODEL):
-        raise UserError(f"{path}: no model folder; {path / MODEL} is one")
+        raise UserError(f"{path}: not a model folder; give {path / MODEL} instead")
     if known := describe_folder(path):
-        raise UserError(f"{path}: no model folder, but {known}")
-    raise UserError(
-        f"{path}: no model folder: expected config.json with format {FORMAT!r}, beside tokenizer/ and params/"
-    )
+        raise UserError(f"{path}: not a model folder, but {known}")
+    raise UserError(f"{path}: not a model folder; expected config.json with format {FORMAT!r}, tokenizer/ and params/")
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -240,7 +84,7 @@ def is_source(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def another_head(path: str | Path, config: ModelConfig) -> Iterator[None]:
-    """Around what loads a folder: if ``config`` has another pose head than the folder was trained with, a UserError says so first."""
+    """Context manager around loading a folder: if it fails and ``config`` has another pose head than the folder, the error says so."""
     try:
         yield
     except UserError as error:
@@ -270,7 +114,7 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         return ModelConfig.from_json(read_folder(path)["model"])
     except KeyError:
-        raise UserError(f"{path}: config.json has no table 'model'") from None
+        raise UserError(f"{path}: config.json has no table 'model'; convert or copy it again") from None
 
 
 def load_params(path: str | Path, abstract: Params) -> Params:

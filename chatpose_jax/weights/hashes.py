@@ -69,7 +69,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
                 digests[file] = digest.hexdigest()
                 if (listed := self.expected.get(file, digests[file])) != digests[file]:
                     raise UserError(
-                        f"{file}: its SHA-256 is {digests[file]}, listed is {listed}; the file is damaged or another one: fetch it again"
+                        f"{file}: its SHA-256 is {digests[file]}, the list has {listed}; the file is damaged or another one; fetch it again"
                     )
         return digests
 
@@ -85,7 +85,7 @@ def expected_hashes(sources: Sequence[Source], given: str | Path | None) -> dict
             sums = read_sums(path)
             must = path == own or number == 0
             if must and (unlisted := [file.name for file in source.checkpoint.files if file.name not in sums]):
-                raise UserError(f"{path}: does not list {unlisted[0]}; add its sum, or leave the list away")
+                raise UserError(f"{path}: does not list {unlisted[0]}; add its sum, or convert without the list")
             found = {file: sums[file.name] for file in source.checkpoint.files if file.name in sums}
             if differing := [file.name for file in found if expected.get(file, found[file]) != found[file]]:
                 raise UserError(f"{path} and {lists[0]} list different sums for {differing[0]}")

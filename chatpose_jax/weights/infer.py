@@ -20,13 +20,15 @@ from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.tokens import Tokens, read_tokens
 
 _SPARE_ROWS = 1024
-"""How many rows an embedding may have without a token, to be of a round size."""
+"""Largest number of rows without a token. Some embeddings are padded to a round size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """tokens: as the source has them. added: literals that the written tokenizer gets. pose_is_new: the pose token is
-    one of them."""
+    """The vocabulary of the result.
+
+    tokens: those of the source. added: tokens that the written tokenizer gets in addition. pose_is_new: whether the pose token is one of these.
+    """
 
     tokens: Tokens
     added: tuple[str, ...]
@@ -42,10 +44,10 @@ class Vocabulary:
 
 
 def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConfig, Vocabulary]:
-    """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply. The dtype, unless ``spec`` says one, is
-    that of most of the main source (float64 becomes float32).
+    """The configuration that the sources' ``config.json``, tensor shapes and tokenizer imply. The dtype is that of ``spec``, or
+    else that of most of the main source (float64 becomes float32).
 
-    Raises UserError: a setting that the model cannot follow, or files that contradict each other.
+    Raises UserError: a setting that the model does not support, or files that contradict each other.
     """
     settings: dict[str, Any] = {}
     for source in sources:
@@ -53,8 +55,8 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         decoder = any(name.endswith("embed_tokens.weight") for name in source.checkpoint.tensors)
         if decoder and not stored and not source.is_adapter:
             raise UserError(
-                f"{source.checkpoint.folder}: no config.json beside the weights; heads, norm and rotary settings cannot be read off the tensors: "
-                "fetch it from where the weights came from"
+                f"{source.checkpoint.folder}: no config.json beside the weights; the number of heads and the settings of norms and RoPE are not in "
+                "the tensors; fetch it from where the weights came from"
             )
         try:
             found = source.layout.settings(stored, source.checkpoint.shapes)
@@ -62,13 +64,13 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
             raise UserError(f"{source.checkpoint.folder}: {error}") from None
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{source.checkpoint.folder}: config.json holds a setting of the wrong kind ({error}); fetch it again"
+                f"{source.checkpoint.folder}: a setting in config.json has the wrong type ({error}); fetch it again"
             ) from None
         settings = settings | found if source.is_adapter else found | settings
     main = sources[0].checkpoint
     if "text" not in settings:
         raise UserError(
-            f"{main.folder}: {sources[0].layout.title}: no language model in it; give the checkpoint that has one first"
+            f"{main.folder}: {sources[0].layout.title}, without a language model; give the checkpoint of a language model as the source"
         )
     rows = embedding_rows(sources)
     nested = main.config().get("text_config")
@@ -114,14 +116,14 @@ def _lora(sources: Sequence[Source]) -> LoRAConfig | None:
     found = [source for source in sources if source.lora is not None]
     if len(found) > 1:
         raise UserError(
-            f"{found[0].title} and {found[1].title} both hold adapters, this model holds one set; "
+            f"{found[0].title} and {found[1].title} both have adapters, but a model can have only one set; "
             "merge one of them in PyTorch first (merge_and_unload)"
         )
     return found[0].lora if found else None
 
 
 def _tokenizer_folder(sources: Sequence[Source]) -> Path:
-    """An adapter's where it has one: it knows the tokens that were added for it."""
+    """The adapter's folder if it has a tokenizer, because that has the added tokens; else the main source's."""
     folders = [source.checkpoint.folder for source in sources if source.is_adapter]
     has = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
     return next(has, sources[0].checkpoint.folder)
@@ -134,7 +136,7 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
         )
     named = [(image_token_id, "<image>"), (pad_token_id, "<pad>")]
     if image_token_id == tokens.base_size:
-        # transformers' own conversion of LLaVA puts both behind the base vocabulary; not every config.json names the second.
+        # transformers' conversion of LLaVA adds both tokens after the base vocabulary, but not every config.json names the second.
         named.insert(0, (image_token_id + 1, "<pad>"))
     special = {id: literal for id, literal in named if tokens.size <= id < rows}
     first_free = max([tokens.size, *(id + 1 for id in special)])
@@ -145,9 +147,9 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
 
 
 def embedding_rows(sources: Sequence[Source]) -> int:
-    """Rows of the embedding that the sources hold; an adapter's embedding replaces the base's."""
+    """Number of rows of the sources' embedding; an adapter's embedding replaces the base's."""
     held = [
-        math.prod(source.checkpoint.tensors[rule.source].shape[:1])  # a scalar is found misshaped later
+        math.prod(source.checkpoint.tensors[rule.source].shape[:1])  # a scalar is reported as misshaped later
         for source in sources
         for rule in source.layout.rules
         if rule.target == "decoder/embed_tokens/embedding" and rule.source in source.checkpoint.tensors

@@ -171,5 +171,5 @@ def demand_finite_cast(name: str, out: np.ndarray, values: np.ndarray) -> None:
     if ends >= float(ml_dtypes.finfo(values.dtype).max) or all_finite(out):
         return
     if (~np.isfinite(out) & np.isfinite(values)).any():
-        advice = _WIDER.get(out.dtype.name, "no dtype here holds them")
-        raise UserError(f"{name}: values beyond {out.dtype.name}, which ends at {ends:g}; {advice}")
+        advice = _WIDER.get(out.dtype.name, "no supported dtype can hold them")
+        raise UserError(f"{name}: values beyond the range of {out.dtype.name} (±{ends:g}); {advice}")

@@ -1,4 +1,4 @@
-"""NaN and infinities in weights: looked for in every block while it is read, and refused unless they are allowed."""
+"""Checks every block of weights for NaN and infinities while it is read. They are an error unless they are allowed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from chatpose_jax.weights.leaves import Leaf, all_finite
 from chatpose_jax.weights.readers import Index
 
 Count = tuple[int, int]
-"""NaN, and infinities."""
+"""The number of NaN, and of infinities."""
 
 
 class Nonfinite:
-    """What the reading of some leaves has come upon so far. ``counts``: by tensor (by leaf where a leaf is no tensor's)."""
+    """Counts the non-finite values of leaves while they are read. ``counts``: by source tensor, or by leaf if it has no source tensor."""
 
     def __init__(self, *, allowed: bool):
         self.allowed = allowed
@@ -27,8 +27,9 @@ class Nonfinite:
         self._lock = threading.Lock()
 
     def watched(self, leaf: Leaf) -> Leaf:
-        """The leaf, counted while it is read. Its ``read`` raises UserError at the first block that has something to count,
-        unless that is allowed."""
+        """The same leaf, whose values are counted while they are read. Unless non-finite values are allowed, its ``read`` raises UserError at the
+        first block that has any.
+        """
         self._names.update(leaf.names or (leaf.path,))
 
         def read(index: Index) -> np.ndarray:
@@ -48,16 +49,16 @@ class Nonfinite:
             name = leaf.names[layer] if leaf.names else leaf.path
             if not self.allowed:
                 raise UserError(
-                    f"{name}: {describe_nonfinite(count)} in the first {part.size} values of it that were read; a model with them answers "
-                    "nothing. Fetch the weights again, or take them as they are: chatpose convert --allow-nonfinite "
-                    "(allow_nonfinite=True in Python) counts them in all tensors"
+                    f"{name}: {describe_nonfinite(count)} in the first {part.size} values that were read; expected finite weights, because "
+                    "a model with others cannot answer. Fetch the weights again, or convert them as they are with --allow-nonfinite "
+                    "(allow_nonfinite=True in Python), which counts such values in all tensors"
                 )
             with self._lock:
                 nan, inf = self.counts.get(name, (0, 0))
                 self.counts[name] = nan + count[0], inf + count[1]
 
     def gather(self) -> None:
-        """Adds up what all processes of the run have found; each calls it, once everything is read."""
+        """Adds up the counts of all processes. Every process calls it after everything is read."""
         if jax.process_count() == 1:
             return
         names = sorted(self._names)

@@ -73,16 +73,18 @@ def _originals(plan: Conversion) -> list[Tensor]:
 
 
 def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict[str, Tensor], list[str]]:
-    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that have no place in it."""
+    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that it has no names for."""
     origins = {layout.name: layout for layout in LAYOUTS}
     placed: dict[str, Tensor] = {}
     lost = []
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name == ORIGINALS:  # the adapter's: the export to PEFT reads them
+        if file.name == ORIGINALS:  # tensors of the adapter, which the export to PEFT reads
             continue
         origin = origins.get(file.stem)
         if origin is None:
-            raise UserError(f"{file}: named after no layout that is known; it was written by a later version: upgrade")
+            raise UserError(
+                f"{file}: its name is not a known layout; it was written by a later version; upgrade this program"
+            )
         for name, entry in read_safetensors_header(file).items():
             there = origin.translate(name, layout)
             if there is None:
@@ -116,7 +118,7 @@ def read_changes(folder: Path) -> Changes:
     whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
     if lost := [path for path, module in whole.items() if module is None]:
         raise UserError(
-            f"{folder.parent}: the adapter that came in also replaced {', '.join(lost[:3])}, which is not written for peft; "
+            f"{folder.parent}: the source's adapter also replaced {', '.join(lost[:3])}, which the format peft cannot express; "
             "choose --format transformers, llava or chatpose"
         )
     return Changes(

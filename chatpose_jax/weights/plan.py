@@ -7,29 +7,26 @@ reason, and every leaf has exactly one origin of the right shape.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import ModelConfig
-from chatpose_jax.models.heads import create_head, trusted_head
-from chatpose_jax.models.projector import Projector
-from chatpose_jax.models.vision import VisionTower
+from chatpose_jax.models.heads import trusted_head
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import row_module
+from chatpose_jax.weights.images import Preprocessing, infer_image_settings
 from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
+from chatpose_jax.weights.initial import initial
 from chatpose_jax.weights.layouts import NameRule
 from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
 from chatpose_jax.weights.nonfinite import Nonfinite
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.pictures import Pictures, infer_pictures
 from chatpose_jax.weights.quantized import quantized
 from chatpose_jax.weights.readers import TensorEntry
 from chatpose_jax.weights.rows import allowed_rows, append_rows, replace_rows
@@ -41,7 +38,7 @@ _SHOWN = 8
 """Number of names that an error shows for each kind of problem."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
 _TABLES = {"embed_tokens": "decoder/embed_tokens/embedding", "lm_head": "decoder/lm_head/kernel"}
-_REPLACED = "the adapter brings its own"
+_REPLACED = "replaced by the adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Conversion:
     config: ModelConfig
     sources: tuple[Source, ...]
     vocabulary: Vocabulary
-    pictures: Pictures
+    images: Preprocessing
     leaves: Mapping[str, Leaf]
     ignored: Mapping[str, str]
     fresh: tuple[str, ...]
@@ -87,11 +84,11 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
     except UserError as error:
         # One error for everything that is missing, so that a user can fetch it at once.
         if absent:
-            raise UserError(f"{error}. Without a source, too: {', '.join(absent)}") from None
+            raise UserError(f"{error}. Parts without a source: {', '.join(absent)}") from None
         raise
     if spec.head is not None:
         trusted_head(str(spec.path), config.head, spec.head)  # raises if the head is given but not needed
-    pictures = infer_pictures(sources, config, vocabulary.tokens.folder, spec.image_fit)
+    images = infer_image_settings(sources, config, vocabulary.tokens.folder, spec.image_fit)
 
     work = _Work(config, allowed_rows(sources, config.text.base_vocab_size))
     passengers: dict[str, dict[str, TensorEntry]] = {}
@@ -101,12 +98,12 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
     for source in sources:
         skipped = dict.fromkeys(() if source.is_adapter else replaced, _REPLACED)
         parts = {path: path.split("/")[0] for path in work.tree}
-        skipped |= {path: f"{part} is initialised afresh" for path, part in parts.items() if part in fresh}
-        riders = work.take(source, skipped)
-        # Of the files beside the main checkpoint, only tensors that other layouts know.
-        riders = [name for name in riders if source is sources[0] or source.layout.locate(name)]
-        if riders and not source.is_adapter:
-            passengers[source.layout.name] = {name: source.checkpoint.tensors[name] for name in riders}
+        skipped |= {path: f"{part} is initialised" for path, part in parts.items() if part in fresh}
+        unused = work.take(source, skipped)
+        # From the other sources, only tensors that other layouts have names for.
+        unused = [name for name in unused if source is sources[0] or source.layout.locate(name)]
+        if unused and not source.is_adapter:
+            passengers[source.layout.name] = {name: source.checkpoint.tensors[name] for name in unused}
     for part in absent:
         work.problem("parts without a source", part)
     work.raise_problems(sources)
@@ -125,7 +122,7 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
     if spec.quantize == "int8":
         config, leaves = quantized(config, leaves)
     return Conversion(
-        config, tuple(sources), vocabulary, pictures, leaves, work.ignored, tuple(started), nonfinite, passengers
+        config, tuple(sources), vocabulary, images, leaves, work.ignored, tuple(started), nonfinite, passengers
     )
 
 
@@ -156,21 +153,21 @@ class _Work:
         """Adds the leaves from a source, except those in ``skipped`` (path → reason). Returns the source's tensors that this model does not use."""
         tensors, vision, text = source.checkpoint.tensors, self.config.vision, self.config.text
         known: set[str] = set(source.token_rows)
-        riders = {rule.source: "follows the last block, which feeds nothing" for rule in source.layout.unused}
+        unused = {rule.source: "follows the last block, and is not used" for rule in source.layout.unused}
         for rule in source.layout.rules:
             is_vision = rule.target.startswith("vision/")
             names = rule.sources(vision.num_used_layers if is_vision else text.num_layers)
             known.update(names)
             if is_vision:
                 behind = rule.sources(vision.num_layers)[len(names) :]
-                riders |= dict.fromkeys(behind, "follows the last block that feeds the projector")
+                unused |= dict.fromkeys(behind, "follows the last block that is used")
             if rule.target in skipped:
                 self.ignored |= {name: skipped[rule.target] for name in names if name in tensors}
-            elif absent := [name for name in names if name not in tensors and not source.spares(name)]:
+            elif absent := [name for name in names if name not in tensors and not source.may_lack(name)]:
                 for name in absent:
                     self.problem("missing", name)
             elif rule.target not in self.tree:
-                self.problem("without a place in the model", names[0])
+                self.problem("not in the model", names[0])
             elif rule.target in self.leaves:
                 self.problem("duplicate", f"{rule.target} comes from {source.title} and from another source")
             else:
@@ -180,15 +177,15 @@ class _Work:
                 if all(fits):
                     self.leaves[rule.target] = source_leaf(rule.target, self.tree[rule.target], rule, entries, start)
         for name in tensors:
-            if name not in known and name not in riders:
+            if name not in known and name not in unused:
                 reason = next((rule.why for rule in source.layout.ignored if rule.matches(name)), None)
                 if reason is None:
                     self.problem("unknown", name)
                 else:
-                    riders[name] = reason
-        riders = {name: why for name, why in riders.items() if name in tensors}
-        self.ignored |= riders
-        return list(riders)
+                    unused[name] = reason
+        unused = {name: why for name, why in unused.items() if name in tensors}
+        self.ignored |= unused
+        return list(unused)
 
     def _fits(self, rule: NameRule, entry: TensorEntry) -> bool:
         target = self.tree[rule.target]
@@ -232,19 +229,3 @@ def rounded(plan: Conversion) -> Iterator[Rounded]:
             leaf = plan.leaves.get(path) if path else None
             if path and leaf and leaf.dtype.itemsize > 1 and np.promote_types(entry.dtype, leaf.dtype) != leaf.dtype:
                 yield Rounded(source, name, path, leaf.dtype)
-
-
-def initial(part: str, config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Initial weights of one part, by path, as for training."""
-    state = _initialiser(part, config)(jax.random.key(seed))
-    return {f"{part}/{path}": np.asarray(leaf) for path, leaf in by_path(state).items()}
-
-
-@functools.lru_cache(maxsize=8)
-def _initialiser(part: str, config: ModelConfig) -> Callable[[jax.Array], dict[str, Any]]:
-    makers: dict[str, Callable[[nnx.Rngs], Any]] = {
-        "vision": lambda rngs: VisionTower(config, rngs=rngs),
-        "projector": lambda rngs: Projector(config, rngs=rngs),
-        "pose_head": lambda rngs: create_head(config.head, config.text.hidden_size, rngs=rngs),
-    }
-    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(makers[part](nnx.Rngs(key)))))

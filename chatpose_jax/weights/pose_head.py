@@ -1,7 +1,7 @@
-"""The pose head on its own: ``pose_head.safetensors`` and, in ``pose_head.json``, what it is.
+"""The pose head in files of its own: ``pose_head.safetensors``, and its description, ``pose_head.json``.
 
-It stands beside checkpoints whose layout has no place for a head. The head ``mlp`` has the names of a torch
-``Sequential(Linear, ReLU, Linear)``, any other head those of its own parameters, as they are.
+They lie beside checkpoints whose layout has no names for a pose head. The tensors of the head ``mlp`` have the names of a torch
+``Sequential(Linear, ReLU, Linear)``. Those of any other head have the names of its parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = "chatpose-pose-head"
 
 
 def rules(head: HeadConfig, paths: Iterable[str]) -> tuple[NameRule, ...]:
-    """Name in the file → leaf. paths: the leaves ``pose_head/…`` of such a head."""
+    """The name rules of a head. paths: its leaves, ``pose_head/…``."""
     if head.name == "mlp":
         return parts.pose_head("0", "2")
     return tuple(NameRule(path.removeprefix("pose_head/").replace("/", "."), path) for path in paths)
@@ -51,7 +51,7 @@ def rotation_of(head: HeadConfig) -> str:
 
 
 def describe_head(config: ModelConfig, pose_token: str) -> dict[str, Any]:
-    """The description: all that a program in another framework needs to use the weights."""
+    """The description, from which a program in another framework can use the weights."""
     head, width = config.head, config.text.hidden_size
     made = abstract_head(head, width)
     given = head_output(head, width)
@@ -78,19 +78,21 @@ def describe_head(config: ModelConfig, pose_token: str) -> dict[str, Any]:
 
 
 def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:
-    """How to read the head in ``folder``.
+    """The layout of the head in ``folder``.
 
-    given: the head as the user names it, for one that is found by no name of this program; see ``models.heads.trusted_head``: the
-        description may be a stranger's.
+    given: the head as the user names it, if it is not part of this program. The folder may be a stranger's, so its description never imports code;
+        see ``models.heads.trusted_head``.
 
-    Raises UserError where the description is missing or another program's, and for a head that the user has to name.
+    Raises UserError if the description is missing or has another format, or if the user has to name the head.
     """
     file = folder / DESCRIPTION
     if not file.is_file():
-        raise UserError(f"{folder}: {WEIGHTS} without {DESCRIPTION}, which says what head it is; copy that too")
+        raise UserError(f"{folder}: {WEIGHTS} without {DESCRIPTION}, which describes the head; copy that file too")
     data = read_json_object(file)
     if (data.get("format"), data.get("version")) != (FORMAT, 1):
-        raise UserError(f"{file}: expected format {FORMAT!r} in version 1; upgrade this program")
+        raise UserError(
+            f"{file}: format {data.get('format')!r} in version {data.get('version')!r}; expected {FORMAT!r} in version 1; upgrade this program"
+        )
     try:
         options = tuple((str(key), frozen(value)) for key, value in dict(data["options"]).items())
         head = HeadConfig(str(data["name"]), options)
@@ -101,7 +103,7 @@ def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:
         paths = head_paths(head)
         if int(data["num_joints"]) != (found := abstract_head(head).num_joints):
             raise UserError(f"num_joints is {data['num_joints']}, but this head gives {found}")
-    except Exception as error:  # whatever a head makes of its options
+    except Exception as error:  # a head may raise any error for its options
         raise UserError(f"{file}: not a description of a pose head ({type(error).__name__}: {error})") from None
     return Layout(
         name="pose_head",

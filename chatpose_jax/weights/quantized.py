@@ -17,13 +17,14 @@ from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import Index, bounded
 
 _COLUMNS = 1024
-"""Output channels in memory at once, as float32: 57 MB of the 13B model's widest input."""
+"""Number of output channels in memory at once, in float32: 57 MB for the widest input of the 13B model."""
 _SCALE = "_scale"
 
 
 def quantized(config: ModelConfig, leaves: Mapping[str, Leaf]) -> tuple[ModelConfig, dict[str, Leaf]]:
-    """Kernels of the decoder's layers as int8 beside ``kernel_scale``, from the values that the leaves would have given (so
-    after their cast). See ``models.quantize.quantize_int8``."""
+    """Replaces the kernels of the decoder's layers by int8 kernels with a ``kernel_scale``. Both are computed from the values after the cast to the
+    leaf's dtype. See ``models.quantize.quantize_int8``.
+    """
     config = config.replace(quantize="int8")
     result = {}
     for path, target in by_path(abstract_params(config)).items():
@@ -65,13 +66,13 @@ def _scale(path: str, leaf: Leaf) -> Leaf:
 
 
 def _pieces(leaf: Leaf, layers: slice, columns: slice) -> Iterator[tuple[int, slice, np.ndarray]]:
-    """Layer, columns (from where the box begins) and values (in, n) of a stacked kernel. A scale takes the whole input axis."""
+    """Layer, columns (relative to the box) and values (in, n) of a stacked kernel, with the whole input axis, which a scale needs."""
     for layer in range(layers.start, layers.stop):
         for start in range(columns.start, columns.stop, _COLUMNS):
             stop = min(start + _COLUMNS, columns.stop)
             values = leaf.read((slice(layer, layer + 1), slice(0, leaf.shape[1]), slice(start, stop)))[0]
             if not np.isfinite(values).all():
                 raise UserError(
-                    f"{leaf.path}, layer {layer}: infinite or not a number, which int8 cannot hold; fetch the weights again"
+                    f"{leaf.path}, layer {layer}: NaN or infinite values, which int8 cannot hold; fetch the weights again"
                 )
             yield layer - layers.start, slice(start - columns.start, stop - columns.start), values

@@ -1,4 +1,4 @@
-"""What a conversion reads: the main checkpoint, and what stands beside it. Headers only."""
+"""The sources of a conversion: the main checkpoint, and checkpoints of other parts. Only headers are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.settings import one_line
-from chatpose_jax.weights import adapters, pose_head
+from chatpose_jax.weights import adapter_config, adapters, pose_head
+from chatpose_jax.weights.adapter_config import ADAPTER_CONFIG
 from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
 from chatpose_jax.weights.readers import (
     ADAPTER_FILES,
@@ -26,10 +27,10 @@ from chatpose_jax.weights.spec import SourceSpec
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One checkpoint and what it is.
+    """A checkpoint with its layout.
 
-    lora: of the adapters in it. token_rows: tensors that replace rows of the vocabulary, and which.
-    targeted: whether a module has an adapter, where the adapter's settings say it.
+    lora: settings of the adapters in it. token_rows: tensor name → the rows of the vocabulary that it replaces. targeted: says whether a module has
+    an adapter; ``None`` if the adapter's settings do not say it.
     """
 
     checkpoint: Checkpoint
@@ -42,10 +43,10 @@ class Source:
 
     @property
     def title(self) -> str:
-        """How errors and reports call it."""
+        """Its name in errors and reports."""
         return self.checkpoint.folder.name or str(self.checkpoint.folder)
 
-    def spares(self, name: str) -> bool:
+    def may_lack(self, name: str) -> bool:
         """Whether a LoRA tensor may be missing: the settings put no adapter on its module, and the file has none."""
         module, lora, _ = name.rpartition(".lora_")
         if not lora or self.targeted is None or self.targeted(module):
@@ -54,22 +55,22 @@ class Source:
 
     @property
     def targets(self) -> set[str]:
-        """The leaves that it feeds."""
+        """The paths of the leaves that it contains."""
         return {rule.target for rule in self.layout.rules}
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter alone: what it holds replaces what other sources hold."""
+        """Whether it is an adapter without its base. Its tensors replace those of other sources."""
         return self.layout.family == "peft"
 
 
 def open_sources(spec: SourceSpec) -> list[Source]:
-    """The main checkpoint first, then what stands beside it: a projector of its own (found in the folder, or given),
-    a pose head of its own (found), CLIP (given), an adapter (given) with its pose head.
+    """Opens all sources of a conversion, the main checkpoint first. The others, if there are any: a separate projector (given, or found in the
+    folder), a separate pose head (found in the folder), CLIP (given), and an adapter (given) with its pose head.
 
-    Raises UserError: what ``open_checkpoint`` raises, tensors of no known layout, an adapter that cannot be held.
+    Raises UserError: what ``open_checkpoint`` raises; tensors of an unknown layout; an adapter that the model does not support.
     """
-    spec.demand_there()
+    spec.demand_paths()
     path, adapter, projector = Path(spec.path), spec.adapter, spec.projector
     main = _source(path, spec.layout, spec.lora_alpha)
     if main.is_adapter:
@@ -79,13 +80,13 @@ def open_sources(spec: SourceSpec) -> list[Source]:
     beside = next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
     if beside and (adapter is None or not Path(adapter).is_file()):
         raise UserError(
-            f"{path}: {beside.name} stands beside whole weights; convert with --adapter {beside}, or move it away"
+            f"{path}: {beside.name} lies beside complete weights; convert with --adapter {beside}, or move the file away"
         )
     sources = [main]
     if projector is None and "projector" not in main.layout.parts and path.is_dir():
         projector = find_projector(path)
     if projector is not None:
-        # Of a folder the projector is meant, whatever else is in it.
+        # Only the projector of a folder is read, whatever else it contains.
         inside = find_projector(Path(projector)) if Path(projector).is_dir() else None
         sources.append(_source(inside or Path(projector), "llava_projector"))
     if "pose_head" not in main.layout.parts:
@@ -98,13 +99,13 @@ def open_sources(spec: SourceSpec) -> list[Source]:
 
 
 def open_adapter(path: str | Path, lora_alpha: float | None = None, head: str | type | None = None) -> list[Source]:
-    """A PEFT folder: the adapter, and the pose head beside it. Raises UserError if it is none."""
+    """Opens a PEFT folder: the adapter, and the pose head beside it. Raises UserError if it is not an adapter."""
     path = Path(path)
     source = _source(path, None, lora_alpha)
     if not source.is_adapter:
         raise UserError(f"{path}: {source.layout.title}, not a PEFT adapter; give it as the source, not as --adapter")
     heads = [] if "pose_head" in source.layout.parts else _pose_head(path, head)
-    # The head of an adapter belongs to it, and like it replaces the base's.
+    # A head beside an adapter belongs to the adapter, so it replaces the base's head.
     return [
         source,
         *(dataclasses.replace(head, layout=dataclasses.replace(head.layout, family="peft")) for head in heads),
@@ -112,12 +113,12 @@ def open_adapter(path: str | Path, lora_alpha: float | None = None, head: str | 
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder or file holds an adapter alone. Raises what ``open_checkpoint`` raises."""
+    """Whether a folder or file contains an adapter without its base. Raises what ``open_checkpoint`` raises."""
     return _base_of_adapter(_open(path).shapes) is not None
 
 
 def describe_adapters(source: Source) -> str:
-    """Adapters of a source in a few words."""
+    """A short description of the adapters of a source."""
     lora = source.lora
     if lora is None:
         return "no LoRA"
@@ -129,14 +130,14 @@ def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> 
     checkpoint = _open(path)
     shapes = checkpoint.shapes
     settings = _adapter_config(checkpoint)
-    lora = adapters.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
-    rows = adapters.token_ids(shapes, settings, checkpoint.folder)
-    targeted = adapters.targeting(settings, checkpoint.folder) if lora is not None else None
+    lora = adapter_config.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
+    rows = adapter_config.token_ids(shapes, settings, checkpoint.folder)
+    targeted = adapter_config.targeting(settings, checkpoint.folder) if lora is not None else None
     if lora is not None and family is None:
         over = _base_of_adapter(shapes)
         if over is not None:
             _demand_all_projections(over, shapes, targeted, checkpoint.folder)
-            adapters.demand_all(shapes, settings, targeted, checkpoint.folder)
+            adapter_config.demand_all(shapes, settings, targeted, checkpoint.folder)
             return Source(checkpoint, adapters.alone(over, shapes), lora, rows, targeted)
     try:
         layout = recognise(shapes, checkpoint.config(), family)
@@ -145,20 +146,20 @@ def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> 
     return Source(checkpoint, adapters.with_adapters(layout, shapes), lora, rows)
 
 
-# What DataParallel, DeepSpeed, torch.compile, FSDP and activation checkpointing put around a module in a raw state dict.
+# Prefixes that DataParallel, DeepSpeed, torch.compile, FSDP and activation checkpointing add to names in a raw state dict.
 _WRAPPERS = re.compile(
     r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*"
 )
 
 
 def _open(path: str | Path) -> Checkpoint:
-    """The checkpoint without the names of wrappers; raises UserError where two tensors get one name."""
+    """The checkpoint without the prefixes of wrappers. Raises UserError if two tensors get the same name."""
     checkpoint, tensors = open_checkpoint(path), dict[str, TensorEntry]()
     for name, entry in checkpoint.tensors.items():
         bare = _WRAPPERS.sub("", name)
         if bare in tensors:
             raise UserError(
-                f"{checkpoint.folder}: {tensors[bare].name!r} and {name!r} are both {bare!r}, wrapped and not; keep one of them"
+                f"{checkpoint.folder}: {tensors[bare].name!r} and {name!r} are both {bare!r}, with and without a wrapper's prefix; remove one of them"
             )
         tensors[bare] = entry
     return adapters.unwrapped(dataclasses.replace(checkpoint, tensors=tensors))
@@ -167,19 +168,21 @@ def _open(path: str | Path) -> Checkpoint:
 def _demand_all_projections(
     over: Layout, shapes: Mapping[str, Shape], targeted: Callable[[str], bool] | None, folder: Path
 ) -> None:
-    """Raises UserError where the settings put adapters on a projection of which the file has nothing in any layer."""
+    """Raises UserError if the settings put adapters on a projection that has none in the file, in any layer."""
     held = {place[0].target for name in shapes if (place := dataclasses.replace(over, rules=over.lora).locate(name))}
     for rule in over.lora:
         module = rule.source.rpartition(".lora_")[0]
         if targeted and rule.target not in held and any(targeted(module.replace("{i}", str(n))) for n in range(200)):
             raise UserError(
-                f"{folder}: {adapters.ADAPTER_CONFIG} puts adapters on {module.split('.')[-1]}, of which the file has none; fetch the adapter again"
+                f"{folder}: {ADAPTER_CONFIG} puts adapters on {module.split('.')[-1]}, but the file has no tensors of them; "
+                "fetch the adapter again"
             )
 
 
 def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:
-    """The layout that an adapter's modules are named in; ``None`` if the base's weights are there too. Of layouts that share names the one
-    with most parts is taken, since ``modules_to_save`` may hold any of them."""
+    """The layout of an adapter's base, found by the names of the adapter's modules; ``None`` if the base's weights are there too. If several
+    layouts fit, the one with the most rules is taken, because ``modules_to_save`` may contain any part.
+    """
     if any(name.endswith(".q_proj.weight") for name in shapes):
         return None
     fitting = [layout for layout in LAYOUTS if adapters.with_adapters(layout, shapes) != layout]
@@ -192,5 +195,5 @@ def _pose_head(folder: Path, head: str | type | None) -> list[Source]:
 
 
 def _adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    file = checkpoint.folder / adapters.ADAPTER_CONFIG
+    file = checkpoint.folder / ADAPTER_CONFIG
     return read_json_object(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: one description, for everything that reads them."""
+"""The description of where a model's weights come from. Everything that reads PyTorch weights takes it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Quantize = Literal["none", "int8"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """PyTorch weights, and how they are taken. Paths are files or folders.
+    """PyTorch weights, and how to read them. Paths are files or folders.
 
     path: the main checkpoint; ``docs/weights.md`` has the layouts.
-    vision, projector, tokenizer: CLIP, the projector and the tokenizer, where ``path`` has none.
-    adapter: a PEFT folder. Its adapters stay adapters; what else it holds replaces the base's.
-    lora_alpha: alpha of adapters that no ``adapter_config.json`` describes.
-    layout: one of ``layouts.FAMILIES``; by default the tensor names tell.
-    dtype: of the base, stored and computed in; by default as stored. Added token rows and the pose head are always float32.
-    quantize: "int8" stores the projections of the decoder's layers in int8, with one scale an output channel.
-    init_missing: parts ("vision", "projector") to start at random where no source has them.
-    pose_head: "auto" takes the source's, or starts a new one where it has none; "init" always starts one.
-    head: the pose head of files that name one of somebody's own package, "package.module:Class" or the class: see
+    vision, projector, tokenizer: CLIP, the projector and the tokenizer, if ``path`` has none.
+    adapter: a PEFT folder. Its adapters are not merged; its other tensors replace those of the base.
+    lora_alpha: alpha of adapters without an ``adapter_config.json``.
+    layout: one of ``layouts.FAMILIES``; default: recognised by the tensor names.
+    dtype: dtype of the base, in storage and in computation; default: as stored. Added token rows and the pose head are always float32.
+    quantize: "int8" stores the projections of the decoder's layers in int8, with one scale for each output channel.
+    init_missing: parts ("vision", "projector") to initialise at random if no source has them.
+    pose_head: "auto" takes the source's, or initialises one if it has none; "init" always initialises one.
+    head: the pose head as "package.module:Class" or the class, if it is not part of this program; see
         ``models.heads.trusted_head``.
-    seed: of what is started at random.
+    seed: seed of random initialisation.
     allow_nonfinite: count NaN and infinities (``plan.nonfinite``) instead of raising. int8 cannot hold them.
-    image_fit: how pictures become squares, instead of what the sources say.
+    image_fit: how images become squares; default: the setting of the sources.
 
-    Raises UserError for a value of the wrong kind.
+    Raises UserError for a value of the wrong type.
     """
 
     path: str | Path = dataclasses.field(kw_only=False)
@@ -60,19 +60,19 @@ class SourceSpec:
 
     @classmethod
     def of(cls, source: SourceSpec | str | Path) -> SourceSpec:
-        """A path alone is a description too."""
+        """``source`` itself, or ``SourceSpec(source)`` for a path."""
         return source if isinstance(source, SourceSpec) else cls(source)
 
     @property
     def given(self) -> Mapping[str, Path]:
-        """The paths that it names, by what the command line calls them."""
+        """The given paths, by the names of their command-line options."""
         named = {"the source": self.path} | {
             f"--{name}": getattr(self, name) for name in ("vision", "projector", "adapter", "tokenizer")
         }
         return {what: Path(path) for what, path in named.items() if path is not None}
 
-    def demand_there(self) -> None:
-        """Raises one UserError for all paths that are not there; of a name on the Hugging Face Hub it says how to fetch it."""
+    def demand_paths(self) -> None:
+        """Raises one UserError for all paths that do not exist. For a name on the Hugging Face Hub it gives the command that fetches it."""
         if missing := [
             f"{path}: no such file or folder ({what}){fetch_hint(path)}"
             for what, path in self.given.items()

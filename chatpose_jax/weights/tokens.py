@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.processor import SETTINGS_FILE
 from chatpose_jax.processing.tokenizer import (
-    ANY_FAST,
     POSE_LITERALS,
-    SETTINGS,
-    complete_vocabulary,
-    import_transformers,
-    json_bytes,
-    read_files,
 )
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers import demand_native, describe_folder, read_json_object
-
-_ADDED = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-# Keys that transformers 5 writes, and that 4.x does not know or misreads.
-_ONLY_IN_5 = ("backend", "is_local", "local_files_only")
-_CLASSES_OF_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend")
-# Adds a space before the text unless it has one: as a pre-tokenizer, which tokenizers 0.13 to 0.15 cannot read, and as a
-# normalizer, which all versions read.
-_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
-_SPACE_IN_FRONT = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        {"type": "Replace", "pattern": {"Regex": r"\A(?!▁)"}, "content": "▁"},
-    ],
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +61,9 @@ def _read_tokens(folder: Path) -> Tokens:
         try:
             base = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{folder / 'tokenizer.model'}: not a SentencePiece model ({error})") from None
+            raise UserError(
+                f"{folder / 'tokenizer.model'}: not a SentencePiece model ({error}); fetch it again"
+            ) from None
     elif pieces:
         base = len(pieces)
     elif what := describe_folder(folder):
@@ -102,81 +79,3 @@ def _read_tokens(folder: Path) -> Tokens:
         decoder = read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
         added |= {str(token["content"]): int(id) for id, token in decoder.items()}
     return Tokens(folder, base, {literal: id for literal, id in added.items() if id >= base})
-
-
-def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
-    """Writes a complete tokenizer: the source's files, with the ``added`` literals after the vocabulary in each of their lists, in a format that
-    transformers 4.x reads too. A lone ``tokenizer.model`` gets LLaMA's settings. The settings of our own processor are copied.
-
-    Raises UserError if transformers reads other ids than ``tokens`` and ``added`` say, or finds no BOS token.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    new = {literal: tokens.size + offset for offset, literal in enumerate(added)}
-    for name, content in _files(tokens, new).items():
-        (out / name).write_bytes(content)
-    if (tokens.folder / SETTINGS_FILE).is_file():
-        shutil.copyfile(tokens.folder / SETTINGS_FILE, out / SETTINGS_FILE)
-    import_transformers()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(out), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers passes on any error of its parsers
-        raise UserError(
-            f"{tokens.folder}: transformers cannot read this tokenizer ({type(error).__name__}: {error})"
-        ) from None
-    for literal, id in new.items():
-        if tokenizer.convert_tokens_to_ids(literal) != id:
-            raise UserError(f"{tokens.folder}: cannot add {literal!r} as id {id}; the vocabulary has it already")
-    if len(tokenizer) != tokens.size + len(new):
-        raise UserError(
-            f"{tokens.folder}: transformers counts {len(tokenizer) - len(new)} tokens, the files {tokens.size}; the tokenizer is incomplete"
-        )
-    if tokenizer.bos_token_id is None:
-        raise UserError(
-            f"{tokens.folder}: this tokenizer has no BOS token; LLaMA needs one (tokenizer_config.json: bos_token)"
-        )
-
-
-def _files(tokens: Tokens, new: Mapping[str, int]) -> dict[str, bytes]:
-    files = complete_vocabulary(read_files(tokens.folder))
-    files[SETTINGS] = json_bytes(_settings(json.loads(files[SETTINGS]), new, "tokenizer.model" in files))
-    if "tokenizer.json" in files:
-        files["tokenizer.json"] = json_bytes(_fast(json.loads(files["tokenizer.json"]), new))
-    if "tokenizer.model" in files or "added_tokens.json" in files:  # the slow tokenizer's only list before 4.34
-        files["added_tokens.json"] = json_bytes({**tokens.added, **new})
-    return files
-
-
-def _settings(settings: dict[str, Any], new: Mapping[str, int], slow: bool) -> dict[str, Any]:
-    """``tokenizer_config.json`` in the format that 4.x and 5.x share, with ``new`` in its list of added tokens."""
-    settings = {name: value for name, value in settings.items() if name not in _ONLY_IN_5}
-    if settings.get("tokenizer_class") in (None, *_CLASSES_OF_5):
-        settings["tokenizer_class"] = "LlamaTokenizer" if slow else ANY_FAST
-    if isinstance(settings.get("extra_special_tokens"), list):  # a dict in 4.x
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    if "added_tokens_decoder" in settings:
-        settings["added_tokens_decoder"] |= {str(id): {"content": literal, **_ADDED} for literal, id in new.items()}
-    elif slow and new:
-        # Without the list above, 4.x matches a token in the raw text only if it is special: the second one of
-        # "<image><image>" would be split into letters.
-        settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *new]
-    return settings
-
-
-def _fast(fast: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
-    """``tokenizer.json`` with ``new``, as far as possible in a format that tokenizers 0.13 and newer read."""
-    fast["added_tokens"] = [
-        *(fast.get("added_tokens") or []),
-        *({"id": id, "content": literal, **_ADDED} for literal, id in new.items()),
-    ]
-    model = fast.get("model") or {}
-    merges = model.get("merges") or []
-    pairs = [merge for merge in merges if not isinstance(merge, str)]
-    if not any(" " in piece for pair in pairs for piece in pair):
-        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    if fast.get("normalizer") is None and fast.get("pre_tokenizer") == _METASPACE:
-        fast["normalizer"], fast["pre_tokenizer"] = _SPACE_IN_FRONT, None
-        for token in fast["added_tokens"]:  # found in the text as it was
-            token["normalized"] = False
-    return fast

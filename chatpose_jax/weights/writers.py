@@ -1,4 +1,4 @@
-"""Safetensors files, written tensor by tensor as the values come: memory does not grow with the file."""
+"""Writes safetensors files block by block, so that memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.weights.readers import SAFETENSORS_DTYPES, Index, TensorEntry
 
 BLOCK = 32 << 20
-"""Bytes of one block of values."""
+"""Size of a block of values in bytes."""
 _NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file to be. ``blocks()`` gives its values in C order, piece by piece, in ``dtype``."""
+    """A tensor to write. ``blocks()`` yields its values in C order, in ``dtype``."""
 
     name: str
     dtype: np.dtype
@@ -39,7 +39,7 @@ class Tensor:
 def copied(
     entry: TensorEntry, name: str | None = None, rows: Sequence[int] | None = None, dtype: np.dtype | None = None
 ) -> Tensor:
-    """A tensor of another file, or some of its rows: bit by bit, or cast to ``dtype``."""
+    """The tensor that copies one of another file, or some of its rows; cast to ``dtype`` if it is given."""
     result = entry.dtype if dtype is None else dtype
 
     def blocks() -> Iterator[np.ndarray]:
@@ -68,7 +68,7 @@ def row_blocks(shape: Sequence[int], itemsize: int, multiple: int = 1) -> Iterat
 def write_safetensors(
     file: Path, tensors: Sequence[Tensor], on_bytes: Callable[[int], Any] = lambda count: None
 ) -> None:
-    """Writes one file, and waits until it is on the disk. Raises ValueError where a tensor's blocks are not what it announced."""
+    """Writes one file and syncs it to disk. Raises ValueError if the blocks of a tensor do not have its dtype or its size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -83,13 +83,13 @@ def write_safetensors(
             written = 0
             for block in tensor.blocks():
                 if block.dtype != tensor.dtype:
-                    raise ValueError(f"{tensor.name}: a block of {block.dtype}, announced as {tensor.dtype}")
-                # Raw words: the custom float types have no buffer interface.
+                    raise ValueError(f"{tensor.name}: a block of {block.dtype}, expected {tensor.dtype}")
+                # As unsigned integers, because the custom float types have no buffer interface.
                 out.write(np.ascontiguousarray(block).reshape(-1).view(f"u{block.dtype.itemsize}").data)
                 written += block.nbytes
                 on_bytes(block.nbytes)
             if written != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.nbytes} announced")
+                raise ValueError(f"{tensor.name}: {written} bytes were written, expected {tensor.nbytes}")
         out.flush()
         os.fsync(out.fileno())
 
@@ -101,7 +101,7 @@ def write_sharded(
     on_bytes: Callable[[int], Any] = lambda count: None,
     stem: str = "model",
 ) -> list[str]:
-    """``model.safetensors``; or shards of at most ``max_shard`` bytes (or one tensor) with an index. Returns the files."""
+    """Writes ``model.safetensors``, or shards of at most ``max_shard`` bytes (or one tensor) with an index. Returns the names of the files."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -128,8 +128,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def parse_bytes(text: str | int) -> int:
-    """``"5GB"`` → 5 000 000 000; as transformers reads sizes. Raises UserError for anything else."""
+    """``"5GB"`` → 5 000 000 000, as in transformers. Raises UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"{text!r} is no size of a file; expected a number of bytes, or one such as 500MB or 5GB")
+        raise UserError(f"{text!r} is not a file size; expected a number of bytes, or a size such as 500MB or 5GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -23,7 +23,7 @@ from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.run_config import config_names, load_config
-from chatpose_jax.weights.folder import save_folder
+from chatpose_jax.weights.save import save_folder
 from smpl_jax import Pose, PosedBody, axis_angle_to_matrix, load_body
 
 from ..smpl.models import random_arrays
@@ -165,7 +165,7 @@ def test_a_conversation_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("not a picture, not a body, not a pose")
+    (tmp_path / "notes.txt").write_text("not an image, not a body, not a pose")
     (tmp_path / "folder.png").mkdir()
     np.save(tmp_path / "pose.npy", np.zeros((24, 3)))
     np.savez(tmp_path / "rootless.npz", body_pose=np.zeros((23, 3)))
@@ -245,7 +245,7 @@ def test_an_answer_in_a_terminal_is_drawn(folder, tmp_path, monkeypatch):
     assert re.sub(r"\x1b\[[\d;]*m", "", shown["colour"]).replace("█", "▀") == shown["plain"].replace("█", "▀")
 
 
-def test_a_drawing_is_the_picture_in_blocks():
+def test_a_drawing_is_the_image_in_blocks():
     """Head up and narrow, arms to both sides, two legs with a gap: an upright person with arms held out."""
     matrices = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
     matrices[0] = np.diag([1, -1, -1])

@@ -17,7 +17,7 @@ from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.export import export
-from chatpose_jax.weights.folder import save_folder
+from chatpose_jax.weights.save import save_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "my_heads:Drawing"

@@ -319,7 +319,7 @@ def test_processes_make_their_rows_of_the_global_batch(processor, dataset, packi
             assert same(part.batch(step), {name: value[part.rows] for name, value in batch.items()})
 
 
-def test_cached_pictures_are_the_same(processor, dataset):
+def test_cached_images_are_the_same(processor, dataset):
     cached, plain = (BatchLoader(dataset, processor, 4, cache=cache) for cache in (CACHE, 0))
     assert all(same(cached.batch(step), plain.batch(step)) for step in range(len(plain)))
 
@@ -353,7 +353,7 @@ def test_the_cache_keeps_what_fits(processor, dataset):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_no_picture_is_opened_before_its_batch_and_none_of_other_processes(processor, dataset, packing):
+def test_no_image_is_opened_before_its_batch_and_none_of_other_processes(processor, dataset, packing):
     """A set of any size starts at once, and takes the memory of the batches on their way."""
     drawn = []
 
@@ -362,8 +362,8 @@ def test_no_picture_is_opened_before_its_batch_and_none_of_other_processes(proce
         if row.kind != "image":
             return row
         question, answer = row.messages
-        picture, text = question["content"]
-        shown = LazyImage(lambda: drawn.append(index) or picture["image"])
+        part, text = question["content"]
+        shown = LazyImage(lambda: drawn.append(index) or part["image"])
         content = [{"type": "image", "image": shown}, text]
         return dataclasses.replace(row, messages=[{**question, "content": content}, answer])
 
@@ -380,7 +380,7 @@ def test_no_picture_is_opened_before_its_batch_and_none_of_other_processes(proce
 
 
 def test_rows_are_measured_as_they_are_encoded(processor, dataset):
-    """Cut ones too: pictures and poses behind the cut are not counted."""
+    """Cut ones too: images and poses behind the cut are not counted."""
     for length in (40, 90, 100, 400):
         encoded = [encode_example(processor, row, length) for row in dataset]
         expected = [(len(row["input_ids"]), len(row["images"]), len(row["pose_positions"])) for row in encoded]

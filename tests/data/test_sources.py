@@ -458,7 +458,7 @@ def test_a_row_of_another_size_than_was_said_is_named(own, processor):
 
 
 def test_the_json_lines_of_the_docs(tmp_path, monkeypatch, processor):
-    """docs/extending.md, with a picture in one row."""
+    """docs/extending.md, with an image in one row."""
     text = (Path(__file__).resolve().parents[2] / "docs/extending.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (tmp_path / "mydata.py").write_text(next(block for block in blocks if "class Lines" in block))

@@ -1,4 +1,4 @@
-"""The generated data set: protocol, splits, conversations, frames, pictures."""
+"""The generated data set: protocol, splits, conversations, frames, images."""
 
 import pickle
 import re
@@ -24,7 +24,7 @@ def text_of(content):
     return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
 
 
-def pictures_of(example):
+def images_of(example):
     parts = [p for m in example.messages if not isinstance(m["content"], str) for p in m["content"]]
     return [np.asarray(p["image"]) for p in parts if p["type"] == "image"]
 
@@ -42,20 +42,20 @@ def test_each_pose_token_has_its_pose(rows):
         assert not any("<POSE>" in text_of(m["content"]) for m in row.messages if m["role"] == "user")
 
 
-def test_turns_alternate_and_only_the_first_holds_a_picture(rows):
+def test_turns_alternate_and_only_the_first_holds_an_image(rows):
     for row in rows:
         assert [m["role"] for m in row.messages] == ["user", "assistant"] * (len(row.messages) // 2)
         assert len(row.messages) in (2, 4)
-        with_picture = [i for i, m in enumerate(row.messages) if not isinstance(m["content"], str)]
-        assert with_picture in ([], [0])
-        assert all(p.shape == (32, 32, 3) and p.dtype == np.uint8 for p in pictures_of(row))
+        with_image = [i for i, m in enumerate(row.messages) if not isinstance(m["content"], str)]
+        assert with_image in ([], [0])
+        assert all(p.shape == (32, 32, 3) and p.dtype == np.uint8 for p in images_of(row))
 
 
 def test_the_tasks_hold_all_kinds_and_pose_free_answers(rows):
     assert {r.kind for r in rows} == {"text", "image", "instruction"}
     assert all((len(r.poses) == 0) == (r.kind == "instruction") for r in rows)
-    assert all(len(pictures_of(r)) == 1 for r in rows if r.kind == "image")
-    assert all(not pictures_of(r) for r in rows if r.kind == "text")
+    assert all(len(images_of(r)) == 1 for r in rows if r.kind == "image")
+    assert all(not images_of(r) for r in rows if r.kind == "text")
     assert any(m["content"] == "<POSE>" for r in rows for m in r.messages)
     assert any(len(r.poses) == 2 for r in rows)
 
@@ -68,18 +68,18 @@ def test_random_access_is_deterministic_and_does_not_depend_on_size():
             text_of(m["content"]) for m in b.messages
         ]
         np.testing.assert_array_equal(a.poses.rotations, b.poses.rotations)
-        for x, y in zip(pictures_of(a), pictures_of(b)):
+        for x, y in zip(images_of(a), images_of(b)):
             np.testing.assert_array_equal(x, y)
     assert small[-1].id == small[39].id
     with pytest.raises(IndexError):
         small[40]
 
 
-def test_precomputed_pictures_are_the_lazy_ones():
+def test_precomputed_images_are_the_lazy_ones():
     lazy = SyntheticDataset("val", 6, image_size=24, tasks={"image": 1})
     drawn = SyntheticDataset("val", 6, image_size=24, tasks={"image": 1}).precompute(workers=2)
     for i in range(6):
-        difference = pictures_of(lazy[i])[0].astype(int) - pictures_of(drawn[i])[0]
+        difference = images_of(lazy[i])[0].astype(int) - images_of(drawn[i])[0]
         # Skinning one body or a batch may round differently at the border of a triangle.
         assert np.mean(np.abs(difference) > 2) < 0.02
 
@@ -112,10 +112,10 @@ def test_to_camera_turns_the_root_only_and_keeps_up_down():
     np.testing.assert_array_equal(seen[1:], pose[1:])
     assert seen[0, 1, 1] < -0.9  # the body's up is the camera's minus y
     left = to_camera(np.eye(3)[None].repeat(24, 0), yaw=90)[0] @ np.array([0, 0, 1.0])
-    np.testing.assert_allclose(left, [1, 0, 0], atol=1e-6)  # turned to its left, it looks to the picture's right
+    np.testing.assert_allclose(left, [1, 0, 0], atol=1e-6)  # turned to its left, it looks to the image's right
 
 
-def test_picture_targets_are_seen_from_the_scene():
+def test_image_targets_are_seen_from_the_scene():
     def sideways(max_yaw):
         """How far each person looks to the side: the camera's x of the direction that the body faces."""
         data = SyntheticDataset("val", 30, image_size=24, tasks={"image": 1}, max_yaw=max_yaw)
@@ -184,15 +184,15 @@ def test_bad_settings_are_told():
         SyntheticDataset("val", tasks={"text": 0})
 
 
-def test_pictures_show_a_body_in_its_place():
+def test_images_show_a_body_in_its_place():
     rng = np.random.default_rng(0)
     studio = Studio()
     poses = sample_poses(6, 1, family="stand").rotations
     for pose in poses:
         scene = draw_scene(rng)
         seen = to_camera(pose, scene.yaw, scene.pitch)
-        picture = studio.render(seen, scene, 48).astype(int)
-        body = (np.abs(picture - backdrop(scene, 48)) > 12).any(-1)
+        image = studio.render(seen, scene, 48).astype(int)
+        body = (np.abs(image - backdrop(scene, 48)) > 12).any(-1)
         rows, columns = np.nonzero(body)
         assert 0.04 < body.mean() < 0.6
         assert rows.max() - rows.min() > 30  # fills the crop

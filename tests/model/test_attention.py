@@ -140,7 +140,7 @@ def test_rotary_angles_are_computed_once() -> None:
 
 
 def test_packed_conversations_are_those_on_their_own() -> None:
-    """Hidden states of two conversations with pictures in one row, padding behind, against rows of their own."""
+    """Hidden states of two conversations with images in one row, padding behind, against rows of their own."""
     config = small.config(2)
     params = init_params(config, jax.random.key(0))
     first, second = small.row(config, 3, 0, 7), small.row(config, 0, 12, seed=1)

@@ -92,8 +92,8 @@ def check(params: Params, answer: Generated, before: Sequence[Sequence[int]], im
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_three_turns_of_two_rows_with_pictures(scan: bool) -> None:
-    """Rows of different lengths, which stop apart; a picture in the first turn of one and in the second of the other."""
+def test_three_turns_of_two_rows_with_images(scan: bool) -> None:
+    """Rows of different lengths, which stop apart; an image in the first turn of one and in the second of the other."""
     params = scripted([10, 11, POSE, 12, POSE, END], [20, POSE, END])
     images = small.pixels(small.config(), 2)
     turns = [
@@ -101,10 +101,10 @@ def test_three_turns_of_two_rows_with_pictures(scan: bool) -> None:
         [prompt(3, last=20), prompt(0, 2, last=10)],
         [prompt(2, last=10)] * 2,
     ]
-    pictures = [[[images[0]], []], [[], [images[1]]], None]
+    asked = [[[images[0]], []], [[], [images[1]]], None]
     histories: list[list[int]] = [[], []]
     cache = None
-    for new, shown in zip(turns, pictures):
+    for new, shown in zip(turns, asked):
         held = [0, 0] if cache is None else cache.lengths
         given = [history[int(n) :] + ids for history, n, ids in zip(histories, held, new)]
         answer = run(params, given, shown, scan=scan, cache=cache)

@@ -172,7 +172,7 @@ def test_rows_of_different_lengths_stop_apart() -> None:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_later_turns_reuse_the_cache(scan: bool) -> None:
-    """Three turns of two rows of different lengths, a picture in the first turn of one and in the second of the other."""
+    """Three turns of two rows of different lengths, an image in the first turn of one and in the second of the other."""
     params = script([10, 11, POSE, END], [20, POSE, 21, END])
     images = small.pixels(small.config(), 2)
     turns = [
@@ -180,10 +180,10 @@ def test_later_turns_reuse_the_cache(scan: bool) -> None:
         [prompt(3, last=20), prompt(0, 2, last=10)],
         [prompt(2, last=10)] * 2,
     ]
-    pictures = [[[images[0]], []], [[], [images[1]]], None]
+    asked = [[[images[0]], []], [[], [images[1]]], None]
     histories: list[list[int]] = [[], []]
     cache = None
-    for new, shown in zip(turns, pictures):
+    for new, shown in zip(turns, asked):
         # What the cache lacks of the last answer is its end of sequence: it opens the next prompt.
         given = [
             history[int(held) :] + ids

@@ -273,7 +273,7 @@ def test_times_of_decoding_by_hand() -> None:
     [
         (["--target", "v5e:2x4", "--mesh", "8"], "DATAxFSDPxTENSOR"),
         (["--target", "cpu:1", "--batch", "0"], "at least 1"),
-        (["--target", "cpu:1", "--length", "16"], "no place for 1 picture"),
+        (["--target", "cpu:1", "--length", "16"], "no place for 1 image"),
         (["--target", "cpu:1", "--mesh", "1x2x1"], "does not fit the 1 chips of cpu:1"),
         (["--target", "cpu:8", "--mesh", "2x2x1"], "does not fit the 8 chips of cpu:8"),
         (["--target", "cpu:999"], "xla_force_host_platform_device_count=999"),

@@ -18,7 +18,7 @@ def tiny() -> Processor:
 
 @pytest.fixture(scope="session")
 def chatpose_config() -> ModelConfig:
-    """CHATPOSE-V0's ids (pose 32000, no row for the image) with a small picture of 2 x 2 patches."""
+    """CHATPOSE-V0's ids (pose 32000, no row for the image) with a small image of 2 x 2 patches."""
     return ModelConfig(
         vision=VisionConfig(image_size=28),
         text=TextConfig(vocab_size=32001, hidden_size=64, num_heads=2, num_kv_heads=2, max_position_embeddings=256),

@@ -57,7 +57,7 @@ def test_malformed_messages(messages, error):
         parse_messages(messages)
 
 
-def test_forms_of_a_picture():
+def test_forms_of_an_image():
     for part in (
         {"type": "image", "image": "a.png"},
         {"type": "image", "path": "a.png"},
@@ -69,7 +69,7 @@ def test_forms_of_a_picture():
         assert turn.parts == (ImageSource("a.png", "messages[0].content[0]"), "Who?")
 
 
-def test_a_picture_in_base64_as_transformers_writes_it():
+def test_an_image_in_base64_as_transformers_writes_it():
     stream = io.BytesIO()
     Image.new("RGB", (3, 2), (9, 8, 7)).save(stream, "PNG")
     part = {"type": "image", "base64": base64.b64encode(stream.getvalue()).decode()}

@@ -1,4 +1,4 @@
-"""Preprocessing against transformers' CLIPImageProcessor; pictures that are none, and pictures that lie."""
+"""Preprocessing against transformers' CLIPImageProcessor; files that are no images, and images that lie."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from chatpose_jax.processing.images import CLIP_MEAN, CLIP_STD, ImageSettings, l
 SIZES = [(64, 48), (48, 64), (336, 336), (500, 333), (333, 500), (37, 301), (20, 20), (1023, 767)]
 
 
-def picture(width: int, height: int) -> Image.Image:
+def make_image(width: int, height: int) -> Image.Image:
     """Smooth shapes, hard edges and noise."""
     rng = np.random.default_rng(width * 10007 + height)
     y, x = np.mgrid[:height, :width]
@@ -86,10 +86,10 @@ def test_crop_equals_clip_image_processor(size, shape):
     clip = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size=size, image_mean=CLIP_MEAN, image_std=CLIP_STD
     )
-    expected = clip(picture(*shape), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    expected = clip(make_image(*shape), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     settings = ImageSettings(size)
-    grey_levels = np.abs(settings(picture(*shape)) - expected) * np.array(CLIP_STD) * 255
-    assert settings(picture(*shape)).dtype == np.float32
+    grey_levels = np.abs(settings(make_image(*shape)) - expected) * np.array(CLIP_STD) * 255
+    assert settings(make_image(*shape)).dtype == np.float32
     assert grey_levels.max() <= 1.01
     assert (grey_levels > 0.5).mean() < 0.01
 
@@ -111,7 +111,7 @@ def test_normalise_is_clips():
 
 
 def test_every_form_gives_the_same_pixels(tmp_path):
-    image = picture(40, 30)
+    image = make_image(40, 30)
     data = encoded(image)
     (tmp_path / "a.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -120,8 +120,8 @@ def test_every_form_gives_the_same_pixels(tmp_path):
         np.testing.assert_array_equal(np.asarray(load_image(form)), np.asarray(image))
 
 
-def test_orientation_of_a_phone_picture():
-    image = picture(40, 30)
+def test_orientation_of_a_phone_image():
+    image = make_image(40, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # the sensor lay on its side
     turned = load_image(encoded(image, "PNG", exif=exif))
@@ -212,7 +212,7 @@ def test_orientation_keeps_the_hidden_level():
     assert np.asarray(load_image(data))[:, 0, 0].tolist() == [0, 255, 255]
 
 
-def test_the_first_picture_of_an_animation_is_taken():
+def test_the_first_image_of_an_animation_is_taken():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         options = {"lossless": True} if kind == "WEBP" else {}
@@ -220,7 +220,7 @@ def test_the_first_picture_of_an_animation_is_taken():
         assert np.asarray(load_image(data))[0, 0].tolist() == [255, 0, 0], kind
 
 
-def test_a_picture_of_a_user_stays_as_it_is():
+def test_an_image_of_a_user_stays_as_it_is():
     image = Image.open(io.BytesIO(one_row(4, 0, bytes([0x01, 0x5F]), 4, transparent=struct.pack(">H", 5))))
     before = dict(image.info)
     load_image(image)
@@ -254,7 +254,7 @@ def test_tensors_of_torch():
 
 
 def test_data_uris_as_programs_write_them():
-    image = picture(40, 30)
+    image = make_image(40, 30)
     payload = base64.b64encode(encoded(image)).decode()
     lines = "\n".join(payload[i : i + 76] for i in range(0, len(payload), 76))
     for uri in (
@@ -276,12 +276,12 @@ def test_sixteen_bit_png_is_scaled():
 @pytest.mark.parametrize(
     ("name", "data", "error"),
     [
-        ("text.png", b"this is no picture", "is no image"),
+        ("text.png", b"this is no image", "is no image"),
         ("empty.jpg", b"", "is no image"),
         ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
-        ("cut.png", encoded(picture(64, 64))[:2000], "damaged or cut off"),
-        ("cut.jpg", encoded(picture(64, 64), "JPEG")[:700], "damaged or cut off"),
-        ("cut.webp", encoded(picture(64, 64), "WEBP")[:700], "cannot be read|damaged or cut off|is no image"),
+        ("cut.png", encoded(make_image(64, 64))[:2000], "damaged or cut off"),
+        ("cut.jpg", encoded(make_image(64, 64), "JPEG")[:700], "damaged or cut off"),
+        ("cut.webp", encoded(make_image(64, 64), "WEBP")[:700], "cannot be read|damaged or cut off|is no image"),
         ("lies.png", png(300, 300), "damaged or cut off"),
         ("large.png", png(12_000, 12_000), "144000000|pixels"),
         ("bomb.png", png(100_000, 100_000), "too many pixels"),
@@ -318,14 +318,14 @@ def test_hostile_files(tmp_path, name, data, error):
         (Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "32-bit"),
     ],
 )
-def test_no_pictures(source, error):
+def test_no_images(source, error):
     with pytest.raises(UserError, match=error) as raised:
         load_image(source, "messages[0].content[1]")
     assert "messages[0].content[1]" in str(raised.value)
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
-def test_long_thin_picture_stays_small(fit):
+def test_long_thin_image_stays_small(fit):
     thin = np.arange(20_000, dtype=np.uint32).astype(np.uint8)[None, :, None].repeat(3, 2)
     if fit == "crop":
         assert ImageSettings(336).square(thin).shape == (336, 336, 3)

@@ -47,7 +47,7 @@ def test_two_turns_are_vicunas(chatpose, sentencepiece_model):
     assert learnt(encoded) == [*encode("First."), 2, *encode("Second."), 2]
 
 
-def test_picture_becomes_patches(chatpose, sentencepiece_model):
+def test_image_becomes_patches(chatpose, sentencepiece_model):
     encoded = chatpose.encode([user("What is this?", GREY)])
     before = f"{TEMPLATES['vicuna_v1'].system} USER: "
     after = "\nWhat is this? ASSISTANT:"
@@ -107,19 +107,19 @@ def test_labels_are_answers_alone(tiny):
     assert tiny.decode(encoded.input_ids[on]) == "It is <POSE>. No."
 
 
-@pytest.mark.parametrize("pictures", [(0,), (1,), (0, 2), ()])
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 2), ()])
 @pytest.mark.parametrize("fixture", ["tiny", "chatpose"])
-def test_next_prompt_begins_with_the_last_one_and_its_answer(request, fixture, pictures):
+def test_next_prompt_begins_with_the_last_one_and_its_answer(request, fixture, asked):
     """Three turns; the answers are generated ids, such as no tokeniser would choose for their text."""
     processor = request.getfixturevalue(fixture)
     pose = processor.ids.pose_token_id
     rng = np.random.default_rng(5)
     history, known = [], np.zeros(0, np.int32)
     for turn in range(3):
-        history.append(user(f"Question {turn}?", *([GREY] if turn in pictures else [])))
+        history.append(user(f"Question {turn}?", *([GREY] if turn in asked else [])))
         prompt = processor.encode(history)
         np.testing.assert_array_equal(prompt.input_ids[: len(known)], known)
-        assert len(prompt.images) == sum(picture <= turn for picture in pictures)
+        assert len(prompt.images) == sum(other <= turn for other in asked)
         generated = [pose, *rng.integers(300, 1000, 5).tolist(), pose]
         known = np.array([*prompt.input_ids, *generated, 2])
         history.append({"role": "assistant", "content": processor.decode(generated), "ids": generated})
@@ -167,12 +167,12 @@ def test_too_long_a_prompt_names_both_lengths(tiny):
     with pytest.raises(UserError, match=r"has \d{4} tokens, but .* holds 1024;"):
         tiny.encode([user("word " * 1100)])
     patches = tiny.ids.num_patches
-    pictures = 1024 // patches + 1
-    with pytest.raises(UserError, match=rf"{pictures} × {patches} of them for images"):
-        tiny.encode([user("Who?", *[GREY] * pictures)])
+    count = 1024 // patches + 1
+    with pytest.raises(UserError, match=rf"{count} × {patches} of them for images"):
+        tiny.encode([user("Who?", *[GREY] * count)])
 
 
-def test_truncation_never_cuts_a_picture(tiny):
+def test_truncation_never_cuts_an_image(tiny):
     messages = [user("What?", GREY, GREY), assistant("It is <POSE> or <POSE>.")]
     full = tiny.encode(messages, False)
     patches = np.flatnonzero(full.input_ids == tiny.ids.image_token_id)
@@ -189,7 +189,7 @@ def test_truncation_never_cuts_a_picture(tiny):
             assert len(cut.input_ids) == min(length, len(full.input_ids))
 
 
-def test_measuring_opens_no_picture(tiny):
+def test_measuring_opens_no_image(tiny):
     messages = [user("What?", "nowhere.png"), assistant("It is <POSE>.")]
     full = tiny.encode([user("What?", GREY), messages[1]], False)
     length, pose = len(full.input_ids), int(full.pose_positions[0])

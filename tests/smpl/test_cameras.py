@@ -20,8 +20,8 @@ def test_a_body_is_seen_where_the_weak_camera_says():
             np.testing.assert_allclose(seen, 128 + 128 * s * (points[:, :2] + t), atol=1e-2)
 
 
-def test_a_crop_is_seen_at_its_place_in_the_picture():
-    """The same pixels, whether in the crop's own camera or in that of a 1280 x 720 picture that the crop is cut from, at full size."""
+def test_a_crop_is_seen_at_its_place_in_the_image():
+    """The same pixels, whether in the crop's own camera or in that of a 1280 x 720 image that the crop is cut from, at full size."""
     points, offset = RNG.normal(0, 0.5, (9, 3)) * [1, 1, 0], np.array([-300.0, 120.0])
     place = np.asarray(smpl_jax.weak_to_translation(CAMERAS[0], 2000.0, 400.0, offset))
     seen = Camera(1280, 720, 2000.0, (640, 360), tuple(place)).project(points)
@@ -38,7 +38,7 @@ def test_the_convention_is_that_of_spin_and_hmr2():
     np.testing.assert_allclose(
         smpl_jax.weak_to_translation(CAMERAS, 5000.0, 256), peers_crop(CAMERAS, 5000.0, 256), rtol=1e-6
     )
-    # cam_crop_to_full of HMR2 for one camera, worked out by hand: s = 0.8, box of 200 px at (500, 100), picture of 640 x 480
+    # cam_crop_to_full of HMR2 for one camera, worked out by hand: s = 0.8, box of 200 px at (500, 100), image of 640 x 480
     place = smpl_jax.weak_to_translation([0.8, 0.1, -0.2], 1000.0, 200.0, [500 - 320, 100 - 240])
     np.testing.assert_allclose(place, [2 * 180 / 160 + 0.1, -2 * 140 / 160 - 0.2, 2000 / 160], rtol=1e-6)
 
@@ -50,4 +50,4 @@ def test_there_and_back(offset):
     assert places.shape == (6, 3)
     np.testing.assert_allclose(smpl_jax.translation_to_weak(places, focal, size, offset), CAMERAS, rtol=2e-5, atol=2e-6)
     one = smpl_jax.weak_to_translation(CAMERAS[0], focal, size, offset)
-    assert one.shape == (6, 3), "a camera broadcasts over pictures"
+    assert one.shape == (6, 3), "a camera broadcasts over images"

@@ -1,4 +1,4 @@
-"""A pose on a body: arrays, pictures and files of it."""
+"""A pose on a body: arrays, images and files of it."""
 
 import json
 
@@ -54,9 +54,9 @@ def test_shape_and_place_are_used_everywhere(shaped, posed, body, tmp_path):
     np.testing.assert_allclose(shaped.joints, smpl_jax.joints(body, UPRIGHT, betas, move), atol=1e-6)
     np.testing.assert_allclose(shaped.vertices, smpl_jax.vertices(body, UPRIGHT, betas, move), atol=1e-6)
     assert np.abs(shaped.vertices - move - posed.vertices).max() > 0.02
-    picture = shaped.render(48)
-    np.testing.assert_array_equal(picture, render_body(body, UPRIGHT, betas, size=48, frame="camera"))
-    assert (picture != posed.render(48)).any()
+    image = shaped.render(48)
+    np.testing.assert_array_equal(image, render_body(body, UPRIGHT, betas, size=48, frame="camera"))
+    assert (image != posed.render(48)).any()
     points = [line.split()[1:] for line in shaped.save(tmp_path / "x.obj").read_text().splitlines() if line[:2] == "v "]
     np.testing.assert_allclose(np.float32(points) * [1, -1, -1], shaped.vertices, atol=1e-5)
     trimesh = pytest.importorskip("trimesh")

@@ -1,4 +1,4 @@
-"""The rasteriser against geometry that can be written down, and pictures of the default body."""
+"""The rasteriser against geometry that can be written down, and images of the default body."""
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_agrees_with_brute_force_on_a_body(body):
     np.testing.assert_allclose(seen.depth, expected, rtol=1e-5)
 
 
-def test_looking_at_fills_the_picture_and_cuts_nothing():
+def test_looking_at_fills_the_image_and_cuts_nothing():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(500, 3)) * [0.5, 1.0, 0.4] + [3, -2, 1]
     view = raster.Camera.looking_at(points, (96, 64), margin=0.05)
@@ -111,16 +111,14 @@ def test_looking_at_fills_the_picture_and_cuts_nothing():
     assert -0.01 < room.min() < 0.1
 
 
-def test_picture_keeps_its_background_and_blends_edges():
+def test_image_keeps_its_background_and_blends_edges():
     background = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     given = background.copy()
     view = raster.Camera(64, 64, focal=64, center=(32.3, 32.3), translation=(0, 0, 4))
-    picture = render.render_mesh(
-        SQUARE, SQUARE_FACES, frame="camera", camera=view, background=background, supersample=4
-    )
+    image = render.render_mesh(SQUARE, SQUARE_FACES, frame="camera", camera=view, background=background, supersample=4)
     np.testing.assert_array_equal(background, given)
-    np.testing.assert_array_equal(picture[:10], background[:10])
-    inside = picture[25:40, 25:40].reshape(-1, 3)
+    np.testing.assert_array_equal(image[:10], background[:10])
+    inside = image[25:40, 25:40].reshape(-1, 3)
     assert np.ptp(inside.astype(int), axis=0).max() <= 12  # a flat square has nearly one shade
     black = render.render_mesh(SQUARE, SQUARE_FACES, frame="camera", camera=view, background=(0, 0, 0), supersample=4)
     assert 0 < black[32, 16, 0] < black[32, 32, 0]
@@ -128,11 +126,11 @@ def test_picture_keeps_its_background_and_blends_edges():
 
 def test_vertex_colours_reach_their_pixels():
     red_left = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 1], [1, 0, 0]], np.float32)
-    picture = render.render_mesh(
+    image = render.render_mesh(
         SQUARE, SQUARE_FACES, frame="camera", camera=camera(), colors=red_left, background=(0, 0, 0)
     )
-    assert picture[32, 18, 0] > 2 * picture[32, 18, 2]
-    assert picture[32, 45, 2] > 2 * picture[32, 45, 0]
+    assert image[32, 18, 0] > 2 * image[32, 18, 2]
+    assert image[32, 45, 2] > 2 * image[32, 45, 0]
 
 
 def test_light_comes_from_where_it_is_said_to():
@@ -172,8 +170,8 @@ def test_upright_body_faces_the_viewer_head_up(body):
     nose = rest[body.vertex_id("nose")]
     paint[np.linalg.norm(rest - nose, axis=1) < 0.02] = [0, 0, 1]
     plain = {"size": 256, "colors": paint, "background": (1, 1, 1), "ground": False}
-    picture = render.render_body(body, UPRIGHT, frame="camera", **plain).astype(int)
-    r, g, b = np.moveaxis(picture, -1, 0)
+    image = render.render_body(body, UPRIGHT, frame="camera", **plain).astype(int)
+    r, g, b = np.moveaxis(image, -1, 0)
     red, green, blue = ((r > g + 40) & (r > b + 40), (g > r + 40) & (g > b + 40), (b > r + 40) & (b > g + 40))
     rows, columns = np.nonzero(red)
     assert rows.mean() < 100  # head above the middle
@@ -187,7 +185,7 @@ def test_upright_body_faces_the_viewer_head_up(body):
         pose = UPRIGHT.copy()
         pose[0] = root
         same = render.render_body(body, pose, **options, **plain).astype(int)
-        assert np.abs(same - picture).max() <= 2
+        assert np.abs(same - image).max() <= 2
 
 
 def test_a_mesh_is_drawn_in_the_frame_it_is_told_in(body):
@@ -202,9 +200,9 @@ def test_a_mesh_is_drawn_in_the_frame_it_is_told_in(body):
 
 
 def test_views_stand_side_by_side(body):
-    picture = render.render_body(body, UPRIGHT, size=(96, 64), views=("front", "side"), frame="camera")
-    assert picture.shape == (96, 128, 3) and picture.dtype == np.uint8
-    front, side = picture[:, :64], picture[:, 64:]
+    image = render.render_body(body, UPRIGHT, size=(96, 64), views=("front", "side"), frame="camera")
+    assert image.shape == (96, 128, 3) and image.dtype == np.uint8
+    front, side = image[:, :64], image[:, 64:]
     inked = [(np.abs(p.astype(int) - p[0, 0]).sum(-1) > 60).any(0).sum() for p in (front, side)]
     assert inked[0] > 1.5 * inked[1]  # arms spread: wide from the front, narrow from the side
     with pytest.raises(ValueError, match="views must be"):
@@ -246,7 +244,7 @@ def test_contact_sheet_and_png(tmp_path):
     np.testing.assert_array_equal(sheet[2:12, 12:20], tiles[1])
     labelled = render.contact_sheet(tiles, columns=3, labels=["a", "b", "c"], gap=2)
     assert labelled.shape == (10 + 16 + 2 * 2, 3 * 10 + 2, 3)
-    assert (labelled[12:28] < 128).any()  # text below the pictures
+    assert (labelled[12:28] < 128).any()  # text below the images
     path = render.save_png(tmp_path / "new" / "sheet.png", sheet)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), sheet)
     assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]

@@ -74,7 +74,7 @@ def test_the_notebook_of_the_docs_stops_and_goes_on_to_the_same_bits(tmp_path, m
     told = []
     validated = [
         "train.eval_every=3", "train.best=knees", "data.sources.synthetic.val_size=8",
-        "train.evaluators=(('validation', {'rows': 4, 'pictures': 1}), ('mychecks:knees', {'rows': 3}))",
+        "train.evaluators=(('validation', {'rows': 4, 'drawings': 1}), ('mychecks:knees', {'rows': 3}))",
     ]  # fmt: skip
     config = load_config("tiny", [*SMALL, *validated])
     whole = run_training(config, tmp_path / "whole", progress=False, say=told.append)

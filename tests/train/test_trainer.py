@@ -201,7 +201,7 @@ def test_a_mesh_trains_to_the_same_losses_and_resumes_on_another(tmp_path, param
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "meshes"), rtol=TRAINED)
 
 
-def test_pictures_and_the_best_are_kept(tmp_path, params):
+def test_drawings_and_the_best_are_kept(tmp_path, params):
     errors = iter((3.0, 1.0, 2.0))
 
     def evaluate(_):

@@ -85,11 +85,11 @@ def test_a_mesh_validates_to_the_same_and_draws():
     batch["pose_mask"][3:] = False
     mesh, body = make_mesh(2, 2, 2), io.load_body()
     alone = Validation(CONFIG, SETTINGS, {"text": [batch]}, body)(init_params(CONFIG, jax.random.key(0)))
-    there = Validation(CONFIG, SETTINGS, {"text": [batch, batch]}, body, mesh=mesh, rows=8, pictures=4)
+    there = Validation(CONFIG, SETTINGS, {"text": [batch, batch]}, body, mesh=mesh, rows=8, drawings=4)
     found = there(init_params(CONFIG, jax.random.key(0), mesh))
-    picture = found.pop("text_poses")
+    drawing = found.pop("text_poses")
     assert found.keys() == alone.keys()
     np.testing.assert_allclose(list(found.values()), list(alone.values()), rtol=GRADIENT)
-    assert picture.dtype == np.uint8
-    assert picture.shape[1] > 4 * 128, "two pairs side by side"
-    assert picture.shape[0] > 2 * 128, "four rows with a pose: two lines"
+    assert drawing.dtype == np.uint8
+    assert drawing.shape[1] > 4 * 128, "two pairs side by side"
+    assert drawing.shape[0] > 2 * 128, "four rows with a pose: two lines"

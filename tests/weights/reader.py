@@ -55,8 +55,8 @@ def processor(folder):
     from PIL import Image
 
     loaded = transformers.AutoProcessor.from_pretrained(folder)
-    picture = Image.new("RGB", (40, 30), (200, 100, 50))
-    found = loaded(text="USER: <image>\nHi ASSISTANT:", images=picture, return_tensors="np")
+    image = Image.new("RGB", (40, 30), (200, 100, 50))
+    found = loaded(text="USER: <image>\nHi ASSISTANT:", images=image, return_tensors="np")
     ids = found["input_ids"][0].tolist()
     shape = list(found["pixel_values"].shape)
     return {"class": type(loaded).__name__, "ids": ids, "pixels": shape}

@@ -27,10 +27,11 @@ from chatpose_jax.models.config import preset  # noqa: E402
 from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
 from chatpose_jax.weights import arrays, devices, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
-from chatpose_jax.weights.folder import load_model_config, load_params, read_folder, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_model_config, load_params, read_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.readers import TensorEntry  # noqa: E402
+from chatpose_jax.weights.save import save_folder  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from .sources import (  # noqa: E402
@@ -173,7 +174,7 @@ def test_a_missing_tokenizer_does_not_hide_a_missing_tower(tmp_path: Path) -> No
     make_vicuna(tmp_path / "src")
     (tmp_path / "src/tokenizer.json").unlink()
     with pytest.raises(
-        UserError, match=r"no tokenizer.*Without a source, too: vision \(give --vision .*, projector \("
+        UserError, match=r"no tokenizer.*Parts without a source: vision \(give --vision .*, projector \("
     ):
         plan_conversion(SourceSpec(tmp_path / "src"))
 
@@ -244,7 +245,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(
     # A killed process cannot clean up: its half folder does not load, and the next run replaces it.
     half = tmp_path / ".out.partial"
     (half / "params").mkdir(parents=True)
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="not a model folder"):
         read_folder(half)
     convert(llava, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -266,13 +267,13 @@ def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path) -> N
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="exists already"):
         convert(llava, tmp_path / "out")
-    with pytest.raises(UserError, match="is no model folder"):
+    with pytest.raises(UserError, match="is not a model folder"):
         convert(llava, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/mine.txt").read_text() == "keep"
 
     # Every checkpoint of the Hugging Face world has a config.json: that alone makes no folder ours.
     shutil.copytree(llava, tmp_path / "foreign")
-    with pytest.raises(UserError, match="is no model folder of this program"):
+    with pytest.raises(UserError, match="is not a model folder, so it is not overwritten"):
         convert(llava, tmp_path / "foreign", overwrite=True)
     assert sha256(tmp_path / "foreign/model.safetensors") == sha256(llava / "model.safetensors")
 
@@ -382,18 +383,18 @@ def test_folders_that_do_not_load(llava: Path, tmp_path: Path) -> None:
         load_model_config(tmp_path / "absent")
     with pytest.raises(UserError, match="convert it first: chatpose convert"):
         load_model_config(llava)
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="not a model folder"):
         load_model_config(tmp_path)
 
     shutil.copytree(good, tmp_path / "cut")
     for file in (tmp_path / "cut/params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"not a whole Orbax checkpoint|are damaged"):
+    with pytest.raises(UserError, match=r"not a complete Orbax checkpoint|are damaged"):
         load_params(tmp_path / "cut", abstract_params(config))
 
     shutil.copytree(good, tmp_path / "half")
     shutil.rmtree(tmp_path / "half/params")
-    with pytest.raises(UserError, match="half a model folder: params missing"):
+    with pytest.raises(UserError, match="incomplete model folder: params missing"):
         load_model_config(tmp_path / "half")
 
     data = json.loads((good / "config.json").read_text())
@@ -472,6 +473,19 @@ def test_provenance_that_was_tampered_with(llava: Path, tmp_path: Path, provenan
         run("inspect", str(tmp_path / "out"))
 
 
+def test_inspect_shows_the_image_settings_of_earlier_folders(
+    llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are stored under the key ``pictures``."""
+    convert(llava, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    data = json.loads(file.read_text())
+    data["provenance"]["pictures"] = data["provenance"].pop("images")
+    file.write_text(json.dumps(data))
+    assert run("inspect", str(tmp_path / "out")) == 0
+    assert f"images      {data['provenance']['pictures']}" in capsys.readouterr().out
+
+
 def test_inspect_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_chatpose(tmp_path / "src", tmp_path / "clip")
     assert run("inspect", str(tmp_path / "src")) == 1
@@ -508,16 +522,16 @@ def test_load_takes_a_source_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fit", "other"), [("crop", "pad"), ("pad", "crop")])
-def test_load_passes_the_picture_fit_on(tmp_path: Path, fit: str, other: str) -> None:
-    """Over what ``config.json`` says: of a wide picture whose left is red, the middle alone is grey."""
+def test_load_passes_the_image_fit_on(tmp_path: Path, fit: str, other: str) -> None:
+    """Over what ``config.json`` says: of a wide image whose left is red, the middle alone is grey."""
     make_llava_original(tmp_path / "src")
     config = json.loads((tmp_path / "src/config.json").read_text())
     (tmp_path / "src/config.json").write_text(json.dumps(config | {"image_aspect_ratio": other}))
-    picture = np.full((28, 84, 3), 127, np.uint8)
-    picture[:, :28] = (255, 0, 0)
+    image = np.full((28, 84, 3), 127, np.uint8)
+    image[:, :28] = (255, 0, 0)
     model = chatpose_jax.load(tmp_path / "src", image_fit=fit)
     assert model.processor.images.fit == fit
-    red = model.processor.images(picture)[..., 0]
+    red = model.processor.images(image)[..., 0]
     assert (red.max() > 1.5) == (fit == "pad")
 
 

@@ -26,8 +26,9 @@ from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.weights import leaves, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import load_model_config, load_params, new_folder, read_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_model_config, load_params, read_folder  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
+from chatpose_jax.weights.save import new_folder  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from .sources import VOCAB, Sizes, make_llava_transformers, make_vicuna, sha256  # noqa: E402
@@ -104,7 +105,7 @@ def test_a_stopped_conversion_leaves_nothing_that_loads_and_runs_again(
     else:
         assert code == -signal.SIGKILL
         for folder in (out, partial):
-            with pytest.raises(UserError, match=r"no such folder|no model folder"):
+            with pytest.raises(UserError, match=r"no such folder|not a model folder"):
                 load_model_config(folder)
     convert(llava, out)
     assert_whole(llava, out)
@@ -167,14 +168,14 @@ def test_a_missing_shard_and_an_index_that_disagrees(copy: Path, tmp_path: Path)
     first, second, _ = sorted(file.name for file in copy.glob("*.safetensors"))
     name = next(name for name, file in whole["weight_map"].items() if file == first)
     index.write_text(json.dumps({"weight_map": whole["weight_map"] | {name: second}}))
-    with pytest.raises(UserError, match=rf"says that {name} stands in {second}, it stands in {first}"):
+    with pytest.raises(UserError, match=rf"says that {name} is in {second}, but it is in {first}"):
         convert(copy, tmp_path / "out")
     index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"lost.weight": second}}))
-    with pytest.raises(UserError, match=r"lists 1 tensors that its files do not hold: lost\.weight"):
+    with pytest.raises(UserError, match=r"lists 1 tensors that its files do not contain: lost\.weight"):
         convert(copy, tmp_path / "out")
     index.write_text(json.dumps(whole))
     (copy / second).unlink()
-    with pytest.raises(UserError, match=rf"names 1 of 3 files that are not there: {second}"):
+    with pytest.raises(UserError, match=rf"1 of the 3 files that it lists are missing: {second}"):
         convert(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -199,7 +200,7 @@ def test_a_wrong_hash(copy: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    message = rf"{shard.name}: its SHA-256 is {sha256(shard)}, listed is {table[shard.name]}"
+    message = rf"{shard.name}: its SHA-256 is {sha256(shard)}, the list has {table[shard.name]}"
     with pytest.raises(UserError, match=message):
         convert(copy, tmp_path / "out", hashes=tmp_path / "list")
     write_sums(copy / "SHA256SUMS", table | {"README.md": "0" * 64})
@@ -231,15 +232,19 @@ def test_lists_of_hashes_that_cannot_be_used(copy: Path, tmp_path: Path, text: s
 @pytest.mark.parametrize(
     ("file", "settings", "message"),
     [
-        ("config.json", {"text_config": "llama"}, "a setting of the wrong kind"),
-        ("config.json", {"text_config": {"num_attention_heads": 0}}, "a setting of the wrong kind"),
-        ("config.json", {"text_config": {"num_attention_heads": "many"}}, "a setting of the wrong kind"),
+        ("config.json", {"text_config": "llama"}, "a setting in config.json has the wrong type"),
+        ("config.json", {"text_config": {"num_attention_heads": 0}}, "a setting in config.json has the wrong type"),
+        (
+            "config.json",
+            {"text_config": {"num_attention_heads": "many"}},
+            "a setting in config.json has the wrong type",
+        ),
         (
             "config.json",
             {"text_config": {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_scaling": [1]}},
-            "a setting of the wrong kind",
+            "a setting in config.json has the wrong type",
         ),
-        ("config.json", {"image_token_index": 1e999}, "a setting of the wrong kind"),
+        ("config.json", {"image_token_index": 1e999}, "a setting in config.json has the wrong type"),
         ("config.json", {"text_config": {"num_hidden_layers": 10**12}}, "num_hidden_layers=1000000000000"),
         ("added_tokens.json", {"<POSE>": None}, "the tokenizer's JSON files are not as transformers writes them"),
         ("added_tokens.json", {"<POSE>": "last"}, "the tokenizer's JSON files are not as transformers writes them"),
@@ -324,10 +329,10 @@ def poison(folder: Path, value: float, tensor: str = UP, rows: slice = slice(3, 
 
 def test_values_beyond_float16_are_not_made_infinite(copy: Path, tmp_path: Path) -> None:
     poison(copy, 1e6)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values beyond float16"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values beyond the range of float16"):
         convert(SourceSpec(copy, dtype="float16"), tmp_path / "half")
     convert(copy, tmp_path / "out")
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values beyond float16"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values beyond the range of float16"):
         export(tmp_path / "out", tmp_path / "half", "llava", dtype="float16")
     assert not (tmp_path / "half").exists()
 
@@ -336,7 +341,7 @@ def test_int8_of_what_is_no_number(copy: Path, tmp_path: Path) -> None:
     poison(copy, float("nan"))
     with pytest.raises(UserError, match=rf"{UP}: 1 NaN in the first"):
         convert(SourceSpec(copy, quantize="int8"), tmp_path / "out")
-    with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: infinite or not a number"):
+    with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: NaN or infinite values"):
         convert(SourceSpec(copy, quantize="int8", allow_nonfinite=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -399,12 +404,17 @@ def test_rows_of_an_adapter_that_are_no_numbers(copy: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("stored", "dtype", "value", "message"),
     [
-        (torch.float64, None, 1e300, "values beyond float32, which ends at 3.40282e\\+38; no dtype here holds them"),
+        (
+            torch.float64,
+            None,
+            1e300,
+            "values beyond the range of float32 \\(±3.40282e\\+38\\); no supported dtype can hold them",
+        ),
         (
             torch.float32,
             "bfloat16",
             3.4e38,
-            "values beyond bfloat16, which ends at 3.38953e\\+38; choose --dtype float32",
+            "values beyond the range of bfloat16 \\(±3.38953e\\+38\\); choose --dtype float32",
         ),
     ],
 )
@@ -502,9 +512,11 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 def test_what_is_converted_already(llava: Path, tmp_path: Path) -> None:
     convert(llava, tmp_path / "out")
-    with pytest.raises(UserError, match="is a model folder already: chatpose chat takes it, chatpose export writes it"):
+    with pytest.raises(
+        UserError, match="is already a model folder; chatpose chat reads it, and chatpose export writes it"
+    ):
         convert(tmp_path / "out", tmp_path / "again")
-    with pytest.raises(UserError, match="--with-projector is for --format peft"):
+    with pytest.raises(UserError, match="--with-projector is only for --format peft"):
         export(tmp_path / "out", tmp_path / "hf", "transformers", with_projector=True)
 
 

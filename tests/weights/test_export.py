@@ -40,9 +40,10 @@ from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_model_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_model_config, load_params  # noqa: E402
+from chatpose_jax.weights.initial import initial  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
-from chatpose_jax.weights.plan import initial  # noqa: E402
+from chatpose_jax.weights.save import save_folder  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 from smpl_jax.pose import Pose  # noqa: E402
 from smpl_jax.rotations import rotation_6d_to_matrix  # noqa: E402
@@ -62,7 +63,7 @@ from .sources import (  # noqa: E402
     transformers_name,
 )
 from .test_parity import (  # noqa: E402
-    PICTURE,
+    PHOTO,
     flat_forward,
     gram_schmidt,
     poses_of,
@@ -74,7 +75,7 @@ LORA = LoRAConfig(rank=4, alpha=12.0, dropout=0.1, targets=("q_proj", "v_proj", 
 slow = pytest.mark.slow
 DTYPES = ["float32", "bfloat16", "float16"]
 CONVERSATION = [
-    user("How do they stand?", PICTURE),
+    user("How do they stand?", PHOTO),
     {"role": "assistant", "content": "It is <POSE>."},
     user("And who sits?"),
     {"role": "assistant", "content": "<POSE> or <POSE>."},
@@ -281,7 +282,7 @@ def test_transformers_gives_the_same_logits_with_the_adapters_merged(tmp_path: P
     model_folder(tmp_path / "hf", tmp_path / "back")
     assert load_model_config(tmp_path / "back").lora is None
     again = export(tmp_path / "back", tmp_path / "hf2", "transformers")
-    assert "no adapters in this model: the weights are its own" in again.notes
+    assert "the model has no adapters" in again.notes
     assert_same(weights(tmp_path / "hf2"), weights(tmp_path / "hf"))
     _, same, poses = answers(tmp_path / "back")
     agree(same, logits)
@@ -290,7 +291,7 @@ def test_transformers_gives_the_same_logits_with_the_adapters_merged(tmp_path: P
 
 def test_a_placeholder_outside_the_vocabulary_moves_into_it_for_transformers(tmp_path: Path) -> None:
     """CHATPOSE-V0, whose placeholder is -200, with a row for ``<image>``: the logits stay; transformers' own processor
-    finds tokenizer, placeholder and picture."""
+    finds tokenizer, placeholder and image."""
     models = make_chatpose(tmp_path / "src", tmp_path / "clip")
     folder = model_folder(tmp_path / "src", tmp_path / "jax", vision=tmp_path / "clip")
     export(folder, tmp_path / "hf", "transformers")
@@ -300,9 +301,9 @@ def test_a_placeholder_outside_the_vocabulary_moves_into_it_for_transformers(tmp
     image_id = model.config.image_token_id
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == image_id >= VOCAB
     assert processor.tokenizer.convert_tokens_to_ids("[SEG]") == POSE_ID
-    inputs = processor(images=Image.fromarray(PICTURE), text="USER: <image>\nHi ASSISTANT:", return_tensors="pt")
+    inputs = processor(images=Image.fromarray(PHOTO), text="USER: <image>\nHi ASSISTANT:", return_tensors="pt")
     assert (inputs["input_ids"] == image_id).sum() == 16
-    mine = Processor.load(folder / TOKENIZER, load_model_config(folder)).encode([user("Hi", PICTURE)])
+    mine = Processor.load(folder / TOKENIZER, load_model_config(folder)).encode([user("Hi", PHOTO)])
     np.testing.assert_allclose(inputs["pixel_values"][0], torch_pixels(mine)[0], atol=1e-6)
     encoded, logits, matrices = answers(folder)
     expected, poses = llava_answers(model.eval(), encoded, image_id, head_on_its_own(tmp_path / "hf"))
@@ -425,7 +426,7 @@ def test_an_int8_base_goes_out_as_the_numbers_that_it_stands_for(tmp_path: Path)
     np.testing.assert_allclose(found.numpy(), expected.T, atol=1e-6)
 
 
-def test_pictures_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> None:
+def test_images_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "jax")
     file = tmp_path / "jax" / TOKENIZER / "processor.json"
     settings = json.loads(file.read_text())
@@ -433,8 +434,8 @@ def test_pictures_padded_here_are_padded_there(plain: Path, tmp_path: Path) -> N
     file.write_text(json.dumps(settings))
     export(tmp_path / "jax", tmp_path / "hf", "transformers")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
-    found = processor.image_processor(Image.fromarray(PICTURE), return_tensors="pt")["pixel_values"][0]
-    mine = Processor.load(tmp_path / "jax" / TOKENIZER, load_model_config(plain)).images(Image.fromarray(PICTURE))
+    found = processor.image_processor(Image.fromarray(PHOTO), return_tensors="pt")["pixel_values"][0]
+    mine = Processor.load(tmp_path / "jax" / TOKENIZER, load_model_config(plain)).images(Image.fromarray(PHOTO))
     np.testing.assert_allclose(found, mine.transpose(2, 0, 1), atol=0.05)
     back = model_folder(tmp_path / "hf", tmp_path / "back")
     assert Processor.load(back / TOKENIZER, load_model_config(back)).images.fit == "pad"
@@ -472,7 +473,7 @@ def test_a_head_of_another_kind_goes_out_and_comes_back(
     save_folder(tmp_path / "jax", config, unflatten_dict(params | head, sep="/"), processor=processor)
     with pytest.raises(
         UserError,
-        match=r"has a place for the pose head 'mlp' with 6D .* only, this model has .*'listed_in_test_export'",
+        match=r"supports only the pose head 'mlp' with 6D .*, this model has .*'listed_in_test_export'",
     ):
         export(tmp_path / "jax", tmp_path / "out", "chatpose")
     export(tmp_path / "jax", tmp_path / "hf", "transformers")
@@ -502,8 +503,8 @@ def test_refusals(plain: Path, tmp_path: Path) -> None:
     for message, options in {
         "no format 'onnx'; expected one of transformers, llava, chatpose, peft": {"format": "onnx"},
         "there exists already; choose another folder": {"out": tmp_path / "there"},
-        "nothing for peft; choose --format transformers": {"format": "peft"},
-        "'5 pounds' is no size of a file": {"max_shard_size": "5 pounds"},
+        "no adapters to write for peft; choose --format transformers": {"format": "peft"},
+        "'5 pounds' is not a file size": {"max_shard_size": "5 pounds"},
         "dtype 'int8': expected one of": {"dtype": "int8"},
         "a PyTorch checkpoint, not a model folder": {"folder": plain.parent / "src"},
     }.items():
@@ -599,7 +600,7 @@ def test_a_description_must_stand_beside_the_head(plain: Path, tmp_path: Path) -
         convert(tmp_path / "bare", tmp_path / "out")
     good = json.loads((tmp_path / "hf" / "pose_head.json").read_text())
     for change, message in (
-        ({"version": 2}, r"expected format 'chatpose-pose-head' in version 1"),
+        ({"version": 2}, r"expected 'chatpose-pose-head' in version 1"),
         ({"num_joints": 1e999}, "not a description of a pose head"),
         ({"num_joints": 52}, "num_joints is 52, but this head gives 24"),
         ({"name": "../mlp"}, r"its pose head '\.\./mlp' is not part of this program"),
@@ -614,14 +615,14 @@ def test_passengers_of_an_unknown_layout_are_an_error(plain: Path, tmp_path: Pat
     shutil.copytree(plain, tmp_path / "jax")
     (file,) = (tmp_path / "jax" / PASSENGERS).iterdir()
     file.rename(file.with_stem("someone_elses"))
-    with pytest.raises(UserError, match="named after no layout that is known"):
+    with pytest.raises(UserError, match="its name is not a known layout"):
         export(tmp_path / "jax", tmp_path / "out", "transformers")
 
 
 def test_a_file_of_announced_size(tmp_path: Path) -> None:
     """The writer refuses to write a file that its header does not describe."""
     short = writers.Tensor("x", np.dtype(np.float32), (4,), lambda: iter([np.zeros(3, np.float32)]))
-    with pytest.raises(ValueError, match="12 bytes written, 16 announced"):
+    with pytest.raises(ValueError, match="12 bytes were written, expected 16"):
         writers.write_safetensors(tmp_path / "x.safetensors", [short])
     wrong = dataclasses.replace(short, blocks=lambda: iter([np.zeros(4, np.float16)]))
     with pytest.raises(ValueError, match="float16, announced as float32"):

@@ -28,12 +28,13 @@ from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.models.config import LoRAConfig  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.verify import verify  # noqa: E402
-from chatpose_jax.weights import adapters  # noqa: E402
+from chatpose_jax.weights import adapter_config, adapters  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
+from chatpose_jax.weights.save import save_folder  # noqa: E402
 from chatpose_jax.weights.sources import open_adapter  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
@@ -122,7 +123,7 @@ def test_a_base_with_fewer_rows_is_resized_first(tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "lora")
     result = export(folder, tmp_path / "adapter", "peft", base_class="llama")
     assert any("needs resize_token_embeddings(1025) first" in note for note in result.notes)
-    assert "with it: rows 1024 of embed_tokens, rows 1024 of lm_head" in result.notes
+    assert "contains: rows 1024 of embed_tokens, rows 1024 of lm_head" in result.notes
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(VOCAB + 1)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -413,7 +414,7 @@ def test_what_llavas_own_training_lays_beside_an_adapter(tmp_path: Path) -> None
     rows = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in projector.state_dict().items()}
     torch.save(rows, tmp_path / "adapter" / "non_lora_trainables.bin")
     options = {"adapter": tmp_path / "adapter", "vision": tmp_path / "clip"}
-    # Its config.json is LLaVA's: Vicuna's says nothing of pictures.
+    # Its config.json is LLaVA's: Vicuna's has no settings of images.
     said = {"image_aspect_ratio": "pad", "mm_vision_select_layer": -3}
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(said))
     out = model_folder(tmp_path / "base", tmp_path / "jax", **options)
@@ -501,9 +502,12 @@ def test_an_adapter_in_half_precision_comes_back_bit_by_bit(written: Path, tmp_p
     [
         ({"r": [8]}, r"adapters of rank 8 and r=\[8\]"),
         ({"lora_alpha": 10**400}, "expected numbers as lora_alpha and lora_dropout"),
-        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\]: this model holds plain LoRA"),
+        (
+            {"alora_invocation_tokens": [5, 6]},
+            r"alora_invocation_tokens=\[5, 6\] is not supported; expected plain LoRA",
+        ),
         ({"r": 16}, r"adapters of rank 8 and r=16 in adapter_config\.json; expected one rank for all"),
-        ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}: this model holds plain LoRA"),
+        ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\} is not supported; expected plain LoRA"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"use_what_a_later_peft_has": True}, "use_what_a_later_peft_has=True"),
         ({"use_dora": True}, "use_dora=True"),
@@ -524,15 +528,15 @@ def test_adapters_that_cannot_be_held(written: Path, tmp_path: Path, settings: A
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modules_to_save": ["lm_head", "multi_modal_projector"]}, "modules_to_save .* lists lm_head, multi_modal_projector, of which"),
+        ({"modules_to_save": ["lm_head", "multi_modal_projector"]}, "modules_to_save .* lists lm_head, multi_modal_projector, but the"),
         ({"modules_to_save": "lm_head"}, "expected a list of names as modules_to_save, found 'lm_head'"),
-        ({"trainable_token_indices": [5]}, "trainable_token_indices in .* lists embed_tokens, of which"),
-        ({"trainable_token_indices": {"embed_tokens": [], "lm_head": [5]}}, "lists lm_head, of which"),
-        ({"target_modules": ["k_proj", "gate_proj"]}, r"adapters on model\S*0\.self_attn\.q_proj, .*2\.self_attn\.q_proj, where"),
-        ({"target_modules": ["q_proj", "k_proj", "gate_proj"], "layers_to_transform": [1]}, r"layers\.0\.mlp\.gate_proj, .* and 2 more, where"),
-        ({"exclude_modules": ["q_proj"], "target_modules": "all-linear"}, "puts adapters on v_proj, of which the file has none"),
-        ({"target_modules": "all-linear", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] beside target_modules='all-linear'"),
-        ({"layers_to_transform": 0}, r"layers_to_transform=0 beside target_modules="),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices in .* lists embed_tokens, but the"),
+        ({"trainable_token_indices": {"embed_tokens": [], "lm_head": [5]}}, "lists lm_head, but the"),
+        ({"target_modules": ["k_proj", "gate_proj"]}, r"adapters on model\S*0\.self_attn\.q_proj, .*2\.self_attn\.q_proj, which"),
+        ({"target_modules": ["q_proj", "k_proj", "gate_proj"], "layers_to_transform": [1]}, r"layers\.0\.mlp\.gate_proj, .* and 2 more, which"),
+        ({"exclude_modules": ["q_proj"], "target_modules": "all-linear"}, "puts adapters on v_proj, but the file has no tensors"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] needs a list .* found the text 'all-linear'"),
+        ({"layers_to_transform": 0}, r"layers_to_transform=0 needs a list as target_modules"),
     ],
 )  # fmt: skip
 def test_settings_and_file_belong_together(written: Path, tmp_path: Path, settings: Any, message: str) -> None:
@@ -545,17 +549,19 @@ def test_settings_and_file_belong_together(written: Path, tmp_path: Path, settin
     ("settings", "message"),
     [
         ({"target_modules": r"(([a-z_.0-9]+)+)+X"}, "repeats a group"),
-        ({"target_modules": ".*" * 7 + "X"}, "repeats too often"),
+        ({"target_modules": ".*" * 7 + "X"}, "has too many repetitions"),
         ({"exclude_modules": r"(a|b)*c"}, "repeats a group"),
         ({"layers_to_transform": [0], "layers_pattern": "(a+)+"}, "expected the name of a list of layers"),
-        ({"target_modules": "("}, "no rule of which modules are adapted"),
+        ({"target_modules": "("}, "the settings of which modules have adapters are invalid"),
     ],
 )
 def test_a_strangers_regular_expression_ends(settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        adapters.targeting({"target_modules": ["q_proj"], **settings}, Path("adapter"))
+        adapter_config.targeting({"target_modules": ["q_proj"], **settings}, Path("adapter"))
     long = r".*language_model.*\.layers\.[\d]{1,}\..*(q_proj|v_proj)"  # as peft and others write it
-    assert adapters.targeting({"target_modules": long}, Path("adapter"))("language_model.layers.1.self_attn.q_proj")
+    assert adapter_config.targeting({"target_modules": long}, Path("adapter"))(
+        "language_model.layers.1.self_attn.q_proj"
+    )
 
 
 def test_an_adapter_on_all_linear_modules(tmp_path: Path) -> None:
@@ -610,13 +616,13 @@ def test_token_rows_and_their_ids_belong_together(tmp_path: Path) -> None:
     folder = trained(model_folder(tmp_path / "base", tmp_path / "jax"), tmp_path / "lora")
     export(folder, tmp_path / "adapter", "peft")
     adapter = changed(tmp_path, tmp_path / "short", trainable_token_indices={"embed_tokens": [1024]})
-    with pytest.raises(UserError, match=r"embed_tokens.* has 2 rows, trainable_token_indices .* names 1 for it"):
+    with pytest.raises(UserError, match=r"embed_tokens.* has 2 rows, but trainable_token_indices .* lists 1 for it"):
         open_adapter(adapter)
 
 
 def test_rows_without_a_shape() -> None:
-    with pytest.raises(UserError, match="has no rows, trainable_token_indices"):
-        adapters.token_ids(
+    with pytest.raises(UserError, match="has no rows, but trainable_token_indices"):
+        adapter_config.token_ids(
             {"embed_tokens" + adapters.TOKEN_ROWS: ()}, {"trainable_token_indices": [5]}, Path("adapter")
         )
 
@@ -637,7 +643,7 @@ def test_an_adapter_beside_its_base_is_not_overlooked(written: Path, tmp_path: P
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(written / "adapter" / name, both)
     with pytest.raises(
-        UserError, match=r"adapter_model\.safetensors stands beside whole weights; convert with --adapter"
+        UserError, match=r"adapter_model\.safetensors lies beside complete weights; convert with --adapter"
     ):
         convert(both, tmp_path / "out")
     convert(SourceSpec(both, adapter=both / "adapter_model.safetensors"), tmp_path / "out")
@@ -663,7 +669,7 @@ def test_one_set_of_adapters(written: Path, tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").unlink()
     torch.save(dict(wrapped.state_dict()), tmp_path / "base" / "pytorch_model.bin")
     write_config(tmp_path / "base", base.config.to_dict())
-    with pytest.raises(UserError, match="both hold adapters, this model holds one set"):
+    with pytest.raises(UserError, match="both have adapters, but a model can have only one set"):
         convert(SourceSpec(tmp_path / "base", adapter=written / "adapter", lora_alpha=4), tmp_path / "out")
 
 
@@ -702,6 +708,6 @@ def test_an_adapter_on_some_layers(tmp_path: Path, chosen: dict[str, Any]) -> No
     kept = {name: tensor for name, tensor in theirs.items() if not name.startswith(lost)}
     save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(
-        UserError, match=r"missing \(2\): .*layers\.2\.|adapters on up_proj, of which the file has none"
+        UserError, match=r"missing \(2\): .*layers\.2\.|adapters on up_proj, but the file has no tensors"
     ):
         convert(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "x")

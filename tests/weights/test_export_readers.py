@@ -23,7 +23,8 @@ pytest.importorskip("torch")
 from chatpose_jax.processing.tokenizer import TOKENIZER_FILES, TextTokenizer
 from chatpose_jax.weights.export import FORMATS, export
 from chatpose_jax.weights.folder import TOKENIZER
-from chatpose_jax.weights.tokens import read_tokens, write_tokenizer
+from chatpose_jax.weights.tokenizer_writer import write_tokenizer
+from chatpose_jax.weights.tokens import read_tokens
 
 from .sources import (
     VOCAB,

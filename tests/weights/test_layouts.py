@@ -195,7 +195,7 @@ def test_names_of_wrappers_are_seen_through(tmp_path: Path, wrap: Any) -> None:
     assert_same(params, transformers_tree(model))
     name = next(iter(state))
     torch.save(state | {wrap(name): state[name]}, file)
-    with pytest.raises(UserError, match="wrapped and not; keep one of them"):
+    with pytest.raises(UserError, match="with and without a wrapper's prefix; remove one of them"):
         open_sources(SourceSpec(tmp_path / "src"))
 
 

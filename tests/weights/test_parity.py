@@ -29,7 +29,7 @@ from tests import heads  # noqa: E402
 from ..numerics import Rounded, agree, rounded  # noqa: E402
 from .sources import FlatModels, Sizes, make_chatpose, make_llava_transformers  # noqa: E402
 
-PICTURE = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
+PHOTO = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
 Messages = list[dict[str, Any]]
 
 
@@ -94,7 +94,7 @@ def chatpose(tmp_path_factory: pytest.TempPathFactory) -> tuple[FlatModels, Chat
     return models, load(folder / "CHATPOSE-V0", folder / "out", vision=folder / "clip")
 
 
-@pytest.mark.parametrize("images", [[], [PICTURE], [PICTURE, PICTURE[::-1]]], ids=["text", "image", "two images"])
+@pytest.mark.parametrize("images", [[], [PHOTO], [PHOTO, PHOTO[::-1]]], ids=["text", "image", "two images"])
 def test_chatpose_gives_torchs_logits_and_poses(chatpose: tuple[FlatModels, ChatPose], images: list[Any]) -> None:
     models, model = chatpose
     messages = [
@@ -115,9 +115,9 @@ def test_chatpose_gives_torchs_logits_and_poses(chatpose: tuple[FlatModels, Chat
     agree(matrices, poses)
 
 
-def test_chatpose_answers_a_picture_as_torch_does(chatpose: tuple[FlatModels, ChatPose]) -> None:
+def test_chatpose_answers_an_image_as_torch_does(chatpose: tuple[FlatModels, ChatPose]) -> None:
     models, model = chatpose
-    messages = [user("How do they stand?", PICTURE)]
+    messages = [user("How do they stand?", PHOTO)]
     reply = model.chat(messages, max_new_tokens=16, force_pose=True)
     encoded = model.processor.encode([*messages, reply.message], add_generation_prompt=False)
     logits, hidden = flat_forward(models, encoded, model.config.image_token_id)
@@ -145,12 +145,12 @@ def check_answer(model: ChatPose, messages: Messages, reply: Reply, logits: np.n
 
 
 def test_llava_of_a_full_vocabulary_chats_as_transformers_does(tmp_path: Path, shared_data: Path) -> None:
-    """LLaMA's own tokenizer, ``<image>`` as 32000, ``<pad>`` and ``<POSE>`` as 32002: text, a picture from a file, a second turn."""
+    """LLaMA's own tokenizer, ``<image>`` as 32000, ``<pad>`` and ``<POSE>`` as 32002: text, an image from a file, a second turn."""
     sizes = dataclasses.replace(Sizes(), rows=32064, width=32, layers=2, mlp=64)
     peer = make_llava_transformers(tmp_path / "src", sizes=sizes, image_token_id=32000, pose=None)
     model = load(tmp_path / "src", tmp_path / "out", tokenizer=shared_data / "tokenizer")
     assert (model.config.image_token_id, model.config.pose_token_id) == (32000, 32002)
-    Image.fromarray(PICTURE).save(tmp_path / "picture.png")
+    Image.fromarray(PHOTO).save(tmp_path / "image.png")
 
     def check(messages: Messages) -> Messages:
         reply = model.chat(messages, max_new_tokens=12, force_pose=True)
@@ -171,14 +171,14 @@ def test_llava_of_a_full_vocabulary_chats_as_transformers_does(tmp_path: Path, s
         return [*messages, reply.message]
 
     check([user("Show me someone who kneels.")])
-    turns = check([user("How does this person stand?", tmp_path / "picture.png")])
+    turns = check([user("How does this person stand?", tmp_path / "image.png")])
     check([*turns, user("And with both arms raised?")])
 
 
 def test_commands_convert_and_answer_about_a_photograph(
     tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tokenizer lies elsewhere, as Vicuna's often does; the picture is a JPEG that a camera took."""
+    """The tokenizer lies elsewhere, as Vicuna's often does; the image is a JPEG that a camera took."""
     photo = pytest.importorskip("matplotlib.cbook").get_sample_data("grace_hopper.jpg", asfileobj=False)
     sizes = dataclasses.replace(Sizes(), rows=32064, width=32, layers=2, mlp=64)
     make_llava_transformers(tmp_path / "src", sizes=sizes, image_token_id=32000, pose=None)

@@ -19,9 +19,10 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.convert import convert, load_source
 from chatpose_jax.weights.export import export
-from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params, save_folder
+from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params
+from chatpose_jax.weights.initial import initial
 from chatpose_jax.weights.paths import by_path
-from chatpose_jax.weights.plan import initial
+from chatpose_jax.weights.save import save_folder
 from chatpose_jax.weights.spec import SourceSpec
 
 from .sources import Sizes, make_llava_transformers

@@ -112,20 +112,20 @@ def safetensors(path: Path, header: Any, data: bytes = b"", length: int | None =
 @pytest.mark.parametrize(
     ("header", "length", "message"),
     [
-        ({}, 1 << 60, "announce a header of 1152921504606846976 bytes"),
+        ({}, 1 << 60, "give a header of 1152921504606846976 bytes"),
         (b"{", None, "announce a header of 1 bytes|damaged"),
         (b"not json", None, "header is damaged"),
-        (b'{"a": 1, "a": 2}', None, "a name stands twice"),
+        (b'{"a": 1, "a": 2}', None, "a name occurs twice"),
         ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, None, "cut off: tensor 'w' ends at"),
-        ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, None, "cannot fill bytes 0..8"),
-        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, None, "not whole numbers of 0"),
+        ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, None, "does not have the size of bytes 0..8"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, None, "not integers from 0"),
         ({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, None, "dtype 'F99'"),
         ({"w": {"shape": [1]}}, None, "header is damaged"),
         (b'{"w": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}', None, "header is damaged"),
         (
             {"w": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 1 << 126]}},
             None,
-            "not whole numbers",
+            "not integers from 0",
         ),
         ({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4 << 40]}}, None, "cut off"),
     ],
@@ -231,7 +231,7 @@ def test_damaged_torch_files(tmp_path: Path) -> None:
     whole = (tmp_path / "good.bin").read_bytes()
     bad = tmp_path / "bad.bin"
     cases = {
-        "not a whole zip archive": whole[: len(whole) // 2],
+        "not a complete zip archive": whole[: len(whole) // 2],
         "before PyTorch 1.6": pickle.dumps({"w": 1}),
     }
     for message, data in cases.items():
@@ -287,7 +287,7 @@ NO_SIZES = {
 @pytest.mark.parametrize(("shape", "strides"), NO_SIZES.values(), ids=NO_SIZES)
 def test_sizes_that_no_tensor_has_are_refused(tmp_path: Path, shape: bytes, strides: bytes) -> None:
     assert read_torch_header(archive(tmp_path / "m.bin", tensor_of(b"K\x10\x85", b"K\x01\x85")))["w"].shape == (16,)
-    with pytest.raises(UserError, match="sizes, strides or offset are not whole numbers of 0"):
+    with pytest.raises(UserError, match="sizes, strides or offset are not integers from 0"):
         read_torch_header(archive(tmp_path / "m.bin", tensor_of(shape, strides)))
 
 
@@ -296,7 +296,7 @@ def test_sizes_that_no_tensor_has_are_refused(tmp_path: Path, shape: bytes, stri
 def test_sizes_of_safetensors_are_bounded(tmp_path: Path, where: str, number: str) -> None:
     record = {"shape": "4", "data_offsets": "16"} | {where: number}
     header = f'{{"w": {{"dtype": "F32", "shape": [{record["shape"]}], "data_offsets": [0, {record["data_offsets"]}]}}}}'
-    with pytest.raises(UserError, match="not whole numbers of 0 … 2\\^63 - 1; the header is damaged"):
+    with pytest.raises(UserError, match="not integers from 0 to 2\\^63 - 1; the header is damaged"):
         read_safetensors_header(safetensors(tmp_path / "m.safetensors", header.encode(), bytes(16)))
 
 
@@ -357,7 +357,7 @@ def test_names_of_tensors_are_short_texts(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_tensor_of_torch_may_be_besides_is_refused_by_name(tmp_path: Path, make: Any, message: str) -> None:
     torch.save({"v": torch.ones(2), "w": make()}, tmp_path / "m.bin")
-    with pytest.raises(UserError, match=f"holds .*({message}).*, which is not read here"):
+    with pytest.raises(UserError, match=f"contains .*({message}).*, which is not supported"):
         open_checkpoint(tmp_path / "m.bin")
 
 
@@ -444,17 +444,19 @@ def test_folders_and_indices(tmp_path: Path) -> None:
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
     index(tmp_path, {"a": files[0], "b": files[1]})
-    with pytest.raises(UserError, match=f"'a' stands in both {files[0]} and {files[1]}"):
+    with pytest.raises(UserError, match=f"'a' is in both {files[0]} and {files[1]}"):
         open_checkpoint(tmp_path)
 
     save_file({"b": two}, tmp_path / files[1])
     assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
 
     index(tmp_path, {"a": files[0], "b": "model-00003-of-00003.safetensors"})
-    with pytest.raises(UserError, match=r"names 1 of 2 files that are not there: model-00003-of-00003.safetensors"):
+    with pytest.raises(
+        UserError, match=r"1 of the 2 files that it lists are missing: model-00003-of-00003.safetensors"
+    ):
         open_checkpoint(tmp_path)
     index(tmp_path, {"a": files[0], "b": files[1], "c": files[1]})
-    with pytest.raises(UserError, match="lists 1 tensors that its files do not hold: c"):
+    with pytest.raises(UserError, match="lists 1 tensors that its files do not contain: c"):
         open_checkpoint(tmp_path)
     index(tmp_path, {"a": "../outside.safetensors"})
     with pytest.raises(UserError, match="outside its folder"):
@@ -530,11 +532,11 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 997657
     ("data", "message"),
     [
         (LFS, "a Git LFS pointer, not the file itself; run git lfs pull"),
-        (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", "an HTML page that was saved in the file's place"),
-        (b"<html>" + b"x" * 1000, "an HTML page that was saved in the file's place"),
+        (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title>", "an HTML page instead of the file"),
+        (b"<html>" + b"x" * 1000, "an HTML page instead of the file"),
         (
             b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
-            "an XML page, as servers answer with an error",
+            "an XML page instead of the file",
         ),
         (b"GGUF\x03\0\0\0", "a GGUF file"),
     ],
@@ -573,7 +575,7 @@ def test_a_cache_of_the_hub_names_the_snapshot(tmp_path: Path) -> None:
     ("file", "message"),
     [
         ("__0_0.distcp", r"dcp_to_torch .* model\.bin"),
-        ("zero_to_fp32.py", r"a DeepSpeed checkpoint: python .*/zero_to_fp32\.py .* OUT"),
+        ("zero_to_fp32.py", r"a DeepSpeed checkpoint: to convert it, run python .*/zero_to_fp32\.py .* OUT"),
         ("model-Q4_K_M.gguf", "GGUF files"),
     ],
 )
@@ -584,7 +586,7 @@ def test_folders_of_other_programs_are_called_by_name(tmp_path: Path, file: str,
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no weights here"):
+    with pytest.raises(UserError, match="no weights found"):
         open_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         open_checkpoint(tmp_path / "absent")

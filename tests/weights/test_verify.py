@@ -25,11 +25,12 @@ from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.verify import Difference, verify  # noqa: E402
-from chatpose_jax.weights import adapters  # noqa: E402
+from chatpose_jax.weights import adapter_config  # noqa: E402
 from chatpose_jax.weights.convert import convert  # noqa: E402
 from chatpose_jax.weights.export import export  # noqa: E402
-from chatpose_jax.weights.folder import load_model_config, load_params, save_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_model_config, load_params  # noqa: E402
 from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
+from chatpose_jax.weights.save import save_folder  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
 from .sources import make_chatpose, make_clip, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
@@ -221,7 +222,7 @@ def test_without_torch_and_other_mistakes(chatpose: tuple[Path, Path, Path], tmp
     with pytest.raises(UserError, match=r"--layers 9: the decoder has 3 layers; expected 1 to 3"):
         list(verify(SourceSpec(source, vision=clip), out, layers=9).stages)
     make_llava_transformers(tmp_path / "src")
-    with pytest.raises(UserError, match=r"no model folder|convert it first"):
+    with pytest.raises(UserError, match=r"not a model folder|convert it first"):
         list(verify(source, tmp_path / "src").stages)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install '\.\[torch\]' in the checkout"):
@@ -260,13 +261,13 @@ def test_a_wrong_alpha_fails(adapted: Path, tmp_path: Path, monkeypatch: pytest.
     (out / "config.json").write_text(json.dumps(data))
     assert {"layer 0", "layer 2"} <= wrong(verify(SourceSpec(base, adapter=adapter), out).stages)
 
-    real = adapters.lora_config
+    real = adapter_config.lora_config
 
     def doubled(*args: Any) -> Any:
         lora = real(*args)
         return lora and dataclasses.replace(lora, alpha=2 * lora.alpha)
 
-    monkeypatch.setattr(adapters, "lora_config", doubled)
+    monkeypatch.setattr(adapter_config, "lora_config", doubled)
     out = converted(base, tmp_path / "doubled", adapter=adapter)
     assert {"layer 0", "layer 2"} <= wrong(verify(SourceSpec(base, adapter=adapter), out).stages)
 
@@ -274,9 +275,11 @@ def test_a_wrong_alpha_fails(adapted: Path, tmp_path: Path, monkeypatch: pytest.
 def test_rows_of_another_token_fail(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversion lays an adapter's rows over the wrong tokens: the torch side reads their ids itself."""
     base, adapter = adapted / "base", adapted / "adapter"
-    real = adapters.token_ids
+    real = adapter_config.token_ids
     monkeypatch.setattr(
-        adapters, "token_ids", lambda *args: {name: tuple(i - 1 for i in ids) for name, ids in real(*args).items()}
+        adapter_config,
+        "token_ids",
+        lambda *args: {name: tuple(i - 1 for i in ids) for name, ids in real(*args).items()},
     )
     out = converted(base, tmp_path / "out", adapter=adapter)
     assert {"embeddings", "logits"} <= wrong(verify(SourceSpec(base, adapter=adapter), out).stages)
@@ -287,7 +290,7 @@ def test_what_is_not_compared_is_said(chatpose: tuple[Path, Path, Path], tmp_pat
     source, _, out = chatpose
     assert run(source, out) == cli.INCOMPLETE
     said = capsys.readouterr().out
-    assert "incomplete: what was compared is equal" in said and "not compared: vision of" in said
+    assert "incomplete: the compared parts are equal" in said and "not compared: vision of" in said
     assert "equal: the largest" not in said
 
 
@@ -308,8 +311,8 @@ def write_settings(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
 
 
-def test_pictures_are_prepared_as_the_source_says(tmp_path: Path) -> None:
-    """LLaVA pads, by its config.json, with CLIP's mean beside the tower: the picture path is compared, and seen to differ."""
+def test_images_are_prepared_as_the_source_says(tmp_path: Path) -> None:
+    """LLaVA pads, by its config.json, with CLIP's mean beside the tower: the image path is compared, and seen to differ."""
     models = make_llava_original(tmp_path / "src", tower=False)
     make_clip(tmp_path / "clip", models.clip)
     clip = {"size": 28, "crop_size": 28, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
@@ -322,7 +325,7 @@ def test_pictures_are_prepared_as_the_source_says(tmp_path: Path) -> None:
     left = np.zeros((30, 90, 3), np.uint8)
     left[:, :20] = 255
     assert images.square(left).max() == 255
-    assert "image_aspect_ratio" in json.loads((out / "config.json").read_text())["provenance"]["pictures"]
+    assert "image_aspect_ratio" in json.loads((out / "config.json").read_text())["provenance"]["images"]
     assert not wrong(verify(SourceSpec(tmp_path / "src", **options), out).stages)
 
     cropped = converted(tmp_path / "src", tmp_path / "cropped", image_fit="crop", **options)
@@ -352,7 +355,7 @@ HF = {
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> None:
+def test_transformers_own_settings_of_images(file: str, tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "src")
     write_settings(tmp_path / "src" / file, **(HF if file.startswith("pre") else {"image_processor": HF}))
     out = converted(tmp_path / "src", tmp_path / "out")
@@ -365,7 +368,7 @@ def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> Non
     [
         ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': this model takes"),
         ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'"),
-        ("preprocessor_config.json", {"resample": 2}, "resample=2 is not supported; this model has 3"),
+        ("preprocessor_config.json", {"resample": 2}, "resample=2 is not supported; expected 3"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize=False"),
         ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop=False"),
@@ -383,7 +386,7 @@ def test_transformers_own_settings_of_pictures(file: str, tmp_path: Path) -> Non
         ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNextImageProcessor"),
     ],
 )
-def test_settings_of_pictures_that_cannot_be_followed(
+def test_settings_of_images_that_cannot_be_followed(
     file: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     make_llava_original(tmp_path / "src")
@@ -393,4 +396,4 @@ def test_settings_of_pictures_that_cannot_be_followed(
     with pytest.raises(UserError, match=said):
         plan_conversion(SourceSpec(tmp_path / "src"))
     if file == "config.json":
-        assert plan_conversion(SourceSpec(tmp_path / "src", image_fit="pad")).pictures.settings.fit == "pad"
+        assert plan_conversion(SourceSpec(tmp_path / "src", image_fit="pad")).images.settings.fit == "pad"

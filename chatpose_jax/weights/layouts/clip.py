@@ -1,4 +1,4 @@
-"""CLIP alone: the two-tower model as OpenAI released it, or its vision tower (names of transformers 4.x and 5.x)."""
+"""CLIP by itself: the two-tower model as OpenAI released it, or its vision tower (names of transformers 4.x and 5.x)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _layout(name: str, title: str, tower: str) -> Layout:
         ignored=(
             *parts.BUFFERS,
             Ignored(r"text_model\..*|text_projection\.weight|logit_scale", "CLIP's text half"),
-            Ignored(r"visual_projection\.weight", "maps into CLIP's joint space, which nothing reads"),
+            Ignored(r"visual_projection\.weight", "maps into CLIP's joint space, which is not used"),
         ),
         unused=parts.clip_unused(tower),
         recognise=lambda shapes: f"{tower}embeddings.class_embedding" in shapes,

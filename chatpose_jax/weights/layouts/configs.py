@@ -1,25 +1,24 @@
-"""``config.json`` of the known layouts → settings of the model, and back.
+"""``config.json`` of the known layouts → settings of the model. ``config_json`` writes these files.
 
-Sizes come from the tensors and must agree with ``config.json``. The rest (heads, epsilons, RoPE) comes from ``config.json``, with the defaults
-of ``transformers``. A setting that this model cannot follow is an error.
+Sizes come from the tensors and must agree with ``config.json``. Other settings (heads, epsilons, RoPE) come from ``config.json``, with the defaults
+of ``transformers``. A setting that the model does not support is an error.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import ModelConfig, VisionConfig
+from chatpose_jax.models.config import VisionConfig
 from chatpose_jax.weights.layouts.table import Settings, Shape
 
 _MAX_LAYERS = 1000
 
 
 def _layers(config: Mapping[str, Any], where: str, shapes: Mapping[str, Shape], prefix: str) -> int:
-    # The config's count wins: layers that a lost shard held are then reported missing by name.
+    # config.json has priority, so that the layers of a lost shard are reported as missing.
     numbered = re.compile(re.escape(prefix) + r"(\d+)\.")
     shown = max((int(match[1]) + 1 for name in shapes if (match := numbered.match(name))), default=0)
     layers = int(config.get("num_hidden_layers", shown))
@@ -34,7 +33,7 @@ def _demand(config: Mapping[str, Any], where: str, expected: Mapping[str, tuple[
     for key, allowed in expected.items():
         if key in config and config[key] not in allowed:
             raise UserError(
-                f"config.json: {where}{key}={config[key]!r} is not supported; this model has {key}={allowed[0]!r}"
+                f"config.json: {where}{key}={config[key]!r} is not supported; expected {key}={allowed[0]!r}"
             )
 
 
@@ -42,12 +41,15 @@ def _agree(config: Mapping[str, Any], where: str, found: Mapping[str, int]) -> N
     if wrong := [
         f"{where}{key}={config[key]} (tensors: {size})" for key, size in found.items() if config.get(key, size) != size
     ]:
-        raise UserError(f"config.json and the tensors disagree: {', '.join(wrong)}; the folder mixes two models")
+        raise UserError(
+            f"config.json and the tensors disagree: {', '.join(wrong)}; the files belong to different models"
+        )
 
 
 def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model: str, where: str = "") -> Settings:
-    """Fields of TextConfig, without the vocabulary. ``config`` is a LLaMA config, ``model`` the prefix of the
-    decoder's tensors."""
+    """Fields of TextConfig, without the vocabulary. config: a LlamaConfig. model: prefix of the decoder's tensors. where: prefix of the keys in
+    errors.
+    """
     _demand(
         config,
         where,
@@ -73,8 +75,8 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if (heads * head_dim, kv_heads * head_dim) != (q_out, kv_out):
         raise UserError(
-            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} do not give the "
-            f"{q_out} query and {kv_out} key rows of the tensors"
+            f"config.json: {where}num_attention_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim} do not match the "
+            f"{q_out} query and {kv_out} key rows of the tensors; the files belong to different models"
         )
     return {
         "hidden_size": width,
@@ -90,9 +92,11 @@ def llama_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], model
 
 
 def _rope_theta(config: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary angles. transformers 4 reads ``rope_theta`` and ``rope_scaling``; 5 reads ``rope_scaling``, or
-    ``rope_parameters`` where there is none, and takes theta from in there. Only what means the same to both, and to this
-    model, passes."""
+    """The base of the rotary angles.
+
+    transformers 4 reads ``rope_theta`` and ``rope_scaling``. transformers 5 reads ``rope_scaling`` or else ``rope_parameters``, and takes theta from
+    it. Settings that these versions or this model would interpret differently are an error.
+    """
     thetas = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key) or {}
@@ -102,7 +106,7 @@ def _rope_theta(config: Mapping[str, Any], where: str) -> float:
         known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
         if odd := [name for name in rope if name not in known and rope[name] is not None]:
             raise UserError(
-                f"config.json: {where}{key}: {odd[0]}={rope[odd[0]]!r} beside type 'default'; expected none"
+                f"config.json: {where}{key}: {odd[0]}={rope[odd[0]]!r} is not supported with type 'default'; expected none"
             )
         _demand(rope, f"{where}{key}.", {"partial_rotary_factor": (1.0, None)})
         if rope.get("rope_theta") is not None:
@@ -110,7 +114,9 @@ def _rope_theta(config: Mapping[str, Any], where: str) -> float:
     _demand(config, where, {"partial_rotary_factor": (1.0, None)})
     if len(set(map(float, thetas.values()))) > 1:
         said = ", ".join(f"{where}{key}={theta}" for key, theta in thetas.items())
-        raise UserError(f"config.json: {said}: versions of transformers take one or the other; leave the right one")
+        raise UserError(
+            f"config.json: {said}: some versions of transformers read the first, some the second; delete the wrong one"
+        )
     return float(next(iter(thetas.values()), 10000.0))
 
 
@@ -119,7 +125,7 @@ def clip_settings(
 ) -> VisionConfig:
     """VisionConfig of a CLIP tower under the prefix ``tower``; ``config`` is a CLIPVisionConfig or ``{}``.
 
-    Without ``num_attention_heads`` the heads are 64 wide, as in every CLIP that OpenAI released.
+    Without ``num_attention_heads``, heads have width 64, as in every CLIP that OpenAI released.
     """
     _demand(config, where, {"hidden_act": ("quick_gelu",), "num_channels": (3,)})
     try:
@@ -152,8 +158,9 @@ def clip_settings(
 
 
 def llava_flat_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], tower: str | None) -> Settings:
-    """Settings of the original LLaVA's one-level config (also CHATPOSE-V0's); the tower is ``None`` where it stands
-    elsewhere."""
+    """Settings of the flat ``config.json`` of the original LLaVA and of CHATPOSE-V0. tower: prefix of CLIP's tensors; ``None`` if the checkpoint has
+    no CLIP.
+    """
     settings: Settings = {
         "text": llama_settings(config, shapes, "model."),
         "image_token_id": -200,
@@ -165,91 +172,6 @@ def llava_flat_settings(config: Mapping[str, Any], shapes: Mapping[str, Shape], 
 
 
 def llava_projector_settings(config: Mapping[str, Any]) -> Settings:
-    """What LLaVA's original config, or the one beside a projector on its own, says of the pictures' way into the decoder."""
+    """Settings of the projector, in ``config.json`` of the original LLaVA or beside a separate projector."""
     _demand(config, "", {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)})
     return {"select_layer": int(config["mm_vision_select_layer"])} if "mm_vision_select_layer" in config else {}
-
-
-# ----------------------------------------------------------------------------------------------------------------- back
-
-
-def llama_json(config: ModelConfig) -> dict[str, Any]:
-    """A LlamaConfig, of transformers 4.x and 5.x; ``llama_settings`` reads it back."""
-    text = config.text
-    return {
-        "model_type": "llama",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_kv_heads,
-        "head_dim": text.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": text.rms_norm_eps,
-        "rope_theta": text.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
-        "max_position_embeddings": text.max_position_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "torch_dtype": config.param_dtype,
-    }
-
-
-def llava_json(config: ModelConfig) -> dict[str, Any]:
-    """A LlavaConfig of transformers; ``config.vision`` says how many layers the tower has and which one is read."""
-    vision = config.vision
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": config.image_token_id,
-        "image_seq_length": vision.num_patches,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": vision.select_layer,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        "pad_token_id": config.pad_token_id,
-        "torch_dtype": config.param_dtype,
-        "text_config": {"architectures": ["LlamaForCausalLM"]} | llama_json(config),
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "num_channels": 3,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": vision.layer_norm_eps,
-            "torch_dtype": config.param_dtype,
-        },
-    }
-
-
-def llava_flat_json(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
-    """The original LLaVA's one-level config. It names CLIP's folder instead of its sizes: LLaVA-1.5's, where the tower
-    has that shape."""
-    vision = config.vision
-    known = dataclasses.replace(VisionConfig(), select_layer=vision.select_layer)
-    tower = {"mm_vision_tower": "openai/clip-vit-large-patch14-336"} if vision == known else {}
-    return (
-        llama_json(config)
-        | {
-            "architectures": [architecture],
-            "model_type": model_type,
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_hidden_size": vision.hidden_size,
-            "mm_vision_select_layer": vision.select_layer,
-            "mm_vision_select_feature": "patch",
-            "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False,
-            "use_mm_proj": True,
-        }
-        | tower
-    )

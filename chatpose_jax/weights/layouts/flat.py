@@ -1,16 +1,20 @@
-"""The original LLaVA's names and one-level ``config.json``: LLaVA-1.5, and ChatPose, which merges its adapters and keeps its pose head as
-``text_hidden_fcs``. CLIP stands inside or beside; LLaVA's projector may be a file of its own (``mm_projector.bin``)."""
+"""Layouts with the tensor names and the flat ``config.json`` of the original LLaVA: LLaVA-1.5, and ChatPose.
+
+ChatPose's checkpoint has merged adapters, and its pose head as ``text_hidden_fcs``. CLIP may be in the checkpoint or separate. LLaVA's projector may
+be a separate file (``mm_projector.bin``).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from chatpose_jax.weights.layouts import parts
-from chatpose_jax.weights.layouts.configs import llava_flat_json, llava_flat_settings, llava_projector_settings
+from chatpose_jax.weights.layouts.config_json import llava_flat_json
+from chatpose_jax.weights.layouts.configs import llava_flat_settings, llava_projector_settings
 from chatpose_jax.weights.layouts.table import Ignored, Layout
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
-# Part → its rows, and the tensor that shows it is there.
+# Part → its rules, and the tensor whose presence shows that the checkpoint has the part.
 _PARTS = {
     "projector": (parts.projector("model.mm_projector.0", "model.mm_projector.2"), "model.mm_projector.0.weight"),
     "vision": (parts.clip(TOWER), f"{TOWER}embeddings.class_embedding"),
@@ -22,7 +26,7 @@ _PARTS = {
 
 
 def _layout(name: str, title: str, inside: tuple[str, ...], told_by: tuple[str, ...], **options: Any) -> Layout:
-    """inside: parts beside the decoder. told_by: those whose presence tells this layout from others of its family."""
+    """inside: parts in the checkpoint, besides the decoder. told_by: parts whose presence or absence identifies the layout."""
     tower = TOWER if "vision" in inside else None
     return Layout(
         name=name,
@@ -58,7 +62,7 @@ def _llava(name: str, title: str, *inside: str) -> Layout:
         ("projector", "vision"),
         family="llava_original",
         ignored=parts.BUFFERS,
-        # Without both it has the names of a LLaMA alone.
+        # Without both parts it has the tensor names of a plain LLaMA.
         configured=lambda config: bool(inside) or any(key.startswith("mm_") for key in config),
         config_json=lambda config: llava_flat_json(config, "llava_llama", "LlavaLlamaForCausalLM"),
     )
@@ -67,7 +71,7 @@ def _llava(name: str, title: str, *inside: str) -> Layout:
 def _projector(prefix: str) -> Layout:
     return Layout(
         name="llava_projector",
-        title="LLaVA's projector on its own",
+        title="separate projector of LLaVA",
         family="llava_projector",
         rules=parts.projector(f"{prefix}0", f"{prefix}2"),
         ignored=(),

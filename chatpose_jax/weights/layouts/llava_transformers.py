@@ -1,5 +1,6 @@
-"""LLaVA-1.5 as ``transformers`` stores it: the file names of 4.x, those of 5.x, and the names of a
-``state_dict()`` of 4.52 … 4.57 and of 5.x, which FSDP and DeepSpeed write as they are."""
+"""LLaVA-1.5 as ``transformers`` stores it: the names in files of 4.x and 5.x, and those of a ``state_dict()`` of 4.52 … 4.57 and 5.x, which FSDP
+and DeepSpeed write unchanged.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.layouts import parts
-from chatpose_jax.weights.layouts.configs import clip_settings, llama_settings, llava_json
+from chatpose_jax.weights.layouts.config_json import llava_json
+from chatpose_jax.weights.layouts.configs import clip_settings, llama_settings
 from chatpose_jax.weights.layouts.table import Layout, Settings, Shape
 
 
@@ -16,7 +18,7 @@ def _layout(name: str, title: str, model: str, lm_head: str, projector: str, tow
     def settings(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Settings:
         for key, expected in (("vision_feature_select_strategy", "default"), ("projector_hidden_act", "gelu")):
             if config.get(key, expected) != expected:
-                raise UserError(f"config.json: {key}={config[key]!r} is not supported; this model has {expected!r}")
+                raise UserError(f"config.json: {key}={config[key]!r} is not supported; expected {expected!r}")
         select = config.get("vision_feature_layer", -2)
         if not isinstance(select, int) or select >= 0:
             raise UserError(

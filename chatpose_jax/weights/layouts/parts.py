@@ -1,4 +1,4 @@
-"""Name tables of the parts that layouts are put together from. Each takes the prefix under which the part stands."""
+"""Name tables of parts, from which layouts are built. Each takes the prefix of the part's tensor names."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def clip(tower: str) -> tuple[NameRule, ...]:
 
 
 def clip_unused(tower: str) -> tuple[NameRule, NameRule]:
-    """What follows CLIP's last block, which feeds nothing here."""
+    """The norm after CLIP's last block, which this model does not use."""
     return _norm(f"{tower}post_layernorm", "vision/post_norm")
 
 

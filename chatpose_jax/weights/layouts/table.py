@@ -1,8 +1,8 @@
-"""The language of name tables: which source tensor becomes which leaf of the parameter tree, and how to undo it.
+"""Name tables: which source tensor becomes which leaf of the parameter tree, and back.
 
-A ``NameRule`` maps one name template to one leaf. ``{i}`` in the template stands for the layer: the leaf then has a
-leading layer axis. A tensor that feeds two leaves (the rows of the base vocabulary, and the added ones) has two rules
-with different ``rows``. Every transform has an inverse, so the same table also writes checkpoints.
+A ``NameRule`` maps one name template to one leaf. If the template contains ``{i}``, the number of the layer, the leaf has a leading layer axis. A
+tensor that becomes two leaves (rows of the base vocabulary, and added rows) has two rules with different ``rows``. Every transform has an inverse, so
+the same table also writes checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 class Transform(enum.Enum):
-    """How a source tensor becomes (one layer of) a leaf."""
+    """How a source tensor becomes a leaf, or one layer of it."""
 
     SAME = "same"
     TRANSPOSE = "transpose"
@@ -32,7 +32,7 @@ class Transform(enum.Enum):
     """torch Conv2d (D, 3, P, P) → kernel (P·P·3, D), rows in the order (py, px, channel) of a flattened NHWC patch."""
 
     def source_shape(self, shape: Shape) -> Shape:
-        """The shape that the source must have for a leaf (or layer) of ``shape``."""
+        """The shape of the source for a leaf (or layer) of ``shape``."""
         if self is Transform.TRANSPOSE:
             return shape[::-1]
         if self is Transform.PATCHES:
@@ -42,7 +42,7 @@ class Transform(enum.Enum):
 
     @property
     def row_axis(self) -> int:
-        """The axis of a leaf (or layer) that the rows of the source, its first axis, run along."""
+        """The axis of a leaf (or layer) that corresponds to the first axis of the source."""
         return 0 if self is Transform.SAME else -1
 
     def read(self, read: Read, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
@@ -74,8 +74,7 @@ class Transform(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class NameRule:
-    """One row of a table: source name template → leaf path, transform, and which source rows (vocabulary tensors
-    only)."""
+    """One row of a table: source name template → leaf path and transform. rows: which rows of a vocabulary tensor."""
 
     source: str
     target: str
@@ -87,13 +86,13 @@ class NameRule:
         return "{i}" in self.source
 
     def sources(self, num_layers: int) -> list[str]:
-        """Source names in the order of the leaf's layer axis; one name where the leaf is not stacked."""
+        """Source names in the order of the leaf's layer axis; one name if the leaf is not stacked."""
         return [self.source.replace("{i}", str(i)) for i in range(num_layers)] if self.stacked else [self.source]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ignored:
-    """Source tensors that feed nothing, by pattern (``re.fullmatch``), and why."""
+    """Source tensors that are not used, by pattern (``re.fullmatch``), with the reason."""
 
     pattern: str
     why: str
@@ -109,12 +108,10 @@ _ADAPTED = r"decoder/layers/(attn|mlp)/"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A kind of checkpoint. ``recognise`` looks at tensor names only, ``configured`` at ``config.json``; ``settings`` turns
-    ``config.json`` and tensor shapes into config parts, and ``config_json`` turns the configuration back.
+    """A kind of checkpoint. ``recognise`` decides by tensor names only, ``configured`` by ``config.json``.
 
-    ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields
-    without the vocabulary split), ``head`` (HeadConfig) and ``image_token_id``; it raises UserError for a setting that
-    the model cannot follow.
+    ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields without the vocabulary split),
+    ``head`` (HeadConfig), ``select_layer`` and ``image_token_id``. It raises UserError for a setting that the model does not support.
     """
 
     name: str
@@ -124,25 +121,24 @@ class Layout:
     recognise: Callable[[Mapping[str, Shape]], bool]
     settings: Callable[[Mapping[str, Any], Mapping[str, Shape]], Settings]
     configured: Callable[[Mapping[str, Any]], bool] = lambda config: True
-    """Tells layouts of the same names apart."""
+    """Distinguishes layouts with the same tensor names."""
     family: str = ""
-    """Layouts that a user would call by one name (``--layout``)."""
+    """The name for the user (``--layout``), which several layouts may share."""
     unused: tuple[NameRule, ...] = ()
-    """Tensors that feed nothing here, under paths of their own: they ride along, and other layouts have a name for
-    them."""
+    """Tensors that this model does not use but other layouts have names for, under paths of their own. They become passengers."""
     config_json: Callable[[ModelConfig], dict[str, Any]] | None = None
-    """``config.json`` of a folder that export writes; ``None`` where nothing is written in this layout."""
+    """Makes ``config.json`` of an export; ``None`` if nothing is exported in this layout."""
 
     __repr__ = one_line
 
     @property
     def parts(self) -> frozenset[str]:
-        """The parts of the model that it fills: of ``vision``, ``projector``, ``decoder``, ``pose_head``."""
+        """The parts of the model that it contains, of ``vision``, ``projector``, ``decoder``, ``pose_head``."""
         return frozenset(rule.target.split("/")[0] for rule in self.rules)
 
     @property
     def lora(self) -> tuple[NameRule, ...]:
-        """Where PEFT puts the adapters of the decoder's projections: beside their weights."""
+        """Rules for PEFT's adapters of the decoder's projections, which are stored beside their weights."""
         return tuple(
             NameRule(f"{rule.source.removesuffix('weight')}lora_{name}.weight", f"{parent}/lora_{name.lower()}", _T)
             for rule in self.rules
@@ -151,8 +147,7 @@ class Layout:
         )
 
     def locate(self, name: str) -> tuple[NameRule, int] | None:
-        """The row that a source tensor stands in, and its layer (0 where the leaf is not stacked); ``None`` for a name
-        of no row."""
+        """The rule of a source tensor, and its layer (0 if the leaf is not stacked); ``None`` if no rule has the name."""
         for rule in (*self.rules, *self.unused):
             before, _, after = rule.source.partition("{i}")
             if rule.stacked and name.startswith(before) and name.endswith(after):
@@ -163,7 +158,7 @@ class Layout:
         return None
 
     def translate(self, name: str, other: Layout) -> str | None:
-        """The name that ``other`` has for a tensor of this layout, ``None`` where it has none."""
+        """The name that a tensor of this layout has in ``other``; ``None`` if it has none."""
         if found := self.locate(name):
             rule, layer = found
             rows = (match for match in (*other.rules, *other.unused) if match.target == rule.target)

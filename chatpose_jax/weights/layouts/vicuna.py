@@ -1,4 +1,4 @@
-"""Vicuna, LLaMA-2 or any LLaMA alone: the decoder, and nothing else."""
+"""Vicuna, LLaMA-2 or another LLaMA: only the decoder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Checkpoint files of the PyTorch world, read by byte range, without torch and without running code from them.
+"""Reads PyTorch checkpoint files by byte range, without torch and without running code from them.
 
-Both formats, safetensors and the zip archives of ``torch.save``, come down to the same record, ``TensorEntry``: a file, a byte
-offset, a dtype, a shape and strides. A ``Checkpoint`` is all of a folder's.
+Both formats, safetensors and the zip archives of ``torch.save``, give a ``TensorEntry`` for each tensor: a file, a byte offset, a dtype, a shape and
+strides. A ``Checkpoint`` holds all tensors of a folder.
 """
 
 from chatpose_jax.weights.readers.checkpoint import (

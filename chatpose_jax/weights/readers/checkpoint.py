@@ -1,4 +1,4 @@
-"""A checkpoint: the tensors of one file, of a folder, or of shards with an index; and the JSON beside them."""
+"""Checkpoints: the tensors of one file, of a folder, or of shards with an index, and the JSON files beside them."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ _HEADERS: dict[str, Callable[[Path], dict[str, TensorEntry]]] = {
     ".pt": read_torch_header,
     ".pth": read_torch_header,
 }
-# In the order in which all programs look for them: safetensors first. Of one file and an index beside it, transformers takes
-# the file, others (vLLM) the index.
+# All programs look for safetensors first. If there is both a file and an index, transformers reads the file, and others (vLLM) read the index.
 _CANDIDATES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-# A projector on its own, as LLaVA's pre-training stage writes it beside or instead of a model.
+# A separate projector, as LLaVA's pre-training stage writes it beside or instead of a model.
 _PROJECTORS = ("mm_projector.safetensors", "mm_projector.bin")
-# PEFT's, and what LLaVA's own LoRA training lays beside it.
+# The files of PEFT, and the one that LLaVA's own LoRA training adds.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTERS = "non_lora_trainables.bin"
 _MAX_SETTINGS = 100_000_000
-"""Bytes of a file of settings."""
+"""Largest size of a settings file in bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint, by name, from one file or many. ``folder`` holds config and tokenizer, if there are
-    any. ``unread``: other sets of weights in the folder, which come after this one for every program."""
+    """All tensors of a checkpoint by name, from one or more files.
+
+    folder: the folder of ``config.json`` and the tokenizer, if there are any. unread: files of other weights in the folder, which every program
+    reads only if these are absent.
+    """
 
     folder: Path
     files: tuple[Path, ...]
@@ -62,7 +64,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype that most bytes are stored in, among floating ones."""
+        """The floating-point dtype of most bytes; float32 if there is none."""
         count: collections.Counter[np.dtype] = collections.Counter()
         for entry in self.tensors.values():
             if np.issubdtype(entry.dtype, np.floating) or entry.dtype == ml_dtypes.bfloat16:
@@ -70,15 +72,17 @@ class Checkpoint:
         return count.most_common(1)[0][0] if count else np.dtype(np.float32)
 
     def config(self) -> dict[str, Any]:
-        """``config.json`` of the folder, ``{}`` where there is none. Raises UserError if it is no JSON object."""
+        """``config.json`` of the folder; ``{}`` if there is none. Raises UserError if it is not a JSON object."""
         return read_json_object(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 100 MB; raises UserError that says what is wrong."""
+    """Reads a JSON object from a file of at most 100 MB. Raises UserError if the file is not one."""
     try:
         if (size := path.stat().st_size) > _MAX_SETTINGS:
-            raise UserError(f"{path}: {size} bytes are too many for a file of settings; fetch it again")
+            raise UserError(
+                f"{path}: {size} bytes are too many for a settings file; expected at most {_MAX_SETTINGS}; fetch it again"
+            )
         demand_native(path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except UserError:
@@ -91,8 +95,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder, one file or one index; reads headers only. Raises UserError: no weights, two sets of weights of which programs do not all
-    take the same, an index that names a missing file or tensor, a tensor in two shards, a damaged file."""
+    """Opens a folder, one file or one index. Only headers are read.
+
+    Raises UserError: no weights; two sets of weights of which other programs would read the other one; an index that lists a missing file or tensor;
+    a tensor in two shards; a damaged file.
+    """
     path = Path(path)
     if path.is_file():
         return _from_index(path) if path.name.endswith(".index.json") else _from_files(path.parent, [path])
@@ -117,19 +124,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if what := describe_folder(path):
         raise UserError(f"{path}: {what}")
     expected = ", ".join(name for names in _CANDIDATES for name in names)
-    raise UserError(f"{path}: no weights here: expected one of {expected} or shards named model-00001-of-…")
+    raise UserError(f"{path}: no weights found; expected one of {expected} or shards named model-00001-of-…")
 
 
 def find_projector(folder: Path) -> Path | None:
-    """The file of a projector on its own in a folder, ``None`` where there is none; raises UserError where there are two."""
+    """The file of a separate projector in a folder; ``None`` if there is none. Raises UserError if there are two."""
     found = [folder / name for name in _PROJECTORS if (folder / name).is_file()]
-    if len(found) > 1:  # LLaVA's own code knows the second name alone
+    if len(found) > 1:  # LLaVA's own code reads only the second
         raise UserError(f"{folder}: two projectors, {found[0].name} and {found[1].name}; move one of them away")
     return found[0] if found else None
 
 
 def _demand_one(folder: Path, first: Path, *others: Path) -> None:
-    """Raises UserError where another program would take another set of weights than ``first``."""
+    """Raises UserError if another program would read other weights than ``first``."""
     for other in others:
         weight_map = read_json_object(other).get("weight_map")
         if not isinstance(weight_map, dict) or any(file != first.name for file in weight_map.values()):
@@ -141,8 +148,8 @@ def _demand_one(folder: Path, first: Path, *others: Path) -> None:
     named = read_json_object(config).get("transformers_weights") if config.is_file() else None
     if named not in (None, first.name):
         raise UserError(
-            f"{config}: transformers_weights={named!r} names other weights than {first.name}, which older programs read; give "
-            "the file that is meant instead of the folder"
+            f"{config}: transformers_weights={named!r} names other weights than {first.name}, which older programs read; "
+            "give one of the files instead of the folder"
         )
 
 
@@ -159,11 +166,11 @@ def _from_files(folder: Path, files: list[Path]) -> Checkpoint:
         for name, entry in _HEADERS[file.suffix](file).items():
             if name in tensors:
                 raise UserError(
-                    f"{folder}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}; remove one of the files"
+                    f"{folder}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}; remove one of the files"
                 )
             tensors[name] = entry
     if not tensors:
-        raise UserError(f"{folder}: {', '.join(file.name for file in files)} hold no tensors")
+        raise UserError(f"{folder}: {', '.join(file.name for file in files)} contain no tensors")
     return Checkpoint(folder, tuple(files), tensors)
 
 
@@ -172,23 +179,23 @@ def _from_index(index: Path) -> Checkpoint:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a table 'weight_map' of tensor names and files")
     if not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: expected names of files in 'weight_map'")
+        raise UserError(f"{index}: expected file names as the values of 'weight_map'")
     names = sorted(set(weight_map.values()))
-    # A name from the index stays inside its folder, whatever it says.
+    # An index may only name files of its own folder.
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index}: names a file outside its folder: {outside[0]!r}")
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(
-            f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent[:5])}; fetch them"
+            f"{index}: {len(absent)} of the {len(names)} files that it lists are missing: {', '.join(absent[:5])}; fetch them"
         )
     checkpoint = _from_files(index.parent, [index.parent / name for name in names])
     if lost := [name for name in weight_map if name not in checkpoint.tensors]:
         raise UserError(
-            f"{index}: lists {len(lost)} tensors that its files do not hold: {', '.join(lost[:5])}; fetch the files again"
+            f"{index}: lists {len(lost)} tensors that its files do not contain: {', '.join(lost[:5])}; fetch the files again"
         )
     held = {name: checkpoint.tensors[name].file.name for name in weight_map}
     if moved := [name for name, file in weight_map.items() if held[name] != file]:
         raise UserError(
-            f"{index}: says that {moved[0]} stands in {weight_map[moved[0]]}, it stands in {held[moved[0]]}; the index belongs to other files"
+            f"{index}: says that {moved[0]} is in {weight_map[moved[0]]}, but it is in {held[moved[0]]}; the index belongs to other files"
         )
     return checkpoint

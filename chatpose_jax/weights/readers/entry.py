@@ -1,5 +1,6 @@
-"""Where a tensor lies in a file, and any box of it read: just the bytes that it needs are mapped, copied out and unmapped, so
-that resident memory never grows with the file."""
+"""The location of a tensor in a file, from which any box of the tensor can be read. Only the bytes of the box are read or mapped, so resident
+memory does not grow with the file.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +20,20 @@ Index = tuple[slice, ...]
 
 
 def bounded(index: Index, shape: Sequence[int]) -> Index:
-    """The same box, with whole numbers for what a slice leaves open."""
+    """The same box with the start and stop of every slice filled in."""
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 
 _MAX_NAME = 1000
-"""Characters of a tensor's name."""
+"""Largest number of characters in a tensor's name."""
 _MAX_AXES = 64
-"""As many as numpy and torch have."""
+"""Largest number of axes, as in NumPy and torch."""
 _MAX_SIZE = 1 << 63
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. ``strides`` are in elements; ``None`` means C-contiguous. ``offset`` is in bytes from the
-    start of ``file``."""
+    """The location of one tensor. offset: in bytes from the start of ``file``. strides: in elements; ``None`` means C-contiguous."""
 
     name: str
     file: Path
@@ -44,22 +44,24 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values (not of the range they are spread over)."""
+        """Size of the values in bytes, without gaps between them."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def extent(self) -> int:
-        """Bytes from ``offset`` to the end of the last element."""
+        """Number of bytes from ``offset`` to the end of the last element."""
         if math.prod(self.shape) == 0:
             return 0
         strides = self.strides or _contiguous(self.shape)
         return (sum((n - 1) * s for n, s in zip(self.shape, strides)) + 1) * self.dtype.itemsize
 
     def read(self, index: Index | None = None, *, borrowed: bool = False) -> np.ndarray:
-        """The values under ``index`` (slices with step 1, one per axis; ``None`` = all) as a new array in the stored
-        dtype. A ``borrowed`` one is spared fresh memory, and good until this thread borrows again.
+        """The values under ``index`` as a new array in the stored dtype.
 
-        What is contiguous in the file is read with one call; else the byte range that spans the asked elements is mapped,
-        and unmapped before returning.
+        index: slices with step 1, one for each axis; ``None`` for all values. borrowed: use memory of this thread, which stays valid until its next
+        borrowed read.
+
+        A box that is contiguous in the file is read with one call. For any other, the byte range from its first to its last element is mapped, and
+        unmapped before the method returns.
         """
         box = bounded(index if index is not None else (slice(None),) * len(self.shape), self.shape)
         shape = tuple(max(0, part.stop - part.start) for part in box)
@@ -68,7 +70,7 @@ class TensorEntry:
         strides = self.strides or _contiguous(self.shape)
         first = sum(part.start * stride for part, stride in zip(box, strides))
         span = sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1
-        # Raw unsigned words: numpy copies them several times faster than the custom float types.
+        # As unsigned integers, which NumPy copies several times faster than the custom float types.
         word = _word(self.dtype)
         if span == math.prod(shape) and _is_contiguous(shape, strides):
             values = _borrow(shape, word) if borrowed else np.empty(shape, word)
@@ -93,7 +95,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 _own = threading.local()
 _BORROWED = 32 << 20
-"""Bytes that a thread keeps for reading; what is larger is given back."""
+"""Largest number of bytes that a thread keeps for borrowed reads."""
 
 
 def _borrow(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -116,12 +118,12 @@ def _read_into(file: io.RawIOBase, offset: int, values: np.ndarray) -> None:
     while rest:
         count = file.readinto(rest)
         if not count:
-            raise UserError(f"{getattr(file, 'name', 'file')}: cut off while it was read; fetch it again")
+            raise UserError(f"{getattr(file, 'name', 'file')}: cut off: it ended while it was read; fetch it again")
         rest = rest[count:]
 
 
 def demand_name(path: Path, name: Any) -> None:
-    """Raises UserError for a tensor's name that is no short text; whatever else stands there is not printed."""
+    """Raises UserError if a tensor's name is not a text of at most ``_MAX_NAME`` characters. The name itself is not printed."""
     if not isinstance(name, str):
         raise UserError(f"{path}: a tensor has a {type(name).__name__} as its name; expected text")
     if len(name) > _MAX_NAME:
@@ -129,7 +131,7 @@ def demand_name(path: Path, name: Any) -> None:
 
 
 def are_sizes(values: Any) -> bool:
-    """Whether shape, strides or offsets, as a file gives them, are few whole numbers of 0 … 2^63 − 1."""
+    """Whether a shape, strides or offsets from a file are at most ``_MAX_AXES`` integers from 0 to 2^63 − 1."""
     return (
         isinstance(values, (tuple, list))
         and len(values) <= _MAX_AXES
@@ -138,7 +140,7 @@ def are_sizes(values: Any) -> bool:
 
 
 def demand_inside(path: Path, entries: Iterable[TensorEntry], size: int) -> None:
-    """Raises UserError where a tensor ends behind the file."""
+    """Raises UserError if a tensor extends beyond the end of the file."""
     for entry in entries:
         if entry.offset + entry.extent() > size:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What lies where weights should, and is something else: said by name, with what to do."""
+"""Recognises files and folders of other kinds in the place of weights, and says what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from chatpose_jax.errors import UserError
 
 _START = 512
-# How a file begins → what it is, and what to do. Compared in lower case, without space in front.
+# Start of a file → what it is, and what to do. Compared in lower case, without leading white space.
 _FILES = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -16,22 +16,22 @@ _FILES = (
     ),
     (
         b"<!doctype html",
-        "an HTML page that was saved in the file's place (a login, a licence to accept); fetch it again",
+        "an HTML page instead of the file (a login, or a licence to accept); fetch it again",
     ),
-    (b"<html", "an HTML page that was saved in the file's place (a login, a licence to accept); fetch it again"),
-    (b"<?xml", "an XML page, as servers answer with an error, saved in the file's place; fetch it again"),
-    (b"gguf", "a GGUF file of llama.cpp, which is not read here; take the safetensors that it was made from"),
+    (b"<html", "an HTML page instead of the file (a login, or a licence to accept); fetch it again"),
+    (b"<?xml", "an XML page instead of the file, as servers send it for an error; fetch it again"),
+    (b"gguf", "a GGUF file of llama.cpp, which is not supported; use the safetensors that it was made from"),
 )
-# What a folder holds → what it is, and what to do.
+# Contents of a folder → what it is, and what to do.
 _FOLDERS = (
-    ("*.distcp", "a torch.distributed.checkpoint: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.bin"),
-    ("zero_to_fp32.py", "a DeepSpeed checkpoint: python {folder}/zero_to_fp32.py {folder} OUT puts it together"),
-    ("*.gguf", "GGUF files of llama.cpp, which are not read here; take the safetensors that they were made from"),
+    ("*.distcp", "a torch.distributed.checkpoint: run python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.bin"),
+    ("zero_to_fp32.py", "a DeepSpeed checkpoint: to convert it, run python {folder}/zero_to_fp32.py {folder} OUT"),
+    ("*.gguf", "GGUF files of llama.cpp, which are not supported; use the safetensors that they were made from"),
 )  # fmt: skip
 
 
 def demand_native(path: Path) -> None:
-    """Raises UserError for a file that is plainly something else than its name says."""
+    """Raises UserError if the start of a file shows that it is not what its name says."""
     with path.open("rb") as file:
         start = file.read(_START).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if what := next((what for prefix, what in _FILES if start.startswith(prefix)), None):
@@ -39,7 +39,7 @@ def demand_native(path: Path) -> None:
 
 
 def fetch_hint(path: str | Path) -> str:
-    """How an error about a path that is not there ends: with the command that fetches it, where it reads like a name on the Hub."""
+    """The end of an error about a missing path: the command that fetches it, if it looks like a name on the Hugging Face Hub; else ""."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or Path(path).parent.exists():
         return ""
     name = Path(path).name
@@ -47,7 +47,7 @@ def fetch_hint(path: str | Path) -> str:
 
 
 def describe_folder(folder: Path) -> str | None:
-    """What a folder without weights is and what to do, where that is known."""
+    """What a folder without weights is, and what to do; ``None`` if that is not known."""
     if (folder / "snapshots").is_dir():
         return f"the root of a repository in Hugging Face's cache; name {_snapshot(folder)}"
     if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
@@ -58,10 +58,10 @@ def describe_folder(folder: Path) -> str | None:
 
 
 def _snapshot(root: Path) -> str:
-    """The snapshot that ``refs/main`` names; else those that there are."""
+    """The snapshot that ``refs/main`` names, or else all snapshots."""
     revisions = sorted(path.name for path in (root / "snapshots").iterdir() if path.is_dir())
     main = root / "refs" / "main"
     if main.is_file() and (named := main.read_text(encoding="utf-8", errors="replace")[:100].strip()) in revisions:
         revisions = [named]
     paths = [str(root / "snapshots" / revision) for revision in revisions]
-    return " or ".join(paths) if paths else "it once it holds a snapshot: this download has none, fetch it again"
+    return " or ".join(paths) if paths else "a snapshot; this download has none, so fetch it again"

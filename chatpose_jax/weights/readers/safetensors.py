@@ -1,4 +1,4 @@
-"""safetensors: 8 bytes that give the length of a JSON header, the header, raw data."""
+"""Reads safetensors files: 8 bytes with the length of a JSON header, the header, and the raw data."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ SAFETENSORS_DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _MAX_HEADER = 100_000_000
-"""Bytes of a header; the format's own limit."""
+"""Largest size of a header in bytes; the format's own limit."""
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one ``.safetensors`` file. Raises UserError for a truncated file or a header that cannot be
-    right."""
+    """The tensors of one ``.safetensors`` file. Raises UserError for a truncated file or an invalid header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -46,7 +45,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
             raise UserError(f"{path}: not a safetensors file: it has {size} bytes; fetch it again")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise UserError(
-                f"{path}: not a whole safetensors file: its first 8 bytes announce a header of {length} bytes, the file has {size}; fetch it again"
+                f"{path}: not a complete safetensors file: its first 8 bytes give a header of {length} bytes, the file has {size}; fetch it again"
             )
         raw = file.read(length)
     try:
@@ -74,17 +73,17 @@ def _safetensors_entry(path: Path, name: str, record: Mapping[str, Any], data_st
     demand_name(path, name)
     if record["dtype"] not in SAFETENSORS_DTYPES:
         known = ", ".join(SAFETENSORS_DTYPES)
-        raise UserError(f"{path}: tensor {name!r} has dtype {record['dtype']!r}; known are {known}")
+        raise UserError(f"{path}: tensor {name!r} has dtype {record['dtype']!r}; expected one of {known}")
     dtype = np.dtype(SAFETENSORS_DTYPES[record["dtype"]])
     shape, offsets = record["shape"], record["data_offsets"]
     if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
         raise UserError(
-            f"{path}: shape and data_offsets of tensor {name!r} are not whole numbers of 0 … 2^63 - 1; the header is damaged"
+            f"{path}: shape and data_offsets of tensor {name!r} are not integers from 0 to 2^63 - 1; the header is damaged"
         )
     shape, (start, stop) = tuple(shape), offsets
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise UserError(
-            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} cannot fill bytes {start}..{stop}; the header is damaged"
+            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} does not have the size of bytes {start}..{stop}; the header is damaged"
         )
     return TensorEntry(name, path, data_start + start, dtype, shape)
 
@@ -92,5 +91,5 @@ def _safetensors_entry(path: Path, name: str, record: Mapping[str, Any], data_st
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return table

@@ -1,7 +1,6 @@
-"""The zip archives of ``torch.save`` since PyTorch 1.6: ``data.pkl`` beside one uncompressed member per storage.
+"""Reads the zip archives of ``torch.save`` since PyTorch 1.6: ``data.pkl``, and one uncompressed member for each storage.
 
-The pickle is interpreted by an unpickler that knows a dozen inert names and refuses any other, and that cannot be made to
-allocate more than the file is worth.
+The unpickler accepts a dozen harmless names and refuses all others. A small file cannot make it allocate much memory.
 """
 
 from __future__ import annotations
@@ -53,17 +52,17 @@ class _Tensor(NamedTuple):
 
 
 class _Unread(pickle.UnpicklingError):
-    """A tensor that torch reads, with something to it that is not followed here."""
+    """A tensor that torch can read and this module cannot."""
 
 
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> _Tensor:
-    """requires_grad: of no matter to the values. hooks: torch writes none. metadata: torch's lazy bits, ``neg`` and ``conj``."""
+    """requires_grad: not used. hooks: torch writes none. metadata: torch's lazy bits, ``neg`` and ``conj``."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     if not are_sizes(shape) or not are_sizes(strides) or not are_sizes((offset,)) or len(shape) != len(strides):
-        raise pickle.UnpicklingError("a tensor whose sizes, strides or offset are not whole numbers of 0 … 2^63 - 1")
+        raise pickle.UnpicklingError("a tensor whose sizes, strides or offset are not integers from 0 to 2^63 - 1")
     if hooks:
         raise _Unread("a tensor with backward hooks")
     if metadata:
@@ -82,7 +81,7 @@ def _rebuild_parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
     return tensor
 
 
-# What else torch may ask for when it reads a tensor, and what it then is.
+# Other names that torch writes for a tensor → what the tensor is.
 _UNREAD = {
     "torch._utils._rebuild_tensor_v3": "a tensor of a newer dtype (float8, uint16 …)",
     "torch._utils._rebuild_qtensor": "a quantised tensor",
@@ -104,13 +103,13 @@ _PICKLE_TABLE: dict[str, Any] = {
     "torch._utils._rebuild_parameter": sealed(_rebuild_parameter),
     "collections.OrderedDict": sealed(lambda: collections.OrderedDict()),  # filled by other opcodes, key by key
     "torch.Size": sealed(tuple),
-    # Only ever passed on in a persistent id, so their names will do.
+    # Used only in persistent ids, so the name is enough.
     **{f"torch.{name}": name for name in _TORCH_STORAGES},
 }
 
 
 class _TensorUnpickler(RestrictedUnpickler):
-    # BYTEARRAY8 allocates what it announces before it reads; torch.save, which writes protocol 2, has no such opcode.
+    # BYTEARRAY8 allocates its announced size before it reads. torch.save writes protocol 2, which does not have it.
     dispatch: ClassVar = {k: load for k, load in RestrictedUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
 
 
@@ -123,11 +122,14 @@ def _storage(pid: Any) -> _Storage:
 
 
 def read_torch_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file of ``torch.save`` (zip format). Values that are no tensors are left out. Raises UserError for a truncated file, the
-    format before PyTorch 1.6, compressed or big-endian members, and a pickle that asks for anything but tensors."""
+    """The tensors of one file of ``torch.save`` (zip format). Other values are skipped.
+
+    Raises UserError for a truncated file, the format before PyTorch 1.6, compressed or big-endian members, and a pickle that needs names other than
+    those of tensors.
+    """
     if not zipfile.is_zipfile(path):
         raise UserError(
-            f"{path}: not a whole zip archive: either cut off, or written by torch.save before PyTorch 1.6; "
+            f"{path}: not a complete zip archive: either cut off, or written by torch.save before PyTorch 1.6; "
             "fetch it again, or re-save it as safetensors"
         )
     try:
@@ -135,7 +137,9 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
             members = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in members if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise UserError(f"{path}: no torch.save archive: expected one data.pkl inside, found {len(pickles)}")
+                raise UserError(
+                    f"{path}: not an archive of torch.save; expected one data.pkl in it, found {len(pickles)}"
+                )
             root = pickles[0].removesuffix("data.pkl")
             if members[pickles[0]].file_size > _MAX_PICKLE:
                 raise UserError(
@@ -152,12 +156,12 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
         what = _UNREAD.get(error.name) if isinstance(error, ForbiddenGlobal) else str(error)
         if what is not None:
             raise UserError(
-                f"{path}: holds {what}, which is not read here; load it in PyTorch and save its state_dict as plain tensors: "
+                f"{path}: contains {what}, which is not supported; load it in PyTorch and save its state_dict as plain tensors: "
                 "{name: tensor.to(float dtype).clone() for …}, as safetensors"
             ) from None
         raise UserError(
-            f"{path}: refused: {error}, which a file of weights has no need of; it was not run. "
-            "If you trust the file, re-save its state_dict as safetensors where it came from"
+            f"{path}: refused: {error}, which weights do not need; it was not run. "
+            "If you trust the file, load it in PyTorch and save its state_dict as safetensors"
         ) from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: the archive is damaged ({type(error).__name__}: {error}); fetch it again") from None
@@ -179,8 +183,8 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
             if inside <= member.file_size < entry.nbytes:
                 raise UserError(
                     f"{path}: tensor {name!r} of shape {tensor.shape} and strides {tensor.strides} is expanded: it repeats "
-                    f"what stands once in a storage of {member.file_size} bytes, which is not read here (a few bytes would "
-                    "become a file of any size); save tensor.contiguous() in PyTorch"
+                    f"the values of a storage of {member.file_size} bytes. This is not supported, because a small file could give "
+                    "a tensor of any size; save tensor.contiguous() in PyTorch"
                 )
             if inside > member.file_size:
                 raise UserError(
@@ -192,8 +196,7 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _tensors(state: Any) -> Iterator[tuple[str, _Tensor]]:
-    """Name and tensor for each tensor of a state dict; wrappers such as ``{"state_dict": …}`` or ``{"module": …}`` are
-    seen through."""
+    """Name and tensor of each tensor in a state dict, which may be wrapped as ``{"state_dict": …}`` or ``{"module": …}``."""
     if not isinstance(state, dict):
         return
     if found := [(name, leaf) for name, leaf in state.items() if isinstance(leaf, _Tensor)]:
@@ -206,7 +209,7 @@ def _tensors(state: Any) -> Iterator[tuple[str, _Tensor]]:
 
 
 def _member_offset(path: Path, file: io.BufferedReader, member: zipfile.ZipInfo) -> int:
-    # The local header's own name and extra lengths count: torch pads the extra field to align the data to 64 bytes.
+    # The lengths are those of the local header: torch pads its extra field to align the data to 64 bytes.
     file.seek(member.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":

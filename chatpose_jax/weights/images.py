@@ -15,10 +15,10 @@ from chatpose_jax.processing.processor import SETTINGS_FILE
 from chatpose_jax.weights.readers import read_json_object
 from chatpose_jax.weights.sources import Source
 
-_REMEDY = "say --image-fit crop or pad to leave that out"
+_REMEDY = "choose --image-fit crop or pad to ignore this setting"
 _CLIP = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 _LLAVA = ("LlavaImageProcessor",)
-# Defaults of transformers' classes, and the only values that this model supports.
+# The values that this model supports. They are the defaults of transformers' classes.
 _DEMANDED: dict[str, tuple[Any, ...]] = {
     "do_resize": (True, None),
     "do_center_crop": (True, None),
@@ -30,8 +30,8 @@ _OTHER_STEPS_ALLOWED = ("do_convert_rgb", "do_pad")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """settings: settings of the processor. origin: a description of where they come from."""
+class Preprocessing:
+    """settings: the processor's. origin: a description of where they come from."""
 
     settings: ImageSettings
     origin: str
@@ -42,7 +42,9 @@ class Pictures:
         return f"{how}, {self.settings.size} px ({self.origin})"
 
 
-def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: Fit | None = None) -> Pictures:
+def infer_image_settings(
+    sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: Fit | None = None
+) -> Preprocessing:
     """The preprocessing that the sources apply to an image before the vision tower.
 
     ``processor.json`` beside the tokenizer, which this program writes, has all settings. Otherwise ``preprocessor_config.json`` (or
@@ -54,18 +56,18 @@ def infer_pictures(sources: Sequence[Source], config: ModelConfig, tokenizer: Pa
 
     Raises UserError for a setting that ``ImageSettings`` cannot express, or if the size differs from the tower's.
     """
-    said = _ours(tokenizer) or _theirs(sources, config, fit)
+    said = _from_processor(tokenizer) or _from_sources(sources, config, fit)
     settings, origin = said.settings, said.origin
     if fit is not None:
         settings, origin = dataclasses.replace(settings, fit=fit), f"--image-fit; the rest: {origin}"
     if settings.size != config.vision.image_size:
         raise UserError(
-            f"{origin}: images of {settings.size} pixels, but the vision tower takes {config.vision.image_size}; the files belong to two models"
+            f"{origin}: images of {settings.size} pixels, but the vision tower takes {config.vision.image_size}; the files belong to different models"
         )
-    return Pictures(settings, origin)
+    return Preprocessing(settings, origin)
 
 
-def write_pictures(folder: Path, settings: ImageSettings) -> None:
+def write_image_settings(folder: Path, settings: ImageSettings) -> None:
     """Writes the settings into ``processor.json`` of a tokenizer's folder. Its other keys stay."""
     file = folder / SETTINGS_FILE
     data = read_json_object(file) if file.is_file() else {}
@@ -73,18 +75,22 @@ def write_pictures(folder: Path, settings: ImageSettings) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _ours(folder: Path) -> Pictures | None:
+def _from_processor(folder: Path) -> Preprocessing | None:
     file = folder / SETTINGS_FILE
     stored = read_json_object(file).get("images") if file.is_file() else None
-    return None if stored is None else Pictures(ImageSettings.from_json(stored, file), str(file))
+    return None if stored is None else Preprocessing(ImageSettings.from_json(stored, file), str(file))
 
 
-def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) -> Pictures:
+def _from_sources(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) -> Preprocessing:
     main = sources[0]
     tower = next((source for source in sources if "vision" in source.layout.parts), main)
     file, said = _preprocessor(tower.checkpoint.folder)
     settings, padded = _settings(file, said, config.vision.image_size)
-    origin = f"{file.name} in {tower.title}" if said else f"CLIP's way: {tower.title} has no preprocessor_config.json"
+    origin = (
+        f"{file.name} in {tower.title}"
+        if said
+        else f"CLIP's defaults, because {tower.title} has no preprocessor_config.json"
+    )
     fit: Fit = "crop"
     if main.layout.family == "chatpose":
         origin += "; cropped, as ChatPose's program does whatever config.json says"
@@ -97,7 +103,7 @@ def _theirs(sources: Sequence[Source], config: ModelConfig, chosen: Fit | None) 
             origin += f"; image_aspect_ratio in config.json of {teller.title}"
     elif padded:
         fit = "pad"
-    return Pictures(dataclasses.replace(settings, fit=fit), origin)
+    return Preprocessing(dataclasses.replace(settings, fit=fit), origin)
 
 
 def _aspect(source: Source) -> Fit:
@@ -132,16 +138,16 @@ def _settings(file: Path, said: Mapping[str, Any], tower: int) -> tuple[ImageSet
     pads = plain in _LLAVA and bool(said.get("do_pad"))
     for key, allowed in _DEMANDED.items():
         if key in said and said[key] not in allowed and not (key == "do_center_crop" and pads):
-            raise UserError(f"{file}: {key}={said[key]!r} is not supported; this model has {allowed[0]!r}")
+            raise UserError(f"{file}: {key}={said[key]!r} is not supported; expected {allowed[0]!r}")
     for key, value in said.items():
         if key.startswith("do_") and value and key not in (*_DEMANDED, *_OTHER_STEPS_ALLOWED):
-            raise UserError(f"{file}: {key}={value!r}: this model has no such step")
+            raise UserError(f"{file}: {key}={value!r} is not supported: this model has no such step")
     if abs(float(said.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
-        raise UserError(f"{file}: rescale_factor={said['rescale_factor']!r}; this model divides by 255")
+        raise UserError(f"{file}: rescale_factor={said['rescale_factor']!r} is not supported; expected 1/255")
     size = _side(file, "size", said.get("size"), stretched=pads)
     crop = size if pads and said.get("do_center_crop") is False else _side(file, "crop_size", said.get("crop_size"))
     if size != crop:
-        raise UserError(f"{file}: resized to {size} pixels and cropped to {crop}; this model does both to one size")
+        raise UserError(f"{file}: resized to {size} pixels and cropped to {crop}; expected one size for both")
     stored = {"size": crop} | {
         ours: said[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if said.get(theirs)
     }

@@ -1,0 +1,168 @@
+"""Plans the export of a whole checkpoint: the base's weights, with the adapters merged into them or left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import DType, VisionConfig
+from chatpose_jax.processing.images import ImageSettings
+from chatpose_jax.processing.processor import Processor
+from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
+from chatpose_jax.weights import pose_head
+from chatpose_jax.weights.adapters import in_words
+from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER
+from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape
+from chatpose_jax.weights.passengers import read_passengers
+from chatpose_jax.weights.writers import Tensor
+
+WholeFormat = Literal["transformers", "llava", "chatpose"]
+WHOLE_FORMATS: tuple[WholeFormat, ...] = get_args(WholeFormat)
+# Of the names of llava_transformers, those that every version of transformers reads.
+_LAYOUT: dict[WholeFormat, str] = {
+    "transformers": "llava_transformers_4",
+    "llava": "llava_original",
+    "chatpose": "chatpose",
+}
+
+
+def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportPlan:
+    """Plans the export of a whole checkpoint in a format of ``WHOLE_FORMATS``. Raises UserError if the format does not support the pose head."""
+    layout, config, notes = next(each for each in LAYOUTS if each.name == _LAYOUT[format]), model.config, []
+    if format == "chatpose" and pose_head.rotation_of(config.head) != "6d":
+        raise UserError(
+            f"the format chatpose supports only the pose head 'mlp' with 6D rotations, this model has {config.head}; "
+            "choose --format transformers or llava, which write the head to a file of its own"
+        )
+    if format == "chatpose" and model.pose_token != RELEASED_POSE:
+        notes.append(f"the pose token is {model.pose_token}; ChatPose's own code looks for {RELEASED_POSE}")
+    if config.lora is None:
+        notes.append("the model has no adapters")
+    elif model.merged:
+        notes.append(f"adapters merged: {in_words(config.lora)}")
+    else:
+        notes.append("adapters left out: only the base was written (--format peft writes the adapters)")
+    if model.merged and dtype != "float32":
+        notes.append(f"merged weights are rounded to {dtype}; --dtype float32 keeps them exact")
+
+    passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype))
+    vision, unused, tower_note = _tower(layout, config.vision, passengers, dtype)
+    if tower_note:
+        notes.append(tower_note)
+    if lost:
+        notes.append(
+            f"left out: {len(lost)} unused tensors of the source that have no name in this format: {', '.join(lost[:3])}, …"[
+                :200
+            ]
+        )
+
+    image_id, new_tokens, more_rows = config.image_token_id, [], 0
+    if format == "transformers" and image_id < 0:
+        if IMAGE_LITERAL in model.tokens.added:
+            image_id = model.tokens.added[IMAGE_LITERAL]
+        else:
+            image_id, new_tokens = model.tokens.size, [IMAGE_LITERAL]
+            more_rows = max(0, image_id + 1 - config.text.vocab_size)
+            row = "a new one, the mean of the others" if more_rows else "a spare one"
+            notes.append(f"transformers needs a row for {IMAGE_LITERAL}: id {image_id}, {row}")
+    result = config.replace(
+        vision=vision,
+        text=dataclasses.replace(config.text, vocab_size=config.text.vocab_size + more_rows),
+        image_token_id=image_id,
+        param_dtype=dtype,
+        dtype=dtype,
+    )
+    tensors = [*model.tensors(layout.rules, dtype, more_rows), *passengers.values(), *unused]
+    weights: dict[str, Sequence[Tensor]] = {"model": tensors}
+    assert layout.config_json is not None
+    files: dict[str, Any] = {}
+    if format == "transformers":
+        files |= _processor_files(model)
+    if format != "chatpose":
+        weights |= head_weights(model)
+        files[pose_head.DESCRIPTION] = pose_head.describe_head(config, model.pose_token)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files["generation_config.json"] = {name: id for name, id in ids.items() if id >= 0}
+    files["config.json"] = layout.config_json(result)
+    if _images(model).fit == "pad":
+        if format == "llava":
+            files["config.json"]["image_aspect_ratio"] = "pad"
+        elif format == "chatpose":
+            notes.append("images were padded to a square here; ChatPose's own code crops the centre")
+    return ExportPlan(weights, files, notes, new_tokens)
+
+
+def _tower(
+    layout: Layout, vision: VisionConfig, passengers: dict[str, Tensor], dtype: str
+) -> tuple[VisionConfig, list[Tensor], str]:
+    """Completes the vision tower: returns its configuration in the result, tensors to add, and a note for the user.
+
+    With its passengers the tower is complete. Without them it ends at the last block that the model uses, and the configuration says so.
+    """
+    if "vision" not in layout.parts:
+        return (
+            vision,
+            [],
+            (
+                "the vision tower is left out, as in CHATPOSE-V0, whose code loads CLIP's own (--vision when converting back); "
+                "if it was trained, choose --format transformers or llava"
+            ),
+        )
+    used, total = vision.num_used_layers, vision.num_layers
+    rules = [rule for rule in layout.rules if rule.stacked and rule.target.startswith("vision/")]
+    rest = {name for rule in rules for name in rule.sources(total)[used:]}
+    unused = {rule.source: rule for rule in layout.unused}
+    if all(name in passengers for name in (*rest, *unused)):
+        return vision, [], ""
+    for name in rest:
+        passengers.pop(name, None)
+    neutral = [
+        _constant(name, (vision.hidden_size,), float(rule.target.endswith("scale")), dtype)
+        for name, rule in unused.items()
+        if name not in passengers
+    ]
+    note = f"the vision tower ends after block {used}, whose output is used; the model folder does not contain the later blocks"
+    return dataclasses.replace(vision, num_layers=used, select_layer=-1), neutral, note
+
+
+def _constant(name: str, shape: Shape, value: float, dtype: str) -> Tensor:
+    return Tensor(name, np.dtype(dtype), shape, lambda: iter([np.full(shape, value, np.dtype(dtype))]))
+
+
+def _images(model: StoredModel) -> ImageSettings:
+    return Processor.load(model.folder / TOKENIZER, model.config).images
+
+
+def _processor_files(model: StoredModel) -> dict[str, Any]:
+    """The files that transformers' ``AutoProcessor`` reads."""
+    images = _images(model)
+    pad = images.fit == "pad"
+    preprocessor = {
+        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        **({"do_pad": True} if pad else {}),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": images.size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": images.size, "width": images.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(images.mean),
+        "image_std": list(images.std),
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_LITERAL,
+        "patch_size": model.config.vision.patch_size,
+        "num_additional_image_tokens": 1,  # CLIP's class token
+        "vision_feature_select_strategy": "default",
+    }
+    return {"preprocessor_config.json": preprocessor, "processor_config.json": processor}
