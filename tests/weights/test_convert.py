@@ -221,7 +221,7 @@ def test_a_tokenizer_that_brings_code_is_refused_unasked(
 def test_a_hostile_shard_stops_the_conversion(llava: Path, tmp_path: Path) -> None:
     shutil.copytree(llava, tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"w": torch.optim.SGD}, tmp_path / "src/pytorch_model.bin")
-    with pytest.raises(UserError, match=r"refused: the pickle asks for torch\.optim"):
+    with pytest.raises(UserError, match=r"refused: the pickle refers to torch\.optim"):
         convert(tmp_path / "src", tmp_path / "out")
 
 

@@ -625,7 +625,7 @@ def test_a_file_of_announced_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="12 bytes were written, expected 16"):
         writers.write_safetensors(tmp_path / "x.safetensors", [short])
     wrong = dataclasses.replace(short, blocks=lambda: iter([np.zeros(4, np.float16)]))
-    with pytest.raises(ValueError, match="float16, announced as float32"):
+    with pytest.raises(ValueError, match="float16, expected float32"):
         writers.write_safetensors(tmp_path / "x.safetensors", [wrong])
 
 
