@@ -8,7 +8,7 @@ import pytest
 from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
-from chatpose_jax.weights import folder as model_folder
+from chatpose_jax.weights.save import save_folder
 
 
 @pytest.fixture(scope="session")
@@ -17,4 +17,4 @@ def base(tmp_path_factory):
     model = preset("tiny").replace(lora=None, text=dataclasses.replace(preset("tiny").text, num_layers=1))
     folder = tmp_path_factory.mktemp("base") / "model"
     params = init_params(model, jax.random.key(1))
-    return model_folder.save_folder(folder, model, params, processor=tiny_processor(model, "plain"))
+    return save_folder(folder, model, params, processor=tiny_processor(model, "plain"))
