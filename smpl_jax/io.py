@@ -47,6 +47,8 @@ from smpl_jax.unpickle import (
 
 MAX_BYTES = 2**30
 """Maximum unpacked size of a compressed file; the largest published body (SMPL-X in float64) takes a quarter of it."""
+BOUNDED_PACKING = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""The packing of npz members that are read: NumPy writes no other, and ``zipfile`` unpacks the others without a bound."""
 
 # fmt: off
 _BODY_JOINTS = [
@@ -203,6 +205,8 @@ def _read_npz(file: IO[bytes], where: str) -> dict[str, Any]:
         if total > MAX_BYTES:
             raise BodyFileError(f"{where} would unpack to {total:,} bytes; the limit is {MAX_BYTES:,}")
         for name, info in wanted.items():
+            if info.compress_type not in BOUNDED_PACKING:
+                raise BodyFileError(f"{name!r} in {where} is packed in a way that NumPy does not write")
             with archive.open(info) as member:
                 members[name] = _read_npy(member, info.file_size, f"{name!r} in {where}")
     return members

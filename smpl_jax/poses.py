@@ -405,11 +405,14 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         arrays: dict[str, np.ndarray] = {}
         with data:  # members are read on demand; the others are not read at all
             members = data.zip.namelist()
-            sizes = {
-                name: data.zip.getinfo(name if name in members else f"{name}.npy").file_size
+            infos = {
+                name: data.zip.getinfo(name if name in members else f"{name}.npy")
                 for name in data.files
                 if name in wanted
             }
+            sizes = {name: info.file_size for name, info in infos.items()}
+            if other := [name for name, info in infos.items() if info.compress_type not in io.BOUNDED_PACKING]:
+                raise PoseFileError(f"{path}: {', '.join(other)} is packed in a way that NumPy does not write")
             if (total := sum(sizes.values())) > io.MAX_BYTES:
                 raise PoseFileError(
                     f"{path}: {', '.join(sizes)} would unpack to {total:,} bytes; the limit is {io.MAX_BYTES:,}"

@@ -270,6 +270,10 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         BodyFileError, match=r"'v_template' in .*liar.npz: expected 1,099,511,627,776 bytes .*, found 0"
     ):
         load_body(tmp_path / "liar.npz")
+    with zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:  # zipfile unpacks it without a bound
+        archive.writestr("v_template.npy", npy((2**10,), data=bytes(2**13)))
+    with pytest.raises(BodyFileError, match=r"'v_template' in .*lzma.npz is packed in a way that NumPy does not write"):
+        load_body(tmp_path / "lzma.npz")
 
 
 BROKEN = {

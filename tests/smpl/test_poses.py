@@ -1,5 +1,7 @@
 """Pose files as other programs write them: each array means what its name and shape say, or is refused."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -250,6 +252,13 @@ def test_a_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", poses=np.zeros((1000, 72)), pose=np.zeros((1000, 72)))
     with pytest.raises(PoseFileError, match=r"poses, pose would unpack to 1,152,\d{3} bytes"):
         read_poses(tmp_path / "bomb.npz")
+    with (
+        zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive,
+        archive.open("poses.npy", "w") as file,
+    ):
+        np.save(file, np.zeros((10, 72)))
+    with pytest.raises(PoseFileError, match="poses is packed in a way that NumPy does not write"):
+        read_poses(tmp_path / "lzma.npz")
 
 
 @pytest.mark.parametrize(
