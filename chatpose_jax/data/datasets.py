@@ -8,10 +8,13 @@ DATA_SETS: dict[str, str] = {
     "bedlam": "chatpose_jax.data.readers.bedlam:Bedlam",
     "coco": "chatpose_jax.data.readers.humans4d:Coco",
     "coco_vitpose": "chatpose_jax.data.readers.humans4d:CocoVitpose",
+    "cotpose": "chatpose_jax.data.readers.cotpose:CotPose",
     "h36m": "chatpose_jax.data.readers.humans4d:H36M",
     "mpi_inf_3dhp": "chatpose_jax.data.readers.humans4d:MpiInf3dhp",
+    "llava": "chatpose_jax.data.readers.llava:Llava",
     "mpii": "chatpose_jax.data.readers.humans4d:Mpii",
     "posefix": "chatpose_jax.data.readers.posefix:PoseFix",
+    "posellava": "chatpose_jax.data.readers.posellava:PoseLlava",
     "posescript": "chatpose_jax.data.readers.posescript:PoseScript",
     "spg": "chatpose_jax.data.readers.spg:Spg",
 }

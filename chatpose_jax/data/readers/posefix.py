@@ -164,7 +164,7 @@ class PoseFix:
             change = draw_text(rng, _ORDER[self.captions], changes)
             if change is None:
                 return Skipped(key, "no text of the chosen kind")
-            start = draw_text(rng, (("human", "automatic"),), known) if known else _described(rng, poses[0])
+            start = draw_text(rng, (("human", "automatic"),), known) if known else described(rng, poses[0])
             if start is None:
                 return Skipped(key, "PoseScript has no caption of the first pose")
             talks.append(
@@ -187,7 +187,7 @@ class PoseFix:
         )
 
 
-def _described(rng: np.random.Generator, pose: Pose) -> str:
-    """A caption of a pose by rules."""
+def described(rng: np.random.Generator, pose: Pose) -> str:
+    """A caption of a pose by this package's rules."""
     rotations = to_frame(to_family(pose, "smpl"), "model").rotations
     return captions.describe(rotations, seed=int(rng.integers(2**31)))
