@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     end: int
 
 
-def layout(path: Path) -> Literal["list", "lines"] | None:
+def json_form(path: Path) -> Literal["list", "lines"] | None:
     """ "list" for a file that begins as a JSON list, "lines" for one that begins with a JSON object, None for others.
 
     Raises UserError for a file that cannot be read.
@@ -49,7 +49,7 @@ def split_rows(
     Raises UserError, with the row and the byte, where the file is neither a list of objects nor JSON lines, is damaged or is cut off.
     """
     path, parts, number, start, end = folder / file, [], 0, 0, 0
-    spans = _objects(path, see) if layout(path) != "lines" else _lines(path)
+    spans = _objects(path, see) if json_form(path) != "lines" else _lines(path)
     first = None
     for number, start_of_row, end_of_row in spans:
         if first is not None and number >= first + count:
@@ -75,7 +75,7 @@ def read_rows(folder: Path, rows: Rows) -> Iterator[tuple[int, bytes]]:
     changed = UserError(f"{path} has changed while it was read; start again")
     if len(data) < rows.end - rows.start:
         raise changed
-    if layout(path) == "lines":
+    if json_form(path) == "lines":
         for number, line in enumerate(data.split(b"\n"), rows.first):
             if line.strip():
                 yield number, line

@@ -15,7 +15,7 @@ from chatpose_jax.data.config import Split
 from chatpose_jax.data.reader import About, Skipped, missing
 from chatpose_jax.data.readers.crop import to_matrices
 from chatpose_jax.data.readers.humans4d import H36M
-from chatpose_jax.data.readers.json_rows import Rows, layout, read_rows, split_rows
+from chatpose_jax.data.readers.json_rows import Rows, json_form, read_rows, split_rows
 from chatpose_jax.data.readers.llava import image_names, messages_of, read_image, row_id, row_of
 from chatpose_jax.data.readers.posefix import described
 from chatpose_jax.data.readers.posescript import exchange, pick
@@ -83,7 +83,7 @@ class PoseLlava:
         self.images = Path(images).expanduser() if images else None
         if self.images and not self.images.is_dir():
             raise missing(self.about, self.images)
-        self.files = [file for file in _json_files(source) if file.endswith("l") or layout(source / file) == "list"]
+        self.files = [file for file in _json_files(source) if file.endswith("l") or json_form(source / file) == "list"]
         if not self.files:
             raise missing(self.about, source / "*.json")
 
