@@ -52,20 +52,23 @@ def _floating(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-@jax.jit
-def _move(params: Any, key: jax.Array) -> Any:
-    def one(x: jax.Array, key: jax.Array) -> jax.Array:
+def _move(params: Any, seed: int) -> Any:
+    """In NumPy: a program for each tree of weights would take seconds to compile."""
+    generator = np.random.default_rng(seed)
+
+    def one(x: Any) -> Any:
         if not _floating(x):
             return x
-        return x * (1 + jnp.finfo(x.dtype).eps * jax.random.rademacher(key, x.shape, x.dtype))
+        sign = generator.choice(np.array([-1, 1], x.dtype), x.shape)
+        moved = np.asarray(x) * (1 + np.array(jnp.finfo(x.dtype).eps, x.dtype) * sign)
+        return jax.device_put(moved, x.sharding if getattr(x, "committed", False) else None)
 
-    leaves, tree = jax.tree.flatten(params)
-    return tree.unflatten([one(*pair) for pair in zip(leaves, jax.random.split(key, len(leaves)))])
+    return jax.tree.map(one, params)
 
 
 def rounded(run: Callable[[Any], Any], params: Any) -> Any:
     """``run(params)``, each of its floating arrays a ``Rounded``, others as they are. It is called five times: compile it."""
-    moved = [run(_move(params, key)) for key in jax.random.split(jax.random.key(0), DRAWS)]
+    moved = [run(_move(params, seed)) for seed in range(DRAWS)]
 
     def one(x: Any, *others: Any) -> Any:
         if not _floating(x):

@@ -10,17 +10,17 @@ IMAGE, POSE = 61, 60
 
 
 def config(kv_heads: int = 4, *, scan: bool = True, lora: LoRAConfig | None = None, eps: float = 1e-5) -> ModelConfig:
-    """Four query heads, two layers of text, four of vision, 9 patches an image; ids 60 and 61 are added rows."""
+    """Four query heads, two layers of text, three of vision, 9 patches an image; ids 60 and 61 are added rows."""
     return ModelConfig(
         vision=VisionConfig(
-            image_size=24, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4
+            image_size=24, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4
         ),
         text=TextConfig(
             vocab_size=62,
             base_vocab_size=60,
             hidden_size=64,
             intermediate_size=96,
-            num_layers=3,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=kv_heads,
             head_dim=16,

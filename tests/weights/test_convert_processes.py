@@ -63,7 +63,10 @@ def free_address() -> str:
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "src", shards=3)
     address = free_address()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+    }
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, str(rank), address, str(tmp_path / "src"), str(tmp_path)],
