@@ -17,7 +17,7 @@ import numpy as np
 
 from chatpose_jax.data.collate import BETAS, Batch, collate, encode_example, pack, weightless
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.order import Pattern, Pools, fit_buckets, fit_packs, key, shuffled
+from chatpose_jax.data.order import Pattern, Pools, fit_buckets, fit_packs, key, shuffled, slices
 from chatpose_jax.data.sizes import measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
@@ -188,17 +188,17 @@ class BatchLoader:
             number += 1
         group = plan.groups[number]
         slots = index * self.batch_size + self.rows
-        total = int(group.ends[-1])
-        packs = slots % total
+        full = int(group.ends[-1])
+        packs = slots % full
         if self.shuffle and len(group.patterns) > 1:
-            packs = shuffled(packs, total, key(self.seed, 3, epoch, number))
+            packs = shuffled(packs, full, key(self.seed, 3, epoch, number))
         pattern = np.searchsorted(group.ends, packs, "right")
         first = group.ends - [pattern.count for pattern in group.patterns]
         places = [group.patterns[i].places(int(n)) for i, n in zip(pattern, packs - first[pattern])]
         pools, inner = np.array([place for pack in places for place in pack], np.int64).reshape(-1, 2).T
         rows = iter(self._pools.rows(epoch, plan.before, plan.drawn, pools, inner).tolist())
         return group.shape, [
-            [next(rows) if slot < total else ~next(rows) for _ in pack] for slot, pack in zip(slots, places)
+            [next(rows) if slot < full else ~next(rows) for _ in pack] for slot, pack in zip(slots, places)
         ]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -294,8 +294,7 @@ class BatchLoader:
                 pools[some] = places + len(shapes)
                 shapes += [BatchShape(int(chosen[slot]), images) for slot in used]
             self.shapes = tuple(shapes)
-        pools = pools.astype(np.min_scalar_type(len(pools)))
-        self._pools = Pools(pools[self._type], int(pools.max()) + 1, self._draws, self.seed, self.shuffle)
+        self._pools = Pools(pools, self._type, self._draws, self.seed, self.shuffle)
         self._fixed: int | None = None
         self._fixed = self._count(0) if self._pools.constant else None
 
@@ -371,7 +370,13 @@ class _Steps:
 def _types(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different sizes (T, 3) of rows, and the number (N,) of the one that each row has, in few bytes."""
     most = sizes.max(axis=0).astype(np.int64) + 1
-    joined = (sizes[:, 0].astype(np.int64) * most[1] + sizes[:, 1]) * most[2] + sizes[:, 2]
-    found, where = np.unique(joined, return_inverse=True)
-    types = np.stack([found // (most[1] * most[2]), found // most[2] % most[1], found % most[2]], axis=1)
-    return types, where.astype(np.min_scalar_type(len(types)))
+
+    def joined(some: slice) -> np.ndarray:
+        return np.ravel_multi_index(tuple(sizes[some].astype(np.int64).T), tuple(most))
+
+    parts = slices(len(sizes))
+    found = np.unique(np.concatenate([np.unique(joined(some)) for some in parts]))
+    where = np.empty(len(sizes), np.min_scalar_type(len(found)))
+    for some in parts:
+        where[some] = np.searchsorted(found, joined(some))
+    return np.stack(np.unravel_index(found, tuple(most)), axis=1), where

@@ -72,27 +72,43 @@ def taken(counts: Sequence[int], first: int) -> list[int]:
     return found
 
 
+def slices(rows: int, step: int = 1 << 16) -> list[slice]:
+    """Slices that hold so many rows together, to work through them with little memory."""
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 class Pools:
     """The rows of each pool, and those that an epoch takes of them.
 
-    pools: (N,) the pool of each row; rows of one source follow each other. draws: (rows, rows that an epoch takes) of each source.
+    pools: (T,) the pool of each kind of row. kinds: (N,) the kind of each row; rows of one source follow each other. draws: (rows, rows that
+    an epoch takes) of each source.
 
-    All rows of a source are taken before one is taken again. What an epoch takes of a source is spread evenly over the pools.
-    It keeps one number for each row.
+    All rows of a source are taken before one is taken again. What an epoch takes of a source is spread evenly over the pools. It keeps one
+    number for each row, and needs little more memory to get there.
     """
 
     def __init__(
-        self, pools: np.ndarray, count: int, draws: Sequence[tuple[int, int]], seed: int, shuffle: bool
+        self, pools: np.ndarray, kinds: np.ndarray, draws: Sequence[tuple[int, int]], seed: int, shuffle: bool
     ) -> None:
         self._draws, self._seed, self._shuffle = tuple(draws), seed, shuffle
-        cells = count * len(self._draws)
-        cell = pools.astype(np.min_scalar_type(cells))
-        cell *= cell.dtype.type(len(self._draws))
-        for source, end in enumerate(np.cumsum([rows for rows, _ in draws])):
-            cell[end - draws[source][0] : end] += cell.dtype.type(source)
-        self._counts = np.bincount(cell, minlength=cells).reshape(count, -1)
-        self._starts = np.cumsum(self._counts).reshape(self._counts.shape) - self._counts
-        self._rows = np.argsort(cell, kind="stable").astype(np.min_scalar_type(len(pools)))
+        sources, ends = len(self._draws), np.cumsum([rows for rows, _ in draws])
+        size = (int(pools.max()) + 1) * sources
+        parts = slices(len(kinds))
+
+        def cells(some: slice) -> np.ndarray:
+            return pools[kinds[some]] * sources + np.searchsorted(ends, np.arange(some.start, some.stop), "right")
+
+        counts = sum((np.bincount(cells(some), minlength=size) for some in parts), np.zeros(size, np.int64))
+        starts = np.cumsum(counts) - counts
+        self._rows = np.empty(len(kinds), np.min_scalar_type(len(kinds)))
+        free = starts.copy()
+        for some in parts:  # sorts by cell, and rows of a cell by number
+            cell = cells(some)
+            order, found = np.argsort(cell, kind="stable"), np.bincount(cell, minlength=size)
+            places = np.repeat(free - np.cumsum(found) + found, found) + np.arange(len(order))
+            self._rows[places] = order + some.start
+            free += found
+        self._counts, self._starts = counts.reshape(-1, sources), starts.reshape(-1, sources)
 
     @property
     def constant(self) -> bool:

@@ -76,7 +76,11 @@ class ImageSettings:
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """(..., 3) uint8 RGB -> (..., 3) float32: ``(pixels / 255 - mean) / std``."""
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        levels = (np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - mean) / std
+        result = np.empty(pixels.shape, np.float32)
+        for channel in range(3):  # a table is twice as fast as the formula
+            np.take(levels[:, channel], pixels[..., channel], out=result[..., channel], mode="clip")
+        return result
 
 
 def load_image(source: Any, where: str = "") -> Image.Image:
@@ -216,7 +220,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _as_array(source: Any, name: str) -> np.ndarray:

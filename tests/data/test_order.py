@@ -59,7 +59,7 @@ def test_kinds_are_spread_evenly():
 def test_no_row_of_a_source_is_taken_twice_before_all_are_taken_once(shuffle):
     """Three pools over two sources, of 30 and 11 rows; an epoch takes 7 and 25."""
     numbers = np.random.default_rng(0).integers(0, 3, 41)
-    pools = Pools(numbers, 3, [(30, 7), (11, 25)], seed=1, shuffle=shuffle)
+    pools = Pools(np.arange(3), numbers, [(30, 7), (11, 25)], seed=1, shuffle=shuffle)
     count = np.zeros(41, int)
     orders = set()
     for epoch in range(9):
