@@ -52,26 +52,19 @@ from chatpose_jax.processing import images
 from chatpose_jax.processing.processor import ModelIds, Processor, tiny_tokenizer
 from smpl_jax.pose import Pose
 
-WORDS = [
-    "a",
-    "person",
+WORDS = (
+    "a person",
     "stands",
-    "with",
-    "both",
+    "with both",
     "arms",
     "raised",
     "above",
-    "left",
-    "right",
+    "the left",
     "knee",
     "bent",
-    "looks",
-    "down",
-    "forward",
-    "while",
-    "walking",
-    "slowly",
-]
+    "looks down",
+    "and forward",
+)
 BATCH = 16
 
 
@@ -114,6 +107,7 @@ class Talks:
     """Rows of an image and four turns about it, from a tar of ``.jpg`` and ``.json``. max_side: as of the data set "llava"."""
 
     source: Path
+    _: dataclasses.KW_ONLY
     max_side: int = 0
     about: ClassVar[About] = About("Made-up conversations", "none", "", ("talks.tar",))
 
