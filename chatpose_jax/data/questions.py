@@ -22,6 +22,13 @@ IMAGE_TO_POSE = (
     "Return the 3D pose of the body in this picture.",
     "There is a person in the image. How does the body look in 3D?",
 )
+PERSON_TO_POSE = (
+    "{caption} Can you give the SMPL pose of this person?",
+    "{caption} What is the SMPL pose of this person in the image?",
+    "Find this person in the picture. {caption} How does the body look in 3D?",
+    "{caption} Please estimate the pose of this person.",
+)
+"""What a person in an image looks like or does, so that the person is told from the others."""
 POSE_ANSWERS = (
     "<POSE>",
     "Sure, it is <POSE>.",
