@@ -12,6 +12,7 @@ from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.reader import About, Skipped, missing
 from chatpose_jax.data.readers import crop
+from chatpose_jax.data.readers.llava import image_group, messages_of
 from chatpose_jax.data.readers.posescript import pick, subfolder
 from chatpose_jax.data.readers.threedpw import gender_of, measured
 from chatpose_jax.data.readers.untrusted import MAX_MEMBER, inside, parse_json, read_bytes, read_json, read_lines
@@ -103,7 +104,7 @@ class RpeRefined:
     def _record(self, key: str, kind: str, entry: Mapping[str, Any]) -> Record:
         name = _text(entry, "real_image").removeprefix("3DPW/")
         image, width, height = _image(self.images, name)
-        question, answer = _turn(entry.get("conversations"))
+        messages, question = _turn(entry.get("conversations"))
         truth = _mapping(entry, "ground_truth")
         body = _mapping(truth, "smpl_param")
         joints = {
@@ -125,7 +126,7 @@ class RpeRefined:
         return Record(
             key=key,
             kind="image",
-            conversations=(_ask(question, answer),),
+            conversations=(messages,),
             images=(image,),
             poses=Pose(rotations, "camera", measured=measured(1)),
             group=name.split("/")[-2] if "/" in name else "",
@@ -147,7 +148,7 @@ class Rpe:
     pose         72 numbers: axis-angle in radians of the 24 joints of SMPL, the root in the camera frame (x right, y down)
     measured     optional: 24 times true or false; without it all joints but SMPL's rigid hands (22, 23) are measured
     split        optional: "train", "val" or "test"; without it, "test"
-    group        optional: the sequence or clip, which belongs to one split; without it, the image's name without suffix
+    group        optional: the sequence or clip, which belongs to one split; without it, the image
     ===========  ====================================================================================================
 
     Other fields are for people and are not read.
@@ -208,7 +209,7 @@ class Rpe:
             conversations=tuple(talks),
             images=(image,),
             poses=Pose(rotations, "camera", measured=_measured(entry)),
-            group=_text(entry, "group") if "group" in entry else name.rpartition(".")[0],
+            group=_text(entry, "group") if "group" in entry else image_group(name),
             extras={
                 "id": _text(entry, "id"),
                 "type": kind,
@@ -231,18 +232,12 @@ def _ask(question: str, answer: str) -> Conversation:
     return ({"role": "user", "content": parts}, {"role": "assistant", "content": answer})
 
 
-def _turn(messages: Any) -> tuple[str, str]:
-    """Question and answer of a conversation of LLaVA. Raises UserError unless it is one turn with an image and a pose."""
-    try:
-        (human, asked), (gpt, answer) = ((message["from"], message["value"]) for message in messages)
-        ok = (human, gpt) == ("human", "gpt") and "<image>" in asked and answer.count(POSE) == 1
-    except (TypeError, ValueError, KeyError, AttributeError):
-        ok = False
-    if not ok:
-        raise UserError(
-            f"conversations must be a human's question with <image> and gpt's answer with <POSE>, found {messages!r:.200}"
-        )
-    return asked.replace("<image>", "").strip(), answer
+def _turn(conversations: Any) -> tuple[Conversation, str]:
+    """A conversation of LLaVA's form, and its question. Raises UserError unless it is one turn with an image and a pose."""
+    messages = messages_of(conversations, 1)
+    if len(messages) != 2 or len(messages[0]["content"]) != 2 or messages[1]["content"].count(POSE) != 1:
+        raise UserError(f"conversations must be one question, answered with one {POSE}; found {conversations!r:.200}")
+    return messages, messages[0]["content"][1]["text"]
 
 
 def _mapping(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:

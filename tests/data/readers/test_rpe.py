@@ -166,6 +166,10 @@ def test_damaged_records_are_reported(tmp_path: Path) -> None:
             {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "No."}]},
             "conversations must be",
         ),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<POSE>"}]},
+            "conversations must be",
+        ),
         ({"id": 3}, "id must be text"),
         ({"id": "000000"}, "an earlier record has this id"),
     ]
