@@ -175,6 +175,9 @@ class Humans4DEval:
 
     def _record(self, row: Row, part: str, entry: dict[str, Any], pixels: np.ndarray) -> Record:
         numbers = {name: np.asarray(value, np.float64) for name, value in entry.items() if name not in _TEXT}
+        for name in ("body_pose", "betas"):
+            if not numbers.pop(f"has_{name}", np.zeros(1)).all():
+                numbers.pop(name, None)
         if broken := [name for name, value in numbers.items() if not np.isfinite(value).all()]:
             raise UserError(f"{', '.join(broken)} must be finite numbers")
         height, width = pixels.shape[:2]
@@ -192,10 +195,10 @@ class Humans4DEval:
         }
         if "gender" in entry:
             extras["gender"] = gender_of(entry["gender"])
-        if numbers.get("has_betas", np.zeros(1)).all():
+        if "betas" in numbers:
             extras["betas"] = numbers["betas"].astype(np.float32)
         pose = unmeasured((1,))
-        if numbers.get("has_body_pose", np.zeros(1)).all():
+        if "body_pose" in numbers:
             rotations = crop.to_matrices(numbers["body_pose"].reshape(1, 24, 3))
             pose = Pose(rotations, "camera", measured=measured(1))
         return Record(

@@ -128,15 +128,16 @@ class ThreeDPW:
 
     The pose is in the camera frame: the root is R_cam · R_root. ``group`` is the sequence. The key is ``SEQUENCE/image_00000.jpg#PERSON``.
 
-    ``measured`` leaves out toes and hands (see there). SMPL turns the root about the pelvis of the body, and that body is of the person's gender and
-    needs SMPL's licensed file. So the translation in the camera frame is not given, and betas, which mean another shape for the bodies of other data,
-    are not part of the pose.
+    ``measured`` leaves out toes and hands (see there). SMPL turns the root about the pelvis of the body, and that body is of the person's gender
+    and needs SMPL's licensed file. So the translation in the camera frame is not given; with the rest pelvis p (``smpl_jax.pelvis(body, betas)``),
+    and R and t of ``cam_ext``, it is R (trans_world + p) + t - p. Betas, which mean another shape for the bodies of other data, are not part of
+    the pose.
 
     ``extras``:
 
     ============  ====================================================================================================
-    joint_cam     (24, 3) ``jointPositions`` in metres, camera frame. They come from a template of the person, so the pelvis differs by some
-                  millimetres to centimetres from that of the SMPL body with these betas
+    joint_cam     (24, 3) ``jointPositions`` in metres, camera frame. They are not exactly those of the SMPL body with these betas: for the
+                  two men whom RPE shows, the pelvis is 5 and 32 mm away from it
     poses2d       (18, 3) keypoints detected in the image, COCO-18: pixels of the record's image, and confidence
     detected      whether ``poses2d`` is not all zero. The official evaluation (protocol D) counts only such frames
     cam_int       (3, 3) intrinsics in pixels of the record's image
@@ -245,9 +246,9 @@ class ThreeDPW:
                 "poses2d": crop.moved(detected, matrix),
                 "detected": bool(detected.any()),
                 "cam_int": (np.vstack([matrix, [0, 0, 1]]) @ cam_int).astype(np.float32),
-                "cam_ext": camera,
-                "trans_world": actor.trans[frame],
-                "pose_world": actor.poses[frame, :3],
+                "cam_ext": camera.copy(),
+                "trans_world": actor.trans[frame].copy(),
+                "pose_world": actor.poses[frame, :3].copy(),
                 "betas": actor.betas.astype(np.float32),
                 "gender": actor.gender,
                 "actor": number,

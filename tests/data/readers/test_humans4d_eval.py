@@ -166,7 +166,9 @@ def test_kinds_of_text_and_flags(tmp_path: Path, kind: str) -> None:
 
 
 def test_rows_without_a_pose_are_not_measured(tmp_path: Path) -> None:
-    write_3dpw(tmp_path, has_body_pose=np.arange(12) % 2, has_betas=np.arange(12) % 2)
+    missing = np.full((12, 72), np.nan)
+    missing[1::2] = 0.1
+    write_3dpw(tmp_path, body_pose=missing, has_body_pose=np.arange(12) % 2, has_betas=np.arange(12) % 2)
     found = records(ThreeDPWTest(tmp_path))
     assert sorted(bool(record.poses.measured.any()) for record in found) == [False] * 6 + [True] * 6
     assert all(("betas" in record.extras) == bool(record.poses.measured.any()) for record in found)

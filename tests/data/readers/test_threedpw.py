@@ -18,6 +18,7 @@ from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
+from smpl_jax import for_body, joints, load_body, pelvis
 from smpl_jax.pose import check, placed
 
 from .threedpw_files import CAM_INT, SIZE, python2, sequence, write
@@ -91,6 +92,21 @@ def test_the_crop_its_keypoints_and_its_camera_agree(tmp_path: Path) -> None:
         assert pixels.shape == (256, 256, 3)
         at = np.array([x, y]) + (np.array([120, 140]) - 128) * side / 256  # of the original image
         np.testing.assert_allclose(pixels[140, 120, :2], [2 * at[0], 3 * at[1]], atol=6)
+
+
+def test_with_the_body_the_translation_is_exact(tmp_path: Path) -> None:
+    """The rule of the docstring, with any body: posed in the world and moved by the camera, or posed in the camera frame."""
+    write(tmp_path, sequence(frames=2))
+    body = load_body()
+    for record in records(tmp_path):
+        extras, betas = record.extras, np.zeros(10, np.float32)
+        turn, moved = extras["cam_ext"][:3, :3], extras["cam_ext"][:3, 3]
+        world = np.array(record.poses.rotations[0])
+        world[0] = Rotation.from_rotvec(extras["pose_world"]).as_matrix()
+        expected = np.asarray(joints(body, world, betas, extras["trans_world"])) @ turn.T + moved
+        p = np.asarray(pelvis(body, betas))
+        pose = record.poses[0].replace(translation=turn @ (extras["trans_world"] + p) + moved - p)
+        np.testing.assert_allclose(joints(body, **for_body(pose, body)), expected, atol=1e-5)
 
 
 def test_whole_images_are_the_files(tmp_path: Path) -> None:
