@@ -9,6 +9,10 @@ import importlib
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("chatpose_jax.cli.data_list", "the data sets, with licences and where to get them"),
     "prepare": ("chatpose_jax.cli.data_prepare", "write the folder that training reads, from the original files"),
+    "schema": (
+        "chatpose_jax.cli.data_schema",
+        "print the JSON Schema of rows of your own data (the data set jsonlines)",
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal, NamedTuple
 from chatpose_jax.data.readers.untrusted import MAX_MEMBER, open_bytes
 from chatpose_jax.errors import UserError
 
-ROWS_A_PART = 2048
+ROWS_A_PART = 256
 _CHUNK = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MARK = "\ufeff".encode().decode("latin-1")
@@ -35,7 +35,7 @@ def json_form(path: Path) -> Literal["list", "lines"] | None:
     Raises UserError for a file that cannot be read.
     """
     with _plain(path) as file:
-        start = file.read(_CHUNK).decode("latin-1").removeprefix(_MARK)
+        start = file.read(4096).decode("latin-1").removeprefix(_MARK)
     return {"[": "list", "{": "lines"}.get(start[_skip(start, 0) :][:1])  # type: ignore[return-value]
 
 
