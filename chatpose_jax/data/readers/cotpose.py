@@ -60,7 +60,7 @@ class CotPose:
 
     about: ClassVar[About] = About(
         title="CoT-Pose",
-        licence="none is stated; the poses are AMASS's and the words PoseScript's and BABEL's, all for non-commercial research only",
+        licence="as its page says; the poses are AMASS's, words also PoseScript's and BABEL's, all for non-commercial research only",
         page="https://huggingface.co/datasets/Jucha/cot-poses-data",
         files=(
             "train.jsonl, val.jsonl, test.jsonl (as many as you have). Python writes them: "

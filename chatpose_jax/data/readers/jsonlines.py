@@ -70,7 +70,7 @@ class JsonLines:
     def read(self, split: Split, part: Rows) -> Iterator[Record | Skipped]:
         """The rows of a part, in their order."""
         for number, line in read_rows(self.source, part):
-            key, where = f"{split}#{number}", f"{self.source / part.file}, line {number}"
+            key, where = f"{split}#{number}", f"{part.file}, line {number}"
             try:
                 row = parse_json(line, where)
             except UserError as error:
@@ -79,7 +79,7 @@ class JsonLines:
             try:
                 self.schema.check(row)
                 yield self._record(f"{key}/{row['id']}", row)
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: a name that no file can have
                 yield Skipped(key, "a row that does not fit", True, f"{where}: {error}")
 
     def _record(self, key: str, row: Mapping[str, Any]) -> Record:

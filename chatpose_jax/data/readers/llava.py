@@ -25,7 +25,7 @@ RELEASED = ("coco", "gqa", "vg")
 IMAGE = "<image>"
 MAX_IMAGE = 2**26
 """Bytes of an encoded image."""
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = (("human", "user"), ("gpt", "assistant"))
 
 
 class Llava:
@@ -110,7 +110,7 @@ class Llava:
             key = f"{row_id(row)}#{number}"
             try:
                 yield self._record(key, row)
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: a name that no file can have
                 yield Skipped(key, "a damaged row or image", True, f"{error}")
 
     def _record(self, key: str, row: Mapping[str, Any]) -> Record | Skipped:
@@ -188,9 +188,8 @@ def messages_of(conversations: Any, images: int) -> tuple[dict[str, Any], ...]:
     messages: list[dict[str, Any]] = []
     seen = 0
     for number, turn in enumerate(turns):
-        words, role = turn.get("value"), ("user", "assistant")[number % 2]
-        if not isinstance(words, str) or _ROLES.get(turn.get("from", "")) != role:
-            speaker = next(name for name, ours in _ROLES.items() if ours == role)
+        words, (speaker, role) = turn.get("value"), _ROLES[number % 2]
+        if not isinstance(words, str) or turn.get("from") != speaker:
             raise UserError(
                 f"conversations: expected a turn of {speaker} with text as value, found {dict(turn)!r:.150}"
             )

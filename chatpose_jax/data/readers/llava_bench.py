@@ -21,6 +21,7 @@ CONTEXT = "llava/eval/table/caps_boxes_coco2014_val_80.jsonl"
 RULES = "llava/eval/table/rule.json"
 _TEXTS = (QUESTIONS, ANSWERS, CONTEXT, RULES)
 Row = Mapping[str, Any]
+Table = Mapping[Any, Any]
 
 
 class LlavaBench:
@@ -83,23 +84,22 @@ class LlavaBench:
             key = str(row.get("question_id"))
             try:
                 yield self._record(key, row, answers, context, rules)
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: a name that no file can have
                 yield Skipped(key, "a damaged question, or what belongs to it", True, f"question {key}: {error}")
 
     def _rows(self, name: str) -> Iterator[Row]:
         path = self.files[name]
         return (row_of(line, f"{path}, line {number}") for number, line in read_lines(path))
 
-    def _record(self, key: str, row: Row, answers: Row, context: Row, rules: Row) -> Record | Skipped:
+    def _record(self, key: str, row: Row, answers: Table, context: Table, rules: Table) -> Record | Skipped:
         number, image = row.get("question_id"), _text(row, "image")
         if not isinstance(number, int) or isinstance(number, bool):
             raise UserError(f"question_id: expected a whole number, found {number!r:.100}")
         category = _text(row, "category")
-        found = {ANSWERS: answers.get(number), CONTEXT: context.get(image), RULES: rules.get(category)}
-        for file, value in found.items():
-            if not isinstance(value, Mapping):
-                raise UserError(f"nothing in {self.files[file]} belongs to it")
-        answer, shown, rule = found.values()
+        answer, shown, rule = (
+            self._entry(*place)
+            for place in ((ANSWERS, answers, number), (CONTEXT, context, image), (RULES, rules, category))
+        )
         path = next((each for each in self._paths(image) if each.is_file()), None)
         if path is None:
             return Skipped(key, "the image is not there", detail=f"no {self._paths(image)[0]}")
@@ -125,6 +125,12 @@ class LlavaBench:
                 "image": image,
             },
         )
+
+    def _entry(self, file: str, table: Table, key: Any) -> Row:
+        entry = table.get(key)
+        if not isinstance(entry, Mapping):
+            raise UserError(f"nothing in {self.files[file]} belongs to it")
+        return entry
 
     def _paths(self, image: str) -> Sequence[Path]:
         return [inside(self.images, name) for name in (f"COCO_val2014_{image}", image)]

@@ -100,7 +100,7 @@ class PoseLlava:
                 row = row_of(data, key)
                 key = f"{key}/{row_id(row)}"
                 yield self._record(key, part.file, row)
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: a name that no file can have
                 yield Skipped(key, "a damaged row or image", True, f"{error}")
 
     def _split_of(self, file: str) -> str:
@@ -163,7 +163,7 @@ def _json_files(source: Path) -> list[str]:
 def _poses(row: Mapping[str, Any], name: str) -> np.ndarray:
     """Poses (P, 24, 3) of a field; none where it is not there. Raises UserError for anything but 72 finite numbers a pose."""
     try:
-        values = np.asarray(row.get(name, ()), np.float64).reshape(-1, 24, 3)
+        values = np.asarray(() if row.get(name) is None else row[name], np.float64).reshape(-1, 24, 3)
     except (ValueError, TypeError):
         raise UserError(f"{name}: expected 72 numbers for each pose, found {row[name]!r:.100}") from None
     if not np.isfinite(values).all():

@@ -128,7 +128,12 @@ def test_turns(source: Path) -> None:
             assert isinstance(item, Record) and len(item.conversations[0]) == count
         else:
             assert isinstance(item, Skipped) and not item.broken and item.reason == "no question with an answer"
-    for turns in ((human, human), (human, {"from": "system", "value": "x"}), (human, {"from": "gpt", "value": 3})):
+    for turns in (
+        (human, human),
+        (human, {"from": "system", "value": "x"}),
+        (human, {"from": "gpt", "value": 3}),
+        (human, {"from": []}),
+    ):
         item = only(source, row(None, *turns))
         assert isinstance(item, Skipped) and item.broken and "expected a turn of gpt" in item.detail
 
@@ -174,13 +179,10 @@ def test_damaged_rows_and_images(source: Path) -> None:
         "outside": (row("../secret.jpg"), "inside"),
         "names": (row(None) | {"image": 7}, "expected a name"),
         "turns": ({"id": "x"}, "expected a list of turns"),
+        "long": (row("x" * 300), "File name too long"),
     }
     for entry, words in cases.values():
-        item = (
-            only(source, entry)
-            if entry.get("image") != "../secret.jpg"
-            else read(Llava(write(source, [row(name), entry])))[1]
-        )
+        item = read(Llava(write(source, [row(name), entry])))[1]
         assert isinstance(item, Skipped) and item.broken and words in item.detail
     (source / name).write_bytes(whole[: len(whole) // 2])
     item = only(source, row(name))
