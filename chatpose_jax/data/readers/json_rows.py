@@ -5,6 +5,8 @@ One pass finds where the parts begin and end. After that a process reads the byt
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -48,18 +50,13 @@ def split_rows(
 
     Raises UserError, with the row and the byte, where the file is neither a list of objects nor JSON lines, is damaged or is cut off.
     """
-    path, parts, number, start, end = folder / file, [], 0, 0, 0
-    spans = _objects(path, see) if json_form(path) != "lines" else _lines(path)
-    first = None
-    for number, start_of_row, end_of_row in spans:
-        if first is not None and number >= first + count:
-            parts.append(Rows(file, first, start, end))
-            first = None
-        if first is None:
-            first, start = number, start_of_row
-        end = end_of_row
-    if first is not None:
-        parts.append(Rows(file, first, start, end))
+    path = folder / file
+    spans = _lines(path) if json_form(path) == "lines" else _objects(path, see)
+    parts: list[Rows] = []
+    for number, start, end in spans:
+        if not parts or number >= parts[-1].first + count:
+            parts.append(Rows(file, number, start, end))
+        parts[-1] = parts[-1]._replace(end=end)
     return parts
 
 
@@ -96,7 +93,7 @@ def read_rows(folder: Path, rows: Rows) -> Iterator[tuple[int, bytes]]:
 
 def _plain(path: Path) -> IO[bytes]:
     file = open_bytes(path)
-    if not file.seekable() or type(file).__name__ == "GzipFile":
+    if isinstance(file, gzip.GzipFile):
         file.close()
         raise UserError(f"{path} is packed by gzip, and parts of it cannot be read; unpack it first")
     return file
@@ -128,7 +125,7 @@ def _objects(path: Path, see: Callable[[Mapping[str, Any]], None] | None) -> Ite
         window.expect("[", "a list of objects, or JSON lines")
         if window.sign() == "]":
             return
-        for number in range(2**62):
+        for number in itertools.count():
             if window.sign() != "{":
                 raise window.error(f"expected an object for row {number}")
             start = window.base + window.at

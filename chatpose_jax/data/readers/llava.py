@@ -122,7 +122,7 @@ class Llava:
         paths = [inside(self.images, name) for name in names]
         for name, path in zip(names, paths):
             if not path.is_file():
-                return Skipped(key, f"an image of {Path(name).parent.as_posix()} is not there", detail=f"no {path}")
+                return Skipped(key, _absent(name), detail=f"no {path}")
         messages = messages_of(row.get("conversations"), len(names))
         if not messages:
             return Skipped(key, "no question with an answer")
@@ -134,6 +134,11 @@ class Llava:
             group=image_group(names[0]) if names else "",
             extras={"image": names[0] if names else ""},
         )
+
+
+def _absent(name: str) -> str:
+    first, slash, _ = name.partition("/")
+    return f"an image of {first} is not there" if slash else "an image is not there"
 
 
 class _Search:

@@ -11,6 +11,8 @@ from scipy.spatial.transform import Rotation
 from chatpose_jax.cli.main import main
 from chatpose_jax.data.collate import encode_example
 from chatpose_jax.data.config import Split
+from chatpose_jax.data.prepare import prepare
+from chatpose_jax.data.prepared import prepared
 from chatpose_jax.data.reader import Skipped
 from chatpose_jax.data.readers.json_schema import JsonSchema
 from chatpose_jax.data.readers.jsonlines import JsonLines, schema_text
@@ -230,3 +232,16 @@ def test_a_schema_with_other_keywords_is_refused() -> None:
 def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "schema"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(schema_text())
+
+
+def test_from_lines_to_rows_of_training(folder: Path, tmp_path: Path) -> None:
+    write(folder, [*GOOD, BAD["a list"][0]])
+    out = tmp_path / "prepared"
+    assert (
+        main(["data", "prepare", "jsonlines", "--source", str(folder), "--out", str(out), "--workers", "1", "--quiet"])
+        == 0
+    )
+    rows = prepared("train", folder=str(out))
+    assert [row.kind for row in rows] == ["text", "image", "instruction"] and rows[1].poses.frame == "camera"
+    with pytest.raises(UserError, match=r"1 items are broken.*line 4: the row: expected an object"):
+        prepare("jsonlines", folder, tmp_path / "b", processor=tiny_processor(preset("tiny")), max_broken=0)
