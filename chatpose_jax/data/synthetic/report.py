@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,39 +22,41 @@ _PENALTY = 10.0
 def report(train_size: int = 4000, val_size: int = 400) -> dict[str, float]:
     """Vocabulary, caption lengths, and errors in millimetres on the validation split of detailed descriptions.
 
-    Keys: ``vocabulary``, ``words_per_question``, ``<model>_mpjpe`` and ``<model>_pa_mpjpe`` for the models ``mean``,
-    ``nearest`` (the training pose whose description shares most n-grams) and ``ridge``.
+    Keys: ``vocabulary``, ``words_per_question``, ``<model>_mpjpe`` and ``<model>_pa_mpjpe`` for the models of ``simple_answers``.
     """
     train, val = (
         SyntheticDataset("train", train_size, tasks={"text": 1}),
         SyntheticDataset("val", val_size, tasks={"text": 1}),
     )
     (train_texts, train_poses), (val_texts, val_poses) = _rows(train), _rows(val)
-    index = {gram: i for i, gram in enumerate(sorted({g for text in train_texts for g in _grams(text)}))}
-    x, y = _features(train_texts, index), _features(val_texts, index)
-
-    mean = train_poses.mean(0)
-    target = (train_poses - mean).reshape(train_size, -1)
-    kernel = x @ x.T + _PENALTY * np.eye(train_size, dtype=np.float32)
-    ridge = mean + (y @ (x.T @ np.linalg.solve(kernel, target))).reshape(-1, 24, 3, 3)
-    shared = y @ x.T
-    union = x.sum(1)[None] + y.sum(1)[:, None] - shared
-    predictions = {
-        "mean": np.repeat(mean[None], val_size, 0),
-        "nearest": train_poses[(shared / union).argmax(1)],
-        "ridge": ridge,
-    }
-
     truth, _ = skeleton.forward_kinematics(val_poses)
     out = {
         "vocabulary": float(len({word for text in train_texts + val_texts for word in _words(text)})),
         "words_per_question": float(np.mean([len(_words(text)) for text in val_texts])),
     }
-    for name, rotations in predictions.items():
-        joints, _ = skeleton.forward_kinematics(_nearest_rotations(rotations))
+    for name, rotations in simple_answers(train_texts, train_poses, val_texts).items():
+        joints, _ = skeleton.forward_kinematics(rotations)
         out[f"{name}_mpjpe"] = float(np.mean(metrics.mpjpe(joints, truth)))
         out[f"{name}_pa_mpjpe"] = float(np.mean(metrics.pa_mpjpe(joints, truth)))
     return out
+
+
+def simple_answers(texts: Sequence[str], poses: np.ndarray, asked: Sequence[str]) -> dict[str, np.ndarray]:
+    """Poses (M, 24, 3, 3) of simple models for M questions, trained on N questions and their poses (N, 24, 3, 3).
+
+    ``mean`` uses no words; ``nearest`` is the training pose whose question shares most n-grams of one to four words, as a share of those of both;
+    ``ridge`` is a ridge regression on these n-grams.
+    """
+    index = {gram: i for i, gram in enumerate(sorted({g for text in texts for g in _grams(text)}))}
+    x, y = _features(texts, index), _features(asked, index)
+    mean = poses.mean(0)
+    target = (poses - mean).reshape(len(poses), -1)
+    kernel = x @ x.T + _PENALTY * np.eye(len(poses), dtype=np.float32)
+    ridge = mean + (y @ (x.T @ np.linalg.solve(kernel, target))).reshape(-1, 24, 3, 3)
+    shared = y @ x.T
+    union = x.sum(1)[None] + y.sum(1)[:, None] - shared
+    found = {"mean": np.repeat(mean[None], len(asked), 0), "nearest": poses[(shared / union).argmax(1)], "ridge": ridge}
+    return {name: _nearest_rotations(rotations) for name, rotations in found.items()}
 
 
 def _rows(data: SyntheticDataset) -> tuple[list[str], np.ndarray]:
@@ -70,7 +73,7 @@ def _grams(text: str) -> set[str]:
     return {" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)}
 
 
-def _features(texts: list[str], index: dict[str, int]) -> np.ndarray:
+def _features(texts: Sequence[str], index: dict[str, int]) -> np.ndarray:
     out = np.zeros((len(texts), len(index)), np.float32)
     for row, text in enumerate(texts):
         out[row, [index[g] for g in _grams(text) if g in index]] = 1
