@@ -19,6 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("chatpose_jax.cli.demo", "train a small ChatPose on generated data, evaluate it, ask it for poses"),
     "data": ("chatpose_jax.cli.data", "prepare data sets from their original files, and look into them"),
     "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
+    "evaluate": (
+        "chatpose_jax.cli.evaluate",
+        "errors of a model's poses on held-out rows of any data set, with pictures",
+    ),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
     "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),
     "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or only the adapters"),

@@ -13,7 +13,7 @@ from chatpose_jax.chat import ChatPose, Reply
 from chatpose_jax.data.example import Example
 from smpl_jax.body import BodyModel
 from smpl_jax.metrics import pose_metrics
-from smpl_jax.pose import Pose, known, stack
+from smpl_jax.pose import Pose, known, stack, to_family, to_frame
 
 
 def pose_errors(predicted: Pose, target: Pose, body: BodyModel) -> dict[str, float]:
@@ -86,8 +86,12 @@ def evaluate_chat(
     """
     questions = [first_question(example) for example in examples]
     answers, rate = answer_poses(model, questions, batch_size=batch_size, label=label)
-    targets = stack([example.poses[0] for example in examples])
-    return {**_compare(_first(answers), targets, baseline, model.body), "pose_rate": rate, "count": len(examples)}
+    targets = true_poses(examples)
+    return {
+        **compare_poses(first_poses(answers), targets, baseline, model.body),
+        "pose_rate": rate,
+        "count": len(examples),
+    }
 
 
 def evaluate_follow_ups(
@@ -110,22 +114,34 @@ def evaluate_follow_ups(
         for question, reply, example in zip(questions, first, examples)
     ]
     second, rate = answer_poses(model, asked, batch_size=batch_size, label=label)
-    targets = stack([example.poses[1] for example in examples])
-    kept = pose_errors(_first(first), targets, model.body)
+    targets = true_poses(examples, 1)
+    kept = pose_errors(first_poses(first), targets, model.body)
     return {
-        **_compare(_first(second), targets, baseline, model.body),
+        **compare_poses(first_poses(second), targets, baseline, model.body),
         **{f"kept_{name}": value for name, value in kept.items()},
         "pose_rate": rate,
         "count": len(examples),
     }
 
 
-def _first(answers: Sequence[Reply]) -> Pose:
+def true_poses(examples: Sequence[Example], number: int = 0) -> Pose:
+    """(N,), one pose of each row in the camera frame, with SMPL's joints. Shape and translation, which no metric here needs, are left out."""
+    bare = [
+        example.poses[number].replace(
+            betas=None, has_betas=None, shape_space=None, translation=None, has_translation=None
+        )
+        for example in examples
+    ]
+    return stack([to_family(to_frame(pose, "camera"), "smpl") for pose in bare])
+
+
+def first_poses(answers: Sequence[Reply]) -> Pose:
     """(N,), the first pose of each."""
     return stack([reply.poses[0].pose for reply in answers])
 
 
-def _compare(poses: Pose, targets: Pose, baseline: Pose, body: BodyModel) -> dict[str, float]:
+def compare_poses(poses: Pose, targets: Pose, baseline: Pose, body: BodyModel) -> dict[str, float]:
+    """``pose_errors`` of N poses, of the constant answer ``baseline`` with that prefix, and their ratios with the prefix ``ratio_``."""
     errors = pose_errors(poses, targets, body)
     constant = pose_errors(stack([baseline] * len(targets)), targets, body)
     ratios = {f"ratio_{name}": errors[name] / constant[name] for name in ("mpjpe", "pa_mpjpe", "mpjre")}

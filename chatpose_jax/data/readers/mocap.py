@@ -13,7 +13,7 @@ import numpy as np
 
 from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
-from chatpose_jax.data.reader import About, Skipped
+from chatpose_jax.data.reader import About, Skipped, missing
 from chatpose_jax.data.record import Conversation, Record, seeded
 from chatpose_jax.data.synthetic import captions, situations, skeleton
 from chatpose_jax.data.synthetic.posecodes import Codes, encode
@@ -89,11 +89,7 @@ class MotionCapture:
             if path.suffix.lower() in mocap.SUFFIXES
         )
         if not self.clips:
-            raise UserError(
-                f"{self.source}: found no file of motion capture ({', '.join(mocap.SUFFIXES)}); expected "
-                f"{'; '.join(self.about.files)}. {self.about.title}: {self.about.page}; licence: {self.about.licence}. "
-                "Give the folder that holds them as --source"
-            )
+            raise missing(self.about, *(self.source / f"**/*{suffix}" for suffix in mocap.SUFFIXES))
         self.descriptions = read_index(self.source / INDEX, self.clips)
         units = {clip: subject(clip) if by == "subject" else Path(clip).stem for clip in self.clips}
         order = sorted(set(units.values()), key=lambda unit: hashlib.blake2b(unit.encode()).digest())
@@ -118,7 +114,9 @@ class MotionCapture:
             clip = mocap.read_clip(self.source / part)
             pose = mocap.retarget(clip)
         except PoseFileError as error:
-            yield Skipped(part, "clips that cannot be read", broken=True, detail=str(error))
+            yield Skipped(
+                part, "clips that cannot be read", broken=True, detail=str(error).replace(f"{self.source}/", "")
+            )
             return
         frames = np.arange(0, len(clip), max(1, round(clip.rate / self.rate)))
         trusted = frames[clip.trusted[frames]]

@@ -139,7 +139,9 @@ def test_a_broken_clip_is_one_broken_item(folder, tmp_path):
     for clip, words in (("02_01.amc", "expected 6 values of root"), ("03_01.amc", "asf")):
         (item,) = reader.read("train", clip)
         assert isinstance(item, Skipped) and item.key == clip and item.broken and words in item.detail
-        assert str(tmp_path / clip) in item.detail
+        assert (
+            clip in item.detail and str(tmp_path) not in item.detail
+        )  # a prepared folder is the same wherever its source was
 
 
 def test_no_clip_is_in_two_splits(folder):
@@ -208,7 +210,7 @@ def test_folders_and_options_that_do_not_do(folder, tmp_path):
         Cmu(tmp_path / "nowhere")
     for words in (
         "nowhere",
-        "found no file of motion capture (.bvh, .amc)",
+        "*.amc not found",
         "02.asf",
         "http://mocap.cs.cmu.edu",
         "free for all uses",
