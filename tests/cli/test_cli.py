@@ -199,7 +199,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
         (["plan", "--taregt", "h100"], "usage: chatpose plan ", "did you mean --target?"),
         (["--versoin"], "usage: chatpose [-h]", "did you mean --version?"),
         (["chta", "m"], "usage: chatpose [-h]", "no command 'chta'; did you mean chat?"),
-        (["zebra"], "usage: chatpose [-h]", "no command 'zebra'; expected one of demo, train, chat"),
+        (["zebra"], "usage: chatpose [-h]", "no command 'zebra'; expected one of demo, data, train"),
     ],
 )
 def test_a_mistyped_flag_shows_its_command_and_the_nearest_flag(arguments, usage, words, capsys):
@@ -490,11 +490,13 @@ def test_configurations_load_and_train_what_they_say(name, layers, width):
         ("data.sources=(('synthetic', 'x'),)", "data.sources.0.: weight: expected a finite number, found 'x'"),
         ("data.sources=(('synthetic', -1),)", "weights must be positive"),
         ("data.sources.synthetic=3", "expected data.sources.NAME.OPTION=VALUE"),
-        ("data.sources.syntetic.seed=3", "no row of data.sources has the name 'syntetic'; did you mean synthetic?"),
-        ("data.sources.mine:rows.seed=3", "no row of data.sources has the name 'mine:rows'; the names are synthetic"),
         (
-            "data.sources.synthetic.seed=3",
-            "3 rows have the name 'synthetic', so give all rows: --set .*'kind': 'image'",
+            "data.sources.posscript.folder=a",
+            "no row of data.sources has the name 'posscript'; did you mean posescript?",
+        ),
+        (
+            "data.sources.mine:rows.seed=3",
+            "no row of data.sources has the name 'mine:rows'; the names are posescript, llava",
         ),
         ("data.source=mine:rows", "--set data.source: data.sources says this now; type --set data.sources=mine:rows"),
         ("data.source=mixture", "type --set .data.sources=...synthetic., 1.0, {'kind': 'text'}., .*'image'}.."),
@@ -535,6 +537,8 @@ def test_sources_are_set_by_name_and_option():
     expected = (("a:b", 2, {"x": (1, {"y": None})}), ("a:b", 1.0, {}), ("synthetic", 1.5, {}))
     assert sources(f"data.sources={rows}") == expected
     assert sources(f"data.sources={rows}", "data.sources.synthetic.seed=4") == (*expected[:2], ("synthetic", 1.5, {"seed": 4}))  # fmt: skip
+    with pytest.raises(UserError, match=r"2 rows have the name 'a:b', so give all rows: --set .*\('a:b', 2, {'x'"):
+        sources(f"data.sources={rows}", "data.sources.a:b.seed=3")
 
 
 @pytest.mark.parametrize(

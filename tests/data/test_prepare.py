@@ -1,5 +1,6 @@
 """``chatpose data prepare`` and the source that reads its folders."""
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -498,3 +499,14 @@ def test_the_list_of_data_sets(known, capsys):
     said = capsys.readouterr().out
     assert "words.txt: a line a row" in said and "variants: int = 2" in said
     assert main(["data", "list", "tou"]) == 2 and "did you mean toy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chatpose_13b", "chatpose_7b"])
+def test_the_paper_s_mixture(name):
+    config = load_config(name)
+    check_sources(config.data)
+    kinds = {"posescript": "text", "llava": "instruction"}
+    shares = collections.Counter()
+    for row in config.data.sources:
+        shares[kinds.get(row.name, "image")] += row.weight
+    assert dict(shares) == {"text": 1, "instruction": 1, "image": 2}
