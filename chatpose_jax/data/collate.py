@@ -81,7 +81,7 @@ def count_example(processor: Processor, example: Example, max_length: int | None
     """As ``measure_example``, with all that ``Processor.measure`` counts; without ``max_length`` of the whole conversation."""
     with _named(example):
         sizes = processor.measure(example.messages, max_length)
-        _poses(example, sizes.poses, sizes.truncated)
+        _check(example, sizes.poses, sizes.truncated)
     return sizes
 
 
@@ -184,8 +184,12 @@ def _named(example: Example) -> Iterator[None]:
 
 def _poses(example: Example, found: int, truncated: bool) -> Pose:
     """The poses of an example whose tokens hold ``found`` of them, as NumPy arrays in float32; the example is checked."""
+    _check(example, found, truncated)
+    return jax.tree.map(lambda x: np.asarray(x, bool if x.dtype == bool else np.float32), example.poses)
+
+
+def _check(example: Example, found: int, truncated: bool) -> None:
     example.check()
-    poses = example.poses
-    if found > len(poses) or (found < len(poses) and not truncated):
-        raise UserError(f"its answers hold {found} <POSE>, but it has {len(poses)} poses; there must be one for each")
-    return jax.tree.map(lambda x: np.asarray(x, bool if x.dtype == bool else np.float32), poses)
+    poses = len(example.poses)
+    if found > poses or (found < poses and not truncated):
+        raise UserError(f"its answers hold {found} <POSE>, but it has {poses} poses; there must be one for each")

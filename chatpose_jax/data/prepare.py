@@ -9,6 +9,7 @@ import errno
 import hashlib
 import inspect
 import io
+import itertools
 import os
 import shutil
 import sys
@@ -39,7 +40,7 @@ MAX_BROKEN = 100
 MALFORMED = "no valid row"
 WORK, LOCK = ".unfinished", ".lock"
 """In the folder that is written: what a later call needs to go on, and the lock. They are removed at the end."""
-_RECORDS_A_TICK = 64
+_AT_A_TIME = 32
 
 
 class TooManyBroken(UserError):
@@ -233,7 +234,7 @@ def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progre
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
         ) as bar,
         contextlib.closing(
-            share(writer, pending, workers, lambda count: bar.set_postfix(records=count, refresh=sys.stderr.isatty()))
+            share(writer, pending, workers, lambda count: bar.set_postfix(items=count, refresh=sys.stderr.isatty()))
         ) as found,
     ):
         for some in found:
@@ -291,21 +292,21 @@ class ShardWriter:
         skipped: collections.Counter[str] = collections.Counter()
         broken: list[Broken] = []
         records = 0
-        file = _ShardFile(temporary)
-        for item in self._items(job):
-            counted = self._count(item) if isinstance(item, Record) else item
-            if isinstance(counted, Skipped):
-                skipped[counted.reason] += 1
-                if counted.broken:
-                    broken.append(Broken(counted.key, counted.reason, counted.detail))
-                    _limit(broken, self.max_broken)
-                continue
-            file.write(to_bytes(item))
-            rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(counted)]
-            records += 1
-            if records % _RECORDS_A_TICK == 0:
-                tick(_RECORDS_A_TICK)
-        tick(records % _RECORDS_A_TICK)
+        file, items = _ShardFile(temporary), self._items(job)
+        # Several at a time: code that runs between the decoding of two images runs from cold caches, at a third of the speed.
+        while some := list(itertools.islice(items, _AT_A_TIME)):
+            counted = [self._count(item) if isinstance(item, Record) else item for item in some]
+            for item, found in zip(some, counted):
+                if isinstance(found, Skipped):
+                    skipped[found.reason] += 1
+                    if found.broken:
+                        broken.append(Broken(found.key, found.reason, found.detail))
+                        _limit(broken, self.max_broken)
+                    continue
+                file.write(to_bytes(item))
+                rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(found)]
+                records += 1
+            tick(len(some))
         size, digest = file.close()
         temporary.replace(shard)
         data = np.array(rows, store.ROW).tobytes()
