@@ -239,7 +239,7 @@ class BatchLoader:
         if (order := state.get("order", 1)) != ORDER:
             raise UserError(
                 f"the run began with version {order} of the order of rows, and this program has version {ORDER}, which would give other "
-                "batches; finish the run with the program that began it, or start a new run from its weights"
+                "batches; finish the run with the program that began it, or start a new run"
             )
         for name, value in self.state().items():
             if name not in ("step", "epoch", "index") and state.get(name) != value:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -275,12 +276,10 @@ def test_prefetch_ends_with_the_last_epoch(processor, dataset, prefetch):
 
 
 def test_a_run_in_an_earlier_order_is_refused(processor, dataset):
-    """Version 0.1 drew an epoch with NumPy's generator; its state does not name an order."""
+    """The first order was drawn with NumPy's generator; states of then do not name an order."""
     state = BatchLoader(dataset, processor, 4).state()
     before = {name: value for name, value in state.items() if name != "order"}
-    with pytest.raises(
-        UserError, match=r"version 1 of the order of rows.*has version 2.*start a new run from its weights"
-    ):
+    with pytest.raises(UserError, match=r"version 1 of the order of rows.*has version 2.*start a new run"):
         BatchLoader(dataset, processor, 4).restore(before)
 
 
@@ -409,6 +408,30 @@ def test_grain_reads_ahead_what_would_come_anyway(processor, dataset, options):
 def test_grains_processes_read_ahead_what_would_come_anyway(processor, dataset):
     plain, ahead = BatchLoader(dataset, processor, 4), BatchLoader(dataset, processor, 4, prefetch=2, workers=2)
     assert all(same(a, b) for a, b in zip(itertools.islice(plain, 6), itertools.islice(ahead, 6), strict=True))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_million_rows_are_planned_with_six_bytes_each(processor, packing):
+    """One number to sort the rows, and one for the size of each. Epochs add nothing."""
+
+    class Rows:
+        def __len__(self):
+            return 1_000_000
+
+    rng = np.random.default_rng(0)
+    sizes = np.stack([rng.integers(30, 600, 1_000_000), np.zeros(1_000_000, int), np.ones(1_000_000, int)], axis=1)
+    tracemalloc.start()
+    try:
+        loader = BatchLoader(Rows(), processor, 16, sizes=sizes, packing=packing)
+        loader.rows_of(0)
+        kept, peak = tracemalloc.get_traced_memory()
+        later = [loader.rows_of(epoch * len(loader)) for epoch in (1, 2, 70)]
+        assert tracemalloc.get_traced_memory()[0] < kept + 500_000
+    finally:
+        tracemalloc.stop()
+    assert 6e6 <= kept < 6.5e6
+    assert peak < 20e6, "temporary arrays"
+    assert len({str(packs) for _, packs in later}) == 3
 
 
 def test_packs_hold_every_row_once_and_leave_little_room(processor, dataset):
