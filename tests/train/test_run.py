@@ -141,7 +141,12 @@ rows = Rows(SyntheticDataset("val", 13, tasks={"text": 1, "text_turns": 1})[:])
 sizes = row_sizes(rows, processor, 1024)
 assert rows.taken == tuple(range(rank, 13, 2)), rows.taken
 np.testing.assert_array_equal(sizes, measure(rows, processor, 1024))
-for wrong in (rows[: 12 + rank], [*rows[:4], None, *rows[5:]]):
+half, other = Rows(rows), Rows(rows)
+half.sizes = lambda *_: np.where(np.arange(13)[:, None] < 6, sizes, -1)
+np.testing.assert_array_equal(row_sizes(half, processor, 1024), sizes)
+assert half.taken == tuple(range(6 + rank, 13, 2)), half.taken
+other.sizes = lambda *_: sizes + [[rank, 0, 0]]
+for wrong in (rows[: 12 + rank], other, [*rows[:4], None, *rows[5:]]):
     try:
         row_sizes(wrong, processor, 1024)
     except Exception as error:
@@ -167,6 +172,7 @@ def test_each_process_measures_its_share_and_errors_reach_all():
     assert [process.returncode for process in processes] == [0, 0], said
     for out, _ in said:
         assert "UserError the processes read different data: 12 rows and 13" in out
+        assert "UserError the processes read different data: their rows have different sizes" in out
     assert "AttributeError" in said[0][0]  # row 4 is of process 0
     assert "UserError process 0 of 2 failed, so all end" in said[1][0]
 
