@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             args.source,
             args.out,
             processor=_processor(args.model),
-            options=_options(args.options),
+            options=options_of(args.options),
             workers=args.workers,
             max_broken=args.max_broken,
             progress=not args.quiet,
@@ -85,7 +85,8 @@ def describe_data_set(description: dict) -> list[str]:
     return lines
 
 
-def _options(given: list[str]) -> dict[str, object]:
+def options_of(given: list[str]) -> dict[str, object]:
+    """The options of ``--set OPTION=VALUE``. Raises UserError."""
     options = {}
     for word in given:
         name, equals, text = word.partition("=")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -97,6 +97,15 @@ class _Row:
         if draw < 0.7:
             return self.pick(questions.ARMS), captions.arms(self.codes, self.index, self.rng)
         return self.pick(questions.DESCRIBE), self.caption("detailed" if draw < 0.8 else "short")
+
+
+class Shown(NamedTuple):
+    """What an image shows: the scene, the codes of the pose and its row in them, the posture's name."""
+
+    scene: Scene
+    codes: Codes
+    row: int
+    family: str
 
 
 def synthetic(
@@ -192,6 +201,13 @@ class SyntheticDataset(Sequence[Example]):
         """Body-frame rotations (N, 24, 3, 3) that the rows start from. Rows of the task "situation" have others."""
         rows = range(self.size) if indices is None else indices
         return np.stack([self._block(i // _BLOCK)[0].rotations[i % _BLOCK] for i in rows])
+
+    def shown(self, index: int) -> Shown:
+        """What the image of a row shows. Raises UserError for a row without image."""
+        poses, codes = self._block(index // _BLOCK)
+        if (scene := self._draft(index).scene) is None:
+            raise UserError(f"row {index} has no image")
+        return Shown(scene, codes, index % _BLOCK, str(poses.family[index % _BLOCK]))
 
     def precompute(self, workers: int = 1) -> SyntheticDataset:
         """Renders all images and keeps them, 3·image_size² bytes each. workers: threads that render. Returns the data set itself."""
