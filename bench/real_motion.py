@@ -195,6 +195,9 @@ def table(args: argparse.Namespace) -> Iterator[str]:
     rates = [float(np.load(file)["rate"]) for file in sorted(args.out.glob("seed*.npz"))]
     yield f"\n{len(nearest.clips)} test rows of {len(set(nearest.clips))} clips; {min(rates):.0%} or more of the answers offer a pose unasked."
     found = tested(args.out, MODEL, "pa_mpjpe").values.mean(0)
+    apart = found - tested(args.out, "ridge", "pa_mpjpe").values.mean(0)
+    low, high = interval(apart, nearest.clips)
+    yield f"PA-MPJPE of {MODEL}, less the ridge's: {apart.mean():+.1f} [{low:+.1f}, {high:+.1f}]."
     by_clip = [
         f"{clip} {found[nearest.clips == clip].mean():.0f} ({nearest.values.mean(0)[nearest.clips == clip].mean():.0f})"
         for clip in np.unique(nearest.clips)
@@ -212,18 +215,18 @@ def draw(args: argparse.Namespace, size: int = 170) -> None:
         )
     cases.sort(key=lambda case: case[0])
     panels, body = [], io.load_body()
-    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+    for share in np.linspace(0.05, 0.95, 6):
         error, other, example, answer, nearest = cases[int(share * len(cases))]
         truth = np.asarray(to_frame(example.poses[0], "camera").rotations)
         bodies = [render.render_body(body, r, size=size, frame="camera") for r in (truth, answer, nearest)]
         panel = Image.new("RGB", (3 * size, size + 92), "white")
         panel.paste(Image.fromarray(np.concatenate(bodies, 1)), (0, 14))
         pen = ImageDraw.Draw(panel)
-        for place, words in enumerate((example.id, f"answer, {error:.0f} mm", f"nearest, {other:.0f} mm")):
+        for place, words in enumerate((f"true, {example.id}", f"answer, {error:.0f} mm", f"nearest, {other:.0f} mm")):
             pen.text((place * size + 4, 1), words, fill="black")
         pen.text((4, size + 16), textwrap.fill(caption(example), 84), fill="black")
         panels.append(np.asarray(panel))
-    render.save_png(args.figure, render.contact_sheet(panels, 1))
+    render.save_png(args.figure, render.contact_sheet(panels, 2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

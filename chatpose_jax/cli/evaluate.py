@@ -35,8 +35,8 @@ from chatpose_jax.train.run_config import load_config
 from smpl_jax import render
 
 ROWS, BASELINE_ROWS = 192, 1000
-PANEL = 192
-"""Pixels of a body in the pictures."""
+PANEL, LINES = 192, 8
+"""Pixels of a body in the pictures, and lines of words below."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,12 +101,11 @@ def draw_answer(model: ChatPose, row: Example, reply: Reply) -> np.ndarray:
     panels.append(render.render_body(model.body, truth.rotations, size=PANEL, frame=truth.frame))
     panels.append(reply.poses[0].render(PANEL))
     sheet = render.contact_sheet(panels, len(panels), [*["image"] * len(images), "true", "answer"])
-    words = textwrap.fill(" ".join(part["text"] for part in parts if part["type"] == "text"), 2 * PANEL // 6)
-    panel = Image.new(
-        "RGB", (max(sheet.shape[1], 2 * PANEL), sheet.shape[0] + 14 * min(1 + words.count("\n"), 8)), "white"
-    )
+    words = " ".join(part["text"] for part in parts if part["type"] == "text")
+    panel = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + 14 * LINES), "white")
     panel.paste(Image.fromarray(sheet), (0, 0))
-    ImageDraw.Draw(panel).text((4, sheet.shape[0]), words, fill="black")
+    lines = textwrap.fill(words, sheet.shape[1] // 6, max_lines=LINES, placeholder=" …")
+    ImageDraw.Draw(panel).text((4, sheet.shape[0]), lines, fill="black")
     return np.asarray(panel)
 
 

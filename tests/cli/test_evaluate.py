@@ -16,7 +16,7 @@ from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
-from chatpose_jax.weights.folder import save_folder
+from chatpose_jax.weights.save import save_folder
 from smpl_jax import PosedBody, load_body
 
 from ..motion_files import write_acclaim
