@@ -17,6 +17,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "chatpose_jax.cli.data_schema",
         "print the JSON Schema of rows of your own data (the data set jsonlines)",
     ),
+    "check": (
+        "chatpose_jax.cli.data_check",
+        "look for damage, wrong frames, filler values, duplicates and leaks; draw samples",
+    ),
+    "show": ("chatpose_jax.cli.data_show", "print one row, and draw its images and body"),
 }
 
 

@@ -77,6 +77,11 @@ class Prepared(Sequence[Example]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    @property
+    def entries(self) -> np.ndarray:
+        """(N,) ``store.ROW``, what the index says of each row, mapped from its file."""
+        return self._index
+
     def __len__(self) -> int:
         return len(self._index)
 
