@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):  # better now than after an hour
         pass
-    report = checks.check(args.folders, workers=args.workers, decode=args.decode, progress=not args.quiet)
+    report = checks.check_folders(args.folders, workers=args.workers, decode=args.decode, progress=not args.quiet)
     store.write_file(out / REPORT, store.to_json(report))
     findings = [checks.Finding(**found) for found in report["findings"]]
     bad = [finding for finding in findings if finding.kind not in args.allow]
     if not args.quiet:
         for folder, found in report["folders"].items():
-            print("\n".join(describe_folder(folder, found)))
+            print("\n".join(describe_checked(folder, found)))
     print("\n".join(f"{'!' if finding in bad else 'allowed'} {finding}" for finding in findings) or "nothing was found")
     print(f"wrote {out / REPORT}")
     if args.samples:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def describe_folder(folder: str, found: Mapping[str, Any]) -> list[str]:
+def describe_checked(folder: str, found: Mapping[str, Any]) -> list[str]:
     """The lines that say what a folder holds; ``found`` is its part of the report."""
     lines = [f"{folder}: {found['about']['title']} (licence: {found['about']['licence']})"]
     for split, about in found["splits"].items():

@@ -83,7 +83,7 @@ class Part:
         return from_bytes(ArrayRecordReader(str(file), store.READER).read([number - int(self.starts[shard])])[0])
 
 
-def check(
+def check_folders(
     folders: Sequence[str | Path], *, workers: int = 1, decode: float = 1.0, progress: bool = False
 ) -> dict[str, Any]:
     """Checks prepared folders, each alone and all against each other.

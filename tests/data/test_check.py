@@ -12,7 +12,7 @@ from PIL import Image
 from chatpose_jax.cli.main import main
 from chatpose_jax.data import prepare as preparing
 from chatpose_jax.data import store
-from chatpose_jax.data.check import KINDS, check, constant, joint_name
+from chatpose_jax.data.check import KINDS, check_folders, constant, joint_name
 from chatpose_jax.data.record import Record
 from chatpose_jax.data.scan import Joints, body_hashes, head_directions, joint_hashes
 from chatpose_jax.data.synthetic.families import sample_poses
@@ -49,7 +49,7 @@ def row(number, rotations=None, *, group=None, images=(), measured=HANDS, key=No
 
 def found(*folders, **options):
     """The findings, as (kind, text)."""
-    return [(finding["kind"], finding["text"]) for finding in check(folders, **options)["findings"]]
+    return [(finding["kind"], finding["text"]) for finding in check_folders(folders, **options)["findings"]]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_clean_folder(clean, tmp_path, capsys):
     train = report["folders"][str(clean)]["splits"]["train"]
     assert train["images"]["count"] == train["images"]["decoded"] == 15
     assert sum(count for *_, count in train["tokens"]["bins"]) == 30
-    assert report == check([clean], workers=2)
+    assert report == check_folders([clean], workers=2)
 
 
 def test_damage(clean, tmp_path, capsys):
@@ -232,7 +232,7 @@ def test_leaks_between_folders(tmp_path):
     b = write(
         tmp_path / "b", train=[row(2, words="x", key="x")], test=[row(20, first_group="clip 1"), row(0, words="y")]
     )
-    texts = check([a, b])["findings"]
+    texts = check_folders([a, b])["findings"]
     assert [finding["where"] for finding in texts] == [f"{a} train and {b} test", f"{a} test and {b} train"]
     assert texts[0]["text"].startswith("both have 2 groups, 1 pose (in 2 and 2 records)")
     assert "'clip 1'" in texts[0]["text"] and "prepared with other splits" in texts[0]["text"]
