@@ -399,7 +399,7 @@ def test_folders_that_do_not_load(llava: Path, tmp_path: Path) -> None:
 
     data = json.loads((good / "config.json").read_text())
     (good / "config.json").write_text(json.dumps(data | {"version": 99}))
-    with pytest.raises(UserError, match="version 99"):
+    with pytest.raises(UserError, match="version is 99"):
         load_model_config(good)
 
 
