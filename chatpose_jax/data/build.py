@@ -20,6 +20,7 @@ from chatpose_jax.data.readers.untrusted import parse_json, read_lines
 from chatpose_jax.endpoint import Endpoint, Messages, NoAnswer
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
+from chatpose_jax.settings import one_line
 from smpl_jax._files import write_whole
 
 REVIEW = "review.jsonl"
@@ -37,6 +38,9 @@ class Item(NamedTuple):
 
     id: str
     place: Any
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 class Builder(Protocol):
@@ -84,6 +88,9 @@ class Built(NamedTuple):
     rows: int
     before: int
     failed: list[tuple[str, str]]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def pending(builder: Builder, out: Path, limit: int | None = None) -> list[Item]:

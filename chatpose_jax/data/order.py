@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from chatpose_jax.settings import one_line
+
 _PASSES = 4
 
 
@@ -148,6 +150,8 @@ class Pattern:
 
     count: int
     parts: list[tuple[int, int, int]]
+
+    __repr__ = one_line
 
     def split(self, count: int) -> Pattern:
         """Keeps the first ``count`` packs, and gives the others."""

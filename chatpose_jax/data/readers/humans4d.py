@@ -22,7 +22,7 @@ from chatpose_jax.data.readers.plausible import HISTOGRAM, Plausible
 from chatpose_jax.data.readers.untrusted import load_pickle, tar_samples
 from chatpose_jax.data.record import Conversation, Record, seeded
 from chatpose_jax.errors import UserError
-from chatpose_jax.settings import real, whole
+from chatpose_jax.settings import one_line, real, whole
 from smpl_jax.pose import SHAPE_SPACES, Pose
 
 PAGE = "https://github.com/shubham-goel/4D-Humans#training"
@@ -58,6 +58,8 @@ class Person:
     keypoints_2d: np.ndarray
     keypoints_3d: np.ndarray | None
     reprojection: float | None
+
+    __repr__ = one_line
 
     @classmethod
     def read(cls, entry: Any) -> Person:

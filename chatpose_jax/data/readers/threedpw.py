@@ -16,7 +16,7 @@ from chatpose_jax.data.readers.humans4d import ask_for_pose
 from chatpose_jax.data.readers.untrusted import MAX_MEMBER, inside, load_pickle, read_bytes
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.errors import UserError
-from chatpose_jax.settings import whole
+from chatpose_jax.settings import one_line, whole
 from smpl_jax.pose import Pose
 
 PAGE = "https://virtualhumans.mpi-inf.mpg.de/3DPW"
@@ -65,6 +65,8 @@ class Actor:
     betas: np.ndarray
     gender: str
 
+    __repr__ = one_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequence3DPW:
@@ -74,6 +76,8 @@ class Sequence3DPW:
     cam_poses: np.ndarray
     cam_int: np.ndarray
     frame_ids: np.ndarray
+
+    __repr__ = one_line
 
     @classmethod
     def load(cls, path: Path) -> Sequence3DPW:
