@@ -1,4 +1,4 @@
-"""Text → pose on motion capture: what does ``tiny`` learn from a few clips? The table of docs/data.md.
+"""Text → pose on motion capture: what does ``tiny`` learn from a few clips? The table of docs/prepared-data.md.
 
     JAX_PLATFORMS=cpu python bench/real_motion.py --clips FOLDER [--out out/real-motion] [--figure real-motion.png]
 

@@ -1,6 +1,6 @@
 """The paper's ChatPose: LLaVA-1.5-13B, LoRA r 128 on q and v, the pose head, the new token's rows (the defaults of TrainConfig).
 
-The data sets must be prepared first (docs/data.md, "The paper's mixture"). Without them: --set data.sources=synthetic.
+The data sets must be prepared first (docs/prepared-data.md, "The paper's mixture"). Without them: --set data.sources=synthetic.
 """
 
 from chatpose_jax.train.run_config import run_config

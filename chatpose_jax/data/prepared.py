@@ -44,7 +44,7 @@ def data_set(name: str, root: str) -> Any:
             begun = "is not complete" if path.exists() else "is not there"
             raise UserError(
                 f"the prepared folder {folder} of {about.title} {begun}. {where_to_get(about)}, then type: "
-                f"chatpose data prepare {name} --source FOLDER --out {folder} (docs/data.md says what FOLDER holds)"
+                f"chatpose data prepare {name} --source FOLDER --out {folder} (docs/data-sets.md says what FOLDER holds)"
             )
         found = Prepared(path, split)
         if found.description["name"] != name:

@@ -1,4 +1,4 @@
-"""``chatpose evaluate``, and the free path from motion capture to its report as docs/data.md types it."""
+"""``chatpose evaluate``, and the free path from motion capture to its report as docs/prepared-data.md types it."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def clips(folder):
 
 @pytest.mark.slow
 def test_the_free_path_of_the_docs(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "docs/data.md").read_text()
+    text = (ROOT / "docs/prepared-data.md").read_text()
     block = re.search(r"```sh\n(chatpose data prepare cmu.*?)```", text, flags=re.S)
     commands = [shlex.split(line)[1:] for line in block[1].splitlines()]
     assert [words[0] for words in commands] == ["data", "train", "evaluate", "chat"]

@@ -48,7 +48,7 @@ class JsonLines:
     about: ClassVar[About] = About(
         title="Your own rows, as JSON lines",
         licence="your own",
-        page="docs/data.md, section jsonlines",
+        page="docs/data-sets.md, section jsonlines",
         files=(
             "train.jsonl, val.jsonl, test.jsonl (at least one), with rows as `chatpose data schema` describes them",
             "the images that the rows name",

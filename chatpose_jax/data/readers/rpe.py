@@ -163,7 +163,7 @@ class Rpe:
     about: ClassVar[About] = About(
         title="RPE in this package's format",
         licence="that of the images and poses from which it was made",
-        page="docs/data.md, which defines the format",
+        page="docs/data-sets.md, which defines the format",
         files=(f"{FILE} (chatpose data build rpe makes one)", "the images that it names"),
     )
 

@@ -54,7 +54,7 @@ class Spg:
     about: ClassVar[About] = About(
         title="SPG, speculative pose generation",
         licence="that of PoseScript, CC BY-NC-SA 4.0, not for commercial use",
-        page="https://github.com/naver/posescript, and docs/data.md for the questions",
+        page="https://github.com/naver/posescript, and docs/data-sets.md for the questions",
         files=(f"{FILE} (chatpose data build spg makes one)", "the JSON files of PoseScript"),
         options=("--set posescript=FOLDER is the folder of PoseScript, by default the source folder", OPTION),
     )
