@@ -150,42 +150,63 @@ def overlay(picture: Image.Image, pose: Pose, extras: Mapping[str, Any]) -> Imag
 
 
 def view(pose: Pose, extras: Mapping[str, Any], size: tuple[int, int]) -> View | None:
-    """How the camera of a row's image sees its pose; None where the row has neither of these:
+    """How the camera of a row's image sees its pose; None where extras have neither of these:
 
-    - ``cam_int`` (3, 3) of the image in extras, and a translation in the camera frame. It belongs to the body that the pose was made with, so the
-      body of the package is some centimetres off.
-    - ``keypoints_2d`` (25 or 44, 3) in extras: OpenPose's, and the 19 of 4D-Humans. A camera far away is fitted to them.
+    - ``cam_int`` (3, 3) of the image; and the place of the pelvis in the camera frame, by ``joint_cam`` (24, 3) or by the pose's translation, which
+      belongs to a body of another shape, so the body of the package may be some centimetres off.
+    - ``keypoints_2d`` (25 or 44, 3), OpenPose's and the 19 more of 4D-Humans; or ``joint_img`` (24, 2). A camera far away is fitted to them.
 
     size: width and height of the image. Pixels in extras have (0, 0) in the middle of the first one.
     """
     body, shown = _body(), _shown(pose)
-    points = np.asarray(extras.get("keypoints_2d", np.empty((0, 3))), np.float64)
-    points = points if points.ndim == 2 and points.shape[1] == 3 else np.empty((0, 3))
-    seen = points[points[:, 2] > 0, :2] + 0.5
-    has = pose.translation is not None and (pose.has_translation is None or bool(pose.has_translation))
-    intrinsics = np.asarray(extras.get("cam_int", ()), np.float64)
+    points, names = _points(extras)
+    pelvis, intrinsics = _pelvis(pose, extras), np.asarray(extras.get("cam_int", ()), np.float64)
     width, height = size
-    if has and pose.frame == "camera" and intrinsics.shape == (3, 3) and pose.family in _PELVIS:
-        focal = float(intrinsics[0, 0])
-        camera = Camera(width, height, focal, (float(intrinsics[0, 2]) + 0.5, float(intrinsics[1, 2]) + 0.5))
-        vertices = _vertices(body, shown)
-        place = np.asarray(pose.translation) + _PELVIS[pose.family] - np.asarray(bodies.pelvis(body))
-        return View(camera, vertices + place.astype(np.float32), seen)
-    pairs = [(point, joint) for point, joint in _KEYPOINTS.items() if point < len(points) and points[point, 2] > 0]
-    if len(points) not in (25, 44) or len(pairs) < 4:
-        return None
+    if pelvis is not None and pose.frame == "camera" and intrinsics.shape == (3, 3):
+        focal, *center = float(intrinsics[0, 0]), *(intrinsics[:2, 2] + 0.5).tolist()
+        camera = Camera(width, height, focal, (center[0], center[1]))
+        place = np.asarray(pelvis - np.asarray(bodies.pelvis(body)), np.float32)
+        return View(camera, _vertices(body, shown) + place, points)
     shown = to_frame(shown, "camera")
-    joints = np.asarray(bodies.joints(body, shown.rotations), np.float64)[[joint for _, joint in pairs]]
-    wanted = points[[point for point, _ in pairs], :2] + 0.5
+    wanted, named = points[names >= 0], names[names >= 0]
+    if len(named) < 4:
+        return None
+    joints = np.asarray(bodies.joints(body, shown.rotations), np.float64)[named]
     # wanted = scale * joints + shift
-    one = np.ones(len(pairs))
+    one = np.ones(len(named))
     left = np.concatenate([np.stack([joints[:, axis], one * (axis == 0), one * (axis == 1)], 1) for axis in (0, 1)])
     scale, *shift = np.linalg.lstsq(left, wanted.T.ravel(), rcond=None)[0].tolist()
     if scale <= 0:
         return None
     focal = _FOCAL * max(size)
     camera = Camera(width, height, focal, (0.0, 0.0), (shift[0] / scale, shift[1] / scale, focal / scale))
-    return View(camera, _vertices(body, shown), seen)
+    return View(camera, _vertices(body, shown), points)
+
+
+def _points(extras: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The keypoints that were seen: (K, 2) pixels from the image's corner, and (K,) SMPL's joints at these places, -1 where there is none."""
+    points = np.asarray(extras.get("keypoints_2d", ()), np.float64)
+    if points.ndim == 2 and points.shape[1] == 3:
+        numbers = range(len(points)) if len(points) in (25, 44) else ()
+        joints = np.full(len(points), -1)
+        joints[list(numbers)] = [_KEYPOINTS.get(number, -1) for number in numbers]
+        seen = points[:, 2] > 0
+        return points[seen, :2] + 0.5, joints[seen]
+    points = np.asarray(extras.get("joint_img", ()), np.float64)
+    if points.shape == (24, 2):
+        return points + 0.5, np.arange(24)
+    return np.empty((0, 2)), np.empty(0, np.int64)
+
+
+def _pelvis(pose: Pose, extras: Mapping[str, Any]) -> np.ndarray | None:
+    """Where the pelvis is in the camera frame, (3,) metres before the camera, or None."""
+    has = pose.translation is not None and (pose.has_translation is None or bool(pose.has_translation))
+    joints, place = np.asarray(extras.get("joint_cam", ()), np.float64), None
+    if joints.shape == (24, 3):
+        place = joints[0]
+    elif has and pose.family in _PELVIS:
+        place = np.asarray(pose.translation, np.float64) + _PELVIS[pose.family]
+    return place if place is not None and place[2] > 0 else None
 
 
 @functools.cache

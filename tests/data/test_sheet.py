@@ -65,6 +65,8 @@ def test_the_body_is_fitted_to_keypoints(person, count):
     )
     other = sheet.view(mirror_pose(pose), {"keypoints_2d": keypoints(flat, count)}, (SIZE, SIZE))
     assert overlap(pixels, other) < 0.8  # a wrong pose is seen to be wrong
+    same = sheet.view(pose, {"joint_img": flat}, (SIZE, SIZE))
+    assert overlap(pixels, same) > 0.93
     for family in ("model", "z-up"):
         same = sheet.view(to_frame(pose, family), {"keypoints_2d": keypoints(flat, count)}, (SIZE, SIZE))
         np.testing.assert_allclose(same.vertices, found.vertices, atol=1e-5)
@@ -80,6 +82,11 @@ def test_the_body_is_where_the_camera_sees_it(person, family):
     )
     found = sheet.view(moved, {"cam_int": intrinsics}, (SIZE, SIZE))
     assert overlap(pixels, found) > 0.99
+    there = np.asarray(joints(load_body(), pose.rotations)) + where
+    found = sheet.view(to_family(pose, family), {"cam_int": intrinsics, "joint_cam": there}, (SIZE, SIZE))
+    assert overlap(pixels, found) > 0.99
+    behind = {"cam_int": intrinsics, "joint_cam": there - [0, 0, 20]}
+    assert sheet.view(moved, behind, (SIZE, SIZE)) is None
 
 
 def test_no_camera_no_overlay(person):
