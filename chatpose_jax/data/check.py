@@ -364,7 +364,9 @@ def _reason(a: Part, b: Part, common: dict[str, np.ndarray]) -> str:
     if a.name == b.name:
         return "The two were prepared with other splits, for example another seed or fold, or from two releases"
     same = (
-        "the very same moments" if len(common["poses"]) or len(common["images"]) else "other moments of the same ones"
+        "the very same moments"
+        if len(common["poses"]) or len(common["images"])
+        else "other moments of them, or other things of these names"
     )
     return f"Both data sets are made from the same recordings ({same}), and each has its own splits: leave these groups out of the training rows"
 
