@@ -163,8 +163,8 @@ def view(pose: Pose, extras: Mapping[str, Any], size: tuple[int, int]) -> View |
     pelvis, intrinsics = _pelvis(pose, extras), np.asarray(extras.get("cam_int", ()), np.float64)
     width, height = size
     if pelvis is not None and pose.frame == "camera" and intrinsics.shape == (3, 3):
-        focal, *center = float(intrinsics[0, 0]), *(intrinsics[:2, 2] + 0.5).tolist()
-        camera = Camera(width, height, focal, (center[0], center[1]))
+        x, y = (intrinsics[:2, 2] + 0.5).tolist()
+        camera = Camera(width, height, float(intrinsics[0, 0]), (x, y))
         place = np.asarray(pelvis - np.asarray(bodies.pelvis(body)), np.float32)
         return View(camera, _vertices(body, shown) + place, points)
     shown = to_frame(shown, "camera")
