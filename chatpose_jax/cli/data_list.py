@@ -16,12 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table, or one data set. Raises UserError for an unknown name."""
     if args.name is None:
-        rows = [
-            (name, (about := find_reader(name).about).title, about.licence, about.page) for name in sorted(DATA_SETS)
-        ]
-        widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
-        for *cells, page in rows:
-            print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), page]))
+        width = max(map(len, DATA_SETS)) + 2
+        for name in sorted(DATA_SETS):
+            about = find_reader(name).about
+            print(f"{name:{width}}{about.title}", about.licence, about.page, sep="\n" + " " * width)
         return 0
     kind = find_reader(args.name)
     about = kind.about

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from chatpose_jax.data import store
 from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.data.pool import cpus
 from chatpose_jax.data.prepare import MAX_BROKEN, prepare
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares a data set and reports what it holds. The same command goes on after an interrupt or an error. Raises UserError."""
+    complete = (args.out / store.DESCRIPTION).exists()
     try:
         found = prepare(
             args.name,
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise
     if not args.quiet:
         print("\n".join(describe_data_set(found)))
-        print(f"wrote {args.out}")
+        print(f"{args.out} was complete before" if complete else f"wrote {args.out}")
     return 0
 
 

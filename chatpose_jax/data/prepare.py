@@ -123,7 +123,7 @@ def prepare(
     }
     with only_writer(out, out / LOCK):
         if (out / store.DESCRIPTION).exists():
-            return _finished(out, plan)
+            return _finished(out, plan, parts)
         _begin(out, plan, parts)
         jobs = [job for split, some in parts.items() for job in _jobs(split, some)]
         _write_shards(ShardWriter(out, reader, processor, max_broken), jobs, workers, progress)
@@ -184,9 +184,11 @@ def _jobs(split: Split, parts: Sequence[Any]) -> Iterator[Job]:
         yield Job(split, number, count, tuple(parts[first:end]))
 
 
-def _finished(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+def _finished(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[Any]]) -> dict[str, Any]:
     found = store.read_description(out)
-    _demand_same(f"{out} holds a data set with", found, plan)
+    shards = {split: len(about["shards"]) for split, about in found["splits"].items()}
+    wanted = {split: min(len(some), MAX_SHARDS) for split, some in parts.items()}
+    _demand_same(f"{out} holds a data set with", {**found, "shards": shards}, {**plan, "shards": wanted})
     shutil.rmtree(out / WORK, ignore_errors=True)  # a killed call left it: this is its last step
     return found
 

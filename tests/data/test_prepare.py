@@ -24,7 +24,7 @@ from chatpose_jax.cli.main import main
 from chatpose_jax.data import datasets, lengths, prepared, store
 from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import DataConfig
-from chatpose_jax.data.prepare import WORK, TooManyBroken, prepare
+from chatpose_jax.data.prepare import WORK, TooManyBroken, find_reader, prepare
 from chatpose_jax.data.prepared import Prepared
 from chatpose_jax.data.sizes import known_sizes, measure
 from chatpose_jax.data.sources import check_sources, examples
@@ -139,6 +139,22 @@ def test_another_template_is_counted_once(folder, processor, tmp_path, monkeypat
         Prepared(copy, "train").sizes(other, 4096)
 
 
+def test_lengths_are_counted_by_one_of_several(folder, tmp_path):
+    copy, other = shutil.copytree(folder, tmp_path / "copy"), tiny_processor(preset("tiny"), "vicuna_v1")
+    file = lengths.lengths_file(copy / "train", other)
+    with ThreadPoolExecutor(1) as pool:
+        with only_writer(file, file.with_suffix(".lock")):
+            waiting = pool.submit(Prepared(copy, "train").sizes, other, 4096)
+            time.sleep(0.1)
+            assert not waiting.done() and not file.exists()
+        found = waiting.result()
+    assert file.exists()
+    nowhere = folder / "dataset.json"  # no folder, so nobody can write there
+    again = lengths.lengths_of(Prepared(folder, "train"), nowhere, other)
+    np.testing.assert_array_equal(again["tokens"], np.load(file)["tokens"])
+    assert found.shape == (92, 3)
+
+
 def test_threads_and_pickles_read_the_same(folder, monkeypatch):
     monkeypatch.setattr(prepared, "OPEN_SHARDS", 2)
     rows = Prepared(folder, "train")
@@ -156,6 +172,11 @@ def test_processes_give_the_same_bytes(folder, source, processor, tmp_path):
     before = contents(tmp_path / "three")
     prepare(TOY, source, tmp_path / "three", processor=processor)  # nothing is left to do
     assert contents(tmp_path / "three") == before
+    other = shutil.copytree(source, tmp_path / "source")
+    (other / "words.txt").write_text("turn\n" * 30)
+    words = "holds a data set with shards {'train': 9, 'val': 1}, and this call has {'train': 4, "
+    with pytest.raises(UserError, match=words):
+        prepare(TOY, other, tmp_path / "three", processor=processor)
 
 
 class Forks:
@@ -322,7 +343,8 @@ def test_too_many_broken_items_stop_it(folder, source, tmp_path, capsys, workers
     assert main([*words, "--max-broken", "3"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.search(
-        r"^error: 4 items are broken, more than --max-broken 3: line \d+: no such word \(the line is 'broken'\); ", said
+        r"^error: \d items are broken, more than --max-broken 3: line \d+: no such word \(the line is 'broken'\); ",
+        said,
     )
     assert main([*words, "--max-broken", "12"]) == 0  # 11 of train and 1 of val
     assert contents(tmp_path / "out") == contents(folder)
@@ -444,6 +466,13 @@ def test_sources_without_held_out_rows_take_no_part_in_validation(source, proces
         examples(both, "train", 64)
 
 
+def test_the_table_of_the_docs():
+    text = (HERE.parents[1] / "docs/data.md").read_text().split("\n## Data sets\n")[1]
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#[\w-]+\) \| (.*) \| (.*) \|$", text, flags=re.M)
+    abouts = {name: find_reader(name).about for name in sorted(datasets.DATA_SETS)}
+    assert rows == [(name, about.title, about.licence) for name, about in abouts.items()]
+
+
 def test_a_mixture_with_a_prepared_folder_trains(processor, tmp_path, known):
     (tmp_path / "words.txt").write_text("raise both arms\n" * 12)
     prepare("toy", tmp_path, tmp_path / "toy", processor=processor)
@@ -456,12 +485,18 @@ def test_a_mixture_with_a_prepared_folder_trains(processor, tmp_path, known):
         f"data.root={tmp_path}",
     ]
     half = {"train_size": 8, "tasks": {"text_short": 1}}
+    settings.append("data.template=vicuna_v1")
     config = load_config("tiny", [*settings, f"data.sources=(('synthetic', 1.0, {half}), ('toy', 2.0))"])
     said: list[str] = []
     run_training(config, tmp_path / "run", progress=False, say=said.append)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] > 0 for line in lines)
-    assert any("measuring 24 rows" in line for line in said)
+    assert any("24 rows" in line for line in said)
+    assert list((tmp_path / "toy" / "train").glob("lengths-*.npy"))  # another template than that of the index
+    words = ["data", "prepare", "toy", "--source", str(tmp_path), "--out", str(tmp_path / "for model"), "--quiet"]
+    assert main([*words, "--workers", "1", "--model", str(tmp_path / "run" / "model")]) == 0
+    found = json.loads((tmp_path / "for model" / "dataset.json").read_text())["lengths"]
+    assert found == tiny_processor(preset("tiny"), "vicuna_v1").fingerprint != processor.fingerprint
 
 
 def test_batches_come_from_shards(folder, processor):
@@ -493,8 +528,10 @@ def test_a_million_rows_open_at_once(folder, tmp_path):
 
 def test_the_list_of_data_sets(known, capsys):
     assert main(["data", "list"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("toy ")]
-    assert re.split(" {2,}", line) == ["toy", "Toy poses", "CC0, free for all uses", "https://example.org/toy"]
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    place = next(place for place, line in enumerate(said) if line.startswith("toy "))
+    assert re.fullmatch("toy +Toy poses", said[place])
+    assert said[place + 1 : place + 3] == ["CC0, free for all uses", "https://example.org/toy"]
     assert main(["data", "list", "toy"]) == 0
     said = capsys.readouterr().out
     assert "words.txt: a line a row" in said and "variants: int = 2" in said
