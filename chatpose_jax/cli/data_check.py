@@ -14,6 +14,7 @@ from chatpose_jax.data import check as checks
 from chatpose_jax.data import store
 from chatpose_jax.data.pool import cpus
 from chatpose_jax.settings import whole
+from smpl_jax.pose import HANDS
 
 REPORT, SHEET = "check.json", "sheet.png"
 _BAR = 40  # characters
@@ -80,7 +81,7 @@ def describe_checked(folder: str, found: Mapping[str, Any]) -> list[str]:
     for split, about in found["splits"].items():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in about["kinds"].items())
         lines.append(
-            f"  {split}: {about['rows']:,} rows ({kinds}) of {about['records']:,} records in {about['groups']:,} groups; "
+            f"  {split}: {about['rows']:,} rows ({kinds or 'none'}) of {about['records']:,} records in {about['groups']:,} groups; "
             f"{about['shards']:,} files, {about['bytes'] / 1e6:,.1f} MB"
         )
         lines += [f"    {line}" for line in _lines(about)]
@@ -108,13 +109,24 @@ def _lines(about: Mapping[str, Any]) -> Iterator[str]:
             f"{', '.join(f'{axis} {share:.0%}' for axis, share in axes)}; mean direction of the front ({facing})"
         )
     for family, found in poses["families"].items():
-        absent = ", ".join(f"{joint} {share:.0%}" for joint, share in found["unmeasured"].items())
+        absent = ", ".join(_joined(found["unmeasured"]))
         yield (
             f"{family}: {found['betas']:.0%} with betas, {found['translation']:.0%} with translation; "
             f"not measured: {absent or 'none'}"
         )
     yield f"rows equal to an earlier one: {about['repeated_rows']:,}"
     yield from _histogram(about["tokens"])
+
+
+def _joined(shares: Mapping[str, float]) -> Iterator[str]:
+    """Shares by joint. The fingers are one entry if they have one share."""
+    fingers = {joint: share for joint, share in shares.items() if joint[-1].isdigit()}
+    if len(fingers) == HANDS and len(set(fingers.values())) == 1:
+        shares = {
+            **{joint: share for joint, share in shares.items() if joint not in fingers},
+            "all fingers": min(fingers.values()),
+        }
+    yield from (f"{joint} {share:.0%}" for joint, share in shares.items())
 
 
 def _size(size: list[int] | None) -> str:

@@ -104,6 +104,8 @@ def describe_row(example: Example) -> Iterator[str]:
 def describe_pose(pose: Pose) -> str:
     """One line about a single pose."""
     measured = known(pose)
+    if not measured.any():
+        return f"{pose.family} ({pose.num_joints} joints); nothing was measured"
     absent = [joint_name(pose.num_joints, joint) for joint in np.flatnonzero(~measured).tolist()]
     head = head_directions(np.asarray(pose.rotations, np.float32)[None])[0]
     up = AXES.index(UP[pose.frame])

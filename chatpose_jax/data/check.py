@@ -197,11 +197,12 @@ def _of_part(part: Part) -> Iterator[Finding]:
                 f"{joint_name(len(joints.measured), joint)} (joint {joint}) has the same rotation in {share_of:.0%} of the poses in "
                 "which it is marked as measured. If nobody measured it, its reader should say so; training pulls it to this value",
             )
-    if again := _repeated(facts.rows["hash"]):
+    rows = np.unique(facts.rows)  # variants of one record may be equal: there are few ways to ask
+    if again := _repeated(rows["hash"]):
         yield Finding(
             "duplicates",
             part.where,
-            f"{again:,} rows ({again / len(facts.rows):.2%}) are equal to an earlier one in text, images and poses; e.g. {_twins(part)}",
+            f"{again:,} rows ({again / len(facts.rows):.2%}) are equal to one of another record in text, images and poses; e.g. {_twins(part, rows)}",
         )
 
 
@@ -286,12 +287,10 @@ def _repeated(hashes: np.ndarray) -> int:
     return len(hashes) - len(np.unique(hashes))
 
 
-def _twins(part: Part) -> str:
+def _twins(part: Part, rows: np.ndarray) -> str:
     """The keys of two records with an equal row."""
-    hashes, records = part.facts.rows["hash"], part.facts.rows["record"]
-    order = np.argsort(hashes, kind="stable")
-    at = int(np.flatnonzero(hashes[order][1:] == hashes[order][:-1])[0])
-    keys = [part.record(int(records[order[place]])).key for place in (at, at + 1)]
+    at = int(np.flatnonzero(rows["hash"][1:] == rows["hash"][:-1])[0])  # they are in order
+    keys = [part.record(int(rows["record"][place])).key for place in (at, at + 1)]
     return " and ".join(map(repr, dict.fromkeys(keys)))
 
 

@@ -83,7 +83,7 @@ class Faults:
 
 @dataclasses.dataclass
 class Upright:
-    """Where heads point to, seen from the pelvis, in the frame of the poses.
+    """Where heads point to, seen from the pelvis, in the frame of the poses. Those whose root was not measured do not count.
 
     above: poses whose head is above the pelvis. axes: poses by the axis that the head is nearest to. facing: sum of the directions to which the
     root turns the body's front.
@@ -127,9 +127,8 @@ class Joints:
 
     __repr__ = one_line
 
-    def add(self, poses: Sequence[Pose], hashes: np.ndarray) -> None:
-        """poses: of batch shapes (P,). hashes: (N, J) of the rotations of all."""
-        measured = np.concatenate([known(pose) for pose in poses])
+    def add(self, poses: Sequence[Pose], measured: np.ndarray, hashes: np.ndarray) -> None:
+        """poses: of batch shapes (P,). measured, hashes: (N, J) of all of them."""
         self.poses += len(measured)
         self.measured += measured.sum(0)
         self.betas += sum(_has(pose, "betas") for pose in poses)
@@ -315,10 +314,12 @@ def _add_poses(facts: Facts, records: Sequence[Record]) -> dict[int, list[int]]:
         owners = np.repeat(np.arange(len(some)), [len(pose) for pose in poses])
         for number, joint in no_rotations(rotations):
             facts.faults["rotations"].add(f"{some[owners[number]].key}: joint {joint}")
-        facts.upright.setdefault(frame, Upright()).add(rotations, frame)
+        measured = np.concatenate([known(pose) for pose in poses])
+        if measured[:, 0].any():
+            facts.upright.setdefault(frame, Upright()).add(rotations[measured[:, 0]], frame)
         joints = facts.joints.setdefault(count, Joints(np.zeros(count, np.int64)))
-        joints.add(poses, joint_hashes(rotations))
-        bodies = body_hashes(rotations, np.concatenate([known(pose) for pose in poses]))
+        joints.add(poses, measured, joint_hashes(rotations))
+        bodies = body_hashes(rotations, measured)
         for number, record in enumerate(some):
             found[id(record)] = bodies[owners == number].tolist()
     return found

@@ -98,9 +98,10 @@ def draw(example: Example, title: str, *, whole: bool = False) -> Image.Image:
     """
     talk = parse_messages(example.messages)
     sources = [part for turn in talk.turns for part in turn.parts if isinstance(part, ImageSource)]
-    shown = (len(sources), len(example.poses)) if whole else (MOST_IMAGES, MOST_POSES)
+    counts = (len(sources), len(example.poses))
+    shown = counts if whole else (min(counts[0], MOST_IMAGES), min(counts[1], MOST_POSES))
     pictures = [load_image(source.value, source.where) for source in sources[: shown[0]]]
-    poses = [example.poses[number] for number in range(len(example.poses))][: shown[1]]
+    poses = [pose for pose in (example.poses[number] for number in range(shown[1])) if known(pose).any()]
     cells = [_cell(picture, f"image, {picture.width} by {picture.height}") for picture in pictures]
     if pictures and poses and (over := overlay(pictures[0], poses[0], example.extras)) is not None:
         cells.insert(1, _cell(over, "over"))
@@ -114,9 +115,10 @@ def draw(example: Example, title: str, *, whole: bool = False) -> Image.Image:
         lines.append((f"{turn.role}: {text}", _ROLES[turn.role]))
     hidden = [
         f"{all_of - some} more {what}"
-        for all_of, some, what in ((len(sources), shown[0], "images"), (len(example.poses), shown[1], "poses"))
+        for all_of, some, what in zip(counts, shown, ("images", "poses"))
         if all_of > some
     ]
+    hidden += ["a pose of which nothing was measured"] if len(poses) < shown[1] else []
     lines += [(", ".join(hidden), _GREY)] if hidden else []
     return _beside([*cells, _words(lines, WORDS, None if whole else CELL)])
 

@@ -146,6 +146,12 @@ def test_frames(tmp_path, frame, before, words):
     assert found(write(tmp_path / "few", train=rows[:10])) == []  # too few to judge
 
 
+def test_poses_that_nobody_measured_are_not_judged(tmp_path):
+    lying = np.tile(rotation("x", 90.0), (24, 1, 1)).astype(np.float32)
+    folder = write(tmp_path / "a", test=[row(n, lying, measured=HANDS & False, words=f"{n}") for n in range(30)])
+    assert found(folder) == []
+
+
 def test_heads_are_where_the_body_has_them():
     from smpl_jax import joints
     from smpl_jax.io import load_body
@@ -178,7 +184,7 @@ def test_constant_joints_are_counted_exactly_enough():
         bodies = np.tile(rotation("y", rng.uniform(0, 90, (size, 1))), (1, 24, 1, 1)).astype(np.float32)
         bodies[rng.random(size) < 0.95, 5] = np.eye(3)
         some = Joints(np.zeros(24, np.int64))
-        some.add([Pose(bodies, "model")], joint_hashes(bodies))
+        some.add([Pose(bodies, "model")], np.ones((size, 24), bool), joint_hashes(bodies))
         total.merge(some)
     assert [joint for joint, _ in constant(total)] == [5] and total.poses == 138
 
@@ -223,6 +229,8 @@ def test_duplicates_and_leaks_in_a_folder(tmp_path):
     assert keys[1].startswith("1 records have the key of another")
     assert leak[1].startswith("both have 1 group, 1 image, 1 pose (in 1 and 1 records), e.g. 'clip 0'. ")
     assert "is split by items and not by group" in leak[1]
+    twice = Record(**{**vars(row(5)), "conversations": row(5).conversations * 2})
+    assert found(write(tmp_path / "c", train=[twice, row(6)])) == []  # variants that were drawn alike
     (poses,) = found(write(tmp_path / "b", train=rows[:1], val=[row(0, group="other", words="Another.", key="x")]))
     assert "both have 1 pose" in poses[1] and "copies under other names, or rest poses" in poses[1]
 

@@ -165,6 +165,12 @@ def test_long_rows_are_cut_or_shown_whole(person):
     assert everything.width - some.width == 5 * (sheet.CELL + sheet.GAP)  # an image and two poses more
 
 
+def test_a_pose_that_nobody_measured_is_not_drawn():
+    messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "<POSE>"}]
+    drawn = sheet.draw(Example("x", "text", messages, unmeasured((1,))), "x")
+    assert drawn.width < sheet.WORDS + sheet.CELL
+
+
 def test_no_word_is_lost_between_lines():
     text = "Some words, " * 30 + "x" * 300 + " and an end"
     lines = sheet._wrap(text, 200)
