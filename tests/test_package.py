@@ -159,6 +159,15 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
     broken = [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
     assert not broken, f"{page}: {broken}"
+    here, sections = (ROOT / page).parent, re.findall(r"\]\((?![a-z]+://)([^)\s#]*)#([^)]+)\)", text)
+    broken = [f"{link}#{name}" for link, name in sections if name not in headings(here / link if link else ROOT / page)]
+    assert not broken, f"{page} has links to sections that are not there: {broken}"
+
+
+def headings(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in found}
 
 
 def test_the_index_of_the_documentation_names_every_page() -> None:
