@@ -23,7 +23,7 @@ from chatpose_jax.settings import one_line, real, whole
 from smpl_jax.pose import family_of
 
 KINDS = {
-    "damaged": "a file is missing, or its bytes are not those that were written",
+    "damaged": "a file is missing, its bytes are not those that were written, or it holds records that training refuses",
     "index": "the index or dataset.json does not fit the records",
     "images": "images that cannot be decoded",
     "rotations": "matrices that are no rotations",
@@ -178,7 +178,7 @@ def _of_part(part: Part) -> Iterator[Finding]:
         )
     yield from _index(part)
     words = {
-        "records": ("damaged", "records cannot be read"),
+        "records": ("damaged", "records cannot be trained on"),
         "images": ("images", "images cannot be decoded"),
         "rotations": ("rotations", "matrices are no rotations"),
     }
@@ -427,7 +427,7 @@ def _tokens(part: Part) -> dict[str, Any]:
     """The histogram of lengths: bins from, below, rows."""
     try:
         tokens = np.load(part.folder / part.split / store.INDEX, mmap_mode="r")["tokens"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, IndexError):  # it is damaged, which is another finding
         return {"bins": []}
     counts, _ = np.histogram(tokens, [*_EDGES, np.inf])
     bins = [[low, high, int(count)] for low, high, count in zip(_EDGES, [*_EDGES[1:], None], counts)]

@@ -18,6 +18,7 @@ from chatpose_jax.data.readers.untrusted import image_size
 from chatpose_jax.data.record import Record, from_bytes
 from chatpose_jax.data.synthetic.skeleton import INDEX, PARENTS, rest_joints
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.conversation import parse_messages
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.settings import one_line
 from smpl_jax.frames import Frame
@@ -151,7 +152,8 @@ class Joints:
 class Facts:
     """What is known of one shard, or of all shards of a split.
 
-    damage: why a shard was not read. unreadable: records, images, and poses with matrices that are no rotations. sizes: images by width and height.
+    damage: why a shard was not read. faults: records that training refuses, images that cannot be decoded, and matrices that are no rotations.
+    sizes: images by width and height.
     """
 
     damage: list[str] = dataclasses.field(default_factory=list)
@@ -220,7 +222,7 @@ def differs(file: Path, about: Mapping[str, Any]) -> str:
 
 
 def _chunks(job: ShardJob, facts: Facts) -> Iterator[list[Record | None]]:
-    """The records of a shard; None for one that cannot be read."""
+    """The records of a shard; None for one that training would refuse."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(job.file), store.READER)
@@ -229,11 +231,28 @@ def _chunks(job: ShardJob, facts: Facts) -> Iterator[list[Record | None]]:
         found: list[Record | None] = []
         for number, data in zip(numbers, reader.read(numbers)):
             try:
-                found.append(from_bytes(data))
-            except UserError as error:
-                facts.faults["records"].add(f"{job.file}, record {number}: {error}")
+                found.append(_valid(from_bytes(data)))
+            except _INVALID as error:
+                facts.faults["records"].add(f"{job.file}, record {number}: {error or type(error).__name__}")
                 found.append(None)
         yield found
+
+
+_INVALID = (UserError, ValueError, TypeError, KeyError, AttributeError, IndexError, StopIteration)
+"""What a record of a folder from a stranger can raise, which may hold anything."""
+
+
+def _valid(record: Record) -> Record:
+    """The record, if training would take its rows; raises one of ``_INVALID`` otherwise."""
+    names = (record.key, record.group, record.extras.get("first_group", ""))
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"names must be text, found {names!r:.200}")
+    for number in range(len(record.conversations)):
+        example = record.example(number)
+        if not number:
+            example.check()
+        parse_messages(example.messages)
+    return record
 
 
 class _Builder:

@@ -62,7 +62,45 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} has schema version {found['schema']!r}, this version of chatpose-jax reads {SCHEMA}; "
             "prepare the data set again into a new folder"
         )
+    if fault := _fault(found):
+        raise UserError(f"{file} is damaged ({fault}); copy it again, or prepare the data set again into a new folder")
     return found
+
+
+_FIELDS: dict[str, type] = {"name": str, "about": dict, "options": dict, "lengths": str, "splits": dict}
+_SPLIT: dict[str, type] = {
+    "rows": int,
+    "records": int,
+    "kinds": dict,
+    "skipped": dict,
+    "broken": list,
+    "index": dict,
+    "shards": list,
+}
+_FILE: dict[str, type] = {"bytes": int, "sha256": str}
+_SHARD: dict[str, type] = {"file": str, "records": int, **_FILE}
+
+
+def _fault(found: Any) -> str:
+    """What is wrong with a description, or nothing."""
+
+    def lacking(where: str, value: Any, fields: Mapping[str, type]) -> str:
+        for name, kind in fields.items():
+            if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+                return f"{where} has no {name}"
+        return ""
+
+    if fault := lacking("it", found, _FIELDS) or lacking("about", found["about"], {"title": str, "licence": str}):
+        return fault
+    for split, about in found["splits"].items():
+        if fault := lacking(split, about, _SPLIT) or lacking(f"index of {split}", about["index"], _FILE):
+            return fault
+        for shard in about["shards"]:
+            if fault := lacking(f"a shard of {split}", shard, _SHARD):
+                return fault
+            if Path(shard["file"]).name != shard["file"]:
+                return f"a shard of {split} is outside of the folder: {shard['file']!r:.80}"
+    return ""
 
 
 def write_file(file: Path, data: bytes) -> None:

@@ -108,6 +108,47 @@ def test_an_index_of_other_records(clean, tmp_path):
     ]
 
 
+def test_records_that_training_refuses(tmp_path, monkeypatch):
+    """Of a folder from a stranger: it may hold anything."""
+    monkeypatch.setattr(preparing.ShardWriter, "_count", lambda self, record: [])
+    good = vars(row(0))
+    nan = np.full((24, 3, 3), np.nan, np.float32)
+    bad = [
+        {"kind": "video"},
+        {"poses": Pose(nan[None], "model")},
+        {"poses": Pose(nan[None, :7], "model")},
+        {"conversations": ([{"role": "user"}],)},
+        {"conversations": (({"role": "user", "content": [{"type": "image"}]},),)},
+        {"conversations": 7},
+        {"group": 7},
+        {"extras": {"first_group": 8}},
+    ]
+    rows = [row(1), *(Record(**{**good, **change}) for change in bad)]
+    ((kind, text), *_) = found(write(tmp_path / "a", train=rows))
+    assert kind == "damaged" and text.startswith("8 records cannot be trained on: ") and text.endswith("and 3 more")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: found.pop("splits"), "it has no splits"),
+        (lambda found: found["about"].pop("title"), "about has no title"),
+        (lambda found: found["splits"]["val"].pop("rows"), "val has no rows"),
+        (lambda found: found["splits"]["val"]["index"].update(bytes="7"), "index of val has no bytes"),
+        (lambda found: found["splits"]["train"]["shards"][1].update(file="../x"), "is outside of the folder: '../x'"),
+        (lambda found: found["splits"]["train"]["shards"].append(3), "a shard of train has no file"),
+    ],
+)
+def test_a_damaged_description(clean, tmp_path, capsys, change, words):
+    description = json.loads((clean / "dataset.json").read_text())
+    change(description)
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    for command in ("check", "show"):
+        assert main(["data", command, str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", [["nothing"], [], ["clean", "clean"]])
 def test_bad_input(clean, tmp_path, capsys, words):
     folders = [str(clean if word == "clean" else tmp_path / word) for word in words]
