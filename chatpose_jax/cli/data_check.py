@@ -13,6 +13,7 @@ from typing import Any
 from chatpose_jax.data import check as checks
 from chatpose_jax.data import store
 from chatpose_jax.data.pool import cpus
+from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
 from smpl_jax.pose import HANDS
 
@@ -51,13 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks, reports, and draws the sheet. Exit status: 0 nothing was found, 1 something was. Raises UserError, OSError."""
-    whole("--samples", args.samples, 0, 100)
+    whole("--samples", args.samples, 0, 20)
     out = args.out or args.folders[0]
     for folder in args.folders:
         store.read_description(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):  # better now than after an hour
-        pass
+    try:  # better now than after an hour
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); --out chooses another folder") from None
     report = checks.check_folders(args.folders, workers=args.workers, decode=args.decode, progress=not args.quiet)
     store.write_file(out / REPORT, store.to_json(report))
     findings = [checks.Finding(**found) for found in report["findings"]]

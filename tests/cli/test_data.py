@@ -111,4 +111,7 @@ def test_check_leaves_a_report_and_a_sheet(folder, capsys):
 def test_check_needs_a_folder_that_it_can_write(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["data", "check", str(folder), "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert "cannot be written" in said and "--out chooses another folder" in said and said.count("\n") == 1
+    assert main(["data", "check", str(folder), "--samples", "21"]) == 2
+    assert "--samples must be a whole number in [0, 20], found 21" in capsys.readouterr().err
