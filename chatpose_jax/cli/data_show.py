@@ -88,7 +88,7 @@ def describe_row(example: Example) -> Iterator[str]:
     for turn in parse_messages(example.messages).turns:
         images += [part for part in turn.parts if isinstance(part, ImageSource)]
         yield f"{turn.role}: {' '.join(part if isinstance(part, str) else '[image]' for part in turn.parts)}"
-    for number, source in enumerate(images):
+    for number, source in enumerate(images, 1):
         size = f", {len(source.value):,} bytes" if isinstance(source.value, bytes) else ""
         try:
             picture = load_image(source.value)
@@ -96,7 +96,7 @@ def describe_row(example: Example) -> Iterator[str]:
         except UserError as error:
             yield f"image {number}: {error}"
     for number in range(len(example.poses)):
-        yield f"pose {number}: {describe_pose(example.poses[number])}"
+        yield f"pose {number + 1}: {describe_pose(example.poses[number])}"
     for name, value in example.extras.items():
         yield f"extras {name}: {_value(value)}"
 

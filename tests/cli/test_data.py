@@ -41,7 +41,7 @@ def test_show(folder, tmp_path, capsys):
     assert said[0] == f"{folder}, train, row 1 of 2: text"
     assert said[1] == "record 0 of 00000-of-00001.array_record, conversation 2 of 2"
     assert said[2:6] == ["key: the key", "group: clip 7", "user: Two of them, 1.", "assistant: <POSE> and <POSE>."]
-    assert said[6].startswith("pose 0: frame model, smpl (24 joints); head above the pelvis, ")
+    assert said[6].startswith("pose 1: frame model, smpl (24 joints); head above the pelvis, ")
     assert "measured 23, not left_foot; betas [0.5" in said[6] and said[6].endswith("of SMPL; no translation")
     assert "no betas" in said[7]
     assert said[8:] == ["extras frame: 3", "extras joints: float64 (4, 3), from 1 to 1", f"wrote {out}"]
