@@ -24,6 +24,8 @@ from smpl_jax.pose import JOINTS, SHAPE_SPACES, Pose
 _REQUIRED = ("imgname", "center", "scale", "pose_cam", "shape", "trans_cam", "cam_ext", "cam_int")
 _OPTIONAL = ("gtkps", "gender", "sub")
 _RATES = ("_6fps", "_30fps")
+_OF_NEUTRAL = 11
+"""The most betas of BEDLAM."""
 
 
 class Bedlam:
@@ -39,12 +41,14 @@ class Bedlam:
     Options: labels, images: the folders with the npz and with the images, in ``source`` unless they are absolute. size: side of the crop in pixels.
     variants: conversations of each record. seed: of their wording.
 
-    All joints are measured, because the images show exactly this pose; only SMPL's rigid hands are not. The translation is that of the
-    original camera.
+    All joints are measured, because the images show exactly this pose; only SMPL's rigid hands are not.
+
+    Betas and translation are part of the pose where they belong to the neutral body, as those of all data do that trains. That holds in BEDLAM,
+    whose 10 or 11 betas are the neutral body's whatever the gender. More betas (BEDLAM2) are those of the body of ``gender``; unless it is neutral,
+    they are in ``extras``: betas (n,) and trans_cam (3,), metres. The translation is that of the original camera.
 
     ``extras``: cam_int (3, 3) and keypoints_2d (K, 2 or 3), both in pixels of the crop; box (3,), x, y of its middle and its side in pixels of the
-    upright image; image_size (2,), its width and height; gender, sub (the subject): text. In BEDLAM the betas are of the neutral SMPL-X whatever the
-    gender, in BEDLAM2 of the one with this gender.
+    upright image; image_size (2,), its width and height; gender, sub (the subject): text.
     """
 
     about: ClassVar[About] = About(
@@ -129,14 +133,15 @@ class Bedlam:
                 extras[field] = label[field].decode() if isinstance(label[field], bytes) else str(label[field])
         axis_angle = numbers["pose_cam"].reshape(1, -1, 3)
         joints = axis_angle.shape[1]
-        pose = Pose(
-            crop.to_matrices(axis_angle),
-            "camera",
-            betas=numbers["shape"][None].astype(np.float32),
-            translation=(numbers["trans_cam"] + numbers["cam_ext"][:3, 3])[None].astype(np.float32),
-            measured=np.arange(joints)[None] < 22 if joints == JOINTS["smpl"] else None,
-            shape_space=SHAPE_SPACES["smpl" if joints == JOINTS["smpl"] else "smplx"],
-        )
+        measured = np.arange(joints)[None] < 22 if joints == JOINTS["smpl"] else None
+        pose = Pose(crop.to_matrices(axis_angle), "camera", measured=measured)
+        betas = numbers["shape"].astype(np.float32)
+        translation = (numbers["trans_cam"] + numbers["cam_ext"][:3, 3]).astype(np.float32)
+        if len(betas) <= _OF_NEUTRAL or extras.get("gender") == "neutral":
+            space = SHAPE_SPACES["smpl" if joints == JOINTS["smpl"] else "smplx"]
+            pose = pose.replace(betas=betas[None], translation=translation[None], shape_space=space)
+        else:
+            extras |= {"betas": betas, "trans_cam": translation}
         rng = seeded(self.seed, key, "words")
         base = next((scene.removesuffix(rate) for rate in _RATES if scene.endswith(rate)), scene)
         return Record(

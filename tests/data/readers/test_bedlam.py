@@ -141,12 +141,22 @@ def test_several_people_in_an_image(tmp_path, rendered):
     assert len({r.images for r in records}) == 4
 
 
-@pytest.mark.parametrize(("joints", "betas", "family"), [(55, 16, "smplx"), (55, 11, "smplx"), (22, 10, "shared")])
-def test_smplx_and_bedlam2(tmp_path, rendered, joints, betas, family):
+@pytest.mark.parametrize(
+    ("joints", "betas", "gender", "family"),
+    [
+        (55, 16, "female", "smplx"),
+        (55, 16, None, "smplx"),
+        (55, 16, "neutral", "smplx"),
+        (55, 11, "female", "smplx"),
+        (22, 10, "female", "shared"),
+    ],
+)
+def test_smplx_and_bedlam2(tmp_path, rendered, joints, betas, gender, family):
     rng = np.random.default_rng(0)
     scene = next(iter(SCENES))
     pose, shape = rng.normal(size=(4, joints * 3)), rng.normal(size=(4, betas))
-    changes = {"pose_cam": pose, "shape": shape, "gender": np.array(["female"] * 4), "sub": None, "motion_info": None}
+    genders = None if gender is None else np.array([gender] * 4)
+    changes = {"pose_cam": pose, "shape": shape, "gender": genders, "sub": None, "motion_info": None}
     write(
         tmp_path,
         {scene: rendered[scene]},
@@ -159,11 +169,19 @@ def test_smplx_and_bedlam2(tmp_path, rendered, joints, betas, family):
     for record in records:
         row = int(record.key.rpartition("#")[2])
         assert record.poses.family == family and record.poses.measured is None and len(record.conversations) == 2
-        np.testing.assert_allclose(record.poses.betas[0], shape[row], rtol=1e-6)
-        assert record.poses.shape_space == "SMPL-X"
+        label = rendered[scene][0][row]
+        translation = label["trans_cam"] + label["cam_ext"][:3, 3]
+        if betas == 16 and gender != "neutral":  # those of another body train nothing
+            assert record.poses.betas is record.poses.translation is record.poses.shape_space is None
+            found = record.extras["betas"], record.extras["trans_cam"]
+        else:
+            assert record.poses.shape_space == "SMPL-X" and not {"betas", "trans_cam"} & set(record.extras)
+            found = record.poses.betas[0], record.poses.translation[0]
+        np.testing.assert_allclose(found[0], shape[row], rtol=1e-6)
+        np.testing.assert_allclose(found[1], translation, rtol=1e-6)
         expected = smpl_jax.axis_angle_to_matrix(pose[row].reshape(-1, 3).astype(np.float32))
         np.testing.assert_allclose(record.poses.rotations[0], expected, atol=1e-6)
-        assert "sub" not in record.extras and record.extras["gender"] == "female"
+        assert "sub" not in record.extras and record.extras.get("gender") == gender
 
 
 def test_damage(tmp_path, rendered):
