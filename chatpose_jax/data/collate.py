@@ -55,9 +55,7 @@ def encode_example(
         found = len(encoded.pose_positions)
         poses = _poses(example, found, encoded.truncated)
         try:
-            poses = check(poses)[:found]
-            # Without its static shape space, because batches of all sources need one structure.
-            poses = to_betas(to_family(to_frame(poses, "camera"), family), BETAS).replace(shape_space=None)
+            poses = as_trained(poses, family)[:found]
         except ValueError as error:
             raise UserError(f"poses: {error}") from None
     return {
@@ -67,6 +65,15 @@ def encode_example(
         "pose_positions": encoded.pose_positions,
         "poses": complete(poses, BETAS),
     }
+
+
+def as_trained(poses: Pose, family: Family = "smpl") -> Pose:
+    """Poses as batches hold them: in the camera frame, with the joints of a body family and ``BETAS`` betas.
+
+    Raises ValueError for poses that are not valid (``smpl_jax.pose.check``), and for a translation in another frame, which needs the body.
+    """
+    poses = to_betas(to_family(to_frame(check(poses), "camera"), family), BETAS)
+    return poses.replace(shape_space=None)  # it is static, and batches of all sources need one structure
 
 
 def measure_example(processor: Processor, example: Example, max_length: int) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from chatpose_jax import __version__, named
 from chatpose_jax.data import store
-from chatpose_jax.data.collate import count_example
+from chatpose_jax.data.collate import as_trained, count_example
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.data.pool import Tick, share
@@ -32,7 +32,6 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import one_line, whole
-from smpl_jax.pose import check
 
 MAX_SHARDS = 512
 """Of a split. Where it has more parts, neighbours share a shard."""
@@ -328,7 +327,7 @@ class ShardWriter:
         """What the index says of the record's rows: kind, images, poses, tokens, tail. A ``Skipped`` where training would refuse a row."""
         rows: list[tuple[int, ...]] = []
         try:
-            check(record.poses)
+            as_trained(record.poses)
             for place in range(len(record.conversations)):
                 found = count_example(self.processor, record.example(place))
                 tokens = found.tokens - found.images * self.processor.ids.num_patches

@@ -351,10 +351,11 @@ def test_too_many_broken_items_stop_it(folder, source, tmp_path, capsys, workers
 
 
 def test_rows_that_training_would_refuse_are_broken_items(processor, tmp_path):
-    (tmp_path / "words.txt").write_text("\n".join(["raise", "twisted", *["turn"] * 4]))
+    (tmp_path / "words.txt").write_text("\n".join(["raise", "twisted", "moved", *["turn"] * 4]))
     found = prepare(TOY, tmp_path, tmp_path / "out", processor=processor)["splits"]["train"]
-    (broken,) = found["broken"]
-    assert found["records"] == 1 and broken["key"] == "line 1" and "rotations must be rotation" in broken["detail"]
+    twisted, moved = found["broken"]
+    assert found["records"] == 1 and twisted["key"] == "line 1" and "rotations must be rotation" in twisted["detail"]
+    assert moved["key"] == "line 2" and "a translation changes its frame about the pelvis" in moved["detail"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ class Toy:
         poses = Pose(turns(random.normal(0, 0.3, (1, 24))), "camera")
         if word == "twisted":
             poses = poses.replace(rotations=poses.rotations * 2)
+        if word == "moved":  # in a frame in which batches could not have it
+            poses = poses.replace(frame="z-up", translation=np.ones((1, 3), np.float32))
         picture = word.startswith("picture")
         buffer = io.BytesIO()
         Image.fromarray(random.integers(0, 255, (40, 30, 3), np.uint8)).save(buffer, "JPEG")

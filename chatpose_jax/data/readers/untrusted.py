@@ -29,9 +29,11 @@ from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, RestrictedUnpickler
 MAX_MEMBER = 2**28
 """Bytes of one member of a tar, one line of JSON lines, or one pickle."""
 MAX_FILE = 2**33
-"""Bytes of one file when unpacked: the arrays taken from an npz, a JSON text."""
+"""Bytes of one file when unpacked, for example of the arrays taken from an npz."""
+MAX_JSON = 2**29
+"""Bytes of one JSON text, which becomes many times larger in memory."""
 MAX_VALUES = 10**7
-"""Values in a pickle, where one that occurs twice counts twice; an array of numbers is one value."""
+"""Values in a pickle, where one that occurs twice counts twice; an array of numbers is one value. Also its opcodes, each of which may make a value."""
 
 # Pickles ---------------------------------------------------------------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def load_pickle(data: bytes, where: object, limit: int = MAX_MEMBER) -> Any:
 
 def _unpickle(file: IO[bytes], where: object) -> Any:
     try:
-        return _Plain()(RestrictedUnpickler(file, _table()).load())
+        return _Plain()(_Bounded(file, _table()).load())
     except ForbiddenGlobal as error:
         raise UserError(
             f"{where}: {error}, and only plain Python and NumPy values are read; nothing was run. "
@@ -67,6 +69,26 @@ def _unpickle(file: IO[bytes], where: object) -> Any:
     except Exception as error:  # the opcodes of a damaged pickle can fail in any way
         detail = str(error) or type(error).__name__
         raise UserError(f"{where}: the pickle is damaged or cut off ({detail:.200})") from None
+
+
+class _Bounded(RestrictedUnpickler):
+    """Gives up after ``MAX_VALUES`` opcodes: one byte of a pickle can make an object of sixty."""
+
+    def __init__(self, file: IO[bytes], table: dict[str, Any]) -> None:
+        super().__init__(file, table)
+        self.dispatch = _Counted(self.dispatch)
+
+
+class _Counted(dict):  # type: ignore[type-arg]
+    """A table of opcodes that can be used so often."""
+
+    used = 0
+
+    def __getitem__(self, key: int) -> Any:
+        self.used += 1
+        if self.used > MAX_VALUES:
+            raise pickle.UnpicklingError(f"it has more than {MAX_VALUES:,} opcodes")
+        return super().__getitem__(key)
 
 
 def _table() -> dict[str, Any]:
@@ -294,7 +316,7 @@ def parse_json(data: bytes, where: object) -> Any:
         raise UserError(f"{where}: expected JSON ({error!s:.200})") from None
 
 
-def read_json(path: Path, limit: int = MAX_FILE) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     """Reads a JSON file, which may be packed by gzip. Raises UserError for no file, more than ``limit`` bytes unpacked, or no JSON."""
     return parse_json(read_bytes(path, limit), path)
 
