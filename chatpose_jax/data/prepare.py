@@ -11,6 +11,7 @@ import inspect
 import io
 import itertools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from chatpose_jax.settings import one_line, whole
 MAX_SHARDS = 512
 """Of a split. Where it has more parts, neighbours share a shard."""
 MAX_BROKEN = 100
+MAX_DETAIL = 1000
+"""Characters of what is said of one."""
 MALFORMED = "no valid row"
 WORK, LOCK = ".unfinished", ".lock"
 """In the folder that is written: what a later call needs to go on, and the lock. They are removed at the end."""
@@ -301,7 +304,8 @@ class ShardWriter:
                 if isinstance(found, Skipped):
                     skipped[found.reason] += 1
                     if found.broken:
-                        broken.append(Broken(found.key, found.reason, found.detail))
+                        detail = re.sub(r" at 0x[0-9a-fA-F]+", "", found.detail)  # of objects: another one in each run
+                        broken.append(Broken(found.key, found.reason, detail[:MAX_DETAIL]))
                         _limit(broken, self.max_broken)
                     continue
                 file.write(to_bytes(item))

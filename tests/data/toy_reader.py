@@ -42,7 +42,7 @@ class Toy:
             time.sleep(float(os.environ.get("TOY_PAUSE", 0)))
             word, key = lines[number], f"line {number}"
             if word == "broken":
-                yield Skipped(key, "no such word", broken=True, detail=f"the line is {word!r}")
+                yield Skipped(key, "no such word", broken=True, detail=f"the line is {word!r}, as {object()} said")
             elif word == "empty":
                 yield Skipped(key, "no pose")
             elif word == "fail":

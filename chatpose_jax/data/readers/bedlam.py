@@ -119,7 +119,7 @@ class Bedlam:
         pixels = _upright(stored, numbers["cam_int"])
         height, width = pixels.shape[:2]
         side = crop.box_side(numbers["scale"])
-        crop.check_box(numbers["center"], side)
+        crop.check_box(numbers["center"], side, (width, height))
         matrix = crop.Change().matrix(numbers["center"], side, self.size, width)
         extras: dict[str, Any] = {
             "box": np.array([*numbers["center"], side], np.float32),

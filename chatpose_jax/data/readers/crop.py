@@ -196,10 +196,19 @@ def to_jpeg(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def check_box(center: np.ndarray, side: float) -> None:
-    """Raises UserError unless a box is finite and at least one pixel wide."""
+def check_box(center: np.ndarray, side: float, size: tuple[int, int]) -> None:
+    """Raises UserError unless a box is finite, at least one pixel wide, and meets the image of this width and height."""
     if not (np.isfinite(center).all() and np.isfinite(side) and 1 <= side <= 1e6):
         raise UserError(f"expected a box of at least one pixel, found {side:.6g} pixels around {center.tolist()}")
+    if not meets(center, side, size):
+        raise UserError(
+            f"expected a box in the image of {size[0]} × {size[1]} pixels, found {side:.6g} pixels around {center.tolist()}"
+        )
+
+
+def meets(center: np.ndarray, side: float, size: tuple[int, int]) -> bool:
+    """Whether a square box has a part of the image of this width and height."""
+    return bool((np.abs(center - np.array(size) / 2) < (np.array(size) + side) / 2).all())
 
 
 def to_matrices(axis_angle: np.ndarray) -> np.ndarray:

@@ -198,7 +198,7 @@ class Humans4D:
         try:
             person = self._filtered(Person.read(entry))
             side = crop.box_side(person.scale, self.tall)
-            crop.check_box(person.center, side)
+            crop.check_box(person.center, side, pixels.shape[1::-1])
             pose = self._pose(person)
         except UserError as error:
             yield Skipped(key, "damaged annotation of a person", broken=True, detail=str(error))

@@ -182,7 +182,7 @@ class Humans4DEval:
             raise UserError(f"{', '.join(broken)} must be finite numbers")
         height, width = pixels.shape[:2]
         side = crop.box_side(numbers["scale"] / 200, self.tall)
-        crop.check_box(numbers["center"], side)
+        crop.check_box(numbers["center"], side, (width, height))
         matrix = crop.Change().matrix(numbers["center"], side, self.size, width)
         flat = [numbers.get(f"{place}_keypoints_2d", np.zeros((n, 3))) for place, n in (("body", 25), ("extra", 19))]
         body = numbers.get("body_keypoints_3d", np.zeros((25, 4)))

@@ -225,10 +225,7 @@ class ThreeDPW:
         seen = detected[detected[:, 2] > 0, :2]
         box = around(seen if len(seen) else _projected(joints, cam_int))
         height, width = pixels.shape[:2]
-        if (
-            box is None
-            or not (np.abs(box[:2] - np.array([width, height]) / 2) < (np.array([width, height]) + box[2]) / 2).all()
-        ):
+        if box is None or not crop.meets(box[:2], box[2], (width, height)):
             return Skipped(key, "outside the image")
         if self.crop:
             matrix = crop.Change().matrix(box[:2], box[2], self.size, width)

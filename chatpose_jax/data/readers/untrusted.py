@@ -33,7 +33,7 @@ MAX_FILE = 2**33
 MAX_JSON = 2**29
 """Bytes of one JSON text, which becomes many times larger in memory."""
 MAX_VALUES = 10**7
-"""Values in a pickle, where one that occurs twice counts twice; an array of numbers is one value. Also its opcodes, each of which may make a value."""
+"""Values in a pickle, where one that occurs twice counts twice; an array of numbers is one value. Also its opcodes, which make them."""
 
 # Pickles ---------------------------------------------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ class _Bounded(RestrictedUnpickler):
 
     def __init__(self, file: IO[bytes], table: dict[str, Any]) -> None:
         super().__init__(file, table)
-        self.dispatch = _Counted(self.dispatch)
+        self.dispatch = _Counted(self.dispatch)  # type: ignore[misc]
 
 
 class _Counted(dict):  # type: ignore[type-arg]
@@ -471,8 +471,9 @@ def image_size(data: bytes, where: object) -> tuple[int, int]:
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: would unpack to too many pixels ({error})") from None
     except Exception as error:  # a damaged header can fail in any way
+        why = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error!s:.120})"
         raise UserError(
-            f"{where}: expected an image ({', '.join(FORMATS)}), found other or damaged bytes ({error!s:.120})"
+            f"{where}: expected an image ({', '.join(FORMATS)}), found other or damaged bytes{why}"
         ) from None
     most = Image.MAX_IMAGE_PIXELS
     if min(width, height) < 1 or (most is not None and width * height > most):

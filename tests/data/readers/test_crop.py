@@ -1,6 +1,7 @@
 """The crop of 4D-Humans: pixels against an independent implementation in float64, poses against pictures of them."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -72,13 +73,23 @@ def test_pixels_within_one_grey_level(center, side, scale, rot, flip):
 
 def test_the_warp_takes_no_more_memory_than_the_image():
     image = np.full((4, 4, 3), 255, np.uint8)
+    tracemalloc.start()
     out = crop.warp(image, Change().matrix((2, 2), 1e6, 16, 4), 16)
-    assert out.max() == 0 or out.shape == (16, 16, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e5 and out[8, 8].tolist() == [255] * 3 and out.astype(bool).sum() == 3
+
+
+def test_boxes_that_are_none():
     for side in (0.5, np.nan, 1e7, -3):
         with pytest.raises(UserError, match="at least one pixel"):
-            crop.check_box(np.zeros(2), side)
+            crop.check_box(np.zeros(2), side, (9, 9))
     with pytest.raises(UserError, match="at least one pixel"):
-        crop.check_box(np.array([np.inf, 0]), 3)
+        crop.check_box(np.array([np.inf, 0]), 3, (9, 9))
+    for x, y in ((-2, 5), (22, 5), (5, -2), (5, 12)):
+        with pytest.raises(UserError, match=f"in the image of 20 × 10 pixels, found 4 pixels around \\[{x}, {y}\\]"):
+            crop.check_box(np.array([x, y]), 4, (20, 10))
+    crop.check_box(np.array([21, 11]), 4, (20, 10))
 
 
 def test_box_side():
