@@ -33,18 +33,18 @@ _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 class NoAnswer(Exception):
-    """The endpoint gave no usable answer to this question, and asking once more would not help."""
+    """The endpoint gave no usable answer to this question, and asking again would not help."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
     """A model behind an endpoint.
 
-    url: up to and without ``/chat/completions``, such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``. key: sent as a bearer
+    url: without ``/chat/completions``, such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``. key: sent as a bearer
     token; empty sends none, as local servers want. model: its name there. temperature: of sampling. max_tokens: of an answer. timeout: seconds
     for one answer. cache: a folder; an answer to the same question of the same model is read from it and not asked for again.
 
-    Errors that may pass (a full server, a cut connection, an answer that is not JSON) are retried, ``ATTEMPTS`` times in all, at the time
+    Temporary errors (a busy server, a lost connection, an answer that is not JSON) are retried, ``ATTEMPTS`` times in all, at the time
     that the server names or after waits that double.
     """
 
@@ -104,7 +104,7 @@ class Endpoint:
             if attempt:
                 self.sleep(
                     max(wait, min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1))
-                )  # clients must not come back together
+                )  # random, so that clients do not retry together
             try:
                 response = self._post(self._body(messages))
                 text = _answer(response)

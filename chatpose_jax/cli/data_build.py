@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--accept", action="store_true", help=f"write the rows that are accepted in {build.REVIEW}")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
-    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="questions asked at a time (default 4)")
+    parser.add_argument(
+        "--parallel", type=int, default=4, metavar="N", help="questions that are sent at a time (default 4)"
+    )
     parser.add_argument(
         "--price",
         type=float,
@@ -53,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("IN", "OUT"),
         help="prices of a million tokens read and written, for the estimate",
     )
-    parser.add_argument("--yes", action="store_true", help="do not ask before the first question to the model")
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation of the costs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes texts for review, or the accepted rows. Exit status 1: some items have no text; the same command asks again. Raises UserError."""
+    """Writes texts for review, or the accepted rows. Exit status 1: some items have no text; the same command tries them again. Raises UserError."""
     builder = _builder(args)
     if args.accept:
         yes, no, open_ = build.accept(builder, args.out)
@@ -75,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
         and items
         and not _agreed(build.estimate(builder, items, endpoint, args.price), endpoint, args)
     ):
-        print("nothing was asked", file=sys.stderr)
+        print("no question was sent", file=sys.stderr)
         return 1
     try:
         found = build.write_texts(builder, items, args.out, endpoint, parallel=args.parallel)
     except KeyboardInterrupt:
-        print("\nwhat is written stays: the same command goes on", file=sys.stderr)
+        print("\nwhat is written is kept: the same command continues", file=sys.stderr)
         raise
     for name, why in found.failed[:5]:
         print(f"no text for {name}: {why}", file=sys.stderr)
@@ -107,7 +109,7 @@ def _builder(args: argparse.Namespace) -> build.Builder:
 
 
 def _agreed(costs: build.Estimate, endpoint: Endpoint, args: argparse.Namespace) -> bool:
-    """Says what the run would cost, and asks whether to go on."""
+    """Says what the run would cost, and asks whether to continue."""
     money = "(--price IN OUT gives the cost)" if costs.cost is None else f", which costs about {costs.cost:.2f}"
     print(
         f"{costs.items} items; {costs.asked} to ask {endpoint.model!r} at {endpoint.url}, about {costs.tokens_in:,} tokens in and "
@@ -117,6 +119,8 @@ def _agreed(costs: build.Estimate, endpoint: Endpoint, args: argparse.Namespace)
     if args.yes or not costs.asked:
         return True
     if not sys.stdin.isatty():
-        raise UserError("nobody is here to agree to these costs: add --yes")
-    print("Ask? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise UserError(
+            "standard input is not a terminal, so nobody can agree to these costs; to agree beforehand, add --yes"
+        )
+    print("Continue? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

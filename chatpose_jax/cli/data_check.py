@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or args.folders[0]
     for folder in args.folders:
         store.read_description(folder)
-    try:  # better now than after an hour
+    try:  # an error now is better than one after an hour
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass

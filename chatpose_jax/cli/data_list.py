@@ -10,7 +10,7 @@ from chatpose_jax.data.prepare import find_reader, reader_options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose data list``."""
-    parser.add_argument("name", nargs="?", help="say more of this data set: its files and options")
+    parser.add_argument("name", nargs="?", help="print the files and options of this data set")
 
 
 def run(args: argparse.Namespace) -> int:

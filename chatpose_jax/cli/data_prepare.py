@@ -38,20 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="FOLDER",
-        help="model folder that will be trained: tokens of rows are counted for it here, not at its start",
+        help="folder of the model that will be trained: rows are counted in its tokens, so training need not do it",
     )
     parser.add_argument(
         "--max-broken",
         type=int,
         default=MAX_BROKEN,
         metavar="N",
-        help=f"leave out so many broken items and stop at one more (default {MAX_BROKEN})",
+        help=f"leave out up to N broken items; one more stops the command (default {MAX_BROKEN})",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares a data set and reports what it holds. The same command goes on after an interrupt or an error. Raises UserError."""
+    """Prepares a data set and reports what it holds. After an interrupt or an error the same command continues. Raises UserError."""
     complete = (args.out / store.DESCRIPTION).exists()
     try:
         found = prepare(
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             progress=not args.quiet,
         )
     except KeyboardInterrupt:
-        print("\nwhat is finished stays: the same command goes on", file=sys.stderr)
+        print("\nwhat is finished is kept: the same command continues", file=sys.stderr)
         raise
     if not args.quiet:
         print("\n".join(describe_data_set(found)))

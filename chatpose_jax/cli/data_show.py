@@ -83,7 +83,7 @@ def _rows(args: argparse.Namespace) -> tuple[str, Sequence[Example]]:
 
 
 def describe_row(example: Example) -> Iterator[str]:
-    """The lines that say what a row holds: messages, images, poses, extras. An image that cannot be read is said to be so."""
+    """The lines that say what a row holds: messages, images, poses, extras. For an image that cannot be read, its error."""
     images: list[ImageSource] = []
     for turn in parse_messages(example.messages).turns:
         images += [part for part in turn.parts if isinstance(part, ImageSource)]
@@ -91,8 +91,8 @@ def describe_row(example: Example) -> Iterator[str]:
     for number, source in enumerate(images, 1):
         size = f", {len(source.value):,} bytes" if isinstance(source.value, bytes) else ""
         try:
-            picture = load_image(source.value)
-            yield f"image {number}: {picture.width} × {picture.height}{size}"
+            image = load_image(source.value)
+            yield f"image {number}: {image.width} × {image.height}{size}"
         except UserError as error:
             yield f"image {number}: {error}"
     for number in range(len(example.poses)):

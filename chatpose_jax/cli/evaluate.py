@@ -1,4 +1,4 @@
-"""``chatpose evaluate``: answers of a model to held-out rows of any data set, their errors beside the mean pose's, and pictures."""
+"""``chatpose evaluate``: a model's answers to held-out rows of any data set, drawn, with their errors beside those of the mean pose."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from smpl_jax import render
 
 ROWS, BASELINE_ROWS = 192, 1000
 PANEL, LINES = 192, 8
-"""Pixels of a body in the pictures, and lines of words below."""
+"""Pixels of a body in the drawings, and lines of text below."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,17 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="folder for report.json and a PNG of answers for each kind of row"
     )
     add_config(parser, "tiny", "data.sources=cmu")
-    parser.add_argument("--head", help="package.module:Class of a pose head of one's own")
+    parser.add_argument("--head", help="package.module:Class of a pose head of your own")
     parser.add_argument("--split", choices=get_args(Split), default="test")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of each kind, spread evenly over the split")
-    parser.add_argument("--pictures", type=int, default=8, help="rows of each kind to draw")
+    parser.add_argument("--drawings", type=int, default=8, help="rows of each kind that are drawn; 0: none")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates and writes. Of the configuration, only its data is used."""
-    if args.rows < 1 or args.pictures < 0:
+    """Evaluates a model and writes the report. Of the configuration, only its data settings are used. Raises UserError."""
+    if args.rows < 1 or args.drawings < 0:
         raise UserError(
-            f"expected --rows of at least 1 and --pictures of at least 0, found {args.rows} and {args.pictures}"
+            f"expected --rows of at least 1 and --drawings of at least 0, found {args.rows} and {args.drawings}"
         )
     if cpu_only():
         keep_freed_memory()
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         replies, rate = answer_poses(model, [first_question(row) for row in rows], label=kind)
         found = compare_poses(first_poses(replies), true_poses(rows), mean, model.body)
         results[kind] = {**found, "pose_rate": rate, "count": len(rows)}
-        if args.pictures:
-            shown = np.unique(np.linspace(0, len(rows) - 1, args.pictures).astype(int))
+        if args.drawings:
+            shown = np.unique(np.linspace(0, len(rows) - 1, args.drawings).astype(int))
             panels = [draw_answer(model, rows[i], replies[i]) for i in shown]
             render.save_png(args.out / f"{kind}.png", render.contact_sheet(panels, 2))
     report = {
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     }
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print_table(results)
-    print(f"\nwrote {args.out}: report.json" + "".join(f", {kind}.png" for kind in results if args.pictures))
+    print(f"\nwrote {args.out}: report.json" + "".join(f", {kind}.png" for kind in results if args.drawings))
     return 0
 
 
@@ -110,7 +110,7 @@ def draw_answer(model: ChatPose, row: Example, reply: Reply) -> np.ndarray:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Prints errors of answers and of constant ones."""
+    """Prints the errors of the answers, and of the mean pose as the answer to all."""
     print(
         f"\n{'held-out answers':18} {'MPJPE':>9} {'PA-MPJPE':>9} {'MPJRE':>7}   {'PA-MPJPE / mean pose':>20}   offers a pose"
     )

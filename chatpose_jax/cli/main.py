@@ -17,11 +17,11 @@ from chatpose_jax.settings import did_you_mean
 # name: (module, what it does). A module has add_arguments(parser) and run(args) -> exit status.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("chatpose_jax.cli.demo", "train a small ChatPose on generated data, evaluate it, ask it for poses"),
-    "data": ("chatpose_jax.cli.data", "prepare data sets from their original files, and look into them"),
+    "data": ("chatpose_jax.cli.data", "prepare data sets from their original files; check, show and build data"),
     "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
     "evaluate": (
         "chatpose_jax.cli.evaluate",
-        "errors of a model's poses on held-out rows of any data set, with pictures",
+        "errors of a model's poses on held-out rows of any data set, with drawings",
     ),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
     "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),

@@ -25,14 +25,14 @@ from chatpose_jax.settings import flag, whole
 from smpl_jax.pose import Family, complete, unmeasured
 
 TEXT_BESIDE_AN_IMAGE = 64
-"""The least tokens, about, of a conversation with an image beside those of the image. It gives a packed row's room for images."""
+"""About the fewest text tokens of a conversation with an image. It determines how many images fit into a packed row."""
 TOKENS_BETWEEN_POSES = 64
-"""The least tokens, about, for each pose. It gives a packed row's room for poses."""
+"""About the fewest tokens for each pose. It determines how many poses fit into a packed row."""
 ENDLESS = 1 << 40
 ROW_BYTES = 2048
-"""Bytes, about, of the Python objects of a row that is kept."""
+"""About the bytes of the Python objects of a cached row."""
 ORDER = 2
-"""Counts the changes of the order of rows. A run continues only in the order in which it began."""
+"""The version of the order of rows. A run resumes only with the version with which it began."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class BatchLoader:
         self._types, self._type = _types(measure(dataset, processor, self.max_length) if sizes is None else sizes)
         draws = getattr(dataset, "draws", [(len(dataset), len(dataset))])
         self._draws = [(int(rows), int(share)) for rows, share in draws]
-        # The first rows are kept. Every epoch has a new order, so the last used would serve no better.
+        # The first rows are cached. Every epoch has a new order, so the most recently used ones would be no better.
         pose = complete(unmeasured((), family), BETAS)
         size = np.array([8, 3 * processor.images.size**2, sum(x.nbytes for x in jax.tree.leaves(pose))])
         kept = (self._types @ size + ROW_BYTES)[self._type[: cache // ROW_BYTES]]
@@ -202,7 +202,7 @@ class BatchLoader:
         ]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the current state on. ``state`` counts those that were given out."""
+        """Batches from the current state on. ``state`` counts those that were taken."""
         steps = _Steps(self, self._step)
         reads_ahead = self._prefetch or self._threads > 1 or self._workers
         for batch in self._ahead(steps) if reads_ahead else map(steps.__getitem__, range(len(steps))):
@@ -299,7 +299,7 @@ class BatchLoader:
         self._fixed = self._count(0) if self._pools.constant else None
 
     def _plan(self, epoch: int) -> _Epoch:
-        """What the batches of an epoch hold. It has the size of the different sizes of rows, not of their number."""
+        """What the batches of an epoch hold. It grows with the number of different sizes of rows, not with the number of rows."""
         if (found := self._epochs.get(epoch)) is not None:
             return found
         before = self._pools.before(epoch)

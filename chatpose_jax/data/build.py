@@ -1,4 +1,4 @@
-"""Builds a file of rows whose texts come from a language model or from rules. A person reviews the texts before they count.
+"""Builds a file of rows whose texts come from a language model or from rules. A person reviews the texts before they are used.
 
 1. ``write_texts`` writes ``review.jsonl``: each line is a row with ``"accept": null``.
 2. A person reads it, corrects texts, and sets ``accept`` to true or false.
@@ -25,7 +25,7 @@ from smpl_jax._files import write_whole
 
 REVIEW = "review.jsonl"
 TURNS = 3
-"""How often a model is asked for one item, if its answer is no JSON object with the texts."""
+"""How often a model is asked for one item, if its answers are not JSON objects with the texts."""
 TOKENS_AN_IMAGE = 1000
 CHARACTERS_A_TOKEN = 3.5
 
@@ -33,7 +33,7 @@ CHARACTERS_A_TOKEN = 3.5
 class Item(NamedTuple):
     """Something to write texts for.
 
-    id: in the rows. place: what the builder needs to find it again.
+    id: as in the rows. place: what the builder needs to find the item.
     """
 
     id: str
@@ -73,7 +73,8 @@ class Builder(Protocol):
 
 
 class Estimate(NamedTuple):
-    """items, of which asked have no answer in the cache; tokens in and out of these, about. cost: in the unit of the prices; None without."""
+    """items: how many; ``asked`` of them have no answer in the cache, and need about ``tokens_in`` and ``tokens_out``. cost: in the unit of the
+    prices; None without prices."""
 
     items: int
     asked: int
@@ -83,7 +84,7 @@ class Estimate(NamedTuple):
 
 
 class Built(NamedTuple):
-    """rows: written now. before: that were there. failed: (id, why) of items without texts."""
+    """rows: how many were written now. before: how many were there. failed: (id, why) of items without texts."""
 
     rows: int
     before: int

@@ -1,4 +1,4 @@
-"""Looks for what is wrong with prepared data sets: damage, frames, filler values, duplicates, and items that two splits share."""
+"""Looks for faults in prepared folders: damage, wrong frames, filler values, duplicates, and items that two splits share."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ KINDS = {
     "duplicates": "equal rows, or one key twice",
     "leakage": "two splits share groups, images, poses or rows",
 }
-"""The sorts of findings."""
+"""The kinds of findings."""
 ENOUGH = 20
-"""Poses that are necessary to judge their frame, and whether a joint is constant."""
+"""The fewest poses by which their frame, and whether a joint is constant, is judged."""
 UPRIGHT, CONSTANT = 0.5, 0.9
 """A data set is upright if the heads of more than this share of its poses point up, more than to any other axis. A joint is filled in if more
-than this share of its rotations are one."""
+than this share of its rotations are equal."""
 _EDGES = [0, *(1 << power for power in range(4, 14))]
 _EXAMPLES = 3
 
@@ -262,7 +262,7 @@ def judge(frame: str, upright: Upright) -> str:
 
 
 def constant(joints: Joints) -> list[tuple[int, float]]:
-    """The joints whose measured rotations are nearly all one, with the share of that one."""
+    """The joints whose measured rotations are nearly all equal, with the share of the equal ones."""
     found = []
     for joint, (counts, measured) in enumerate(zip(joints.common, joints.measured)):
         if measured >= ENOUGH and (most := max(counts.values(), default=0) / measured) > CONSTANT:
@@ -361,7 +361,7 @@ def _reason(a: Part, b: Part, common: dict[str, np.ndarray]) -> str:
     if a.folder == b.folder:
         return "The data set is split by items and not by group: choose an option that splits by group, or know that this split is not clean"
     if a.name == b.name:
-        return "The two were prepared with other splits, for example another seed or fold, or from two releases"
+        return "The two were prepared with different splits, for example different seeds or folds, or from two releases"
     same = (
         "the very same moments"
         if len(common["poses"]) or len(common["images"])

@@ -1,4 +1,4 @@
-"""Counts the tokens of a prepared data set for another tokenizer than that of its index, and keeps the numbers in a file."""
+"""Counts the tokens of the rows of a prepared folder, if the tokenizer is not that of its index, and keeps the numbers in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chatpose_jax.processing.processor import Processor
 LENGTHS = np.dtype([("tokens", "<i4"), ("tail", "<i4")])
 """As the fields of these names in the index (``data.store``)."""
 _RANGE = 4096
-"""Rows that a process counts at a time. Fewer than some of these are not worth the start of processes."""
+"""Rows that a process counts at a time. For a few times as many, starting processes is not worth while."""
 
 
 def lengths_file(folder: Path, processor: Processor) -> Path:
@@ -33,7 +33,7 @@ def lengths_file(folder: Path, processor: Processor) -> Path:
 def lengths_of(rows: Sequence[Example], folder: Path, processor: Processor) -> np.ndarray:
     """(N,) ``LENGTHS`` of the rows of a split, whose folder is given: from its file, or else counted and kept there if the folder can be written.
 
-    Several processes, or machines, that ask for the same wait for the first.
+    If several processes or machines need the same lengths, the others wait for the first.
     """
     file = lengths_file(folder, processor)
     while not file.exists():
@@ -43,7 +43,7 @@ def lengths_of(rows: Sequence[Example], folder: Path, processor: Processor) -> n
             except Locked:
                 time.sleep(0.5)
                 continue
-            except UserError:  # nobody can write here
+            except UserError:  # the folder cannot be written
                 return count_lengths(rows, processor)
             if file.exists():
                 break

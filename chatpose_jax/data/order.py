@@ -86,7 +86,7 @@ class Pools:
     an epoch takes) of each source.
 
     All rows of a source are taken before one is taken again. What an epoch takes of a source is spread evenly over the pools. It keeps one
-    number for each row, and needs little more memory to get there.
+    number for each row, and needs little more memory while it is made.
     """
 
     def __init__(
@@ -128,7 +128,10 @@ class Pools:
     def rows(
         self, epoch: int, before: np.ndarray, drawn: np.ndarray, pools: np.ndarray, places: np.ndarray
     ) -> np.ndarray:
-        """(K,) the rows at places (K,) of pools (K,) in an epoch. before: as the method gives it; drawn: how many follow in the epoch."""
+        """(K,) the rows at places (K,) of pools (K,) in an epoch.
+
+        before: of this epoch, as the method gives it. drawn: (pools, sources) rows that this epoch takes.
+        """
         ends = np.cumsum(drawn, axis=1)[pools]
         if self._shuffle and drawn.shape[1] > 1:  # mixes the sources of a pool
             places = shuffled(places, ends[:, -1], key(self._seed, 0, epoch, pools))

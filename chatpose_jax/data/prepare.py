@@ -1,4 +1,4 @@
-"""Writes a prepared data set from the original files. It may be killed at any moment: the same call then goes on, and the bytes are the same."""
+"""Writes a prepared folder from the original files. It may be killed at any moment: the same call then continues, and writes the same bytes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import one_line, whole
 
 MAX_SHARDS = 512
-"""Of a split. Where it has more parts, neighbours share a shard."""
+"""The most shards of a split. If it has more parts, neighbouring parts share a shard."""
 MAX_BROKEN = 100
 MAX_DETAIL = 1000
 """Characters of what is said of one."""
 MALFORMED = "no valid row"
 WORK, LOCK = ".unfinished", ".lock"
-"""In the folder that is written: what a later call needs to go on, and the lock. They are removed at the end."""
+"""In the folder that is written: what a later call needs to continue, and the lock. They are removed at the end."""
 _AT_A_TIME = 32
 
 
@@ -96,7 +96,7 @@ def prepare(
         processor: counts the tokens of rows for the index. Training with another tokenizer counts them again.
         options: of the reader.
         workers: processes that read. The result does not depend on their number.
-        max_broken: so many broken items are skipped; one more is an error.
+        max_broken: up to so many broken items are left out; one more is an error.
         progress: show a progress bar.
 
     Returns:
@@ -213,7 +213,7 @@ def _begin(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[An
     elif others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, WORK)):
         raise UserError(f"{out} holds other files ({others[0]}); choose a new or an empty folder")
     (out / WORK).mkdir(exist_ok=True)
-    store.write_file(file, msgpack.packb(plan))  # before all else: from here on the folder is known as ours
+    store.write_file(file, msgpack.packb(plan))  # the first file, by which a later call knows the folder
     for folder in (out, out / WORK, *(parent / split for split in parts for parent in (out, out / WORK))):
         folder.mkdir(exist_ok=True)
         for left in folder.glob("*.tmp"):
@@ -259,7 +259,7 @@ def _limit(broken: Sequence[Broken], most: int) -> None:
         first = "; ".join(f"{item.key}: {item.reason} ({item.detail})" for item in broken[:3])
         raise TooManyBroken(
             f"{len(broken)} items are broken, more than --max-broken {most}: {first}"
-            f"{' …' if len(broken) > 3 else ''}. If so many may be left out, the same command with a larger --max-broken goes on"
+            f"{' …' if len(broken) > 3 else ''}. If so many may be left out, the same command with a larger --max-broken continues"
         )
 
 
@@ -354,7 +354,7 @@ class _ShardFile:
         self._call(self._writer.write, data)
 
     def close(self) -> tuple[int, str]:
-        """Puts the file onto the disk; its size, and its SHA-256."""
+        """Flushes the file to disk. Returns its size and its SHA-256."""
         self._call(self._writer.close)
         with self.file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -373,7 +373,7 @@ _CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, e
 
 
 def _complete(out: Path, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Writes the index of a split; what the description says of the split."""
+    """Writes the index of a split, and returns what the description says of the split."""
     notes = [_read_note(job.note(out)) for job in jobs]
     rows = np.concatenate([np.frombuffer(note.rows, store.ROW) for note in notes])
     index = io.BytesIO()

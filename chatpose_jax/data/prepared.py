@@ -23,7 +23,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
 OPEN_SHARDS = 64
-"""Of a split. One that is needed again is opened again."""
+"""The most shards of a split that are open at a time."""
 
 
 def prepared(split: Split, *, folder: str) -> Prepared:
@@ -57,7 +57,7 @@ def data_set(name: str, root: str) -> Any:
 class Prepared(Sequence[Example]):
     """The rows of one split of a prepared folder. They may be read by several threads, and the object may be pickled.
 
-    A row is a conversation of a record (``record``). The index is mapped, not read, and a shard is opened when its first row is asked for.
+    A row is a conversation of a record (``record``). The index is memory-mapped, and a shard is opened when its first row is needed.
 
     folder, split: what it reads. A split that the data set does not have is empty. description: ``dataset.json``.
     """
@@ -143,7 +143,7 @@ class Prepared(Sequence[Example]):
             if reader is None:
                 reader = self._open_shard(shard)
                 while len(self._open) >= OPEN_SHARDS:
-                    self._open.popitem(last=False)  # it is closed when no thread reads from it any more
+                    self._open.popitem(last=False)  # closed when no thread reads from it any more
             self._open[shard] = reader
         return reader
 

@@ -16,7 +16,7 @@ from chatpose_jax.errors import UserError
 class About:
     """What a person must know to get a data set.
 
-    title: its name in full. licence: its name, and in a few words what it allows. page: the web address where it is given out.
+    title: its name in full. licence: its name, and in a few words what it allows. page: the web page that offers it.
     files: what must lie in the folder ``--source``, one line for each file or folder. options: the same for options that name more folders.
     """
 
@@ -46,8 +46,9 @@ class Skipped:
 class Reader(Protocol):
     """The reader of one data set. Its keyword-only parameters are its options, checked by their annotations.
 
-    It is created as ``Reader(source, **options)``, with the folder of the original files. That checks the options and that the files are there
-    (UserError), and reads only small tables. Readers are pickled to worker processes. ``seed`` is an option of readers that draw anything.
+    It is created as ``Reader(source, **options)``, with the folder of the original files. The constructor checks the options and that the files
+    are there (UserError), and reads only small tables. Readers are pickled to worker processes. Readers that draw random numbers have an option
+    ``seed``.
     """
 
     about: ClassVar[About]
@@ -61,12 +62,12 @@ class Reader(Protocol):
 
     def read(self, split: Split, part: Any) -> Iterator[Record | Skipped]:
         """The items of a part, always the same in the same order. A damaged item gives a ``Skipped``, and reading continues.
-        A part of which nothing can be read raises UserError, which names the file."""
+        Raises UserError, which names the file, if nothing of a part can be read."""
         ...
 
 
 def missing(about: About, *paths: str | Path) -> UserError:
-    """The error to raise where original files are not there. It names them, and says what is expected, where to get it and under which licence."""
+    """The error to raise where original files are not there. It names them, and says what is expected, where to get it, and under which licence."""
     names = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
     expected = f"--source is a folder with {'; '.join(about.files)}" + "".join(f"; {line}" for line in about.options)
     return UserError(
@@ -75,5 +76,5 @@ def missing(about: About, *paths: str | Path) -> UserError:
 
 
 def where_to_get(about: About) -> str:
-    """Where a data set is given out, and under which licence."""
+    """Where to get a data set, and under which licence."""
     return f"Get it from {about.page} (licence: {about.licence})"

@@ -98,7 +98,7 @@ def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         array = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("<"), copy=False))
         return msgpack.ExtType(1, msgpack.packb((value.dtype.str.replace(">", "<"), value.shape, array.tobytes())))
-    raise TypeError(f"a record holds no {type(value).__name__}")
+    raise TypeError(f"a record cannot hold a {type(value).__name__}")
 
 
 def _unpack(code: int, data: bytes) -> np.ndarray:

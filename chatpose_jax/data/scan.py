@@ -218,7 +218,7 @@ def differs(file: Path, about: Mapping[str, Any]) -> str:
         return f"{size} bytes instead of {about['bytes']}"
     with file.open("rb") as stream:
         same = hashlib.file_digest(stream, "sha256").hexdigest() == about["sha256"]
-    return "" if same else "its SHA-256 is another one: bytes were changed"
+    return "" if same else "its SHA-256 differs: bytes were changed"
 
 
 def _chunks(job: ShardJob, facts: Facts) -> Iterator[list[Record | None]]:

@@ -1,4 +1,4 @@
-"""Draws rows: text, images, and the poses beside the images and over them."""
+"""Draws rows: text, images, and poses beside and over the images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class View(NamedTuple):
 def save_sheet(file: str | Path, folders: Sequence[str | Path], samples: int = 3) -> Path:
     """Writes a PNG with some rows of each kind and split of prepared folders. Returns its path.
 
-    The rows are drawn at random, and are always the same. A row that cannot be read is said to be so in its place.
+    The rows are drawn at random, and are always the same. A row that cannot be read shows its error instead.
     """
     rows = [row for folder in folders for row in _folder(Path(folder).expanduser(), samples)]
     note = "violet: not measured · green: keypoints · over: the body with the row's camera, or fitted to the keypoints"
@@ -82,7 +82,7 @@ def _folder(folder: Path, samples: int) -> Iterator[Image.Image]:
 
 
 def draw_row(rows: Sequence[Example], number: int, *, whole: bool = False) -> Image.Image:
-    """One row of a data set. whole: all of its text, and of its images and poses; otherwise as much as has place."""
+    """One row of a data set. whole: all of its text, images and poses; otherwise as much as fits."""
     try:
         example = rows[number]
         title = f"row {number} · {example.id}"
@@ -100,10 +100,10 @@ def draw(example: Example, title: str, *, whole: bool = False) -> Image.Image:
     sources = [part for turn in talk.turns for part in turn.parts if isinstance(part, ImageSource)]
     counts = (len(sources), len(example.poses))
     shown = counts if whole else (min(counts[0], MOST_IMAGES), min(counts[1], MOST_POSES))
-    pictures = [load_image(source.value, source.where) for source in sources[: shown[0]]]
+    images = [load_image(source.value, source.where) for source in sources[: shown[0]]]
     poses = [pose for pose in (example.poses[number] for number in range(shown[1])) if known(pose).any()]
-    cells = [_cell(picture, f"image, {picture.width} by {picture.height}") for picture in pictures]
-    if pictures and poses and (over := overlay(pictures[0], poses[0], example.extras)) is not None:
+    cells = [_cell(image, f"image, {image.width} by {image.height}") for image in images]
+    if images and poses and (over := overlay(images[0], poses[0], example.extras)) is not None:
         cells.insert(1, _cell(over, "over"))
     for number, pose in enumerate(poses):
         name = f"pose {number + 1} " if len(poses) > 1 else ""
@@ -133,22 +133,22 @@ def body_views(pose: Pose, size: int = CELL) -> list[np.ndarray]:
     return np.split(views, 2, axis=1)
 
 
-def overlay(picture: Image.Image, pose: Pose, extras: Mapping[str, Any]) -> Image.Image | None:
+def overlay(image: Image.Image, pose: Pose, extras: Mapping[str, Any]) -> Image.Image | None:
     """The body of a single pose over an image, and the keypoints; None where no camera is known (``view``)."""
-    found = view(pose, extras, picture.size)
+    found = view(pose, extras, image.size)
     if found is None:
         return None
-    scale = CELL / max(picture.size)
+    scale = CELL / max(image.size)
     camera = found.camera.scaled(scale)
-    behind = np.asarray(picture.resize((camera.width, camera.height), Image.Resampling.LANCZOS))
+    behind = np.asarray(image.resize((camera.width, camera.height), Image.Resampling.LANCZOS))
     drawn = render.render_mesh(
         found.vertices, np.asarray(_body().faces), frame="camera", camera=camera, colors=_colors(_shown(pose)), background=behind
     )  # fmt: skip
-    image = Image.blend(Image.fromarray(behind), Image.fromarray(drawn), 0.7)
-    pen = ImageDraw.Draw(image)
+    blended = Image.blend(Image.fromarray(behind), Image.fromarray(drawn), 0.7)
+    pen = ImageDraw.Draw(blended)
     for x, y in (found.points * scale).tolist():
         pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_POINT)
-    return image
+    return blended
 
 
 def view(pose: Pose, extras: Mapping[str, Any], size: tuple[int, int]) -> View | None:
@@ -250,9 +250,9 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _cell(picture: Any, label: str) -> Image.Image:
-    """A picture within a square, with words below."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+def _cell(pixels: Any, label: str) -> Image.Image:
+    """An image within a square, with a label below."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     scale = CELL / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     cell = Image.new("RGB", (CELL, CELL + 20), "white")
@@ -272,7 +272,7 @@ def _band(text: str, color: str) -> Image.Image:
 
 
 def _words(texts: Sequence[tuple[str, str]], width: int, height: int | None) -> Image.Image:
-    """Texts, each with its colour, broken into lines of this width; beyond the height they are cut off, which an ellipsis says."""
+    """Texts, each with its colour, broken into lines of this width; beyond the height they are cut off, with an ellipsis."""
     lines = [(line, color) for text, color in texts for line in _wrap(text, width)]
     step = _SIZE + 5
     if height is not None and len(lines) > (most := height // step):

@@ -88,7 +88,7 @@ def test_damage(clean, tmp_path, capsys):
     for (_, text), word in zip(texts, ("SHA-256", "bytes instead of", "not found", "index.npy: its SHA-256")):
         assert word in text
     assert main(["data", "check", str(copy), "--samples", "0", "--quiet", "--workers", "1"]) == 1
-    assert capsys.readouterr().out.startswith(f"! damaged: {copy} train: {shard}: its SHA-256 is another one")
+    assert capsys.readouterr().out.startswith(f"! damaged: {copy} train: {shard}: its SHA-256 differs")
     assert main(["data", "check", str(copy), "--samples", "0", "--quiet", "--workers", "1", "--allow", "damaged"]) == 0
 
 
@@ -284,7 +284,7 @@ def test_leaks_between_folders(tmp_path):
     texts = check_folders([a, b])["findings"]
     assert [finding["where"] for finding in texts] == [f"{a} train and {b} test", f"{a} test and {b} train"]
     assert texts[0]["text"].startswith("both have 2 groups, 1 pose (in 2 and 2 records)")
-    assert "'clip 1'" in texts[0]["text"] and "prepared with other splits" in texts[0]["text"]
+    assert "'clip 1'" in texts[0]["text"] and "prepared with different splits" in texts[0]["text"]
     assert found(a) == found(b) == []
 
 

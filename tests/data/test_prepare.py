@@ -270,7 +270,7 @@ def test_an_interrupt_says_how_to_go_on(folder, source, forks, tmp_path):
         time.sleep(0.001)
     os.kill(process, signal.SIGINT)
     code, said = forks.end()
-    assert code == 130 and "what is finished stays: the same command goes on" in said and "Traceback" not in said
+    assert code == 130 and "what is finished is kept: the same command continues" in said and "Traceback" not in said
     forks.start(*words_of(source, tmp_path / "out"))
     code, said = forks.end()
     assert code == 0 and contents(tmp_path / "out") == contents(folder)

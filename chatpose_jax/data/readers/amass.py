@@ -1,4 +1,6 @@
-"""AMASS: finds motion files by their names in either release, and reads single frames. Readers of data sets that are built on AMASS share this.
+"""AMASS: finds motion files by their names in either release, and reads single frames.
+
+Readers of data sets that are built on AMASS share this module.
 
 Data sets name a frame by a file of the SMPL-H release and its number, ``["AMASS", "BioMotionLab_NTroje/rub055/0027_x_poses.npz", 321]``. On disk
 the first folder has its old or its new name, and the SMPL-X release writes ``_stageii`` for ``_poses`` and ``_`` for spaces.
@@ -147,7 +149,7 @@ class Amass:
         """The poses of frames. Each file is opened once, and one after another.
 
         Returns:
-            For each ``Skipped`` itself. For each place a ``Pose`` of SMPL-H, without batch axes, in the z-up frame, float32, NumPy, without
+            For a ``Skipped`` itself. For a place a ``Pose`` of SMPL-H, without batch axes, in the z-up frame, float32, NumPy, without
             betas and translation; or a ``Skipped`` without key that says why there is none. Feet and fingers that never move in a file were
             not captured: AMASS fills them in, and they are not ``measured``.
         """
@@ -213,7 +215,7 @@ def _moves(file: PoseFile) -> np.ndarray:
     for frame in np.unique(np.linspace(0, len(file) - 1, _LOOKS).round().astype(int)).tolist():
         try:
             looks.append(file[frame].rotations)
-        except PoseFileError:  # only the asked frames must be good
+        except PoseFileError:  # only the frames that a data set names must be readable
             continue
     rotations = np.stack(looks) if looks else np.zeros((1, file.num_joints, 3, 3))
     moves = np.abs(rotations - rotations[:1]).max((0, 2, 3)) > 1e-6
@@ -224,7 +226,7 @@ def _moves(file: PoseFile) -> np.ndarray:
 
 def _pose(file: PoseFile, frame: int, moves: np.ndarray) -> Pose | Skipped:
     if frame >= len(file):
-        detail = f"{file.path}: frame {frame} was asked for, and it has {len(file)}"
+        detail = f"{file.path}: frame {frame} was asked for, but it has only {len(file)}"
         return Skipped("", "a frame beyond the end of the AMASS file", True, detail)
     try:
         pose = file[frame]

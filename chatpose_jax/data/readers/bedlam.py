@@ -102,7 +102,7 @@ class Bedlam:
                     last, image = name, None
                     image = crop.stored_pixels(read_bytes(inside(folder, name), MAX_MEMBER), name)
                 if image is None:
-                    raise UserError(f"{name}: cannot be read, as said before")
+                    raise UserError(f"{name}: cannot be read; an earlier item says why")
                 yield self._record(key, part, name, {field: array[row] for field, array in arrays.items()}, image)
             except UserError as error:
                 yield Skipped(key, "damaged or missing image or label", broken=True, detail=str(error))

@@ -1,4 +1,4 @@
-"""CoT-Pose: actions in a few words, what they mean for the body, and the pose."""
+"""CoT-Pose: actions in a few words, descriptions of the body in these actions, and poses."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class CotPose:
     joints. There are no betas.
 
     Rows of real motion have the id of a pose of PoseScript V2 in ``pose_id``, and are frames of AMASS as they are: z-up, turned in any direction.
-    Other rows ("syn", "syn_test") do not tell their frame: it is taken to be that in which the body stands upright; where it
-    stands in none, the row is left out. All poses lose their yaw and are in the camera frame, as PoseScript's. Feet whose numbers are exactly
-    zero are not measured.
+    Other rows ("syn", "syn_test") do not state their frame: it is taken to be the one in which the body is upright; a row
+    without such a frame is left out. The yaw of all poses is removed, and they are in the camera frame, as PoseScript's.
+    Feet whose numbers are exactly zero are not measured.
 
-    A ``reasoning_refined`` that stands at several actions of a file is not used. The published code writes the last one of the training rows to all
-    test rows.
+    A ``reasoning_refined`` that belongs to several actions of a file is not used: the published code writes the last one of the training rows to
+    all test rows.
 
     ``group``: the AMASS file, with the option ``posescript``; otherwise "".
 
@@ -140,7 +140,7 @@ class CotPose:
 
 
 def _repeated(file: Path) -> Collection[str]:
-    """The refined texts of a file that stand at several actions."""
+    """The refined texts of a file that belong to several actions."""
     actions = defaultdict(set)
     for number, line in read_lines(file):
         try:

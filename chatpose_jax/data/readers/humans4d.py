@@ -212,7 +212,7 @@ class Humans4D:
             yield self._record(name, group, person, pixels, side, pose, change)
 
     def _filtered(self, person: Person) -> Person:
-        """Without keypoints of little confidence, and without an extreme shape."""
+        """The person without keypoints of low confidence, and without an extreme shape."""
         points, betas = np.array(person.keypoints_2d), person.betas
         points[points[:, 2] < self.min_confidence, 2] = 0
         if betas is not None and self.max_beta and np.abs(betas).max() > self.max_beta:
@@ -248,7 +248,9 @@ class Humans4D:
         return None if self.histogram is None else Plausible.load(self.histogram)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_plausible"}  # large, and read again
+        return {
+            name: value for name, value in vars(self).items() if name != "_plausible"
+        }  # it is large; each process reads it again
 
     def _record(
         self,

@@ -138,7 +138,7 @@ class Humans4DEval:
         return "_".join(found.groups())
 
     def parts(self, split: Split) -> Sequence[str]:
-        """All is for testing."""
+        """All rows are for testing."""
         return tuple(self.rows) if split == "test" else ()
 
     def read(self, split: Split, part: str) -> Iterator[Record | Skipped]:
@@ -149,7 +149,7 @@ class Humans4DEval:
                     last, image = row.image, None
                     image = crop.stored_pixels(read_bytes(inside(self.folder, row.image), MAX_MEMBER), row.image)
                 if image is None:
-                    raise UserError(f"{row.image}: cannot be read, as said before")
+                    raise UserError(f"{row.image}: cannot be read; an earlier item says why")
                 yield self._record(row, part, {name: array[row.row] for name, array in arrays.items()}, image)
             except UserError as error:
                 yield Skipped(row.key, "damaged or missing image or label", broken=True, detail=str(error))
@@ -171,7 +171,9 @@ class Humans4DEval:
         return arrays
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_arrays"}  # large, and read again
+        return {
+            name: value for name, value in vars(self).items() if name != "_arrays"
+        }  # they are large; each process reads them again
 
     def _record(self, row: Row, part: str, entry: dict[str, Any], pixels: np.ndarray) -> Record:
         numbers = {name: np.asarray(value, np.float64) for name, value in entry.items() if name not in _TEXT}

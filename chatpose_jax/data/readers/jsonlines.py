@@ -1,4 +1,4 @@
-"""One's own data: conversations, images and poses as JSON lines."""
+"""Your own data: conversations, images and poses as JSON lines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class JsonLines:
     Beyond the schema: there is one pose for each ``<POSE>`` in the assistant's messages; all poses of a row have one frame and one number of
     joints, and are rotations; user and assistant take turns; images are only in messages of the user, and are there.
 
-    Options: max_side: images whose longer side has more pixels are reduced to it and written as JPEG; 0 for none.
+    Options: max_side: images whose longer side has more pixels are resized to it and written as JPEG; 0 for none.
     """
 
     about: ClassVar[About] = About(

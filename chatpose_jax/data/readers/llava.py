@@ -1,4 +1,4 @@
-"""LLaVA's instructions: conversations about images, and without. Readers of data sets in LLaVA's form share its parts."""
+"""LLaVA's instructions: conversations with and without images. Other readers of data in LLaVA's form use its functions."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Llava:
 
     About 40,000 rows of mix665k have no ``image``: conversations in words only. Rows have no poses.
 
-    The image comes before the words of its turn, wherever ``<image>`` stands in them. A first turn that is not the user's is dropped, and so is all
-    from the first exchange on that lacks a question or an answer. ``group`` is the image; GQA's images are Visual Genome's and count as such.
+    The image comes before the words of its turn, wherever ``<image>`` stands in them. A first turn that is not the user's is dropped. If an exchange
+    lacks a question or an answer, it and all after it are dropped. ``group`` is the image; GQA's images are Visual Genome's and count as such.
 
     ``extras``: ``image`` (its name in the file; "" without one).
 
@@ -45,8 +45,8 @@ class Llava:
         images: the folder that names of images are relative to; by default the source folder.
         subset: "released" takes only rows whose image's name contains coco, gqa or vg. ChatPose's released code trains on these.
         text_only: take rows without image too.
-        decode: open each image fully, so that a damaged one is found now and not in training. Without it only the header is read.
-        max_side: images whose longer side has more pixels are reduced to it and written as JPEG (quality 95); 0 for none. All others keep their
+        decode: decode each image, so that a damaged one is found now and not in training. Otherwise only the header is read.
+        max_side: images whose longer side has more pixels are resized to it and written as JPEG (quality 95); 0 for none. All others keep their
             bytes.
 
     Source: the repositories haotian-liu/LLaVA (``llava/train/train.py``) and yfeng95/PoseGPT (``utils/vqa_dataset.py``).
@@ -183,7 +183,8 @@ def image_names(row: Mapping[str, Any]) -> Sequence[str]:
 def messages_of(conversations: Any, images: int) -> tuple[dict[str, Any], ...]:
     """Messages as in ``Example``, of turns ``{"from": "human" | "gpt", "value": str}``; empty where no question has an answer.
 
-    images: how many the row has. ``<image>`` is taken out of its turn's words, and the image stands before them. Without images it is words.
+    images: how many the row has. ``<image>`` is taken out of its turn's words, and the image is placed before them. In a row
+    without images it is ordinary text.
 
     Raises UserError for other turns, for two turns of one speaker in a row, and where ``<image>`` does not occur once for each image.
     """
@@ -225,7 +226,7 @@ def image_group(name: str) -> str:
 def read_image(path: Path, decode: bool = True, max_side: int = 0) -> bytes:
     """The bytes of an image file, or, where its longer side has more than ``max_side`` (not 0) pixels, those of a reduced JPEG.
 
-    decode: open it fully, so that a damaged one is found.
+    decode: decode it, so that a damaged one is found.
 
     Raises UserError for what is no image, is damaged, has too many pixels, or more than ``MAX_IMAGE`` bytes.
     """

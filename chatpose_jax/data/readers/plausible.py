@@ -1,4 +1,4 @@
-"""4D-Humans' filter of improbable poses: how often AMASS holds each joint that way."""
+"""4D-Humans' filter of improbable poses: how often each joint has such a rotation in AMASS."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SIGMA, _TRUNCATE = 2, 4
 class Plausible:
     """Says whether the axis-angle vectors of a pose are common.
 
-    density: (21, n, n, n), for each joint over the cube (-π, π)³ of its vector, smoothed. Two at a time take a fifth of a gigabyte each.
+    density: (21, n, n, n), the smoothed density of each joint's vector over the cube (-π, π)³. It takes 84 MB.
     """
 
     def __init__(self, density: np.ndarray) -> None:
@@ -50,7 +50,7 @@ class Plausible:
 
     @classmethod
     def load(cls, path: Path) -> Plausible:
-        """Reads 4D-Humans' histogram (21, 100, 100, 100), and smooths it. As there, also from joint to joint. Raises UserError for another file."""
+        """Reads 4D-Humans' histogram (21, 100, 100, 100), and smooths it along all axes, as 4D-Humans does. Raises UserError for another file."""
         try:
             counts = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -70,7 +70,7 @@ class Plausible:
         return cls(density)
 
     def __call__(self, axis_angle: np.ndarray) -> bool:
-        """axis_angle: (21, 3), of the joints 1 to 21."""
+        """Whether no joint is in a rare pose. axis_angle: (21, 3), radians, of the joints 1 to 21."""
         angle = np.linalg.norm(axis_angle, axis=-1, keepdims=True)
         short = np.where(angle > np.pi, np.remainder(angle + np.pi, 2 * np.pi) - np.pi, angle)
         vectors = axis_angle * (short / np.maximum(angle, 1e-8))
@@ -80,7 +80,7 @@ class Plausible:
 
 
 def _smoothed(array: np.ndarray, axis: int) -> np.ndarray:
-    """Along one axis with a Gaussian; zeros lie beyond the edges."""
+    """Smooths along one axis with a Gaussian, with zeros beyond the edges."""
     reach = _SIGMA * _TRUNCATE
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / _SIGMA) ** 2)
     weights /= weights.sum()

@@ -46,7 +46,7 @@ class PoseLlava:
     SMPL's two hands are not measured and are set to the identity: rows made from AMASS have constants there (mean angles of two fingers of
     SMPL-H), and Human3.6M has no markers on fingers. A foot whose three numbers are exactly zero in a row is not measured there.
 
-    ``group`` is the subject and action of an image of Human3.6M, as in ``readers.humans4d``. Other rows do not tell where they come from.
+    ``group`` is the subject and action of an image of Human3.6M, as in ``readers.humans4d``. Other rows do not say where they come from.
 
     ``extras``: ``file`` (its name below the source folder), ``task`` ("generation" without input, "estimation" with an image of Human3.6M,
     "adjustment" otherwise), ``input_pose`` (bool).

@@ -88,7 +88,7 @@ class PoseScript:
             (``readers.amass``).
         version: "v1" or "v2"; "auto" is the one that is there.
         captions: "human-first" is the paper's rule: one by a person where there is one, else one of the automatic ones. "coin-flip" is that
-            of the code which the authors released: where there are both, each has half. "human" and "automatic" take one kind only.
+            of the code which the authors released: where there are both, each has probability ½. "human" and "automatic" take one kind only.
         variants: rows for each pose of "train", with different draws of caption, question and answer. "val" and "test" have one.
         seed: of the draws.
 

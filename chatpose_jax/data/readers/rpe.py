@@ -79,7 +79,7 @@ class RpeRefined:
             raise missing(self.about, *absent)
 
     def parts(self, split: Split) -> Sequence[str]:
-        """All is for testing."""
+        """All rows are for testing."""
         return tuple(self.files) if split == "test" else ()
 
     def read(self, split: Split, part: str) -> Iterator[Record | Skipped]:

@@ -132,10 +132,10 @@ class ThreeDPW:
 
     The pose is in the camera frame: the root is R_cam · R_root. ``group`` is the sequence. The key is ``SEQUENCE/image_00000.jpg#PERSON``.
 
-    ``measured`` leaves out toes and hands (see there). SMPL turns the root about the pelvis of the body, and that body is of the person's gender
-    and needs SMPL's licensed file. So the translation in the camera frame is not given; with the rest pelvis p (``smpl_jax.pelvis(body, betas)``),
-    and R and t of ``cam_ext``, it is R (trans_world + p) + t - p. Betas, which mean another shape for the bodies of other data, are not part of
-    the pose.
+    ``measured`` leaves out toes and hands (the function of this name says why). SMPL turns the root about the pelvis of the body, and that body
+    is of the person's gender and needs SMPL's licensed file. So the translation in the camera frame is not given; with the rest pelvis p
+    (``smpl_jax.pelvis(body, betas)``), and R and t of ``cam_ext``, it is R (trans_world + p) + t - p. Betas, which mean another shape for the
+    bodies of other data, are not part of the pose.
 
     ``extras``:
 

@@ -1,7 +1,7 @@
 """Reads files from strangers: pickles, npz, JSON, tars and image headers.
 
 Nothing in a file is run, nothing is extracted to disk, and nothing is unpacked beyond a limit. Every fault is a UserError that begins with the
-file's name, so a reader can catch it and go on with the next item.
+file's name, so a reader can catch it and continue with the next item.
 """
 
 from __future__ import annotations
@@ -410,7 +410,7 @@ class _BoundedFile(io.FileIO):
 
 
 def _check_member(info: tarfile.TarInfo, path: Path) -> None:
-    if info.size < 0:  # tarfile would go back and read the same header for ever
+    if info.size < 0:  # tarfile would go back and read the same header again, without end
         raise UserError(f"{path}: {info.name!r:.120} has a size of {info.size} bytes")
     if _leads_out(info.name):
         raise UserError(

@@ -135,7 +135,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
     write_smplh(path, bad)
     beyond = skipped(tmp_path, Place("CMU/01/01_01_poses.npz", 5))
     assert beyond.broken and beyond.reason == "a frame beyond the end of the AMASS file"
-    assert "frame 5 was asked for, and it has 5" in beyond.detail
+    assert "frame 5 was asked for, but it has only 5" in beyond.detail
     assert skipped(tmp_path, Place("CMU/01/01_01_poses.npz", 2)).broken
     assert isinstance(one(tmp_path, Place("CMU/01/01_01_poses.npz", 3)), Pose)
     absent = skipped(tmp_path, Place("CMU/01/01_02_poses.npz", 0))
