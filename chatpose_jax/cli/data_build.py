@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     builder = _builder(args)
     if args.accept:
         yes, no, open_ = build.accept(builder, args.out)
-        print(f"wrote {args.out / builder.file}: {yes} rows accepted, {no} refused, {open_} not decided")
+        print(f"{args.out}: {yes} rows accepted, {no} refused, {open_} not decided")
         return 0
     if bool(args.model) == args.offline:
         raise UserError("name the language model, --model NAME, or write the texts by rules, --offline")

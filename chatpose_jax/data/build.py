@@ -46,9 +46,8 @@ class Item(NamedTuple):
 class Builder(Protocol):
     """What to write for which items."""
 
-    @property
-    def file(self) -> str:
-        """Name of the file of accepted rows."""
+    def file(self, row: Mapping[str, Any]) -> str:
+        """Name of the file that an accepted row belongs to. Raises UserError for a row that this builder cannot have written."""
         ...
 
     def items(self) -> Sequence[Item]:
@@ -160,14 +159,15 @@ def write_texts(
 
 
 def accept(builder: Builder, out: Path) -> tuple[int, int, int]:
-    """Writes the accepted rows of the review file to ``out / builder.file``. Returns how many were accepted, refused and not decided.
+    """Writes the accepted rows of the review file to the files of ``builder.file`` in ``out``. Returns how many were accepted, refused and not
+    decided.
 
     Raises UserError, which names the line, for a line that is no row or whose ``accept`` is not true, false or null; and if no row is accepted.
     """
     review = out / REVIEW
     if not review.is_file():
         raise UserError(f"{review} is not there; the same command without --accept writes it")
-    lines: list[str] = []
+    files: dict[str, list[str]] = {}
     counts = {True: 0, False: 0, None: 0}
     for where, row in _reviewed(review, strict=True):
         decision = row.pop("accept", None)
@@ -175,13 +175,17 @@ def accept(builder: Builder, out: Path) -> tuple[int, int, int]:
             raise UserError(f'{where}: "accept" must be true, false or null, found {decision!r:.60}')
         counts[decision] += 1
         if decision:
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if not lines:
+            try:
+                files.setdefault(builder.file(row), []).append(json.dumps(row, ensure_ascii=False) + "\n")
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+    if not files:
         raise UserError(
             f'no row of {review} is accepted: read it, set "accept" to true where a row is right and to false where it is not, '
             "then run this again"
         )
-    write_whole(out / builder.file, lambda file: file.write("".join(lines).encode()))
+    for name, lines in files.items():
+        write_whole(out / name, lambda file, lines=lines: file.write("".join(lines).encode()))  # type: ignore[misc]
     return counts[True], counts[False], counts[None]
 
 

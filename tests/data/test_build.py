@@ -13,7 +13,7 @@ import pytest
 from chatpose_jax.cli.main import main
 from chatpose_jax.data import build
 from chatpose_jax.data.builders.generated import GeneratedRpe, GeneratedSpg, color_name
-from chatpose_jax.data.builders.rpe import RpeBuilder
+from chatpose_jax.data.builders.rpe import RpeBuilder, write_image
 from chatpose_jax.data.builders.spg import SpgBuilder
 from chatpose_jax.data.prepare import prepare
 from chatpose_jax.data.readers.jsonlines import JsonLines
@@ -151,6 +151,14 @@ def test_generated_questions_without_a_model(tmp_path: Path) -> None:
         assert record.conversations[0][0]["content"] == row.messages[0]["content"]
         np.testing.assert_allclose(record.poses.rotations, row.poses.rotations, atol=1e-5)
     assert records[0].conversations[0][0]["content"] not in builder.messages(builder.items()[0])[1]["content"]
+    other = GeneratedSpg(tmp_path, size=1, split="test")  # the same review file: its rows stay in their split
+    build.write_texts(other, build.pending(other, out), out, progress=False)
+    review(out, True, True, True, True)
+    assert build.accept(builder, out) == (4, 0, 0)
+    assert [len((out / f"{split}.jsonl").read_text().splitlines()) for split in ("val", "test")] == [3, 1]
+    (out / build.REVIEW).write_text('{"accept": true, "id": "../x"}\n')
+    with pytest.raises(UserError, match=r"line 1: expected an id that begins with a split"):
+        build.accept(builder, out)
 
 
 def test_generated_people_are_described(tmp_path: Path) -> None:
@@ -187,6 +195,13 @@ def test_a_prepared_folder_is_described_by_a_model(tmp_path: Path) -> None:
     assert row["description"] == "a behaviour" and (second / row["image"]).is_file()
     np.testing.assert_allclose(row["pose"], before["pose"], atol=1e-4)
     assert row["box"] == before["box"] and row["measured"] == before["measured"]
+
+
+def test_images_of_names_alike_are_two_files(tmp_path: Path) -> None:
+    paths = [
+        write_image(tmp_path, name, data) for name, data in (("a/b#0", b"BM1"), ("a_b_0", b"BM2"), ("a/b#0", b"BM1"))
+    ]
+    assert paths[0] == paths[2] and [(tmp_path / path).read_bytes() for path in paths[:2]] == [b"BM1", b"BM2"]
 
 
 def test_colours_have_names() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from chatpose_jax.data.synthetic import captions
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset, sentence
 from chatpose_jax.data.synthetic.scene import Scene, backdrop
 from chatpose_jax.endpoint import Messages
+from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
 from smpl_jax import body as bodies
 from smpl_jax.body import BodyModel
@@ -42,10 +43,16 @@ class GeneratedSpg:
     """
 
     def __init__(self, source: Path, *, split: Split = "test", size: int = 100, seed: int = 0) -> None:
-        self.file = f"{split}.jsonl"
         whole("size", size, 1)
         self.rows = SyntheticDataset(split, size, seed, tasks={"situation": 1})
         self.seed = seed
+
+    def file(self, row: Mapping[str, Any]) -> str:
+        """That of the row's split, with which its id begins: a review file may hold rows of several."""
+        split = str(row.get("id")).partition("-")[0]
+        if split not in get_args(Split):
+            raise UserError(f"expected an id that begins with a split, as it was written; found {row.get('id')!r:.60}")
+        return f"{split}.jsonl"
 
     def items(self) -> Sequence[Item]:
         return [Item(self.rows[index].id, index) for index in range(len(self.rows))]
@@ -78,8 +85,6 @@ class GeneratedRpe:
     split: "train", "val" or "test". size: number of images, of image_size × image_size pixels. seed: of poses and scenes.
     """
 
-    file: ClassVar[str] = rpe.RpeBuilder.file
-
     def __init__(
         self, source: Path, *, split: Split = "test", size: int = 50, image_size: int = 256, seed: int = 0
     ) -> None:
@@ -87,6 +92,9 @@ class GeneratedRpe:
         whole("image_size", image_size, 16)
         self.rows = SyntheticDataset(split, size, seed, image_size, {"image": 1})
         self.split, self.seed, self.body = split, seed, load_body()
+
+    def file(self, row: Mapping[str, Any]) -> str:
+        return rpe.FILE
 
     def items(self) -> Sequence[Item]:
         return [Item(f"{self.split}-{self.seed}-{index}", index) for index in range(len(self.rows))]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -37,14 +38,15 @@ class RpeBuilder:
     Raises UserError where the folder is not there.
     """
 
-    file: ClassVar[str] = FILE
-
     def __init__(self, source: Path, *, split: Split = "test") -> None:
         if split not in get_args(Split):
             raise UserError(f"split must be one of {', '.join(get_args(Split))}; found {split!r}")
         self.split, self.rows = split, Prepared(source, split)
         if not len(self.rows):
             raise UserError(f"{source} has no rows in split {split!r}; choose another, --set split=train")
+
+    def file(self, row: Mapping[str, Any]) -> str:
+        return FILE
 
     def items(self) -> Sequence[Item]:
         """The records with one image and one pose."""
@@ -116,9 +118,10 @@ def pose_fields(poses: Pose) -> dict[str, Any]:
 
 
 def write_image(folder: Path, name: str, data: bytes) -> str:
-    """Writes an image into ``images/`` under a name made from ``name``, unless it is there. Returns the path relative to the folder."""
+    """Writes an image into ``images/``, unless it is there. Returns the path relative to the folder: ``name`` in safe letters, and a hash of the
+    image, because two names may have the same letters."""
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-    relative = f"images/{safe}{suffix(data)}"
+    relative = f"images/{safe}-{hashlib.sha256(data).hexdigest()[:8]}{suffix(data)}"
     if not (folder / relative).is_file():
         write_whole(folder / relative, lambda file: file.write(data))
     return relative

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from chatpose_jax.data.build import Item
 from chatpose_jax.data.config import Split
@@ -27,12 +27,13 @@ class SpgBuilder:
     Raises UserError where files are missing.
     """
 
-    file: ClassVar[str] = FILE
-
     def __init__(self, source: Path, *, split: Split = "test", version: Version = "auto") -> None:
         if split not in get_args(Split):
             raise UserError(f"split must be one of {', '.join(get_args(Split))}; found {split!r}")
         self.split, self.release = split, Release(PoseScript.about, source, version)
+
+    def file(self, row: Mapping[str, Any]) -> str:
+        return FILE
 
     def items(self) -> Sequence[Item]:
         """The poses that have a caption; a person's caption where there is one."""
