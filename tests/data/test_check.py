@@ -241,7 +241,7 @@ def test_joint_names():
 
 
 def test_matrices_that_are_no_rotations(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "check", lambda pose: pose)
+    monkeypatch.setattr(preparing, "as_trained", lambda poses: poses)
     bent = BODIES[1].copy()
     bent[4] *= 1.1
     folder = write(tmp_path / "a", train=[row(0), row(1, bent), row(2)])
