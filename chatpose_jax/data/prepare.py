@@ -37,8 +37,10 @@ from chatpose_jax.settings import one_line, whole
 MAX_SHARDS = 512
 """The most shards of a split. If it has more parts, neighbouring parts share a shard."""
 MAX_BROKEN = 100
-MAX_DETAIL = 1000
+MAX_WORDS = 1000
 """Characters of what is said of one."""
+MAX_CONVERSATIONS = int(np.iinfo(store.ROW["conversation"]).max)
+"""Of a record."""
 MALFORMED = "no valid row"
 WORK, LOCK = ".unfinished", ".lock"
 """In the folder that is written: what a later call needs to continue, and the lock. They are removed at the end."""
@@ -279,6 +281,11 @@ def _read_note(file: Path) -> _Note:
     return note._replace(broken=[Broken(*item) for item in note.broken])
 
 
+def _plain_words(text: str) -> str:
+    """Text of a file or an error that can be written: short, Unicode, and without addresses of objects, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MAX_WORDS].encode(errors="replace").decode()
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
     """Writes shards, one at a time. It is pickled to other processes."""
@@ -299,23 +306,22 @@ class ShardWriter:
         file, items = _ShardFile(temporary), self._items(job)
         # Several at a time: code that runs between the decoding of two images runs from cold caches, at a third of the speed.
         while some := list(itertools.islice(items, _AT_A_TIME)):
-            counted = [self._count(item) if isinstance(item, Record) else item for item in some]
-            for item, found in zip(some, counted):
+            for found in [self._packed(item) if isinstance(item, Record) else item for item in some]:
                 if isinstance(found, Skipped):
                     skipped[found.reason] += 1
                     if found.broken:
-                        detail = re.sub(r" at 0x[0-9a-fA-F]+", "", found.detail)  # of objects: another one in each run
-                        broken.append(Broken(found.key, found.reason, detail[:MAX_DETAIL]))
+                        broken.append(Broken(_plain_words(found.key), found.reason, _plain_words(found.detail)))
                         _limit(broken, self.max_broken)
                     continue
-                file.write(to_bytes(item))
-                rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(found)]
+                data, counts = found
+                file.write(data)
+                rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(counts)]
                 records += 1
             tick(len(some))
         size, digest = file.close()
         temporary.replace(shard)
-        data = np.array(rows, store.ROW).tobytes()
-        store.write_file(note, msgpack.packb(_Note(data, records, dict(skipped), broken, size, digest)))
+        entries = np.array(rows, store.ROW).tobytes()
+        store.write_file(note, msgpack.packb(_Note(entries, records, dict(skipped), broken, size, digest)))
         return broken
 
     def _items(self, job: Job) -> Iterator[Any]:
@@ -327,18 +333,21 @@ class ShardWriter:
             except Exception as error:
                 raise named.raised(f"{type(self.reader).about.title}, {job.split}, {part}", error) from error
 
-    def _count(self, record: Record) -> list[tuple[int, ...]] | Skipped:
-        """What the index says of the record's rows: kind, images, poses, tokens, tail. A ``Skipped`` where training would refuse a row."""
+    def _packed(self, record: Record) -> tuple[bytes, list[tuple[int, ...]]] | Skipped:
+        """The record's bytes, and what the index says of its rows: kind, images, poses, tokens, tail. A ``Skipped`` where training would refuse a
+        row, or text is not Unicode (JSON can hold half a character)."""
         rows: list[tuple[int, ...]] = []
         try:
             as_trained(record.poses)
+            if len(record.conversations) > MAX_CONVERSATIONS:
+                raise ValueError(f"it has {len(record.conversations):,} conversations, more than {MAX_CONVERSATIONS:,}")
             for place in range(len(record.conversations)):
                 found = count_example(self.processor, record.example(place))
                 tokens = found.tokens - found.images * self.processor.ids.num_patches
                 rows.append((store.KINDS.index(record.kind), found.images, found.poses, tokens, found.tail))
+            return to_bytes(record), rows
         except ValueError as error:
             return Skipped(record.key, MALFORMED, broken=True, detail=str(error))
-        return rows
 
 
 class _ShardFile:

@@ -154,8 +154,8 @@ def overlay(image: Image.Image, pose: Pose, extras: Mapping[str, Any]) -> Image.
 def view(pose: Pose, extras: Mapping[str, Any], size: tuple[int, int]) -> View | None:
     """How the camera of a row's image sees its pose; None where extras have neither of these:
 
-    - ``cam_int`` (3, 3) of the image; and the place of the pelvis in the camera frame, by ``joint_cam`` (24, 3) or by the pose's translation, which
-      belongs to a body of another shape, so the body of the package may be some centimetres off.
+    - ``cam_int`` (3, 3) of the image; and the place of the pelvis in the camera frame, by ``joint_cam`` (24, 3) or by the translation, the pose's or
+      ``trans_cam``, which belongs to a body of another shape, so the body of the package may be some centimetres off.
     - ``keypoints_2d`` (25 or 44, 3), OpenPose's and the 19 more of 4D-Humans; or ``joint_img`` (24, 2). A camera far away is fitted to them.
 
     size: width and height of the image. Pixels in extras have (0, 0) in the middle of the first one.
@@ -203,11 +203,12 @@ def _points(extras: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 def _pelvis(pose: Pose, extras: Mapping[str, Any]) -> np.ndarray | None:
     """Where the pelvis is in the camera frame, (3,) metres before the camera, or None."""
     has = pose.translation is not None and (pose.has_translation is None or bool(pose.has_translation))
+    given = pose.translation if has else extras.get("trans_cam")
     joints, place = np.asarray(extras.get("joint_cam", ()), np.float64), None
     if joints.shape == (24, 3):
         place = joints[0]
-    elif has and pose.family in _PELVIS:
-        place = np.asarray(pose.translation, np.float64) + _PELVIS[pose.family]
+    elif given is not None and pose.family in _PELVIS:
+        place = np.asarray(given, np.float64) + _PELVIS[pose.family]
     return place if place is not None and place[2] > 0 else None
 
 

@@ -359,6 +359,22 @@ def test_rows_that_training_would_refuse_are_broken_items(processor, tmp_path):
     assert moved["key"] == "line 2" and "a translation changes its frame about the pelvis" in moved["detail"]
 
 
+def test_text_that_is_not_unicode_is_a_broken_item(processor, tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(["raise", "half", *["turn"] * 4]))
+    found = prepare(TOY, tmp_path, tmp_path / "out", processor=processor)["splits"]["train"]
+    item, record = found["broken"]
+    assert item["key"] == "?" and item["detail"] == "?" * 1000
+    assert found["records"] == 1 and record["key"] == "line 1" and "surrogates not allowed" in record["detail"]
+    assert store.read_description(tmp_path / "out")["splits"]["train"] == found
+
+
+def test_more_rows_than_the_index_can_number(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("chatpose_jax.data.prepare.MAX_CONVERSATIONS", 1)
+    (tmp_path / "words.txt").write_text("\n".join(["raise"] * 5))
+    found = prepare(TOY, tmp_path, tmp_path / "out", processor=processor)["splits"]["train"]
+    assert found["records"] == 0 and "it has 2 conversations, more than 1" in found["broken"][0]["detail"]
+
+
 @pytest.mark.parametrize(
     ("fail", "words"), [("user", "words.txt: cannot be read"), ("", "Toy poses, train, range.*: KeyError: 'x'")]
 )

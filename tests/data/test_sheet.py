@@ -82,6 +82,8 @@ def test_the_body_is_where_the_camera_sees_it(person, family):
     )
     found = sheet.view(moved, {"cam_int": intrinsics}, (SIZE, SIZE))
     assert overlap(pixels, found) > 0.99
+    other = {"cam_int": intrinsics, "trans_cam": moved.translation}  # as readers give those of another body
+    assert overlap(pixels, sheet.view(to_family(pose, family), other, (SIZE, SIZE))) > 0.99
     there = np.asarray(joints(load_body(), pose.rotations)) + where
     found = sheet.view(to_family(pose, family), {"cam_int": intrinsics, "joint_cam": there}, (SIZE, SIZE))
     assert overlap(pixels, found) > 0.99

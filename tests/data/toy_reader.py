@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import time
@@ -41,7 +42,10 @@ class Toy:
         for number in part:
             time.sleep(float(os.environ.get("TOY_PAUSE", 0)))
             word, key = lines[number], f"line {number}"
-            if word == "broken":
+            if word == "half":  # of a character: JSON can hold it, and UTF-8 cannot
+                yield Skipped("\ud800", "half", broken=True, detail="\ud800" * 5000)
+                yield dataclasses.replace(self._record(key, word), group="\ud800")
+            elif word == "broken":
                 yield Skipped(key, "no such word", broken=True, detail=f"the line is {word!r}, as {object()} said")
             elif word == "empty":
                 yield Skipped(key, "no pose")

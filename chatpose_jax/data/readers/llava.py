@@ -21,6 +21,8 @@ from chatpose_jax.processing.images import load_image
 from chatpose_jax.settings import whole
 
 FILE = "llava_v1_5_mix665k.json"
+FOLDERS = ("coco", "gqa", "ocr_vqa", "textvqa", "vg")
+"""The first folders of images' names."""
 RELEASED = ("coco", "gqa", "vg")
 IMAGE = "<image>"
 MAX_IMAGE = 2**26
@@ -137,8 +139,8 @@ class Llava:
 
 
 def _absent(name: str) -> str:
-    first, slash, _ = name.partition("/")
-    return f"an image of {first} is not there" if slash else "an image is not there"
+    first = name.partition("/")[0]
+    return f"an image of {first} is not there" if first in FOLDERS else "an image is not there"
 
 
 class _Search:
