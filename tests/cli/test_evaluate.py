@@ -39,6 +39,7 @@ def clips(folder):
 def test_the_free_path_of_the_docs(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs/prepared-data.md").read_text()
     block = re.search(r"```sh\n(chatpose data prepare cmu.*?)```", text, flags=re.S)
+    assert block[0] in (ROOT / "README.md").read_text()
     commands = [shlex.split(line)[1:] for line in block[1].splitlines()]
     assert [words[0] for words in commands] == ["data", "train", "evaluate", "chat"]
     monkeypatch.chdir(tmp_path)
