@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -115,16 +116,8 @@ class Log:
         if not chart:
             return
         if self.writer is None:  # the import takes seconds if PyTorch is installed
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=self.first + 1 if self.first else None
-            )
-        for name, value in values.items():
-            if isinstance(value, np.ndarray):
-                self.writer.add_image(name, value, step, dataformats="HWC")
-            else:
-                self.writer.add_scalar(name, value, step)
+            self.writer = Charts(self.folder / "tensorboard", self.first)
+        self.writer.write(step, values)
         if self.run is not None:
             from wandb import Image
 
@@ -142,6 +135,36 @@ class Log:
             self.writer.close()
         if self.run is not None:
             self.run.finish()
+
+
+class Charts:
+    """A file of TensorBoard's events. Of earlier files TensorBoard hides the steps after ``first``, which were lost.
+
+    tensorboardX's SummaryWriter writes in a thread of its own. On a full disk that thread ends, and then the run would wait for it without end.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        from tensorboardX import event_file_writer, proto, summary
+
+        self._event, self._summary = proto.event_pb2.Event, summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        if first:
+            begins = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+            self._file.write_event(self._event(wall_time=time.time(), step=first + 1, session_log=begins))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Scalars, and images as (H, W, 3) uint8 arrays. Raises OSError if the file system fails."""
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                drawn = self._summary.image(name, value, dataformats="HWC")
+            else:
+                drawn = self._summary.scalar(name, value)
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=drawn))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _length_up_to(path: Path, step: int) -> tuple[int, int]:

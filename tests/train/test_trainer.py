@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import fake_batch, init_params
@@ -275,10 +276,21 @@ def test_a_run_too_short_for_a_profile_says_so(tmp_path, params, capsys):
 
 
 def test_tensorboard_holds_the_scalars(tmp_path, params):
+    """And a run that goes on hides the steps that were lost."""
     train(CONFIG, dataclasses.replace(SETTINGS, steps=2), params(), Batches(), tmp_path, progress=False)
     files = list((tmp_path / "tensorboard").iterdir())
     assert len(files) == 1
     assert b"pose_body" in files[0].read_bytes()
+    files[0].rename(tmp_path / "first")
+    train(CONFIG, dataclasses.replace(SETTINGS, steps=3), params(), Batches(), tmp_path, progress=False)
+    (again,) = (tmp_path / "tensorboard").iterdir()
+    events, data = [], again.read_bytes()
+    while data:  # each: length, checksum, event, checksum
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert [event.step for event in events if event.HasField("session_log")] == [3]
+    assert {event.step for event in events if event.HasField("summary")} == {3}
 
 
 def test_a_signal_in_any_moment_of_a_step_saves(tmp_path, params):
@@ -300,9 +312,14 @@ def test_a_run_longer_than_asked_for_is_not_passed_off_as_short(tmp_path, params
         train(CONFIG, dataclasses.replace(SETTINGS, steps=2), params(), Batches(), tmp_path, progress=False)
 
 
-def test_a_full_disk_ends_a_run_so_that_it_is_started_again(tmp_path, params, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("files", ["metrics.jsonl", "tensorboard/*"])
+def test_a_full_disk_ends_a_run_so_that_it_is_started_again(files, tmp_path, params, monkeypatch):
+    written = os.fsync
+
+    def full(file):
+        if any(os.path.samestat(os.fstat(file), path.stat()) for path in tmp_path.glob(files)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(file)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(Fault, match="No space left on device"):
