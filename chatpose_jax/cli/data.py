@@ -7,21 +7,21 @@ import importlib
 
 # name: (module, what it does). A module has add_arguments(parser) and run(args) -> exit status.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "build": (
-        "chatpose_jax.cli.data_build",
-        "write questions and descriptions with a language model, or by rules, for review",
-    ),
     "list": ("chatpose_jax.cli.data_list", "the data sets, with licences and where to get them"),
     "prepare": ("chatpose_jax.cli.data_prepare", "write the folder that training reads, from the original files"),
-    "schema": (
-        "chatpose_jax.cli.data_schema",
-        "print the JSON Schema of rows of your own data (the data set jsonlines)",
-    ),
     "check": (
         "chatpose_jax.cli.data_check",
         "look for damage, wrong frames, filler values, duplicates and leaks; draw samples",
     ),
     "show": ("chatpose_jax.cli.data_show", "print one row, and draw its images and body"),
+    "build": (
+        "chatpose_jax.cli.data_build",
+        "write questions and descriptions with a language model, or by rules, for review",
+    ),
+    "schema": (
+        "chatpose_jax.cli.data_schema",
+        "print the JSON Schema of rows of your own data (the data set jsonlines)",
+    ),
 }
 
 

@@ -110,10 +110,10 @@ def _builder(args: argparse.Namespace) -> build.Builder:
 
 def _agreed(costs: build.Estimate, endpoint: Endpoint, args: argparse.Namespace) -> bool:
     """Says what the run would cost, and asks whether to continue."""
-    money = "(--price IN OUT gives the cost)" if costs.cost is None else f", which costs about {costs.cost:.2f}"
+    money = " (--price IN OUT gives the cost)" if costs.cost is None else f", which costs about {costs.cost:.2f}"
     print(
-        f"{costs.items} items; {costs.asked} to ask {endpoint.model!r} at {endpoint.url}, about {costs.tokens_in:,} tokens in and "
-        f"{costs.tokens_out:,} out {money}".replace(" ,", ","),
+        f"{costs.items} items, {costs.asked} of them without an answer so far. To ask {endpoint.model!r} at {endpoint.url}: about "
+        f"{costs.tokens_in:,} tokens in and {costs.tokens_out:,} out{money}",
         file=sys.stderr,
     )
     if args.yes or not costs.asked:

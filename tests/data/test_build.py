@@ -233,7 +233,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     more = ["--set", "size=3", "--model", "m", "--price", "1", "2"]
     assert main([*command, *more]) == 2  # nobody is at the terminal
-    assert "1 to ask 'm' at https://api.openai.com/v1" in (error := capsys.readouterr().err) and "add --yes" in error
+    error = capsys.readouterr().err
+    assert (
+        "1 of them without an answer so far. To ask 'm' at https://api.openai.com/v1: " in error
+        and "add --yes" in error
+    )
     assert main(["data", "build", "spq", "--source", "generated", "--out", "x", "--offline"]) == 2
     assert "did you mean spg?" in capsys.readouterr().err
     assert main(["data", "build", "rpe", "--source", str(tmp_path / "no"), "--out", "x", "--offline"]) == 2
