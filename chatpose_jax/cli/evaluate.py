@@ -33,6 +33,7 @@ from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.held_out import held_out_rows
 from chatpose_jax.train.run_config import load_config
 from smpl_jax import render
+from smpl_jax.pose import known
 
 ROWS, BASELINE_ROWS = 192, 1000
 PANEL, LINES = 192, 8
@@ -64,8 +65,15 @@ def run(args: argparse.Namespace) -> int:
     keep_compiled()
     model = load(args.model, head=args.head)
     size = model.config.vision.image_size
-    held_out, _ = held_out_rows(examples(data, args.split, size), args.rows)
-    seen, _ = held_out_rows(examples(data, "train", size), BASELINE_ROWS)
+    asked, train = examples(data, args.split, size), examples(data, "train", size)
+    held_out, _ = held_out_rows(asked, args.rows)
+    for kind, rows in held_out.items():
+        if not known(true_poses(rows)).any():
+            raise UserError(
+                f"none of the {len(rows)} {kind} rows of the split {args.split!r} has a measured joint, so their poses cannot be compared"
+            )
+    baseline = "train" if len(train) else args.split
+    seen, _ = held_out_rows(train if len(train) else asked, BASELINE_ROWS)
     args.out.mkdir(parents=True, exist_ok=True)
     results = {}
     for kind, rows in held_out.items():
@@ -83,10 +91,13 @@ def run(args: argparse.Namespace) -> int:
         "body": model.body.name,
         "sources": [row._asdict() for row in data.sources],
         "split": args.split,
+        "mean_pose_of": baseline,
         "evaluation": results,
     }
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print_table(results)
+    if baseline != "train":
+        print(f"there are no training rows: the mean pose is that of the split {baseline!r} itself")
     print(f"\nwrote {args.out}: report.json" + "".join(f", {kind}.png" for kind in results if args.drawings))
     return 0
 

@@ -72,6 +72,31 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     assert not Path("report").exists()
 
 
+def test_data_without_training_rows(tmp_path, monkeypatch, capsys):
+    """Evaluation sets have a test split only; of some, nothing is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("only_test.py").write_text(
+        "import dataclasses\n"
+        "from chatpose_jax.data.synthetic.dataset import SyntheticDataset\n"
+        "from smpl_jax.pose import unmeasured\n"
+        "def rows(split, *, blind: bool = False):\n"
+        "    found = list(SyntheticDataset('test', 3, tasks={'text': 1})) if split == 'test' else []\n"
+        "    return [dataclasses.replace(row, poses=unmeasured((1,))) for row in found] if blind else found\n"
+    )
+    save_folder("model", CONFIG, init_params(CONFIG, jax.random.key(0)), processor=tiny_processor(CONFIG))
+    true = [PosedBody(row.poses[0], load_body()) for row in SyntheticDataset("test", 3, tasks={"text": 1})]
+    replies = [type("Reply", (), {"poses": [body]})() for body in true]
+    monkeypatch.setattr("chatpose_jax.cli.evaluate.answer_poses", lambda *args, **words: (replies, 1.0))
+    words = ["evaluate", "model", "--out", "report", "--drawings", "0", "--set", "data.sources=only_test:rows"]
+    assert main(words) == 0
+    assert "the mean pose is that of the split 'test' itself" in capsys.readouterr().out
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["mean_pose_of"] == "test" and report["evaluation"]["text"]["baseline_mpjpe"] > 10
+    assert main([*words, "--set", "data.sources.only_test:rows.blind=true"]) == 2
+    assert "none of the 3 text rows of the split 'test' has a measured joint" in capsys.readouterr().err
+
+
 def test_an_answer_is_drawn_beside_the_truth_and_the_image():
     body = load_body()
     for task in ("text", "image"):

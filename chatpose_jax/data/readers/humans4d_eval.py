@@ -178,7 +178,7 @@ class Humans4DEval:
     def _record(self, row: Row, part: str, entry: dict[str, Any], pixels: np.ndarray) -> Record:
         numbers = {name: np.asarray(value, np.float64) for name, value in entry.items() if name not in _TEXT}
         for name in ("body_pose", "betas"):
-            if not numbers.pop(f"has_{name}", np.zeros(1)).all():
+            if not (numbers.pop(f"has_{name}", np.zeros(1)) > 0).all():
                 numbers.pop(name, None)
         if broken := [name for name, value in numbers.items() if not np.isfinite(value).all()]:
             raise UserError(f"{', '.join(broken)} must be finite numbers")
