@@ -128,7 +128,7 @@ def prepare(
     with only_writer(out, out / LOCK):
         if (out / store.DESCRIPTION).exists():
             return _finished(out, plan, parts)
-        _begin(out, plan, parts)
+        _begin(out, plan, source, parts)
         jobs = [job for split, some in parts.items() for job in _jobs(split, some)]
         _write_shards(ShardWriter(out, reader, processor, max_broken), jobs, workers, progress)
         splits = {split: _complete(out, [job for job in jobs if job.split == split]) for split in parts}
@@ -206,9 +206,13 @@ def _demand_same(holds: str, found: Mapping[str, Any], plan: Mapping[str, Any]) 
             )
 
 
-def _begin(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[Any]]) -> None:
+def _begin(out: Path, plan: Mapping[str, Any], source: Path, parts: Mapping[Split, Sequence[Any]]) -> None:
     """Makes the folders, or checks that those of an earlier call are for the same result."""
-    plan = {**plan, "parts": {split: list(map(str, some)) for split, some in parts.items()}}
+    plan = {
+        **plan,
+        "source": str(source.resolve()),
+        "parts": {split: list(map(str, some)) for split, some in parts.items()},
+    }
     file = out / WORK / "plan"
     if file.exists():
         _demand_same(f"{out} holds the beginning of a data set with", msgpack.unpackb(file.read_bytes()), plan)

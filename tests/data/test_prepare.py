@@ -336,6 +336,9 @@ def test_other_options_do_not_continue_what_was_begun(source, processor, tmp_pat
         prepare(TOY, source, tmp_path / "out", processor=processor, max_broken=3)
     with pytest.raises(UserError, match="holds the beginning of a data set with options"):
         prepare(TOY, source, tmp_path / "out", processor=processor, options={"seed": 1})
+    other = shutil.copytree(source, tmp_path / "other")  # files of these names, which may hold other things
+    with pytest.raises(UserError, match="holds the beginning of a data set with source"):
+        prepare(TOY, other, tmp_path / "out", processor=processor)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
