@@ -38,9 +38,9 @@ MAX_SHARDS = 512
 """The most shards of a split. If it has more parts, neighbouring parts share a shard."""
 MAX_BROKEN = 100
 MAX_WORDS = 1000
-"""Characters of what is said of one."""
+"""Characters that are kept of the key, and of the detail, of a broken item."""
 MAX_CONVERSATIONS = int(np.iinfo(store.ROW["conversation"]).max)
-"""Of a record."""
+"""The most conversations of a record that the index can number."""
 MALFORMED = "no valid row"
 WORK, LOCK = ".unfinished", ".lock"
 """In the folder that is written: what a later call needs to continue, and the lock. They are removed at the end."""
@@ -286,7 +286,7 @@ def _read_note(file: Path) -> _Note:
 
 
 def _plain_words(text: str) -> str:
-    """Text of a file or an error that can be written: short, Unicode, and without addresses of objects, which differ from run to run."""
+    """A text that can be written to a file: short, Unicode, and without addresses of objects, which differ from run to run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MAX_WORDS].encode(errors="replace").decode()
 
 
@@ -339,7 +339,7 @@ class ShardWriter:
 
     def _packed(self, record: Record) -> tuple[bytes, list[tuple[int, ...]]] | Skipped:
         """The record's bytes, and what the index says of its rows: kind, images, poses, tokens, tail. A ``Skipped`` where training would refuse a
-        row, or text is not Unicode (JSON can hold half a character)."""
+        row, or where text is not Unicode (JSON can hold half of a surrogate pair)."""
         rows: list[tuple[int, ...]] = []
         try:
             as_trained(record.poses)

@@ -19,12 +19,16 @@ WITH_CONFIG = [
 def parsed(name, *words):
     parser = Parser()
     importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
-    needed = {"train": ["--out", "run"], "plan": ["--target", "cpu:1"]}.get(name, [])
+    needed = {
+        "train": ["--out", "run"],
+        "evaluate": ["model", "--out", "report"],
+        "plan": ["--target", "cpu:1"],
+    }.get(name, [])
     return parser.parse_args([*needed, *words])
 
 
 def test_every_command_with_a_configuration_takes_both_forms():
-    assert WITH_CONFIG == ["demo", "train", "plan"]
+    assert WITH_CONFIG == ["demo", "train", "evaluate", "plan"]
 
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
@@ -82,4 +86,5 @@ def test_help_names_both(name, capsys):
     with pytest.raises(SystemExit):
         parsed(name, "--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "--set train." in said and "--config.train." in said
+    example = "data.sources=" if name == "evaluate" else "train."
+    assert f"--set {example}" in said and f"--config.{example}" in said

@@ -13,7 +13,7 @@ from chatpose_jax.cli.main import main
 from chatpose_jax.data import prepare as preparing
 from chatpose_jax.data import store
 from chatpose_jax.data.check import KINDS, check_folders, constant, joint_name
-from chatpose_jax.data.record import Record
+from chatpose_jax.data.record import Record, to_bytes
 from chatpose_jax.data.scan import Joints, body_hashes, head_directions, joint_hashes
 from chatpose_jax.data.synthetic.families import sample_poses
 from chatpose_jax.data.synthetic.skeleton import rotation
@@ -110,7 +110,7 @@ def test_an_index_of_other_records(clean, tmp_path):
 
 def test_records_that_training_refuses(tmp_path, monkeypatch):
     """Of a folder from a stranger: it may hold anything."""
-    monkeypatch.setattr(preparing.ShardWriter, "_count", lambda self, record: [])
+    monkeypatch.setattr(preparing.ShardWriter, "_packed", lambda self, record: (to_bytes(record), []))
     good = vars(row(0))
     nan = np.full((24, 3, 3), np.nan, np.float32)
     bad = [
