@@ -221,7 +221,7 @@ EYE = np.broadcast_to(np.eye(3), (24, 3, 3))
         (
             lambda b, x: smpl_jax.regress(b, np.zeros((200, 3)), "h36m"),
             ValueError,
-            r"no regressor 'h36m': its regressors are tips\. To add one: body.with_keypoints",
+            r"no regressor 'h36m'; its regressors are tips\. To add one: body.with_keypoints",
         ),
     ],
 )
