@@ -52,7 +52,6 @@ class Person:
 
     center: np.ndarray
     scale: np.ndarray
-    has_pose: bool
     axis_angle: np.ndarray
     betas: np.ndarray | None
     keypoints_2d: np.ndarray
@@ -75,7 +74,6 @@ class Person:
         return cls(
             center=_array(entry, "center", (2,)),
             scale=_array(entry, "scale", (1,), (2,)),
-            has_pose=has_pose,
             axis_angle=_array(entry, "body_pose", (72,)).reshape(24, 3) if has_pose else np.zeros((24, 3)),
             betas=_array(entry, "betas", (10,)) if _flag(entry, "has_betas") else None,
             keypoints_2d=_array(entry, "keypoints_2d", (KEYPOINTS, 3)),
@@ -230,7 +228,7 @@ class Humans4D:
 
     def _reason(self, person: Person) -> str:
         """Why a person is left out, or nothing."""
-        if not person.has_pose:
+        if not person.axis_angle.any():  # a flag of a pose of zeros alone would be wrong: the body stands on its head
             return "no pose"
         if self.need_shape and person.betas is None:
             return "no shape, or an extreme one"

@@ -23,7 +23,7 @@ from chatpose_jax.data.readers.untrusted import inside
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import POSE
-from smpl_jax.pose import Pose
+from smpl_jax.pose import SHARED, Pose
 
 INPUT = "<pose>"
 """In the user's words: the pose of ``input_pose``, which their model reads as numbers."""
@@ -115,7 +115,10 @@ class PoseLlava:
         paths = [inside(folder, name) for name in names]
         if absent := [path for path in paths if not path.is_file()]:
             return Skipped(key, "an image is not there", detail=f"no {absent[0]}")
-        messages = [_without_mark(message) for message in messages_of(row.get("conversations"), len(names))]
+        talk = messages_of(row.get("conversations"), len(names))
+        if not len(given) and any(INPUT in str(message["content"]) for message in talk[::2]):
+            raise UserError(f"a question holds {INPUT}, and there is no input_pose")
+        messages = [_without_mark(message) for message in talk]
         found = sum(str(message["content"]).count(POSE) for message in messages[1::2])
         if found != len(targets) or not found:
             raise UserError(f"the answers hold {found} {POSE}, and target_pose {len(targets)} poses of 72 numbers")
@@ -168,6 +171,8 @@ def _poses(row: Mapping[str, Any], name: str) -> np.ndarray:
         raise UserError(f"{name}: expected 72 numbers for each pose, found {row[name]!r:.100}") from None
     if not np.isfinite(values).all():
         raise UserError(f"{name}: expected finite numbers")
+    if not values[:, :SHARED].any(axis=(1, 2)).all():
+        raise UserError(f"{name}: all numbers of a pose are zero, which is no pose: the body would stand on its head")
     return values
 
 

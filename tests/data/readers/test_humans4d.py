@@ -157,6 +157,7 @@ def test_rows_can_be_trained_on(tmp_path):
         ({"extra_info": {"fitting_loss": np.array({}, object)}}, {}, None),
         ({"extra_info": {}}, {}, None),
         ({"keypoints_2d": np.full((44, 3), 0.29)}, {}, "too few keypoints"),
+        ({"body_pose": np.zeros(72)}, {}, "no pose"),
         ({"keypoints_2d": np.full((44, 3), 0.29)}, {"min_confidence": 0.0}, None),
     ],
 )
@@ -395,7 +396,7 @@ def test_improbable_poses(tmp_path):
         vectors = rng.normal(size=(2000, 3)) * 0.1
         counts[joint] = np.histogramdd(vectors, 40, [(-np.pi, np.pi)] * 3)[0]
     np.save(tmp_path / HISTOGRAM, counts)
-    usual, bent, around = (person(body_pose=np.zeros(72)) for _ in range(3))
+    usual, bent, around = (person(body_pose=np.eye(72)[0] * np.pi) for _ in range(3))
     bent["body_pose"][3 * 18 : 3 * 19] = [0, 2.9, 0]
     around["body_pose"][3 * 18 : 3 * 19] = [0, 2 * np.pi + 0.1, 0]
     write(tmp_path, Coco, [("a/1", sample(usual, bent, around))])

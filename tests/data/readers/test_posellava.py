@@ -157,6 +157,8 @@ def test_faults(source: Path, tmp_path: Path) -> None:
         ),
         "two": (GENERATE | {"conversations": turns("Which?", "<POSE> <POSE>")}, "2 <POSE>, and target_pose 1"),
         "outside": (ADJUST_IMAGE | {"image": "../a.png"}, "inside"),
+        "no input": (GENERATE | {"conversations": turns(ADJUST)}, "holds <pose>, and there is no input_pose"),
+        "zeros": (GENERATE | {"target_pose": [0.0] * 66 + FINGERS}, "target_pose: all numbers of a pose are zero"),
     }
     for name, (row, words) in cases.items():
         item = one(tmp_path / f"x{name}", row)
