@@ -33,7 +33,8 @@ class MotionCapture:
 
     A record is a key pose: rotations in the frame "model", turned to face +z, and ``variants`` questions that ask for it. SMPL's two rigid
     hands, and joints that a skeleton lacks, are not measured. There are no betas, and no translation, because the body was turned.
-    ``group`` is the clip. ``extras``: ``frame`` (its number in the clip), ``subject``, and ``description`` (text, "" if there is none).
+    ``group`` is the clip, for ``cmu`` by the name of its file in AMASS.
+    ``extras``: ``frame`` (its number in the clip), ``subject``, and ``description`` (text, "" if there is none).
 
     Options:
         rate: frames per second of a clip that are considered.
@@ -129,6 +130,10 @@ class MotionCapture:
             else:
                 yield chosen.get(frame) or Skipped(f"{part}#{frame}", "frames near a key pose")
 
+    def group(self, part: str) -> str:
+        """The name of a clip in ``Record.group``: its path without suffix."""
+        return part.rpartition(".")[0]
+
     def _records(self, part: str, frames: np.ndarray, rotations: np.ndarray, pose: Pose) -> Iterator[Record | Skipped]:
         if not len(frames):
             return
@@ -148,7 +153,7 @@ class MotionCapture:
                 "text",
                 tuple(conversation for conversation in asked if conversation),
                 poses=Pose(rotations[row : row + 1].astype(np.float32), "model", measured=pose.measured[[frame]]),
-                group=part.rpartition(".")[0],
+                group=self.group(part),
                 extras={"frame": frame, "subject": subject(part), "description": description},
             )
 
@@ -177,6 +182,12 @@ class Cmu(MotionCapture):
             f"{INDEX} (optional): what the clips show, from the conversions to BVH by B. Hahne",
         ),
     )
+
+    def group(self, part: str) -> str:
+        """The file of AMASS that has the same recording, so that ``chatpose data check`` finds what is also in PoseScript's test split."""
+        clip = Path(part).stem
+        found = re.fullmatch(r"(\d+)_\d+", clip)
+        return f"CMU/{found[1]}/{clip}_poses.npz" if found else super().group(part)
 
 
 class Bvh(MotionCapture):

@@ -7,6 +7,7 @@ import pytest
 
 from chatpose_jax.data.collate import encode_example
 from chatpose_jax.data.reader import Skipped
+from chatpose_jax.data.readers.amass import file_name
 from chatpose_jax.data.readers.mocap import INDEX, TASKS, Bvh, Cmu, key_poses, read_index, subject
 from chatpose_jax.data.record import Record, from_bytes, to_bytes
 from chatpose_jax.data.synthetic import skeleton
@@ -51,8 +52,11 @@ def records(reader, splits=SPLITS):
 def test_records_of_acclaim_and_bvh(folder):
     found = records(Cmu(folder, variants=3))
     assert {record.group for record in found.values()} == {
-        "cmu/02_01", "cmu/02_02", "cmu/02_10", "cmu/35_01", "cmu/144_30", "a/a30", "a/a60", "b/b30", "b/b60",
+        "CMU/02/02_01_poses.npz", "CMU/02/02_02_poses.npz", "CMU/02/02_10_poses.npz", "CMU/35/35_01_poses.npz",
+        "CMU/144/144_30_poses.npz", "a/a30", "a/a60", "b/b30", "b/b60",
     }  # fmt: skip
+    assert file_name("CMU/02/02_01_stageii.npz") == "CMU/02/02_01_poses.npz"  # what the readers of AMASS write
+    assert "cmu/02_01" in {record.group for record in records(Bvh(folder)).values()}
     processor = tiny_processor(preset("tiny"))
     for record in found.values():
         assert record.kind == "text" and len(record.conversations) == 3 and record.poses.frame == "model"
@@ -94,7 +98,7 @@ def test_levels_of_detail(folder):
     assert captions["summary"] < captions["short"] < captions["detailed"]
     assert "arms" in words["short"] and "arms" not in words["summary"] and "walk" in words["motion"]
     assert "guards a palace" in words["situation"]
-    described = {"cmu/02_01", "cmu/35_01", "a/a30"}
+    described = {"CMU/02/02_01_poses.npz", "CMU/35/35_01_poses.npz", "a/a30"}
     assert {record.group for record in asked["motion"].values()} == described
     lost = [item.reason for item in Cmu(folder, tasks={"motion": 1}).read("train", "b/b60.bvh") if item]
     assert set(lost) == {
