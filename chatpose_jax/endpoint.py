@@ -36,6 +36,10 @@ class NoAnswer(Exception):
     """The endpoint gave no usable answer to this question, and asking again would not help."""
 
 
+class NoServer(NoAnswer):
+    """All attempts failed: the server is not there, is broken, or is no endpoint."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
     """A model behind an endpoint.
@@ -94,7 +98,8 @@ class Endpoint:
         turn: another number asks the same question anew, instead of reading the cached answer.
 
         Raises:
-            NoAnswer: the model refused, its answer was cut off at ``max_tokens``, or all attempts failed.
+            NoAnswer: the model refused, or its answer was cut off at ``max_tokens``.
+            NoServer, which is a NoAnswer: all attempts failed.
             UserError: the endpoint refuses the request itself: a wrong key, model or address, or no money left.
         """
         if (known := self.known(messages, turn)) is not None:
@@ -120,7 +125,7 @@ class Endpoint:
             else:
                 self._keep(messages, turn, response)
                 return text
-        raise NoAnswer(f"{ATTEMPTS} attempts failed, the last with {failure}")
+        raise NoServer(f"{ATTEMPTS} attempts failed, the last with {failure}")
 
     def _keep(self, messages: Messages, turn: int, response: Any) -> None:
         if self.cache is not None:
@@ -150,7 +155,10 @@ class Endpoint:
             data = response.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"an answer of more than {MAX_BYTES} bytes")
-        return json.loads(data)
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise ValueError(f"an answer that is no JSON: {data[:100].decode(errors='replace')!r}") from None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

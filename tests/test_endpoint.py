@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from chatpose_jax.endpoint import ATTEMPTS, KEY, URL, Endpoint, NoAnswer
+from chatpose_jax.endpoint import ATTEMPTS, KEY, URL, Endpoint, NoAnswer, NoServer
 from chatpose_jax.errors import UserError
 
 QUESTION = [{"role": "user", "content": "Hello?"}]
@@ -92,11 +92,12 @@ def test_faults_that_pass_are_asked_again(server: Server, fault: Any) -> None:
 
 
 def test_a_fault_that_stays_ends_after_some_attempts(server: Server) -> None:
-    server.then = FAULTS["broken"]
-    waits: list[float] = []
-    with pytest.raises(NoAnswer, match=f"{ATTEMPTS} attempts failed, the last with 500"):
-        endpoint(server, waits).ask(QUESTION)
-    assert len(server.asked) == ATTEMPTS and max(waits) <= 60
+    for fault, words in (("broken", "500"), ("no JSON", "ValueError: an answer that is no JSON: 'hello'")):
+        server.then, server.asked[:] = FAULTS[fault], []
+        waits: list[float] = []
+        with pytest.raises(NoServer, match=f"{ATTEMPTS} attempts failed, the last with {words}"):
+            endpoint(server, waits).ask(QUESTION)
+        assert len(server.asked) == ATTEMPTS and max(waits) <= 60
 
 
 @pytest.mark.parametrize(

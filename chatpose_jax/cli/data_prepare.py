@@ -79,7 +79,9 @@ def describe_data_set(description: dict) -> list[str]:
     for split, about in description["splits"].items():
         kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
         size = sum(shard["bytes"] for shard in about["shards"])
-        lines.append(f"{split}: {about['rows']} rows ({kinds}) of {about['records']} records, {size / 1e9:.2f} GB")
+        lines.append(
+            f"{split}: {about['rows']} rows{f' ({kinds})' if kinds else ''} of {about['records']} records, {size / 1e9:.2f} GB"
+        )
         lines += [f"  left out: {count} × {reason}" for reason, count in about["skipped"].items()]
         lines += [f"  broken: {item['key']}: {item['detail'] or item['reason']}" for item in about["broken"][:5]]
         if more := len(about["broken"]) - 5:

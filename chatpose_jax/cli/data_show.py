@@ -19,7 +19,7 @@ from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import ImageSource, parse_messages
 from chatpose_jax.processing.images import load_image
-from smpl_jax.pose import Pose, known
+from smpl_jax.pose import HANDS, Pose, known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +107,9 @@ def describe_pose(pose: Pose) -> str:
     if not measured.any():
         return f"{pose.family} ({pose.num_joints} joints); nothing was measured"
     absent = [joint_name(pose.num_joints, joint) for joint in np.flatnonzero(~measured).tolist()]
+    fingers = [joint for joint in absent if joint[-1].isdigit()]
+    if len(fingers) == HANDS:
+        absent = [joint for joint in absent if joint not in fingers] + ["all fingers"]
     head = head_directions(np.asarray(pose.rotations, np.float32)[None])[0]
     up = AXES.index(UP[pose.frame])
     height = (1 - 2 * (up % 2)) * head[up // 2]

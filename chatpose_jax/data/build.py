@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from tqdm import tqdm
 
 from chatpose_jax.data.readers.untrusted import parse_json, read_lines
-from chatpose_jax.endpoint import Endpoint, Messages, NoAnswer
+from chatpose_jax.endpoint import Endpoint, Messages, NoAnswer, NoServer
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.settings import one_line
@@ -26,6 +26,8 @@ from smpl_jax._files import write_whole
 REVIEW = "review.jsonl"
 TURNS = 3
 """How often a model is asked for one item, if its answers are not JSON objects with the texts."""
+REFUSALS = 4
+"""So many items in a row that the endpoint refuses, or does not answer, end the work."""
 TOKENS_AN_IMAGE = 1000
 CHARACTERS_A_TOKEN = 3.5
 
@@ -134,7 +136,7 @@ def write_texts(
     endpoint: asks a language model; None uses the builder's rules. What a person has written in the review file stays. If it is stopped,
     ``pending`` gives the items that are left, and answers that had come are in the endpoint's cache.
 
-    Raises UserError where the endpoint refuses the requests, or the folder cannot be written.
+    Raises UserError where the endpoint refuses ``REFUSALS`` items in a row or answers none of them, or the folder cannot be written.
     """
     review = out / REVIEW
     failed: list[tuple[str, str]] = []
@@ -211,6 +213,7 @@ def _texts(
         return
     waiting: list[tuple[Item, concurrent.futures.Future]] = []
     todo: Iterable[Item] = iter(items)
+    refused = 0
     pool = concurrent.futures.ThreadPoolExecutor(parallel)
     try:
         while True:
@@ -219,7 +222,15 @@ def _texts(
             if not waiting:
                 return
             item, answer = waiting.pop(0)
-            yield item, answer.result()
+            try:
+                found, refused = answer.result(), 0
+            except (UserError, NoServer) as error:
+                found, refused = str(error), refused + 1
+                if refused == REFUSALS:  # a wrong key or a dead server: the other items would fare alike
+                    raise UserError(
+                        f"{refused} items in a row got no answer, the last: {error}. What is written is kept: the same command continues"
+                    ) from None
+            yield item, found
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -229,8 +240,12 @@ def _ask(builder: Builder, item: Item, endpoint: Endpoint) -> Mapping[str, str] 
     for turn in range(TURNS):
         try:
             return texts_of(endpoint.ask(messages, turn), builder.names())
+        except UserError:  # the request itself is refused
+            raise
         except ValueError as error:
             reason = str(error)
+        except NoServer:
+            raise
         except NoAnswer as error:
             return str(error)
     return f"{TURNS} answers without the texts, the last: {reason}"

@@ -359,7 +359,10 @@ def _reason(a: Part, b: Part, common: dict[str, np.ndarray]) -> str:
             return "The same items have other groups in the two: the reader's group does not name what they share"
         return "Poses of other groups are equal: copies under other names, or rest poses such as a T-pose"
     if a.folder == b.folder:
-        return "The data set is split by items and not by group: choose an option that splits by group, or know that this split is not clean"
+        return (
+            "The data set is split by items and not by group: give each group to one split, by an option of the data set "
+            "or in your own files, or know that this split is not clean"
+        )
     if a.name == b.name:
         return "The two were prepared with different splits, for example different seeds or folds, or from two releases"
     same = (

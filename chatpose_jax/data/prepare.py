@@ -42,7 +42,7 @@ MAX_WORDS = 1000
 MAX_CONVERSATIONS = int(np.iinfo(store.ROW["conversation"]).max)
 """The most conversations of a record that the index can number."""
 MALFORMED = "no valid row"
-WORK, LOCK = ".unfinished", ".lock"
+LOCK = ".lock"
 """In the folder that is written: what a later call needs to continue, and the lock. They are removed at the end."""
 _AT_A_TIME = 32
 
@@ -75,7 +75,7 @@ class Job:
 
     def note(self, out: Path) -> Path:
         """The file that says what the shard holds. Where it is, the shard is complete."""
-        return out / WORK / self.split / f"{self.number:05d}"
+        return out / store.WORK / self.split / f"{self.number:05d}"
 
 
 def prepare(
@@ -134,7 +134,7 @@ def prepare(
         splits = {split: _complete(out, [job for job in jobs if job.split == split]) for split in parts}
         description = {**plan, "splits": splits}
         store.write_file(out / store.DESCRIPTION, store.to_json(description))
-        shutil.rmtree(out / WORK)
+        shutil.rmtree(out / store.WORK)
     return description
 
 
@@ -193,17 +193,30 @@ def _finished(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence
     shards = {split: len(about["shards"]) for split, about in found["splits"].items()}
     wanted = {split: min(len(some), MAX_SHARDS) for split, some in parts.items()}
     _demand_same(f"{out} holds a data set with", {**found, "shards": shards}, {**plan, "shards": wanted})
-    shutil.rmtree(out / WORK, ignore_errors=True)  # a killed call left it: this is its last step
+    shutil.rmtree(out / store.WORK, ignore_errors=True)  # a killed call left it: this is its last step
     return found
 
 
+_OF_FILES = ("parts", "shards")
+"""Entries of a plan that follow from the original files alone."""
+_NAMES = {"lengths": "tokens that were counted for the tokenizer and template (--model)"}
+"""Entries of a plan whose names say too little."""
+
+
 def _demand_same(holds: str, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raises UserError, which says what differs, where a folder was begun or written by a call of which this one is no repetition."""
+    advice = "choose another folder, or delete this one"
     for name, value in plan.items():
-        if found.get(name) != value:
+        if (was := found.get(name)) == value:
+            continue
+        if name in _OF_FILES:
             raise UserError(
-                f"{holds} {name} {found.get(name)!r:.200}, and this call has {value!r:.200}; "
-                "choose another folder, or delete this one"
+                f"{holds} other original files: those in --source were changed since it was begun; {advice}"
             )
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            keys = [key for key in {**was, **value} if was.get(key) != value.get(key)]
+            was, value = ({key: some.get(key) for key in keys} for some in (was, value))
+        raise UserError(f"{holds} {_NAMES.get(name, name)} {was!r:.200}, and this call has {value!r:.200}; {advice}")
 
 
 def _begin(out: Path, plan: Mapping[str, Any], source: Path, parts: Mapping[Split, Sequence[Any]]) -> None:
@@ -213,14 +226,14 @@ def _begin(out: Path, plan: Mapping[str, Any], source: Path, parts: Mapping[Spli
         "source": str(source.resolve()),
         "parts": {split: list(map(str, some)) for split, some in parts.items()},
     }
-    file = out / WORK / "plan"
+    file = out / store.WORK / "plan"
     if file.exists():
         _demand_same(f"{out} holds the beginning of a data set with", msgpack.unpackb(file.read_bytes()), plan)
-    elif others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, WORK)):
+    elif others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, store.WORK)):
         raise UserError(f"{out} holds other files ({others[0]}); choose a new or an empty folder")
-    (out / WORK).mkdir(exist_ok=True)
+    (out / store.WORK).mkdir(exist_ok=True)
     store.write_file(file, msgpack.packb(plan))  # the first file, by which a later call knows the folder
-    for folder in (out, out / WORK, *(parent / split for split in parts for parent in (out, out / WORK))):
+    for folder in (out, out / store.WORK, *(parent / split for split in parts for parent in (out, out / store.WORK))):
         folder.mkdir(exist_ok=True)
         for left in folder.glob("*.tmp"):
             left.unlink()

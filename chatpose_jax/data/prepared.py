@@ -26,6 +26,14 @@ OPEN_SHARDS = 64
 """The most shards of a split that are open at a time."""
 
 
+class NotPrepared(UserError):
+    """The folder of a data set is not there, or not complete. folder: its path."""
+
+    def __init__(self, words: str, folder: str) -> None:
+        super().__init__(words)
+        self.folder = folder
+
+
 def prepared(split: Split, *, folder: str) -> Prepared:
     """The source "prepared" of ``data.sources``: a folder that ``chatpose data prepare`` wrote.
 
@@ -42,9 +50,10 @@ def data_set(name: str, root: str) -> Any:
         if not (path / store.DESCRIPTION).exists():
             about = named.find(f"data set {name!r}", name, DATA_SETS).about
             begun = "is not complete" if path.exists() else "is not there"
-            raise UserError(
+            raise NotPrepared(
                 f"the prepared folder {folder} of {about.title} {begun}. {where_to_get(about)}, then type: "
-                f"chatpose data prepare {name} --source FOLDER --out {folder} (docs/data-sets.md says what FOLDER holds)"
+                f"chatpose data prepare {name} --source FOLDER --out {folder} (docs/data-sets.md says what FOLDER holds)",
+                folder,
             )
         found = Prepared(path, split)
         if found.description["name"] != name:

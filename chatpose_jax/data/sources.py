@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.mixture import Mixture
 from chatpose_jax.data.moved import KINDS, PREPARED
-from chatpose_jax.data.prepared import data_set
+from chatpose_jax.data.prepared import NotPrepared, data_set
+from chatpose_jax.data.store import DESCRIPTION
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
@@ -36,7 +38,19 @@ def examples(config: DataConfig, split: Split, image_size: int) -> Sequence[Exam
     Raises UserError, which names the source, where a source is not found, an option does not fit, the source gives no sequence of ``Example``,
     or its code fails. Its code may also fail at a row, later; the error then names the row. An OSError of its code stays an OSError.
     """
-    parts = [(rows(split), row.weight) for rows, row in zip(_bound(config, image_size), config.sources)]
+    parts: list[tuple[NamedRows, float]] = []
+    absent: list[NotPrepared] = []
+    for rows, row in zip(_bound(config, image_size), config.sources):
+        try:
+            parts.append((rows(split), row.weight))
+        except NotPrepared as error:
+            absent.append(error)
+    if absent:  # one error for all, so that a mixture is not fetched in as many rounds as it has sources
+        others = ", ".join(error.folder for error in absent[1:])
+        raise UserError(
+            f"{absent[0]}"
+            + (f". Neither there nor complete: {others}; 'chatpose data list NAME' tells each" if others else "")
+        )
     if split != "train" and any(len(part) for part, _ in parts):
         parts = [(part, weight) for part, weight in parts if len(part)]
     if len(parts) == 1:
@@ -63,6 +77,12 @@ def _bind(row: SourceRow, number: int, image_size: int, config: DataConfig) -> C
         raise UserError(f'{where} is now ("synthetic", {row.weight!r}, {{"kind": "{KINDS[row.name]}"}})')
     if row.name in PREPARED:
         raise UserError(f"{where}: {PREPARED[row.name]}")
+    folders = [path for path in (Path(config.root) / row.name, Path(row.name)) if (path / DESCRIPTION).is_file()]
+    if folders and row.name not in SOURCES | DATA_SETS:
+        raise UserError(
+            f"{where}: {folders[0]} is a prepared folder. Name the source 'prepared' and give it as the option folder: "
+            f"--set data.sources=prepared --set data.sources.prepared.folder={folders[0]}"
+        )
     make = (
         data_set(row.name, config.root) if row.name in DATA_SETS else named.find(where, row.name, SOURCES | DATA_SETS)
     )
@@ -84,6 +104,8 @@ def _bind(row: SourceRow, number: int, image_size: int, config: DataConfig) -> C
 def _open(where: str, make: Callable[[Split], Any], split: Split) -> NamedRows:
     try:
         rows = make(split)
+    except NotPrepared as error:
+        raise NotPrepared(f"{where}: {error}", error.folder) from None
     except Exception as error:
         raise named.raised(f"{where} raised for split {split!r}", error) from error
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):

@@ -33,6 +33,8 @@ ROW = np.dtype(
 tokens: of the whole conversation without those of images, as the tokenizer ``lengths`` of the description gives them.
 tail: how many of them follow the last image or pose.
 """
+WORK = ".unfinished"
+"""Folder of what is finished so far, until the data set is complete."""
 WRITER = "group_size:1,uncompressed"
 """Each record can be read alone. JPEG does not get smaller, and without compression the bytes depend on no compressor's version."""
 READER = "readahead_buffer_size:0,max_parallelism:0"
@@ -52,7 +54,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} is no prepared data set: {DESCRIPTION} not found") from None
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no prepared data set: there is no such folder") from None
+        if (folder / WORK).is_dir():
+            raise UserError(
+                f"{folder} is not complete: the same 'chatpose data prepare' that began it continues, and writes {DESCRIPTION} at its end"
+            ) from None
+        raise UserError(
+            f"{folder} is no prepared data set: {DESCRIPTION} not found; expected a folder that 'chatpose data prepare' wrote"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} is damaged ({error}); prepare the data set again into a new folder") from None
     if not isinstance(found, dict) or "schema" not in found:

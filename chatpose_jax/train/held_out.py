@@ -34,6 +34,8 @@ def held_out_rows(rows: Sequence[Example], count: int) -> tuple[dict[str, list[E
         row, read = rows[index], read + 1
         if len(row.poses) and len(groups.setdefault(row.kind, {})) < count:
             groups[row.kind][index] = row
+    if not len(rows):
+        raise UserError("there are no held-out rows: the split of the data that is asked for is empty")
     if not groups:
         raise UserError(f"none of the {read} held-out rows that were read (of {len(rows)}) has a pose")
     return {kind: [group[index] for index in sorted(group)] for kind, group in groups.items()}, read

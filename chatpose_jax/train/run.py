@@ -117,6 +117,8 @@ def _run(
         return in_python[split] if split in in_python else examples(config.data, split, size)
 
     source = rows_of("train")
+    if not len(source):
+        raise UserError(f"{source.where if isinstance(source, NamedRows) else 'data.sources'}: no training rows")
     evaluate = None
     if settings.eval_every:  # after the training source, so that an error of both sources does not blame validation
         with validating(settings):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chatpose_jax.cli.data_show import describe_pose
 from chatpose_jax.cli.main import main
 from chatpose_jax.data.record import Record
 from chatpose_jax.data.synthetic.families import sample_poses
@@ -115,3 +116,11 @@ def test_check_needs_a_folder_that_it_can_write(folder, tmp_path, capsys):
     assert "cannot be written" in said and "--out chooses another folder" in said and said.count("\n") == 1
     assert main(["data", "check", str(folder), "--samples", "21"]) == 2
     assert "--samples must be a whole number in [0, 20], found 21" in capsys.readouterr().err
+
+
+def test_all_fingers_are_one_word():
+    measured = np.arange(52) < 22
+    pose = Pose(np.tile(np.eye(3, dtype=np.float32), (52, 1, 1)), "model", measured=measured)
+    assert "measured 22, not all fingers;" in describe_pose(pose)
+    measured[30] = True
+    assert "measured 23, not left_index1, " in describe_pose(pose)

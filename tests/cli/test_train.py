@@ -97,6 +97,11 @@ def test_missing_held_out_rows_say_what_wants_them(tmp_path, monkeypatch, capsys
             "a source takes the split, and its options by keyword: write def",
             False,
         ),
+        (
+            "a_source_for_tests:held_out",
+            "data.sources[0] 'a_source_for_tests:held_out', split 'train': no training rows",
+            False,
+        ),
         ("a_source_for_tests:both", "raised for split 'train': KeyError: 'rows'", False),
         ("a_source_for_tests:val", "raised for split 'val': KeyError: 'rows'", True),
         (
@@ -125,6 +130,7 @@ def test_advice_to_train_without_held_out_rows_needs_training_rows(
     module.val = lambda split: good if split == "train" else {}["rows"]
     bad = Rows(9, lambda index: {}["pose"] if index == 3 else "text")
     lone = [Example("x", "text", [{"role": "user", "content": "Who?"}], unmeasured(()))]
+    module.held_out = lambda split: () if split == "train" else lone
     module.lone = lambda split: good if split == "train" else lone
     module.lone_too = lambda split: lone
     module.bad_row = lambda split: good if split == "train" else bad

@@ -20,7 +20,7 @@ from chatpose_jax.data.readers.jsonlines import JsonLines
 from chatpose_jax.data.readers.rpe import TYPES, Rpe
 from chatpose_jax.data.readers.spg import Spg
 from chatpose_jax.data.record import Record
-from chatpose_jax.endpoint import Endpoint, NoAnswer
+from chatpose_jax.endpoint import Endpoint, NoAnswer, NoServer
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
@@ -122,6 +122,19 @@ def test_a_model_that_never_gives_the_texts(posescript: Path, tmp_path: Path) ->
     built = build.write_texts(builder, builder.items()[:1], tmp_path / "out", asked, progress=False)
     assert built.rows == 0 and f"{build.TURNS} answers without the texts" in built.failed[0][1]
     assert len(asked.asked) == build.TURNS
+
+
+@pytest.mark.parametrize("error", [UserError("refuses the request for 'm': 401"), NoServer("6 attempts failed")])
+def test_an_endpoint_that_answers_nobody_ends_the_work(tmp_path: Path, error: Exception) -> None:
+    def faulty(messages: Any, turn: int) -> str:
+        if len(asked.asked) in (1, 3):  # others are answered between
+            return '{"query": "right"}'
+        raise error
+
+    builder, asked = GeneratedSpg(tmp_path, size=9), model(faulty)
+    with pytest.raises(UserError, match=f"^{build.REFUSALS} items in a row got no answer, the last: {error}"):
+        build.write_texts(builder, builder.items(), tmp_path / "out", asked, parallel=1, progress=False)
+    assert len(lines(tmp_path / "out" / build.REVIEW)) == 2 and len(asked.asked) <= 9
 
 
 def test_the_estimate_leaves_out_what_is_known(posescript: Path, monkeypatch: pytest.MonkeyPatch) -> None:

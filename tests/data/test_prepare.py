@@ -24,7 +24,7 @@ from chatpose_jax.cli.main import main
 from chatpose_jax.data import datasets, lengths, prepared, store
 from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import DataConfig
-from chatpose_jax.data.prepare import WORK, TooManyBroken, find_reader, prepare
+from chatpose_jax.data.prepare import TooManyBroken, find_reader, prepare
 from chatpose_jax.data.prepared import Prepared
 from chatpose_jax.data.sizes import known_sizes, measure
 from chatpose_jax.data.sources import check_sources, examples
@@ -175,7 +175,7 @@ def test_processes_give_the_same_bytes(folder, source, processor, tmp_path):
     assert contents(tmp_path / "three") == before
     other = shutil.copytree(source, tmp_path / "source")
     (other / "words.txt").write_text("turn\n" * 30)
-    words = "holds a data set with shards {'train': 9, 'val': 1}, and this call has {'train': 4, "
+    words = "three holds a data set with other original files: those in --source were changed since it was begun; choose another folder"
     with pytest.raises(UserError, match=words):
         prepare(TOY, other, tmp_path / "three", processor=processor)
 
@@ -226,7 +226,7 @@ def test_ten_kills_at_random_leave_the_same_bytes(folder, source, forks, tmp_pat
         start = time.monotonic()
         process = forks.start(*words_of(source, out), pause=0.004)
         if not kills:  # how long it takes
-            while not (out / WORK / "train" / "00000").exists():
+            while not (out / store.WORK / "train" / "00000").exists():
                 time.sleep(0.001)
             first = time.monotonic() - start
         time.sleep(draw.uniform(0, 4 * first) if kills else 0)
@@ -240,7 +240,7 @@ def test_ten_kills_at_random_leave_the_same_bytes(folder, source, forks, tmp_pat
         assert code == -signal.SIGKILL
         kills += 1
         half = any(out.glob("*/*.tmp"))
-        stages.add((len(list(out.glob(f"{WORK}/*/[0-9]*"))), half))
+        stages.add((len(list(out.glob(f"{store.WORK}/*/[0-9]*"))), half))
     assert len({done for done, _ in stages}) > 2 and {half for _, half in stages} == {True, False}, (stages, seed)
     forks.start(*words_of(source, out))
     assert forks.end()[0] == 0
@@ -266,7 +266,7 @@ def test_a_kill_before_any_operation_on_a_file_loses_nothing(source, processor, 
 
 def test_an_interrupt_says_how_to_go_on(folder, source, forks, tmp_path):
     process = forks.start(*words_of(source, tmp_path / "out"), pause=0.01)
-    while not (tmp_path / "out" / WORK / "train" / "00001").exists():
+    while not (tmp_path / "out" / store.WORK / "train" / "00001").exists():
         time.sleep(0.001)
     os.kill(process, signal.SIGINT)
     code, said = forks.end()
@@ -317,11 +317,15 @@ def test_folders_that_cannot_be_used(folder, source, processor, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
     before = contents(folder)
     attempt(
-        "holds a data set with options .*'variants': 2.* and this call has .*'variants': 3",
+        "holds a data set with options {'variants': 2}, and this call has {'variants': 3}; choose another folder, or delete this one$",
         folder,
         options={"variants": 3},
     )
-    attempt("holds a data set with lengths", folder, processor=tiny_processor(preset("tiny"), "vicuna_v1"))
+    attempt(
+        r"holds a data set with tokens that were counted for .* \(--model\) '",
+        folder,
+        processor=tiny_processor(preset("tiny"), "vicuna_v1"),
+    )
     assert contents(folder) == before
     attempt("has no option 'varants'; did you mean variants", tmp_path / "out", options={"varants": 3})
     attempt("the option variants: expected int, found 'x'", tmp_path / "out", options={"variants": "x"})
@@ -334,11 +338,26 @@ def test_folders_that_cannot_be_used(folder, source, processor, tmp_path):
 def test_other_options_do_not_continue_what_was_begun(source, processor, tmp_path):
     with pytest.raises(TooManyBroken):
         prepare(TOY, source, tmp_path / "out", processor=processor, max_broken=3)
-    with pytest.raises(UserError, match="holds the beginning of a data set with options"):
+    with pytest.raises(
+        UserError, match=r"holds the beginning of a data set with options {'seed': \d+}, and this call has {'seed': 1}"
+    ):
         prepare(TOY, source, tmp_path / "out", processor=processor, options={"seed": 1})
     other = shutil.copytree(source, tmp_path / "other")  # files of these names, which may hold other things
     with pytest.raises(UserError, match="holds the beginning of a data set with source"):
         prepare(TOY, other, tmp_path / "out", processor=processor)
+    with pytest.raises(TooManyBroken):
+        prepare(TOY, other, tmp_path / "changed", processor=processor, max_broken=0)
+    (other / "words.txt").write_text("turn\n" * 30)
+    with pytest.raises(
+        UserError, match="holds the beginning of a data set with other original files: those in --source"
+    ):
+        prepare(TOY, other, tmp_path / "changed", processor=processor)
+    with pytest.raises(
+        UserError, match="out is not complete: the same 'chatpose data prepare' that began it continues"
+    ):
+        Prepared(tmp_path / "out", "train")
+    with pytest.raises(UserError, match="nowhere is no prepared data set: there is no such folder"):
+        Prepared(tmp_path / "nowhere", "train")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -462,7 +481,7 @@ def test_data_that_is_not_there(source, folder, processor, tmp_path, known):
     config = DataConfig(sources="toy", root=str(tmp_path))
     check_sources(config)
     words = (
-        f"^data.sources\\[0\\] 'toy' raised for split 'train': the prepared folder {tmp_path}/toy of Toy poses is not there. Get it from "
+        f"^data.sources\\[0\\] 'toy': the prepared folder {tmp_path}/toy of Toy poses is not there. Get it from "
         r"https://example.org/toy \(licence: CC0, free for all uses\), then type: chatpose data prepare toy --source FOLDER --out "
     )
     with pytest.raises(UserError, match=words):
@@ -471,6 +490,16 @@ def test_data_that_is_not_there(source, folder, processor, tmp_path, known):
         prepare("toy", source, tmp_path / "toy", processor=processor, max_broken=2)
     with pytest.raises(UserError, match="toy of Toy poses is not complete"):
         examples(config, "train", 64)
+    both = DataConfig(sources=(("toy",), ("synthetic",), ("cmu",)), root=str(tmp_path))
+    with pytest.raises(
+        UserError,
+        match=rf"'toy': the prepared folder .*\. Neither there nor complete: {tmp_path}/cmu; 'chatpose data list",
+    ):
+        examples(both, "train", 64)
+    with pytest.raises(
+        UserError, match=f"'{folder}': {folder} is a prepared folder.* --set data.sources.prepared.folder={folder}$"
+    ):
+        check_sources(DataConfig(sources=str(folder)))
     with pytest.raises(UserError, match="has no option 'fodler'; did you mean folder"):
         check_sources(DataConfig(sources=(("toy", 1.0, {"fodler": "x"}),)))
     with pytest.raises(UserError, match=f"holds the data set '{TOY}', expected 'toy'"):

@@ -57,6 +57,11 @@ class RpeBuilder:
             if len(record.images) == 1 and len(record.poses) == 1 and record.key not in seen:
                 seen.add(record.key)
                 items.append(Item(record.key, index))
+        if not items:
+            raise UserError(
+                f"{self.rows.folder} has no record with one image and one pose in split {self.split!r}; expected a data set of images, "
+                "for example 3dpw"
+            )
         return items
 
     def names(self) -> Sequence[str]:

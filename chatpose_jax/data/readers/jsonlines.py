@@ -24,6 +24,9 @@ from chatpose_jax.processing.conversation import POSE, parse_messages
 from chatpose_jax.settings import whole
 from smpl_jax.pose import Pose, check, stack
 
+MOST_RADIANS = 4 * np.pi
+"""A larger angle is no angle in radians. Fits give some that are a little above 2π."""
+
 
 def schema_text() -> str:
     """The JSON Schema of a row, as ``chatpose data schema`` prints it."""
@@ -142,7 +145,12 @@ def _poses(rows: Sequence[Mapping[str, Any]]) -> Pose:
 
 def _pose(row: Mapping[str, Any]) -> Pose:
     if "axis_angle" in row:
-        rotations = to_matrices(np.asarray(row["axis_angle"], np.float64))
+        vectors = np.asarray(row["axis_angle"], np.float64)
+        if MOST_RADIANS < (largest := np.linalg.norm(vectors, axis=-1).max()) < np.inf:
+            raise UserError(
+                f"axis_angle: expected radians, found a turn by {largest:.4g}: if these are degrees, convert them"
+            )
+        rotations = to_matrices(vectors)
     elif "rotation_6d" in row:
         rotations = _from_6d(np.asarray(row["rotation_6d"], np.float64))
     else:

@@ -110,6 +110,10 @@ BEYOND: dict[str, tuple[Any, str]] = {
         "must be rotation matrices",
     ),
     "no columns": (TEXT | {"poses": [{"frame": "camera", "rotation_6d": [[0.0] * 6] * 24}]}, "finite"),
+    "degrees": (
+        change(TEXT, "poses.0.axis_angle.0", [180.0, 0, 0]),
+        "expected radians, found a turn by 180: if these are deg",
+    ),
     "infinite": (change(TEXT, "poses.0.axis_angle.0.0", float("inf")), "poses: "),
     "measured of others": (TEXT | {"poses": [POSE | {"measured": [True] * 22}]}, "measured must have shape"),
     "no image": (change(IMAGE, "messages.0.content.0.image", "b.jpg"), "no image at "),
