@@ -169,7 +169,9 @@ def test_the_last_line_says_how_to_ask_the_model(tmp_path, monkeypatch, capsys, 
 
 
 def test_a_traceback_of_held_out_rows_says_what_wants_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_run, "examples", lambda config, split, size: {"train": []}[split])
+    monkeypatch.setattr(
+        train_run, "examples", lambda config, split, size: {"train": Rows(9, lambda index: "text")}[split]
+    )
     with pytest.raises(KeyError, match="val") as raised:
         main(["train", "--out", str(tmp_path / "run"), "--set", "train.eval_every=7"])
     assert "train.eval_every=0 trains on them" in raised.value.__notes__[0]
