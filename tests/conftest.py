@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices on any machine, so that sharding is tested everywhere; a caller's own flags win.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # The tests compile hundreds of small programs and run each a few times: less optimised ones take half of the time in all. `.ci/run` runs the
 # models' tests a second time as users run them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Commands keep compiled programs in the home folder of whoever starts them; tests keep none there.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+# Eight devices on any machine, so that sharding is tested everywhere; a caller's own flags win.
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and version("jaxlib").startswith("0.10."):
+    # XLA's older emitters compile in half of the time. An XLA that lacks a flag ends the process, so these are for where they were tried.
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# Programs that took long to compile are shared by the workers of this run, and by the processes that tests start; none are kept.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.mkdtemp(prefix="chatpose-tests-")
+    # Only the process that starts the workers comes here, and it outlives them.
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import numpy as np
-import pytest
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
