@@ -211,15 +211,17 @@ def meets(center: np.ndarray, side: float, size: tuple[int, int]) -> bool:
     return bool((np.abs(center - np.array(size) / 2) < (np.array(size) + side) / 2).all())
 
 
-def to_matrices(axis_angle: np.ndarray) -> np.ndarray:
+def to_matrices(axis_angle: np.ndarray, most: float = 100.0) -> np.ndarray:
     """Rotation matrices (..., 3, 3) float32 of axis-angle vectors (..., 3) in radians. NumPy only: processes that read need no JAX device.
 
-    Raises UserError for vectors that are not finite or much longer than a turn: they are in degrees, or no rotations.
+    Raises UserError for vectors that are not finite, or not shorter than ``most``: they are in degrees, or no rotations.
     """
     vectors = np.asarray(axis_angle, np.float64)
     angle = np.linalg.norm(vectors, axis=-1)[..., None, None]
-    if not (angle < 100).all():
-        raise UserError(f"expected rotations as axis-angle vectors in radians, found one of {angle.max():.3g}")
+    if not (angle < most).all():
+        raise UserError(
+            f"expected rotations as axis-angle vectors in radians, found one of {angle.max():.3g}; multiply degrees by π/180"
+        )
     x, y, z = np.moveaxis(vectors, -1, 0)
     zero = np.zeros_like(x)
     cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*x.shape, 3, 3)

@@ -25,7 +25,7 @@ from chatpose_jax.settings import whole
 from smpl_jax.pose import Pose, check, stack
 
 MOST_RADIANS = 4 * np.pi
-"""A larger angle is no angle in radians. Fits give some that are a little above 2π."""
+"""A rotation by more is in degrees, or none. Fits have some that are a little above 2π."""
 
 
 def schema_text() -> str:
@@ -145,12 +145,7 @@ def _poses(rows: Sequence[Mapping[str, Any]]) -> Pose:
 
 def _pose(row: Mapping[str, Any]) -> Pose:
     if "axis_angle" in row:
-        vectors = np.asarray(row["axis_angle"], np.float64)
-        if MOST_RADIANS < (largest := np.linalg.norm(vectors, axis=-1).max()) < np.inf:
-            raise UserError(
-                f"axis_angle: expected radians, found a turn by {largest:.4g}: if these are degrees, convert them"
-            )
-        rotations = to_matrices(vectors)
+        rotations = to_matrices(np.asarray(row["axis_angle"], np.float64), MOST_RADIANS)
     elif "rotation_6d" in row:
         rotations = _from_6d(np.asarray(row["rotation_6d"], np.float64))
     else:

@@ -111,8 +111,8 @@ BEYOND: dict[str, tuple[Any, str]] = {
     ),
     "no columns": (TEXT | {"poses": [{"frame": "camera", "rotation_6d": [[0.0] * 6] * 24}]}, "finite"),
     "degrees": (
-        change(TEXT, "poses.0.axis_angle.0", [180.0, 0, 0]),
-        "expected radians, found a turn by 180: if these are deg",
+        change(TEXT, "poses.0.axis_angle.0", [45.0, 0, 0]),
+        "vectors in radians, found one of 45; multiply degrees",
     ),
     "infinite": (change(TEXT, "poses.0.axis_angle.0.0", float("inf")), "poses: "),
     "measured of others": (TEXT | {"poses": [POSE | {"measured": [True] * 22}]}, "measured must have shape"),
