@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
@@ -36,8 +36,8 @@ from smpl_jax import render
 from smpl_jax.pose import known
 
 ROWS, BASELINE_ROWS = 192, 1000
-PANEL, LINES = 192, 8
-"""Pixels of a body in the drawings, and lines of text below."""
+PANEL, LINES, LINE = 192, 8, 16
+"""Pixels of a body in the drawings; lines of text below, and pixels of each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,10 +113,12 @@ def draw_answer(model: ChatPose, row: Example, reply: Reply) -> np.ndarray:
     panels.append(reply.poses[0].render(PANEL))
     sheet = render.contact_sheet(panels, len(panels), [*["image"] * len(images), "true", "answer"])
     words = " ".join(part["text"] for part in parts if part["type"] == "text")
-    panel = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + 14 * LINES), "white")
+    panel = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + LINE * LINES), "white")
     panel.paste(Image.fromarray(sheet), (0, 0))
     lines = textwrap.fill(words, sheet.shape[1] // 6, max_lines=LINES, placeholder=" …")
-    ImageDraw.Draw(panel).text((4, sheet.shape[0]), lines, fill="black")
+    font = ImageFont.load_default(12)  # smaller, Pillow's font loses its spaces
+    for number, line in enumerate(lines.splitlines()):
+        ImageDraw.Draw(panel).text((4, sheet.shape[0] + LINE * number), line, "black", font)
     return np.asarray(panel)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chatpose_jax.cli.evaluate import draw_answer
+from chatpose_jax.cli.evaluate import LINE, LINES, draw_answer
 from chatpose_jax.cli.main import main
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.models.chatpose import init_params
@@ -107,3 +107,5 @@ def test_an_answer_is_drawn_beside_the_truth_and_the_image():
         assert panel.shape[1] == count * 192 + 4 * (count + 1) and panel.dtype == np.uint8
         truth, answer = (panel[4:196, 4 + (192 + 4) * i :][:, :192] for i in (count - 2, count - 1))
         assert np.abs(truth.astype(int) - answer).mean() < 2  # the same body
+        inked = np.flatnonzero((panel[-LINES * LINE :] < 128).any((0, 2)))
+        assert inked.size and inked.max() < panel.shape[1] - 4  # no line runs over the edge

@@ -183,5 +183,5 @@ class _Window:
     def error(self, words: str) -> UserError:
         found = repr(self.text[self.at : self.at + 40]) if self.at < len(self.text) else "the end of the file"
         return UserError(
-            f"{self.path}: {words}; found {found} at byte {self.base + self.at:,}. Download the file again"
+            f"{self.path}: {words}; found {found} at byte {self.base + self.at:,}. Get the file again, or mend it"
         )
