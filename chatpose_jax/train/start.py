@@ -41,7 +41,8 @@ def make_processor(config: RunConfig, init: Path | None) -> Processor:
         return Processor.load(init / model_folder.TOKENIZER, config.model)
     if config.model.text.vocab_size != preset("tiny").text.vocab_size:
         raise UserError(
-            "this configuration needs weights to start from: give --init FOLDER, made by 'chatpose convert' from LLaVA-1.5; "
+            "this configuration needs weights to start from: give --init FOLDER, which 'chatpose convert LLAVA FOLDER "
+            "--vision clip-vit-large-patch14-336' makes of LLaVA-1.5 of this size (README.md says where to get both); "
             "only the preset tiny trains from scratch"
         )
     return tiny_processor(config.model, config.data.template)
