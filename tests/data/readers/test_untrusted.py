@@ -307,7 +307,7 @@ def test_tar_samples(tmp_path):
         special("pipe.jpg", tarfile.FIFOTYPE),
         special("sparse.jpg", tarfile.GNUTYPE_SPARSE),
     ],
-    ids=lambda member: str(member[0]),
+    ids=lambda member: getattr(member[0], "name", member[0]),
 )
 def test_tars_that_reach_out_of_their_folder(tmp_path, member):
     path = write_tar(tmp_path / "a.tar", ("a.jpg", b"1"), member)
