@@ -130,7 +130,10 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with SentencePiece's leading space and without BOS. Names of special tokens in it are ordinary characters."""
-        return self._bpe.encode(_SPACE + text.replace(" ", _SPACE), add_special_tokens=False).ids if text else []
+        if not text:
+            return []
+        # The fast method works out no offsets: half of the time.
+        return self._bpe.encode_batch_fast([_SPACE + text.replace(" ", _SPACE)], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of generated ids. A pose token becomes ``<POSE>``, other control ids become nothing."""
