@@ -236,8 +236,10 @@ def _texts(
 
 
 def _ask(builder: Builder, item: Item, endpoint: Endpoint) -> Mapping[str, str] | str:
-    messages, reason = builder.messages(item), ""
-    for turn in range(TURNS):
+    messages, reason, asked, turn = builder.messages(item), "", 0, -1
+    while asked < TURNS:  # answers of an earlier run that were no good are in the cache, and count for nothing
+        turn += 1
+        asked += endpoint.known(messages, turn) is None
         try:
             return texts_of(endpoint.ask(messages, turn), builder.names())
         except UserError:  # the request itself is refused

@@ -137,6 +137,26 @@ def test_an_endpoint_that_answers_nobody_ends_the_work(tmp_path: Path, error: Ex
     assert len(lines(tmp_path / "out" / build.REVIEW)) == 2 and len(asked.asked) <= 9
 
 
+def test_answers_without_the_texts_are_asked_for_again_by_the_next_run(
+    posescript: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the cache, where they must not stand in the way for ever."""
+    posted: list[Any] = []
+    content = "no JSON"
+
+    def post(self: Endpoint, body: Any) -> Any:
+        posted.append(body)
+        return {"choices": [{"message": {"content": content}}]}
+
+    monkeypatch.setattr(Endpoint, "_post", post)
+    builder, asked = SpgBuilder(posescript), Endpoint("http://localhost/v1", "m", cache=tmp_path / "answers")
+    items, out = builder.items()[:1], tmp_path / "out"
+    assert build.write_texts(builder, items, out, asked, progress=False).failed and len(posted) == build.TURNS
+    content = '{"query": "now"}'
+    assert build.write_texts(builder, items, out, asked, progress=False).rows == 1
+    assert len(posted) == build.TURNS + 1 and lines(out / build.REVIEW)[0]["query"] == "now"
+
+
 def test_the_estimate_leaves_out_what_is_known(posescript: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builder, asked = SpgBuilder(posescript), model(lambda *_: "")
     items = builder.items()
