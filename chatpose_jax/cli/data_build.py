@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from chatpose_jax import named
-from chatpose_jax.cli.data_prepare import options_of
+from chatpose_jax.cli.data_prepare import add_options, options_of
 from chatpose_jax.data import build
 from chatpose_jax.endpoint import Endpoint
 from chatpose_jax.errors import UserError
@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"spg: the folder of PoseScript; rpe: a folder that `chatpose data prepare` wrote; or the word {GENERATED}",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", dest="options", help="an option of the builder"
-    )
+    add_options(parser, "the builder")
     parser.add_argument(
         "--model", metavar="NAME", help="language model at the endpoint of OPENAI_BASE_URL, with the key OPENAI_API_KEY"
     )

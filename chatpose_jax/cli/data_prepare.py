@@ -23,14 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FOLDER", help="folder to write; data/NAME is where training looks"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="OPTION=VALUE",
-        dest="options",
-        help="an option of the data set; may be repeated",
-    )
+    add_options(parser, "the data set")
     parser.add_argument(
         "--workers", type=int, default=cpus(), metavar="N", help="processes; default: one for each processor"
     )
@@ -87,6 +80,12 @@ def describe_data_set(description: dict) -> list[str]:
         if more := len(about["broken"]) - 5:
             lines += [f"  and {more} more in dataset.json"] if more > 0 else []
     return lines
+
+
+def add_options(parser: argparse.ArgumentParser, owner: str) -> None:
+    """Adds ``--set OPTION=VALUE`` for the options of something; ``options_of`` reads it."""
+    words = f"an option of {owner}; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options", help=words)
 
 
 def options_of(given: list[str]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from chatpose_jax.cli.data_prepare import options_of
+from chatpose_jax.cli.data_prepare import add_options, options_of
 from chatpose_jax.data.check import joint_name
 from chatpose_jax.data.config import DataConfig, SourceRow, Split
 from chatpose_jax.data.example import Example
@@ -28,14 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", metavar="NAME", help="instead of FOLDER, a source of data.sources: synthetic, module:function …"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="OPTION=VALUE",
-        dest="options",
-        help="an option of --source; may be repeated",
-    )
+    add_options(parser, "--source")
     parser.add_argument("--row", type=int, default=0, metavar="N", help="number of the row, from 0 (default)")
     parser.add_argument("--split", choices=get_args(Split), default="train", help="default: train")
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the row: images, body and text")
