@@ -43,6 +43,7 @@ class Example:
         out, and betas and translations that are not there, count in no loss. Batches drop ``Pose.shape_space``, so the betas of all sources
         must belong to one body.
     extras: what evaluation needs and training does not (``data.record.Record``).
+    group: the sequence, motion file or clip that the row comes from; rows of one group are alike.
     where: names the row in errors; ``data.sources.NamedRows`` sets it. Without it, errors give the id.
     """
 
@@ -52,6 +53,7 @@ class Example:
     poses: Pose = NO_POSES
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     where: str = dataclasses.field(default="", repr=False, compare=False)
+    group: str = dataclasses.field(default="", repr=False, compare=False)
 
     __repr__ = one_line
 

@@ -55,7 +55,7 @@ class Record:
                 content = [{**part, "image": next(images)} if part["type"] == "image" else part for part in content]
             messages.append({**message, "content": content})
         name = f"{self.key}:{conversation}" if conversation else self.key
-        return Example(name, self.kind, messages, self.poses, extras=self.extras)
+        return Example(name, self.kind, messages, self.poses, extras=self.extras, group=self.group)
 
 
 def to_bytes(record: Record) -> bytes:

@@ -1,0 +1,133 @@
+"""Systems that are evaluated: what they are asked and what they answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.settings import one_line
+from smpl_jax.pose import Pose
+from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
+
+ABOUT = (
+    "actor",
+    "bbox",
+    "box",
+    "cam_int",
+    "description",
+    "frame",
+    "gender",
+    "id",
+    "image_size",
+    "pose_id",
+    "question_id",
+    "type",
+)
+"""The extras of a row that a question passes on: names, boxes, cameras. None of them tells the answer."""
+
+SYSTEMS: dict[str, str] = {}
+"""Systems in the package: name -> ``package.module:Class``. Each is called with its options by keyword."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """A row without its answer.
+
+    key: id of the row. group: the sequence or motion file that it comes from. kind: as in ``Example``. messages: those before the first answer.
+    about: those extras of the row that ``ABOUT`` names.
+    """
+
+    key: str
+    group: str
+    kind: str
+    messages: list[dict[str, Any]]
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    __repr__ = one_line
+
+    @classmethod
+    def of(cls, row: Example) -> Question:
+        """The first question of a row."""
+        end = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+        about = {name: row.extras[name] for name in ABOUT if name in row.extras}
+        return cls(row.id, row.group, row.kind, row.messages[:end], about)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer of a system.
+
+    text: its words, "" if it has none. pose: a ``Pose`` of batch shape (), in any frame; None if it gives none. joints: positions in metres,
+    (K, 3) for each named set of joints, along the axes of the camera frame, of a system that gives positions instead of a pose. notes: what the
+    report counts or averages, such as ``{"parsed": False}``.
+    """
+
+    text: str = ""
+    pose: Pose | None = None
+    joints: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, bool | float | str] = dataclasses.field(default_factory=dict)
+
+    __repr__ = one_line
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values. Angles are rounded to 1e-7 rad, lengths to 1e-6 m."""
+        found: dict[str, Any] = {"text": self.text}
+        if self.pose is not None:
+            found["pose"] = {"frame": self.pose.frame, "axis_angle": _rounded(_axis_angle(self.pose), 7)}
+            for name in ("betas", "translation"):
+                has = getattr(self.pose, f"has_{name}")
+                if getattr(self.pose, name) is not None and (has is None or bool(has)):
+                    found["pose"][name] = _rounded(getattr(self.pose, name), 6)
+            if self.pose.shape_space is not None:
+                found["pose"]["shape_space"] = self.pose.shape_space
+            if self.pose.measured is not None:
+                found["pose"]["unmeasured"] = np.flatnonzero(~np.asarray(self.pose.measured)).tolist()
+        if self.joints:
+            found["joints"] = {name: _rounded(points, 6) for name, points in self.joints.items()}
+        if self.notes:
+            found["notes"] = dict(self.notes)
+        return found
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Answer:
+        """Reads ``to_json``. Raises KeyError, TypeError or ValueError for anything else."""
+        pose = None
+        if given := found.get("pose"):
+            angles = np.asarray(given["axis_angle"], np.float32)
+            measured = None
+            if "unmeasured" in given:
+                measured = np.ones(len(angles), bool)
+                measured[given["unmeasured"]] = False
+            arrays = {name: np.asarray(given[name], np.float32) for name in ("betas", "translation") if name in given}
+            rotations = np.asarray(axis_angle_to_matrix(angles))
+            pose = Pose(rotations, given["frame"], measured=measured, shape_space=given.get("shape_space"), **arrays)
+        joints = {name: np.asarray(points, np.float32) for name, points in found.get("joints", {}).items()}
+        return cls(found["text"], pose, joints, found.get("notes", {}))
+
+
+class System(Protocol):
+    """Something that answers questions: a model, a file of predictions, or a chain of models.
+
+    name: of its row in tables. settings: what its answers depend on, as JSON. Answers that were kept are used again only if these are equal.
+    batch_size: how many questions ``answer`` takes at a time; the last batch may be smaller.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    batch_size: int
+
+    def answer(self, questions: Sequence[Question]) -> Sequence[Answer]:
+        """One answer to each question. It depends on the questions alone, not on earlier calls. Raises UserError."""
+        ...
+
+
+def _axis_angle(pose: Pose) -> np.ndarray:
+    return np.asarray(matrix_to_axis_angle(np.asarray(pose.rotations, np.float32)))
+
+
+def _rounded(values: Any, digits: int) -> Any:
+    return (np.round(np.asarray(values, np.float64), digits) + 0.0).tolist()  # + 0.0: no -0.0

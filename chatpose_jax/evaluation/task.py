@@ -1,0 +1,36 @@
+"""Tasks: what systems are asked, and how their answers are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.evaluation.scores import Scores
+from chatpose_jax.evaluation.system import Answer, Question
+
+TASKS: dict[str, str] = {}
+"""Tasks in the package: name -> ``package.module:Class``. Each is called as ``make(rows, data, **options)``: the rows that are evaluated, the
+name of their data set, and its options by keyword."""
+
+
+class Task(Protocol):
+    """A task over some rows.
+
+    name: key of ``TASKS``. rows: what is evaluated. settings: what the questions depend on, as JSON, without the rows.
+    """
+
+    name: str
+    rows: Sequence[Example]
+    settings: Mapping[str, Any]
+
+    def question(self, row: Example) -> Question:
+        """What a system is asked for a row."""
+        ...
+
+    def score(self, answers: Sequence[Answer]) -> list[Scores]:
+        """The results, one for each table. answers[i] is the answer to rows[i]. The same answers always give the same results.
+
+        Raises UserError where the answers lack what the task needs, or a file is missing.
+        """
+        ...
