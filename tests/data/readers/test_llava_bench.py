@@ -1,10 +1,7 @@
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from chatpose_jax.data.collate import encode_example
 from chatpose_jax.data.reader import Skipped
@@ -14,45 +11,12 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 
-IMAGES = ("000000441147.jpg", "000000353536.jpg")
-CATEGORIES = ("conv", "detail", "complex")
-
-
-def lines(rows: list[Any]) -> str:
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
+from .llava_bench_files import IMAGES, lines, write_llava_bench
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The files as they lie in the repository of LLaVA."""
-    pairs = [(image, category) for image in IMAGES for category in CATEGORIES]
-    bases = [{"question_id": n, "category": category} for n, (_, category) in enumerate(pairs)]
-    boxes = [
-        {"category": "donut", "bbox": [0.37, 0.584, 0.504, 0.709]},
-        {"category": "cup", "bbox": [0, 0.1, 1.0, 0.2]},
-    ]
-    files = {
-        QUESTIONS: lines(
-            [base | {"image": image, "text": f"Q{n}?"} for n, (base, (image, _)) in enumerate(zip(bases, pairs))]
-        ),
-        ANSWERS: lines([base | {"text": f"A{n}."} for n, base in enumerate(bases)]),
-        CONTEXT: lines(
-            [
-                {"id": name[:-4], "image": name, "captions": [f"C{n}" for n in range(5)], "instances": some}
-                for name, some in zip(IMAGES, (boxes, []))
-            ]
-        ),
-        RULES: json.dumps(
-            {name: {"role": "Assistant", "prompt": f"Judge {name}."} for name in (*CATEGORIES, "coding")}
-        ),
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "val2014").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "val2014" / f"COCO_val2014_{IMAGES[0]}")
-    Image.new("RGB", (40, 30)).save(tmp_path / "val2014" / IMAGES[1])
-    return tmp_path
+    return write_llava_bench(tmp_path)
 
 
 def read(reader: LlavaBench) -> list[Record | Skipped]:
