@@ -7,7 +7,7 @@ were trained on the other parts, from nothing, with ``SEEDS`` seeds: no model is
 rows: rate, loss, batch and steps are those of docs/heads.md.
 
 Answers are generated as ``chatpose chat`` does. Beside them stand models that learn from the same rows in closed form
-(``data.synthetic.report.simple_answers``); they see the captions without the words of the questions around them.
+(``evaluation.systems.simple``); they see the captions without the words of the questions around them.
 
 Each model is a file of --out, and what stands there is not trained again; a run that was killed goes on where it was.
 """
@@ -36,8 +36,8 @@ from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.mocap import Cmu
 from chatpose_jax.data.record import Record
-from chatpose_jax.data.synthetic.report import simple_answers
 from chatpose_jax.evaluation.poses import answer_poses, first_question
+from chatpose_jax.evaluation.systems.simple import MODELS
 from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.run import run_training
 from chatpose_jax.train.run_config import RunConfig, load_config
@@ -79,12 +79,7 @@ def rows(folder: Path, fold: int, splits: Sequence[Split], *, seed: int, variant
 
 def caption(example: Example) -> str:
     """The words of a question that describe the pose."""
-    text = str(example.messages[0]["content"])
-    for template in questions.TEXT_TO_POSE:
-        before, _, after = template.partition("{caption}")
-        if text.startswith(before) and text.endswith(after):
-            return text[len(before) : len(text) - len(after)]
-    raise ValueError(text)
+    return questions.caption_in(str(example.messages[0]["content"]))
 
 
 def poses(data: Rows) -> Pose:
@@ -123,11 +118,10 @@ def study(args: argparse.Namespace) -> None:
         )
         folder = run_training(settings(seed, args.steps), args.out / f"seed{seed}-fold{fold}", data=train.examples)
         replies, rate = answer_poses(load(folder), [first_question(e) for e in test.examples], label="answers")
-        found = simple_answers(
-            [caption(e) for e in train.examples],
-            np.asarray(poses(train).rotations, np.float64),
-            [caption(e) for e in test.examples],
-        )
+        texts, rotations = [caption(e) for e in train.examples], np.asarray(poses(train).rotations)
+        found = {
+            name: make(texts, rotations).answer([caption(e) for e in test.examples]) for name, make in MODELS.items()
+        }
         found[MODEL] = np.asarray(stack([reply.poses[0].pose for reply in replies]).rotations)
         values = {f"{name} {m}": v for name, answers in found.items() for m, v in errors(answers, test).items()}
         partial = file.with_suffix(".part")

@@ -66,3 +66,12 @@ MOTION_TO_POSE = (
     "Imagine a person in the middle of this: {motion}. What is the SMPL pose?",
     "Can you show how a body looks in this motion: {motion}?",
 )
+
+
+def caption_in(question: str) -> str:
+    """The caption in a question of ``TEXT_TO_POSE``. Of any other question, all words."""
+    for template in TEXT_TO_POSE:
+        before, _, after = template.partition("{caption}")
+        if question.startswith(before) and question.endswith(after):
+            return question[len(before) : len(question) - len(after)]
+    return question

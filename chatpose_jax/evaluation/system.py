@@ -29,7 +29,11 @@ ABOUT = (
 )
 """The extras of a row that a question passes on: names, boxes, cameras. None of them tells the answer."""
 
-SYSTEMS: dict[str, str] = {}
+SYSTEMS: dict[str, str] = {
+    "mean": "chatpose_jax.evaluation.systems.simple:Mean",
+    "nearest": "chatpose_jax.evaluation.systems.simple:Nearest",
+    "ridge": "chatpose_jax.evaluation.systems.simple:Ridge",
+}
 """Systems in the package: name -> ``package.module:Class``. Each is called with its options by keyword."""
 
 
