@@ -1,0 +1,137 @@
+"""PoseScript's retrieval network: poses and texts get features of unit length, near each other where they belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from chatpose_jax.errors import UserError
+from chatpose_jax.posescript.distilbert import DistilBertConfig
+from chatpose_jax.posescript.layers import Key, normalised, split_key
+from chatpose_jax.posescript.pose_encoder import PoseEncoder
+from chatpose_jax.posescript.transformer_encoder import RELEASED, TransformerConfig, TransformerEncoder
+from chatpose_jax.posescript.word_encoder import WordEncoder
+from chatpose_jax.settings import check_types, did_you_mean, require
+
+
+class Batch(NamedTuple):
+    """Poses and a text of each. poses: (B, J, 3) float32 axis-angles in radians. tokens: (B, T) int32. lengths: (B,) int32."""
+
+    poses: Any
+    tokens: Any
+    lengths: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """The text encoder.
+
+    encoder: "words" (``WordEncoder``, ECCV 2022) or "distilbert" (``TransformerEncoder``, later).
+    words: number of token ids of "words"; ``distilbert`` in ``transformer`` has its own. word_width: of the word vectors.
+    """
+
+    encoder: Literal["words", "distilbert"] = "words"
+    words: int = 4
+    word_width: int = 300
+    transformer: TransformerConfig = RELEASED
+
+    def __post_init__(self) -> None:
+        check_types(self, "text")
+        require(self, "text", "at least 1", lambda value: value >= 1, "words", "word_width")
+
+    @property
+    def count(self) -> int:
+        """Number of token ids."""
+        return self.words if self.encoder == "words" else self.transformer.distilbert.vocabulary
+
+    def build(self, latent: int, rngs: nnx.Rngs) -> WordEncoder | TransformerEncoder:
+        """The encoder, with random weights, from (B, T) ids and (B,) lengths to (B, latent)."""
+        if self.encoder == "words":
+            return WordEncoder(self.words, latent, self.word_width, rngs=rngs)
+        return TransformerEncoder(self.transformer, latent, rngs=rngs)
+
+
+WORDS = TextEncoderConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieverConfig:
+    """Sizes of the network; the defaults are the released ones.
+
+    joints: 52 (SMPL-H) or 22 (its body). latent: of the features. pose_width, pose_bottleneck: of the pose encoder.
+    """
+
+    joints: Literal[52, 22] = 52
+    latent: int = 512
+    pose_width: int = 512
+    pose_bottleneck: int = 32
+    text: TextEncoderConfig = WORDS
+
+    def __post_init__(self) -> None:
+        check_types(self, "model")
+        require(self, "model", "at least 1", lambda value: value >= 1, "latent", "pose_width", "pose_bottleneck")
+        divisor = 2 if self.text.encoder == "words" else self.text.transformer.heads
+        require(self, "model", f"a multiple of {divisor}", lambda value: value % divisor == 0, "latent")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Reads ``dataclasses.asdict``. Raises UserError for an unknown setting or a wrong value."""
+        return typed(cls, values, "model")
+
+
+def typed(cls: Any, values: Any, where: str) -> Any:
+    """A dataclass from nested tables of its settings. Raises UserError that names a setting that it does not have."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a table of settings, found {values!r:.100}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"{where}: unknown setting {unknown[0]!r}{did_you_mean(unknown[0], fields)}")
+    given = {
+        name: typed(type(fields[name].default), value, f"{where}.{name}")
+        if dataclasses.is_dataclass(fields[name].default)
+        else value
+        for name, value in values.items()
+    }
+    return cls(**given)
+
+
+class Retrieval(nnx.Module):
+    """Both encoders and the learnt temperature."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("distilbert",)
+    """Names of modules whose parameters do not train."""
+
+    def __init__(self, config: RetrieverConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.pose_encoder = PoseEncoder(
+            config.joints, config.latent, config.pose_width, config.pose_bottleneck, rngs=rngs
+        )
+        self.text_encoder = config.text.build(config.latent, rngs)
+        self.loss_weight = nnx.Param(jnp.full((1,), 10.0))
+
+    def embed_poses(self, poses: jax.Array, key: Key = None) -> jax.Array:
+        """(B, J, 3) axis-angles in radians -> (B, latent) of unit length."""
+        return normalised(self.pose_encoder(poses, key))
+
+    def embed_texts(self, tokens: jax.Array, lengths: jax.Array, key: Key = None) -> jax.Array:
+        """(B, T) ids and (B,) lengths -> (B, latent) of unit length."""
+        return normalised(self.text_encoder(tokens, lengths, key))
+
+    def loss(self, batch: Batch, key: Key = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The cross-entropy of finding the pose of each text in the batch, and the text of each pose; their mean, and parts to log."""
+        pose_key, text_key = split_key(key, 2)
+        poses = self.embed_poses(batch.poses, pose_key)
+        texts = self.embed_texts(batch.tokens, batch.lengths, text_key)
+        scores = texts @ poses.T * self.loss_weight[...]
+        right = jnp.arange(len(scores))
+        t2p, p2t = (optax.softmax_cross_entropy_with_integer_labels(each, right).mean() for each in (scores, scores.T))
+        return (t2p + p2t) / 2, {"t2p": t2p, "p2t": p2t, "temperature": self.loss_weight[0]}
+
+
+__all__ = ["Batch", "DistilBertConfig", "Retrieval", "RetrieverConfig", "TextEncoderConfig", "typed"]
