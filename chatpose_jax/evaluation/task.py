@@ -9,7 +9,10 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "estimation": "chatpose_jax.evaluation.tasks.estimation:Estimation",
+    "rpe": "chatpose_jax.evaluation.tasks.rpe:ReasonedEstimation",
+}
 """Tasks in the package: name -> ``package.module:Class``. Each is called as ``make(rows, data, **options)``: the rows that are evaluated, the
 name of their data set, and its options by keyword."""
 

@@ -1,0 +1,650 @@
+"""Protocols of pose estimation: which points are compared, what they are relative to, and on which bodies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.data.readers.untrusted import load_pickle, read_bytes
+from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation import measures
+from chatpose_jax.evaluation.system import Answer
+from chatpose_jax.settings import one_line
+from smpl_jax import body as bodies
+from smpl_jax import io
+from smpl_jax.body import BodyModel
+from smpl_jax.frames import turn
+from smpl_jax.pose import SHARED, Pose, family_of, placed, to_family
+
+Betas = Literal["own", "zero"]
+Unmeasured = Literal["left out", "counted"]
+
+
+class Protocol(NamedTuple):
+    """A row of ``PROTOCOLS``.
+
+    points: the compared points, of the set ``named``. pelvis: points of this set; both sides are moved so that their mean is the origin.
+    named: the set, by the name under which an answer gives positions instead of a pose (``Answer.joints``). size: its number of points.
+    truth: "gendered", SMPL of the person's gender with the betas of the data; "file", positions (N, size, 3) in the first of ``extras``, with a
+        fourth column of confidence where that is written; "body", the pose of the data on the evaluation body with β = 0.
+    on: the body of predicted poses: "neutral", the neutral SMPL; or "body", the evaluation body with β = 0.
+    regressor: of the points from the vertices, a key of ``FILES``, and the first point that it gives; None for the joints of the body.
+    extras: what rows must have. words: of points and pelvis, for the report. official: also the measures of 3DPW's official evaluation.
+    """
+
+    points: tuple[int, ...]
+    pelvis: tuple[int, ...]
+    named: str
+    size: int
+    truth: Literal["gendered", "file", "body"]
+    on: Literal["neutral", "body"]
+    regressor: tuple[str, int] | None
+    extras: tuple[str, ...]
+    words: tuple[str, str]
+    official: bool = False
+
+
+_LSP = (6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10)
+"""LSP's 14 joints among the 17 that Human3.6M's regressor gives: right ankle, knee, hip, left hip, knee, ankle, right wrist, elbow, shoulder, left
+shoulder, elbow, wrist, neck, head (SPIN's ``H36M_TO_J14``)."""
+_A = Protocol(
+    points=_LSP,
+    pelvis=(0,),
+    named="h36m17",
+    size=17,
+    truth="gendered",
+    on="neutral",
+    regressor=("h36m", 0),
+    extras=("gender", "betas"),
+    words=("14 of LSP, by Human3.6M's regressor", "regressed, row 0"),
+)
+_C = Protocol(
+    points=tuple(range(24)),
+    pelvis=(0,),
+    named="smpl24",
+    size=24,
+    truth="body",
+    on="body",
+    regressor=None,
+    extras=(),
+    words=("24 joints of the body", "joint 0"),
+)
+_FIRST = tuple(range(SHARED))
+PROTOCOLS: dict[str, Protocol] = {
+    "A": _A,
+    "A-hips": _A._replace(pelvis=(4, 1), words=(_A.words[0], "the middle of the hips")),
+    "B": Protocol(
+        points=(*range(25, 38), 43),
+        pelvis=(39,),
+        named="humans44",
+        size=44,
+        truth="file",
+        on="neutral",
+        regressor=("j19", 25),
+        extras=("keypoints_3d",),
+        words=("14 of 4D-Humans' 44 (25 … 37, 43)", "point 39"),
+    ),
+    "C": _C,
+    "C22": _C._replace(points=_FIRST, words=("the first 22 joints of the body", "joint 0")),
+    "D": _C._replace(
+        truth="gendered",
+        on="neutral",
+        extras=("gender", "betas", "detected"),
+        words=("24 joints of SMPL", "joint 0"),
+        official=True,
+    ),
+}
+"""A: SPIN's (nkolot/SPIN ``eval.py``); with the pelvis of GVHMR, "A-hips". B: 4D-Humans' (``hmr2/utils/pose_utils.py``). C: needs no licensed
+file. D: 3DPW's official evaluation (aymenmir1/3dpw-eval), whose frames are those with detected keypoints."""
+
+FITTED = _C._replace(
+    points=_FIRST, truth="file", extras=("fitted_joint_cam",), words=("the first 22 joints of SMPL", "joint 0")
+)
+"""RPE-Refined's own measure (jjunsss/RPE-Refined ``evaluate_pose.py``): positions are those of SMPL with the person's betas."""
+
+OF_DATA: dict[str, tuple[str, ...]] = {
+    "3dpw": ("A", "C", "D"),
+    "3dpw_test": ("A", "B", "C"),
+    "h36m_val_p2": ("B",),
+}
+"""Protocols of a data set; all others have C."""
+
+MAJOR = (1, 2, 4, 5, 7, 8, 16, 17, 18, 19, 20, 21)
+ORIENTED = (0, 1, 2, 4, 5, 16, 17, 18, 19)
+"""Joints of PCK and AUC, and of MPJAE, in 3DPW's official evaluation."""
+ORIENTATIONS = "orientations9"
+"""The name in ``Answer.joints`` of (27, 3): the rows of nine matrices, the orientations of ``ORIENTED`` in the camera frame."""
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "MPJPE": {"unit": "mm"},
+    "PA-MPJPE": {"unit": "mm"},
+    "PCK@50": {"unit": "%", "better": "higher"},
+    "AUC": {"better": "higher", "digits": 3},
+    "MPJAE": {"unit": "degrees"},
+    "MPJAE-PA": {"unit": "degrees"},
+    "MPJRE": {},
+    "MPJRE-21": {},
+    "angle": {"unit": "degrees"},
+    "root angle": {"unit": "degrees"},
+}
+"""Columns of the tables, in order, with what ``scores.Value`` says of them."""
+ROTATIONS = ("MPJRE", "MPJRE-21", "angle", "root angle")
+
+# Files -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+class File(NamedTuple):
+    """A file of the folder of the option smpl: its possible names, where to get it, and its licence."""
+
+    names: tuple[str, ...]
+    page: str
+    licence: str
+
+
+_SMPL = "SMPL's own licence, for non-commercial research, on registration"
+FILES: dict[str, File] = {
+    "neutral": File(("SMPL_NEUTRAL.pkl", "SMPL_NEUTRAL.npz"), "https://smplify.is.tue.mpg.de", _SMPL),
+    "male": File(("SMPL_MALE.pkl", "SMPL_MALE.npz"), "https://smpl.is.tue.mpg.de, version 1.0.0", _SMPL),
+    "female": File(("SMPL_FEMALE.pkl", "SMPL_FEMALE.npz"), "https://smpl.is.tue.mpg.de, version 1.0.0", _SMPL),
+    "h36m": File(
+        ("J_regressor_h36m.npy",),
+        "http://visiondata.cis.upenn.edu/spin/data.tar.gz, as nkolot/SPIN's fetch_data.sh fetches it",
+        "none is stated; it is made from SMPL",
+    ),
+    "j19": File(
+        ("SMPL_to_J19.pkl",),
+        "https://people.eecs.berkeley.edu/~jathushan/projects/4dhumans/hmr2_data.tar.gz, as 4D-Humans fetches it",
+        "none is stated; it is made from SMPL",
+    ),
+}
+_ROWS = {"h36m": 17, "j19": 19}
+
+
+class MissingFile(UserError):
+    """A file that a protocol needs is not there."""
+
+
+class Files:
+    """Bodies and regressors of a folder, read when they are needed. folder: "" if there is none."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._read: dict[str, Any] = {}
+
+    def path(self, name: str) -> Path:
+        """The file of a key of ``FILES``. Raises MissingFile, which says what it is and where to get it."""
+        file = FILES[name]
+        paths = [Path(self.folder).expanduser() / each for each in file.names] if self.folder else []
+        for path in paths:
+            if path.is_file():
+                return path
+        where = f"is not in {self.folder}" if self.folder else "is needed"
+        raise MissingFile(
+            f"{' or '.join(file.names)} {where}. It is from {file.page} (licence: {file.licence}). "
+            f"Name the folder that holds it by --set smpl=FOLDER, or choose protocols that need none, --set protocols=C"
+        )
+
+    def body(self, gender: str) -> BodyModel:
+        """SMPL of a gender, with ten betas. Raises MissingFile, or UserError where the file is not SMPL's."""
+        if gender not in self._read:
+            path = self.path(gender)
+            try:
+                self._read[gender] = io.load_body(path)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            if self._read[gender].num_joints != 24:
+                raise UserError(f"{path}: expected SMPL with 24 joints, found {self._read[gender].num_joints}")
+        return self._read[gender]
+
+    def regressor(self, name: str, num_vertices: int) -> np.ndarray:
+        """(K, V) of a key of ``FILES``. Raises MissingFile, or UserError where the file does not fit the body."""
+        if name not in self._read:
+            path = self.path(name)
+            if path.suffix == ".npy":
+                try:
+                    array = np.load(path, allow_pickle=False)
+                except (ValueError, OSError, EOFError) as error:
+                    raise UserError(f"{path}: expected a .npy of numbers ({error})") from None
+            else:
+                array = load_pickle(read_bytes(path), path)
+            if getattr(array, "shape", None) != (_ROWS[name], num_vertices) or array.dtype.kind not in "fiu":
+                raise UserError(
+                    f"{path}: expected numbers of shape ({_ROWS[name]}, {num_vertices}), as many columns as the body has vertices; "
+                    f"found {getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
+                )
+            self._read[name] = np.asarray(array, np.float64)
+        return self._read[name]
+
+
+# Poses as arrays -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Poses:
+    """N poses as arrays, in the camera frame, with SMPL's 24 joints.
+
+    rotations: (N, 24, 3, 3) float64, the identity where there is no pose. measured: (N, 24) bool. betas: (N, 10), zeros where ``has_betas`` (N,) is
+    false. there: (N,) bool, whether there is a pose at all.
+    """
+
+    rotations: np.ndarray
+    measured: np.ndarray
+    betas: np.ndarray
+    has_betas: np.ndarray
+    there: np.ndarray
+
+    __repr__ = one_line
+
+    def take(self, rows: np.ndarray) -> Poses:
+        """Those at an index (n,), or where a mask (N,) is true."""
+        return Poses(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    @classmethod
+    def gather(cls, poses: Sequence[Pose | None]) -> Poses:
+        """From poses of batch shape () in any frame and family. Joints beyond SMPL's are dropped. Hands that a pose lacks are straight, and not
+        measured. Betas of another shape space than SMPL's are not taken, and of more than ten only the first ten.
+        """
+        count = len(poses)
+        rotations = np.broadcast_to(np.eye(3), (count, 24, 3, 3)).copy()
+        measured, betas = np.zeros((count, 24), bool), np.zeros((count, 10))
+        has_betas, there = np.zeros(count, bool), np.array([pose is not None for pose in poses], bool)
+        kinds: dict[tuple[str, int], list[int]] = {}
+        for i, pose in enumerate(poses):
+            if pose is not None:
+                kinds.setdefault((pose.frame, pose.num_joints), []).append(i)
+        for (frame, joints), places in kinds.items():
+            family_of(joints)
+            kept = joints if joints == 24 else SHARED
+            rotations[places, :kept] = np.stack([np.asarray(poses[i].rotations)[:kept] for i in places])  # type: ignore[union-attr]
+            rotations[places, 0] = turn(frame, "camera") @ rotations[places, 0]
+            measured[places, :kept] = True
+        for i, pose in enumerate(poses):
+            if pose is None:
+                continue
+            if pose.measured is not None:
+                kept = 24 if pose.num_joints == 24 else SHARED
+                measured[i, :kept] = np.asarray(pose.measured)[:kept]
+            space = pose.shape_space or ("SMPL" if pose.num_joints in (SHARED, 24, 52) else "")
+            if pose.betas is not None and space == "SMPL" and (pose.has_betas is None or bool(pose.has_betas)):
+                given = np.asarray(pose.betas, np.float64)[:10]
+                betas[i, : len(given)], has_betas[i] = given, True
+        return cls(rotations, measured, betas, has_betas, there & measured.any(1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """What N rows say, gathered once. keys, groups: (N,). poses: the first pose of each. extras: of each row."""
+
+    keys: list[str]
+    groups: list[str]
+    poses: Poses
+    extras: list[Mapping[str, Any]]
+
+    __repr__ = one_line
+
+    @classmethod
+    def gather(cls, rows: Sequence[Example]) -> Rows:
+        """Reads each row once, and keeps no image."""
+        keys, groups, poses, extras = [], [], [], []
+        for row in rows:
+            keys.append(row.id)
+            groups.append(row.group)
+            poses.append(first(row.poses))
+            extras.append(row.extras)
+        return cls(keys, groups, Poses.gather(poses), extras)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Those at an index (n,)."""
+        lists = ([values[i] for i in rows] for values in (self.keys, self.groups, self.extras))
+        keys, groups, extras = lists
+        return Rows(keys, groups, self.poses.take(rows), extras)
+
+    def numbers(self, name: str, *shape: int) -> np.ndarray:
+        """(N, *shape) float64, one of the extras. Raises UserError, which names the row, where it is not there or has another shape."""
+        found = [np.asarray(extras[name], np.float64) if name in extras else None for extras in self.extras]
+        for key, value in zip(self.keys, found):
+            if value is None or value.shape != shape:
+                raise UserError(
+                    f"row {key!r}: the protocol needs {name} of shape {shape} in its extras; found "
+                    + ("nothing" if value is None else str(value.shape))
+                )
+        return np.stack(found)  # type: ignore[arg-type]
+
+
+def first(poses: Pose) -> Pose | None:
+    """The first of a batch (P,) as NumPy arrays, or None."""
+    if not len(poses.rotations):
+        return None
+
+    def of(value: Any) -> Any:
+        return None if value is None else np.asarray(value)[0]
+
+    return Pose(
+        of(poses.rotations),
+        poses.frame,
+        betas=of(poses.betas),
+        measured=of(poses.measured),
+        has_betas=of(poses.has_betas),
+        shape_space=poses.shape_space,
+    )
+
+
+# Positions -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Positions(NamedTuple):
+    """(N, size, 3) metres of all points of a protocol's set, and (N, size) bool, which are known."""
+
+    points: np.ndarray
+    known: np.ndarray
+
+
+def positions(protocol: Protocol, poses: Poses, body: BodyModel, betas: np.ndarray | None, files: Files) -> Positions:
+    """The points of a protocol for poses on a body. Computed by ``smpl_jax`` in float32, which is exact to about 0.0005 mm.
+
+    A point that is not a joint of the body is known only where the whole pose is. A joint is known where all its ancestors were measured.
+    betas: (N, 10), or None for zeros.
+    """
+    shape = np.zeros((len(poses.there), 10)) if betas is None else betas[:, :10]
+    count = min(body.num_betas, 10)
+    arrays = (poses.rotations.astype(np.float32), shape[:, :count].astype(np.float32))
+    found = np.zeros((len(shape), protocol.size, 3))
+    if protocol.regressor is None:
+        found[:] = _chunked(partial(_joints, body), *arrays)[:, : protocol.size]
+        return Positions(found, _placed(poses.measured, body.parents) & poses.there[:, None])
+    name, start = protocol.regressor
+    weights = files.regressor(name, body.num_vertices)
+    used = np.flatnonzero(weights.any(0))
+    part = body.subset(used).with_keypoints(regressors={name: weights[:, used]})
+    found[:, start : start + len(weights)] = _chunked(partial(_regressed, part, name), *arrays)
+    known = np.zeros(found.shape[:2], bool)
+    known[:, start : start + len(weights)] = _placed(poses.measured, body.parents).all(1, keepdims=True)
+    return Positions(found, known & poses.there[:, None])
+
+
+@partial(jax.jit, static_argnames="name")
+def _regress(body: BodyModel, name: str, rotations: jax.Array, betas: jax.Array) -> jax.Array:
+    return bodies.regress(body, bodies.vertices(body, rotations, betas, chunk=None), name)
+
+
+def _regressed(body: BodyModel, name: str, rotations: np.ndarray, betas: np.ndarray) -> jax.Array:
+    return _regress(body, name, rotations, betas)
+
+
+def _joints(body: BodyModel, rotations: np.ndarray, betas: np.ndarray) -> jax.Array:
+    whole = rotations
+    if body.num_joints != 24:
+        whole = to_family(Pose(rotations, "camera"), family_of(body.num_joints)).rotations
+    return bodies.joints(body, whole, betas)
+
+
+_CHUNK = 512
+
+
+def _chunked(function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+    """A function of arrays (N, …), computed for a fixed number at a time, so that it is compiled once and its memory is bounded."""
+    count = len(arrays[0])
+    size = min(_CHUNK, 1 << max(count - 1, 0).bit_length())
+    found = []
+    for start in range(0, count, size):
+        parts = [array[start : start + size] for array in arrays]
+        short = size - len(parts[0])
+        padded = [np.concatenate([part, np.repeat(part[-1:], short, 0)]) if short else part for part in parts]
+        found.append(np.asarray(function(*padded), np.float64)[: size - short])
+    return np.concatenate(found)
+
+
+def _placed(measured: np.ndarray, parents: Sequence[int]) -> np.ndarray:
+    """(N, 24), joints whose position relative to the pelvis is known, whatever is known of the root."""
+    turned = measured.copy()
+    turned[:, 0] = measured[:, 1:].any(1)
+    whole = np.zeros((len(measured), len(parents)), bool)
+    whole[:, : min(24, len(parents))] = turned[:, : len(parents)]
+    found = placed(whole, parents)[:, :24]
+    return found & found[:, 1:].any(1, keepdims=True)
+
+
+# Answers and errors --------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """What N answers give, gathered once. poses: those of the persons that were asked for. joints: ``Answer.joints`` of each.
+
+    unmatched: (N,) bool, answers with people of whom none is the person that was asked for.
+    """
+
+    poses: Poses
+    joints: list[Mapping[str, np.ndarray]]
+    unmatched: np.ndarray
+
+    __repr__ = one_line
+
+    @classmethod
+    def gather(cls, answers: Sequence[Answer], rows: Rows) -> Given:
+        """Of several people of an answer, takes the one whose box ``match`` finds for the row's ``bbox`` or ``box``."""
+        poses, joints = [], []
+        unmatched = np.zeros(len(answers), bool)
+        for i, answer in enumerate(answers):
+            pose, positions = answer.pose, answer.joints
+            if answer.boxes is not None:
+                person = match(answer.boxes, box_of(rows.extras[i], rows.keys[i]))
+                unmatched[i] = person is None
+                pose = None if person is None or pose is None else pose[person]
+                positions = {} if person is None else {name: points[person] for name, points in positions.items()}
+            poses.append(pose)
+            joints.append(positions)
+        return cls(Poses.gather(poses), joints, unmatched)
+
+    def take(self, rows: np.ndarray) -> Given:
+        """Those at an index (n,)."""
+        return Given(self.poses.take(rows), [self.joints[i] for i in rows], self.unmatched[rows])
+
+    def named(self, name: str, size: int, keys: Sequence[str]) -> Positions:
+        """Positions (N, size, 3) of a named set, and which there are. Raises UserError for another shape."""
+        found, known = np.zeros((len(keys), size, 3)), np.zeros((len(keys), size), bool)
+        for i, joints in enumerate(self.joints):
+            if name in joints:
+                points = np.asarray(joints[name], np.float64)
+                if points.shape != (size, 3):
+                    raise UserError(
+                        f"the answer to row {keys[i]!r}: {name} must have the shape ({size}, 3), found {points.shape}"
+                    )
+                found[i], known[i] = np.nan_to_num(points), np.isfinite(points).all(-1)
+        return Positions(found, known)
+
+
+LEAST_OVERLAP = 0.3
+"""Intersection over union from which on a box is that of the person."""
+
+
+def match(boxes: np.ndarray, box: np.ndarray) -> int | None:
+    """The box (P, 4) with the largest intersection over union with ``box`` (4,), or None if that is below ``LEAST_OVERLAP``.
+
+    Boxes are left, top, width and height in pixels.
+    """
+    if not len(boxes):
+        return None
+    boxes, box = np.asarray(boxes, np.float64), np.asarray(box, np.float64)
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, :2] + boxes[:, 2:], box[:2] + box[2:])
+    shared = np.clip(high - low, 0, None).prod(1)
+    overlap = shared / np.maximum(boxes[:, 2:].prod(1) + box[2:].prod() - shared, 1e-9)
+    best = int(overlap.argmax())
+    return best if overlap[best] >= LEAST_OVERLAP else None
+
+
+def box_of(extras: Mapping[str, Any], key: str) -> np.ndarray:
+    """(4,) left, top, width and height of the person of a row. Raises UserError where its extras have no box."""
+    if "bbox" in extras:
+        return np.asarray(extras["bbox"], np.float64)
+    if "box" in extras:
+        x, y, side = np.asarray(extras["box"], np.float64)
+        return np.array([x - side / 2, y - side / 2, side, side])
+    raise UserError(f"row {key!r} has no box, so the person among those of the answer cannot be found")
+
+
+class Errors(NamedTuple):
+    """columns: (N,) for each of ``COLUMNS`` that applies. counts: rows that do not count, or not everywhere, by reason."""
+
+    columns: dict[str, np.ndarray]
+    counts: dict[str, int]
+
+
+def errors(
+    protocol: Protocol, rows: Rows, given: Given, files: Files, body: BodyModel, betas: Betas, unmeasured: Unmeasured
+) -> Errors:
+    """Errors of N answers by a protocol.
+
+    Args:
+        body: the evaluation body, for protocols whose truth is on it.
+        betas: of predicted poses on SMPL: "own", what the answer says, zeros where it says nothing; or "zero".
+        unmeasured: whether the rotations of joints that the data filled in count. Their positions count as ``Protocol.truth`` says.
+
+    Raises UserError where a file or a value of a row is missing.
+    """
+    truth, rooted = true_positions(protocol, rows, files, body)
+    found, has_root = predicted_positions(protocol, rows, given, files, body, betas)
+    points = list(protocol.points)
+    mask = truth.known[:, points]
+    there: np.ndarray = mask.any(1)
+    if protocol.official:
+        there &= np.array([bool(extras["detected"]) for extras in rows.extras])
+    answered = found.known.any(1)
+    whole = answered & (found.known[:, points] | ~mask).all(1)
+    mask = mask & (there & whole)[:, None]
+    a, b = found.points[:, points], truth.points[:, points]
+    with np.errstate(invalid="ignore"):
+        pelvis = list(protocol.pelvis)
+        centred = [side.points - side.points[:, pelvis].mean(1, keepdims=True) for side in (found, truth)]
+        placed_mask = mask & (rooted & has_root & (truth.known & found.known)[:, pelvis].all(1))[:, None]
+        from_pelvis = measures.distances(centred[0][:, points], centred[1][:, points])
+        columns = {"MPJPE": measures.mean(from_pelvis, placed_mask)}
+        after = measures.aligned(a, b, mask)
+        columns["PA-MPJPE"] = measures.mean(measures.distances(after.points, b), mask)
+        if protocol.official:
+            columns |= _official(rows, given, from_pelvis, placed_mask, after.rotation, there)
+        if rows.poses.measured.any():
+            columns |= rotation_errors(rows.poses, given.poses, unmeasured, there)
+    counts = {
+        "rows without a truth": int((~truth.known[:, points].any(1)).sum()),
+        "frames without detected keypoints, which the protocol leaves out": int(
+            (truth.known[:, points].any(1) & ~there).sum()
+        ),
+        "the person was not found among those of the answer": int((there & given.unmatched).sum()),
+        "no pose and no positions in the answer": int((there & ~answered & ~given.unmatched).sum()),
+        "the answer lacks some of the points": int((there & answered & ~whole).sum()),
+    }
+    if (angle := columns.get("angle")) is not None:
+        counts["positions without the rotations that are compared"] = int(
+            (there & whole & np.isnan(angle) & _counted(rows.poses, unmeasured)[:, 1:].any(1)).sum()
+        )
+    return Errors({name: columns[name] for name in COLUMNS if name in columns}, {k: n for k, n in counts.items() if n})
+
+
+def true_positions(protocol: Protocol, rows: Rows, files: Files, body: BodyModel) -> tuple[Positions, np.ndarray]:
+    """Points (N, size, 3) of the truth, and (N,) whether its root is known."""
+    if protocol.truth == "file":
+        width = 4 if protocol.regressor else 3
+        numbers = rows.numbers(protocol.extras[0], protocol.size, width)
+        confident: np.ndarray = np.all(numbers[..., 3:] > 0, axis=-1)
+        return Positions(numbers[..., :3], confident), np.ones(len(rows), bool)
+    if protocol.truth == "body":
+        return positions(protocol, rows.poses, body, None, files), rows.poses.measured[:, 0]
+    shape, found = rows.numbers("betas", 10), np.zeros((len(rows), protocol.size, 3))
+    genders = np.array([str(extras.get("gender", "")) for extras in rows.extras])
+    if len(unknown := np.flatnonzero(~np.isin(genders, ("male", "female", "neutral")))):
+        raise UserError(
+            f"row {rows.keys[unknown[0]]!r}: the protocol needs the gender, male, female or neutral, in its extras; found {genders[unknown[0]]!r}"
+        )
+    for gender in sorted(set(genders)):
+        chosen = genders == gender
+        found[chosen] = positions(protocol, rows.poses.take(chosen), files.body(gender), shape[chosen], files).points
+    known: np.ndarray = np.broadcast_to(
+        rows.poses.there[:, None], found.shape[:2]
+    )  # what the fits filled in counts too
+    return Positions(found, known), rows.poses.there
+
+
+def predicted_positions(
+    protocol: Protocol, rows: Rows, given: Given, files: Files, body: BodyModel, betas: Betas
+) -> tuple[Positions, np.ndarray]:
+    """Points (N, size, 3) of the answers, and (N,) whether their root is known.
+
+    Where predicted poses have no betas, a pose goes before positions; else positions go before the pose.
+    """
+    stated = given.named(protocol.named, protocol.size, rows.keys)
+    poses = given.poses
+    pose_first = protocol.on == "body" or betas == "zero"
+    posed = poses.there & _placed(poses.measured, _PARENTS).all(1)
+    use = posed if pose_first else posed & ~stated.known.any(1)
+    points, known, root = stated.points.copy(), stated.known.copy(), np.ones(len(rows), bool)
+    if use.any():
+        part = poses.take(use)
+        on = body if protocol.on == "body" else files.body("neutral")
+        own = None if pose_first else part.betas
+        points[use], known[use] = positions(protocol, part, on, own, files)
+        root[use] = part.measured[:, 0]
+    return Positions(points, known), root
+
+
+def rotation_errors(truth: Poses, found: Poses, unmeasured: Unmeasured, there: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns ``ROTATIONS``, each (N,): over joints 1 … 23, over 1 … 21, and of the root. there: (N,), rows that count.
+
+    An answer that marks one of the compared joints 1 … 21 as not estimated does not count. Hands (22, 23) that it lacks are straight.
+    """
+    compared = _counted(truth, unmeasured) & (there & found.there)[:, None]
+    whole = (found.measured | ~compared)[:, 1:SHARED].all(1)
+    body = compared & whole[:, None]
+    difference = measures.entries(found.rotations, truth.rotations)
+    angle = measures.angles(found.rotations, truth.rotations)
+    return {
+        "MPJRE": measures.mean(difference[:, 1:], body[:, 1:]),
+        "MPJRE-21": measures.mean(difference[:, 1:SHARED], body[:, 1:SHARED]),
+        "angle": measures.mean(angle[:, 1:], body[:, 1:]),
+        "root angle": np.where(compared[:, 0] & found.measured[:, 0], angle[:, 0], np.nan),
+    }
+
+
+def _counted(truth: Poses, unmeasured: Unmeasured) -> np.ndarray:
+    """(N, 24), joints whose rotations are compared."""
+    return truth.measured if unmeasured == "left out" else np.repeat(truth.there[:, None], 24, 1)
+
+
+def _official(
+    rows: Rows, given: Given, from_pelvis: np.ndarray, mask: np.ndarray, turned: np.ndarray, there: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What 3DPW's evaluation adds. Orientations are those that the answer states, else those of its pose."""
+    major = np.where(mask[:, MAJOR], from_pelvis[:, MAJOR], np.nan)
+    stated = given.named(ORIENTATIONS, 27, rows.keys)
+    oriented = stated.known.all(1) & there
+    posed = given.poses.there & given.poses.measured[:, :SHARED][:, list(_PATHS)].all(1) & there
+    found, truth = (
+        measures.global_rotations(poses.rotations, _PARENTS)[:, ORIENTED] for poses in (given.poses, rows.poses)
+    )
+    found = np.where(oriented[:, None, None, None], stated.points.reshape(-1, 9, 3, 3), found)
+    counts = oriented | posed
+
+    def angle(rotations: np.ndarray) -> np.ndarray:
+        return np.where(counts, measures.angles(rotations, truth).mean(1), np.nan)
+
+    return {
+        "PCK@50": np.where(np.isnan(major).any(1), np.nan, 100 * (major <= 50).mean(1)),
+        "AUC": measures.area_under_pck(major),
+        "MPJAE": angle(found),
+        "MPJAE-PA": np.where(mask.any(1), angle(turned[:, None] @ found), np.nan),
+    }
+
+
+_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
+_PATHS = (0, 1, 2, 3, 4, 5, 6, 9, 13, 14, 16, 17, 18, 19)
+"""``ORIENTED`` and their ancestors."""

@@ -1,0 +1,188 @@
+"""Pose estimation from images, as in ChatPose's Table 3, by the protocols of ``evaluation.protocols``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation import protocols
+from chatpose_jax.evaluation.protocols import (
+    COLUMNS,
+    OF_DATA,
+    PROTOCOLS,
+    Betas,
+    Files,
+    Given,
+    MissingFile,
+    Protocol,
+    Rows,
+    Unmeasured,
+)
+from chatpose_jax.evaluation.scores import Scores, interval, means_of
+from chatpose_jax.evaluation.system import Answer, Question
+from chatpose_jax.settings import did_you_mean
+from smpl_jax import io
+from smpl_jax.body import BodyModel
+
+
+class Estimation:
+    """The pose of the person in an image, by several protocols: one table each.
+
+    A system answers with a pose, or with positions of the set that a protocol names (``Protocol.named``), such as ``h36m17`` under A, ``humans44``
+    under B and ``smpl24`` under C and D. Columns that need rotations are NaN for answers with positions alone, which the counts say. An answer
+    without a pose counts in no mean, and the counts say how many there are.
+
+    Options:
+        protocols: keys of ``PROTOCOLS`` with commas between them. By default those of the data set (``OF_DATA``) whose files are there; the
+            facts say which are left out and why. A named protocol whose file is missing is an error.
+        smpl: the folder of ``FILES``: SMPL's bodies and the regressors.
+        betas: of predicted poses under A, B and D, on the neutral SMPL: "own", those of the answer, 0 where it has none; or "zero".
+        unmeasured: of joints that the data filled in, such as toes and hands of 3DPW: "left out", their rotations do not count; or "counted", as in
+            figures of papers.
+        body: the file of the evaluation body, for C; by default the body of the package.
+    """
+
+    name = "estimation"
+
+    def __init__(
+        self,
+        rows: Sequence[Example],
+        data: str,
+        *,
+        protocols: str = "",
+        smpl: str = "",
+        betas: Betas = "own",
+        unmeasured: Unmeasured = "left out",
+        body: str = "",
+    ) -> None:
+        if not len(rows):
+            raise UserError(f"{data} has no rows to evaluate")
+        self.rows, self.data, self.betas, self.unmeasured = rows, data, betas, unmeasured
+        self.files, self.body = Files(smpl), evaluation_body(body)
+        self.settings: Mapping[str, Any] = {}
+        self.given = chosen(protocols)
+        for name in self.given:
+            check(name, rows[0], self.files, self.body)
+        self.protocols = self.given or OF_DATA.get(data, ("C",) if self.body.num_joints == 24 else ("C22",))
+
+    def question(self, row: Example) -> Question:
+        """The row's own. Raises UserError for a row without an image."""
+        if row.kind != "image":
+            raise UserError(
+                f"{row.place} shows no image (its kind is {row.kind!r}); the estimation of poses needs rows with images"
+            )
+        return Question.of(row)
+
+    def score(self, answers: Sequence[Answer]) -> list[Scores]:
+        """A table for each protocol."""
+        rows = Rows.gather(self.rows)
+        given = Given.gather(answers, rows)
+        found: dict[str, protocols.Errors] = {}
+        left_out: dict[str, MissingFile] = {}
+        for name in self.protocols:
+            try:
+                found[name] = protocols.errors(
+                    PROTOCOLS[name], rows, given, self.files, self.body, self.betas, self.unmeasured
+                )
+            except MissingFile as error:
+                if self.given:
+                    raise
+                left_out[name] = error
+        if not found:
+            raise next(iter(left_out.values()))
+        also = {"left out": "; ".join(f"{name}: {error}" for name, error in left_out.items())} if left_out else {}
+        return [
+            Scores(
+                table=f"estimation/{self.data}/{name}",
+                title=f"Pose estimation, {self.data}, protocol {name}",
+                facts=facts(name, PROTOCOLS[name], rows, errors, self.betas, self.unmeasured, self.body) | also,
+                values=means_of(errors.columns, rows.groups, COLUMNS),
+                samples=errors.columns,
+                rank="PA-MPJPE",
+                counts=errors.counts,
+            )
+            for name, errors in found.items()
+        ]
+
+
+def chosen(words: str) -> tuple[str, ...]:
+    """The protocols that an option names. Raises UserError for an unknown one."""
+    names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
+    for name in names:
+        if name not in PROTOCOLS:
+            raise UserError(
+                f"protocols: expected some of {', '.join(PROTOCOLS)}; found {name!r}{did_you_mean(name, PROTOCOLS)}"
+            )
+    return names
+
+
+def check(name: str, row: Example, files: Files, body: BodyModel) -> None:
+    """Raises UserError unless a row has what a protocol needs, and the files of its truth are there."""
+    protocol = PROTOCOLS[name]
+    if absent := [extra for extra in protocol.extras if extra not in row.extras]:
+        raise UserError(
+            f"protocol {name} needs {', '.join(absent)} in the extras of a row, which {row.place} has not; "
+            "docs/evaluation.md says which data set takes which protocols, and C takes any with poses"
+        )
+    if protocol.truth == "gendered":
+        files.body("male"), files.body("female")
+    if (protocol.truth == "body" and len(protocol.points) > body.num_joints) or (name == "C" and body.num_joints != 24):
+        raise UserError(
+            f"protocol {name} compares SMPL's 24 joints, and the body {body.name!r} has {body.num_joints}; --set protocols=C22"
+        )
+
+
+def evaluation_body(path: str) -> BodyModel:
+    """The body of a file, or that of the package for "". Raises UserError."""
+    try:
+        return io.load_body(path or None)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def facts(
+    name: str,
+    protocol: Protocol,
+    rows: Rows,
+    errors: protocols.Errors,
+    betas: Betas,
+    unmeasured: Unmeasured,
+    body: BodyModel,
+) -> dict[str, str]:
+    """What makes rows of this table comparable, in words."""
+    words = {
+        "gendered": "SMPL of each person's gender, with the betas of the data",
+        "file": "positions in the data",
+        "body": f"the pose of the data on the body {body.name!r}",
+    }
+    rule = "0 on both sides"
+    if protocol.on != "body":
+        rule = "of predictions on the neutral SMPL: " + (
+            "0" if betas == "zero" else "the system's own, 0 where it has none"
+        )
+    count, used = len(rows), int(np.isfinite(errors.columns["PA-MPJPE"]).sum())
+    found = {
+        "protocol": name,
+        "points": protocol.words[0],
+        "pelvis": protocol.words[1],
+        "truth": words[protocol.truth],
+        "betas": rule,
+        "rotations": "the data has none",
+        "samples": f"{count:,}" if used == count else f"{used:,} of {count:,}",
+        "interval": interval(rows.groups),
+    }
+    if rows.poses.measured.any():
+        if unmeasured == "counted":
+            found["rotations"] = "all joints, with those that the data filled in"
+        else:
+            least, most = (f(rows.poses.measured[rows.poses.there, 1:].sum(1)) for f in (np.min, np.max))
+            span = f"{most}" if least == most else f"{least} to {most}"
+            found["rotations"] = f"joints that the data measured, {span} of 23"
+    if protocol.official:
+        tracks = {(group, extras.get("actor")) for group, extras in zip(rows.groups, rows.extras)}
+        found["tracks"] = f"{len(tracks)} of persons; the official evaluation has the 87 of all three splits"
+    return found

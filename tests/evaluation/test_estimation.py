@@ -1,0 +1,366 @@
+"""Pose estimation by protocols A, B, C and D, against versions that are written here from their descriptions, in float64 with SciPy, a sample at a
+time. The bodies are small ones in the format of SMPL's files.
+"""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation import protocols
+from chatpose_jax.evaluation.system import Answer
+from chatpose_jax.evaluation.tasks.estimation import Estimation
+from smpl_jax import Pose, io
+from smpl_jax.metrics import pose_metrics
+from smpl_jax.pose import stack
+
+from ..smpl.models import SMPL_PARENTS, random_arrays
+
+Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
+COUNT = 12
+SEEDS = {"neutral": 1, "male": 2, "female": 3}
+LSP14 = [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
+
+
+def weights(rng, rows, columns=200):
+    found = np.zeros((rows, columns))
+    for row in found:
+        row[rng.integers(0, columns, 5)] = rng.uniform(0.1, 1, 5)
+    return found / found.sum(1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the option smpl names, with one body of each kind of file."""
+    path, rng = tmp_path_factory.mktemp("smpl"), np.random.default_rng(5)
+    for gender, seed in SEEDS.items():
+        arrays = random_arrays(seed=seed)
+        if gender == "male":
+            np.savez(path / "SMPL_MALE.npz", **arrays)
+        else:
+            (path / f"SMPL_{gender.upper()}.pkl").write_bytes(pickle.dumps(arrays))
+    np.save(path / "J_regressor_h36m.npy", weights(rng, 17))
+    (path / "SMPL_to_J19.pkl").write_bytes(pickle.dumps(weights(rng, 19)))
+    return path
+
+
+def axis_angles(rng, scale=0.5):
+    return rng.normal(0, scale, (COUNT, 24, 3))
+
+
+def matrices(angles):
+    return Rotation.from_rotvec(angles.reshape(-1, 3)).as_matrix().reshape(*angles.shape[:-1], 3, 3).astype(np.float32)
+
+
+def flags(*missing):
+    found = np.ones(24, bool)
+    found[list(missing)] = False
+    return found
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Rows as of 3DPW, with what 3dpw_test has too."""
+    rng = np.random.default_rng(7)
+    rotations = matrices(axis_angles(rng))
+    return [
+        Example(
+            f"downtown/image_{i:05d}.jpg#0",
+            "image",
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<POSE>"}],
+            Pose(rotations[i][None], "camera", measured=flags(10, 11, 22, 23)[None]),
+            extras={
+                "gender": ("male", "female")[i % 2],
+                "betas": rng.normal(0, 1, 10).astype(np.float32),
+                "detected": i != 3,
+                "actor": i % 3,
+                "keypoints_3d": np.concatenate([rng.normal(0, 0.4, (44, 3)), np.ones((44, 1))], 1),
+            },
+            group=f"sequence{i // 3}",
+        )
+        for i in range(COUNT)
+    ]
+
+
+@pytest.fixture(scope="module")
+def answers(data):
+    """Near the truth, with betas."""
+    rng = np.random.default_rng(8)
+    near = matrices(axis_angles(rng, 0.3))
+    return [
+        Answer("", Pose(row.poses.rotations[0] @ turned, "camera", betas=rng.normal(0, 1, 10).astype(np.float32)))
+        for row, turned in zip(data, near)
+    ]
+
+
+# The descriptions, apart from the package's code --------------------------------------------------------------------------------------------
+
+
+def smpl(gender, rotations, betas):
+    """Joints, vertices and orientations of SMPL's formula, for one body."""
+    model = random_arrays(seed=SEEDS[gender])
+    rotations = np.asarray(rotations, np.float64)
+    shaped = model["v_template"] + model["shapedirs"] @ np.asarray(betas, np.float64)
+    rest = model["J_regressor"] @ shaped
+    shaped = shaped + model["posedirs"] @ (rotations[1:] - np.eye(3)).ravel()
+    transforms = []
+    for joint, parent in enumerate(SMPL_PARENTS):
+        local = np.eye(4)
+        local[:3, :3] = rotations[joint]
+        local[:3, 3] = rest[joint] - (rest[parent] if parent >= 0 else 0)
+        transforms.append(local if parent < 0 else transforms[parent] @ local)
+    places = np.array([t[:3, 3] for t in transforms])
+    turns = np.array([t[:3, :3] for t in transforms])
+    moved = np.einsum("jab,vjb->vja", turns, shaped[:, None] - rest) + places
+    return places, np.einsum("vj,vja->va", model["weights"], moved), turns
+
+
+def procrustes(source, target):
+    """Moved points, and the rotation: SciPy's solution of Wahba's problem, then the best scale."""
+    x, y = source - source.mean(0), target - target.mean(0)
+    if not np.abs(x).sum():
+        return np.tile(target.mean(0), (len(target), 1)), np.eye(3)
+    rotation = Rotation.align_vectors(y, x)[0].as_matrix()
+    turned = x @ rotation.T
+    return (turned * y).sum() / (x * x).sum() * turned + target.mean(0), rotation
+
+
+def in_mm(a, b):
+    return 1000 * np.linalg.norm(a - b, axis=-1).mean()
+
+
+def degrees(a, b):
+    return np.degrees(Rotation.from_matrix(np.asarray(a).swapaxes(-1, -2) @ np.asarray(b)).magnitude())
+
+
+def expected_rotations(answer, row, measured):
+    a, b = np.asarray(answer.pose.rotations, np.float64), np.asarray(row.poses.rotations[0], np.float64)
+    joints = [j for j in range(1, 24) if measured[j]]
+    few = [j for j in joints if j < 22]
+    return {
+        "MPJRE": 100 * np.abs(a - b)[joints].mean(),
+        "MPJRE-21": 100 * np.abs(a - b)[few].mean(),
+        "angle": degrees(a, b)[joints].mean(),
+        "root angle": degrees(a, b)[0],
+    }
+
+
+def scored(task, answers):
+    (found,) = task.score(answers)
+    return found
+
+
+def compare(found, expected, rows=range(COUNT)):
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.samples[name][list(rows)], values, atol=3e-3, rtol=0, err_msg=name)
+        assert found.values[name].value == pytest.approx(np.mean(values), abs=3e-3)
+
+
+@pytest.mark.parametrize("name", ["A", "A-hips"])
+@pytest.mark.parametrize("betas", ["own", "zero"])
+def test_protocol_a(folder, data, answers, name, betas):
+    regressor = np.load(folder / "J_regressor_h36m.npy")
+    expected = {"MPJPE": [], "PA-MPJPE": []}
+    for row, answer in zip(data, answers):
+        truth = regressor @ smpl(row.extras["gender"], row.poses.rotations[0], row.extras["betas"])[1]
+        found = (
+            regressor @ smpl("neutral", answer.pose.rotations, answer.pose.betas if betas == "own" else np.zeros(10))[1]
+        )
+        middle = [side[0] if name == "A" else (side[LSP14[2]] + side[LSP14[3]]) / 2 for side in (found, truth)]
+        expected["MPJPE"].append(in_mm((found - middle[0])[LSP14], (truth - middle[1])[LSP14]))
+        expected["PA-MPJPE"].append(in_mm(procrustes(found[LSP14], truth[LSP14])[0], truth[LSP14]))
+    task = Estimation(data, "3dpw", protocols=name, smpl=str(folder), betas=betas)
+    found = scored(task, answers)
+    compare(found, expected)
+    assert ("0" if betas == "zero" else "the system's own, 0 where it has none") in found.facts["betas"]
+    assert found.facts["protocol"] == name
+    assert found.facts["interval"] == "95 % bootstrap over 4 sequences"
+
+
+def test_protocol_b(folder, data, answers):
+    regressor = pickle.loads((folder / "SMPL_to_J19.pkl").read_bytes())
+    points = [*range(25, 38), 43]
+    expected = {"MPJPE": [], "PA-MPJPE": []}
+    for row, answer in zip(data, answers):
+        truth = row.extras["keypoints_3d"][:, :3]
+        found = np.zeros((44, 3))
+        found[25:] = regressor @ smpl("neutral", answer.pose.rotations, answer.pose.betas)[1]
+        expected["MPJPE"].append(in_mm((found - found[39])[points], (truth - truth[39])[points]))
+        expected["PA-MPJPE"].append(in_mm(procrustes(found[points], truth[points])[0], truth[points]))
+    compare(scored(Estimation(data, "3dpw_test", protocols="B", smpl=str(folder)), answers), expected)
+
+
+@pytest.mark.parametrize("name, count", [("C", 24), ("C22", 22)])
+def test_protocol_c(data, answers, folder, name, count):
+    expected = {"MPJPE": [], "PA-MPJPE": []}
+    for row, answer in zip(data, answers):
+        truth, found = (
+            smpl("female", r, np.zeros(10))[0][:count] for r in (row.poses.rotations[0], answer.pose.rotations)
+        )
+        expected["MPJPE"].append(in_mm(found - found[0], truth - truth[0]))
+        expected["PA-MPJPE"].append(in_mm(procrustes(found, truth)[0], truth))
+    found = scored(Estimation(data, "3dpw", protocols=name, body=str(folder / "SMPL_FEMALE.pkl")), answers)
+    compare(found, expected)
+    assert found.facts["betas"] == "0 on both sides"
+    assert not found.counts
+
+
+def test_protocol_d(folder, data, answers):
+    from scipy.integrate import quad
+
+    zero = 5  # a submission of zeros for one frame
+    given = []
+    for i, answer in enumerate(answers):
+        joints, _, turns = smpl("neutral", answer.pose.rotations, answer.pose.betas)
+        joints = joints * 0 if i == zero else joints
+        orientations = turns[[0, 1, 2, 4, 5, 16, 17, 18, 19]]
+        given.append(Answer("", None, {"smpl24": joints, "orientations9": orientations.reshape(27, 3)}))
+    major, oriented = [1, 2, 4, 5, 7, 8, *range(16, 22)], [0, 1, 2, 4, 5, 16, 17, 18, 19]
+    expected = {name: [] for name in ("MPJPE", "PA-MPJPE", "PCK@50", "AUC", "MPJAE", "MPJAE-PA")}
+    rows = [i for i in range(COUNT) if i != 3]
+    every, steps = [], np.linspace(0, 1, 200)
+    for i in rows:
+        truth, _, turns = smpl(data[i].extras["gender"], data[i].poses.rotations[0], data[i].extras["betas"])
+        found = given[i].joints["smpl24"] - given[i].joints["smpl24"][0]
+        truth = truth - truth[0]
+        errors = 1000 * np.linalg.norm(found - truth, axis=-1)
+        moved, rotation = procrustes(found, truth)
+        expected["MPJPE"].append(errors.mean())
+        expected["PA-MPJPE"].append(in_mm(moved, truth))
+        expected["PCK@50"].append(100 * (errors[major] <= 50).mean())
+        thresholds = np.arange(200.0)
+        curve = [(errors[major] <= t).mean() for t in thresholds]
+        expected["AUC"].append(quad(lambda x, curve=curve: np.interp(x, steps, curve), 0, 1, limit=500)[0])
+        stated = given[i].joints["orientations9"].reshape(9, 3, 3)
+        expected["MPJAE"].append(degrees(stated, turns[oriented]).mean())
+        expected["MPJAE-PA"].append(degrees(rotation @ stated, turns[oriented]).mean())
+        every.append(errors[major])
+    found = scored(Estimation(data, "3dpw", protocols="D", smpl=str(folder)), given)
+    compare(found, expected, rows)
+    assert np.isnan(found.samples["MPJPE"][3]), "nobody was detected there"
+    assert found.counts["frames without detected keypoints, which the protocol leaves out"] == 1
+    assert found.facts["samples"] == "11 of 12"
+    assert "12 of persons" in found.facts["tracks"]
+    # the mean of the samples' areas is the area of the mean curve, which is what the official script integrates
+    curve = [np.mean([(errors <= t).mean() for errors in every]) for t in range(200)]
+    assert found.values["AUC"].value == pytest.approx(np.trapezoid(curve) / 199, abs=1e-6)
+    assert all(np.isnan(found.samples[name]).all() for name in protocols.ROTATIONS)
+    assert found.counts["positions without the rotations that are compared"] == 11
+    # and from poses, positions and orientations are those of the neutral body
+    posed = scored(Estimation(data, "3dpw", protocols="D", smpl=str(folder)), answers)
+    for name in ("MPJPE", "AUC", "MPJAE", "MPJAE-PA"):
+        keep = [i for i in rows if i != zero]
+        np.testing.assert_allclose(posed.samples[name][keep], found.samples[name][keep], atol=3e-3)
+
+
+def test_rotations(data, answers):
+    for unmeasured, counted in (("left out", flags(10, 11, 22, 23)), ("counted", flags())):
+        expected = [expected_rotations(answer, row, counted) for row, answer in zip(data, answers)]
+        found = scored(Estimation(data, "rows", unmeasured=unmeasured), answers)
+        compare(found, {name: [each[name] for each in expected] for name in protocols.ROTATIONS})
+        words = "joints that the data measured, 19 of 23"
+        assert (found.facts["rotations"] == words) == (unmeasured == "left out")
+    near = [Answer("", Pose(row.poses.rotations[0], "camera")) for row in data]
+    found = scored(Estimation(data, "rows"), near)
+    assert all(found.values[name].value == pytest.approx(0, abs=2e-4) for name in protocols.ROTATIONS)
+
+
+def test_protocol_c_is_what_evaluation_of_models_reports(data, answers):
+    """``smpl_jax.metrics.pose_metrics``, also of poses of other families and frames, and rows of which little was measured."""
+    body = io.load_body()
+    rows = list(data)
+    rows[0] = Example("x", "image", [], rows[0].poses.replace(measured=flags(*range(4, 24))[None]))
+    rows[1] = Example("y", "image", [], rows[1].poses.replace(measured=flags(0, 22, 23)[None]))
+    given = [answer.pose.replace(betas=None) for answer in answers]
+    turned = [pose.replace(rotations=pose.rotations[:22]) for pose in given]
+    names = {"MPJPE": "mpjpe", "PA-MPJPE": "pa_mpjpe", "MPJRE": "mpjre", "angle": "geodesic_degrees"}
+    for poses in (given, turned):
+        truth = stack([row.poses[0] for row in rows])
+        expected = pose_metrics(stack(poses), truth, body)
+        found = scored(Estimation(rows, "rows"), [Answer("", pose) for pose in poses])
+        for ours, theirs in names.items():
+            np.testing.assert_allclose(found.samples[ours], expected[theirs], rtol=1e-4, atol=1e-3, err_msg=ours)
+    assert np.isnan(found.samples["MPJPE"][1])
+    assert np.isfinite(found.samples["PA-MPJPE"][1]), "the root was not measured, which matters to MPJPE alone"
+    model = np.diag([1.0, -1, -1]).astype(np.float32)
+    other = given[2].replace(
+        frame="model", rotations=np.concatenate([model @ given[2].rotations[:1], given[2].rotations[1:]])
+    )
+    again = scored(Estimation(rows, "rows"), [Answer("", pose) for pose in [*given[:2], other, *given[3:]]])
+    first = scored(Estimation(rows, "rows"), [Answer("", pose) for pose in given])
+    np.testing.assert_allclose(again.samples["root angle"], first.samples["root angle"], atol=1e-3)
+
+
+def test_positions_instead_of_poses(folder, data, answers):
+    """What HMR2 and SPIN write beside their poses gives what the poses give, without rotations; and no body file is needed for it."""
+    regressor = np.load(folder / "J_regressor_h36m.npy")
+    given = [
+        Answer("", None, {"h36m17": regressor @ smpl("neutral", answer.pose.rotations, answer.pose.betas)[1]})
+        for answer in answers
+    ]
+    task = Estimation(data, "3dpw", protocols="A", smpl=str(folder))
+    ours, theirs = scored(task, given), scored(task, answers)
+    for name in ("MPJPE", "PA-MPJPE"):
+        np.testing.assert_allclose(ours.samples[name], theirs.samples[name], atol=3e-3)
+    assert np.isnan(ours.values["MPJRE"].value)
+    points = [Answer("", None, {"humans44": row.extras["keypoints_3d"][:, :3] + 1}) for row in data]
+    bare = [
+        Example(row.id, "image", [], row.poses.replace(measured=np.zeros((1, 24), bool)), row.extras) for row in data
+    ]
+    found = scored(Estimation(bare, "h36m_val_p2"), points)
+    assert found.values["MPJPE"].value == pytest.approx(0, abs=1e-6)
+    assert not set(protocols.ROTATIONS) & set(found.values), "there are no rotations in this data"
+    assert found.facts["rotations"] == "the data has none"
+    with pytest.raises(UserError, match=r"h36m17 must have the shape \(17, 3\), found \(16, 3\)"):
+        task.score([Answer("", None, {"h36m17": np.zeros((16, 3))})] * COUNT)
+
+
+def test_answers_without_a_pose_are_counted(data, answers):
+    given = [*answers[:4], Answer("I cannot tell."), *answers[5:]]
+    found = scored(Estimation(data, "rows"), given)
+    assert found.counts == {"no pose and no positions in the answer": 1}
+    assert found.facts["samples"] == "11 of 12"
+    whole = scored(Estimation(data, "rows"), answers)
+    np.testing.assert_array_equal(np.delete(found.samples["MPJPE"], 4), np.delete(whole.samples["MPJPE"], 4))
+    assert np.isnan(found.samples["MPJPE"][4])
+
+
+def test_which_protocols_a_data_set_takes(folder, data, answers):
+    task = Estimation(data, "3dpw", smpl=str(folder))
+    assert [found.facts["protocol"] for found in task.score(answers)] == ["A", "C", "D"]
+    found = scored(Estimation(data, "3dpw"), answers)
+    assert found.facts["protocol"] == "C"
+    for words in ("A: SMPL_MALE.pkl or SMPL_MALE.npz", "D: SMPL_MALE.pkl", "smpl.is.tue.mpg.de", "--set smpl=FOLDER"):
+        assert words.replace("MALE", "FEMALE") in found.facts["left out"] or words in found.facts["left out"]
+    with pytest.raises(
+        UserError, match=r"SMPL_MALE.pkl or SMPL_MALE.npz is needed.*licence: SMPL's own.*--set smpl=FOLDER"
+    ):
+        Estimation(data, "3dpw", protocols="A,C")
+    with pytest.raises(UserError, match=r"SMPL_NEUTRAL.pkl or SMPL_NEUTRAL.npz is needed"):
+        Estimation(data, "h36m_val_p2").score(answers)
+    with pytest.raises(UserError, match="expected some of A, A-hips, B, C, C22, D; found 'E'"):
+        Estimation(data, "3dpw", protocols="E")
+    plain = [Example(row.id, "image", row.messages, row.poses) for row in data]
+    with pytest.raises(UserError, match="protocol D needs gender, betas, detected in the extras"):
+        Estimation(plain, "mine", protocols="D", smpl=str(folder))
+    with pytest.raises(UserError, match="shows no image"):
+        Estimation(plain, "mine").question(Example("z", "text", plain[0].messages, plain[0].poses))
+    assert Estimation(plain, "mine").question(plain[0]).key == plain[0].id
+
+
+def test_damaged_files_are_named(tmp_path, folder, data, answers):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    np.save(tmp_path / "J_regressor_h36m.npy", np.zeros((17, 100)))
+    with pytest.raises(
+        UserError, match=r"J_regressor_h36m.npy: expected numbers of shape \(17, 200\).*found float64 \(17, 100\)"
+    ):
+        Estimation(data, "3dpw", protocols="A", smpl=str(tmp_path)).score(answers)
+    (tmp_path / "J_regressor_h36m.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match=r"J_regressor_h36m.npy"):
+        Estimation(data, "3dpw", protocols="A", smpl=str(tmp_path)).score(answers)
+    (tmp_path / "SMPL_FEMALE.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match=r"SMPL_FEMALE.pkl tries to run os.system"):
+        Estimation(data, "3dpw", protocols="A", smpl=str(tmp_path))
