@@ -45,7 +45,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1000 * np.sqrt(((a - b) ** 2).sum(-1))
 
 
-def mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def mean_over(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(N,), the mean of values (N, K) over those that count."""
     count = mask.sum(1)
     return np.where(mask, values, 0).sum(1) / np.where(count > 0, count, np.nan)

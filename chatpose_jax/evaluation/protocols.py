@@ -114,7 +114,7 @@ OF_DATA: dict[str, tuple[str, ...]] = {
     "3dpw_test": ("A", "B", "C"),
     "h36m_val_p2": ("B",),
 }
-"""Protocols of a data set; all others have C."""
+"""Protocols of a data set by the start of its name, up to a "-" (``3dpw_test-200``); all others have C."""
 
 MAJOR = (1, 2, 4, 5, 7, 8, 16, 17, 18, 19, 20, 21)
 ORIENTED = (0, 1, 2, 4, 5, 16, 17, 18, 19)
@@ -223,11 +223,11 @@ class Files:
         return self._read[name]
 
 
-# Poses as arrays -----------------------------------------------------------------------------------------------------------------------------------
+# PoseArrays as arrays ------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Poses:
+class PoseArrays:
     """N poses as arrays, in the camera frame, with SMPL's 24 joints.
 
     rotations: (N, 24, 3, 3) float64, the identity where there is no pose. measured: (N, 24) bool. betas: (N, 10), zeros where ``has_betas`` (N,) is
@@ -242,12 +242,12 @@ class Poses:
 
     __repr__ = one_line
 
-    def take(self, rows: np.ndarray) -> Poses:
+    def take(self, rows: np.ndarray) -> PoseArrays:
         """Those at an index (n,), or where a mask (N,) is true."""
-        return Poses(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+        return PoseArrays(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
     @classmethod
-    def gather(cls, poses: Sequence[Pose | None]) -> Poses:
+    def gather(cls, poses: Sequence[Pose | None]) -> PoseArrays:
         """From poses of batch shape () in any frame and family. Joints beyond SMPL's are dropped. Hands that a pose lacks are straight, and not
         measured. Betas of another shape space than SMPL's are not taken, and of more than ten only the first ten.
         """
@@ -279,35 +279,35 @@ class Poses:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class Truths:
     """What N rows say, gathered once. keys, groups: (N,). poses: the first pose of each. extras: of each row."""
 
     keys: list[str]
     groups: list[str]
-    poses: Poses
+    poses: PoseArrays
     extras: list[Mapping[str, Any]]
 
     __repr__ = one_line
 
     @classmethod
-    def gather(cls, rows: Sequence[Example]) -> Rows:
+    def gather(cls, rows: Sequence[Example]) -> Truths:
         """Reads each row once, and keeps no image."""
         keys, groups, poses, extras = [], [], [], []
         for row in rows:
             keys.append(row.id)
             groups.append(row.group)
-            poses.append(first(row.poses))
+            poses.append(first_pose(row.poses))
             extras.append(row.extras)
-        return cls(keys, groups, Poses.gather(poses), extras)
+        return cls(keys, groups, PoseArrays.gather(poses), extras)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def take(self, rows: np.ndarray) -> Rows:
+    def take(self, rows: np.ndarray) -> Truths:
         """Those at an index (n,)."""
         lists = ([values[i] for i in rows] for values in (self.keys, self.groups, self.extras))
         keys, groups, extras = lists
-        return Rows(keys, groups, self.poses.take(rows), extras)
+        return Truths(keys, groups, self.poses.take(rows), extras)
 
     def numbers(self, name: str, *shape: int) -> np.ndarray:
         """(N, *shape) float64, one of the extras. Raises UserError, which names the row, where it is not there or has another shape."""
@@ -321,7 +321,7 @@ class Rows:
         return np.stack(found)  # type: ignore[arg-type]
 
 
-def first(poses: Pose) -> Pose | None:
+def first_pose(poses: Pose) -> Pose | None:
     """The first of a batch (P,) as NumPy arrays, or None."""
     if not len(poses.rotations):
         return None
@@ -349,7 +349,9 @@ class Positions(NamedTuple):
     known: np.ndarray
 
 
-def positions(protocol: Protocol, poses: Poses, body: BodyModel, betas: np.ndarray | None, files: Files) -> Positions:
+def body_points(
+    protocol: Protocol, poses: PoseArrays, body: BodyModel, betas: np.ndarray | None, files: Files
+) -> Positions:
     """The points of a protocol for poses on a body. Computed by ``smpl_jax`` in float32, which is exact to about 0.0005 mm.
 
     A point that is not a joint of the body is known only where the whole pose is. A joint is known where all its ancestors were measured.
@@ -418,37 +420,37 @@ def _placed(measured: np.ndarray, parents: Sequence[int]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Given:
+class Answered:
     """What N answers give, gathered once. poses: those of the persons that were asked for. joints: ``Answer.joints`` of each.
 
     unmatched: (N,) bool, answers with people of whom none is the person that was asked for.
     """
 
-    poses: Poses
+    poses: PoseArrays
     joints: list[Mapping[str, np.ndarray]]
     unmatched: np.ndarray
 
     __repr__ = one_line
 
     @classmethod
-    def gather(cls, answers: Sequence[Answer], rows: Rows) -> Given:
-        """Of several people of an answer, takes the one whose box ``match`` finds for the row's ``bbox`` or ``box``."""
+    def gather(cls, answers: Sequence[Answer], rows: Truths) -> Answered:
+        """Of several people of an answer, takes the one whose box ``best_overlap`` finds for the row's ``bbox`` or ``box``."""
         poses, joints = [], []
         unmatched = np.zeros(len(answers), bool)
         for i, answer in enumerate(answers):
             pose, positions = answer.pose, answer.joints
             if answer.boxes is not None:
-                person = match(answer.boxes, box_of(rows.extras[i], rows.keys[i]))
+                person = best_overlap(answer.boxes, person_box(rows.extras[i], rows.keys[i]))
                 unmatched[i] = person is None
                 pose = None if person is None or pose is None else pose[person]
                 positions = {} if person is None else {name: points[person] for name, points in positions.items()}
             poses.append(pose)
             joints.append(positions)
-        return cls(Poses.gather(poses), joints, unmatched)
+        return cls(PoseArrays.gather(poses), joints, unmatched)
 
-    def take(self, rows: np.ndarray) -> Given:
+    def take(self, rows: np.ndarray) -> Answered:
         """Those at an index (n,)."""
-        return Given(self.poses.take(rows), [self.joints[i] for i in rows], self.unmatched[rows])
+        return Answered(self.poses.take(rows), [self.joints[i] for i in rows], self.unmatched[rows])
 
     def named(self, name: str, size: int, keys: Sequence[str]) -> Positions:
         """Positions (N, size, 3) of a named set, and which there are. Raises UserError for another shape."""
@@ -468,7 +470,7 @@ LEAST_OVERLAP = 0.3
 """Intersection over union from which on a box is that of the person."""
 
 
-def match(boxes: np.ndarray, box: np.ndarray) -> int | None:
+def best_overlap(boxes: np.ndarray, box: np.ndarray) -> int | None:
     """The box (P, 4) with the largest intersection over union with ``box`` (4,), or None if that is below ``LEAST_OVERLAP``.
 
     Boxes are left, top, width and height in pixels.
@@ -483,7 +485,7 @@ def match(boxes: np.ndarray, box: np.ndarray) -> int | None:
     return best if overlap[best] >= LEAST_OVERLAP else None
 
 
-def box_of(extras: Mapping[str, Any], key: str) -> np.ndarray:
+def person_box(extras: Mapping[str, Any], key: str) -> np.ndarray:
     """(4,) left, top, width and height of the person of a row. Raises UserError where its extras have no box."""
     if "bbox" in extras:
         return np.asarray(extras["bbox"], np.float64)
@@ -500,8 +502,14 @@ class Errors(NamedTuple):
     counts: dict[str, int]
 
 
-def errors(
-    protocol: Protocol, rows: Rows, given: Given, files: Files, body: BodyModel, betas: Betas, unmeasured: Unmeasured
+def protocol_errors(
+    protocol: Protocol,
+    rows: Truths,
+    given: Answered,
+    files: Files,
+    body: BodyModel,
+    betas: Betas,
+    unmeasured: Unmeasured,
 ) -> Errors:
     """Errors of N answers by a protocol.
 
@@ -516,11 +524,11 @@ def errors(
     found, has_root = predicted_positions(protocol, rows, given, files, body, betas)
     points = list(protocol.points)
     mask = truth.known[:, points]
-    there: np.ndarray = mask.any(1)
+    there = np.asarray(mask.any(1))
     if protocol.official:
         there &= np.array([bool(extras["detected"]) for extras in rows.extras])
     answered = found.known.any(1)
-    whole = answered & (found.known[:, points] | ~mask).all(1)
+    whole: np.ndarray = answered & (found.known[:, points] | ~mask).all(1)
     mask = mask & (there & whole)[:, None]
     a, b = found.points[:, points], truth.points[:, points]
     with np.errstate(invalid="ignore"):
@@ -528,9 +536,9 @@ def errors(
         centred = [side.points - side.points[:, pelvis].mean(1, keepdims=True) for side in (found, truth)]
         placed_mask = mask & (rooted & has_root & (truth.known & found.known)[:, pelvis].all(1))[:, None]
         from_pelvis = measures.distances(centred[0][:, points], centred[1][:, points])
-        columns = {"MPJPE": measures.mean(from_pelvis, placed_mask)}
+        columns = {"MPJPE": measures.mean_over(from_pelvis, placed_mask)}
         after = measures.aligned(a, b, mask)
-        columns["PA-MPJPE"] = measures.mean(measures.distances(after.points, b), mask)
+        columns["PA-MPJPE"] = measures.mean_over(measures.distances(after.points, b), mask)
         if protocol.official:
             columns |= _official(rows, given, from_pelvis, placed_mask, after.rotation, there)
         if rows.poses.measured.any():
@@ -551,7 +559,7 @@ def errors(
     return Errors({name: columns[name] for name in COLUMNS if name in columns}, {k: n for k, n in counts.items() if n})
 
 
-def true_positions(protocol: Protocol, rows: Rows, files: Files, body: BodyModel) -> tuple[Positions, np.ndarray]:
+def true_positions(protocol: Protocol, rows: Truths, files: Files, body: BodyModel) -> tuple[Positions, np.ndarray]:
     """Points (N, size, 3) of the truth, and (N,) whether its root is known."""
     if protocol.truth == "file":
         width = 4 if protocol.regressor else 3
@@ -559,7 +567,7 @@ def true_positions(protocol: Protocol, rows: Rows, files: Files, body: BodyModel
         confident: np.ndarray = np.all(numbers[..., 3:] > 0, axis=-1)
         return Positions(numbers[..., :3], confident), np.ones(len(rows), bool)
     if protocol.truth == "body":
-        return positions(protocol, rows.poses, body, None, files), rows.poses.measured[:, 0]
+        return body_points(protocol, rows.poses, body, None, files), rows.poses.measured[:, 0]
     shape, found = rows.numbers("betas", 10), np.zeros((len(rows), protocol.size, 3))
     genders = np.array([str(extras.get("gender", "")) for extras in rows.extras])
     if len(unknown := np.flatnonzero(~np.isin(genders, ("male", "female", "neutral")))):
@@ -568,7 +576,7 @@ def true_positions(protocol: Protocol, rows: Rows, files: Files, body: BodyModel
         )
     for gender in sorted(set(genders)):
         chosen = genders == gender
-        found[chosen] = positions(protocol, rows.poses.take(chosen), files.body(gender), shape[chosen], files).points
+        found[chosen] = body_points(protocol, rows.poses.take(chosen), files.body(gender), shape[chosen], files).points
     known: np.ndarray = np.broadcast_to(
         rows.poses.there[:, None], found.shape[:2]
     )  # what the fits filled in counts too
@@ -576,7 +584,7 @@ def true_positions(protocol: Protocol, rows: Rows, files: Files, body: BodyModel
 
 
 def predicted_positions(
-    protocol: Protocol, rows: Rows, given: Given, files: Files, body: BodyModel, betas: Betas
+    protocol: Protocol, rows: Truths, given: Answered, files: Files, body: BodyModel, betas: Betas
 ) -> tuple[Positions, np.ndarray]:
     """Points (N, size, 3) of the answers, and (N,) whether their root is known.
 
@@ -592,12 +600,14 @@ def predicted_positions(
         part = poses.take(use)
         on = body if protocol.on == "body" else files.body("neutral")
         own = None if pose_first else part.betas
-        points[use], known[use] = positions(protocol, part, on, own, files)
+        points[use], known[use] = body_points(protocol, part, on, own, files)
         root[use] = part.measured[:, 0]
     return Positions(points, known), root
 
 
-def rotation_errors(truth: Poses, found: Poses, unmeasured: Unmeasured, there: np.ndarray) -> dict[str, np.ndarray]:
+def rotation_errors(
+    truth: PoseArrays, found: PoseArrays, unmeasured: Unmeasured, there: np.ndarray
+) -> dict[str, np.ndarray]:
     """The columns ``ROTATIONS``, each (N,): over joints 1 … 23, over 1 … 21, and of the root. there: (N,), rows that count.
 
     An answer that marks one of the compared joints 1 … 21 as not estimated does not count. Hands (22, 23) that it lacks are straight.
@@ -608,20 +618,20 @@ def rotation_errors(truth: Poses, found: Poses, unmeasured: Unmeasured, there: n
     difference = measures.entries(found.rotations, truth.rotations)
     angle = measures.angles(found.rotations, truth.rotations)
     return {
-        "MPJRE": measures.mean(difference[:, 1:], body[:, 1:]),
-        "MPJRE-21": measures.mean(difference[:, 1:SHARED], body[:, 1:SHARED]),
-        "angle": measures.mean(angle[:, 1:], body[:, 1:]),
+        "MPJRE": measures.mean_over(difference[:, 1:], body[:, 1:]),
+        "MPJRE-21": measures.mean_over(difference[:, 1:SHARED], body[:, 1:SHARED]),
+        "angle": measures.mean_over(angle[:, 1:], body[:, 1:]),
         "root angle": np.where(compared[:, 0] & found.measured[:, 0], angle[:, 0], np.nan),
     }
 
 
-def _counted(truth: Poses, unmeasured: Unmeasured) -> np.ndarray:
+def _counted(truth: PoseArrays, unmeasured: Unmeasured) -> np.ndarray:
     """(N, 24), joints whose rotations are compared."""
     return truth.measured if unmeasured == "left out" else np.repeat(truth.there[:, None], 24, 1)
 
 
 def _official(
-    rows: Rows, given: Given, from_pelvis: np.ndarray, mask: np.ndarray, turned: np.ndarray, there: np.ndarray
+    rows: Truths, given: Answered, from_pelvis: np.ndarray, mask: np.ndarray, turned: np.ndarray, there: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What 3DPW's evaluation adds. Orientations are those that the answer states, else those of its pose."""
     major = np.where(mask[:, MAJOR], from_pelvis[:, MAJOR], np.nan)

@@ -80,7 +80,7 @@ def means_of(
     samples = np.stack([np.asarray(column, np.float64) for column in columns.values()], 1)
     counted = np.isfinite(samples)
     rows = np.concatenate([np.where(counted, samples, 0), counted], 1)
-    middle, low, high = estimate(rows, groups, lambda sums: np.divide(*np.split(sums, 2, -1)))
+    middle, low, high = with_intervals(rows, groups, lambda sums: np.divide(*np.split(sums, 2, -1)))
     return {
         name: Value(float(middle[i]), float(low[i]), float(high[i]), **about[name]) for i, name in enumerate(columns)
     }
@@ -97,11 +97,11 @@ def bootstrap(
         statistic: from sums (..., k) to (...).
         drawn: resamplings. The generator always starts from the same seed.
     """
-    _, low, high = estimate(rows, groups, statistic, drawn)
+    _, low, high = with_intervals(rows, groups, statistic, drawn)
     return float(low), float(high)
 
 
-def estimate(
+def with_intervals(
     rows: np.ndarray, groups: Sequence[str], statistic: Callable[[np.ndarray], np.ndarray], drawn: int = DRAWN
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Statistics of sums, and the lower and upper ends of their intervals, each (c,) or (). Arguments as for ``bootstrap``.

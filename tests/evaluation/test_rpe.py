@@ -7,7 +7,7 @@ import pytest
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.protocols import match
+from chatpose_jax.evaluation.protocols import best_overlap
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.evaluation.tasks.estimation import Estimation
 from chatpose_jax.evaluation.tasks.rpe import ReasonedEstimation
@@ -105,10 +105,10 @@ def test_the_person_is_found_by_box(data, answers):
 
 
 def test_overlap():
-    assert match(np.array([[0, 0, 10, 10], [0, 0, 10, 5]]), np.array([0, 0, 10, 10])) == 0
-    assert match(np.array([[0, 0, 10, 2.9], [20, 20, 5, 5]]), np.array([0, 0, 10, 10])) is None
-    assert match(np.array([[0, 0, 10, 3.1]]), np.array([0, 0, 10, 10])) == 0
-    assert match(np.empty((0, 4)), BOX) is None
+    assert best_overlap(np.array([[0, 0, 10, 10], [0, 0, 10, 5]]), np.array([0, 0, 10, 10])) == 0
+    assert best_overlap(np.array([[0, 0, 10, 2.9], [20, 20, 5, 5]]), np.array([0, 0, 10, 10])) is None
+    assert best_overlap(np.array([[0, 0, 10, 3.1]]), np.array([0, 0, 10, 10])) == 0
+    assert best_overlap(np.empty((0, 4)), BOX) is None
 
 
 def test_other_rows_are_refused():

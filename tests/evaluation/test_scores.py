@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.evaluation import scores
-from chatpose_jax.evaluation.scores import Scores, Value, bootstrap, estimate, interval, mean_of, means_of
+from chatpose_jax.evaluation.scores import Scores, Value, bootstrap, interval, mean_of, means_of, with_intervals
 
 
 def test_columns_together_are_columns_alone():
@@ -47,7 +47,9 @@ def test_any_statistic_of_sums():
     rows = rng.uniform(1, 2, (300, 2))
     groups = [str(i // 10) for i in range(300)]
     low, high = bootstrap(rows, groups, lambda sums: sums[..., 0] / sums[..., 1])
-    middle, lows, highs = estimate(rows, groups, lambda sums: np.stack([sums[..., 0] / sums[..., 1], sums[..., 1]], -1))
+    middle, lows, highs = with_intervals(
+        rows, groups, lambda sums: np.stack([sums[..., 0] / sums[..., 1], sums[..., 1]], -1)
+    )
     assert (low, high) == (lows[0], highs[0])
     assert middle == pytest.approx([rows[:, 0].sum() / rows[:, 1].sum(), rows[:, 1].sum()])
 

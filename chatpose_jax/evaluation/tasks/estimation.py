@@ -14,12 +14,12 @@ from chatpose_jax.evaluation.protocols import (
     COLUMNS,
     OF_DATA,
     PROTOCOLS,
+    Answered,
     Betas,
     Files,
-    Given,
     MissingFile,
     Protocol,
-    Rows,
+    Truths,
     Unmeasured,
 )
 from chatpose_jax.evaluation.scores import Scores, interval, means_of
@@ -64,10 +64,12 @@ class Estimation:
         self.rows, self.data, self.betas, self.unmeasured = rows, data, betas, unmeasured
         self.files, self.body = Files(smpl), evaluation_body(body)
         self.settings: Mapping[str, Any] = {}
-        self.given = chosen(protocols)
+        self.given = named_protocols(protocols)
         for name in self.given:
-            check(name, rows[0], self.files, self.body)
-        self.protocols = self.given or OF_DATA.get(data, ("C",) if self.body.num_joints == 24 else ("C22",))
+            check_protocol(name, rows[0], self.files, self.body)
+        self.protocols = self.given or OF_DATA.get(
+            data.partition("-")[0], ("C",) if self.body.num_joints == 24 else ("C22",)
+        )
 
     def question(self, row: Example) -> Question:
         """The row's own. Raises UserError for a row without an image."""
@@ -79,13 +81,13 @@ class Estimation:
 
     def score(self, answers: Sequence[Answer]) -> list[Scores]:
         """A table for each protocol."""
-        rows = Rows.gather(self.rows)
-        given = Given.gather(answers, rows)
+        rows = Truths.gather(self.rows)
+        given = Answered.gather(answers, rows)
         found: dict[str, protocols.Errors] = {}
         left_out: dict[str, MissingFile] = {}
         for name in self.protocols:
             try:
-                found[name] = protocols.errors(
+                found[name] = protocols.protocol_errors(
                     PROTOCOLS[name], rows, given, self.files, self.body, self.betas, self.unmeasured
                 )
             except MissingFile as error:
@@ -99,7 +101,8 @@ class Estimation:
             Scores(
                 table=f"estimation/{self.data}/{name}",
                 title=f"Pose estimation, {self.data}, protocol {name}",
-                facts=facts(name, PROTOCOLS[name], rows, errors, self.betas, self.unmeasured, self.body) | also,
+                facts=protocol_facts(name, PROTOCOLS[name], rows, errors, self.betas, self.unmeasured, self.body)
+                | also,
                 values=means_of(errors.columns, rows.groups, COLUMNS),
                 samples=errors.columns,
                 rank="PA-MPJPE",
@@ -109,7 +112,7 @@ class Estimation:
         ]
 
 
-def chosen(words: str) -> tuple[str, ...]:
+def named_protocols(words: str) -> tuple[str, ...]:
     """The protocols that an option names. Raises UserError for an unknown one."""
     names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     for name in names:
@@ -120,7 +123,7 @@ def chosen(words: str) -> tuple[str, ...]:
     return names
 
 
-def check(name: str, row: Example, files: Files, body: BodyModel) -> None:
+def check_protocol(name: str, row: Example, files: Files, body: BodyModel) -> None:
     """Raises UserError unless a row has what a protocol needs, and the files of its truth are there."""
     protocol = PROTOCOLS[name]
     if absent := [extra for extra in protocol.extras if extra not in row.extras]:
@@ -144,10 +147,10 @@ def evaluation_body(path: str) -> BodyModel:
         raise UserError(str(error)) from None
 
 
-def facts(
+def protocol_facts(
     name: str,
     protocol: Protocol,
-    rows: Rows,
+    rows: Truths,
     errors: protocols.Errors,
     betas: Betas,
     unmeasured: Unmeasured,
@@ -161,9 +164,7 @@ def facts(
     }
     rule = "0 on both sides"
     if protocol.on != "body":
-        rule = "of predictions on the neutral SMPL: " + (
-            "0" if betas == "zero" else "the system's own, 0 where it has none"
-        )
+        rule = {"zero": "0", "own": "own, 0 where a system has none"}[betas] + "; predictions on the neutral SMPL"
     count, used = len(rows), int(np.isfinite(errors.columns["PA-MPJPE"]).sum())
     found = {
         "protocol": name,

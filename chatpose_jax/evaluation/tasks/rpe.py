@@ -11,10 +11,19 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.rpe import TYPES
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import protocols
-from chatpose_jax.evaluation.protocols import COLUMNS, FITTED, LEAST_OVERLAP, PROTOCOLS, Files, Given, Rows, Unmeasured
-from chatpose_jax.evaluation.scores import Scores, Value, estimate, means_of
+from chatpose_jax.evaluation.protocols import (
+    COLUMNS,
+    FITTED,
+    LEAST_OVERLAP,
+    PROTOCOLS,
+    Answered,
+    Files,
+    Truths,
+    Unmeasured,
+)
+from chatpose_jax.evaluation.scores import Scores, Value, means_of, with_intervals
 from chatpose_jax.evaluation.system import Answer, Question
-from chatpose_jax.evaluation.tasks.estimation import evaluation_body, facts
+from chatpose_jax.evaluation.tasks.estimation import evaluation_body, protocol_facts
 
 _FITTED = {"MPJPE": "MPJPE, fitted", "PA-MPJPE": "PA-MPJPE, fitted"}
 ABOUT: dict[str, dict[str, Any]] = COLUMNS | {new: COLUMNS[old] for old, new in _FITTED.items()}
@@ -23,7 +32,7 @@ ABOUT: dict[str, dict[str, Any]] = COLUMNS | {new: COLUMNS[old] for old, new in 
 class ReasonedEstimation:
     """One table for each attribute that the descriptions are about, and first one of the mean over the attributes, in which each counts the same.
 
-    Rows are told apart by their ids, because images repeat. A system that answers with several people and their boxes (``Answer.boxes``) is
+    Truths are told apart by their ids, because images repeat. A system that answers with several people and their boxes (``Answer.boxes``) is
     compared by the person whose box has the largest intersection over union with ``bbox`` of the row, at least ``LEAST_OVERLAP``. Where there is
     none, the row counts in no mean, and the counts say how many there are.
 
@@ -51,8 +60,8 @@ class ReasonedEstimation:
 
     def score(self, answers: Sequence[Answer]) -> list[Scores]:
         """The mean over the attributes, then each."""
-        rows = Rows.gather(self.rows)
-        given = Given.gather(answers, rows)
+        rows = Truths.gather(self.rows)
+        given = Answered.gather(answers, rows)
         about = np.array([_attribute(extras, key) for extras, key in zip(rows.extras, rows.keys)])
         kinds = [kind for kind in TYPES if (about == kind).any()]
         places = {kind: np.flatnonzero(about == kind) for kind in kinds}
@@ -74,17 +83,19 @@ class ReasonedEstimation:
             ),
         ]
 
-    def _errors(self, rows: Rows, given: Given) -> protocols.Errors:
-        found = protocols.errors(PROTOCOLS[self.protocol], rows, given, Files(""), self.body, "zero", self.unmeasured)
+    def _errors(self, rows: Truths, given: Answered) -> protocols.Errors:
+        found = protocols.protocol_errors(
+            PROTOCOLS[self.protocol], rows, given, Files(""), self.body, "zero", self.unmeasured
+        )
         if not all(FITTED.extras[0] in extras for extras in rows.extras):
             return found
-        fitted = protocols.errors(FITTED, rows, given, Files(""), self.body, "zero", self.unmeasured).columns
+        fitted = protocols.protocol_errors(FITTED, rows, given, Files(""), self.body, "zero", self.unmeasured).columns
         return found._replace(columns=found.columns | {new: fitted[old] for old, new in _FITTED.items()})
 
     def _scores(
         self,
         about: str,
-        rows: Rows,
+        rows: Truths,
         errors: protocols.Errors,
         values: Mapping[str, Value] | None,
         also: Mapping[str, str],
@@ -92,7 +103,9 @@ class ReasonedEstimation:
         at: tuple[np.ndarray, int] | None = None,
     ) -> Scores:
         """at: the places of these rows among those of the task, and how many those are."""
-        words = facts(self.protocol, PROTOCOLS[self.protocol], rows, errors, "zero", self.unmeasured, self.body)
+        words = protocol_facts(
+            self.protocol, PROTOCOLS[self.protocol], rows, errors, "zero", self.unmeasured, self.body
+        )
         words |= {
             "person": f"by box where an answer has several, intersection over union of at least {LEAST_OVERLAP}"
         } | dict(also)
@@ -137,7 +150,7 @@ def _over(
         split = sums.reshape(*sums.shape[:-1], *shape)
         return (split[..., 0] / split[..., 1]).mean(-1)
 
-    middle, low, high = estimate(parts.reshape(len(parts), -1), groups, statistic)
+    middle, low, high = with_intervals(parts.reshape(len(parts), -1), groups, statistic)
     return {
         name: Value(float(middle[i]), float(low[i]), float(high[i]), **ABOUT[name]) for i, name in enumerate(columns)
     }
