@@ -1,0 +1,166 @@
+"""Draws the best, median and worst answers of a system: the image of the question, the true body, the answered one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.evaluation.results import Shown, write_shown
+from chatpose_jax.evaluation.scores import Scores
+from chatpose_jax.evaluation.system import Answer, Question
+from chatpose_jax.processing.images import load_image
+from smpl_jax import render
+from smpl_jax.body import BodyModel
+from smpl_jax.errors import PoseFileError
+from smpl_jax.pose import Pose, known
+from smpl_jax.posed import PosedBody
+
+PANEL = 192
+"""Pixels of a side of a panel."""
+PLACES = ("best", "median", "worst")
+POINTS = {"smpl24": (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)}
+"""Named sets of joints that are drawn as lines: for each point the point to which a line leads, -1 for none."""
+FOLDER = "gallery"
+
+
+def write_gallery(
+    folder: Path,
+    rows: Sequence[Example],
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    scores: Sequence[Scores],
+    body: BodyModel,
+    each: int = 2,
+) -> list[Shown]:
+    """Draws answers for each table whose ``Scores.rank`` names a measure, and writes ``gallery.json`` and PNG files into a system's folder.
+
+    rows, questions, answers: the N of the task. scores: with their samples. body: draws the poses, with β = 0. each: answers of each place. A row
+    that several tables choose is drawn once. Images of an earlier call that are not drawn again are removed.
+    """
+    shown: list[Shown] = []
+    images: dict[str, np.ndarray | None] = {}
+    for table in scores:
+        if not table.rank:
+            continue
+        value = table.values.get(table.rank)
+        for place, index in chosen(table.samples[table.rank], table.better == "higher", each):
+            row, answer = rows[index], answers[index]
+            name = f"{FOLDER}/{_name(row.id)}.png"
+            if name not in images:
+                images[name] = draw_answer(row, answer, body, questions[index])
+            image = name if images[name] is not None else ""
+            sample, unit = float(table.samples[table.rank][index]), value.unit if value else ""
+            asked = words_of(questions[index].messages[-1]["content"])
+            shown.append(Shown(table.table, place, row.id, table.rank, sample, unit, asked, answer.text, image))
+    for name, drawn in images.items():
+        if drawn is not None:
+            render.save_png(folder / name, drawn)
+    for path in (folder / FOLDER).glob("*.png"):
+        if images.get(f"{FOLDER}/{path.name}") is None:
+            path.unlink()
+    write_shown(folder, shown)
+    return shown
+
+
+def chosen(samples: np.ndarray, higher: bool, each: int) -> list[tuple[str, int]]:
+    """Places and row numbers of the best, the median and the worst of (N,) values without NaN. No row is chosen twice; equal values keep the order
+    of rows.
+    """
+    counted = np.flatnonzero(np.isfinite(samples))
+    order = counted[np.argsort(-samples[counted] if higher else samples[counted], kind="stable")]
+    each = min(each, math.ceil(len(order) / len(PLACES)))
+    start = (len(order) - each) // 2
+    parts = (order[:each], order[start : start + each], order[len(order) - each :][::-1])
+    seen: set[int] = set()
+    found = []
+    for place, part in zip(PLACES, parts):
+        for index in map(int, part):
+            if index not in seen:
+                seen.add(index)
+                found.append((place, index))
+    return found
+
+
+def draw_answer(row: Example, answer: Answer, body: BodyModel, question: Question | None = None) -> np.ndarray | None:
+    """The images of the question, the true body and the answered body, beside each other, (H, W, 3) uint8. None where there is nothing to draw.
+
+    question: what was asked; by default the first question of the row.
+    """
+    panels, labels = [], []
+    content = (question or Question.of(row)).messages[-1]["content"]
+    for part in [] if isinstance(content, str) else content:
+        if part["type"] == "image":
+            panels.append(np.asarray(ImageOps.pad(load_image(part["image"]), (PANEL, PANEL), color="white")))
+            labels.append("image")
+    poses = row.poses
+    has_truth = bool(len(poses.rotations)) and bool(np.any(known(poses[0])))
+    if has_truth:
+        panels.append(_body(poses[0], body))
+        labels.append("true")
+    answered = _answered(answer, body)
+    if answered is not None or has_truth:
+        panels.append(_no_pose() if answered is None else answered)
+        labels.append("answer")
+    return render.contact_sheet(panels, len(panels), labels) if panels else None
+
+
+def _answered(answer: Answer, body: BodyModel) -> np.ndarray | None:
+    if answer.pose is not None:
+        return _body(answer.pose, body)
+    for name, parents in POINTS.items():
+        if name in answer.joints:
+            return _lines(np.asarray(answer.joints[name]), parents)
+    return None
+
+
+def _body(pose: Pose, body: BodyModel) -> np.ndarray:
+    """Without shape and place: those of other bodies do not fit this one."""
+    bare = pose.replace(betas=None, has_betas=None, shape_space=None, translation=None, has_translation=None)
+    try:
+        return PosedBody(bare, body).render(PANEL)
+    except (ValueError, PoseFileError):
+        return _no_pose()
+
+
+def _lines(points: np.ndarray, parents: Sequence[int]) -> np.ndarray:
+    """Points (K, 3) of the camera frame, seen by the camera from afar."""
+    image = Image.new("RGB", (PANEL, PANEL), "white")
+    flat = points[:, :2]
+    if not np.isfinite(flat).all():
+        return _no_pose()
+    middle, reach = (flat.max(0) + flat.min(0)) / 2, max(float(np.ptp(flat, axis=0).max()), 1e-6)
+    places = [tuple(place) for place in ((flat - middle) / reach * 0.85 * PANEL + PANEL / 2).tolist()]
+    draw = ImageDraw.Draw(image)
+    for point, parent in enumerate(parents):
+        if parent >= 0:
+            draw.line([places[parent], places[point]], (70, 95, 130), 4)
+    for x, y in places:
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], (150, 70, 50))
+    return np.asarray(image)
+
+
+def _no_pose() -> np.ndarray:
+    image = Image.new("RGB", (PANEL, PANEL), (238, 238, 238))
+    font = ImageFont.load_default(14)
+    ImageDraw.Draw(image).text((PANEL / 2, PANEL / 2), "no pose", (90, 90, 90), font, anchor="mm")
+    return np.asarray(image)
+
+
+def words_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a message, without its images."""
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _name(key: str) -> str:
+    """A file name for a row, which any system takes: its letters and digits, and a hash that tells alike ones apart."""
+    plain = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in key)
+    return f"{plain[-40:].strip('-')}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
