@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from chatpose_jax.data.example import Example
-from chatpose_jax.evaluation.results import Shown, write_shown
+from chatpose_jax.evaluation.results import DrawnAnswer, write_drawn
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.processing.images import load_image
@@ -38,13 +38,13 @@ def write_gallery(
     scores: Sequence[Scores],
     body: BodyModel,
     each: int = 2,
-) -> list[Shown]:
+) -> list[DrawnAnswer]:
     """Draws answers for each table whose ``Scores.rank`` names a measure, and writes ``gallery.json`` and PNG files into a system's folder.
 
     rows, questions, answers: the N of the task. scores: with their samples. body: draws the poses, with β = 0. each: answers of each place. A row
     that several tables choose is drawn once. Images of an earlier call that are not drawn again are removed.
     """
-    shown: list[Shown] = []
+    shown: list[DrawnAnswer] = []
     images: dict[str, np.ndarray | None] = {}
     for table in scores:
         if not table.rank:
@@ -54,18 +54,18 @@ def write_gallery(
             row, answer = rows[index], answers[index]
             name = f"{FOLDER}/{_name(row.id)}.png"
             if name not in images:
-                images[name] = draw_answer(row, answer, body, questions[index])
+                images[name] = draw_panels(row, answer, body, questions[index])
             image = name if images[name] is not None else ""
             sample, unit = float(table.samples[table.rank][index]), value.unit if value else ""
             asked = words_of(questions[index].messages[-1]["content"])
-            shown.append(Shown(table.table, place, row.id, table.rank, sample, unit, asked, answer.text, image))
+            shown.append(DrawnAnswer(table.table, place, row.id, table.rank, sample, unit, asked, answer.text, image))
     for name, drawn in images.items():
         if drawn is not None:
             render.save_png(folder / name, drawn)
     for path in (folder / FOLDER).glob("*.png"):
         if images.get(f"{FOLDER}/{path.name}") is None:
             path.unlink()
-    write_shown(folder, shown)
+    write_drawn(folder, shown)
     return shown
 
 
@@ -88,7 +88,7 @@ def chosen(samples: np.ndarray, higher: bool, each: int) -> list[tuple[str, int]
     return found
 
 
-def draw_answer(row: Example, answer: Answer, body: BodyModel, question: Question | None = None) -> np.ndarray | None:
+def draw_panels(row: Example, answer: Answer, body: BodyModel, question: Question | None = None) -> np.ndarray | None:
     """The images of the question, the true body and the answered body, beside each other, (H, W, 3) uint8. None where there is nothing to draw.
 
     question: what was asked; by default the first question of the row.

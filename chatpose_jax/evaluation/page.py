@@ -8,18 +8,18 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
-from chatpose_jax.evaluation.results import Shown
+from chatpose_jax.evaluation.results import DrawnAnswer
 from chatpose_jax.evaluation.tables import (
     INTRODUCTION,
     Report,
-    Row,
+    ReportRow,
     Section,
     Table,
-    caption,
+    drawn_caption,
+    figure,
     figures,
     heading,
     is_best,
-    number,
 )
 
 INLINE = 2**23
@@ -51,7 +51,7 @@ def link(path: Path, folder: Path) -> str:
     return quote(path.relative_to(folder).as_posix())
 
 
-def _drawn(table: Table) -> list[tuple[Path, Shown]]:
+def _drawn(table: Table) -> list[tuple[Path, DrawnAnswer]]:
     return [(place, each) for shown in table.shown.values() for each, place in shown if each.image]
 
 
@@ -108,25 +108,25 @@ def _table(table: Table, folder: Path, inline: bool) -> str:
     return "\n".join([*parts, "</section>"])
 
 
-def _row(table: Table, row: Row) -> str:
+def _row(table: Table, row: ReportRow) -> str:
     mark = f" <sup>{row.mark}</sup>" if row.mark else ""
     label = " <small>published</small>" if row.published else ""
     cells = []
     for name in table.columns:
-        value, interval = number(row.values.get(name))
+        value, interval = figure(row.values.get(name))
         shown = f"<strong>{value}</strong>" if is_best(table, row, name) else value
         cells.append(f"<td>{shown}{f'<span>{interval}</span>' if interval else ''}</td>")
     kind = ' class="published"' if row.published else ""
     return f"<tr{kind}><th>{escape(row.system)}{mark}{label}</th>{''.join(cells)}</tr>"
 
 
-def _figure(shown: Shown, place: Path, folder: Path, inline: bool) -> str:
+def _figure(shown: DrawnAnswer, place: Path, folder: Path, inline: bool) -> str:
     picture = (
-        f'<img src="{_source(place / shown.image, folder, inline)}" alt="{escape(caption(shown))}">'
+        f'<img src="{_source(place / shown.image, folder, inline)}" alt="{escape(drawn_caption(shown))}">'
         if shown.image
         else ""
     )
-    words = [f"<strong>{escape(caption(shown))}</strong>"]
+    words = [f"<strong>{escape(drawn_caption(shown))}</strong>"]
     words += [f"<p>{escape(text)}</p>" for text in (shown.question, shown.answer and f"→ {shown.answer}") if text]
     return f"<figure>{picture}<figcaption>{''.join(words)}</figcaption></figure>"
 

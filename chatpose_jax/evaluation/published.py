@@ -6,6 +6,8 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from chatpose_jax.settings import one_line
+
 PAPER = "ChatPose, CVPR 2024"
 UNKNOWN = ""
 _3DPW = ("3dpw", "3dpw_test")
@@ -31,6 +33,8 @@ class Published:
     values: Mapping[str, float]
     conditions: Mapping[str, str]
     source: str
+
+    __repr__ = one_line
 
 
 def _rows(

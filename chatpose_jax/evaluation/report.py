@@ -14,12 +14,12 @@ from chatpose_jax.evaluation.tables import (
     INTRODUCTION,
     Report,
     Table,
-    caption,
+    drawn_caption,
+    figure,
     figures,
     gather,
     heading,
     is_best,
-    number,
 )
 from smpl_jax._files import write_whole
 
@@ -61,7 +61,7 @@ def _markdown_table(table: Table, folder: Path) -> list[str]:
     for row in table.rows:
         cells = [f"{_plain(row.system)}{f' <sup>{row.mark}</sup>' if row.mark else ''}"]
         for name in table.columns:
-            value, interval = number(row.values.get(name))
+            value, interval = figure(row.values.get(name))
             shown = (
                 f"**{value}**"
                 if is_best(table, row, name)
@@ -86,11 +86,11 @@ def _markdown_table(table: Table, folder: Path) -> list[str]:
     for system, answers in table.shown.items():
         lines += [f"**{_plain(system)}**", ""]
         for each, place in answers:
-            lines += [f"- {_plain(caption(each))}  "]
+            lines += [f"- {_plain(drawn_caption(each))}  "]
             lines += [f"  asked: {_plain(each.question)}  "] if each.question else []
             lines += [f"  answered: {_plain(each.answer)}  "] if each.answer else []
             if each.image:
-                lines.append(f"  ![{_plain(caption(each))}]({link(place / each.image, folder)})")
+                lines.append(f"  ![{_plain(drawn_caption(each))}]({link(place / each.image, folder)})")
         lines.append("")
     if table.commands:
         lines += [*(f"- {_plain(system)}: {_code(command)}" for system, command in table.commands.items()), ""]

@@ -22,7 +22,7 @@ SCORES, GALLERY, NOT_RUN = "scores.json", "gallery.json", "not_run.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class DrawnAnswer:
     """An answer that is drawn.
 
     table: of ``Scores``. place: "best", "median" or "worst". key: id of the row. measure, value, unit: by which it was chosen. question, answer:
@@ -55,7 +55,7 @@ class Result:
     folder: Path
     command: str
     scores: tuple[Scores, ...]
-    shown: tuple[Shown, ...] = ()
+    shown: tuple[DrawnAnswer, ...] = ()
 
     __repr__ = one_line
 
@@ -72,7 +72,7 @@ class NotRun:
     __repr__ = one_line
 
 
-def write_shown(folder: Path, shown: Sequence[Shown]) -> Path:
+def write_drawn(folder: Path, shown: Sequence[DrawnAnswer]) -> Path:
     """Writes ``gallery.json`` of a system's folder."""
     return write_json(folder / GALLERY, [dataclasses.asdict(each) for each in shown])
 
@@ -103,7 +103,7 @@ def _read(path: Path) -> Result:
     try:
         scores = tuple(Scores.from_json(each) for each in found["scores"])
         task, data, system = (str(found.get(name, place)) for name, place in places.items())
-        shown = tuple(Shown(**each) for each in read_json(drawn)) if drawn.is_file() else ()
+        shown = tuple(DrawnAnswer(**each) for each in read_json(drawn)) if drawn.is_file() else ()
         return Result(task, data, system, path.parent, str(found.get("command", "")), scores, shown)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _damaged(path, error) from None

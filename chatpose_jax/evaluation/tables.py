@@ -10,7 +10,7 @@ from pathlib import Path
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import published
 from chatpose_jax.evaluation.published import Published
-from chatpose_jax.evaluation.results import SCORES, NotRun, Result, Shown, read_not_run, read_results
+from chatpose_jax.evaluation.results import SCORES, DrawnAnswer, NotRun, Result, read_not_run, read_results
 from chatpose_jax.evaluation.scores import Better, Scores, Value
 from chatpose_jax.settings import one_line
 
@@ -30,7 +30,7 @@ SAME = "the same conditions, as far as they are stated"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ReportRow:
     """A row of a table. mark: letters that refer to ``Table.notes``. values: by column; a column may lack one. published: whether it was not
     measured here.
     """
@@ -57,13 +57,13 @@ class Table:
     title: str
     facts: Mapping[str, str]
     columns: Mapping[str, Value]
-    rows: Sequence[Row]
+    rows: Sequence[ReportRow]
     best: Mapping[str, float]
     notes: Mapping[str, str]
     counts: Mapping[str, str]
     others: Sequence[tuple[Published, str]]
     commands: Mapping[str, str]
-    shown: Mapping[str, Sequence[tuple[Shown, Path]]]
+    shown: Mapping[str, Sequence[tuple[DrawnAnswer, Path]]]
 
     __repr__ = one_line
 
@@ -115,7 +115,7 @@ def _table(name: str, results: Sequence[Result]) -> Table:
     rows = []
     for result, scores in measured:
         own = [f"{fact}: {words}" for fact, words in scores.facts.items() if fact not in facts]
-        rows.append(Row(result.system, _mark(notes, "; ".join(own)), scores.values))
+        rows.append(ReportRow(result.system, _mark(notes, "; ".join(own)), scores.values))
     columns: dict[str, Value] = {}
     for _, scores in measured:
         for column, value in scores.values.items():
@@ -124,7 +124,7 @@ def _table(name: str, results: Sequence[Result]) -> Table:
     for row, words in beside:
         values = {name: _bare(columns[name], value) for name, value in row.values.items() if name in columns}
         rows.append(
-            Row(row.system, _mark(notes, f"published, not measured here ({row.source}): {words}"), values, True)
+            ReportRow(row.system, _mark(notes, f"published, not measured here ({row.source}): {words}"), values, True)
         )
     shown = {
         result.system: [(each, result.folder) for each in result.shown if each.table == name] for result, _ in measured
@@ -179,7 +179,7 @@ def _mark(notes: dict[str, str], words: str) -> str:
     return mark
 
 
-def _best(rows: Sequence[Row], columns: Mapping[str, Value]) -> dict[str, float]:
+def _best(rows: Sequence[ReportRow], columns: Mapping[str, Value]) -> dict[str, float]:
     """The best measured value of each column in which several rows have one."""
     found = {}
     for name, about in columns.items():
@@ -214,7 +214,7 @@ def heading(name: str, about: Value) -> str:
     return " ".join(part for part in (name, about.unit, _ARROWS[about.better]) if part)
 
 
-def number(value: Value | None) -> tuple[str, str]:
+def figure(value: Value | None) -> tuple[str, str]:
     """A value and its interval as text, "–" and "" for none."""
     if value is None or not _is_number(value.value):
         return "–", ""
@@ -224,7 +224,7 @@ def number(value: Value | None) -> tuple[str, str]:
     return f"{value.value:.{value.digits}f}", interval
 
 
-def is_best(table: Table, row: Row, column: str) -> bool:
+def is_best(table: Table, row: ReportRow, column: str) -> bool:
     """Whether a measured value is the best of its column."""
     return (
         not row.published
@@ -239,6 +239,6 @@ def figures(row: Published) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in row.values.items())
 
 
-def caption(shown: Shown) -> str:
+def drawn_caption(shown: DrawnAnswer) -> str:
     """What stands with a drawn answer."""
     return f"{shown.place}, {shown.measure} {shown.value:.1f}{f' {shown.unit}' if shown.unit else ''}, {shown.key}"

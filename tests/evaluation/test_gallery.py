@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
-from chatpose_jax.evaluation.gallery import PANEL, chosen, draw_answer, write_gallery
-from chatpose_jax.evaluation.results import Shown
+from chatpose_jax.evaluation.gallery import PANEL, chosen, draw_panels, write_gallery
+from chatpose_jax.evaluation.results import DrawnAnswer
 from chatpose_jax.evaluation.scores import Scores, Value
 from chatpose_jax.evaluation.system import Answer, Question
 from smpl_jax import PosedBody, load_body
@@ -48,7 +48,7 @@ def test_best_median_and_worst_are_chosen_by_value_and_order():
 def test_the_truth_stands_beside_the_answer_and_the_image(body):
     for task, images in (("text", 0), ("image", 1)):
         row = rows(1, task)[0]
-        drawn = draw_answer(row, Answer(pose=row.poses[0]), body)
+        drawn = draw_panels(row, Answer(pose=row.poses[0]), body)
         assert drawn.shape[1] == (images + 2) * (PANEL + GAP) + GAP and drawn.dtype == np.uint8
         truth, answer = panel(drawn, images), panel(drawn, images + 1)
         assert np.abs(truth - answer).mean() < 2, "the same body"
@@ -57,12 +57,12 @@ def test_the_truth_stands_beside_the_answer_and_the_image(body):
 
 def test_an_answer_without_pose_or_with_joints_alone_is_drawn(body):
     row = rows(1)[0]
-    nothing = draw_answer(row, Answer(text="I see nobody."), body)
+    nothing = draw_panels(row, Answer(text="I see nobody."), body)
     assert len(np.unique(panel(nothing, 1)[: PANEL // 3])) == 1, "a plain panel that says so"
     joints = PosedBody(row.poses[0], body).joints[:24]
-    lines = draw_answer(row, Answer(joints={"smpl24": joints}), body)
+    lines = draw_panels(row, Answer(joints={"smpl24": joints}), body)
     assert np.abs(panel(lines, 1) - panel(nothing, 1)).mean() > 10
-    upside_down = draw_answer(row, Answer(joints={"smpl24": joints * [1, -1, 1]}), body)
+    upside_down = draw_panels(row, Answer(joints={"smpl24": joints * [1, -1, 1]}), body)
     np.testing.assert_allclose(panel(lines, 1)[::-1].mean(2), panel(upside_down, 1).mean(2), atol=160)
     ink = [np.argwhere(panel(image, 1).mean(2) < 200)[:, 0].mean() for image in (lines, upside_down)]
     assert abs(sum(ink) - PANEL) < 4, "mirrored about the middle"
@@ -74,7 +74,7 @@ def test_betas_and_place_of_an_answer_do_not_matter(body):
     far = pose.replace(
         betas=np.full(10, 4.0, np.float32), translation=np.array([9, 9, 9], np.float32), shape_space="SMPL"
     )
-    images = [draw_answer(row, Answer(pose=each), body) for each in (pose, far)]
+    images = [draw_panels(row, Answer(pose=each), body) for each in (pose, far)]
     np.testing.assert_array_equal(*images)
 
 
@@ -98,7 +98,7 @@ def test_a_gallery_is_files_that_the_report_reads(tmp_path, body):
         *[("b", *rest) for rest in (("best", "answer 5"), ("median", "answer 3"), ("worst", "answer 0"))],
     ]
     assert shown[0].question == examples[0].messages[0]["content"] and shown[0].unit == "mm" and shown[0].value == 0
-    assert [Shown(**each) for each in json.loads((tmp_path / "gallery.json").read_text())] == shown
+    assert [DrawnAnswer(**each) for each in json.loads((tmp_path / "gallery.json").read_text())] == shown
     images = {each.image for each in shown}
     assert {f"gallery/{path.name}" for path in (tmp_path / "gallery").iterdir()} == images and len(images) == 4
     with Image.open(tmp_path / shown[0].image) as image:

@@ -12,7 +12,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import page
 from chatpose_jax.evaluation.published import PUBLISHED, differences
 from chatpose_jax.evaluation.report import write_report
-from chatpose_jax.evaluation.results import NotRun, Shown, write_not_run, write_shown
+from chatpose_jax.evaluation.results import DrawnAnswer, NotRun, write_drawn, write_not_run
 from chatpose_jax.evaluation.scores import Value
 
 from .results import scores, write
@@ -131,7 +131,7 @@ def test_text_of_systems_is_never_mark_up(tmp_path):
         command=f"chatpose {evil}",
         folder="evil",
     )
-    write_shown(folder, [Shown("estimation/3dpw_test/B", "best", evil, "PA-MPJPE", 1.0, "mm", evil, evil, "")])
+    write_drawn(folder, [DrawnAnswer("estimation/3dpw_test/B", "best", evil, "PA-MPJPE", 1.0, "mm", evil, evil, "")])
     write_not_run(tmp_path, [NotRun(evil, evil, evil, evil)])
     markdown, found, html = read(tmp_path)
     assert "script" not in found.tags and "img" not in found.tags and "<script" not in html
@@ -148,7 +148,10 @@ def test_markdown_is_read_by_another_program_as_it_is_meant(tmp_path):
     renderer = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
     evil = "<script>x</script> | *a* _b_ [c](d) ~e~ `f` \\ & 1. g # h"
     folder = write(tmp_path, evil, [scores(title=evil, counts={evil: 1})], command=evil, folder="evil")
-    write_shown(folder, [Shown("estimation/3dpw_test/B", "best", evil, "PA-MPJPE", 1.0, "mm", evil, evil, "gallery/a b.png")])
+    write_drawn(
+        folder,
+        [DrawnAnswer("estimation/3dpw_test/B", "best", evil, "PA-MPJPE", 1.0, "mm", evil, evil, "gallery/a b.png")],
+    )
     found = Page(renderer.render(read(tmp_path)[0]))
     assert found.tags.count("table") == 1 and not {"script", "em"} & {*found.tags[: found.tags.index("table")]}
     assert "script" not in found.tags and found.links == ["estimation/3dpw_test/evil/gallery/a%20b.png"]
@@ -162,10 +165,10 @@ def test_drawn_answers_are_part_of_the_page_while_they_are_small(tmp_path, monke
     folder = write(tmp_path, "ours", [scores()], folder="a b#c")
     (folder / "gallery").mkdir()
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "gallery/x.png")
-    shown = Shown(
+    shown = DrawnAnswer(
         "estimation/3dpw_test/B", "worst", "row 7", "PA-MPJPE", 123.456, "mm", "Where?", "Here.", "gallery/x.png"
     )
-    write_shown(folder, [shown])
+    write_drawn(folder, [shown])
     markdown, found, _html = read(tmp_path)
     relative = "estimation/3dpw_test/a%20b%23c/gallery/x.png"
     assert f"![worst, PA-MPJPE 123.5 mm, row 7]({relative})" in markdown
