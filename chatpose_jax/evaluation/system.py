@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.questions import caption_in
 from chatpose_jax.data.readers.crop import to_matrices
 from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
@@ -34,6 +35,7 @@ ABOUT = (
 SYSTEMS: dict[str, str] = {
     "mean": "chatpose_jax.evaluation.systems.simple:Mean",
     "nearest": "chatpose_jax.evaluation.systems.simple:Nearest",
+    "pose_vae": "chatpose_jax.evaluation.systems.pose_vae:TextToPose",
     "ridge": "chatpose_jax.evaluation.systems.simple:Ridge",
 }
 """Systems in the package: name -> ``package.module:Class``. Each is called with its options by keyword."""
@@ -149,6 +151,14 @@ class System(Protocol):
     def answer(self, questions: Sequence[Question]) -> Sequence[Answer]:
         """One answer to each question. It depends on the questions alone, not on earlier calls. Raises UserError."""
         ...
+
+
+def words_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The words of the last question, without images and without the sentence around a caption (``data.questions.caption_in``)."""
+    content = [message["content"] for message in messages if message["role"] == "user"][-1]
+    if isinstance(content, str):
+        return caption_in(content)
+    return caption_in(" ".join(part["text"] for part in content if part["type"] == "text"))
 
 
 def _axis_angle(pose: Pose) -> np.ndarray:

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.posescript.layouts import RETRIEVER, filled, to_tensors
+from chatpose_jax.posescript.layouts import POSE_VAE, RETRIEVER, filled, to_tensors
 from chatpose_jax.posescript.network import Retrieval, RetrieverConfig
 from chatpose_jax.posescript.pairs import PoseInput
+from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig
 from chatpose_jax.posescript.tokens import TextTokens, WordPieces, WordVocabulary
 from chatpose_jax.weights.layouts.table import NameRule
 from chatpose_jax.weights.readers import open_checkpoint
@@ -36,7 +37,10 @@ class Kind(NamedTuple):
     rules: Sequence[NameRule]
 
 
-KINDS: dict[str, Kind] = {"retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER)}
+KINDS: dict[str, Kind] = {
+    "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER),
+    "pose_vae": Kind(PoseVaeConfig, PoseVae, POSE_VAE),
+}
 """Kinds of networks in a folder, by the name in ``config.json``."""
 
 

@@ -91,6 +91,11 @@ def transformer_encoder(source: str, target: str) -> tuple[NameRule, ...]:
     )
 
 
+def normal_output(source: str, target: str) -> tuple[NameRule, ...]:
+    """``NormalOutput``. PoseScript calls the linear in front of its softplus ``logvar``."""
+    return (*_linear(f"{source}.mu", f"{target}/mean"), *_linear(f"{source}.logvar", f"{target}/spread"))
+
+
 RETRIEVER: tuple[NameRule, ...] = (
     *pose_trunk("pose_encoder.encoder", "pose_encoder/trunk"),
     *_linear("pose_encoder.encoder.8", "pose_encoder/narrow"),
@@ -100,6 +105,20 @@ RETRIEVER: tuple[NameRule, ...] = (
     NameRule("loss_weight", "loss_weight"),
 )
 """``Retrieval``, with either text encoder."""
+POSE_VAE: tuple[NameRule, ...] = (
+    *pose_trunk("pose_encoder.encoder", "pose_encoder"),
+    *normal_output("pose_encoder.encoder.8", "pose_output"),
+    *word_encoder("text_encoder", "text_encoder"),
+    *transformer_encoder("text_encoder", "text_encoder"),
+    *normal_output("text_encoder.output_layer", "text_output"),
+    *_linear("pose_decoder.decoder.0", "decoder/linear_1"),
+    *_linear("pose_decoder.decoder.3", "decoder/linear_2"),
+    *_linear("pose_decoder.decoder.5", "decoder/linear_3"),
+    NameRule("decsigma_v2v", "log_scale_vertices"),
+    NameRule("decsigma_jts", "log_scale_joints"),
+    NameRule("decsigma_rot", "log_variance_rotations"),
+)
+"""``PoseVae``, with either text encoder."""
 IGNORED = (
     Ignored(r".*\.num_batches_tracked", "counts the steps of training"),
     Ignored(r".*\.embeddings\.position_ids", "a constant range"),

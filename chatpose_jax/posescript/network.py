@@ -21,11 +21,13 @@ from chatpose_jax.settings import check_types, did_you_mean, require
 
 
 class Batch(NamedTuple):
-    """Poses and a text of each. poses: (B, J, 3) float32 axis-angles in radians. tokens: (B, T) int32. lengths: (B,) int32."""
+    """Poses and a text of each. poses: (B, J, 3) float32 axis-angles in radians. tokens: (B, T) int32. lengths: (B,) int32. measured: (B, J) bool,
+    for losses that compare rotations."""
 
     poses: Any
     tokens: Any
     lengths: Any
+    measured: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import pose_errors, true_poses
 from chatpose_jax.evaluation.system import SYSTEMS, Question
+from chatpose_jax.evaluation.systems import simple
 from chatpose_jax.evaluation.systems.simple import MeanPose, NearestText, RidgeRegression, grams
 from smpl_jax import Pose, io, stack
 
@@ -59,7 +60,8 @@ def degrees(answers):
     return angles[:, 2].round(2).tolist()
 
 
-def test_on_generated_descriptions_words_tell_far_more_than_the_mean():
+def test_on_generated_descriptions_words_tell_far_more_than_the_mean(monkeypatch):
+    monkeypatch.setattr(simple, "MOST", 1024)  # the equations take most of the time
     body, val = io.load_body(), SyntheticDataset("val", 60, tasks={"text": 1})[:]
     errors = {}
     for name in ("mean", "nearest", "ridge"):
