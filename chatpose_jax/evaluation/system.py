@@ -153,7 +153,7 @@ class System(Protocol):
         ...
 
 
-def words_of(messages: Sequence[Mapping[str, Any]]) -> str:
+def asked_words(messages: Sequence[Mapping[str, Any]]) -> str:
     """The words of the last question, without images and without the sentence around a caption (``data.questions.caption_in``)."""
     content = [message["content"] for message in messages if message["role"] == "user"][-1]
     if isinstance(content, str):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from chatpose_jax.evaluation.poses import mean_pose
-from chatpose_jax.evaluation.system import Answer, Question, words_of
+from chatpose_jax.evaluation.system import Answer, Question, asked_words
 from chatpose_jax.posescript.generator import load_generator
 from chatpose_jax.settings import whole
 from smpl_jax.pose import Pose, stack
 
 
 class TextToPose:
-    """A generator that ``chatpose posescript train`` or ``convert`` wrote. It sees the words of a question (``system.words_of``), not its images.
+    """A generator that ``chatpose posescript train`` or ``convert`` wrote. It sees the words of a question (``system.asked_words``), not its images.
 
     Options:
         folder: of the generator.
@@ -36,7 +36,7 @@ class TextToPose:
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """One pose for each question, in the camera frame."""
-        texts = [words_of(question.messages) for question in questions]
+        texts = [asked_words(question.messages) for question in questions]
         if self._samples == 0:
             poses = self._generator.mean(texts, self.batch_size)
         else:

@@ -16,7 +16,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import first_question, mean_pose, true_poses
-from chatpose_jax.evaluation.system import Answer, Question, words_of
+from chatpose_jax.evaluation.system import Answer, Question, asked_words
 from chatpose_jax.settings import whole
 from smpl_jax.pose import Pose, known
 from smpl_jax.rotations import matrix_9d_to_rotation
@@ -124,7 +124,7 @@ def _numbers(found: set[str], columns: Mapping[str, int]) -> np.ndarray:
 class Simple:
     """A system of a ``Model``. A question is answered from training rows of its kind ("text" or "image"), or from all where there are none.
 
-    Only words are read: those of the first question, without the sentence around a caption (``system.words_of``). Answers are poses of
+    Only words are read: those of the first question, without the sentence around a caption (``system.asked_words``). Answers are poses of
     SMPL in the camera frame. A joint that a training row did not measure counts as the mean. Training rows whose first answer has no pose are
     left out.
 
@@ -168,7 +168,7 @@ class Simple:
         found = [Answer()] * len(questions)
         for kind in {question.kind for question in questions}:
             places = [i for i, question in enumerate(questions) if question.kind == kind]
-            rotations = self._models.get(kind, self._all).answer([words_of(questions[i].messages) for i in places])
+            rotations = self._models.get(kind, self._all).answer([asked_words(questions[i].messages) for i in places])
             for i, each in zip(places, rotations):
                 found[i] = Answer(pose=Pose(each.astype(np.float32), "camera"))
         return found
@@ -202,7 +202,7 @@ def _in_words(row: Example) -> Example | None:
     question = first_question(row)
     if "<POSE>" not in str(row.messages[len(question)]["content"]):
         return None
-    return dataclasses.replace(row, messages=[{"role": "user", "content": words_of(question)}], extras={})
+    return dataclasses.replace(row, messages=[{"role": "user", "content": asked_words(question)}], extras={})
 
 
 def _digest(rows: Sequence[Example]) -> str:
