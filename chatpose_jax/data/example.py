@@ -22,9 +22,11 @@ class LazyImage:
     """An image that is made when it is needed, for rows whose images come from code. Measuring a row makes none.
 
     make: gives (H, W, 3) uint8, the same at every call. Where the row is encoded, an exception in it becomes one line that names the row.
+    shape: (H, W, 3) if it is known, so that the size is known without the image.
     """
 
     make: Callable[[], np.ndarray]
+    shape: tuple[int, int, int] | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.make(), dtype)

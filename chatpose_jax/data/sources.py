@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,14 @@ from chatpose_jax.processing.processor import Processor
 SOURCES = {
     "synthetic": "chatpose_jax.data.synthetic.dataset:synthetic",
     "prepared": "chatpose_jax.data.prepared:prepared",
+    "keypoints": "chatpose_jax.data.keypoint_rows:keypoints",
 }
 """Sources in the package: name -> ``package.module:function``. The names of ``DATA_SETS`` are sources too (``prepared.data_set``).
 
 A source is called as ``make(split, *, image_size, seed, **options)`` and gives a sequence of ``Example``. Its keyword-only parameters are its
-options. ``image_size`` (pixels) and ``seed`` are passed only if it has such parameters, and options may replace them.
+options. ``image_size`` (pixels) and ``seed`` are passed only if it has such parameters, and options may replace them. So is ``open_source``, for a
+source that changes the rows of another: ``open_source(name, split, options, wished)`` gives the rows of that source (``NamedRows``). wished:
+options that it gets only if it has such parameters.
 """
 
 
@@ -68,11 +72,15 @@ def check_sources(config: DataConfig) -> None:
 
 def _bound(config: DataConfig, image_size: int) -> list[Callable[[Split], NamedRows]]:
     """A function of the split for each source. All are checked first."""
-    return [_bind(row, number, image_size, config) for number, row in enumerate(config.sources)]
+    return [
+        _bind(f"data.sources[{number}] {row.name!r}", row, image_size, config)
+        for number, row in enumerate(config.sources)
+    ]
 
 
-def _bind(row: SourceRow, number: int, image_size: int, config: DataConfig) -> Callable[[Split], NamedRows]:
-    where = f"data.sources[{number}] {row.name!r}"
+def _bind(
+    where: str, row: SourceRow, image_size: int, config: DataConfig, wished: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[Split], NamedRows]:
     if row.name in KINDS:
         raise UserError(f'{where} is now ("synthetic", {row.weight!r}, {{"kind": "{KINDS[row.name]}"}})')
     if row.name in PREPARED:
@@ -95,10 +103,21 @@ def _bind(row: SourceRow, number: int, image_size: int, config: DataConfig) -> C
             f"{where}: a source takes the split, and its options by keyword: write def {name}(split, *, image_size, seed), "
             f"found def {name}{signature}"
         )
-    offered = {"image_size": image_size, "seed": config.seed}
+    offered = {
+        **wished,
+        "image_size": image_size,
+        "seed": config.seed,
+        "open_source": functools.partial(_open_other, image_size, config),
+    }
     options = {name: value for name, value in offered.items() if name in signature.parameters} | dict(row.options)
     named.check_options(where, signature, options)
     return functools.partial(_open, where, functools.partial(make, **options))
+
+
+def _open_other(
+    image_size: int, config: DataConfig, name: str, split: Split, options: Mapping[str, Any], wished: Mapping[str, Any]
+) -> NamedRows:
+    return _bind(f"its source {name!r}", SourceRow(name, 1.0, options), image_size, config, wished)(split)
 
 
 def _open(where: str, make: Callable[[Split], Any], split: Split) -> NamedRows:

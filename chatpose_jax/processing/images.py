@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import io
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from chatpose_jax import named
 from chatpose_jax.errors import UserError
@@ -124,6 +125,22 @@ def load_image(source: Any, where: str = "") -> Image.Image:
     if hasattr(source, "__array__"):
         return _from_array(_as_array(source, f"{prefix}the array"), f"{prefix}the array")
     raise UserError(f"{prefix}expected an image as path, bytes, PIL image or array, found {type(source).__name__}")
+
+
+def upright_size(source: Any, where: str = "") -> tuple[int, int]:
+    """Width and height of the image that ``load_image`` gives. Of a file or bytes only the header is read, of an array only the shape.
+
+    Raises UserError as ``load_image`` does.
+    """
+    shape = getattr(source, "shape", None)
+    if shape is not None and len(shape) >= 2:
+        return int(shape[1]), int(shape[0])
+    if isinstance(source, bytes | bytearray | os.PathLike) or (isinstance(source, str) and ":" not in source[:16]):
+        file = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
+        with contextlib.suppress(Exception), Image.open(file, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    return load_image(source, where).size  # also for its errors
 
 
 def _data_uri(uri: str, prefix: str) -> bytes:

@@ -34,6 +34,7 @@ PAPER = tuple(
     for kind, weight in (("text", 1.0), ("instruction", 1.0), ("image", 2.0))
 )
 OWN = "a_source_for_tests:make"
+OPTIONS = "image_size, seed, kind, tasks, train_size, val_size, test_size, max_yaw, keypoints"
 WHERE = f"data.sources[0] {OWN!r}"
 
 
@@ -108,8 +109,8 @@ def test_what_is_no_row_is_refused(rows, words):
     ("options", "words"),
     [
         ({"trian_size": 3}, " has no option 'trian_size'; did you mean train_size?"),
-        ({"zzz": 3}, " has no option 'zzz'; its options are image_size, seed, kind, tasks, train_size, val_size, test_size, max_yaw"),
-        ({"split": "val"}, " has no option 'split'; its options are image_size, seed, kind, tasks, train_size, val_size, test_size, max_yaw"),
+        ({"zzz": 3}, f" has no option 'zzz'; its options are {OPTIONS}"),
+        ({"split": "val"}, f" has no option 'split'; its options are {OPTIONS}"),
         ({"train_size": "8"}, ": the option train_size: expected int, found '8'"),
         ({"train_size": True}, ": the option train_size: expected int, found True"),
         ({"kind": "words"}, ": the option kind: expected 'text' or 'image' or 'instruction' or none, found 'words'"),

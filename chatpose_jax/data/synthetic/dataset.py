@@ -27,6 +27,7 @@ from chatpose_jax.data.synthetic.scene import MAX_YAW, Scene, Studio, draw_scene
 from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import did_you_mean, whole
+from smpl_jax.keypoints import keypoint_set
 from smpl_jax.pose import Pose
 
 SPLITS: dict[str, int] = {"train": 8000, "val": 512, "test": 512}  # rows when no size is given
@@ -119,6 +120,7 @@ def synthetic(
     val_size: int = SPLITS["val"],
     test_size: int = SPLITS["test"],
     max_yaw: float = MAX_YAW,
+    keypoints: str = "",
 ) -> SyntheticDataset:
     """The source "synthetic" of ``data.sources``. Its options are those of ``SyntheticDataset``, the size of each split apart.
 
@@ -131,7 +133,7 @@ def synthetic(
         whole(f"{name}_size", size, 1)
     if kind is not None:
         tasks = {task: weight for task, weight in tasks.items() if task not in TASKS or TASKS[task][0] == kind}
-    return SyntheticDataset(split, sizes[split], seed, image_size, tasks, max_yaw)
+    return SyntheticDataset(split, sizes[split], seed, image_size, tasks, max_yaw, keypoints)
 
 
 class SyntheticDataset(Sequence[Example]):
@@ -139,9 +141,11 @@ class SyntheticDataset(Sequence[Example]):
 
     split: "train", "val" or "test". Their poses are drawn independently. size: number of rows, by default that of ``SPLITS``. image_size: side
     of the square images in pixels. tasks: weights of ``TASKS``, by default ``DEFAULT_TASKS``. ``{"text": 1}`` gives detailed descriptions only,
-    ``{"image": 1}`` images only. max_yaw: images show the body turned by up to so many degrees; more is harder to learn.
+    ``{"image": 1}`` images only. max_yaw: images show the body turned by up to so many degrees; more is harder to learn. keypoints: a set of
+    ``smpl_jax.keypoints``; rows with images then have the extras ``keypoints_2d`` (K, 3), in pixels and with a confidence, and ``keypoint_set``.
 
-    Images are ``LazyImage``s. ``precompute`` renders all of them at once, in batches. Raises UserError for an unknown split or task.
+    Images are ``LazyImage``s. ``precompute`` renders all of them at once, in batches. Raises UserError for an unknown split, task or set
+    of keypoints.
     """
 
     def __init__(
@@ -152,6 +156,7 @@ class SyntheticDataset(Sequence[Example]):
         image_size: int = 64,
         tasks: Mapping[str, float] | None = None,
         max_yaw: float = MAX_YAW,
+        keypoints: str = "",
     ):
         if split not in SPLITS:
             raise UserError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
@@ -161,12 +166,19 @@ class SyntheticDataset(Sequence[Example]):
             raise UserError(f"tasks: there is no {min(unknown)!r}{hint}")
         if not any(w > 0 for w in tasks.values()) or any(w < 0 for w in tasks.values()):
             raise UserError(f"tasks: weights must not be negative, nor all 0, found {dict(tasks)}")
+        if keypoints:
+            try:
+                keypoint_set(keypoints)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         self.split, self.seed, self.image_size, self.max_yaw = split, seed, image_size, max_yaw
+        self.keypoints = keypoints
         self.size = SPLITS[split] if size is None else size
         self.tasks = dict(tasks)
         self._entropy = [seed, list(SPLITS).index(split)]
         self._blocks: dict[int, tuple[PoseSet, Codes]] = {}
         self._images: dict[int, np.ndarray] = {}
+        self._places: dict[int, dict[int, np.ndarray]] = {}
         self._studio: Studio | None = None
 
     def __len__(self) -> int:
@@ -187,8 +199,12 @@ class SyntheticDataset(Sequence[Example]):
         draft = self._draft(index)
         image: np.ndarray | LazyImage | None = self._images.get(index)
         if draft.shown is not None and image is None:
-            image = LazyImage(lambda: self._draw([draft])[0])
-        return _finish(draft, image)
+            image = LazyImage(lambda: self._draw([draft])[0], (self.image_size, self.image_size, 3))
+        row = _finish(draft, image)
+        if self.keypoints and image is not None:
+            found = {"keypoints_2d": self._keypoints(index // _BLOCK)[index], "keypoint_set": self.keypoints}
+            row = dataclasses.replace(row, extras=found)
+        return row
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_studio": None}
@@ -219,11 +235,30 @@ class SyntheticDataset(Sequence[Example]):
         return self
 
     def _draw(self, drafts: Sequence[_Draft], workers: int = 1) -> list[np.ndarray]:
+        poses, scenes = self._shown(drafts)
+        return self.studio.render_batch(poses, scenes, self.image_size, workers)
+
+    def _keypoints(self, block: int) -> dict[int, np.ndarray]:
+        """(K, 3) keypoints by row, of the rows with an image in a block. They are computed together, because it is faster."""
+        if block not in self._places:
+            rows = range(block * _BLOCK, min((block + 1) * _BLOCK, self.size))
+            drafts = {row: draft for row in rows if (draft := self._draft(row)).shown is not None}
+            poses, scenes = self._shown(list(drafts.values()))
+            found = self.studio.keypoints(poses, scenes, self.image_size, self.keypoints)
+            self._places[block] = dict(zip(drafts, found))
+        return self._places[block]
+
+    @property
+    def studio(self) -> Studio:
         if self._studio is None:
             self._studio = Studio()
+        return self._studio
+
+    @staticmethod
+    def _shown(drafts: Sequence[_Draft]) -> tuple[list[np.ndarray], list[Scene]]:
+        """Poses in the camera frame and scenes of rows with images."""
         scenes = [d.scene for d in drafts if d.scene is not None]
-        cameras = [to_camera(d.shown, s.yaw, s.pitch) for d, s in zip(drafts, scenes) if d.shown is not None]
-        return self._studio.render_batch(cameras, scenes, self.image_size, workers)
+        return [to_camera(d.shown, s.yaw, s.pitch) for d, s in zip(drafts, scenes) if d.shown is not None], scenes
 
     def _block(self, number: int) -> tuple[PoseSet, Codes]:
         if number not in self._blocks:

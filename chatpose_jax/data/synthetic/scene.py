@@ -15,6 +15,7 @@ from smpl_jax import body as body_functions
 from smpl_jax import render
 from smpl_jax.body import BodyModel
 from smpl_jax.io import load_body
+from smpl_jax.keypoints import locate
 from smpl_jax.raster import Camera
 
 MAX_YAW, MAX_PITCH = 20.0, 6.0  # degrees
@@ -116,23 +117,40 @@ class Studio:
                 images += pool.map(functools.partial(self._draw, size=size), vertices, part)
         return images
 
+    def keypoints(
+        self, rotations: Sequence[np.ndarray], scenes: Sequence[Scene], size: int, points: str
+    ) -> list[np.ndarray]:
+        """Where the points of a set (``smpl_jax.keypoints``) are in the images of ``render_batch``: (K, 3), x and y in pixels and the confidence 1.
+        A point that the body lacks is 0."""
+        located = locate(self.body, points, near=True, missing="mask")
+        found: list[np.ndarray] = []
+        for start in range(0, len(scenes), self.batch):
+            part = scenes[start : start + self.batch]
+            poses, betas = self._padded(rotations[start : start + self.batch], part)
+            places = np.asarray(_located(located, poses, betas))
+            for scene, vertices, place in zip(part, self._skin(rotations[start : start + self.batch], part), places):
+                pixels = _camera(vertices, scene, size).project(place)
+                found.append(np.where(located.known[:, None], np.pad(pixels, ((0, 0), (0, 1)), constant_values=1), 0))
+        return found
+
     def _skin(self, rotations: Sequence[np.ndarray], scenes: Sequence[Scene]) -> np.ndarray:
-        """Vertices (N, V, 3) in metres. Batches are padded to 1 or ``batch`` bodies, so that only two programs are compiled."""
+        """Vertices (N, V, 3) in metres."""
+        return np.asarray(_vertices(self.body, *self._padded(rotations, scenes)))[: len(scenes)]
+
+    def _padded(self, rotations: Sequence[np.ndarray], scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
+        """Poses and betas, padded to 1 or ``batch`` bodies, so that only two programs are compiled."""
         count = 1 if len(scenes) == 1 else self.batch
         pad = ((0, count - len(scenes)),)
         poses = np.pad(np.stack(rotations).astype(np.float32), (*pad, (0, 0), (0, 0), (0, 0)))
         betas = np.pad(np.stack([s.betas for s in scenes]).astype(np.float32), (*pad, (0, 0)))
-        return np.asarray(_vertices(self.body, poses, betas[:, : self.body.num_betas]))[: len(scenes)]
+        return poses, betas[:, : self.body.num_betas]
 
     def _draw(self, vertices: np.ndarray, scene: Scene, size: int) -> np.ndarray:
-        camera = Camera.looking_at(vertices, size, fov=scene.fov, margin=scene.margin)
-        x, y = np.asarray(camera.center) + size * scene.shift
-        camera = dataclasses.replace(camera, center=(float(x), float(y)))
         return render.render_mesh(
             vertices,
             self.faces,
             frame="camera",
-            camera=camera,
+            camera=_camera(vertices, scene, size),
             colors=self._colors(scene),
             background=backdrop(scene, size),
             light=scene.light,
@@ -155,7 +173,15 @@ class Studio:
         return head & (up + 0.8 * back > 1.05)
 
 
+def _camera(vertices: np.ndarray, scene: Scene, size: int) -> Camera:
+    """The view of a scene on a body (V, 3)."""
+    camera = Camera.looking_at(vertices, size, fov=scene.fov, margin=scene.margin)
+    x, y = np.asarray(camera.center) + size * scene.shift
+    return dataclasses.replace(camera, center=(float(x), float(y)))
+
+
 _vertices = jax.jit(body_functions.vertices)
+_located = jax.jit(lambda located, rotations, betas: located(rotations, betas))
 
 
 def backdrop(scene: Scene, size: int) -> np.ndarray:
