@@ -17,10 +17,10 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import measures
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.settings import one_line
-from smpl_jax import body as bodies
 from smpl_jax import io
 from smpl_jax.body import BodyModel
 from smpl_jax.frames import turn
+from smpl_jax.keypoints import KEYPOINT_SETS, Locations, locate
 from smpl_jax.pose import SHARED, Pose, family_of, placed, to_family
 
 Betas = Literal["own", "zero"]
@@ -31,37 +31,47 @@ class Protocol(NamedTuple):
     """A row of ``PROTOCOLS``.
 
     points: the compared points, of the set ``named``. pelvis: points of this set; both sides are moved so that their mean is the origin.
-    named: the set, by the name under which an answer gives positions instead of a pose (``Answer.joints``). size: its number of points.
+    named: the set of ``smpl_jax.keypoints``, which is also the name under which an answer gives positions (``Answer.joints``).
     truth: "gendered", SMPL of the person's gender with the betas of the data; "file", positions (N, size, 3) in the first of ``extras``, with a
         fourth column of confidence where that is written; "body", the pose of the data on the evaluation body with β = 0.
     on: the body of predicted poses: "neutral", the neutral SMPL; or "body", the evaluation body with β = 0.
-    regressor: of the points from the vertices, a key of ``FILES``, and the first point that it gives; None for the joints of the body.
+    regressor: which the points need, a key of ``FILES``; "" for joints of the body.
     extras: what rows must have. words: of points and pelvis, for the report. official: also the measures of 3DPW's official evaluation.
     """
 
     points: tuple[int, ...]
     pelvis: tuple[int, ...]
     named: str
-    size: int
     truth: Literal["gendered", "file", "body"]
     on: Literal["neutral", "body"]
-    regressor: tuple[str, int] | None
+    regressor: str
     extras: tuple[str, ...]
     words: tuple[str, str]
     official: bool = False
 
+    @property
+    def size(self) -> int:
+        """Number of points of the set."""
+        return len(KEYPOINT_SETS[self.named])
 
-_LSP = (6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10)
-"""LSP's 14 joints among the 17 that Human3.6M's regressor gives: right ankle, knee, hip, left hip, knee, ankle, right wrist, elbow, shoulder, left
-shoulder, elbow, wrist, neck, head (SPIN's ``H36M_TO_J14``)."""
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Keys of ``FILES`` that truths and predicted poses need. Answers with positions need only those of the truth."""
+        bodies = ("male", "female") if self.truth == "gendered" else ()
+        neutral = ("neutral",) if self.on == "neutral" else ()
+        return (*bodies, *neutral, *((self.regressor,) if self.regressor else ()))
+
+
+_SOURCES = [point.source for point in KEYPOINT_SETS["h36m17"]]
+_LSP = tuple(_SOURCES.index(point.source) for point in KEYPOINT_SETS["lsp14"])
+"""LSP's 14 joints among Human3.6M's 17: SPIN's ``H36M_TO_J14``, whose numbers are rows of the regressor, which has the legs in another order."""
 _A = Protocol(
     points=_LSP,
     pelvis=(0,),
     named="h36m17",
-    size=17,
     truth="gendered",
     on="neutral",
-    regressor=("h36m", 0),
+    regressor="h36m",
     extras=("gender", "betas"),
     words=("14 of LSP, by Human3.6M's regressor", "regressed, row 0"),
 )
@@ -69,25 +79,23 @@ _C = Protocol(
     points=tuple(range(24)),
     pelvis=(0,),
     named="smpl24",
-    size=24,
     truth="body",
     on="body",
-    regressor=None,
+    regressor="",
     extras=(),
     words=("24 joints of the body", "joint 0"),
 )
 _FIRST = tuple(range(SHARED))
 PROTOCOLS: dict[str, Protocol] = {
     "A": _A,
-    "A-hips": _A._replace(pelvis=(4, 1), words=(_A.words[0], "the middle of the hips")),
+    "A-hips": _A._replace(pelvis=_LSP[2:4], words=(_A.words[0], "the middle of the hips")),
     "B": Protocol(
         points=(*range(25, 38), 43),
         pelvis=(39,),
         named="humans44",
-        size=44,
         truth="file",
         on="neutral",
-        regressor=("j19", 25),
+        regressor="j19",
         extras=("keypoints_3d",),
         words=("14 of 4D-Humans' 44 (25 … 37, 43)", "point 39"),
     ),
@@ -357,37 +365,28 @@ def body_points(
     A point that is not a joint of the body is known only where the whole pose is. A joint is known where all its ancestors were measured.
     betas: (N, 10), or None for zeros.
     """
+    try:
+        if protocol.regressor:
+            regressor = files.regressor(protocol.regressor, body.num_vertices)
+            body = body.with_keypoints(regressors={protocol.regressor: regressor})
+        located = locate(body, protocol.named, missing="mask")
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
     shape = np.zeros((len(poses.there), 10)) if betas is None else betas[:, :10]
-    count = min(body.num_betas, 10)
-    arrays = (poses.rotations.astype(np.float32), shape[:, :count].astype(np.float32))
-    found = np.zeros((len(shape), protocol.size, 3))
-    if protocol.regressor is None:
-        found[:] = _chunked(partial(_joints, body), *arrays)[:, : protocol.size]
-        return Positions(found, _placed(poses.measured, body.parents) & poses.there[:, None])
-    name, start = protocol.regressor
-    weights = files.regressor(name, body.num_vertices)
-    used = np.flatnonzero(weights.any(0))
-    part = body.subset(used).with_keypoints(regressors={name: weights[:, used]})
-    found[:, start : start + len(weights)] = _chunked(partial(_regressed, part, name), *arrays)
-    known = np.zeros(found.shape[:2], bool)
-    known[:, start : start + len(weights)] = _placed(poses.measured, body.parents).all(1, keepdims=True)
-    return Positions(found, known & poses.there[:, None])
+    arrays = (poses.rotations.astype(np.float32), shape[:, : body.num_betas].astype(np.float32))
+    found = _chunked(partial(_located, located), *arrays)
+    known = _placed(poses.measured, body.parents)
+    if protocol.regressor:
+        known = np.repeat(known.all(1, keepdims=True), found.shape[1], 1)
+    return Positions(found, known & located.known & poses.there[:, None])
 
 
-@partial(jax.jit, static_argnames="name")
-def _regress(body: BodyModel, name: str, rotations: jax.Array, betas: jax.Array) -> jax.Array:
-    return bodies.regress(body, bodies.vertices(body, rotations, betas, chunk=None), name)
-
-
-def _regressed(body: BodyModel, name: str, rotations: np.ndarray, betas: np.ndarray) -> jax.Array:
-    return _regress(body, name, rotations, betas)
-
-
-def _joints(body: BodyModel, rotations: np.ndarray, betas: np.ndarray) -> jax.Array:
-    whole = rotations
-    if body.num_joints != 24:
-        whole = to_family(Pose(rotations, "camera"), family_of(body.num_joints)).rotations
-    return bodies.joints(body, whole, betas)
+@jax.jit
+def _located(located: Locations, rotations: jax.Array, betas: jax.Array) -> jax.Array:
+    pose = to_family(Pose(rotations, "camera"), family_of(located.part.num_joints))
+    return located(pose.rotations, betas)
 
 
 _CHUNK = 512

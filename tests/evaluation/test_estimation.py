@@ -34,7 +34,7 @@ def weights(rng, rows, columns=200):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the option smpl names, with one body of each kind of file."""
-    path, rng = tmp_path_factory.mktemp("smpl"), np.random.default_rng(5)
+    path, rng = tmp_path_factory.mktemp("smpl"), np.random.default_rng(7)
     for gender, seed in SEEDS.items():
         arrays = random_arrays(seed=seed)
         if gender == "male":
@@ -297,8 +297,9 @@ def test_protocol_c_is_what_evaluation_of_models_reports(data, answers):
 def test_positions_instead_of_poses(folder, data, answers):
     """What HMR2 and SPIN write beside their poses gives what the poses give, without rotations; and no body file is needed for it."""
     regressor = np.load(folder / "J_regressor_h36m.npy")
+    order = [0, 4, 5, 6, 1, 2, 3, *range(7, 17)]  # Human3.6M has the right leg first, the regressor the left one
     given = [
-        Answer("", None, {"h36m17": regressor @ smpl("neutral", answer.pose.rotations, answer.pose.betas)[1]})
+        Answer("", None, {"h36m17": (regressor @ smpl("neutral", answer.pose.rotations, answer.pose.betas)[1])[order]})
         for answer in answers
     ]
     task = Estimation(data, "3dpw", protocols="A", smpl=str(folder))
@@ -310,7 +311,7 @@ def test_positions_instead_of_poses(folder, data, answers):
     bare = [
         Example(row.id, "image", [], row.poses.replace(measured=np.zeros((1, 24), bool)), row.extras) for row in data
     ]
-    found = scored(Estimation(bare, "h36m_val_p2"), points)
+    found = scored(Estimation(bare, "h36m_val_p2", protocols="B"), points)
     assert found.values["MPJPE"].value == pytest.approx(0, abs=1e-6)
     assert not set(protocols.ROTATIONS) & set(found.values), "there are no rotations in this data"
     assert found.facts["rotations"] == "the data has none"
@@ -340,7 +341,9 @@ def test_which_protocols_a_data_set_takes(folder, data, answers):
     ):
         Estimation(data, "3dpw", protocols="A,C")
     with pytest.raises(UserError, match=r"SMPL_NEUTRAL.pkl or SMPL_NEUTRAL.npz is needed"):
-        Estimation(data, "h36m_val_p2").score(answers)
+        Estimation(data, "h36m_val_p2")
+    with pytest.raises(UserError, match=r"SMPL_NEUTRAL.pkl or SMPL_NEUTRAL.npz is needed"):
+        Estimation(data, "h36m_val_p2", protocols="B").score(answers)
     with pytest.raises(UserError, match="expected some of A, A-hips, B, C, C22, D; found 'E'"):
         Estimation(data, "3dpw", protocols="E")
     plain = [Example(row.id, "image", row.messages, row.poses) for row in data]
@@ -358,6 +361,13 @@ def test_damaged_files_are_named(tmp_path, folder, data, answers):
     with pytest.raises(
         UserError, match=r"J_regressor_h36m.npy: expected numbers of shape \(17, 200\).*found float64 \(17, 100\)"
     ):
+        Estimation(data, "3dpw", protocols="A", smpl=str(tmp_path)).score(answers)
+    swapped = np.load(folder / "J_regressor_h36m.npy")
+    swapped[1:7] = 0  # the left leg at vertices farther right than those of the right leg, on each of the bodies
+    sides = np.mean([random_arrays(seed=seed)["v_template"][:, 0] for seed in SEEDS.values()], 0)
+    swapped[1:4, sides.argmin()] = swapped[4:7, sides.argmax()] = 1
+    np.save(tmp_path / "J_regressor_h36m.npy", swapped)
+    with pytest.raises(UserError, match="left and right change places in this regressor"):
         Estimation(data, "3dpw", protocols="A", smpl=str(tmp_path)).score(answers)
     (tmp_path / "J_regressor_h36m.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(UserError, match=r"J_regressor_h36m.npy"):

@@ -37,8 +37,9 @@ class Estimation:
     without a pose counts in no mean, and the counts say how many there are.
 
     Options:
-        protocols: keys of ``PROTOCOLS`` with commas between them. By default those of the data set (``OF_DATA``) whose files are there; the
-            facts say which are left out and why. A named protocol whose file is missing is an error.
+        protocols: keys of ``PROTOCOLS`` with commas between them. By default those of the data set (``OF_DATA``) whose files are all there; the
+            facts say which are left out and why. If a file of a named protocol is missing, that is an error. Predicted positions need no file of
+            the predicted body: name the protocol for them.
         smpl: the folder of ``FILES``: SMPL's bodies and the regressors.
         betas: of predicted poses under A, B and D, on the neutral SMPL: "own", those of the answer, 0 where it has none; or "zero".
         unmeasured: of joints that the data filled in, such as toes and hands of 3DPW: "left out", their rotations do not count; or "counted", as in
@@ -64,12 +65,18 @@ class Estimation:
         self.rows, self.data, self.betas, self.unmeasured = rows, data, betas, unmeasured
         self.files, self.body = Files(smpl), evaluation_body(body)
         self.settings: Mapping[str, Any] = {}
-        self.given = named_protocols(protocols)
-        for name in self.given:
+        names = named_protocols(protocols)
+        self.left_out = ""
+        if not names:
+            of_data = OF_DATA.get(data.partition("-")[0], ("C" if self.body.num_joints == 24 else "C22",))
+            missing = {name: error for name in of_data if (error := _missing(PROTOCOLS[name], self.files))}
+            names = tuple(name for name in of_data if name not in missing)
+            if not names:
+                raise next(iter(missing.values()))
+            self.left_out = "; ".join(f"{name}: {error}" for name, error in missing.items())
+        for name in names:
             check_protocol(name, rows[0], self.files, self.body)
-        self.protocols = self.given or OF_DATA.get(
-            data.partition("-")[0], ("C",) if self.body.num_joints == 24 else ("C22",)
-        )
+        self.protocols = names
 
     def question(self, row: Example) -> Question:
         """The row's own. Raises UserError for a row without an image."""
@@ -83,20 +90,13 @@ class Estimation:
         """A table for each protocol."""
         rows = Truths.gather(self.rows)
         given = Answered.gather(answers, rows)
-        found: dict[str, protocols.Errors] = {}
-        left_out: dict[str, MissingFile] = {}
-        for name in self.protocols:
-            try:
-                found[name] = protocols.protocol_errors(
-                    PROTOCOLS[name], rows, given, self.files, self.body, self.betas, self.unmeasured
-                )
-            except MissingFile as error:
-                if self.given:
-                    raise
-                left_out[name] = error
-        if not found:
-            raise next(iter(left_out.values()))
-        also = {"left out": "; ".join(f"{name}: {error}" for name, error in left_out.items())} if left_out else {}
+        found = {
+            name: protocols.protocol_errors(
+                PROTOCOLS[name], rows, given, self.files, self.body, self.betas, self.unmeasured
+            )
+            for name in self.protocols
+        }
+        also = {"left out": self.left_out} if self.left_out else {}
         return [
             Scores(
                 table=f"estimation/{self.data}/{name}",
@@ -110,6 +110,16 @@ class Estimation:
             )
             for name, errors in found.items()
         ]
+
+
+def _missing(protocol: Protocol, files: Files) -> MissingFile | None:
+    """What says which file of a protocol is not there, if one is not."""
+    try:
+        for name in protocol.files:
+            files.path(name)
+    except MissingFile as error:
+        return error
+    return None
 
 
 def named_protocols(words: str) -> tuple[str, ...]:
