@@ -38,6 +38,7 @@ class Scores:
     facts: what makes rows comparable, in words, by name: protocol, pelvis, betas, gallery, samples, interval. The report prints them with the
     table, and marks a row whose facts differ.
     values: the columns, in order.
+    references: values of other rows that stand in the table for comparison, equal for all systems: "real poses" -> its columns.
     samples: (N,) for each named measure, one value for each row of the task in its order; NaN where the sample does not count.
     rank: the measure in ``samples`` by which best, median and worst answers are chosen; "" if none are drawn. better: whether lower is better.
     counts: what was left out or failed, by reason: "no pose in the answer" -> 3.
@@ -51,18 +52,35 @@ class Scores:
     rank: str = ""
     better: Better = "lower"
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    references: Mapping[str, Mapping[str, Value]] = dataclasses.field(default_factory=dict)
 
     __repr__ = one_line
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without ``samples``."""
+        """Plain values, without ``samples``. None stands for NaN, which JSON does not have."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "samples"}
-        return found | {"values": {name: dataclasses.asdict(value) for name, value in self.values.items()}}
+        references = {title: _to_json(values) for title, values in self.references.items()}
+        plain = {"facts": dict(self.facts), "counts": dict(self.counts)}
+        return found | plain | {"values": _to_json(self.values), "references": references}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Scores:
         """Reads ``to_json``."""
-        return cls(**{**found, "values": {name: Value(**value) for name, value in found["values"].items()}})
+        references = {title: _columns(values) for title, values in found.get("references", {}).items()}
+        return cls(**{**found, "values": _columns(found["values"]), "references": references})
+
+
+def _to_json(values: Mapping[str, Value]) -> dict[str, Any]:
+    found = {name: dataclasses.asdict(value) for name, value in values.items()}
+    return {name: {key: None if item != item else item for key, item in value.items()} for name, value in found.items()}
+
+
+def _columns(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
+    nan: Any = float("nan")
+    return {
+        name: Value(**{key: nan if item is None else item for key, item in value.items()})
+        for name, value in found.items()
+    }
 
 
 def mean_of(samples: np.ndarray, groups: Sequence[str], **about: Any) -> Value:

@@ -26,19 +26,21 @@ TASKS = {
 """Headings of the tasks, in the order of the report, with the tables of the ChatPose paper that they make. Other tasks follow under their names."""
 OVERALL = "mean"
 """Published figures of RPE are means over the attributes: they stand beside the table of this name."""
+REFERENCE = "no system: measured here for comparison"
 SAME = "the same conditions, as far as they are stated"
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportRow:
     """A row of a table. mark: letters that refer to ``Table.notes``. values: by column; a column may lack one. published: whether it was not
-    measured here.
+    measured here. reference: whether it belongs to no system (``Scores.references``).
     """
 
     system: str
     mark: str
     values: Mapping[str, Value]
     published: bool = False
+    reference: bool = False
 
     __repr__ = one_line
 
@@ -120,6 +122,10 @@ def _table(name: str, results: Sequence[Result]) -> Table:
     for _, scores in measured:
         for column, value in scores.values.items():
             columns.setdefault(column, value)
+    for title, values in {
+        title: values for _, scores in measured for title, values in scores.references.items()
+    }.items():
+        rows.append(ReportRow(title, _mark(notes, REFERENCE), values, reference=True))
     beside, others = _published(measured[0][0], name, first.facts, columns)
     for row, words in beside:
         values = {name: _bare(columns[name], value) for name, value in row.values.items() if name in columns}
@@ -135,7 +141,7 @@ def _table(name: str, results: Sequence[Result]) -> Table:
         facts=facts,
         columns=columns,
         rows=rows,
-        best={} if any(row.mark for row in rows if not row.published) else _best(rows, columns),
+        best={} if any(row.mark for row in rows if is_system(row)) else _best(rows, columns),
         notes=notes,
         counts={result.system: words for result, scores in measured if (words := _counted(scores))},
         others=others,
@@ -183,7 +189,7 @@ def _best(rows: Sequence[ReportRow], columns: Mapping[str, Value]) -> dict[str, 
     """The best measured value of each column in which several rows have one."""
     found = {}
     for name, about in columns.items():
-        given = [row.values[name].value for row in rows if name in row.values and not row.published]
+        given = [row.values[name].value for row in rows if name in row.values and is_system(row)]
         values = [value for value in given if _is_number(value)]
         if len(values) > 1 and about.better:
             found[name] = max(values) if about.better == "higher" else min(values)
@@ -224,10 +230,15 @@ def figure(value: Value | None) -> tuple[str, str]:
     return f"{value.value:.{value.digits}f}", interval
 
 
+def is_system(row: ReportRow) -> bool:
+    """Whether a row was reached here by a system."""
+    return not row.published and not row.reference
+
+
 def is_best(table: Table, row: ReportRow, column: str) -> bool:
     """Whether a measured value is the best of its column."""
     return (
-        not row.published
+        is_system(row)
         and column in table.best
         and column in row.values
         and row.values[column].value == table.best[column]

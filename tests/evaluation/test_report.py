@@ -1,5 +1,6 @@
 """The report: what stands in it for given scores, that text of systems stays text, and that equal files give equal bytes."""
 
+import dataclasses
 import re
 import shutil
 from html.parser import HTMLParser
@@ -251,3 +252,15 @@ def test_conditions_are_compared_by_their_first_word():
     facts = {"protocol": "B: 14 of 44", "pelvis": "point 39", "betas": "0 on both sides", "samples": "35,515"}
     assert differences(row, facts) == ["samples not stated"]
     assert "betas: 0, here of predictions" in differences(row, {**facts, "betas": "of predictions"})
+
+
+def test_rows_for_comparison_stand_below_the_systems_and_are_never_the_best(tmp_path):
+    real = {"MPJPE": Value(0.0, unit="mm"), "PA-MPJPE": Value(0.5, 0.4, 0.6, "mm")}
+    for name, pa in (("ours", 58.44), ("theirs", 60.0)):
+        write(tmp_path, name, [dataclasses.replace(scores(pa=pa), references={"the truth": real})])
+    markdown, _, html = read(tmp_path)
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].split()[0] for line in lines[2:5]] == ["ours", "theirs", "the"]
+    assert "| 0.0 | 0.5 [0.4, 0.6] |" in lines[4]
+    assert "**58.4**" in lines[2]
+    assert "no system: measured here for comparison" in markdown and "the truth" in html
