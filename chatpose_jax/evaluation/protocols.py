@@ -280,10 +280,14 @@ class PoseArrays:
                 kept = 24 if pose.num_joints == 24 else SHARED
                 measured[i, :kept] = np.asarray(pose.measured)[:kept]
             space = pose.shape_space or ("SMPL" if pose.num_joints in (SHARED, 24, 52) else "")
-            if pose.betas is not None and space == "SMPL" and (pose.has_betas is None or bool(pose.has_betas)):
+            if _has_betas(pose) and space == "SMPL":
                 given = np.asarray(pose.betas, np.float64)[:10]
                 betas[i, : len(given)], has_betas[i] = given, True
         return cls(rotations, measured, betas, has_betas, there & measured.any(1))
+
+
+def _has_betas(pose: Pose) -> bool:
+    return pose.betas is not None and (pose.has_betas is None or bool(pose.has_betas))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -422,12 +426,14 @@ def _placed(measured: np.ndarray, parents: Sequence[int]) -> np.ndarray:
 class Answered:
     """What N answers give, gathered once. poses: those of the persons that were asked for. joints: ``Answer.joints`` of each.
 
-    unmatched: (N,) bool, answers with people of whom none is the person that was asked for.
+    unmatched: (N,) bool, answers with people of whom none is the person that was asked for. other_betas: (N,) bool, answers with betas that are
+    not SMPL's.
     """
 
     poses: PoseArrays
     joints: list[Mapping[str, np.ndarray]]
     unmatched: np.ndarray
+    other_betas: np.ndarray
 
     __repr__ = one_line
 
@@ -445,11 +451,14 @@ class Answered:
                 positions = {} if person is None else {name: points[person] for name, points in positions.items()}
             poses.append(pose)
             joints.append(positions)
-        return cls(PoseArrays.gather(poses), joints, unmatched)
+        found = PoseArrays.gather(poses)
+        has_betas = np.array([pose is not None and _has_betas(pose) for pose in poses], bool)
+        return cls(found, joints, unmatched, has_betas & ~found.has_betas)
 
     def take(self, rows: np.ndarray) -> Answered:
         """Those at an index (n,)."""
-        return Answered(self.poses.take(rows), [self.joints[i] for i in rows], self.unmatched[rows])
+        joints = [self.joints[i] for i in rows]
+        return Answered(self.poses.take(rows), joints, self.unmatched[rows], self.other_betas[rows])
 
     def named(self, name: str, size: int, keys: Sequence[str]) -> Positions:
         """Positions (N, size, 3) of a named set, and which there are. Raises UserError for another shape."""
@@ -520,7 +529,7 @@ def protocol_errors(
     Raises UserError where a file or a value of a row is missing.
     """
     truth, rooted = true_positions(protocol, rows, files, body)
-    found, has_root = predicted_positions(protocol, rows, given, files, body, betas)
+    found, has_root, posed = predicted_positions(protocol, rows, given, files, body, betas)
     points = list(protocol.points)
     mask = truth.known[:, points]
     there = np.asarray(mask.any(1))
@@ -551,6 +560,10 @@ def protocol_errors(
         "no pose and no positions in the answer": int((there & ~answered & ~given.unmatched).sum()),
         "the answer lacks some of the points": int((there & answered & ~whole).sum()),
     }
+    if protocol.on == "body":
+        counts["positions on a body of the system's own, instead of a pose"] = int((there & whole & ~posed).sum())
+    elif betas == "own":
+        counts["betas of another body than SMPL, taken as 0"] = int((there & posed & given.other_betas).sum())
     if (angle := columns.get("angle")) is not None:
         counts["positions without the rotations that are compared"] = int(
             (there & whole & np.isnan(angle) & _counted(rows.poses, unmeasured)[:, 1:].any(1)).sum()
@@ -584,8 +597,8 @@ def true_positions(protocol: Protocol, rows: Truths, files: Files, body: BodyMod
 
 def predicted_positions(
     protocol: Protocol, rows: Truths, given: Answered, files: Files, body: BodyModel, betas: Betas
-) -> tuple[Positions, np.ndarray]:
-    """Points (N, size, 3) of the answers, and (N,) whether their root is known.
+) -> tuple[Positions, np.ndarray, np.ndarray]:
+    """Points (N, size, 3) of the answers; (N,) whether their root is known; and (N,) whether they are those of a pose.
 
     Where predicted poses have no betas, a pose goes before positions; else positions go before the pose.
     """
@@ -601,7 +614,7 @@ def predicted_positions(
         own = None if pose_first else part.betas
         points[use], known[use] = body_points(protocol, part, on, own, files)
         root[use] = part.measured[:, 0]
-    return Positions(points, known), root
+    return Positions(points, known), root, use
 
 
 def rotation_errors(

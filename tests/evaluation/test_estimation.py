@@ -375,3 +375,28 @@ def test_damaged_files_are_named(tmp_path, folder, data, answers):
     (tmp_path / "SMPL_FEMALE.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"SMPL_FEMALE.pkl tries to run os.system"):
         Estimation(data, "3dpw", protocols="A", smpl=str(tmp_path))
+
+
+def test_what_a_table_cannot_compare_is_counted(folder, data, answers):
+    other = answers[0].pose.replace(shape_space="SMPL-X")
+    task = Estimation(data, "3dpw", protocols="A", smpl=str(folder))
+    found = scored(task, [Answer("", other), *answers[1:]])
+    assert found.counts == {"betas of another body than SMPL, taken as 0": 1}
+    plain = scored(task, [Answer("", answers[0].pose.replace(betas=None)), *answers[1:]])
+    np.testing.assert_array_equal(found.samples["MPJPE"], plain.samples["MPJPE"])
+    assert not plain.counts
+    points = Answer("", None, {"smpl24": np.random.default_rng(0).normal(size=(24, 3))})
+    found = scored(Estimation(data, "3dpw", protocols="C"), [points, *answers[1:]])
+    words = (
+        "positions on a body of the system's own, instead of a pose",
+        "positions without the rotations that are compared",
+    )
+    assert found.counts == dict.fromkeys(words, 1)
+    assert np.isnan(found.samples["MPJRE"][0])
+    assert np.isfinite(found.samples["MPJPE"][0])
+    parts = answers[1].pose.replace(measured=flags(5))
+    found = scored(Estimation(data, "3dpw", protocols="C"), [answers[0], Answer("", parts), *answers[2:]])
+    assert found.counts == {"no pose and no positions in the answer": 1}
+    toes = answers[1].pose.replace(measured=flags(10))
+    found = scored(Estimation(data, "3dpw", protocols="C"), [answers[0], Answer("", toes), *answers[2:]])
+    assert not found.counts, "toes hold no other joint, and 3DPW did not measure them"
