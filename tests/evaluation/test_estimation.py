@@ -16,42 +16,21 @@ from smpl_jax import Pose, io
 from smpl_jax.metrics import pose_metrics
 from smpl_jax.pose import stack
 
-from ..smpl.models import SMPL_PARENTS, random_arrays
+from ..smpl.models import random_arrays
+from .small_smpl import SEEDS, matrices, smpl, write
 
 Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
 COUNT = 12
-SEEDS = {"neutral": 1, "male": 2, "female": 3}
 LSP14 = [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
-
-
-def weights(rng, rows, columns=200):
-    found = np.zeros((rows, columns))
-    for row in found:
-        row[rng.integers(0, columns, 5)] = rng.uniform(0.1, 1, 5)
-    return found / found.sum(1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the option smpl names, with one body of each kind of file."""
-    path, rng = tmp_path_factory.mktemp("smpl"), np.random.default_rng(7)
-    for gender, seed in SEEDS.items():
-        arrays = random_arrays(seed=seed)
-        if gender == "male":
-            np.savez(path / "SMPL_MALE.npz", **arrays)
-        else:
-            (path / f"SMPL_{gender.upper()}.pkl").write_bytes(pickle.dumps(arrays))
-    np.save(path / "J_regressor_h36m.npy", weights(rng, 17))
-    (path / "SMPL_to_J19.pkl").write_bytes(pickle.dumps(weights(rng, 19)))
-    return path
+    return write(tmp_path_factory.mktemp("smpl"))
 
 
 def axis_angles(rng, scale=0.5):
     return rng.normal(0, scale, (COUNT, 24, 3))
-
-
-def matrices(angles):
-    return Rotation.from_rotvec(angles.reshape(-1, 3)).as_matrix().reshape(*angles.shape[:-1], 3, 3).astype(np.float32)
 
 
 def flags(*missing):
@@ -96,25 +75,6 @@ def answers(data):
 
 
 # The descriptions, apart from the package's code --------------------------------------------------------------------------------------------
-
-
-def smpl(gender, rotations, betas):
-    """Joints, vertices and orientations of SMPL's formula, for one body."""
-    model = random_arrays(seed=SEEDS[gender])
-    rotations = np.asarray(rotations, np.float64)
-    shaped = model["v_template"] + model["shapedirs"] @ np.asarray(betas, np.float64)
-    rest = model["J_regressor"] @ shaped
-    shaped = shaped + model["posedirs"] @ (rotations[1:] - np.eye(3)).ravel()
-    transforms = []
-    for joint, parent in enumerate(SMPL_PARENTS):
-        local = np.eye(4)
-        local[:3, :3] = rotations[joint]
-        local[:3, 3] = rest[joint] - (rest[parent] if parent >= 0 else 0)
-        transforms.append(local if parent < 0 else transforms[parent] @ local)
-    places = np.array([t[:3, 3] for t in transforms])
-    turns = np.array([t[:3, :3] for t in transforms])
-    moved = np.einsum("jab,vjb->vja", turns, shaped[:, None] - rest) + places
-    return places, np.einsum("vj,vja->va", model["weights"], moved), turns
 
 
 def procrustes(source, target):
