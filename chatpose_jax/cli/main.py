@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "chatpose_jax.cli.evaluate",
         "errors of a model's poses on held-out rows of any data set, with drawings",
     ),
+    "posescript": (
+        "chatpose_jax.cli.posescript",
+        "train PoseScript's retriever or text-to-pose model, or convert its released checkpoints",
+    ),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
     "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),
     "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or only the adapters"),

@@ -15,10 +15,11 @@ from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.layouts import POSE_VAE, RETRIEVER, filled, to_tensors
-from chatpose_jax.posescript.network import Retrieval, RetrieverConfig
+from chatpose_jax.posescript.network import NoSettings, Retrieval, RetrieverConfig, retriever_recipe
 from chatpose_jax.posescript.pairs import PoseInput
 from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig
 from chatpose_jax.posescript.tokens import TextTokens, WordPieces, WordVocabulary
+from chatpose_jax.posescript.trainer import Recipe
 from chatpose_jax.weights.layouts.table import NameRule
 from chatpose_jax.weights.readers import open_checkpoint
 from chatpose_jax.weights.readers.checkpoint import read_json_object
@@ -30,15 +31,21 @@ _FILL, _SEEN = "pose_input.fill", "pose_input.seen"
 
 
 class Kind(NamedTuple):
-    """A kind of network. config: dataclass of its sizes, with ``from_json``. network: called with it and ``rngs``. rules: its tensors."""
+    """A kind of network.
+
+    config: dataclass of its sizes, with ``from_json``. network: called with it and ``rngs``. rules: its tensors. loss: dataclass of the settings of
+    its loss. recipe: how it trains, from these settings; None if it does not.
+    """
 
     config: Any
     network: Callable[..., Any]
     rules: Sequence[NameRule]
+    loss: Any = NoSettings
+    recipe: Callable[[Any], Recipe] | None = None
 
 
 KINDS: dict[str, Kind] = {
-    "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER),
+    "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER, recipe=retriever_recipe),
     "pose_vae": Kind(PoseVaeConfig, PoseVae, POSE_VAE),
 }
 """Kinds of networks in a folder, by the name in ``config.json``."""

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.posescript.distilbert import DistilBertConfig
 from chatpose_jax.posescript.layers import Key, normalised, split_key
 from chatpose_jax.posescript.pose_encoder import PoseEncoder
+from chatpose_jax.posescript.trainer import Batch, Examples, Recipe
 from chatpose_jax.posescript.transformer_encoder import RELEASED, TransformerConfig, TransformerEncoder
 from chatpose_jax.posescript.word_encoder import WordEncoder
 from chatpose_jax.settings import check_types, did_you_mean, require
-
-
-class Batch(NamedTuple):
-    """Poses and a text of each. poses: (B, J, 3) float32 axis-angles in radians. tokens: (B, T) int32. lengths: (B,) int32. measured: (B, J) bool,
-    for losses that compare rotations."""
-
-    poses: Any
-    tokens: Any
-    lengths: Any
-    measured: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +79,11 @@ class RetrieverConfig:
         return typed(cls, values, "model")
 
 
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+    """Of a loss that has none."""
+
+
 def typed(cls: Any, values: Any, where: str) -> Any:
     """A dataclass from nested tables of its settings. Raises UserError that names a setting that it does not have."""
     if not isinstance(values, Mapping):
@@ -135,5 +132,37 @@ class Retrieval(nnx.Module):
         t2p, p2t = (optax.softmax_cross_entropy_with_integer_labels(each, right).mean() for each in (scores, scores.T))
         return (t2p + p2t) / 2, {"t2p": t2p, "p2t": p2t, "temperature": self.loss_weight[0]}
 
+    def validate(self, examples: Examples) -> dict[str, float]:
+        """Recall in percent, each pose with one caption, and all of them the gallery: at 1, 5 and 10 for both directions, and ``mRecall``, their
+        mean. A pose or text whose features equal the right one's counts as if it came later."""
+        found = [
+            (run(self, "embed_poses", batch.poses), run(self, "embed_texts", batch.tokens, batch.lengths))
+            for batch in examples.batches(64)
+        ]
+        poses, texts = (np.concatenate(each) for each in zip(*found))
+        metrics: dict[str, float] = {}
+        for name, queries, gallery in (("p2t", poses, texts), ("t2p", texts, poses)):
+            right = (queries * gallery).sum(1)
+            ranks = np.concatenate(
+                [
+                    (queries[at : at + 512] @ gallery.T > right[at : at + 512, None] + 1e-6).sum(1)
+                    for at in range(0, len(queries), 512)
+                ]
+            )
+            metrics |= {f"{name}@{k}": float((ranks < k).mean() * 100) for k in (1, 5, 10)}
+        return {"mRecall": sum(metrics.values()) / len(metrics), **metrics}
 
-__all__ = ["Batch", "DistilBertConfig", "Retrieval", "RetrieverConfig", "TextEncoderConfig", "typed"]
+
+def retriever_recipe(loss: NoSettings) -> Recipe:
+    """How ``Retrieval`` trains."""
+    return Recipe(Retrieval.loss, Retrieval.validate, "mRecall", higher=True)
+
+
+def run(network: nnx.Module, method: str, *arrays: Any) -> np.ndarray:
+    """What a method of a network gives for arrays, compiled once for each shape."""
+    return np.asarray(_compiled(method, *nnx.split(network), *arrays))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(method: str, graph: Any, state: Any, *arrays: jax.Array) -> jax.Array:
+    return getattr(nnx.merge(graph, state), method)(*arrays)

@@ -41,7 +41,9 @@ class Pairs:
 
 
 def captions_of(row: Example, captions: Captions = "all") -> tuple[str, ...]:
-    """The captions of the first pose of a row: its extras of this kind, or of all ``KINDS``; often none."""
+    """The captions of the first pose of a row: its extras of this kind, or of all ``KINDS``; often none. PoseFix's texts describe changes."""
+    if "pair_id" in row.extras:
+        return ()
     kinds = KINDS if captions == "all" else (captions,)
     found: list[str] = []
     for kind in kinds:

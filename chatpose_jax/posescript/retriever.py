@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.posescript.network import Retrieval, RetrieverConfig, TextEncoderConfig
+from chatpose_jax.posescript.network import Retrieval, RetrieverConfig, TextEncoderConfig, run
 from chatpose_jax.posescript.pairs import PoseInput, axis_angles
 from chatpose_jax.posescript.tokens import TextTokens, WordVocabulary, pad
 from chatpose_jax.settings import one_line
@@ -30,13 +28,6 @@ class Retriever:
     ) -> None:
         self.name, self.settings = name, dict(settings)
         self.model, self.tokens, self.pose_input = model, tokens, pose_input
-        graph, self._state = nnx.split(model)
-
-        @functools.partial(jax.jit, static_argnums=0)
-        def run(method: str, state: nnx.State, *arrays: jax.Array) -> jax.Array:
-            return getattr(nnx.merge(graph, state), method)(*arrays)
-
-        self._run: Callable[..., jax.Array] = run
 
     _fields = ("name", "settings")
     __repr__ = one_line
@@ -91,7 +82,7 @@ class Retriever:
         """Runs a batch that is filled up to ``size`` with copies of its first row, so that one program serves all."""
         count = len(arrays[0])
         filled = [np.concatenate([array, np.repeat(array[:1], size - count, 0)]) for array in arrays]
-        features = np.asarray(self._run(method, self._state, *filled))[:count]
+        features = run(self.model, method, *filled)[:count]
         if not np.isfinite(features).all():
             raise UserError(f"retriever {self.name}: features are not finite; its weights are damaged, or a pose is")
         return features

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chatpose_jax import named
 from chatpose_jax.data import moved
@@ -30,6 +30,9 @@ HEAD_OPTIONS = "model.head.options"
 OPTIONAL = "model.lora"
 """The one table that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+"""The configurations that come with the package; a wheel has them inside it."""
+Frozen = TypeVar("Frozen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +59,9 @@ def run_config(model: str) -> Any:
     return ConfigDict(table)
 
 
-def config_names() -> list[str]:
+def config_names(folder: Path = CONFIGS) -> list[str]:
     """The configurations that come with the package."""
-    return sorted(path.stem for path in _folder().glob("*.py") if not path.stem.startswith("_"))
-
-
-def _folder() -> Path:
-    inside = PACKAGE / "configs"
-    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -71,10 +69,18 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError for an unknown configuration or key, and for a value of the wrong kind.
     """
-    path = Path(name) if name.endswith(".py") else _folder() / f"{name}.py"
+    return config_from_file(name, overrides, freeze)
+
+
+def config_from_file(
+    name: str, overrides: Sequence[str], freeze: Callable[[Any], Frozen], folder: Path = CONFIGS
+) -> Frozen:
+    """``load_config`` for settings of any kind. freeze: ``ConfigDict`` -> checked settings. folder: has the configurations by their names."""
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
     if not path.is_file():
+        names = ", ".join(config_names(folder))
         raise UserError(
-            f"there is no configuration {name!r}: expected {', '.join(config_names())}, or the path of a Python file with get_config()"
+            f"there is no configuration {name!r}: expected {names}, or the path of a Python file with get_config()"
         )
     spec = importlib.util.spec_from_file_location(f"chatpose_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -97,7 +103,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: get_config() returned {config!r:.80}; expected a ConfigDict, as chatpose_jax.train.run_config.run_config makes one"
         )
     config.lock()
-    alone = _complaint(config)
+    alone = _complaint(config, freeze)
     for override in overrides:
         _apply(config, override)
     try:
@@ -108,7 +114,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise
 
 
-def _complaint(config: Any) -> str:
+def _complaint(config: Any, freeze: Callable[[Any], Any]) -> str:
     """The error message of an invalid configuration; empty if it is valid."""
     try:
         freeze(config)

@@ -34,7 +34,8 @@ class MotionCapture:
     A record is a key pose: rotations in the frame "model", turned to face +z, and ``variants`` questions that ask for it. SMPL's two rigid
     hands, and joints that a skeleton lacks, are not measured. There are no betas, and no translation, because the body was turned.
     ``group`` is the clip, for ``cmu`` by the name of its file in AMASS.
-    ``extras``: ``frame`` (its number in the clip), ``subject``, and ``description`` (text, "" if there is none).
+    ``extras``: ``frame`` (its number in the clip), ``subject``, ``description`` (text, "" if there is none), and ``caption``, a detailed
+    description of the pose, whatever the questions are.
 
     Options:
         rate: frames per second of a clip that are considered.
@@ -148,13 +149,14 @@ class MotionCapture:
             if None in asked:
                 yield Skipped(key, "poses that suit none of the tasks")
                 continue
+            caption = captions.caption(noisy[0], row, seeded(self.seed, key, "caption"), "detailed")
             yield Record(
                 key,
                 "text",
                 tuple(conversation for conversation in asked if conversation),
                 poses=Pose(rotations[row : row + 1].astype(np.float32), "model", measured=pose.measured[[frame]]),
                 group=self.group(part),
-                extras={"frame": frame, "subject": subject(part), "description": description},
+                extras={"frame": frame, "subject": subject(part), "description": description, "caption": caption},
             )
 
     def _question(self, moment: _Moment) -> Conversation | None:

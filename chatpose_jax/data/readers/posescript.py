@@ -80,8 +80,8 @@ class PoseScript:
     to 0, and Rx(+90°) follows. SMPL's rigid hands, and feet and fingers that AMASS has filled in, are not measured. There are no betas.
     ``group`` is the AMASS file (``readers.amass.file_name``).
 
-    ``extras``: ``pose_id`` (int), ``version`` ("v1" or "v2", the release of the id), ``frame`` (int, of the AMASS file). In "val" and "test" also
-    ``human`` and ``automatic``: all captions of the pose, tuples of strings.
+    ``extras``: ``pose_id`` (int), ``version`` ("v1" or "v2", the release of the id), ``frame`` (int, of the AMASS file), ``human``
+    and ``automatic`` (all captions of the pose, tuples of strings).
 
     Options:
         amass: the folder of AMASS; by default ``AMASS`` in the source folder. smplx: read SMPL-X files where SMPL-H files are not there
@@ -155,7 +155,7 @@ class PoseScript:
             tuple(talks),
             poses=stack([to_view(pose, yaw_of(pose))]),
             group=place.file,
-            extras=extras if split == "train" else extras | captions,
+            extras=extras | captions,
         )
 
 

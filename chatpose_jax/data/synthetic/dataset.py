@@ -57,7 +57,8 @@ def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np
 class _Draft:
     """A row without its image.
 
-    turns: (question, answer). poses: in the body frame. shown: the pose in the image, if there is one.
+    turns: (question, answer). poses: in the body frame. shown: the pose in the image, if there is one. caption: of the first pose, where the
+    question has one.
     """
 
     id: str
@@ -66,6 +67,7 @@ class _Draft:
     poses: list[np.ndarray]
     shown: np.ndarray | None = None
     scene: Scene | None = None
+    caption: str = ""
 
 
 @dataclasses.dataclass
@@ -143,6 +145,8 @@ class SyntheticDataset(Sequence[Example]):
     of the square images in pixels. tasks: weights of ``TASKS``, by default ``DEFAULT_TASKS``. ``{"text": 1}`` gives detailed descriptions only,
     ``{"image": 1}`` images only. max_yaw: images show the body turned by up to so many degrees; more is harder to learn. keypoints: a set of
     ``smpl_jax.keypoints``; rows with images then have the extras ``keypoints_2d`` (K, 3), in pixels and with a confidence, and ``keypoint_set``.
+
+    Rows that ask for the pose of a caption have it in ``extras`` as ``caption``; it describes the first pose.
 
     Images are ``LazyImage``s. ``precompute`` renders all of them at once, in batches. Raises UserError for an unknown split, task or set
     of keypoints.
@@ -296,12 +300,13 @@ def _finish(draft: _Draft, image: np.ndarray | LazyImage | None) -> Example:
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     yaw, pitch = (draft.scene.yaw, draft.scene.pitch) if draft.scene else (0.0, 0.0)
     poses = Pose(to_camera(np.stack(draft.poses), yaw, pitch), "camera") if draft.poses else NO_POSES
-    return Example(draft.id, draft.kind, messages, poses)
+    return Example(draft.id, draft.kind, messages, poses, {"caption": draft.caption} if draft.caption else {})
 
 
 def _text(row: _Row, detail: captions.Detail = "detailed") -> _Draft:
-    question = row.pick(questions.TEXT_TO_POSE).format(caption=row.caption(detail))
-    return _Draft("", "text", [(question, row.pick(questions.POSE_ANSWERS))], [row.pose.rotations[0]])
+    template, caption = row.pick(questions.TEXT_TO_POSE), row.caption(detail)
+    turn = (template.format(caption=caption), row.pick(questions.POSE_ANSWERS))
+    return _Draft("", "text", [turn], [row.pose.rotations[0]], caption=caption)
 
 
 def _text_short(row: _Row) -> _Draft:
