@@ -63,6 +63,7 @@ _BETAS_FLAGS = ("has_betas", "has_smpl")
 _TRANSLATION_FLAGS = ("has_translation",)
 _TEXTS = ("frame", "gender", "body", "shape_space")
 _BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
+_NAMES = {name.strip("[]") for row in _ROWS for name, _ in row} | _BESIDE
 
 
 _to_matrix = jax.jit(axis_angle_to_matrix)  # jit compiles one program for each shape instead of a dozen
@@ -228,7 +229,28 @@ def read_poses(path: str | os.PathLike[str], frame: Frame | None = None) -> Pose
         raise PoseFileError(
             f"{path}: expected an .npz or .npy file, found {'a folder' if path.is_dir() else 'no such file'}"
         )
-    arrays, others = _load(path)
+    return _interpret(path, *_load(path), frame)
+
+
+def poses_in(arrays: Mapping[str, np.ndarray], where: str | os.PathLike[str], frame: Frame | None = None) -> PoseFile:
+    """`read_poses` for arrays that another program gave or that were read in another way.
+
+    Args:
+        arrays: by the names that an ``.npz`` would have; "" for the only array of an ``.npy``.
+        where: begins errors, such as the name of the file.
+        frame: as in `read_poses`.
+
+    Raises:
+        PoseFileError: no array is a pose, or two interpretations fit.
+        ValueError: an unknown frame.
+    """
+    if frame is not None:
+        frames.turn(frame)
+    known = {name: np.asarray(array) for name, array in arrays.items() if name in _NAMES or not name}
+    return _interpret(Path(where), known, tuple(name for name in arrays if name not in known), frame)
+
+
+def _interpret(path: Path, arrays: dict[str, np.ndarray], others: tuple[str, ...], frame: Frame | None) -> PoseFile:
     rows: tuple[_Row, ...] = ((("", _WHOLE),),) if "" in arrays else _ROWS
     found = [reading for row in rows for reading in _readings(row, arrays)]
     if not found:
@@ -397,7 +419,6 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Arrays whose names can belong to a pose, and the names of all others. A ``.npy`` (memory-mapped, not read) has
     the name "".
     """
-    wanted = {name.strip("[]") for row in _ROWS for name, _ in row} | _BESIDE
     try:
         data: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):
@@ -408,7 +429,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
             infos = {
                 name: data.zip.getinfo(name if name in members else f"{name}.npy")
                 for name in data.files
-                if name in wanted
+                if name in _NAMES
             }
             sizes = {name: info.file_size for name, info in infos.items()}
             if other := [name for name, info in infos.items() if info.compress_type not in io.BOUNDED_PACKING]:

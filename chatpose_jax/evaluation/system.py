@@ -25,6 +25,7 @@ ABOUT = (
     "frame",
     "gender",
     "id",
+    "image",
     "image_size",
     "pose_id",
     "question_id",
@@ -34,6 +35,7 @@ ABOUT = (
 
 SYSTEMS: dict[str, str] = {
     "mean": "chatpose_jax.evaluation.systems.simple:Mean",
+    "predictions": "chatpose_jax.evaluation.systems.predictions:Predictions",
     "nearest": "chatpose_jax.evaluation.systems.simple:Nearest",
     "pose_vae": "chatpose_jax.evaluation.systems.pose_vae:TextToPose",
     "ridge": "chatpose_jax.evaluation.systems.simple:Ridge",

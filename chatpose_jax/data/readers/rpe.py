@@ -47,6 +47,7 @@ class RpeRefined:
     ================  ====================================================================================================
     id, type          text; type is one of ``TYPES``
     description       the question without its last clause, "can you give …"
+    image             its name, such as ``imageFiles/SEQUENCE/image_00000.jpg``
     bbox              (4,) left, top, width and height in pixels
     image_size        (2,) width and height
     joint_cam         (24, 3) 3DPW's joints in metres, camera frame
@@ -115,6 +116,7 @@ class RpeRefined:
             "id": _text(entry, "id"),
             "type": kind,
             "description": question.removesuffix(_ENDING),
+            "image": name,
             "bbox": _numbers(truth, "bbox", (4,)),
             "image_size": np.array([width, height], np.int32),
             "openpose_result": _numbers(truth, "openpose_result", (18, 3)),
@@ -154,7 +156,7 @@ class Rpe:
     Other fields are for people and are not read.
 
     A row shows the whole image, asks with the description, and is answered with the pose. Its key is ``TYPE/ID``. ``extras``: id, type,
-    description, bbox (4,) and image_size (2,) as in ``RpeRefined``.
+    description, image, bbox (4,) and image_size (2,) as in ``RpeRefined``.
 
     Options: variants: rows of each record in "train", with other words around the description; "val" and "test" have one. seed: of the
     words.
@@ -214,6 +216,7 @@ class Rpe:
                 "id": _text(entry, "id"),
                 "type": kind,
                 "description": description,
+                "image": name,
                 "bbox": _numbers(entry, "box", (4,)),
                 "image_size": np.array([width, height], np.int32),
             },
