@@ -98,8 +98,8 @@ class Predictions:
 
     Rows of a file are found by ``key`` (ids of rows), or by ``imgname`` and the person: by ``person`` (its number in the image), or the box. Boxes
     are ``boxes`` (N, 4), two corners; ``bbox`` (N, 4), left, top, width, height; ``center`` and ``scale``; or ``box_center`` and ``box_size``; all in
-    pixels of the whole image. If most of ``scale`` is below ``SMALLEST``, its unit is 200 pixels, as in SPIN's files. Without any of these, people of an image are counted in the order of the file. Names of images are compared by their last two
-    parts.
+    pixels of the whole image. If most of ``scale`` is below ``SMALLEST``, its unit is 200 pixels, as in SPIN's files. Without any of these, people of
+    an image are counted in the order of the file. Names of images are compared by their last two parts.
 
     Nothing in a file is run. Raises UserError, which names the file, where it cannot be read or understood.
     """
