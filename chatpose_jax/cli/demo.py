@@ -21,7 +21,6 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
 from chatpose_jax.cli import chat as chat_command
 from chatpose_jax.cli.compiled import keep_compiled
-from chatpose_jax.cli.evaluate import print_table
 from chatpose_jax.cli.flags import add_config, head_flag
 from chatpose_jax.cli.train import ending
 from chatpose_jax.data.config import Split
@@ -72,7 +71,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     data = config.data
     if [row.name for row in data.sources] != ["synthetic"]:
         raise UserError(
-            "the demo generates its data: data.sources must be one row, of the source 'synthetic' (chatpose train and chatpose evaluate take any)"
+            "the demo generates its data: data.sources must be one row, of the source 'synthetic' (chatpose train and chatpose eval take any)"
         )
     check_sources(data)
     demand_same_run(out / "run", config.model, config.train, out / "model")  # fails before minutes of work
@@ -273,8 +272,22 @@ def draw_curve(log: list[dict[str, float]], results: Mapping[str, Any], path: Pa
 
 
 def print_results(results: Mapping[str, Any], clock: Clock) -> None:
-    """Prints the table of the evaluation."""
-    print_table(results)
+    """Prints the errors of the answers, and of the mean pose as the answer to all."""
+    print(
+        f"\n{'held-out answers':18} {'MPJPE':>9} {'PA-MPJPE':>9} {'MPJRE':>7}   {'PA-MPJPE / mean pose':>20}   offers a pose"
+    )
+    for kind, r in results.items():
+        print(
+            f"{kind + ' → pose':18} {r['mpjpe']:6.0f} mm {r['pa_mpjpe']:6.0f} mm {r['mpjre']:7.1f}   "
+            f"{r['ratio_pa_mpjpe']:20.2f}   {r['pose_rate']:.0%}"
+        )
+        print(
+            f"{'  mean pose':18} {r['baseline_mpjpe']:6.0f} mm {r['baseline_pa_mpjpe']:6.0f} mm {r['baseline_mpjre']:7.1f}"
+        )
+        if "kept_mpjpe" in r:
+            print(
+                f"{'  first answer':18} {r['kept_mpjpe']:6.0f} mm {r['kept_pa_mpjpe']:6.0f} mm {r['kept_mpjre']:7.1f}"
+            )
     print("\n" + ", ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in clock.laps.items()))
 
 

@@ -19,10 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("chatpose_jax.cli.demo", "train a small ChatPose on generated data, evaluate it, ask it for poses"),
     "data": ("chatpose_jax.cli.data", "prepare data sets from their original files; check, show and build data"),
     "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
-    "evaluate": (
-        "chatpose_jax.cli.evaluate",
-        "errors of a model's poses on held-out rows of any data set, with drawings",
-    ),
+    "eval": ("chatpose_jax.cli.eval", "the paper's tables: models, baselines and predictions answer, side by side"),
     "posescript": (
         "chatpose_jax.cli.posescript",
         "train PoseScript's retriever or text-to-pose model, or convert its released checkpoints",
@@ -35,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("chatpose_jax.cli.plan", "will a training or decoding step fit a machine, and how fast could it be"),
     "render": ("chatpose_jax.cli.render", "draw a pose file, or export it as OBJ, GLB or npz"),
 }
+MOVED = {"evaluate": "chatpose eval poses MODEL --data SOURCE --out FOLDER"}
+"""Commands of earlier versions -> what to type now."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"chatpose-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)
+    if asked in MOVED:
+        print(f"error: chatpose {asked} has a new name: {MOVED[asked]}", file=sys.stderr)
+        return 2
     if asked is not None and asked not in COMMANDS:
         parser.error(
             f"no command {asked!r}{did_you_mean(asked, COMMANDS) or '; expected one of ' + ', '.join(COMMANDS)}"

@@ -125,14 +125,14 @@ def evaluate_follow_ups(
 
 
 def true_poses(examples: Sequence[Example], number: int = 0) -> Pose:
-    """(N,), one pose of each row in the camera frame, with SMPL's joints. Shape and translation, which no metric here needs, are left out."""
-    bare = [
-        example.poses[number].replace(
-            betas=None, has_betas=None, shape_space=None, translation=None, has_translation=None
-        )
-        for example in examples
-    ]
-    return stack([to_family(to_frame(pose, "camera"), "smpl") for pose in bare])
+    """(N,), one pose of each row; see ``bare``."""
+    return stack([bare(example.poses[number]) for example in examples])
+
+
+def bare(pose: Pose) -> Pose:
+    """The same poses in the camera frame, with SMPL's joints, without shape and translation, which no metric here needs."""
+    pose = pose.replace(betas=None, has_betas=None, shape_space=None, translation=None, has_translation=None)
+    return to_family(to_frame(pose, "camera"), "smpl")
 
 
 def first_poses(answers: Sequence[Reply]) -> Pose:

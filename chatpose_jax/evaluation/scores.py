@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.settings import one_line
 
 DRAWN = 1000
@@ -39,7 +40,8 @@ class Scores:
     table, and marks a row whose facts differ.
     values: the columns, in order.
     references: values of other rows that stand in the table for comparison, equal for all systems: "real poses" -> its columns.
-    samples: (N,) for each named measure, one value for each row of the task in its order; NaN where the sample does not count.
+    samples: (N,) for each named measure, one value for each row of the task in its order; NaN where the sample does not count. A measure has the
+    name of its column in ``values``.
     rank: the measure in ``samples`` by which best, median and worst answers are chosen; "" if none are drawn. better: whether lower is better.
     counts: what was left out or failed, by reason: "no pose in the answer" -> 3.
     """
@@ -81,6 +83,16 @@ def _columns(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
         name: Value(**{key: nan if item is None else item for key, item in value.items()})
         for name, value in found.items()
     }
+
+
+def counts_of(answers: Sequence[Answer]) -> dict[str, int]:
+    """What happened to answers, for ``Scores.counts``: for each bool in their notes, how many are True; in the order of first appearance."""
+    found: dict[str, int] = {}
+    for answer in answers:
+        for name, value in answer.notes.items():
+            if isinstance(value, bool):
+                found[name] = found.get(name, 0) + value
+    return {name: count for name, count in found.items() if count}
 
 
 def mean_of(samples: np.ndarray, groups: Sequence[str], **about: Any) -> Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -34,6 +34,8 @@ ABOUT = (
 """The extras of a row that a question passes on: names, boxes, cameras. None of them tells the answer."""
 
 SYSTEMS: dict[str, str] = {
+    "chatpose": "chatpose_jax.evaluation.systems.chatpose:ChatPoseSystem",
+    "function": "chatpose_jax.evaluation.systems.function:FunctionSystem",
     "mean": "chatpose_jax.evaluation.systems.simple:Mean",
     "predictions": "chatpose_jax.evaluation.systems.predictions:Predictions",
     "nearest": "chatpose_jax.evaluation.systems.simple:Nearest",
@@ -48,7 +50,8 @@ class Question:
     """A row without its answer.
 
     key: id of the row. group: the sequence or motion file that it comes from. kind: as in ``Example``. messages: those before the first answer.
-    about: those extras of the row that ``ABOUT`` names.
+    about: those extras of the row that ``ABOUT`` names. wants: what the task scores. A system that is asked for a pose and gives none may ask its
+    model again.
     """
 
     key: str
@@ -56,15 +59,16 @@ class Question:
     kind: str
     messages: list[dict[str, Any]]
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wants: Literal["pose", "words"] = "pose"
 
     __repr__ = one_line
 
     @classmethod
     def of(cls, row: Example) -> Question:
-        """The first question of a row."""
+        """The first question of a row. It wants a pose where the row has one."""
         end = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
         about = {name: row.extras[name] for name in ABOUT if name in row.extras}
-        return cls(row.id, row.group, row.kind, row.messages[:end], about)
+        return cls(row.id, row.group, row.kind, row.messages[:end], about, "pose" if len(row.poses) else "words")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,9 +77,9 @@ class Answer:
 
     text: its words, "" if it has none. pose: a ``Pose`` of batch shape (), in any frame; None if it gives none. joints: positions in metres,
     (K, 3) for each named set of joints (``smpl_jax.keypoints``), along the axes of the camera frame, of a system that gives positions instead of
-    a pose or beside it. notes: what the report counts or averages, such as ``{"parsed": False}``. boxes: None, or for a system that answers with
-    P people of the image (P, 4) left, top, width and height in its pixels; then ``pose`` has the batch shape (P,), and a task looks for the
-    person that was asked for.
+    a pose or beside it. notes: what the report counts or averages; a bool is counted where it is True, under its name (``scores.counts_of``), such
+    as ``{"keypoints not parsed": True}``. boxes: None, or for a system that answers with P people of the image (P, 4) left, top, width and height
+    in its pixels; then ``pose`` has the batch shape (P,), and a task looks for the person that was asked for.
     """
 
     text: str = ""

@@ -11,16 +11,18 @@ from chatpose_jax.evaluation.system import Answer, Question
 
 TASKS: dict[str, str] = {
     "estimation": "chatpose_jax.evaluation.tasks.estimation:Estimation",
+    "poses": "chatpose_jax.evaluation.tasks.poses:Poses",
     "rpe": "chatpose_jax.evaluation.tasks.rpe:ReasonedEstimation",
 }
-"""Tasks in the package: name -> ``package.module:Class``. Each is called as ``make(rows, data, **options)``: the rows that are evaluated, the
-name of their data set, and its options by keyword."""
+"""Tasks in the package: name -> ``package.module:Class``. Each is called as ``make(rows, data, **options)``: the rows of a split, the name of
+their data set, and its options by keyword. It may leave out rows that it cannot use (``Task.rows``); a subset is drawn from the others, and
+the task is made again of these. So making one reads no large files."""
 
 
 class Task(Protocol):
     """A task over some rows.
 
-    name: key of ``TASKS``. rows: what is evaluated. settings: what the questions depend on, as JSON, without the rows.
+    name: key of ``TASKS``. rows: what is evaluated, read row by row. settings: what the questions depend on, as JSON, without the rows.
     """
 
     name: str
@@ -28,7 +30,7 @@ class Task(Protocol):
     settings: Mapping[str, Any]
 
     def question(self, row: Example) -> Question:
-        """What a system is asked for a row."""
+        """What a system is asked for a row. It is called again when answers are read, so images that it draws are ``LazyImage``."""
         ...
 
     def score(self, answers: Sequence[Answer]) -> list[Scores]:

@@ -21,14 +21,13 @@ def parsed(name, *words):
     importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
     needed = {
         "train": ["--out", "run"],
-        "evaluate": ["model", "--out", "report"],
         "plan": ["--target", "cpu:1"],
     }.get(name, [])
     return parser.parse_args([*needed, *words])
 
 
 def test_every_command_with_a_configuration_takes_both_forms():
-    assert WITH_CONFIG == ["demo", "train", "evaluate", "plan"]
+    assert WITH_CONFIG == ["demo", "train", "plan"]
 
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
@@ -86,5 +85,4 @@ def test_help_names_both(name, capsys):
     with pytest.raises(SystemExit):
         parsed(name, "--help")
     said = " ".join(capsys.readouterr().out.split())
-    example = "data.sources=" if name == "evaluate" else "train."
-    assert f"--set {example}" in said and f"--config.{example}" in said
+    assert "--set train." in said and "--config.train." in said

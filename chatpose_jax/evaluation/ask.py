@@ -1,0 +1,234 @@
+"""Asks a system the questions of a task, batch by batch, and keeps the answers. A run that was killed goes on where it was.
+
+A folder holds, for one system on one data set:
+
+==============  ==========================================================================================
+settings.json   what the answers depend on
+batches/        while answers are missing: a file for each batch, written whole
+answers.jsonl   all answers, in the order of the rows
+scores.json     the tables (``Scores.to_json``), and the command that made them
+samples.jsonl   for each row, the values behind the tables
+==============  ==========================================================================================
+
+Batches always hold the same rows, so nothing depends on how often a run was killed, or on how many processes shared the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from chatpose_jax import named
+from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation.scores import Scores
+from chatpose_jax.evaluation.system import Answer, Question, System
+from chatpose_jax.evaluation.task import Task
+from smpl_jax._files import write_whole
+
+SETTINGS, BATCHES, ANSWERS, SCORES, SAMPLES = (
+    "settings.json",
+    "batches",
+    "answers.jsonl",
+    "scores.json",
+    "samples.jsonl",
+)
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes ``settings.json``, or compares it with the one that is there. Raises UserError, which names what differs."""
+    try:
+        text = json.dumps(settings, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings of {folder} cannot be written as JSON ({error}); see System.settings") from None
+    file = folder / SETTINGS
+    if not file.exists():
+        write_whole(file, lambda out: out.write(text.encode()))
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); delete the folder to ask again") from None
+    now, then = _flat(json.loads(text)), _flat(before)
+    differing = [name for name in {**then, **now} if now.get(name) != then.get(name)]
+    if differing:
+        words = "; ".join(f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}" for name in differing[:3])
+        raise UserError(
+            f"{folder} holds answers of other settings: {words}. Choose another --out or name=…, or delete the folder to ask again"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{prefix}{key}.").items()}
+
+
+def ask(system: System, task: Task, folder: Path, *, part: tuple[int, int] = (0, 1), label: str | None = None) -> None:
+    """Asks for the answers that are missing, and writes them batch by batch.
+
+    part: (i, n): of all batches, only number i, i + n, i + 2 n …, for the i-th of n processes or machines. label: of the progress bar; None: none.
+
+    Raises UserError from the system, and where it does not give an ``Answer`` to each question.
+    """
+    if (folder / ANSWERS).exists():
+        return
+    rows, size = task.rows, system.batch_size
+    mine = list(_batches(len(rows), size))[part[0] :: part[1]]
+    total = sum(len(numbers) for _, numbers in mine)
+    bar = tqdm(total=total, desc=label, unit="answer", disable=label is None, leave=False, dynamic_ncols=True)
+    with bar:
+        for name, numbers in mine:
+            if not _is_whole(folder / BATCHES / name, len(numbers)):
+                questions = [task.question(rows[i]) for i in numbers]
+                lines = [_line(question, answer) for question, answer in zip(questions, _answers(system, questions))]
+                write_whole(folder / BATCHES / name, lambda out, lines=lines: out.writelines(lines))  # type: ignore[misc]
+            bar.update(len(numbers))
+
+
+def _batches(count: int, size: int) -> Iterator[tuple[str, range]]:
+    """The file of each batch, and the numbers of its rows."""
+    for number, start in enumerate(range(0, count, size)):
+        yield f"{number:06}.jsonl", range(start, min(start + size, count))
+
+
+def _is_whole(file: Path, lines: int) -> bool:
+    """Whether a batch is there; a file that a crash of the machine cut off is not."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return False
+    return data.count(b"\n") == lines and data.endswith(b"\n")
+
+
+def _answers(system: System, questions: Sequence[Question]) -> Sequence[Answer]:
+    where = f"system {system.name!r}"
+    try:
+        answers = list(system.answer(questions))
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if type(system).__module__.startswith("chatpose_jax."):
+            raise
+        raise named.raised(f"{where}, questions {questions[0].key!r} to {questions[-1].key!r}", error) from error
+    if len(answers) != len(questions) or not all(isinstance(answer, Answer) for answer in answers):
+        kinds = sorted({type(answer).__name__ for answer in answers})
+        raise UserError(
+            f"{where} gave {len(answers)} of {', '.join(kinds)} to {len(questions)} questions, expected an Answer to each"
+        )
+    return answers
+
+
+def _line(question: Question, answer: Answer) -> bytes:
+    found = {"key": question.key, "question": _digest(question), **answer.to_json()}
+    try:
+        return (json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise UserError(f"the answer to {question.key!r} has numbers that are not finite ({error})") from None
+
+
+def _digest(question: Question) -> str:
+    """Tells whether a question was changed since it was asked. Only its words are looked at."""
+    words = [
+        [message["role"], content if isinstance(content, str) else [part.get("text", "") for part in content]]
+        for message in question.messages
+        for content in [message["content"]]
+    ]
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+
+
+def join(system: System, task: Task, folder: Path) -> tuple[int, int]:
+    """Writes ``answers.jsonl`` once all batches are there, and removes them. Returns how many batches are done, and how many there are."""
+    batches = list(_batches(len(task.rows), system.batch_size))
+    answers = folder / ANSWERS
+    if not answers.exists():
+        done = sum(_is_whole(folder / BATCHES / name, len(numbers)) for name, numbers in batches)
+        if done < len(batches) and not answers.exists():
+            return done, len(batches)
+        try:
+            write_whole(answers, lambda out: [out.write((folder / BATCHES / name).read_bytes()) for name, _ in batches])
+        except FileNotFoundError:  # another process has joined and removed them meanwhile
+            if not answers.exists():
+                raise
+    shutil.rmtree(folder / BATCHES, ignore_errors=True)
+    return len(batches), len(batches)
+
+
+def read_answers(task: Task, folder: Path) -> list[Answer]:
+    """The answers of ``answers.jsonl``, one for each row of the task. Raises UserError where they are damaged, or answer other questions."""
+    file, rows = folder / ANSWERS, task.rows
+    answers: list[Answer] = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            try:
+                found = json.loads(line)
+                answer = Answer.from_json(found)
+                key, digest = found["key"], found["question"]
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise UserError(
+                    f"{file}, line {number + 1} is damaged ({error}); delete the folder to ask again"
+                ) from None
+            if number >= len(rows):
+                raise UserError(f"{file} has more than {len(rows)} answers; delete the folder to ask again")
+            question = task.question(rows[number])
+            if (key, digest) != (question.key, _digest(question)):
+                what = (
+                    f"answers {key!r}, the row is {question.key!r}"
+                    if key != question.key
+                    else f"{key!r}: its question was changed"
+                )
+                raise UserError(
+                    f"{file}, line {number + 1}: {what}. The data are not those that were asked; delete the folder to ask again"
+                )
+            answers.append(answer)
+    if len(answers) != len(rows):
+        raise UserError(f"{file} has {len(answers)} answers, expected {len(rows)}; delete the folder to ask again")
+    return answers
+
+
+def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores], task: Task) -> None:
+    """Writes ``scores.json``, an object with ``about`` and the list ``scores``, and ``samples.jsonl``.
+
+    A line of ``samples.jsonl`` belongs to a row: ``{"key", "group", "samples": {table: {measure: value}}}``, without values that do not count.
+    """
+    found = {**about, "scores": [each.to_json() for each in scores]}
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    columns = [
+        (each.table, name, np.asarray(values, np.float64)) for each in scores for name, values in each.samples.items()
+    ]
+    for table, name, values in columns:
+        if values.shape != (len(task.rows),):
+            raise ValueError(f"{table}: samples {name!r} have the shape {values.shape}, expected ({len(task.rows)},)")
+
+    def fill(out: Any) -> None:
+        for number in range(len(task.rows)):
+            row = task.rows[number]
+            samples: dict[str, dict[str, float]] = {}
+            for table, name, values in columns:
+                if np.isfinite(values[number]):
+                    samples.setdefault(table, {})[name] = round(float(values[number]), 6)
+            out.write(
+                (
+                    json.dumps({"key": row.id, "group": row.group, "samples": samples}, ensure_ascii=False) + "\n"
+                ).encode()
+            )
+
+    write_whole(folder / SAMPLES, fill)
+    write_whole(folder / SCORES, lambda out: out.write(text.encode()))
+
+
+def read_scores(folder: Path) -> tuple[dict[str, Any], list[Scores]]:
+    """What ``write_scores`` wrote, without samples: ``about``, and the tables. Raises UserError for a damaged file."""
+    file = folder / SCORES
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        scores = [Scores.from_json(each) for each in found.pop("scores")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); the command that made it writes it again") from None
+    return found, scores

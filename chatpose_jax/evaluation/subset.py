@@ -1,0 +1,64 @@
+"""Subsets of rows, drawn by their ids and kept as a list that people can read."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatpose_jax.data.example import Example
+from chatpose_jax.errors import UserError
+
+
+class Selected(Sequence[Example]):
+    """Some rows of a sequence, read when they are taken. numbers: their places in it."""
+
+    def __init__(self, rows: Sequence[Example], numbers: Sequence[int]) -> None:
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return [self.rows[number] for number in self.numbers[index]]
+        return self.rows[self.numbers[index]]
+
+
+def with_poses(rows: Sequence[Example]) -> Selected:
+    """The rows that have poses. Of a prepared data set only the index is read."""
+    entries = getattr(rows, "entries", None)
+    if entries is not None:
+        return Selected(rows, [i for i, count in enumerate(entries["poses"].tolist()) if count])
+    return Selected(rows, [i for i in range(len(rows)) if len(rows[i].poses)])
+
+
+def draw_rows(rows: Sequence[Example], count: int) -> Selected:
+    """``count`` rows, or all if there are fewer: those whose ids have the smallest hashes, in the order of the rows.
+
+    So the choice depends on the ids alone; a row more or less in the data set changes it by at most one row.
+    """
+    hashes = [(hashlib.blake2b(rows[i].id.encode(), digest_size=16).digest(), i) for i in range(len(rows))]
+    return Selected(rows, sorted(i for _, i in sorted(hashes)[:count]))
+
+
+def listed_rows(rows: Sequence[Example], file: Path) -> Selected:
+    """The rows whose ids a file lists, one a line, in the order of the rows. Raises UserError for an id that no row has, or that is listed twice."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--subset {file}: expected a number, or a file with an id in each line ({error})") from None
+    wanted = [line for line in lines if line.strip()]
+    if twice := [line for line, count in collections.Counter(wanted).items() if count > 1]:
+        raise UserError(f"--subset {file}: {twice[0]!r} is listed twice")
+    places = {rows[i].id: i for i in range(len(rows))}
+    if absent := [line for line in wanted if line not in places]:
+        raise UserError(
+            f"--subset {file}: {len(absent)} of {len(wanted)} ids are in no row, such as {absent[0]!r}; the {len(rows)} rows have ids "
+            f"such as {next(iter(places), 'none')!r}"
+        )
+    if not wanted:
+        raise UserError(f"--subset {file}: lists no id")
+    return Selected(rows, sorted(places[line] for line in wanted))
