@@ -18,15 +18,19 @@ from chatpose_jax.cli.data_prepare import options_of
 from chatpose_jax.data.config import Split
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import ask, subset
+from chatpose_jax.evaluation.gallery import write_gallery
+from chatpose_jax.evaluation.report import write_report
+from chatpose_jax.evaluation.results import NotRun, write_not_run
 from chatpose_jax.evaluation.scores import Scores, Value
 from chatpose_jax.evaluation.spec import Spec, data_name, demand_unique, make_system, open_rows
 from chatpose_jax.evaluation.suite import ANY_ROWS, SUITE, folder_of
-from chatpose_jax.evaluation.system import SYSTEMS, System
+from chatpose_jax.evaluation.system import SYSTEMS, Question, System
 from chatpose_jax.evaluation.task import TASKS, Task
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.settings import whole
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
+from smpl_jax import load_body
 from smpl_jax._files import write_whole
 from smpl_jax.errors import BodyFileError, PoseFileError
 
@@ -79,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--body", help="SMPL, SMPL-H or SMPL-X file (.npz or .pkl) for tasks and models; default: that of the package"
     )
+    parser.add_argument(
+        "--drawings",
+        type=int,
+        default=2,
+        metavar="N",
+        help="draw the N best, N median and N worst answers of a table; default: 2",
+    )
     parser.add_argument("--root", default="data", help="folder of the prepared data sets; default: data")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no tables")
     several = parser.add_argument_group("several machines or processes")
@@ -96,6 +107,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
 
 
+class _Questions(Sequence[Question]):
+    """The questions of a task, made when they are taken."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.task.rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.task.question(self.task.rows[index])
+
+
 class Cell(NamedTuple):
     """One task on one data set."""
 
@@ -107,8 +131,11 @@ class Cell(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, and writes tables and a report. Exit status 1 where nothing could be run. Raises UserError."""
+    if args.task == REPORT:
+        return _report(args)
     if args.out is None:
         raise UserError("expected --out FOLDER: answers, scores and the report are written there")
+    whole("--drawings", args.drawings, 0)
     part, size = _part(args.part), _subset_size(args.subset)
     specs = [Spec.parse(text) for text in args.system]
     if args.model is not None:
@@ -144,6 +171,7 @@ class Evaluation:
         self.found: list[tuple[str, Scores]] = []
         self.not_run: dict[tuple[str, str, str], str] = {}
         self.waiting = False
+        self.body = load_body(args.body)
 
     def run(self, specs: Sequence[Spec]) -> int:
         """Asks and scores. A system goes out of memory before the next one is made."""
@@ -153,10 +181,13 @@ class Evaluation:
             return 0
         if not self.args.quiet:
             print("\n".join(table_lines(self.found)))
-        for (task, data, why), command in self.not_run.items():
-            print(f"\nnot run: {task}, {data}: {why}\n  {command}")
-        if self.found:
-            print(f"\nwrote {self.args.out}")
+        not_run = [NotRun(*where, command) for where, command in self.not_run.items()]
+        for row in not_run:
+            print(f"\nnot run: {row.task}, {row.data}: {row.why}\n  {row.command}")
+        if self.args.task == ALL:
+            write_not_run(self.args.out, not_run)
+        if self.found or not_run:
+            _print_written(write_report(self.args.out))
         return 0 if self.found or self.waiting else 1
 
     def _run(self, spec: Spec) -> None:
@@ -211,8 +242,11 @@ class Evaluation:
             self.waiting = True
             print(f"{folder}: {done} of {total} batches are answered; tables follow when all parts are run")
             return
-        scores = task.score(ask.read_answers(task, folder))
+        answers = ask.read_answers(task, folder)
+        scores = task.score(answers)
         about = {"task": cell.task, "data": cell.name, "system": system.name, "command": self._command(cell, spec)}
+        if self.args.drawings:
+            write_gallery(folder, task.rows, _Questions(task), answers, scores, self.body, self.args.drawings)
         ask.write_scores(folder, about, scores, task)
         self.found += [(system.name, each) for each in scores]
 
@@ -246,6 +280,17 @@ class Evaluation:
             if args.task != ALL or word.startswith(f"{cell.task}."):
                 words += ["--set", word.removeprefix(f"{cell.task}.") if args.task == ALL else word]
         return f"{shlex.join(words)} --out OUT"
+
+
+def _report(args: argparse.Namespace) -> int:
+    if args.model is None:
+        raise UserError(f"expected chatpose eval {REPORT} FOLDER, what --out named")
+    _print_written(write_report(Path(args.model)))
+    return 0
+
+
+def _print_written(paths: Sequence[Path]) -> None:
+    print(f"\nwrote {' and '.join(map(str, paths))}")
 
 
 def _cells(args: argparse.Namespace, size: int | Path | None) -> list[Cell]:

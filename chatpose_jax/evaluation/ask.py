@@ -16,6 +16,7 @@ Batches always hold the same rows, so nothing depends on how often a run was kil
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,29 +28,26 @@ from tqdm import tqdm
 
 from chatpose_jax import named
 from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation.results import SCORES, write_json
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question, System
 from chatpose_jax.evaluation.task import Task
 from smpl_jax._files import write_whole
 
-SETTINGS, BATCHES, ANSWERS, SCORES, SAMPLES = (
-    "settings.json",
-    "batches",
-    "answers.jsonl",
-    "scores.json",
-    "samples.jsonl",
-)
+SETTINGS, BATCHES, ANSWERS, SAMPLES = "settings.json", "batches", "answers.jsonl", "samples.jsonl"
+
+_CHUNK = 1024
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes ``settings.json``, or compares it with the one that is there. Raises UserError, which names what differs."""
     try:
-        text = json.dumps(settings, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings of {folder} cannot be written as JSON ({error}); see System.settings") from None
     file = folder / SETTINGS
     if not file.exists():
-        write_whole(file, lambda out: out.write(text.encode()))
+        write_json(file, json.loads(text))
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -165,28 +163,22 @@ def read_answers(task: Task, folder: Path) -> list[Answer]:
     file, rows = folder / ANSWERS, task.rows
     answers: list[Answer] = []
     with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
+        while chunk := list(itertools.islice(lines, _CHUNK)):
             try:
-                found = json.loads(line)
-                answer = Answer.from_json(found)
-                key, digest = found["key"], found["question"]
+                found = [json.loads(line) for line in chunk]
+                answers += Answer.from_jsons(found)
+                asked = [(each["key"], each["question"]) for each in found]
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(
-                    f"{file}, line {number + 1} is damaged ({error}); delete the folder to ask again"
-                ) from None
-            if number >= len(rows):
-                raise UserError(f"{file} has more than {len(rows)} answers; delete the folder to ask again")
-            question = task.question(rows[number])
-            if (key, digest) != (question.key, _digest(question)):
-                what = (
-                    f"answers {key!r}, the row is {question.key!r}"
-                    if key != question.key
-                    else f"{key!r}: its question was changed"
-                )
-                raise UserError(
-                    f"{file}, line {number + 1}: {what}. The data are not those that were asked; delete the folder to ask again"
-                )
-            answers.append(answer)
+                raise UserError(f"{file} is damaged ({error}); delete the folder to ask again") from None
+            first = len(answers) - len(chunk)
+            for number, (key, digest) in enumerate(asked[: len(rows) - first], first):
+                question = task.question(rows[number])
+                if (key, digest) != (question.key, _digest(question)):
+                    what = f"answers {key!r}, the row is {question.key!r}"
+                    what = what if key != question.key else f"the question of {key!r} was changed"
+                    raise UserError(
+                        f"{file}, line {number + 1}: {what}. The data are not those that were asked; delete the folder to ask again"
+                    )
     if len(answers) != len(rows):
         raise UserError(f"{file} has {len(answers)} answers, expected {len(rows)}; delete the folder to ask again")
     return answers
@@ -197,8 +189,6 @@ def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores
 
     A line of ``samples.jsonl`` belongs to a row: ``{"key", "group", "samples": {table: {measure: value}}}``, without values that do not count.
     """
-    found = {**about, "scores": [each.to_json() for each in scores]}
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     columns = [
         (each.table, name, np.asarray(values, np.float64)) for each in scores for name, values in each.samples.items()
     ]
@@ -220,15 +210,4 @@ def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores
             )
 
     write_whole(folder / SAMPLES, fill)
-    write_whole(folder / SCORES, lambda out: out.write(text.encode()))
-
-
-def read_scores(folder: Path) -> tuple[dict[str, Any], list[Scores]]:
-    """What ``write_scores`` wrote, without samples: ``about``, and the tables. Raises UserError for a damaged file."""
-    file = folder / SCORES
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        scores = [Scores.from_json(each) for each in found.pop("scores")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); the command that made it writes it again") from None
-    return found, scores
+    write_json(folder / SCORES, {**about, "scores": [each.to_json() for each in scores]})

@@ -89,7 +89,7 @@ def test_what_cannot_be_scored_is_printed(tmp_path, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "samples: 24 of 30; interval: 95 % bootstrap over 7 groups" in said
-    assert "drawn: 6 × no pose in the answer: left out" in said and "drawn: 6 × keypoints not parsed" in said
+    assert "drawn: 6 × no pose and no positions in the answer" in said and "drawn: 6 × keypoints not parsed" in said
     line = next(line for line in said.splitlines() if line.startswith("drawn "))
     assert re.search(r"drawn +\d+\.\d \[\d+\.\d, \d+\.\d\] mm", line)
 

@@ -10,7 +10,7 @@ from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import mean_pose, pose_errors, true_poses
 from chatpose_jax.evaluation.system import Answer
-from chatpose_jax.evaluation.tasks.poses import NO_POSE, NO_TRUTH, Poses
+from chatpose_jax.evaluation.tasks.poses import Poses
 from smpl_jax import load_body, stack, to_frame
 from smpl_jax.pose import unmeasured
 
@@ -28,7 +28,7 @@ def test_true_answers_have_no_error_in_any_frame():
     assert set(tables) == {"poses/mine/text", "poses/mine/image"}
     for scores in tables.values():
         assert scores.values["MPJPE"].value < 0.01 and scores.values["MPJRE"].value < 0.01
-        assert scores.values["geodesic"].value < 0.2
+        assert scores.values["angle"].value < 0.2
         assert scores.facts["interval"].endswith("groups") and not scores.counts
     kinds = np.array([row.kind for row in task.rows])
     counted = np.isfinite(tables["poses/mine/image"].samples["MPJPE"])
@@ -46,7 +46,7 @@ def test_means_are_those_of_pose_errors():
         ("mpjpe", "MPJPE"),
         ("pa_mpjpe", "PA-MPJPE"),
         ("mpjre", "MPJRE"),
-        ("geodesic_degrees", "geodesic"),
+        ("geodesic_degrees", "angle"),
     ):
         value = scores.values[column]
         np.testing.assert_allclose(value.value, expected[name], rtol=1e-5)
@@ -61,7 +61,7 @@ def test_what_is_left_out_is_counted():
         Answer("Sorry.", notes={"not parsed": True}) if i in (1, 7) else Answer(pose=constant) for i in range(10)
     ]
     [scores] = Poses(rows, "mine").score(answers)
-    assert scores.counts == {NO_POSE: 2, NO_TRUTH: 1, "not parsed": 2}
+    assert scores.counts == {"rows without a truth": 1, "no pose and no positions in the answer": 2, "not parsed": 2}
     assert scores.facts["samples"] == "7 of 10"
     assert np.isnan(scores.samples["MPJPE"][[1, 4, 7]]).all() and np.isfinite(scores.samples["MPJPE"]).sum() == 7
     kept = [i for i in range(10) if i not in (1, 4, 7)]
