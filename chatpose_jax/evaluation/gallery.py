@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from chatpose_jax.data.example import Example
+from chatpose_jax.evaluation.protocols import best_overlap, person_box
 from chatpose_jax.evaluation.results import DrawnAnswer, write_drawn
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question
@@ -22,8 +23,8 @@ from smpl_jax.errors import PoseFileError
 from smpl_jax.pose import Pose, known
 from smpl_jax.posed import PosedBody
 
-PANEL = 192
-"""Pixels of a side of a panel."""
+PANEL, CAPTION = 192, 28
+"""Pixels of a side of a panel, and of the height of the words below it."""
 PLACES = ("best", "median", "worst")
 POINTS = {"smpl24": (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)}
 """Named sets of joints that are drawn as lines: for each point the point to which a line leads, -1 for none."""
@@ -91,6 +92,7 @@ def chosen(samples: np.ndarray, higher: bool, each: int) -> list[tuple[str, int]
 def draw_panels(row: Example, answer: Answer, body: BodyModel, question: Question | None = None) -> np.ndarray | None:
     """The images of the question, the true body and the answered body, beside each other, (H, W, 3) uint8. None where there is nothing to draw.
 
+    Of an answer with several people, the one is drawn whose box overlaps that of the row.
     question: what was asked; by default the first question of the row.
     """
     panels, labels = [], []
@@ -104,16 +106,20 @@ def draw_panels(row: Example, answer: Answer, body: BodyModel, question: Questio
     if has_truth:
         panels.append(_body(poses[0], body))
         labels.append("true")
-    answered = _answered(answer, body)
+    answered = _answered(answer, row, body)
     if answered is not None or has_truth:
         panels.append(_no_pose() if answered is None else answered)
         labels.append("answer")
-    return render.contact_sheet(panels, len(panels), labels) if panels else None
+    captioned = [np.concatenate([panel, _caption(label)]) for panel, label in zip(panels, labels)]
+    return render.contact_sheet(captioned, len(panels)) if panels else None
 
 
-def _answered(answer: Answer, body: BodyModel) -> np.ndarray | None:
-    if answer.pose is not None:
+def _answered(answer: Answer, row: Example, body: BodyModel) -> np.ndarray | None:
+    if answer.pose is not None and answer.boxes is None:
         return _body(answer.pose, body)
+    if answer.pose is not None and answer.boxes is not None:
+        person = best_overlap(answer.boxes, person_box(row.extras, row.id))
+        return None if person is None else _body(answer.pose[person], body)
     for name, parents in POINTS.items():
         if name in answer.joints:
             return _lines(np.asarray(answer.joints[name]), parents)
@@ -146,9 +152,16 @@ def _lines(points: np.ndarray, parents: Sequence[int]) -> np.ndarray:
     return np.asarray(image)
 
 
+def _caption(words: str) -> np.ndarray:
+    """A strip below a panel. Its letters can be read where three panels share the width of a phone."""
+    image = Image.new("RGB", (PANEL, CAPTION), "white")
+    ImageDraw.Draw(image).text((PANEL / 2, CAPTION / 2), words, "black", ImageFont.load_default(20), anchor="mm")
+    return np.asarray(image)
+
+
 def _no_pose() -> np.ndarray:
     image = Image.new("RGB", (PANEL, PANEL), (238, 238, 238))
-    font = ImageFont.load_default(14)
+    font = ImageFont.load_default(22)
     ImageDraw.Draw(image).text((PANEL / 2, PANEL / 2), "no pose", (90, 90, 90), font, anchor="mm")
     return np.asarray(image)
 

@@ -79,7 +79,10 @@ def _table(table: Table, folder: Path, inline: bool) -> str:
         facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in table.facts.items())
         parts.append(f'<dl class="facts">{facts}</dl>')
     heads = "".join(f"<th>{escape(heading(name, about))}</th>" for name, about in table.columns.items())
-    rows = "\n".join(_row(table, row) for row in table.rows)
+    rows = "\n".join(_row(table, row) for row in table.rows if not row.published)
+    if published := [_row(table, row) for row in table.rows if row.published]:
+        words = f'<th colspan="{1 + len(table.columns)}">Published, not measured here</th>'
+        rows = "\n".join([rows, f'<tr class="published">{words}</tr>', *published])
     parts.append(
         f'<div class="wide"><table>\n<thead><tr><th>system</th>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
     )
@@ -110,14 +113,13 @@ def _table(table: Table, folder: Path, inline: bool) -> str:
 
 def _row(table: Table, row: ReportRow) -> str:
     mark = f" <sup>{row.mark}</sup>" if row.mark else ""
-    label = " <small>published</small>" if row.published else ""
     cells = []
     for name in table.columns:
         value, interval = figure(row.values.get(name))
         shown = f"<strong>{value}</strong>" if is_best(table, row, name) else value
         cells.append(f"<td>{shown}{f'<span>{interval}</span>' if interval else ''}</td>")
     kind = ' class="published"' if row.published else ""
-    return f"<tr{kind}><th>{escape(row.system)}{mark}{label}</th>{''.join(cells)}</tr>"
+    return f"<tr{kind}><th>{escape(row.system)}{mark}</th>{''.join(cells)}</tr>"
 
 
 def _figure(shown: DrawnAnswer, place: Path, folder: Path, inline: bool) -> str:

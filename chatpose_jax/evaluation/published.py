@@ -60,7 +60,7 @@ _RETRIEVER = {"retriever": "PoseScript's, trained on real poses, used on generat
 _POSES = {"protocol": UNKNOWN, "pelvis": UNKNOWN, "betas": UNKNOWN, "samples": "200"}
 _DESCRIBED = {"protocol": UNKNOWN, "pelvis": UNKNOWN, "betas": UNKNOWN}
 _LATER = {**_DESCRIBED, "samples": UNKNOWN}
-_FULL = {"protocol": "B", "pelvis": "point 39", "betas": "0", "samples": UNKNOWN}
+_FULL = {"protocol": "B", "pelvis": "point 39", "betas": "of predictions on the neutral SMPL: 0", "samples": UNKNOWN}
 
 PUBLISHED: tuple[Published, ...] = (
     *_rows(
@@ -181,23 +181,28 @@ def of_task(task: str) -> list[Published]:
     return [row for row in PUBLISHED if row.task == task]
 
 
+def is_of(row: Published, data: str) -> bool:
+    """Whether a published row is of a data set that is named here: a name of ``Published.data``, or of a subset of its split "test", "NAME-200"."""
+    names = "|".join(map(re.escape, row.data))
+    return bool(re.fullmatch(rf"({names})(-(?!train|val).+)?", data))
+
+
 def differences(row: Published, facts: Mapping[str, str]) -> list[str]:
     """How the conditions of a published row differ from those of a measured table, in words. Empty if none is known to differ and none is unknown.
 
-    A condition that the facts do not mention is stated as it is. Two are equal if their first words are: "C" and "C: 24 joints", "200" and "200 of
-    35,515".
+    A condition that the facts do not mention is stated as it is. Two are equal if one is the beginning of the other: "C" and "C: 24 joints", "200"
+    and "200 of 35,515".
     """
     found = []
     for name, value in row.conditions.items():
-        if value == UNKNOWN:
-            found.append(f"{name} not stated")
-        elif name not in facts:
+        if value != UNKNOWN and name not in facts:
             found.append(f"{name}: {value}")
-        elif _first(value) != _first(facts[name]):
+        elif value != UNKNOWN and not _agree(value, facts[name]):
             found.append(f"{name}: {value}, here {facts[name]}")
-    return found
+    unknown = [name for name, value in row.conditions.items() if value == UNKNOWN]
+    return [*found, *([f"not stated: {', '.join(unknown)}"] if unknown else [])]
 
 
-def _first(words: str) -> str:
-    found = re.match(r"[\w-]+", words.strip().replace(",", "").casefold())
-    return found[0] if found else ""
+def _agree(one: str, other: str) -> bool:
+    short, long = sorted((each.strip().replace(",", "").casefold() for each in (one, other)), key=len)
+    return long.startswith(short) and not re.match(r"[.-]?\w", long[len(short) :])

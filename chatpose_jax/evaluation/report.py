@@ -59,7 +59,8 @@ def _markdown_table(table: Table, folder: Path) -> list[str]:
     heads = ["system", *(heading(name, about) for name, about in table.columns.items())]
     lines += [_line(map(_plain, heads)), _line(["---", *["---:"] * len(table.columns)])]
     for row in table.rows:
-        cells = [f"{_plain(row.system)}{f' <sup>{row.mark}</sup>' if row.mark else ''}"]
+        system = f"{row.system}, published" if row.published else row.system
+        cells = [f"{_plain(system)}{f' <sup>{row.mark}</sup>' if row.mark else ''}"]
         for name in table.columns:
             value, interval = figure(row.values.get(name))
             shown = (

@@ -15,11 +15,11 @@ from chatpose_jax.evaluation.scores import Better, Scores, Value
 from chatpose_jax.settings import one_line
 
 TASKS = {
-    "generation": "Poses from descriptions (Table 1)",
-    "spg": "Speculative pose generation (Table 1)",
-    "rpe": "Reasoning about pose estimation (Table 2)",
-    "estimation": "Pose estimation from images (Table 3)",
-    "judge": "Answers in words, rated by a language model (Table 4)",
+    "generation": "Poses from descriptions (Table 1 of the paper)",
+    "spg": "Speculative pose generation (Table 1 of the paper)",
+    "rpe": "Reasoning about pose estimation (Table 2 of the paper)",
+    "estimation": "Pose estimation from images (Table 3 of the paper)",
+    "judge": "Answers in words, rated by a language model (Table 4 of the paper)",
     "describe": "Poses in words",
     "poses": "Answered poses",
 }
@@ -27,7 +27,7 @@ TASKS = {
 OVERALL = "mean"
 """Published figures of RPE are means over the attributes: they stand beside the table of this name."""
 REFERENCE = "no system: measured here for comparison"
-SAME = "the same conditions, as far as they are stated"
+SAME = "under the same conditions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +126,10 @@ def _table(name: str, results: Sequence[Result]) -> Table:
         title: values for _, scores in measured for title, values in scores.references.items()
     }.items():
         rows.append(ReportRow(title, _mark(notes, REFERENCE), values, reference=True))
-    beside, others = _published(measured[0][0], name, first.facts, columns)
+    beside, others = _published(measured[0][0], name, facts, columns)
     for row, words in beside:
         values = {name: _bare(columns[name], value) for name, value in row.values.items() if name in columns}
-        rows.append(
-            ReportRow(row.system, _mark(notes, f"published, not measured here ({row.source}): {words}"), values, True)
-        )
+        rows.append(ReportRow(row.system, _mark(notes, f"{row.source}; {words}"), values, True))
     shown = {
         result.system: [(each, result.folder) for each in result.shown if each.table == name] for result, _ in measured
     }
@@ -156,13 +154,14 @@ def _published(
     """Published rows of the same data that share a column with a table, and all others of its task; each with its conditions in words."""
     beside, others = [], []
     for row in published.of_task(result.task):
-        apart = published.differences(row, facts)
         if result.task == "rpe" and not table.endswith(f"/{OVERALL}"):
             continue
-        if result.data in row.data and set(row.values) & set(columns):
+        apart = published.differences(row, facts)
+        same = published.is_of(row, result.data)
+        if same and set(row.values) & set(columns):
             beside.append((row, "; ".join(apart) or SAME))
         else:
-            data = [] if result.data in row.data else [f"data: {' or '.join(row.data)}, here {result.data}"]
+            data = [] if same else [f"data: {' or '.join(row.data)}, here {result.data}"]
             others.append((row, "; ".join(data + apart) or SAME))
     return beside, others
 

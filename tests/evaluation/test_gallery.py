@@ -1,5 +1,6 @@
 """Which answers are drawn, and what is drawn of them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from chatpose_jax.evaluation.gallery import PANEL, chosen, draw_panels, write_ga
 from chatpose_jax.evaluation.results import DrawnAnswer
 from chatpose_jax.evaluation.scores import Scores, Value
 from chatpose_jax.evaluation.system import Answer, Question
-from smpl_jax import PosedBody, load_body
+from smpl_jax import PosedBody, load_body, stack
 
 GAP = 4
 
@@ -76,6 +77,19 @@ def test_betas_and_place_of_an_answer_do_not_matter(body):
     )
     images = [draw_panels(row, Answer(pose=each), body) for each in (pose, far)]
     np.testing.assert_array_equal(*images)
+
+
+def test_of_several_people_the_one_that_was_asked_for_is_drawn(body):
+    first, second = rows(2)
+    poses = stack([first.poses[0], second.poses[0]])
+    boxes = np.array([[0.0, 0, 50, 90], [100, 0, 50, 90]])
+    row = dataclasses.replace(second, extras={"bbox": boxes[1] + 2})
+    drawn = draw_panels(row, Answer(pose=poses, boxes=boxes), body)
+    np.testing.assert_array_equal(drawn, draw_panels(row, Answer(pose=poses[1]), body))
+    nobody = dataclasses.replace(row, extras={"bbox": boxes[1] + 500})
+    np.testing.assert_array_equal(
+        draw_panels(nobody, Answer(pose=poses, boxes=boxes), body), draw_panels(nobody, Answer(), body)
+    )
 
 
 def test_a_gallery_is_files_that_the_report_reads(tmp_path, body):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import page
-from chatpose_jax.evaluation.published import PUBLISHED, differences
+from chatpose_jax.evaluation.published import PUBLISHED, differences, is_of
 from chatpose_jax.evaluation.report import write_report
 from chatpose_jax.evaluation.results import DrawnAnswer, NotRun, write_drawn, write_not_run
 from chatpose_jax.evaluation.scores import Value
@@ -98,9 +98,9 @@ def test_published_rows_say_how_their_conditions_differ(tmp_path):
     )
     markdown, *_ = read(tmp_path)
     note = next(line for line in markdown.splitlines() if "2024, Table 3)" in line)
-    assert "protocol not stated; pelvis not stated; betas not stated" in note and "samples" not in note
+    assert "not stated: protocol, pelvis, betas" in note and "samples" not in note
     assert "protocol: B, here C" in markdown and "pelvis: point 39, here joint 0" in markdown
-    assert "| ChatPose <sup>a</sup> | *163.6* | *81.9* |" in markdown
+    assert "| ChatPose, published <sup>a</sup> | *163.6* | *81.9* |" in markdown
 
 
 def test_published_rows_of_other_data_stand_apart(tmp_path):
@@ -247,11 +247,30 @@ def test_published_figures_are_those_of_the_paper():
     assert sizes == {"Table 1": 4, "Table 2": 5, "Table 3": 16, "Table 4": 3}
 
 
-def test_conditions_are_compared_by_their_first_word():
+def test_conditions_are_compared_by_their_beginnings():
     row = next(each for each in PUBLISHED if each.system == "UniPose" and "3dpw" in each.data)
-    facts = {"protocol": "B: 14 of 44", "pelvis": "point 39", "betas": "0 on both sides", "samples": "35,515"}
-    assert differences(row, facts) == ["samples not stated"]
-    assert "betas: 0, here of predictions" in differences(row, {**facts, "betas": "of predictions"})
+    betas = "of predictions on the neutral SMPL: 0"
+    facts = {"protocol": "B: 14 of 44", "pelvis": "point 39", "betas": betas, "samples": "35,515"}
+    assert differences(row, facts) == ["not stated: samples"]
+    own = f"{betas}.5"
+    assert differences(row, {**facts, "betas": own})[0] == f"betas: {betas}, here {own}"
+    assert differences(row, {**facts, "pelvis": "point 3"})[0] == "pelvis: point 39, here point 3"
+    del facts["protocol"]
+    assert differences(row, facts)[0] == "protocol: B"
+
+
+def test_subsets_of_a_test_split_are_of_its_data_and_other_splits_are_not():
+    row = next(each for each in PUBLISHED if each.system == "UniPose" and "3dpw" in each.data)
+    names = {
+        "3dpw": True,
+        "3dpw_test": True,
+        "3dpw_test-200": True,
+        "3dpw-ids": True,
+        "3dpw-val": False,
+        "3dpw-train-200": False,
+        "3dpwx": False,
+    }
+    assert {name: is_of(row, name) for name in names} == names
 
 
 def test_rows_for_comparison_stand_below_the_systems_and_are_never_the_best(tmp_path):

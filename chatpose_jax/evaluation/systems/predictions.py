@@ -22,7 +22,7 @@ from chatpose_jax.data.readers.untrusted import (
     read_lines,
 )
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.protocols import ORIENTATIONS, best_overlap
+from chatpose_jax.evaluation.protocols import ORIENTATIONS, best_overlap, person_box
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import check_value
 from smpl_jax.errors import PoseFileError
@@ -305,8 +305,8 @@ class _Rows:
             return Answer(notes={MISSING: True})
         if self.boxes is not None and "bbox" in question.about:
             return self._people(rows)
-        if self.boxes is not None and (box := _box_of(question)) is not None:
-            found = best_overlap(self.boxes[rows], box)
+        if self.boxes is not None and "box" in question.about:
+            found = best_overlap(self.boxes[rows], person_box(question.about, question.key))
             return Answer(notes={MISSING: True}) if found is None else self._answer(rows[found])
         if number is None:
             if len(rows) > 1:
@@ -510,14 +510,6 @@ def _boxes(columns: Columns, count: int, source: Path) -> np.ndarray | None:
             sides = np.broadcast_to(side.reshape(count, -1), (count, 2))
             return np.concatenate([middle - sides / 2, sides], 1)
     return None
-
-
-def _box_of(question: Question) -> np.ndarray | None:
-    """(4,) left, top, width, height of the person of a question that shows a crop."""
-    if "box" not in question.about:
-        return None
-    x, y, side = np.asarray(question.about["box"], np.float64)
-    return np.array([x - side / 2, y - side / 2, side, side])
 
 
 def _image_of(question: Question) -> tuple[str, int | None]:
