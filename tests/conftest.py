@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from .stand_in import Server, running  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,3 +52,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared/data beside the checkout")
     return folder
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A stand-in for the server of a language model."""
+    with running() as server:
+        yield server

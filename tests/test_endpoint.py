@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +11,9 @@ import pytest
 from chatpose_jax.endpoint import ATTEMPTS, KEY, URL, Endpoint, NoAnswer, NoServer
 from chatpose_jax.errors import UserError
 
+from .stand_in import Server, good
+
 QUESTION = [{"role": "user", "content": "Hello?"}]
-
-
-def good(text: str, **choice: Any) -> bytes:
-    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop", **choice}]}).encode()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers with the functions of ``script`` one after another, then with ``then``. Keeps what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list[Any] = []
-        self.then: Any = lambda handler: handler.send(200, good("fine"))
-        self.asked: list[tuple[dict, dict]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((dict(self.headers), {"path": self.path, **body}))
-        (self.server.script.pop(0) if self.server.script else self.server.then)(self)
-
-    def send(self, code: int, data: bytes, length: int | None = None, **headers: str) -> None:
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        self.end_headers()
-        self.wfile.write(data)
-        self.close_connection = True
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def endpoint(server: Server, waits: list[float], **settings: Any) -> Endpoint:

@@ -44,6 +44,7 @@ class Scores:
     name of its column in ``values``.
     rank: the measure in ``samples`` by which best, median and worst answers are chosen; "" if none are drawn. better: whether lower is better.
     counts: what was left out or failed, by reason: "no pose in the answer" -> 3.
+    texts: for each name N texts, one for each row, such as the reviews of a judge; they are kept beside ``samples``.
     """
 
     table: str
@@ -55,12 +56,14 @@ class Scores:
     better: Better = "lower"
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     references: Mapping[str, Mapping[str, Value]] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     __repr__ = one_line
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without ``samples``. None stands for NaN, which JSON does not have."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "samples"}
+        """Plain values, without ``samples`` and ``texts``. None stands for NaN, which JSON does not have."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("samples", "texts")]
+        found = {name: getattr(self, name) for name in names}
         references = {title: _to_json(values) for title, values in self.references.items()}
         plain = {"facts": dict(self.facts), "counts": dict(self.counts)}
         return found | plain | {"values": _to_json(self.values), "references": references}

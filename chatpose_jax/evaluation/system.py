@@ -35,6 +35,7 @@ ABOUT = (
 
 SYSTEMS: dict[str, str] = {
     "chatpose": "chatpose_jax.evaluation.systems.chatpose:ChatPoseSystem",
+    "endpoint": "chatpose_jax.evaluation.systems.endpoint:EndpointSystem",
     "function": "chatpose_jax.evaluation.systems.function:FunctionSystem",
     "mean": "chatpose_jax.evaluation.systems.simple:Mean",
     "predictions": "chatpose_jax.evaluation.systems.predictions:Predictions",

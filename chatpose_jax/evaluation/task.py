@@ -11,6 +11,7 @@ from chatpose_jax.evaluation.system import Answer, Question
 
 TASKS: dict[str, str] = {
     "estimation": "chatpose_jax.evaluation.tasks.estimation:Estimation",
+    "judge": "chatpose_jax.evaluation.tasks.judge:Judge",
     "poses": "chatpose_jax.evaluation.tasks.poses:Poses",
     "rpe": "chatpose_jax.evaluation.tasks.rpe:ReasonedEstimation",
 }
