@@ -187,11 +187,13 @@ def read_answers(task: Task, folder: Path) -> list[Answer]:
 def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores], task: Task) -> None:
     """Writes ``scores.json``, an object with ``about`` and the list ``scores``, and ``samples.jsonl``.
 
-    A line of ``samples.jsonl`` belongs to a row: ``{"key", "group", "samples": {table: {measure: value}}}``, without values that do not count.
+    A line of ``samples.jsonl`` belongs to a row: ``{"key", "group", "samples": {table: {measure: value or text}}}``, without values that do not
+    count.
     """
     columns = [
         (each.table, name, np.asarray(values, np.float64)) for each in scores for name, values in each.samples.items()
     ]
+    columns += [(each.table, name, np.asarray(texts, object)) for each in scores for name, texts in each.texts.items()]
     for table, name, values in columns:
         if values.shape != (len(task.rows),):
             raise ValueError(f"{table}: samples {name!r} have the shape {values.shape}, expected ({len(task.rows)},)")
@@ -199,10 +201,13 @@ def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores
     def fill(out: Any) -> None:
         for number in range(len(task.rows)):
             row = task.rows[number]
-            samples: dict[str, dict[str, float]] = {}
+            samples: dict[str, dict[str, float | str]] = {}
             for table, name, values in columns:
-                if np.isfinite(values[number]):
-                    samples.setdefault(table, {})[name] = round(float(values[number]), 6)
+                value = values[number]
+                if isinstance(value, str):
+                    samples.setdefault(table, {})[name] = value
+                elif np.isfinite(value):
+                    samples.setdefault(table, {})[name] = round(float(value), 6)
             out.write(
                 (
                     json.dumps({"key": row.id, "group": row.group, "samples": samples}, ensure_ascii=False) + "\n"

@@ -1,5 +1,6 @@
 """An evaluation that is killed anywhere goes on, and ends with the same bytes; answers of other settings or data are refused."""
 
+import dataclasses
 import json
 import os
 import random
@@ -223,6 +224,7 @@ def test_scores_survive_their_file(tmp_path):
     values = {"MPJPE": Value(12.5, 11.0, 14.0, "mm"), "none": Value(float("nan"))}
     samples = {"MPJPE": np.array([1.0, np.nan, 2 / 3])}
     scores = [Scores("poses/rows/C", "Poses", {"protocol": "C"}, values, samples, "MPJPE", counts={"no pose": 1})]
+    scores[0] = dataclasses.replace(scores[0], texts={"review": ["8 9\nå", "", "7 7"]})
     ask.write_scores(tmp_path, {"command": "chatpose eval"}, scores, task)
     text = (tmp_path / "scores.json").read_text()
     assert "NaN" not in text and json.loads(text)["command"] == "chatpose eval"
@@ -231,9 +233,9 @@ def test_scores_survive_their_file(tmp_path):
     assert np.isnan(found.values["none"].value) and found.counts == {"no pose": 1} and found.table == "poses/rows/C"
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["samples"] for line in lines] == [
-        {"poses/rows/C": {"MPJPE": 1.0}},
-        {},
-        {"poses/rows/C": {"MPJPE": 0.666667}},
+        {"poses/rows/C": {"MPJPE": 1.0, "review": "8 9\nå"}},
+        {"poses/rows/C": {"review": ""}},
+        {"poses/rows/C": {"MPJPE": 0.666667, "review": "7 7"}},
     ]
     assert [line["group"] for line in lines] == ["clip 0", "clip 1", "clip 2"]
 

@@ -6,12 +6,15 @@ import re
 import numpy as np
 import pytest
 
+from chatpose_jax.cli.main import main
 from chatpose_jax.data.example import Example
 from chatpose_jax.endpoint import KEY, URL
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.evaluation.tasks.judge import Judge, parsed, review_of
+
+from ..data.readers.llava_bench_files import write_llava_bench
 
 KINDS = ("conv", "detail", "complex")
 RATED = {"good": 9, "fair": 6, "poor": 2, "reference": 8}
@@ -180,6 +183,39 @@ def test_scores_of_a_review(review, scores):
     assert (found.reference, found.candidate) == scores if scores else np.isnan(found.reference)
     if scores:
         assert (parsed(review, True).candidate, parsed(review, True).reference) == scores
+
+
+def test_the_command_on_the_published_files(endpoint, tmp_path, monkeypatch, capsys):
+    """Table 4 as it is typed: system and judge behind one endpoint. Typed again, nothing is asked and nothing changes."""
+    monkeypatch.chdir(tmp_path)
+    write_llava_bench(tmp_path / "original")
+    assert main(["data", "prepare", "llava_bench", "--source", "original", "--out", "data/llava_bench"]) == 0
+
+    def answer(messages):
+        if messages[0]["role"] == "system":
+            return rate(messages)
+        assert messages[0]["content"][0]["type"] == "image_url"
+        return f"good answer to {messages[0]['content'][1]['text']}"
+
+    endpoint.answers(answer)
+    words = ["eval", "judge", "--system", "endpoint,model=writer", "--data", "llava_bench", "--set", "judge=m"]
+    assert main([*words, "--quiet", "--out", "first"]) == 0
+    folder = "judge/llava_bench/writer"
+    found = json.loads((tmp_path / "first" / folder / "scores.json").read_text())["scores"][0]
+    assert found["values"]["all"]["value"] == pytest.approx(100 * 9 / 1.5) and found["facts"]["samples"] == "6"
+    samples = [json.loads(line) for line in (tmp_path / "first" / folder / "samples.jsonl").read_text().splitlines()]
+    assert samples[0]["samples"]["judge/llava_bench"] == {
+        "score": 9.0,
+        "score of the reference": 1.5,
+        "review": "1.5 9\nBecause of the words.",
+    }
+    asked = len(endpoint.asked)
+    assert asked == 12
+    monkeypatch.delenv(KEY)
+    assert main([*words, "--quiet", "--out", "again"]) == 0 and len(endpoint.asked) == asked
+    for file in ("scores.json", "samples.jsonl", "answers.jsonl"):
+        assert (tmp_path / "first" / folder / file).read_bytes() == (tmp_path / "again" / folder / file).read_bytes()
+    assert "secret" not in "".join(p.read_text("utf8", "ignore") for p in tmp_path.rglob("*.json*"))
 
 
 def test_what_is_missing_is_said(tmp_path, endpoint):
