@@ -171,10 +171,16 @@ def test_protocol_c(data, answers, folder, name, count):
 def test_protocol_d(folder, data, answers):
     from scipy.integrate import quad
 
-    zero = 5  # a submission of zeros for one frame
-    given = []
+    zero, near = (
+        5,
+        range(6, COUNT),
+    )  # a submission of zeros for one frame, and frames with errors on both sides of 50 mm
+    rng, given = np.random.default_rng(9), []
     for i, answer in enumerate(answers):
         joints, _, turns = smpl("neutral", answer.pose.rotations, answer.pose.betas)
+        if i in near:
+            true = smpl(data[i].extras["gender"], data[i].poses.rotations[0], data[i].extras["betas"])[0]
+            joints = true + rng.normal(0, 0.02, (24, 3))
         joints = joints * 0 if i == zero else joints
         orientations = turns[[0, 1, 2, 4, 5, 16, 17, 18, 19]]
         given.append(Answer("", None, {"smpl24": joints, "orientations9": orientations.reshape(27, 3)}))
@@ -193,7 +199,7 @@ def test_protocol_d(folder, data, answers):
         expected["PCK@50"].append(100 * (errors[major] <= 50).mean())
         thresholds = np.arange(200.0)
         curve = [(errors[major] <= t).mean() for t in thresholds]
-        expected["AUC"].append(quad(lambda x, curve=curve: np.interp(x, steps, curve), 0, 1, limit=500)[0])
+        expected["AUC"].append(quad(lambda x, curve=curve: np.interp(x, steps, curve), 0, 1, points=steps[1:-1], limit=500)[0])
         stated = given[i].joints["orientations9"].reshape(9, 3, 3)
         expected["MPJAE"].append(degrees(stated, turns[oriented]).mean())
         expected["MPJAE-PA"].append(degrees(rotation @ stated, turns[oriented]).mean())
@@ -212,7 +218,7 @@ def test_protocol_d(folder, data, answers):
     # and from poses, positions and orientations are those of the neutral body
     posed = scored(Estimation(data, "3dpw", protocols="D", smpl=str(folder)), answers)
     for name in ("MPJPE", "AUC", "MPJAE", "MPJAE-PA"):
-        keep = [i for i in rows if i != zero]
+        keep = [i for i in rows if i != zero and i not in near]
         np.testing.assert_allclose(posed.samples[name][keep], found.samples[name][keep], atol=3e-3)
 
 
