@@ -7,7 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatpose_jax.data.example import Example
+import numpy as np
+
+from chatpose_jax.data.example import Example, Kind
+from chatpose_jax.data.store import KINDS
 from chatpose_jax.errors import UserError
 
 
@@ -27,12 +30,15 @@ class Selected(Sequence[Example]):
         return self.rows[self.numbers[index]]
 
 
-def with_poses(rows: Sequence[Example]) -> Selected:
-    """The rows that have poses. Of a prepared data set only the index is read."""
+def with_poses(rows: Sequence[Example], kind: Kind | None = None) -> Selected:
+    """The rows that have poses, of one kind or all. Of a prepared data set only the index is read."""
     entries = getattr(rows, "entries", None)
     if entries is not None:
-        return Selected(rows, [i for i, count in enumerate(entries["poses"].tolist()) if count])
-    return Selected(rows, [i for i in range(len(rows)) if len(rows[i].poses)])
+        chosen = entries["poses"] > 0
+        if kind is not None:
+            chosen &= entries["kind"] == KINDS.index(kind)
+        return Selected(rows, np.flatnonzero(chosen).tolist())
+    return Selected(rows, [i for i, row in enumerate(rows) if len(row.poses) and kind in (None, row.kind)])
 
 
 def draw_rows(rows: Sequence[Example], count: int) -> Selected:

@@ -199,7 +199,9 @@ def test_protocol_d(folder, data, answers):
         expected["PCK@50"].append(100 * (errors[major] <= 50).mean())
         thresholds = np.arange(200.0)
         curve = [(errors[major] <= t).mean() for t in thresholds]
-        expected["AUC"].append(quad(lambda x, curve=curve: np.interp(x, steps, curve), 0, 1, points=steps[1:-1], limit=500)[0])
+        expected["AUC"].append(
+            quad(lambda x, curve=curve: np.interp(x, steps, curve), 0, 1, points=steps[1:-1], limit=500)[0]
+        )
         stated = given[i].joints["orientations9"].reshape(9, 3, 3)
         expected["MPJAE"].append(degrees(stated, turns[oriented]).mean())
         expected["MPJAE-PA"].append(degrees(rotation @ stated, turns[oriented]).mean())
@@ -315,9 +317,12 @@ def test_which_protocols_a_data_set_takes(folder, data, answers):
     plain = [Example(row.id, "image", row.messages, row.poses) for row in data]
     with pytest.raises(UserError, match="protocol D needs gender, betas, detected in the extras"):
         Estimation(plain, "mine", protocols="D", smpl=str(folder))
-    with pytest.raises(UserError, match="shows no image"):
-        Estimation(plain, "mine").question(Example("z", "text", plain[0].messages, plain[0].poses))
-    assert Estimation(plain, "mine").question(plain[0]).key == plain[0].id
+    words = Example("z", "text", plain[0].messages, plain[0].poses)
+    task = Estimation([words, *plain], "mine")
+    assert [row.id for row in task.rows] == [row.id for row in plain]
+    with pytest.raises(UserError, match="no row of mine shows an image and has a pose"):
+        Estimation([words], "mine")
+    assert (task.question(plain[0]).key, task.question(plain[0]).wants) == (plain[0].id, "pose")
 
 
 def test_damaged_files_are_named(tmp_path, folder, data, answers):

@@ -87,7 +87,7 @@ def test_rpe(tmp_path):
     rpe_files.write_refined(tmp_path)
     rows = rows_of(RpeRefined(tmp_path))
     mean, *tables = ReasonedEstimation(rows, "rpe_refined").score(true_answers(rows))
-    assert [found.facts["attribute"] for found in tables] == ["behaviour", "shape", "outfit", "pose"]
+    assert [found.facts["attributes"] for found in tables] == ["behaviour 3", "shape 3", "outfit 3", "pose 3"]
     assert mean.facts["samples"] == "12"
     assert mean.values["MPJPE"].value == pytest.approx(0, abs=1e-4)
     assert mean.values["MPJPE, fitted"].value > 100, "these fitted joints are random"

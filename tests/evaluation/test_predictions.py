@@ -16,6 +16,7 @@ from chatpose_jax.data.readers.threedpw import ThreeDPW
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.system import ABOUT, Answer, Question
 from chatpose_jax.evaluation.systems.predictions import DAMAGED, MISSING, Predictions
+from smpl_jax.keypoints import KEYPOINT_SETS
 from smpl_jax.pose import Pose
 
 from ..data.readers import humans4d_eval_files, rpe_files, threedpw_files
@@ -260,6 +261,11 @@ def test_positions_alone_answer_under_the_name_of_their_set(tmp_path):
     assert answer.pose is None
     np.testing.assert_array_equal(answer.joints["humans44"], points[0])
     assert one(system, asked(f"{IMAGES[2]}#0")).notes == {DAMAGED: True}
+    spin = Predictions(path=saved(tmp_path, pred_joints=points[:, :17], imgname=names))  # rows 1 to 3 are the left leg
+    found = one(spin, asked(f"{IMAGES[0]}#0")).joints["h36m17"]
+    left = [point.name for point in KEYPOINT_SETS["h36m17"]].index("left_hip")
+    np.testing.assert_array_equal(found[left : left + 3], points[0, 1:4])
+    np.testing.assert_array_equal(found[11:], points[0, 11:17])
     with pytest.raises(UserError, match="expected metres"):
         Predictions(path=saved(tmp_path, pred_joints=1000 * points[:, :17], imgname=names))
     with pytest.raises(UserError, match="matrices"):

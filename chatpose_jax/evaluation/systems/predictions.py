@@ -27,6 +27,7 @@ from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import check_value
 from smpl_jax.errors import PoseFileError
 from smpl_jax.frames import Frame
+from smpl_jax.keypoints import KEYPOINT_SETS
 from smpl_jax.pose import Pose
 from smpl_jax.poses import poses_in
 
@@ -51,8 +52,11 @@ ALIASES = {
 """Names in files of other programs -> the names here. A file that has both keeps the one that is named here."""
 NESTED = ("pred_smpl_params", "smpl_params", "smpl")
 """Dictionaries in a file whose arrays are taken as if they stood beside it: the output of HMR2."""
-JOINTS = {"pred_joints": ("h36m17", 17), "pred_keypoints_3d": ("humans44", 44)}
-"""Positions (N, K, 3) in files of SPIN and HMR2 -> the set of joints, and K."""
+_REGRESSED = tuple(int(point.source.removeprefix("h36m[").removesuffix("]")) for point in KEYPOINT_SETS["h36m17"])
+JOINTS = {"pred_joints": ("h36m17", _REGRESSED), "pred_keypoints_3d": ("humans44", tuple(range(44)))}
+"""Positions (N, K, 3) in files of SPIN and HMR2 -> the set of ``smpl_jax.keypoints``, and for each of its points the place in the file. SPIN's are in
+the order of its regressor, with the left leg first.
+"""
 TALLEST = 20.0
 """Metres. Positions of larger bodies are in another unit."""
 SMALLEST = 12.0
@@ -427,9 +431,9 @@ def _poses(columns: Columns, source: Path, frame: Frame) -> tuple[Pose | None, d
         shape = poses_in(columns, source)
     except PoseFileError as error:
         joints = {
-            name: _numbers(columns[key], f"{source}: {key}")
-            for key, (name, size) in JOINTS.items()
-            if key in columns and columns[key].ndim == 3 and columns[key].shape[1:] == (size, 3)
+            name: _numbers(columns[key], f"{source}: {key}")[:, places]
+            for key, (name, places) in JOINTS.items()
+            if key in columns and columns[key].ndim == 3 and columns[key].shape[1:] == (len(places), 3)
         }
         if not joints or columns.keys() & _POSED:
             raise UserError(str(error)) from None

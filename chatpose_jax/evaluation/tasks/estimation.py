@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from chatpose_jax.evaluation.protocols import (
     Truths,
     Unmeasured,
 )
-from chatpose_jax.evaluation.scores import Scores, interval, means_of
+from chatpose_jax.evaluation.scores import Scores, counts_of, interval, means_of
+from chatpose_jax.evaluation.subset import with_poses
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import did_you_mean
 from smpl_jax import io
@@ -30,7 +32,7 @@ from smpl_jax.body import BodyModel
 
 
 class Estimation:
-    """The pose of the person in an image, by several protocols: one table each.
+    """The pose of the person in an image, by several protocols: one table each. Rows without an image or a pose are not asked.
 
     A system answers with a pose, or with positions of the set that a protocol names (``Protocol.named``), such as ``h36m17`` under A, ``humans44``
     under B and ``smpl24`` under C and D. Columns that need rotations are NaN for answers with positions alone, which the counts say. An answer
@@ -60,9 +62,10 @@ class Estimation:
         unmeasured: Unmeasured = "left out",
         body: str = "",
     ) -> None:
+        self.rows = rows = with_poses(rows, "image")
         if not len(rows):
-            raise UserError(f"{data} has no rows to evaluate")
-        self.rows, self.data, self.betas, self.unmeasured = rows, data, betas, unmeasured
+            raise UserError(f"no row of {data} shows an image and has a pose")
+        self.data, self.betas, self.unmeasured = data, betas, unmeasured
         self.files, self.body = Files(smpl), evaluation_body(body)
         self.settings: Mapping[str, Any] = {}
         names = named_protocols(protocols)
@@ -79,12 +82,8 @@ class Estimation:
         self.protocols = names
 
     def question(self, row: Example) -> Question:
-        """The row's own. Raises UserError for a row without an image."""
-        if row.kind != "image":
-            raise UserError(
-                f"{row.place} shows no image (its kind is {row.kind!r}); the estimation of poses needs rows with images"
-            )
-        return Question.of(row)
+        """The row's own, for a pose."""
+        return dataclasses.replace(Question.of(row), wants="pose")
 
     def score(self, answers: Sequence[Answer]) -> list[Scores]:
         """A table for each protocol."""
@@ -106,7 +105,7 @@ class Estimation:
                 values=means_of(errors.columns, rows.groups, COLUMNS),
                 samples=errors.columns,
                 rank="PA-MPJPE",
-                counts=errors.counts,
+                counts=errors.counts | counts_of(answers),
             )
             for name, errors in found.items()
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,23 +11,26 @@ import numpy as np
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.rpe import TYPES
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation import protocols
 from chatpose_jax.evaluation.protocols import (
     COLUMNS,
     FITTED,
     LEAST_OVERLAP,
     PROTOCOLS,
     Answered,
+    Betas,
     Files,
     Truths,
     Unmeasured,
+    protocol_errors,
 )
-from chatpose_jax.evaluation.scores import Scores, Value, means_of, with_intervals
+from chatpose_jax.evaluation.scores import Scores, Value, counts_of, with_intervals
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.evaluation.tasks.estimation import evaluation_body, protocol_facts
 
+MEAN = "mean"
+"""The table of the mean over the attributes."""
 _FITTED = {"MPJPE": "MPJPE, fitted", "PA-MPJPE": "PA-MPJPE, fitted"}
-ABOUT: dict[str, dict[str, Any]] = COLUMNS | {new: COLUMNS[old] for old, new in _FITTED.items()}
+_COLUMNS: dict[str, dict[str, Any]] = COLUMNS | {new: COLUMNS[old] for old, new in _FITTED.items()}
 
 
 class ReasonedEstimation:
@@ -55,76 +59,44 @@ class ReasonedEstimation:
         _attribute(rows[0].extras, rows[0].id)
 
     def question(self, row: Example) -> Question:
-        """The row's own."""
-        return Question.of(row)
+        """The row's own, for a pose."""
+        return dataclasses.replace(Question.of(row), wants="pose")
 
     def score(self, answers: Sequence[Answer]) -> list[Scores]:
         """The mean over the attributes, then each."""
         rows = Truths.gather(self.rows)
         given = Answered.gather(answers, rows)
         about = np.array([_attribute(extras, key) for extras, key in zip(rows.extras, rows.keys)])
-        kinds = [kind for kind in TYPES if (about == kind).any()]
-        places = {kind: np.flatnonzero(about == kind) for kind in kinds}
-        everything = self._errors(rows, given)
-        tables = {kind: self._errors(rows.take(at), given.take(at)) for kind, at in places.items()}
-        sizes = ", ".join(f"{kind} {len(at)}" for kind, at in places.items())
-        return [
-            self._scores(
-                "mean",
-                rows,
-                everything,
-                _over(everything.columns, about, kinds, rows.groups),
-                {"attributes": sizes},
-                "PA-MPJPE",
-            ),
-            *(
-                self._scores(kind, rows.take(at), tables[kind], None, {"attribute": kind}, "", (at, len(rows)))
-                for kind, at in places.items()
-            ),
-        ]
+        tables = {MEAN: np.arange(len(rows))}
+        tables |= {kind: at for kind in TYPES if len(at := np.flatnonzero(about == kind))}
+        return [self._table(name, at, rows.take(at), given.take(at), about[at], answers) for name, at in tables.items()]
 
-    def _errors(self, rows: Truths, given: Answered) -> protocols.Errors:
-        found = protocols.protocol_errors(
-            PROTOCOLS[self.protocol], rows, given, Files(""), self.body, "zero", self.unmeasured
-        )
-        if not all(FITTED.extras[0] in extras for extras in rows.extras):
-            return found
-        fitted = protocols.protocol_errors(FITTED, rows, given, Files(""), self.body, "zero", self.unmeasured).columns
-        return found._replace(columns=found.columns | {new: fitted[old] for old, new in _FITTED.items()})
-
-    def _scores(
-        self,
-        about: str,
-        rows: Truths,
-        errors: protocols.Errors,
-        values: Mapping[str, Value] | None,
-        also: Mapping[str, str],
-        rank: str,
-        at: tuple[np.ndarray, int] | None = None,
+    def _table(
+        self, name: str, at: np.ndarray, rows: Truths, given: Answered, about: np.ndarray, answers: Sequence[Answer]
     ) -> Scores:
-        """at: the places of these rows among those of the task, and how many those are."""
-        words = protocol_facts(
-            self.protocol, PROTOCOLS[self.protocol], rows, errors, "zero", self.unmeasured, self.body
-        )
-        words |= {
-            "person": f"by box where an answer has several, intersection over union of at least {LEAST_OVERLAP}"
-        } | dict(also)
-        if _FITTED["MPJPE"] in errors.columns:
-            words["fitted"] = "the first 22 joints against those of SMPL with the betas of the data"
-        samples = errors.columns
-        if at is not None:
-            places, count = at
-            samples = {name: np.full(count, np.nan) for name in samples}
-            for name, column in errors.columns.items():
-                samples[name][places] = column
+        """at: the places of these rows among those of the task. about: their attributes."""
+        protocol = PROTOCOLS[self.protocol]
+        rule: tuple[Betas, Unmeasured] = ("zero", self.unmeasured)
+        errors = protocol_errors(protocol, rows, given, Files(""), self.body, *rule)
+        columns, kinds = dict(errors.columns), [kind for kind in TYPES if (about == kind).any()]
+        facts = protocol_facts(self.protocol, protocol, rows, errors, *rule, self.body)
+        facts["attributes"] = ", ".join(f"{kind} {(about == kind).sum()}" for kind in kinds)
+        facts["person"] = f"by box where an answer has several, intersection over union of at least {LEAST_OVERLAP}"
+        if all(FITTED.extras[0] in extras for extras in rows.extras):
+            fitted = protocol_errors(FITTED, rows, given, Files(""), self.body, *rule).columns
+            columns |= {new: fitted[old] for old, new in _FITTED.items()}
+            facts["fitted"] = "the first 22 joints against those of SMPL with the betas of the data"
+        samples = {column: np.full(len(answers), np.nan) for column in columns}
+        for column, values in columns.items():
+            samples[column][at] = values
         return Scores(
-            table=f"rpe/{self.data}/{about}",
-            title=f"Reasoning about pose estimation, {self.data}, {about}",
-            facts=words,
-            values=values or means_of(errors.columns, rows.groups, ABOUT),
+            table=f"rpe/{self.data}/{name}",
+            title=f"Reasoning about pose estimation, {self.data}, {name}",
+            facts=facts,
+            values=_over(columns, about, kinds, rows.groups),
             samples=samples,
-            rank=rank,
-            counts=errors.counts,
+            rank="PA-MPJPE" if name == MEAN else "",
+            counts=errors.counts | counts_of([answers[i] for i in at]),
         )
 
 
@@ -152,5 +124,5 @@ def _over(
 
     middle, low, high = with_intervals(parts.reshape(len(parts), -1), groups, statistic)
     return {
-        name: Value(float(middle[i]), float(low[i]), float(high[i]), **ABOUT[name]) for i, name in enumerate(columns)
+        name: Value(float(middle[i]), float(low[i]), float(high[i]), **_COLUMNS[name]) for i, name in enumerate(columns)
     }
