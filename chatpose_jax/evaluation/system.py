@@ -35,6 +35,7 @@ ABOUT = (
 
 SYSTEMS: dict[str, str] = {
     "chatpose": "chatpose_jax.evaluation.systems.chatpose:ChatPoseSystem",
+    "described": "chatpose_jax.evaluation.systems.described:Described",
     "endpoint": "chatpose_jax.evaluation.systems.endpoint:EndpointSystem",
     "function": "chatpose_jax.evaluation.systems.function:FunctionSystem",
     "mean": "chatpose_jax.evaluation.systems.simple:Mean",
@@ -166,6 +167,21 @@ def asked_words(messages: Sequence[Mapping[str, Any]]) -> str:
     if isinstance(content, str):
         return caption_in(content)
     return caption_in(" ".join(part["text"] for part in content if part["type"] == "text"))
+
+
+def images_of(question: Question) -> list[dict[str, Any]]:
+    """The images of a question, as parts of messages."""
+    contents = [message["content"] for message in question.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return [part for part in parts if part["type"] == "image"]
+
+
+def answer_all(system: System, questions: Sequence[Question]) -> list[Answer]:
+    """The answers of a system that is a part of another, to any number of questions."""
+    size = system.batch_size
+    return [
+        answer for start in range(0, len(questions), size) for answer in system.answer(questions[start : start + size])
+    ]
 
 
 def _axis_angle(pose: Pose) -> np.ndarray:
