@@ -136,7 +136,7 @@ def test_a_review_without_scores_is_asked_for_again_a_few_times_and_counted(endp
 
     endpoint.answers(moody)
     (found,) = judge(tmp_path).score(ANSWERS)
-    assert calls[0] == calls[1] == 3 and calls[2] == 1
+    assert calls[0] == calls[1] == 3 and calls[2] == 1 and found.facts["samples"] == "11 of 12"
     assert found.counts == {"reviews without two scores": 1}
     assert np.isfinite(found.samples["score"]).tolist() == [True, False] + [True] * 10
     given = np.array([RATED[WORDS[i]] for i in (4, 7, 10)])
@@ -158,8 +158,8 @@ def test_refusals_and_empty_answers_are_counted(endpoint, tmp_path):
         handler.send(200, json.dumps(refused).encode())
 
     endpoint.then = refuse
-    (found,) = judge(tmp_path, rows(1), tries=2).score([Answer("good"), Answer(""), Answer("good")])
-    assert found.counts == {"reviews without two scores": 3, "answers without words": 1}
+    (found,) = judge(tmp_path, rows(1), tries=2).score([Answer("good"), Answer("", notes={"no": True}), Answer("good")])
+    assert found.counts == {"no": 1, "reviews without two scores": 3, "answers without words": 1}
     assert np.isnan(found.values["all"].value) and found.texts["review"][0] == "(the model refused: no)"
 
 

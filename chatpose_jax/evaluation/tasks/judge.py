@@ -15,7 +15,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.endpoint import Endpoint, Messages
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.endpoints import CACHE, Written, ask_all
-from chatpose_jax.evaluation.scores import Scores, Value, interval, with_intervals
+from chatpose_jax.evaluation.scores import Scores, Value, counts_of, interval, with_intervals
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import one_line, real, whole
 
@@ -161,10 +161,11 @@ class Judge:
             "protocol": "LLaVA-Bench: 100 · mean score of answers / mean score of references",
             "judge": f"{self.judge}, temperature {self.asked['temperature']:g}",
             "positions": order,
-            "samples": f"{len(self.rows):,}",
+            "samples": f"{len(self.rows):,}" if counted.all() else f"{counted.sum():,} of {len(self.rows):,}",
             "interval": interval(groups, "images"),
         }
-        counts = {_NO_SCORES: failed, "answers without words": sum(not answer.text.strip() for answer in answers)}
+        empty = sum(not answer.text.strip() for answer in answers)
+        counts = {**counts_of(answers), _NO_SCORES: failed, "answers without words": empty}
         return Scores(
             table=f"{self.name}/{self.data}",
             title=f"Answers in words, rated by {self.judge}, on {self.data}",
