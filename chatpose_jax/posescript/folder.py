@@ -17,7 +17,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.layouts import POSE_VAE, RETRIEVER, filled, to_tensors
 from chatpose_jax.posescript.network import NoSettings, Retrieval, RetrieverConfig, retriever_recipe
 from chatpose_jax.posescript.pairs import PoseInput
-from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig
+from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig, VaeLossConfig, pose_vae_recipe
 from chatpose_jax.posescript.tokens import TextTokens, WordPieces, WordVocabulary
 from chatpose_jax.posescript.trainer import Recipe
 from chatpose_jax.weights.layouts.table import NameRule
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER, recipe=retriever_recipe),
-    "pose_vae": Kind(PoseVaeConfig, PoseVae, POSE_VAE),
+    "pose_vae": Kind(PoseVaeConfig, PoseVae, POSE_VAE, VaeLossConfig, pose_vae_recipe),
 }
 """Kinds of networks in a folder, by the name in ``config.json``."""
 

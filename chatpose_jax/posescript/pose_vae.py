@@ -7,19 +7,24 @@ its own distribution, which is kept near that of its text; later it is drawn fro
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from chatpose_jax.posescript.layers import Key, Linear, dropout, split_key
-from chatpose_jax.posescript.network import WORDS, Batch, TextEncoderConfig, typed
+from chatpose_jax.posescript.network import WORDS, TextEncoderConfig, typed
 from chatpose_jax.posescript.pose_encoder import PoseTrunk
+from chatpose_jax.posescript.trainer import Batch, Examples, Recipe
 from chatpose_jax.settings import check_types, one_line, require
 from smpl_jax.body import BodyModel, forward
+from smpl_jax.io import load_body
+from smpl_jax.metrics import pose_metrics
 from smpl_jax.pose import Pose, for_body
 from smpl_jax.rotations import axis_angle_to_matrix, rotation_6d_to_matrix
 
@@ -29,12 +34,14 @@ class PoseVaeConfig:
     """Sizes of the network; the defaults are the released ones.
 
     joints: 52 (SMPL-H) or 22 (its body). latent: numbers of a draw. width: of all hidden layers, and of the text encoder.
+    log_scale: where the learnt logarithm of the errors' scale starts. From PoseScript's 0, which is a metre, a short run does not get far enough.
     """
 
     joints: Literal[52, 22] = 52
     latent: int = 32
     width: int = 512
     text: TextEncoderConfig = WORDS
+    log_scale: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self, "model")
@@ -114,8 +121,10 @@ class PoseVae(nnx.Module):
         self.text_encoder = config.text.build(config.width, rngs)
         self.text_output = NormalOutput(config.width, config.latent, rngs=rngs)
         self.decoder = PoseDecoder(config.joints, config.latent, config.width, rngs=rngs)
+        scale = config.log_scale
+        starts = (scale, scale, 2 * scale)  # the last is that of a variance
         self.log_scale_vertices, self.log_scale_joints, self.log_variance_rotations = (
-            nnx.Param(jnp.zeros(1)) for _ in range(3)
+            nnx.Param(jnp.full(1, start)) for start in starts
         )
 
     def encode_poses(self, poses: jax.Array, key: Key = None) -> Normal:
@@ -137,11 +146,13 @@ class PoseVae(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossWeights:
-    """Weights of the loss's terms; the defaults are those of the ECCV 2022 code.
+class VaeLossConfig:
+    """Weights of the loss's terms, and the body that it is computed on; the defaults are those of the ECCV 2022 code.
 
     vertices, joints, rotations: negative log-likelihoods of the reconstruction, means over all coordinates. kl: divergence of the pose's
     distribution from the text's. pose_prior, text_prior: that of each from the standard normal, times ``kl``.
+    body: a body file, "" for the embedded body. PoseScript's is the neutral SMPL-H, which needs a licence. mesh: number of its vertices that
+    count, evenly spaced; 0 for all.
     """
 
     vertices: float = 4.0
@@ -150,45 +161,46 @@ class LossWeights:
     kl: float = 0.2
     pose_prior: float = 0.02
     text_prior: float = 0.0
+    body: str = ""
+    mesh: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "loss")
-        require(
-            self, "loss", "at least 0", lambda value: value >= 0, *(field.name for field in dataclasses.fields(self))
-        )
+        numbers = [field.name for field in dataclasses.fields(self) if field.name != "body"]
+        require(self, "loss", "at least 0", lambda value: value >= 0, *numbers)
 
 
 def pose_vae_loss(
-    model: PoseVae, batch: Batch, key: Key, body: BodyModel, weights: LossWeights
+    model: PoseVae, batch: Batch, key: Key, body: BodyModel, weights: VaeLossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The negative of a weighted evidence lower bound, and its parts to log.
 
-    A joint that is not measured counts as reconstructed, so its rotation changes no term.
+    A joint that is not measured counts as rebuilt, so it changes no term.
 
     Args:
         model: the network; in training (with a key) its batch norm is updated.
         batch: poses and texts.
-        key: of the draw and of dropout; None uses the mean of the pose's distribution, and no dropout.
-        body: gives vertices and joints, at its average shape. Its fingers count if it has any. PoseScript's own is the neutral SMPL-H.
+        key: of the pose's draw and of dropout. None takes the mean instead of a draw.
+        body: gives vertices and joints, at its average shape.
         weights: of the terms.
     """
     noise_key, pose_key, text_key, decode_key = split_key(key, 4)
-    pose, text = model.encode_poses(batch.poses, pose_key), model.encode_texts(batch.tokens, batch.lengths, text_key)
+    pose = model.encode_poses(batch.poses, pose_key)
+    text = model.encode_texts(batch.tokens, batch.lengths, text_key)
     noise = jnp.zeros_like(pose.mean) if noise_key is None else jax.random.normal(noise_key, pose.mean.shape)
-    target = axis_angle_to_matrix(batch.poses)
-    found = jnp.where(batch.measured[..., None, None], model.decode(pose.at(noise), decode_key), target)
-    (vertices, joints), (true_vertices, true_joints) = (
-        forward(body, **for_body(Pose(rotations, "z-up"), body)) for rotations in (found, target)
-    )
+    true, rebuilt = axis_angle_to_matrix(batch.poses), model.decode(pose.at(noise), decode_key)
+    if batch.measured is not None:
+        rebuilt = jnp.where(batch.measured[..., None, None], rebuilt, true)
+    shown, expected = (forward(body, **for_body(Pose(each, "z-up"), body)) for each in (rebuilt, true))
     parts = {
-        "vertices": laplace(vertices - true_vertices, model.log_scale_vertices[...]),
-        "joints": laplace(joints - true_joints, model.log_scale_joints[...]),
-        "rotations": gaussian(found - target, model.log_variance_rotations[...]),
+        "vertices": laplace(shown.vertices - expected.vertices, model.log_scale_vertices[...]),
+        "joints": laplace(shown.joints - expected.joints, model.log_scale_joints[...]),
+        "rotations": gaussian(rebuilt - true, model.log_variance_rotations[...]),
         "kl": pose.divergence(text).mean(),
         "pose_prior": pose.divergence(STANDARD).mean(),
         "text_prior": text.divergence(STANDARD).mean(),
     }
-    scales = dataclasses.asdict(weights)
+    scales = {name: getattr(weights, name) for name in parts}
     scales |= {name: scales[name] * weights.kl for name in ("pose_prior", "text_prior")}
     return sum((scales[name] * value for name, value in parts.items()), jnp.zeros(())), parts
 
@@ -201,3 +213,30 @@ def laplace(errors: jax.Array, log_scale: jax.Array) -> jax.Array:
 def gaussian(errors: jax.Array, log_variance: jax.Array) -> jax.Array:
     """Mean negative log-likelihood of errors under a normal distribution, in nats for each coordinate."""
     return 0.5 * (math.log(2 * math.pi) + log_variance + errors**2 / jnp.exp(log_variance)).mean()
+
+
+def pose_vae_recipe(loss: VaeLossConfig) -> Recipe:
+    """How ``PoseVae`` trains. Its metrics are the loss and its parts without draws and dropout, and ``pa_mpjpe``: in mm, of the pose of the mean of
+    each text's distribution. Raises what ``load_body`` raises for ``loss.body``.
+    """
+    body = load_body(loss.body or None)
+    if 0 < loss.mesh < body.num_vertices:
+        body = body.subset(np.linspace(0, body.num_vertices - 1, loss.mesh).astype(int))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def errors(graph: Any, state: Any, batch: Batch) -> dict[str, jax.Array]:
+        model = nnx.merge(graph, state)
+        value, parts = pose_vae_loss(model, batch, None, body, loss)
+        means = model.draw(batch.tokens, batch.lengths, jnp.zeros((len(batch.poses), 1, model.config.latent)))[:, 0]
+        true = Pose(axis_angle_to_matrix(batch.poses), "z-up", measured=batch.measured)
+        pa_mpjpe = pose_metrics(Pose(means, "z-up"), true, body)["pa_mpjpe"]
+        return {"val_loss": value, **{f"val_{name}": part for name, part in parts.items()}, "pa_mpjpe": pa_mpjpe.mean()}
+
+    def validate(model: PoseVae, examples: Examples) -> dict[str, float]:
+        graph, state = nnx.split(model)
+        found = [(len(batch.poses), errors(graph, state, batch)) for batch in examples.batches(64)]
+        return {name: sum(n * float(each[name]) for n, each in found) / len(examples.poses) for name in found[0][1]}
+
+    return Recipe(
+        lambda model, batch, key: pose_vae_loss(model, batch, key, body, loss), validate, "val_loss", higher=False
+    )

@@ -86,7 +86,7 @@ def run_posescript(
 
 def _examples(found: Pairs, start: Opened) -> Examples:
     tokens = [start.tokens.encode(captions) for captions in found.captions]
-    return Examples(start.pose_input(found.poses, found.measured), tokens, found.measured)
+    return Examples(start.pose_input(found.poses, found.measured), tokens, found.measured & start.pose_input.seen)
 
 
 def _fresh(config: PoseScriptConfig, found: Pairs, texts: list[str], say: Callable[[str], Any]) -> Opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,20 @@ import pytest
 from flax import nnx
 
 from chatpose_jax import named
+from chatpose_jax.cli.main import main
 from chatpose_jax.data.example import Example
+from chatpose_jax.data.synthetic.dataset import SyntheticDataset
 from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation.poses import pose_errors, true_poses
 from chatpose_jax.evaluation.system import SYSTEMS, Question
 from chatpose_jax.posescript.folder import write_folder
 from chatpose_jax.posescript.generator import Generator, load_generator
 from chatpose_jax.posescript.layouts import POSE_VAE, to_tensors
-from chatpose_jax.posescript.network import Batch, TextEncoderConfig
+from chatpose_jax.posescript.network import TextEncoderConfig
 from chatpose_jax.posescript.pairs import PoseInput, axis_angles
-from chatpose_jax.posescript.pose_vae import LossWeights, Normal, PoseVae, PoseVaeConfig, pose_vae_loss
+from chatpose_jax.posescript.pose_vae import Normal, PoseVae, PoseVaeConfig, VaeLossConfig, pose_vae_loss
 from chatpose_jax.posescript.tokens import WordVocabulary, pad
+from chatpose_jax.posescript.trainer import Batch
 from smpl_jax import body as bodies
 from smpl_jax import io
 from smpl_jax.pose import Pose, to_family, to_frame
@@ -178,7 +183,7 @@ def test_parity_of_the_loss(body):
         "pose_prior": kl(pose, unit).sum(1).mean(),
         "text_prior": kl(text, unit).sum(1).mean(),
     }
-    weights = LossWeights(vertices=4, joints=2, rotations=3, kl=0.2, pose_prior=0.02, text_prior=0.5)
+    weights = VaeLossConfig(vertices=4, joints=2, rotations=3, kl=0.2, pose_prior=0.02, text_prior=0.5)
     loss, parts = pose_vae_loss(model, rows, None, body, weights)
     for name, value in expected.items():
         np.testing.assert_allclose(parts[name], value, rtol=2e-5, err_msg=name)
@@ -189,10 +194,10 @@ def test_parity_of_the_loss(body):
 def test_in_training_the_pose_is_drawn_from_its_distribution(body):
     """With huge deviations of the pose's distribution, two keys give different reconstructions; the text's do not matter to them."""
     model, rows = network(), batch()
-    parts = [pose_vae_loss(model, rows, jax.random.key(seed), body, LossWeights())[1] for seed in (0, 0, 1)]
+    parts = [pose_vae_loss(model, rows, jax.random.key(seed), body, VaeLossConfig())[1] for seed in (0, 0, 1)]
     assert parts[0]["rotations"] == parts[1]["rotations"] != parts[2]["rotations"]
     model.text_output.mean.bias[...] += 1.0
-    again = pose_vae_loss(model, rows, jax.random.key(0), body, LossWeights())[1]
+    again = pose_vae_loss(model, rows, jax.random.key(0), body, VaeLossConfig())[1]
     assert again["rotations"] == parts[0]["rotations"] and again["kl"] != parts[0]["kl"]
 
 
@@ -208,7 +213,7 @@ def test_joints_that_are_not_measured_change_no_term_of_the_reconstruction(body)
     measured[:, 10] = False
 
     def parts(model, rows):
-        return pose_vae_loss(model, rows, None, body, LossWeights())[1]
+        return pose_vae_loss(model, rows, None, body, VaeLossConfig())[1]
 
     masked, counted = parts(model, rows._replace(measured=measured)), parts(model, rows)
     model.decoder.linear_3.bias[...] = model.decoder.linear_3.bias[...].at[60:66].add(jnp.arange(6.0))
@@ -283,3 +288,41 @@ def test_the_system_answers_with_one_draw_their_mean_or_the_pose_of_the_mean(gen
     assert make(folder=folder, seed=1).settings != make(folder=folder).settings
     with pytest.raises(UserError, match=r"no config\.json"):
         make(folder=str(tmp_path))
+
+
+def train(out, *more):
+    settings = (
+        "data.sources=(('synthetic', 1.0, {'tasks': {'text_short': 1}, 'train_size': 96, 'val_size': 32}),)",
+        "model.width=32", "model.latent=8", "model.text.word_width=16", "loss.mesh=64", "train.batch_size=32", "train.epochs=3",
+        "train.eval_every=1", *more,
+    )  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    return main(["posescript", "train", "--config", "pose_vae_tiny", "--out", str(out), *words])
+
+
+def test_the_command_trains_a_generator(tmp_path):
+    assert train(tmp_path / "whole") == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[2]["val_loss"] < lines[0]["val_loss"]
+    whole = load_generator(tmp_path / "whole")
+    found = whole.settings["trained_on"]["val"]
+    assert found["val_loss"] == min(line["val_loss"] for line in lines)
+    assert (whole.model.log_scale_joints[...] != -3.0).all()
+
+    rows = SyntheticDataset("val", 32, tasks={"text_short": 1})[:]
+    errors = pose_errors(whole.mean([row.extras["caption"] for row in rows]), true_poses(rows), io.load_body())
+    assert errors["pa_mpjpe"] == pytest.approx(found["pa_mpjpe"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("loss.kl=-1", "loss.kl must be at least 0"),
+        ("loss.kld=1", "no such setting; did you mean loss.kl"),
+        ("loss.body=none.npz", "none.npz"),
+        ("model.width=33", "model.width must be a multiple of 2"),
+    ],
+)
+def test_wrong_settings_are_one_line(tmp_path, capsys, setting, words):
+    assert train(tmp_path, setting) == 2
+    assert words in capsys.readouterr().err
