@@ -123,7 +123,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         (["poses", *system, *rows, "--part", "3/2"], "--part 3/2: expected I/N"),
         (["poses", *system, *rows, "--set", "protocol=C"], "task 'poses' has no option 'protocol'"),
         (["poses", *system, *system, *rows], f"two systems are called '{HERE}:Drawn': set name="),
-        (["poses", *system, "--system", f"{HERE}:Drawn,seconds=0.001", *rows], "two systems are called 'drawn': set name="),
+        (["poses", *system, "--system", f"{HERE}:Drawn,again=true", *rows], "two systems are called 'drawn': set name="),
         (["poses", *system, *rows, *rows], "two data sets of poses are called 'rows': set name="),
         (["pose", *system, *rows], "did you mean poses"),
         (["all", *system, "--set", "protocols=C"], "expected TASK.OPTION=VALUE, with a TASK of estimation"),

@@ -20,12 +20,12 @@ class Drawn:
 
     asked = 0
 
-    def __init__(self, *, name: str = "drawn", batch_size: int = 4, seconds: float = 0.0, silent: bool = False):
-        self.name, self.batch_size, self.seconds, self.silent = name, batch_size, seconds, silent
+    def __init__(self, *, name: str = "drawn", batch_size: int = 4, silent: bool = False, again: bool = False):
+        self.name, self.batch_size, self.silent = name, batch_size, silent
         self.settings = {"silent": silent}
 
     def answer(self, questions):
-        time.sleep(self.seconds)
+        time.sleep(float(os.environ.get("SECONDS_A_BATCH", 0)))
         Drawn.asked += len(questions)
         return [self._one(question) for question in questions]
 

@@ -106,43 +106,29 @@ def test_parts_in_any_order_and_another_number_of_parts_after_a_kill(tmp_path, m
 def test_sigkill_at_random(tmp_path, whole):
     """Real processes, two parts at once, ended while they wait for answers or write."""
     random.seed(16)
-    for attempt in range(3):
-        out = tmp_path / str(attempt)
-        system = f"{HERE}:Drawn,seconds=0.15"
-        for kill in range(3):
-            code = f"import sys; from {HERE} import die_at; die_at({random.randrange(1, 12)}) if {kill} else None; "
-            code += "from chatpose_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
-            count = 2 + kill % 2
-            running = [
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-c",
-                        code,
-                        *WORDS,
-                        "--system",
-                        system,
-                        "--out",
-                        str(out),
-                        "--part",
-                        f"{part + 1}/{count}",
-                    ],
-                    cwd=ROOT,
-                    stdout=subprocess.DEVNULL,
-                )
-                for part in range(2)
-            ]
+    for kill in range(3):
+        code = f"import sys; from {HERE} import die_at; die_at({random.randrange(1, 12)}) if {kill} else None; "
+        code += "from chatpose_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        words = [*WORDS, "--system", f"{HERE}:Drawn", "--out", str(tmp_path), "--part"]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *words, f"{part}/{2 + kill % 2}"],
+                cwd=ROOT,
+                env=os.environ | {"SECONDS_A_BATCH": "0.15"},
+                stdout=subprocess.DEVNULL,
+            )
+            for part in (1, 2)
+        ]
+        if not kill:
             deadline = time.monotonic() + 120
-            if not kill:
-                while not list(out.rglob("*.jsonl")) and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                time.sleep(random.random() * 0.4)
-                for process in running:
-                    process.send_signal(signal.SIGKILL)
-            ended = [process.wait(180) for process in running]
-            assert not kill or -signal.SIGKILL in ended or 0 in ended
-        assert main([*WORDS, "--system", system, "--out", str(out)]) == 0
-        assert files(out) == whole
+            while not list(tmp_path.rglob("*.jsonl")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(random.random() * 0.4)
+            for process in running:
+                process.send_signal(signal.SIGKILL)
+        assert all(process.wait(180) in (0, -signal.SIGKILL) for process in running)
+    assert main([*WORDS, "--system", f"{HERE}:Drawn", "--out", str(tmp_path)]) == 0
+    assert files(tmp_path) == whole
 
 
 def test_a_batch_that_a_crash_cut_off_is_asked_again(tmp_path, monkeypatch, whole):
