@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME,option=value,…: a source of data.sources; may be repeated; by default that of the paper",
     )
     parser.add_argument("--out", type=Path, help="folder for answers, scores and the report")
-    parser.add_argument("--split", choices=get_args(Split), default="test", help="default: test")
+    parser.add_argument(
+        "--split", choices=(*get_args(Split), ALL), default="test", help="default: test; all: one after the other"
+    )
     parser.add_argument(
         "--subset",
         metavar="N|FILE",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from chatpose_jax import named
 from chatpose_jax.data.config import DataConfig, SourceRow, Split
-from chatpose_jax.data.sources import NamedRows, examples
+from chatpose_jax.data.example import Example
+from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation.subset import Chained
 from chatpose_jax.evaluation.system import SYSTEMS, System
 from chatpose_jax.settings import parse_value
 
@@ -84,18 +86,19 @@ def make_system(spec: Spec) -> System:
     return system
 
 
-def open_rows(spec: Spec, split: Split, root: str) -> NamedRows:
-    """The rows of a split of a source of ``data.sources``. root: folder of the prepared data sets.
+def open_rows(spec: Spec, split: Split | Literal["all"], root: str) -> Sequence[Example]:
+    """The rows of a split of a source of ``data.sources``. root: folder of the prepared data sets. "all": those of all splits, one after the other.
 
-    Raises UserError; ``NotPrepared`` is part of its message, with the command that prepares the data set.
+    Raises UserError as ``data.sources.examples`` does; for a data set that is not prepared it has the command that prepares it.
     """
     options = {name: value for name, value in spec.options.items() if name != "name"}
-    rows = examples(DataConfig(sources=(SourceRow(spec.name, 1.0, options),), root=root), split, IMAGE_SIZE)
-    assert isinstance(rows, NamedRows)
-    return rows
+    config = DataConfig(sources=(SourceRow(spec.name, 1.0, options),), root=root)
+    if split != "all":
+        return examples(config, split, IMAGE_SIZE)
+    return Chained([examples(config, each, IMAGE_SIZE) for each in get_args(Split)])
 
 
-def data_name(spec: Spec, split: Split, subset: str) -> str:
+def data_name(spec: Spec, split: str, subset: str) -> str:
     """What tables and folders call rows: the option ``name``, or that of the source or of its folder, with the split unless it is "test", and
     the subset: ``"3dpw_test-200"``.
     """

@@ -1,9 +1,11 @@
-"""Subsets of rows, drawn by their ids and kept as a list that people can read."""
+"""Sequences of rows that are read when they are taken; subsets drawn by ids, and kept as a list that people can read."""
 
 from __future__ import annotations
 
+import bisect
 import collections
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +30,26 @@ class Selected(Sequence[Example]):
         if isinstance(index, slice):
             return [self.rows[number] for number in self.numbers[index]]
         return self.rows[self.numbers[index]]
+
+
+class Chained(Sequence[Example]):
+    """The rows of several sequences, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        part = bisect.bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
 
 def with_poses(rows: Sequence[Example], kind: Kind | None = None) -> Selected:

@@ -94,6 +94,20 @@ def test_what_cannot_be_scored_is_printed(tmp_path, capsys):
     assert re.search(r"drawn +\d+\.\d \[\d+\.\d, \d+\.\d\] mm", line)
 
 
+def test_all_splits_stand_in_one_table(tmp_path):
+    words = [
+        "eval",
+        "poses",
+        "--system",
+        "mean,rows=20",
+        "--data",
+        "synthetic,kind=text,train_size=20,val_size=4,test_size=3",
+    ]
+    assert main([*words, "--split", "all", "--quiet", "--out", str(tmp_path)]) == 0
+    found = scores_of(tmp_path, "synthetic-all", "mean pose".replace(" ", "_"))
+    assert found["scores"][0]["facts"]["samples"] == "27" and "--split all" in found["command"]
+
+
 def test_all_says_what_was_not_run_and_how_to(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["eval", "all", "--system", f"{HERE}:Drawn", "--data", f"{HERE}:rows", "--out", "out"]

@@ -5,7 +5,7 @@ import pytest
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.subset import draw_rows, listed_rows, with_poses
+from chatpose_jax.evaluation.subset import Chained, draw_rows, listed_rows, with_poses
 from smpl_jax.pose import unmeasured
 
 
@@ -68,3 +68,14 @@ def test_rows_with_poses():
     rows = Rows(NAMES[:7])
     rows.entries = np.array([(2,), (0,), (0,), (1,), (0,), (0,), (0,)], [("poses", np.int32)])
     assert with_poses(rows).numbers == [0, 3] and rows.taken == [], "from the index alone"
+
+
+def test_splits_one_after_the_other():
+    parts = [Rows(NAMES[:3]), Rows([]), Rows(NAMES[3:4]), Rows(NAMES[4:7])]
+    rows = Chained(parts)
+    assert len(rows) == 7 and [row.id for row in rows] == NAMES[:7] == [row.id for row in rows[:]]
+    assert parts[3].taken == [0, 1, 2, 0, 1, 2]
+    for beyond in (7, -1):
+        with pytest.raises(IndexError):
+            rows[beyond]
+    assert len(Chained([Rows([])])) == 0
