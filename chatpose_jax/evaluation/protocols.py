@@ -188,16 +188,29 @@ class Files:
 
     def path(self, name: str) -> Path:
         """The file of a key of ``FILES``. Raises MissingFile, which says what it is and where to get it."""
-        file = FILES[name]
-        paths = [Path(self.folder).expanduser() / each for each in file.names] if self.folder else []
-        for path in paths:
-            if path.is_file():
-                return path
-        where = f"is not in {self.folder}" if self.folder else "is needed"
-        raise MissingFile(
-            f"{' or '.join(file.names)} {where}. It is from {file.page} (licence: {file.licence}). "
-            f"Name the folder that holds it by --set smpl=FOLDER, or choose protocols that need none, --set protocols=C"
+        if self.absent([name]):
+            raise MissingFile(self.missing([name]))
+        return next(path for path in self._paths(name) if path.is_file())
+
+    def absent(self, names: Sequence[str]) -> list[str]:
+        """Those of some keys of ``FILES`` whose file is not there."""
+        return [name for name in names if not any(path.is_file() for path in self._paths(name))]
+
+    def missing(self, names: Sequence[str]) -> str:
+        """Says of files that are not there what they are, where to get them, and what to do."""
+        sources = dict.fromkeys(f"{FILES[name].page} (licence: {FILES[name].licence})" for name in names)
+        where = f"not in {self.folder}" if self.folder else "needed"
+        return (
+            f"{self.words(names)}: {where}. They are from {'; '.join(sources)}. Name the folder that holds them by --set smpl=FOLDER, "
+            "or choose protocols that need none, --set protocols=C"
         )
+
+    def words(self, names: Sequence[str]) -> str:
+        """The names of files."""
+        return ", ".join(" or ".join(FILES[name].names) for name in names)
+
+    def _paths(self, name: str) -> list[Path]:
+        return [Path(self.folder).expanduser() / each for each in FILES[name].names] if self.folder else []
 
     def body(self, gender: str) -> BodyModel:
         """SMPL of a gender, with ten betas. Raises MissingFile, or UserError where the file is not SMPL's."""

@@ -60,7 +60,7 @@ _RETRIEVER = {"retriever": "PoseScript's, trained on real poses, used on generat
 _POSES = {"protocol": UNKNOWN, "pelvis": UNKNOWN, "betas": UNKNOWN, "samples": "200"}
 _DESCRIBED = {"protocol": UNKNOWN, "pelvis": UNKNOWN, "betas": UNKNOWN}
 _LATER = {**_DESCRIBED, "samples": UNKNOWN}
-_FULL = {"protocol": "B", "pelvis": "point 39", "betas": "of predictions on the neutral SMPL: 0", "samples": UNKNOWN}
+_FULL = {"protocol": "B", "pelvis": "point 39", "betas": "0; predictions on the neutral SMPL", "samples": UNKNOWN}
 
 PUBLISHED: tuple[Published, ...] = (
     *_rows(

@@ -302,15 +302,15 @@ def test_which_protocols_a_data_set_takes(folder, data, answers):
     assert [found.facts["protocol"] for found in task.score(answers)] == ["A", "C", "D"]
     found = scored(Estimation(data, "3dpw-val-200"), answers)
     assert found.facts["protocol"] == "C"
-    for words in ("A: SMPL_MALE.pkl or SMPL_MALE.npz", "D: SMPL_MALE.pkl", "smpl.is.tue.mpg.de", "--set smpl=FOLDER"):
-        assert words.replace("MALE", "FEMALE") in found.facts["left out"] or words in found.facts["left out"]
+    bodies = ", ".join(f"SMPL_{gender}.pkl or SMPL_{gender}.npz" for gender in ("MALE", "FEMALE", "NEUTRAL"))
+    assert found.facts["left out"] == f"A, which needs {bodies}, J_regressor_h36m.npy; D, which needs {bodies}"
     with pytest.raises(
-        UserError, match=r"SMPL_MALE.pkl or SMPL_MALE.npz is needed.*licence: SMPL's own.*--set smpl=FOLDER"
+        UserError, match=r"SMPL_MALE.pkl or SMPL_MALE.npz: needed.*licence: SMPL's own.*--set smpl=FOLDER"
     ):
         Estimation(data, "3dpw", protocols="A,C")
-    with pytest.raises(UserError, match=r"SMPL_NEUTRAL.pkl or SMPL_NEUTRAL.npz is needed"):
+    with pytest.raises(UserError, match=r"SMPL_NEUTRAL.npz, SMPL_to_J19.pkl: needed.*smplify.*4dhumans"):
         Estimation(data, "h36m_val_p2")
-    with pytest.raises(UserError, match=r"SMPL_NEUTRAL.pkl or SMPL_NEUTRAL.npz is needed"):
+    with pytest.raises(UserError, match=r"SMPL_NEUTRAL.pkl or SMPL_NEUTRAL.npz: needed"):
         Estimation(data, "h36m_val_p2", protocols="B").score(answers)
     with pytest.raises(UserError, match="expected some of A, A-hips, B, C, C22, D; found 'E'"):
         Estimation(data, "3dpw", protocols="E")

@@ -72,11 +72,13 @@ class Estimation:
         self.left_out = ""
         if not names:
             of_data = OF_DATA.get(data.partition("-")[0], ("C" if self.body.num_joints == 24 else "C22",))
-            missing = {name: error for name in of_data if (error := _missing(PROTOCOLS[name], self.files))}
-            names = tuple(name for name in of_data if name not in missing)
+            absent = {name: self.files.absent(PROTOCOLS[name].files) for name in of_data}
+            names = tuple(name for name in of_data if not absent[name])
             if not names:
-                raise next(iter(missing.values()))
-            self.left_out = "; ".join(f"{name}: {error}" for name, error in missing.items())
+                raise MissingFile(self.files.missing(absent[of_data[0]]))
+            self.left_out = "; ".join(
+                f"{name}, which needs {self.files.words(found)}" for name, found in absent.items() if found
+            )
         for name in names:
             check_protocol(name, rows[0], self.files, self.body)
         self.protocols = names
@@ -111,16 +113,6 @@ class Estimation:
         ]
 
 
-def _missing(protocol: Protocol, files: Files) -> MissingFile | None:
-    """What says which file of a protocol is not there, if one is not."""
-    try:
-        for name in protocol.files:
-            files.path(name)
-    except MissingFile as error:
-        return error
-    return None
-
-
 def named_protocols(words: str) -> tuple[str, ...]:
     """The protocols that an option names. Raises UserError for an unknown one."""
     names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
@@ -141,6 +133,8 @@ def check_protocol(name: str, row: Example, files: Files, body: BodyModel) -> No
             "docs/evaluation.md says which data set takes which protocols, and C takes any with poses"
         )
     if protocol.truth == "gendered":
+        if absent := files.absent([name for name in protocol.files if name != "neutral"]):
+            raise MissingFile(files.missing(absent))
         files.body("male"), files.body("female")
     if (protocol.truth == "body" and len(protocol.points) > body.num_joints) or (name == "C" and body.num_joints != 24):
         raise UserError(
