@@ -305,7 +305,8 @@ def test_which_protocols_a_data_set_takes(folder, data, answers):
     bodies = ", ".join(f"SMPL_{gender}.pkl or SMPL_{gender}.npz" for gender in ("MALE", "FEMALE", "NEUTRAL"))
     assert found.facts["left out"] == f"A, which needs {bodies}, J_regressor_h36m.npy; D, which needs {bodies}"
     with pytest.raises(
-        UserError, match=r"SMPL_MALE.pkl or SMPL_MALE.npz: needed.*licence: SMPL's own.*--set smpl=FOLDER"
+        UserError,
+        match=r"SMPL_MALE.pkl or SMPL_MALE.npz, .*J_regressor_h36m.npy: needed.*licence: SMPL's own.*--set smpl=FOLDER",
     ):
         Estimation(data, "3dpw", protocols="A,C")
     with pytest.raises(UserError, match=r"SMPL_NEUTRAL.npz, SMPL_to_J19.pkl: needed.*smplify.*4dhumans"):
