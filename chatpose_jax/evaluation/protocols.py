@@ -564,13 +564,16 @@ def protocol_errors(
             columns |= _official(rows, given, from_pelvis, placed_mask, after.rotation, there)
         if rows.poses.measured.any():
             columns |= rotation_errors(rows.poses, given.poses, unmeasured, there)
+    empty = there & ~answered & ~given.unmatched
+    others = np.array([bool(joints) for joints in given.joints], bool)
     counts = {
         "rows without a truth": int((~truth.known[:, points].any(1)).sum()),
         "frames without detected keypoints, which the protocol leaves out": int(
             (truth.known[:, points].any(1) & ~there).sum()
         ),
         "the person was not found among those of the answer": int((there & given.unmatched).sum()),
-        "no pose and no positions in the answer": int((there & ~answered & ~given.unmatched).sum()),
+        "no pose and no positions in the answer": int((empty & ~others).sum()),
+        "positions of other points than the protocol's, and no pose": int((empty & others).sum()),
         "the answer lacks some of the points": int((there & answered & ~whole).sum()),
     }
     if protocol.on == "body":

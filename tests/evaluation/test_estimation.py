@@ -366,6 +366,8 @@ def test_what_a_table_cannot_compare_is_counted(folder, data, answers):
     assert found.counts == dict.fromkeys(words, 1)
     assert np.isnan(found.samples["MPJRE"][0])
     assert np.isfinite(found.samples["MPJPE"][0])
+    found = scored(Estimation(data, "3dpw", protocols="A", smpl=str(folder)), [points, *answers[1:]])
+    assert found.counts == {"positions of other points than the protocol's, and no pose": 1}
     parts = answers[1].pose.replace(measured=flags(5))
     found = scored(Estimation(data, "3dpw", protocols="C"), [answers[0], Answer("", parts), *answers[2:]])
     assert found.counts == {"no pose and no positions in the answer": 1}
