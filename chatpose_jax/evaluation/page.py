@@ -118,7 +118,7 @@ def _row(table: Table, row: ReportRow) -> str:
         value, interval = figure(row.values.get(name))
         shown = f"<strong>{value}</strong>" if is_best(table, row, name) else value
         cells.append(f"<td>{shown}{f'<span>{interval}</span>' if interval else ''}</td>")
-    kind = ' class="published"' if row.published else ""
+    kind = ' class="published"' if row.published else ' class="reference"' if row.reference else ""
     return f"<tr{kind}><th>{escape(row.system)}{mark}</th>{''.join(cells)}</tr>"
 
 
