@@ -244,12 +244,12 @@ class Evaluation:
             self.waiting = True
             print(f"{folder}: {done} of {total} batches are answered; tables follow when all parts are run")
             return
-        answers = ask.read_answers(task, folder)
-        scores = task.score(answers)
+        kept = ask.read_answers(task, folder)
+        scores = task.score(kept.answers)
         about = {"task": cell.task, "data": cell.name, "system": system.name, "command": self._command(cell, spec)}
         if self.args.drawings:
-            write_gallery(folder, task.rows, _Questions(task), answers, scores, self.body, self.args.drawings)
-        ask.write_scores(folder, about, scores, task)
+            write_gallery(folder, task.rows, _Questions(task), kept.answers, scores, self.body, self.args.drawings)
+        ask.write_scores(folder, about, scores, kept)
         self.found += [(system.name, each) for each in scores]
 
     def _task(self, cell: Cell) -> Task:

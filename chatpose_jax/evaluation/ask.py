@@ -21,7 +21,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -158,10 +158,18 @@ def join(system: System, task: Task, folder: Path) -> tuple[int, int]:
     return len(batches), len(batches)
 
 
-def read_answers(task: Task, folder: Path) -> list[Answer]:
-    """The answers of ``answers.jsonl``, one for each row of the task. Raises UserError where they are damaged, or answer other questions."""
+class Kept(NamedTuple):
+    """What ``answers.jsonl`` holds, one for each row of the task; with the keys and groups of the rows."""
+
+    answers: list[Answer]
+    keys: list[str]
+    groups: list[str]
+
+
+def read_answers(task: Task, folder: Path) -> Kept:
+    """The answers of a task. Raises UserError where they are damaged, or answer other questions."""
     file, rows = folder / ANSWERS, task.rows
-    answers: list[Answer] = []
+    answers, keys, groups = Kept([], [], [])
     with file.open(encoding="utf-8") as lines:
         while chunk := list(itertools.islice(lines, _CHUNK)):
             try:
@@ -173,6 +181,8 @@ def read_answers(task: Task, folder: Path) -> list[Answer]:
             first = len(answers) - len(chunk)
             for number, (key, digest) in enumerate(asked[: len(rows) - first], first):
                 question = task.question(rows[number])
+                keys.append(question.key)
+                groups.append(question.group)
                 if (key, digest) != (question.key, _digest(question)):
                     what = f"answers {key!r}, the row is {question.key!r}"
                     what = what if key != question.key else f"the question of {key!r} was changed"
@@ -181,10 +191,10 @@ def read_answers(task: Task, folder: Path) -> list[Answer]:
                     )
     if len(answers) != len(rows):
         raise UserError(f"{file} has {len(answers)} answers, expected {len(rows)}; delete the folder to ask again")
-    return answers
+    return Kept(answers, keys, groups)
 
 
-def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores], task: Task) -> None:
+def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores], kept: Kept) -> None:
     """Writes ``scores.json``, an object with ``about`` and the list ``scores``, and ``samples.jsonl``.
 
     A line of ``samples.jsonl`` belongs to a row: ``{"key", "group", "samples": {table: {measure: value or text}}}``, without values that do not
@@ -195,12 +205,11 @@ def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores
     ]
     columns += [(each.table, name, np.asarray(texts, object)) for each in scores for name, texts in each.texts.items()]
     for table, name, values in columns:
-        if values.shape != (len(task.rows),):
-            raise ValueError(f"{table}: samples {name!r} have the shape {values.shape}, expected ({len(task.rows)},)")
+        if values.shape != (len(kept.keys),):
+            raise ValueError(f"{table}: samples {name!r} have the shape {values.shape}, expected ({len(kept.keys)},)")
 
     def fill(out: Any) -> None:
-        for number in range(len(task.rows)):
-            row = task.rows[number]
+        for number, (key, group) in enumerate(zip(kept.keys, kept.groups)):
             samples: dict[str, dict[str, float | str]] = {}
             for table, name, values in columns:
                 value = values[number]
@@ -208,11 +217,8 @@ def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores
                     samples.setdefault(table, {})[name] = value
                 elif np.isfinite(value):
                     samples.setdefault(table, {})[name] = round(float(value), 6)
-            out.write(
-                (
-                    json.dumps({"key": row.id, "group": row.group, "samples": samples}, ensure_ascii=False) + "\n"
-                ).encode()
-            )
+            line = json.dumps({"key": key, "group": group, "samples": samples}, ensure_ascii=False)
+            out.write(f"{line}\n".encode())
 
     write_whole(folder / SAMPLES, fill)
     write_json(folder / SCORES, {**about, "scores": [each.to_json() for each in scores]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -315,7 +315,7 @@ class Truths:
     __repr__ = one_line
 
     @classmethod
-    def gather(cls, rows: Sequence[Example]) -> Truths:
+    def gather(cls, rows: Iterable[Example]) -> Truths:
         """Reads each row once, and keeps no image."""
         keys, groups, poses, extras = [], [], [], []
         for row in rows:

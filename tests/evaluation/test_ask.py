@@ -178,7 +178,8 @@ def test_answers_belong_to_their_questions(tmp_path):
     system, rows = Drawn(), given_systems.rows("test", count=6)
     ask.ask(system, Fixed(rows, "rows"), tmp_path)
     assert ask.join(system, Fixed(rows, "rows"), tmp_path) == (2, 2)
-    found = ask.read_answers(Fixed(rows, "rows"), tmp_path)
+    found, keys, groups = ask.read_answers(Fixed(rows, "rows"), tmp_path)
+    assert keys == [row.id for row in rows] and groups == [f"clip {i}" for i in range(6)]
     fresh = system.answer([Fixed(rows, "rows").question(row) for row in rows])
     for kept, answer in zip(found, fresh, strict=True):
         assert kept.text == answer.text
@@ -206,12 +207,12 @@ def test_a_system_that_does_not_answer_each_question(tmp_path):
 
 
 def test_scores_survive_their_file(tmp_path):
-    task = Fixed(given_systems.rows("test", count=3), "rows")
+    kept = ask.Kept([Answer()] * 3, ["a", "b", "c"], ["clip 0", "clip 0", ""])
     values = {"MPJPE": Value(12.5, 11.0, 14.0, "mm"), "none": Value(float("nan"))}
     samples = {"MPJPE": np.array([1.0, np.nan, 2 / 3])}
     scores = [Scores("poses/rows/C", "Poses", {"protocol": "C"}, values, samples, "MPJPE", counts={"no pose": 1})]
     scores[0] = dataclasses.replace(scores[0], texts={"review": ["8 9\nå", "", "7 7"]})
-    ask.write_scores(tmp_path, {"command": "chatpose eval"}, scores, task)
+    ask.write_scores(tmp_path, {"command": "chatpose eval"}, scores, kept)
     text = (tmp_path / "scores.json").read_text()
     assert "NaN" not in text and json.loads(text)["command"] == "chatpose eval"
     found = Scores.from_json(json.loads(text)["scores"][0])
@@ -223,7 +224,7 @@ def test_scores_survive_their_file(tmp_path):
         {"poses/rows/C": {"review": ""}},
         {"poses/rows/C": {"MPJPE": 0.666667, "review": "7 7"}},
     ]
-    assert [line["group"] for line in lines] == ["clip 0", "clip 1", "clip 2"]
+    assert [line["group"] for line in lines] == ["clip 0", "clip 0", ""]
 
 
 def test_notes_are_counted():

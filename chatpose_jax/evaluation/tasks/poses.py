@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,12 @@ class Poses:
 
     def score(self, answers: Sequence[Answer]) -> list[Scores]:
         """A table for each kind of row."""
-        rows = Truths.gather(self.rows)
+        kinds: list[str] = []
+        rows = Truths.gather(_noting(self.rows, kinds))
         given = Answered.gather(answers, rows)
-        kinds = np.array([row.kind for row in self.rows])
         return [
-            self._table(kind, np.flatnonzero(kinds == kind), rows, given, answers)
-            for kind in dict.fromkeys(kinds.tolist())
+            self._table(kind, np.flatnonzero(np.array(kinds) == kind), rows, given, answers)
+            for kind in dict.fromkeys(kinds)
         ]
 
     def _table(
@@ -75,3 +75,10 @@ class Poses:
             rank="PA-MPJPE",
             counts=errors.counts | counts_of([answers[i] for i in places]),
         )
+
+
+def _noting(rows: Iterable[Example], kinds: list[str]) -> Iterator[Example]:
+    """The rows, of which each is read once; adds the kind of each to a list."""
+    for row in rows:
+        kinds.append(row.kind)
+        yield row
