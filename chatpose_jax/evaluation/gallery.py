@@ -43,8 +43,10 @@ def write_gallery(
     """Draws answers for each table whose ``Scores.rank`` names a measure, and writes ``gallery.json`` and PNG files into a system's folder.
 
     rows, questions, answers: the N of the task. scores: with their samples. body: draws the poses, with β = 0. each: answers of each place. A row
-    that several tables choose is drawn once. Images of an earlier call that are not drawn again are removed.
+    that several tables choose is drawn once. Where no answer has a pose, answers are words, and none is drawn as missing. Images of an earlier call
+    that are not drawn again are removed.
     """
+    poses = any(answer.pose is not None or answer.joints for answer in answers)
     shown: list[DrawnAnswer] = []
     images: dict[str, np.ndarray | None] = {}
     for table in scores:
@@ -55,7 +57,7 @@ def write_gallery(
             row, answer = rows[index], answers[index]
             name = f"{FOLDER}/{_name(row.id)}.png"
             if name not in images:
-                images[name] = draw_panels(row, answer, body, questions[index])
+                images[name] = draw_panels(row, answer, body, questions[index], poses)
             image = name if images[name] is not None else ""
             sample, unit = float(table.samples[table.rank][index]), value.unit if value else ""
             asked = words_of(questions[index].messages[-1]["content"])
@@ -89,11 +91,13 @@ def chosen(samples: np.ndarray, higher: bool, each: int) -> list[tuple[str, int]
     return found
 
 
-def draw_panels(row: Example, answer: Answer, body: BodyModel, question: Question | None = None) -> np.ndarray | None:
+def draw_panels(
+    row: Example, answer: Answer, body: BodyModel, question: Question | None = None, poses: bool = True
+) -> np.ndarray | None:
     """The images of the question, the true body and the answered body, beside each other, (H, W, 3) uint8. None where there is nothing to draw.
 
     Of an answer with several people, the one is drawn whose box overlaps that of the row.
-    question: what was asked; by default the first question of the row.
+    question: what was asked; by default the first question of the row. poses: whether an answer without a pose lacks something.
     """
     panels, labels = [], []
     content = (question or Question.of(row)).messages[-1]["content"]
@@ -101,13 +105,12 @@ def draw_panels(row: Example, answer: Answer, body: BodyModel, question: Questio
         if part["type"] == "image":
             panels.append(np.asarray(ImageOps.pad(load_image(part["image"]), (PANEL, PANEL), color="white")))
             labels.append("image")
-    poses = row.poses
-    has_truth = bool(len(poses.rotations)) and bool(np.any(known(poses[0])))
+    has_truth = bool(len(row.poses.rotations)) and bool(np.any(known(row.poses[0])))
     if has_truth:
-        panels.append(_body(poses[0], body))
+        panels.append(_body(row.poses[0], body))
         labels.append("true")
     answered = _answered(answer, row, body)
-    if answered is not None or has_truth:
+    if answered is not None or (has_truth and poses):
         panels.append(_no_pose() if answered is None else answered)
         labels.append("answer")
     captioned = [np.concatenate([panel, _caption(label)]) for panel, label in zip(panels, labels)]

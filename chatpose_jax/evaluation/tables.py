@@ -251,4 +251,4 @@ def figures(row: Published) -> str:
 
 def drawn_caption(shown: DrawnAnswer) -> str:
     """What stands with a drawn answer."""
-    return f"{shown.place}, {shown.measure} {shown.value:.1f}{f' {shown.unit}' if shown.unit else ''}, {shown.key}"
+    return f"{shown.place}, {shown.measure} {shown.value:.4g}{f' {shown.unit}' if shown.unit else ''}, {shown.key}"

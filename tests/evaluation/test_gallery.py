@@ -79,6 +79,22 @@ def test_betas_and_place_of_an_answer_do_not_matter(body):
     np.testing.assert_array_equal(*images)
 
 
+def test_answers_in_words_are_not_drawn_as_missing(tmp_path, body):
+    examples = rows(3)
+    questions = [Question.of(row) for row in examples]
+    table = Scores("a", "A", {}, {}, {"BLEU-4": np.array([0.1, 0.5, 0.3])}, rank="BLEU-4", better="higher")
+    said = [Answer(f"words {i}") for i in range(3)]
+    shown = write_gallery(tmp_path, examples, questions, said, [table], body, each=1)
+    assert [each.answer for each in shown] == ["words 1", "words 2", "words 0"]
+    with Image.open(tmp_path / shown[0].image) as image:
+        assert image.width == PANEL + 2 * GAP, "the true body alone"
+    shown = write_gallery(
+        tmp_path, examples, questions, [*said[:2], Answer(pose=examples[2].poses[0])], [table], body, each=1
+    )
+    with Image.open(tmp_path / shown[2].image) as image:
+        assert image.width == 2 * (PANEL + GAP) + GAP, "a system that answers with poses lacks one here"
+
+
 def test_of_several_people_the_one_that_was_asked_for_is_drawn(body):
     first, second = rows(2)
     poses = stack([first.poses[0], second.poses[0]])
