@@ -32,6 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a setting: --set train.epochs=20; may be repeated",
     )
     train.set_defaults(run_posescript=_train)
+    about = "convert a checkpoint (.pth) of PoseScript's retriever or generator; no code in it is run"
+    convert = commands.add_parser("convert", help=about, description=about)
+    convert.add_argument("file", type=Path, help="such as best_model.pth")
+    convert.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write")
+    convert.add_argument(
+        "--tokens",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="its vocabulary (vocab3893.pkl for vocA1H1), or for distilbertUncased the folder of distilbert-base-uncased",
+    )
+    convert.set_defaults(run_posescript=_convert)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,4 +60,11 @@ def _train(args: argparse.Namespace) -> int:
     config = load_posescript_config(args.config, args.overrides)
     keep_compiled()
     print(f"folder: {run_posescript(config, args.out, init=args.init)}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from chatpose_jax.posescript.released import convert_released
+
+    print(f"folder: {convert_released(args.file, args.out, args.tokens)}")
     return 0

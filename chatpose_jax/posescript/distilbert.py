@@ -61,7 +61,8 @@ class DistilBert(nnx.Module):
         self.layers = make_layers(lambda rngs: _Layer(config, rngs=rngs), config.layers, scan=True, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        """The last hidden states. tokens: (B, T) int32, T at most ``config.positions``. lengths: (B,) tokens that count. Returns (B, T, width)."""
-        x = self.norm(self.words[...][tokens] + self.positions[...][: tokens.shape[1]])
+        """The last hidden states. tokens: (B, T) int32. lengths: (B,) tokens that count, at most ``config.positions``. Returns (B, T, width)."""
+        places = jnp.minimum(jnp.arange(tokens.shape[1]), self.config.positions - 1)  # padding may be longer
+        x = self.norm(self.words[...][tokens] + self.positions[...][places])
         x, _ = jax.lax.scan(lambda x, layer: (layer(x, lengths), None), x, self.layers)
         return x

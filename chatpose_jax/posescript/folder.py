@@ -118,15 +118,15 @@ def open_folder(folder: str | Path, kind: str) -> Opened:
         raise UserError(f"{folder / ARRAYS}: {_FILL} and {_SEEN} do not fit {joints} joints")
     model = nnx.eval_shape(lambda: KINDS[kind].network(sizes, rngs=nnx.Rngs(0)))
     model = filled(model, KINDS[kind].rules, tensors, folder / ARRAYS)
-    tokens = open_tokens(folder)
+    tokens = open_tokens(folder, sizes.text.transformer.distilbert.positions)
     if len(tokens) > sizes.text.count:
         raise UserError(f"{folder}: {len(tokens)} token ids, and the network knows {sizes.text.count}")
     return Opened(folder.resolve().name, model, tokens, pose_input, config)
 
 
-def open_tokens(folder: Path) -> TextTokens:
-    """The vocabulary or the tokenizer of a folder. Raises UserError."""
-    return WordVocabulary.load(folder) if (folder / WordVocabulary.FILE).is_file() else WordPieces.load(folder)
+def open_tokens(folder: Path, most: int) -> TextTokens:
+    """The vocabulary of a folder, or its tokenizer for texts of at most so many tokens. Raises UserError."""
+    return WordVocabulary.load(folder) if (folder / WordVocabulary.FILE).is_file() else WordPieces.load(folder, most)
 
 
 def _once(value: np.ndarray) -> Iterator[np.ndarray]:

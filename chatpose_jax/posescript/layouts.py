@@ -61,12 +61,12 @@ def word_encoder(source: str, target: str) -> tuple[NameRule, ...]:
 
 
 def distilbert(source: str, target: str) -> tuple[NameRule, ...]:
-    """``DistilBert``, by the names of transformers. source: ends with a dot, or is empty."""
-    layer, out = f"{source}transformer.layer.{{i}}.", f"{target}/layers"
+    """``DistilBert``, by the names of transformers. source ends with a dot, target with a slash, or they are empty."""
+    layer, out = f"{source}transformer.layer.{{i}}.", f"{target}layers"
     return (
-        NameRule(f"{source}embeddings.word_embeddings.weight", f"{target}/words"),
-        NameRule(f"{source}embeddings.position_embeddings.weight", f"{target}/positions"),
-        *_norm(f"{source}embeddings.LayerNorm", f"{target}/norm"),
+        NameRule(f"{source}embeddings.word_embeddings.weight", f"{target}words"),
+        NameRule(f"{source}embeddings.position_embeddings.weight", f"{target}positions"),
+        *_norm(f"{source}embeddings.LayerNorm", f"{target}norm"),
         *(rule for name in ("q", "k", "v") for rule in _linear(f"{layer}attention.{name}_lin", f"{out}/{name}")),
         *_linear(f"{layer}attention.out_lin", f"{out}/o"),
         *_norm(f"{layer}sa_layer_norm", f"{out}/attention_norm"),
@@ -80,7 +80,7 @@ def transformer_encoder(source: str, target: str) -> tuple[NameRule, ...]:
     """``TransformerEncoder``."""
     layer, out = f"{source}.transformer_encoder.layers.{{i}}", f"{target}/layers"
     return (
-        *distilbert(f"{source}.pretrained_text_encoder.", f"{target}/distilbert"),
+        *distilbert(f"{source}.pretrained_text_encoder.", f"{target}/distilbert/"),
         *_linear(f"{source}.projection.1", f"{target}/projection"),
         *_linear(f"{layer}.self_attn.", f"{out}/qkv", "in_proj_weight", "in_proj_bias"),
         *_linear(f"{layer}.self_attn.out_proj", f"{out}/o"),

@@ -11,8 +11,12 @@ import re
 from collections.abc import Iterator
 
 _CLOSING = "\"')]}‘’“”«»"
-_END = re.compile(r"[.?!](?=[)\";}\]*:@'({\[?!‘’“”«»]|\s+(?P<next>\S))")
+_END = re.compile(r"[.?!](?=[)\";}\]*:@'({\[?!‘’“”«»]|\s+(?P<next>\S+))")
 """A mark that may end a sentence, and what follows it."""
+_WORD = re.compile(r"[^\s(\"`{\[:;&#*@)}\]\-,][^\s)\";}\]*:@'({\[?!‘’“”«»]*$")
+"""What Punkt takes for the last word."""
+_INSIDE = re.compile(r"[?!].|\.[)\";}\]*:@'({\[?!‘’“”«»,]")
+"""The end of a sentence in the next word: Punkt then takes the mark before that word for an end too."""
 _SHORT = """adm ala ariz aug ave bros calif chg cie co col colo conn corp cos ct dec dr feb fla fri ft ga gen ill inc jan jr kan ky lt ltd maj
 messrs mg mich minn mr mrs ms nev nov oct ok okla ore pa prof rep reps sen sep sept sr st sw tenn tues va vs vt w.va wash wed wis yr a.a a.c a.d
 a.g a.h a.m a.m.e a.s a.t b.f b.v c.i.t c.o.m.b c.v d.c d.h d.w e.f e.h e.l e.m f.g f.j g.d g.f g.k h.c h.f h.m i.m.s j.b j.c j.j j.k j.p j.r l.a
@@ -82,15 +86,15 @@ def _sentences(text: str) -> Iterator[str]:
 
 def _ends(text: str, found: re.Match[str]) -> bool:
     """Whether a mark ends a sentence."""
-    if found[0] != ".":
+    follows = found["next"] or text[found.end()]
+    if found[0] != "." or _INSIDE.search(follows):
         return True
-    before = re.search(r"[^\s()\"`{}\[\]:;&#*@,?!'‘’“”«»]*$", text[: found.start()])
+    before = _WORD.search(text[: found.start()])
     word = before[0] if before else ""
     if word.endswith("."):  # dots that stand for words that are left out
         return False
     if word in _ABBREVIATIONS or word.rpartition("-")[2] in _ABBREVIATIONS:
         return False
-    follows = found["next"] or text[found.end()]
     if re.fullmatch(r"[^\W\d]|-?[\d.,]*\d[\d.,]*", word):  # a single letter or a number
-        return not (follows.islower() or follows in ";:,.!?")
+        return not re.match(r"[^\W\d_]|[;:,!?]|\.(?!\.)", follows)
     return True

@@ -12,8 +12,8 @@ def get_config():
     config.model.pose_width = 256
     config.model.text.word_width = 64
     config.train.batch_size = 128
-    config.train.epochs = 30
+    config.train.epochs = 12
     config.train.learning_rate = 1e-3
-    config.train.halve_every = 10
-    config.train.eval_every = 2
+    config.train.halve_every = 4
+    config.train.eval_every = 1
     return config

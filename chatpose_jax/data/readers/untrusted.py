@@ -24,7 +24,15 @@ from PIL import Image
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import FORMATS
-from smpl_jax.unpickle import ForbiddenGlobal, PickledArray, RestrictedUnpickler, numpy_table, sealed
+from smpl_jax.unpickle import (
+    ForbiddenGlobal,
+    PickledArray,
+    PickledObject,
+    RestrictedUnpickler,
+    numpy_table,
+    pickled_objects,
+    sealed,
+)
 
 MAX_MEMBER = 2**28
 """Bytes of one member of a tar, one line of JSON lines, or one pickle."""
@@ -38,13 +46,14 @@ MAX_VALUES = 10**7
 # Pickles ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def load_pickle(data: bytes, where: object, limit: int = MAX_MEMBER) -> Any:
+def load_pickle(data: bytes, where: object, limit: int = MAX_MEMBER, classes: Collection[str] = ()) -> Any:
     """Reads a pickle of plain Python and NumPy values, of any protocol, and of Python 2 (whose strings are read as latin1).
 
     Args:
         data: the pickle.
         where: begins the errors, such as the name of the file.
         limit: the most bytes that ``data`` may have.
+        classes: names, ``"module.name"``, of foreign classes. Of their objects the state is read, mostly the dictionary of attributes.
 
     Returns:
         None, numbers, text, bytes, lists, tuples, dictionaries, sets, NumPy scalars, and NumPy arrays of numbers, text or objects, nested
@@ -55,12 +64,12 @@ def load_pickle(data: bytes, where: object, limit: int = MAX_MEMBER) -> Any:
     """
     if len(data) > limit:
         raise UserError(f"{where}: the pickle has {len(data):,} bytes; the limit is {limit:,}")
-    return _unpickle(io.BytesIO(data), where)
+    return _unpickle(io.BytesIO(data), where, classes)
 
 
-def _unpickle(file: IO[bytes], where: object) -> Any:
+def _unpickle(file: IO[bytes], where: object, classes: Collection[str] = ()) -> Any:
     try:
-        return _Plain()(_Bounded(file, _table()).load())
+        return _Plain()(_Bounded(file, _table() | pickled_objects(classes)).load())
     except ForbiddenGlobal as error:
         raise UserError(
             f"{where}: {error}, and only plain Python and NumPy values are read; nothing was run. "
@@ -166,6 +175,8 @@ class _Plain:
             if not isinstance(value.value, list):
                 raise pickle.UnpicklingError("it holds an array without contents")
             children, make = value.value, lambda items: _object_array(items, value.shape, value.order)
+        elif isinstance(value, PickledObject):
+            children, make = [value.state], lambda items: items[0]
         elif isinstance(value, dict):
             children, make = list(value.values()), lambda items: dict(zip(value, items))
         elif isinstance(value, list | tuple | set | frozenset):

@@ -14,7 +14,7 @@ from chatpose_jax.weights.readers.checkpoint import (
 from chatpose_jax.weights.readers.entry import Index, TensorEntry, bounded
 from chatpose_jax.weights.readers.foreign import demand_native, describe_folder, fetch_hint
 from chatpose_jax.weights.readers.safetensors import SAFETENSORS_DTYPES, read_safetensors_header
-from chatpose_jax.weights.readers.torch_zip import read_torch_header
+from chatpose_jax.weights.readers.torch_zip import read_torch_header, read_torch_objects
 
 __all__ = [
     "ADAPTER_FILES",
@@ -31,4 +31,5 @@ __all__ = [
     "read_json_object",
     "read_safetensors_header",
     "read_torch_header",
+    "read_torch_objects",
 ]

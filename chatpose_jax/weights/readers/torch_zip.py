@@ -10,7 +10,7 @@ import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights.readers.entry import TensorEntry, are_sizes, demand_inside, demand_name
-from smpl_jax.unpickle import ForbiddenGlobal, RestrictedUnpickler, sealed
+from smpl_jax.unpickle import ForbiddenGlobal, RestrictedUnpickler, numpy_table, pickled_objects, sealed
 
 _TORCH_STORAGES: dict[str, Any] = {
     "DoubleStorage": np.float64,
@@ -122,7 +122,15 @@ def _storage(pid: Any) -> _Storage:
 
 
 def read_torch_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file of ``torch.save`` (zip format). Other values are skipped.
+    """The tensors of one file of ``torch.save`` (zip format). Other values are skipped. Raises UserError as ``read_torch_objects``."""
+    return read_torch_objects(path)[0]
+
+
+def read_torch_objects(path: Path, classes: Iterable[str] = ()) -> tuple[dict[str, TensorEntry], Any]:
+    """The tensors of one file of ``torch.save``, and the value that it holds.
+
+    classes: names, ``"module.name"``, of foreign classes whose objects may be in it. They become ``PickledObject``; numbers of NumPy may stand
+    beside them.
 
     Raises UserError for a truncated file, the format before PyTorch 1.6, compressed or big-endian members, and a pickle that needs names other than
     those of tensors.
@@ -149,7 +157,9 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
             if order and (order.file_size > _MAX_BYTEORDER or archive.read(order) != b"little"):
                 raise UserError(f"{path}: written on a big-endian machine; re-save it as safetensors")
             data = io.BytesIO(archive.read(pickles[0]))
-            tensors = list(_tensors(_TensorUnpickler(data, _PICKLE_TABLE, persistent_load=_storage).load()))
+            table = _PICKLE_TABLE | ({**numpy_table(), **pickled_objects(classes)} if classes else {})
+            value = _TensorUnpickler(data, table, persistent_load=_storage).load()
+            tensors = list(_tensors(value))
     except UserError:
         raise
     except (_Unread, ForbiddenGlobal) as error:
@@ -192,7 +202,7 @@ def read_torch_header(path: Path) -> dict[str, TensorEntry]:
                 )
             entries[name] = entry
     demand_inside(path, entries.values(), path.stat().st_size)
-    return entries
+    return entries, value
 
 
 def _tensors(state: Any) -> Iterator[tuple[str, _Tensor]]:

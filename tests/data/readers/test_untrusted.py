@@ -1,5 +1,6 @@
 """Files from strangers: honest ones are read as their own programs read them, hostile and damaged ones are one error."""
 
+import argparse
 import collections
 import gzip
 import io
@@ -379,3 +380,10 @@ def test_image_size():
     for data in (b"", b"GIF", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
         with pytest.raises(UserError, match=r"^x: expected an image"):
             untrusted.image_size(data, "x")
+
+
+def test_objects_of_named_classes_are_their_state_and_others_are_refused() -> None:
+    data = pickle.dumps({"args": argparse.Namespace(a=1, b=["x"])})
+    assert untrusted.load_pickle(data, "x", classes=("argparse.Namespace",)) == {"args": {"a": 1, "b": ["x"]}}
+    with pytest.raises(UserError, match=r"x: the pickle refers to argparse\.Namespace"):
+        untrusted.load_pickle(data, "x")
