@@ -52,6 +52,7 @@ def test_the_free_path_of_the_docs(tmp_path, monkeypatch, capsys):
     [scores] = found["scores"]
     assert scores["table"] == "poses/cmu-5/text" and scores["facts"]["samples"] == "5 of 5"
     assert scores["values"]["PA-MPJPE"]["value"] > 10
+    assert scores_of("out/cmu/report", "cmu-5", "mean_pose")["scores"][0]["values"]["PA-MPJPE"]["value"] > 1
     assert "Poses of cmu-5, text rows" in capsys.readouterr().out
 
 
