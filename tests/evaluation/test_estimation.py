@@ -12,7 +12,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import protocols
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.evaluation.tasks.estimation import Estimation
-from smpl_jax import Pose, io
+from smpl_jax import Pose, io, joints
 from smpl_jax.metrics import pose_metrics
 from smpl_jax.pose import stack
 
@@ -374,3 +374,21 @@ def test_what_a_table_cannot_compare_is_counted(folder, data, answers):
     toes = answers[1].pose.replace(measured=flags(10))
     found = scored(Estimation(data, "3dpw", protocols="C"), [answers[0], Answer("", toes), *answers[2:]])
     assert not found.counts, "toes hold no other joint, and 3DPW did not measure them"
+
+
+def test_a_body_of_another_family(tmp_path, data, answers):
+    """SMPL-X shares SMPL's first 22 joints, which are compared; its fingers are straight on both sides."""
+    arrays = random_arrays("smplx", seed=4)
+    np.savez(tmp_path / "SMPLX_NEUTRAL.npz", **arrays)
+    body = io.load_body(tmp_path / "SMPLX_NEUTRAL.npz")
+    found = scored(Estimation(data, "rows", body=str(tmp_path / "SMPLX_NEUTRAL.npz")), answers)
+    assert found.facts["protocol"] == "C22"
+    for i in (0, 5):
+        sides = []
+        for rotations in (answers[i].pose.rotations, data[i].poses.rotations[0]):
+            whole = np.concatenate([rotations[:22], np.tile(np.eye(3, dtype=np.float32), (33, 1, 1))])
+            points = np.asarray(joints(body, whole), np.float64)[:22]
+            sides.append(points - points[0])
+        assert found.samples["MPJPE"][i] == pytest.approx(in_mm(*sides), abs=1e-3)
+    with pytest.raises(UserError, match=r"has 55; --set protocols=C22"):
+        Estimation(data, "rows", protocols="C", body=str(tmp_path / "SMPLX_NEUTRAL.npz"))
