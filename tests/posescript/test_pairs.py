@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -89,11 +91,12 @@ def test_captions_come_from_extras_and_rows_of_one_pose_are_one_pair() -> None:
 
 def test_rows_of_the_generated_set_have_the_caption_of_their_question() -> None:
     tasks = {"text": 1, "text_short": 1, "text_turns": 1, "situation": 1, "image": 1}
-    with_caption = 0
+    with_caption = collections.Counter[str]()
     for example in SyntheticDataset("val", size=40, tasks=tasks)[:40]:
         task = example.id.rpartition("-")[2]
-        assert bool(captions_of(example)) == task.startswith("text")
+        assert bool(captions_of(example)) == bool(len(example.poses))
+        assert bool(captions_of(example, "query")) == (task == "situation")
         for caption in captions_of(example):
-            assert caption in example.messages[0]["content"]
-            with_caption += 1
-    assert with_caption > 10
+            assert example.kind == "image" or caption in example.messages[0]["content"]
+            with_caption[example.kind] += 1
+    assert with_caption["text"] > 10 and with_caption["image"] > 10

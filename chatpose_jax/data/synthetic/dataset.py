@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +58,7 @@ def to_camera(rotations: np.ndarray, yaw: float = 0.0, pitch: float = 0.0) -> np
 class _Draft:
     """A row without its image.
 
-    turns: (question, answer). poses: in the body frame. shown: the pose in the image, if there is one. caption: of the first pose, where the
-    question has one.
+    turns: (question, answer). poses: in the body frame. shown: the pose in the image, if there is one. extras: words of the first pose.
     """
 
     id: str
@@ -67,7 +67,7 @@ class _Draft:
     poses: list[np.ndarray]
     shown: np.ndarray | None = None
     scene: Scene | None = None
-    caption: str = ""
+    extras: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -146,7 +146,8 @@ class SyntheticDataset(Sequence[Example]):
     ``{"image": 1}`` images only. max_yaw: images show the body turned by up to so many degrees; more is harder to learn. keypoints: a set of
     ``smpl_jax.keypoints``; rows with images then have the extras ``keypoints_2d`` (K, 3), in pixels and with a confidence, and ``keypoint_set``.
 
-    Rows that ask for the pose of a caption have it in ``extras`` as ``caption``; it describes the first pose.
+    ``extras`` hold words of the first pose: ``caption``, which the question gives or which describes the pose of an image; of the task "situation"
+    ``query``, the question.
 
     Images are ``LazyImage``s. ``precompute`` renders all of them at once, in batches. Raises UserError for an unknown split, task or set
     of keypoints.
@@ -207,7 +208,7 @@ class SyntheticDataset(Sequence[Example]):
         row = _finish(draft, image)
         if self.keypoints and image is not None:
             found = {"keypoints_2d": self._keypoints(index // _BLOCK)[index], "keypoint_set": self.keypoints}
-            row = dataclasses.replace(row, extras=found)
+            row = dataclasses.replace(row, extras={**row.extras, **found})
         return row
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,13 +301,13 @@ def _finish(draft: _Draft, image: np.ndarray | LazyImage | None) -> Example:
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     yaw, pitch = (draft.scene.yaw, draft.scene.pitch) if draft.scene else (0.0, 0.0)
     poses = Pose(to_camera(np.stack(draft.poses), yaw, pitch), "camera") if draft.poses else NO_POSES
-    return Example(draft.id, draft.kind, messages, poses, {"caption": draft.caption} if draft.caption else {})
+    return Example(draft.id, draft.kind, messages, poses, draft.extras)
 
 
 def _text(row: _Row, detail: captions.Detail = "detailed") -> _Draft:
     template, caption = row.pick(questions.TEXT_TO_POSE), row.caption(detail)
     turn = (template.format(caption=caption), row.pick(questions.POSE_ANSWERS))
-    return _Draft("", "text", [turn], [row.pose.rotations[0]], caption=caption)
+    return _Draft("", "text", [turn], [row.pose.rotations[0]], extras={"caption": caption})
 
 
 def _text_short(row: _Row) -> _Draft:
@@ -318,13 +319,15 @@ def _situation(row: _Row) -> _Draft:
     arms = situation.arms if row.rng.random() < 0.5 else situation.arms[::-1]
     pose = sample_poses(1, int(row.rng.integers(2**31)), situation.posture, arms)
     question = row.pick(QUESTIONS).format(situation=situation.words)
-    return _Draft("", "text", [(question, row.pick(questions.POSE_ANSWERS))], [pose.rotations[0]])
+    turn = (question, row.pick(questions.POSE_ANSWERS))
+    return _Draft("", "text", [turn], [pose.rotations[0]], extras={"query": question})
 
 
 def _image(row: _Row) -> _Draft:
     turn = (row.pick(questions.IMAGE_TO_POSE), row.pick(questions.POSE_ANSWERS))
-    pose = row.pose.rotations[0]
-    return _Draft("", "image", [turn], [pose], pose, draw_scene(row.rng, row.max_yaw))
+    pose, scene = row.pose.rotations[0], draw_scene(row.rng, row.max_yaw)
+    caption = dataclasses.replace(row, rng=copy.deepcopy(row.rng)).caption()  # later draws stay as they are
+    return _Draft("", "image", [turn], [pose], pose, scene, {"caption": caption})
 
 
 def _turns(start: Callable[[_Row], _Draft]) -> Callable[[_Row], _Draft]:
