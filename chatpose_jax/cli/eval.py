@@ -233,6 +233,8 @@ class Evaluation:
             "data": {**source, "split": self.args.split, "rows": len(task.rows)},
             "system": {"name": system.name, "source": spec.name, "batch_size": size, **system.settings},
         }
+        if check := getattr(task, "check", None):
+            check(system.name, system.settings)
         ask.claim(folder, settings)
         label = None if self.args.quiet else f"{cell.task} {cell.name} {system.name}"
         with all_or_none():

@@ -10,10 +10,13 @@ from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question
 
 TASKS: dict[str, str] = {
+    "describe": "chatpose_jax.evaluation.tasks.describe:Describe",
     "estimation": "chatpose_jax.evaluation.tasks.estimation:Estimation",
+    "generation": "chatpose_jax.evaluation.tasks.generation:Generation",
     "judge": "chatpose_jax.evaluation.tasks.judge:Judge",
     "poses": "chatpose_jax.evaluation.tasks.poses:Poses",
     "rpe": "chatpose_jax.evaluation.tasks.rpe:ReasonedEstimation",
+    "spg": "chatpose_jax.evaluation.tasks.generation:SpeculativeGeneration",
 }
 """Tasks in the package: name -> ``package.module:Class``. Each is called as ``make(rows, data, **options)``: the rows of a split, the name of
 their data set, and its options by keyword. It may leave out rows that it cannot use (``Task.rows``); a subset is drawn from the others, and
@@ -24,6 +27,9 @@ class Task(Protocol):
     """A task over some rows.
 
     name: key of ``TASKS``. rows: what is evaluated, read row by row. settings: what the questions depend on, as JSON, without the rows.
+
+    A task may have a method ``check(name, settings)``. It gets those of a system before this is asked, and raises UserError for a system that the
+    task must not judge.
     """
 
     name: str
