@@ -17,7 +17,7 @@ from chatpose_jax.evaluation.systems import simple
 from chatpose_jax.evaluation.systems.simple import MeanPose, NearestText, RidgeRegression, grams
 from smpl_jax import Pose, io, stack
 
-TEXT = ("synthetic", 1.0, {"tasks": {"text": 1.0}})
+TEXT = "synthetic,tasks={'text': 1}"
 
 
 def system(key, /, **options):
@@ -65,7 +65,7 @@ def test_on_generated_descriptions_words_tell_far_more_than_the_mean(monkeypatch
     body, val = io.load_body(), SyntheticDataset("val", 60, tasks={"text": 1})[:]
     errors = {}
     for name in ("mean", "nearest", "ridge"):
-        answers = system(name, data=(TEXT,), rows=400).answer(asked(*val))
+        answers = system(name, data=TEXT, rows=400).answer(asked(*val))
         errors[name] = pose_errors(stack([answer.pose for answer in answers]), true_poses(val), body)
     assert errors["ridge"]["pa_mpjpe"] < 0.65 * errors["mean"]["pa_mpjpe"]
     assert errors["nearest"]["mpjpe"] < errors["mean"]["mpjpe"]

@@ -7,15 +7,14 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from chatpose_jax.data.config import DataConfig
 from chatpose_jax.data.example import Example
-from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import first_question, mean_pose, true_poses
+from chatpose_jax.evaluation.spec import Spec, open_rows
 from chatpose_jax.evaluation.system import Answer, Question, asked_words
 from chatpose_jax.settings import whole
 from smpl_jax.pose import Pose, known
@@ -129,10 +128,9 @@ class Simple:
     left out.
 
     Options:
-        data: where training rows come from, in the forms of ``data.sources``: a name, or rows of (name, weight, {option: value}).
+        data: where training rows come from, as the command line names it (``spec.Spec``): a source, with its options behind commas.
         root: folder of the prepared data sets.
         rows: at most so many training rows, drawn by ``seed``.
-        seed: of this draw, and of sources that have a seed.
         name: of the row in tables.
 
     Raises UserError for a source that is not found, or has no row with a pose.
@@ -143,21 +141,21 @@ class Simple:
     batch_size = 64
 
     def __init__(
-        self, *, data: Any = "synthetic", root: str = "data", rows: int = 20_000, seed: int = 0, name: str = ""
+        self, *, data: str = "synthetic", root: str = "data", rows: int = 20_000, seed: int = 0, name: str = ""
     ) -> None:
         self.name = name or self.title
-        config = DataConfig(data, root=root, seed=seed)
         whole("rows", rows, 1)
-        source = examples(config, "train", image_size=64)
+        whole("seed", seed, 0)
+        source = open_rows(Spec.parse(data), "train", root)
         drawn = np.sort(np.random.default_rng(seed).permutation(len(source))[:rows]).tolist()
         found = [light for i in drawn if (light := _in_words(source[i])) is not None]
         if not found:
-            raise UserError(f"{self.name}: the training rows of {data!r:.100} have no poses to learn from")
+            raise UserError(f"{self.name}: the training rows of {data!r:.200} have no poses to learn from")
         kinds: set[str] = {row.kind for row in found}
         self._models = {kind: self._fit([row for row in found if row.kind == kind]) for kind in kinds}
         self._all = self._fit(found)
         self.settings = {
-            "data": [row.name for row in config.sources],
+            "data": data,
             "rows": len(found),
             "seed": seed,
             "trained_on": _digest(found),
