@@ -330,8 +330,7 @@ class Truths:
 
     def take(self, rows: np.ndarray) -> Truths:
         """Those at an index (n,)."""
-        lists = ([values[i] for i in rows] for values in (self.keys, self.groups, self.extras))
-        keys, groups, extras = lists
+        keys, groups, extras = ([values[i] for i in rows] for values in (self.keys, self.groups, self.extras))
         return Truths(keys, groups, self.poses.take(rows), extras)
 
     def numbers(self, name: str, *shape: int) -> np.ndarray:

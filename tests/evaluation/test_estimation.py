@@ -392,3 +392,10 @@ def test_a_body_of_another_family(tmp_path, data, answers):
         assert found.samples["MPJPE"][i] == pytest.approx(in_mm(*sides), abs=1e-3)
     with pytest.raises(UserError, match=r"has 55; --set protocols=C22"):
         Estimation(data, "rows", protocols="C", body=str(tmp_path / "SMPLX_NEUTRAL.npz"))
+    fewer = random_arrays(seed=4)
+    for name, axis in (("weights", 1), ("J_regressor", 0), ("kintree_table", 1)):
+        fewer[name] = fewer[name].take(range(20), axis)
+    fewer["posedirs"] = fewer["posedirs"][..., : 9 * 19]
+    np.savez(tmp_path / "odd.npz", **fewer)
+    with pytest.raises(UserError, match=r"odd.npz: expected a number of joints of .*found 20"):
+        Estimation(data, "rows", body=str(tmp_path / "odd.npz"))

@@ -29,6 +29,7 @@ from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import did_you_mean
 from smpl_jax import io
 from smpl_jax.body import BodyModel
+from smpl_jax.pose import family_of
 
 
 class Estimation:
@@ -145,9 +146,11 @@ def check_protocol(name: str, row: Example, files: Files, body: BodyModel) -> No
 def evaluation_body(path: str) -> BodyModel:
     """The body of a file, or that of the package for "". Raises UserError."""
     try:
-        return io.load_body(path or None)
+        body = io.load_body(path or None)
+        family_of(body.num_joints)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"the evaluation body {path}: {error}" if path not in str(error) else str(error)) from None
+    return body
 
 
 def protocol_facts(
