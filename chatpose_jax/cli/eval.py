@@ -365,7 +365,9 @@ def table_lines(found: Sequence[tuple[str, Scores]]) -> list[str]:
         lines += ["", first.title, "; ".join(f"{name}: {value}" for name, value in first.facts.items())]
         columns = list(dict.fromkeys(name for _, scores in rows for name in scores.values))
         cells = [["", *columns]]
-        cells += [[name, *(value_text(scores.values.get(c)) for c in columns)] for name, scores in rows]
+        systems = [(name, scores.values) for name, scores in rows]
+        systems += {title: values for _, scores in rows for title, values in scores.references.items()}.items()
+        cells += [[name, *(value_text(values.get(c)) for c in columns)] for name, values in systems]
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
         for name, scores in rows:
