@@ -15,7 +15,7 @@ from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.layouts import POSE_VAE, RETRIEVER, filled, to_tensors
-from chatpose_jax.posescript.network import NoSettings, Retrieval, RetrieverConfig, retriever_recipe
+from chatpose_jax.posescript.network import Retrieval, RetrieverConfig, RetrieverLossConfig, retriever_recipe
 from chatpose_jax.posescript.pairs import PoseInput
 from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig, VaeLossConfig, pose_vae_recipe
 from chatpose_jax.posescript.tokens import TextTokens, WordPieces, WordVocabulary
@@ -34,18 +34,18 @@ class Kind(NamedTuple):
     """A kind of network.
 
     config: dataclass of its sizes, with ``from_json``. network: called with it and ``rngs``. rules: its tensors. loss: dataclass of the settings of
-    its loss. recipe: how it trains, from these settings; None if it does not.
+    its loss. recipe: how it trains, from these settings.
     """
 
     config: Any
     network: Callable[..., Any]
     rules: Sequence[NameRule]
-    loss: Any = NoSettings
-    recipe: Callable[[Any], Recipe] | None = None
+    loss: Any
+    recipe: Callable[[Any], Recipe]
 
 
 KINDS: dict[str, Kind] = {
-    "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER, recipe=retriever_recipe),
+    "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER, RetrieverLossConfig, retriever_recipe),
     "pose_vae": Kind(PoseVaeConfig, PoseVae, POSE_VAE, VaeLossConfig, pose_vae_recipe),
 }
 """Kinds of networks in a folder, by the name in ``config.json``."""

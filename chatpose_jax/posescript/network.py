@@ -80,8 +80,13 @@ class RetrieverConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class NoSettings:
-    """Of a loss that has none."""
+class RetrieverLossConfig:
+    """What is found in a batch. directions: "both", or "t2p", the pose of each text only, as PoseScript's code of ECCV 2022 has it."""
+
+    directions: Literal["both", "t2p"] = "both"
+
+    def __post_init__(self) -> None:
+        check_types(self, "loss")
 
 
 def typed(cls: Any, values: Any, where: str) -> Any:
@@ -122,15 +127,16 @@ class Retrieval(nnx.Module):
         """(B, T) ids and (B,) lengths -> (B, latent) of unit length."""
         return normalised(self.text_encoder(tokens, lengths, key))
 
-    def loss(self, batch: Batch, key: Key = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The cross-entropy of finding the pose of each text in the batch, and the text of each pose; their mean, and parts to log."""
+    def loss(self, batch: Batch, key: Key, directions: str = "both") -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The cross-entropy of finding the pose of each text in the batch and the text of each pose, or the first alone; and parts to log."""
         pose_key, text_key = split_key(key, 2)
         poses = self.embed_poses(batch.poses, pose_key)
         texts = self.embed_texts(batch.tokens, batch.lengths, text_key)
         scores = texts @ poses.T * self.loss_weight[...]
         right = jnp.arange(len(scores))
         t2p, p2t = (optax.softmax_cross_entropy_with_integer_labels(each, right).mean() for each in (scores, scores.T))
-        return (t2p + p2t) / 2, {"t2p": t2p, "p2t": p2t, "temperature": self.loss_weight[0]}
+        loss = t2p if directions == "t2p" else (t2p + p2t) / 2
+        return loss, {"loss_t2p": t2p, "loss_p2t": p2t, "temperature": self.loss_weight[0]}
 
     def validate(self, examples: Examples) -> dict[str, float]:
         """Recall in percent, each pose with one caption, and all of them the gallery: at 1, 5 and 10 for both directions, and ``mRecall``, their
@@ -153,9 +159,11 @@ class Retrieval(nnx.Module):
         return {"mRecall": sum(metrics.values()) / len(metrics), **metrics}
 
 
-def retriever_recipe(loss: NoSettings) -> Recipe:
+def retriever_recipe(loss: RetrieverLossConfig) -> Recipe:
     """How ``Retrieval`` trains."""
-    return Recipe(Retrieval.loss, Retrieval.validate, "mRecall", higher=True)
+    return Recipe(
+        functools.partial(Retrieval.loss, directions=loss.directions), Retrieval.validate, "mRecall", higher=True
+    )
 
 
 def run(network: nnx.Module, method: str, *arrays: Any) -> np.ndarray:

@@ -42,9 +42,6 @@ def run_posescript(
 
     Raises UserError for data without captions or without held-out rows ("val"), and as ``train_network`` does.
     """
-    recipe = KINDS[config.kind].recipe
-    if recipe is None:
-        raise UserError(f"kind: {config.kind!r} cannot be trained")
     start = open_folder(init, config.kind) if init else None
     joints = start.model.config.joints if start else config.model.joints
     rows = list(examples(config.data, "train", 8))
@@ -70,7 +67,7 @@ def run_posescript(
     identity |= {"loss": dataclasses.asdict(config.loss), "train": fixed}
     model, metrics = train_network(
         start.model,
-        recipe(config.loss),
+        KINDS[config.kind].recipe(config.loss),
         _examples(found, start),
         config.train,
         out / RUN,

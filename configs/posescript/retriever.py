@@ -10,4 +10,5 @@ from chatpose_jax.posescript.config import posescript_config
 def get_config():
     config = posescript_config("retriever")
     config.data.sources = (("posescript", 1.0),)
+    config.loss.directions = "t2p"
     return config

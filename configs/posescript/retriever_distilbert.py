@@ -1,7 +1,7 @@
 """PoseScript's later retriever: a transformer over frozen DistilBERT, with the released recipe for automatic captions.
 
-For captions of people, from that network: --init FOLDER --set text.captions=human --set train.batch_size=32 --set train.epochs=200
---set train.halve_every=40. DistilBERT: --set text.distilbert=FOLDER.
+For captions of people, from that network: --init FOLDER --set text.captions=human --set train.batch_size=32 --set train.epochs=200.
+DistilBERT: --set text.distilbert=FOLDER.
 """
 
 from chatpose_jax.posescript.config import posescript_config
@@ -13,5 +13,4 @@ def get_config():
     config.model.text.encoder = "distilbert"
     config.train.batch_size = 512
     config.train.epochs = 1000
-    config.train.halve_every = 400
     return config

@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from scipy.spatial.transform import Rotation
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from chatpose_jax.cli.main import main
 from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.distilbert import DistilBertConfig
-from chatpose_jax.posescript.network import run
+from chatpose_jax.posescript.generator import Generator, load_generator
+from chatpose_jax.posescript.layouts import POSE_VAE, to_tensors
+from chatpose_jax.posescript.network import TextEncoderConfig, run
+from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig
 from chatpose_jax.posescript.released import convert_released, read_vocabulary
 from chatpose_jax.posescript.retriever import load_retriever
 from chatpose_jax.posescript.run import read_distilbert
@@ -237,6 +241,20 @@ def test_the_retriever_over_distilbert_gives_the_features_of_torch(tmp_path: Pat
     with torch.no_grad():
         expected = model.text_encoder(batch["input_ids"], batch["attention_mask"].sum(1)).numpy()
     np.testing.assert_allclose(found.embed_texts(TEXTS), expected, atol=1e-5)
+
+
+def test_a_generator_is_found_by_its_tensors(tmp_path: Path, vocabulary: Path) -> None:
+    """Its layers beside torch: test_pose_vae."""
+    text = TextEncoderConfig(words=len(SPECIAL) + len(WORDS), word_width=WORD_WIDTH)
+    model = PoseVae(PoseVaeConfig(22, latent=8, width=WIDTH, text=text), rngs=nnx.Rngs(0))
+    model.pose_encoder.norm_in.mean[...] += 0.25
+    tensors = {name: torch.tensor(np.array(value)) for name, value in to_tensors(model, POSE_VAE).items()}
+    args = argparse.Namespace(text_encoder_name="glovebigru_vocA1H1", latentD=8)
+    torch.save({"epoch": 1, "model": tensors, "args": args}, tmp_path / "best_model.pth")
+    found = load_generator(convert_released(tmp_path / "best_model.pth", tmp_path / "out", vocabulary))
+    given = Generator("given", model, found.tokens, found.pose_input, {})
+    np.testing.assert_array_equal(found.sample(TEXTS).rotations, given.sample(TEXTS).rotations)
+    np.testing.assert_array_equal(found.pose_input.fill, np.full((22, 3), 0.25, np.float32))
 
 
 def test_distilbert_gives_the_states_of_transformers(tmp_path: Path, tokenizer: Path) -> None:

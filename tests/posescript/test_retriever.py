@@ -11,6 +11,8 @@ import pytest
 from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.folder import ARRAYS, CONFIG, write_folder
 from chatpose_jax.posescript.retriever import Retriever, load_retriever
+from chatpose_jax.posescript.tokens import pad
+from chatpose_jax.posescript.trainer import Batch
 from smpl_jax.frames import turn
 from smpl_jax.pose import Pose, to_family
 from smpl_jax.rotations import axis_angle_to_matrix
@@ -60,6 +62,17 @@ def test_features_of_poses_do_not_depend_on_frame_yaw_family_and_hands(retriever
     measured[:, 18] = False  # then it does not matter what stands there
     hidden = [retriever.embed_poses(pose.replace(measured=measured)) for pose in (Pose(rotations, "z-up"), poses)]
     np.testing.assert_allclose(*hidden, atol=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_of_both_directions(retriever: Retriever) -> None:
+    rng = np.random.default_rng(1)
+    ids, lengths = pad(retriever.tokens.encode(TEXTS))
+    batch = Batch(rng.normal(0, 0.3, (3, 22, 3)).astype(np.float32), ids, lengths)
+    texts = np.asarray(retriever.model.embed_texts(ids, lengths))
+    scores = 10 * texts @ np.asarray(retriever.model.embed_poses(batch.poses)).T
+    by_text, by_pose = (-np.diag(scores - np.log(np.exp(scores).sum(axis, keepdims=True))).mean() for axis in (1, 0))
+    assert float(retriever.model.loss(batch, None)[0]) == pytest.approx((by_text + by_pose) / 2, rel=1e-4)
+    assert float(retriever.model.loss(batch, None, "t2p")[0]) == pytest.approx(by_text, rel=1e-4)
 
 
 def test_a_folder_gives_the_same_features_and_says_what_it_is(

@@ -36,7 +36,8 @@ def schema_text() -> str:
 class JsonLines:
     """Reads ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``: one row in each line, as the packaged ``row.schema.json`` describes it.
 
-    A row has ``id``, ``messages``, ``poses`` (as axis-angle, 6D or matrices, each with its frame) and ``group``. Paths of images are relative to the
+    A row has ``id``, ``messages``, ``poses`` (as axis-angle, 6D or matrices, each with its frame), ``group``, and ``captions`` of its first pose,
+    which become the tuple ``caption`` in ``extras``. Paths of images are relative to the
     folder of the files, and cannot leave it. Frames stay as they are. A row that shows poses is of kind "image" or "text", others are
     instructions.
 
@@ -108,6 +109,7 @@ class JsonLines:
             images=tuple(read_image(path, max_side=self.max_side) for path in paths),
             poses=_poses(poses) if poses else NO_POSES,
             group=row.get("group", ""),
+            extras={"caption": tuple(row["captions"])} if row.get("captions") else {},
         )
 
     def _content(self, content: Any, paths: list[Path]) -> Any:

@@ -28,7 +28,7 @@ ASK = [
     {"role": "user", "content": "A person sits. Which pose is it?"},
     {"role": "assistant", "content": "It is <POSE>."},
 ]
-TEXT = {"id": "sit", "messages": ASK, "poses": [POSE]}
+TEXT = {"id": "sit", "messages": ASK, "poses": [POSE], "captions": ["Sits.", "A person sits."]}
 LOOK = {
     "role": "user",
     "content": [{"type": "image", "image": "photos/a.jpg"}, {"type": "text", "text": "Which pose?"}],
@@ -98,6 +98,7 @@ BAD: dict[str, tuple[Any, str]] = {
         TEXT | {"poses": [POSE | {"measured": [1] * 24}]},
         "measured[0]: expected true or false for each joint",
     ),
+    "captions": (TEXT | {"captions": "Sits."}, "captions: expected a list of descriptions of the first pose"),
     "group": (TEXT | {"group": None}, "group: expected text that names the recording"),
 }
 BEYOND: dict[str, tuple[Any, str]] = {
@@ -156,8 +157,13 @@ def test_rows_of_each_kind(folder: Path) -> None:
         assert len(encoded["images"]) == len(item.images) and len(encoded["pose_positions"]) == len(
             row.get("poses", ())
         )
-    image = found[1]
-    assert isinstance(image, Record) and image.images == ((folder / "photos" / "a.jpg").read_bytes(),)
+    text, image = found[:2]
+    assert isinstance(text, Record) and text.extras == {"caption": ("Sits.", "A person sits.")}
+    assert (
+        isinstance(image, Record)
+        and image.extras == {}
+        and image.images == ((folder / "photos" / "a.jpg").read_bytes(),)
+    )
     assert image.poses.betas.tolist() == [[0.5] * 10] and image.poses.shape_space == "SMPL"
     assert not JsonLines(folder).parts("val")
     write(folder, [WORDS], "val")
