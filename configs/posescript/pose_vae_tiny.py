@@ -13,7 +13,7 @@ def get_config():
     config.model.log_scale = -3.0  # 5 cm
     config.loss.mesh = 256
     config.train.batch_size = 128
-    config.train.epochs = 10
+    config.train.epochs = 16
     config.train.learning_rate = 1e-3
     config.train.halve_every = 5
     config.train.eval_every = 2
