@@ -32,6 +32,7 @@ from chatpose_jax.evaluation.results import SCORES, write_json
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question, System
 from chatpose_jax.evaluation.task import Task
+from chatpose_jax.settings import one_line
 from smpl_jax._files import write_whole
 
 SETTINGS, BATCHES, ANSWERS, SAMPLES = "settings.json", "batches", "answers.jsonl", "samples.jsonl"
@@ -164,6 +165,9 @@ class Kept(NamedTuple):
     answers: list[Answer]
     keys: list[str]
     groups: list[str]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def read_answers(task: Task, folder: Path) -> Kept:

@@ -10,12 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from chatpose_jax.settings import one_line
+
 
 class Aligned(NamedTuple):
     """Points (N, K, 3) after a similarity transform, and its rotation (N, 3, 3)."""
 
     points: np.ndarray
     rotation: np.ndarray
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def aligned(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> Aligned:

@@ -372,6 +372,9 @@ class Positions(NamedTuple):
     points: np.ndarray
     known: np.ndarray
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 def body_points(
     protocol: Protocol, poses: PoseArrays, body: BodyModel, betas: np.ndarray | None, files: Files
@@ -520,6 +523,9 @@ class Errors(NamedTuple):
 
     columns: dict[str, np.ndarray]
     counts: dict[str, int]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def protocol_errors(

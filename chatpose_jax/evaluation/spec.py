@@ -14,7 +14,7 @@ from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.subset import Chained
 from chatpose_jax.evaluation.system import SYSTEMS, System
-from chatpose_jax.settings import parse_value
+from chatpose_jax.settings import one_line, parse_value
 
 IMAGE_SIZE = 336
 """Pixels of images that a source makes itself, unless its option ``image_size`` says another number. All systems are shown the same images."""
@@ -26,6 +26,9 @@ class Spec(NamedTuple):
     name: str
     options: Mapping[str, Any]
     text: str
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     @classmethod
     def parse(cls, text: str) -> Spec:
