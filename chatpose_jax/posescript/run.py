@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.untrusted import read_lines
 from chatpose_jax.data.sources import examples
 from chatpose_jax.errors import UserError
@@ -44,14 +45,14 @@ def run_posescript(
     """
     start = open_folder(init, config.kind) if init else None
     joints = start.model.config.joints if start else config.model.joints
-    rows = list(examples(config.data, "train", 8))
+    words: dict[str, None] = {}
+    rows = _noted(examples(config.data, "train", 8), words)
     found = pairs(rows, captions=config.text.captions, joints=joints)
     held_out = pairs(examples(config.data, "val", 8), captions=config.text.captions, joints=joints)
     say(
         f"train: {len(found):,} poses with {sum(map(len, found.captions)):,} captions ({found.skipped:,} rows without); val: {len(held_out):,} poses"
     )
     if start is None:
-        words = dict.fromkeys(text for row in rows for text in captions_of(row))
         start = _fresh(config, found, list(words), say)
     trained_on = {
         "sources": json.loads(json.dumps([row._asdict() for row in config.data.sources])),
@@ -79,6 +80,13 @@ def run_posescript(
     metrics = {"gallery": len(held_out), **metrics}
     write_folder(out, config.kind, model, start.tokens, start.pose_input, {**trained_on, "val": metrics})
     return out
+
+
+def _noted(rows: Iterable[Example], texts: dict[str, None]) -> Iterator[Example]:
+    """The rows, one at a time, because they may have images. All of their captions become keys of ``texts``."""
+    for row in rows:
+        texts.update(dict.fromkeys(captions_of(row)))
+        yield row
 
 
 def _examples(found: Pairs, start: Opened) -> Examples:

@@ -65,7 +65,7 @@ def test_the_configurations_are_valid(name: str) -> None:
         ("model.latent=33", "model.latent must be a multiple of 2"),
         ("model.text.encoder=bert", "text.encoder"),
         ("model.text.encoder=distilbert", "text.distilbert: expected the folder"),
-        ("data.sources.synthetic.tasks={'image': 1}", "has a pose and a caption"),
+        ("data.sources.synthetic.tasks={'words': 1}", "has a pose and a caption"),
         ("text.vectors=none.txt", "none.txt"),
     ],
 )
