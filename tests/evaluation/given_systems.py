@@ -99,3 +99,11 @@ def die_at(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = counting
+
+
+class Rewarded(Drawn):
+    """Says by which retriever it was rewarded."""
+
+    def __init__(self, *, by: str):
+        super().__init__(name="rewarded")
+        self.settings = {"reward": {"retriever": by}}

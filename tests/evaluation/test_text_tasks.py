@@ -1,6 +1,7 @@
 """The tasks of words and poses, with a judge whose features are known: a text says an angle, a pose has one joint bent by it."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from chatpose_jax.evaluation.tasks.generation import NO_POSE, REAL, Generation, 
 from smpl_jax import Pose
 from smpl_jax.pose import to_family, to_frame
 from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
+
+from . import given_systems
 
 COUNT, ELBOW, FOOT = 40, 18, 10
 ANGLES = np.linspace(0.05, 3.0, COUNT)
@@ -270,3 +273,25 @@ def test_with_a_retriever_of_the_package(tmp_path):
     (constant,) = task.score(answers([0.5] * COUNT))
     np.testing.assert_allclose(constant.values["R^T2P@10"].value, 25)
     assert constant.values["FID"].value > 1e-5
+
+
+def test_the_command_asks_no_system_that_its_judge_has_rewarded(tmp_path, capsys):
+    from chatpose_jax.cli.main import main
+    from chatpose_jax.posescript.folder import write_folder
+    from chatpose_jax.posescript.retriever import Retriever
+
+    random = Retriever.random()
+    folder = write_folder(tmp_path / "judge", "retriever", random.model, random.tokens, random.pose_input, {})
+    mark = json.loads((folder / "config.json").read_text())["fingerprint"]
+    here, asked = "tests.evaluation.given_systems", given_systems.Drawn.asked
+    words = ["eval", "generation", "--data", "synthetic,tasks={'text': 1},test_size=6", "--set", f"retriever={folder}"]
+    words += ["--drawings", "0", "--out", str(tmp_path / "out"), "--system"]
+    assert main([*words, f"{here}:Rewarded,by='{mark}'"]) == 2
+    assert "names the retriever 'judge'" in capsys.readouterr().err
+    assert given_systems.Drawn.asked == asked
+    assert main([*words, f"{here}:Rewarded,by=other"]) == 0
+    assert given_systems.Drawn.asked == asked + 6
+    (scores,) = json.loads((tmp_path / "out/generation/synthetic/rewarded/scores.json").read_text())["scores"]
+    assert scores["facts"]["gallery"] == "6" and set(scores["references"]) == {REAL}
+    assert scores["values"]["R-precision@1 (UniPose)"]["value"] is None, "six pairs are no group of 32"
+    assert REAL in capsys.readouterr().out
