@@ -23,7 +23,7 @@ SUITE = (
     PaperTable("describe", ("posescript",)),
     PaperTable("judge", ("llava_bench",)),
 )
-ANY_ROWS = ("poses", "generation", "describe")
+ANY_ROWS = ("estimation", "generation", "spg", "describe", "poses")
 """Tasks for rows of any data set: ``chatpose eval all --data`` adds data sets to them."""
 
 
