@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from chatpose_jax.cli.main import main
+from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.evaluation.suite import ANY_ROWS, SUITE
+from chatpose_jax.evaluation.task import TASKS
 from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.save import save_folder
 
+from ..evaluation.given_systems import Drawn
 from ..motion_files import write_acclaim
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,25 +67,23 @@ def test_systems_stand_side_by_side_on_a_saved_subset(tmp_path, monkeypatch, cap
     """The subset that one run saved is the list that another takes; the command in the scores makes the same scores."""
     monkeypatch.chdir(tmp_path)
     save_folder("model", CONFIG, init_params(CONFIG, jax.random.key(0)), processor=tiny_processor(CONFIG))
-    words = ["eval", "poses", "model", "--system", f"{HERE}:Drawn,silent=true", "--data", f"{HERE}:rows", "--data"]
-    words += ["synthetic,tasks={'text': 1},test_size=30", "--quiet", "--subset", "6", "--out"]
-    assert main([*words, "out"]) == 0
+    drawn = ["--system", f"{HERE}:Drawn,silent=true"]
+    words = ["--data", f"{HERE}:rows", "--quiet", "--drawings", "0", "--subset", "6", "--out"]
+    assert main(["eval", "poses", "model", *drawn, *words, "out"]) == 0
     ids = Path("out/poses/rows-6/subset.txt").read_text().splitlines()
-    assert len(ids) == 6 and ids == Path("out/poses/synthetic-6/subset.txt").read_text().splitlines()
     answers = Path(f"out/poses/rows-6/{tmp_path.name}/answers.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"] for line in answers] == ids
+    assert [json.loads(line)["key"] for line in answers] == ids and len(ids) == 6
     found = scores_of("out", "rows-6", tmp_path.name)
     command = shlex.split(found["command"])
-    assert command == ["chatpose", *words[:3], *words[5:7], "--subset", "6", "--out", "OUT"]
-    assert main([*command[1:-1], "again", "--quiet"]) == 0
+    assert command == ["chatpose", "eval", "poses", "model", *words[:2], "--subset", "6", "--out", "OUT"]
+    assert main([*command[1:-1], "again", "--drawings", "0"]) == 0
     assert scores_of("again", "rows-6", tmp_path.name) == found
-    listed = [*command[1:-4], "--subset", "out/poses/rows-6/subset.txt", "--out", "third"]
-    assert main(listed) == 0
-    assert "Poses of rows-subset, text rows" in capsys.readouterr().out
-    third = scores_of("third", "rows-subset", tmp_path.name)["scores"][0]
-    assert third["values"] == found["scores"][0]["values"]
-    drawn = scores_of("out", "rows-6", "drawn")
-    assert drawn["command"].startswith(f"chatpose eval poses --system {HERE}:Drawn,silent=true --data")
+    assert "Poses of rows-6, text rows" in capsys.readouterr().out
+    words[5] = "out/poses/rows-6/subset.txt"
+    assert main(["eval", "poses", *drawn, *words, "third"]) == 0
+    one, other = scores_of("out", "rows-6", "drawn"), scores_of("third", "rows-subset", "drawn")
+    assert one["scores"][0]["values"] == other["scores"][0]["values"]
+    assert one["command"].startswith(f"chatpose eval poses --system {HERE}:Drawn,silent=true --data")
 
 
 def test_what_cannot_be_scored_is_printed(tmp_path, capsys):
@@ -107,6 +108,17 @@ def test_all_splits_stand_in_one_table(tmp_path):
     assert main([*words, "--split", "all", "--quiet", "--out", str(tmp_path)]) == 0
     found = scores_of(tmp_path, "synthetic-all", "mean pose".replace(" ", "_"))
     assert found["scores"][0]["facts"]["samples"] == "27" and "--split all" in found["command"]
+
+
+def test_a_task_of_ones_own_may_refuse_a_system(tmp_path, capsys):
+    words = ["eval", f"{HERE}:Picky", "--data", f"{HERE}:rows", "--quiet", "--out", str(tmp_path), "--system"]
+    before = Drawn.asked
+    assert main([*words, f"{HERE}:Drawn,silent=true"]) == 2
+    assert "error: system 'drawn' is not judged here" in capsys.readouterr().err
+    assert Drawn.asked == before and not list(tmp_path.rglob("*.jsonl")), "refused before it is asked"
+    assert main([*words, f"{HERE}:Drawn"]) == 0
+    found = scores_of(tmp_path, "rows", "drawn", f"{HERE}_Picky")
+    assert found["command"].startswith(f"chatpose eval {HERE}:Picky --system")
 
 
 def test_all_says_what_was_not_run_and_how_to(tmp_path, monkeypatch, capsys):
@@ -154,5 +166,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     assert "chatpose eval poses MODEL --data SOURCE --out FOLDER" in capsys.readouterr().err
 
 
-def test_tasks_for_any_rows_are_tasks():
-    assert {row.task for row in SUITE} >= set(ANY_ROWS) - {"poses"}
+def test_every_table_of_the_suite_has_a_task_and_data_sets():
+    for row in SUITE:
+        assert row.task in TASKS and set(row.data) <= set(DATA_SETS)
+    assert set(ANY_ROWS) <= set(TASKS) and set(TASKS) == {row.task for row in SUITE} | set(ANY_ROWS)

@@ -10,7 +10,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
+from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.system import Answer
+from chatpose_jax.evaluation.tasks.poses import Poses
 from smpl_jax import Pose
 from smpl_jax.pose import unmeasured
 
@@ -49,6 +51,14 @@ class Broken(Drawn):
 
     def answer(self, questions):
         raise KeyError("left hip")
+
+
+class Picky(Poses):
+    """A task of one's own, which judges no system that is silent."""
+
+    def check(self, name, settings):
+        if settings.get("silent"):
+            raise UserError(f"system {name!r} is not judged here")
 
 
 def speechless(messages):

@@ -62,6 +62,7 @@ def test_settings_know_the_weights_and_not_the_place(model, tmp_path):
     assert half.settings["config"] != made["a"].settings["config"]
 
 
+@pytest.mark.slow
 def test_on_a_mesh_in_bfloat16_with_images(model):
     """The mesh is no setting: it may change between a kill and going on."""
     asked = [question for question in questions(12) if question.kind == "image"][:2]
