@@ -295,3 +295,14 @@ def test_the_command_asks_no_system_that_its_judge_has_rewarded(tmp_path, capsys
     assert scores["facts"]["gallery"] == "6" and set(scores["references"]) == {REAL}
     assert scores["values"]["R-precision@1 (UniPose)"]["value"] is None, "six pairs are no group of 32"
     assert REAL in capsys.readouterr().out
+
+
+def test_of_a_prepared_data_set_rows_with_images_are_not_read():
+    class Indexed(list):
+        entries = np.array([(1, 0), (1, 1), (0, 0), (1, 0)], [("poses", "i4"), ("images", "i4")])
+
+        def __getitem__(self, index):
+            assert index in (0, 3)
+            return super().__getitem__(index)
+
+    assert [each.id for each in Generation(Indexed(ROWS[:4]), "toy", retriever=Judge()).rows] == ["row-0", "row-3"]
