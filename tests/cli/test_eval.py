@@ -79,7 +79,7 @@ def test_systems_stand_side_by_side_on_a_saved_subset(tmp_path, monkeypatch, cap
     assert main([*command[1:-1], "again", "--drawings", "0"]) == 0
     assert scores_of("again", "rows-6", tmp_path.name) == found
     assert "Poses of rows-6, text rows" in capsys.readouterr().out
-    words[5] = "out/poses/rows-6/subset.txt"
+    words[6] = "out/poses/rows-6/subset.txt"
     assert main(["eval", "poses", *drawn, *words, "third"]) == 0
     one, other = scores_of("out", "rows-6", "drawn"), scores_of("third", "rows-subset", "drawn")
     assert one["scores"][0]["values"] == other["scores"][0]["values"]
