@@ -235,8 +235,6 @@ class Evaluation:
         }
         if check := getattr(task, "check", None):
             check(system.name, system.settings)
-        if check := getattr(task, "check", None):
-            check(system.name, system.settings)
         ask.claim(folder, settings)
         label = None if self.args.quiet else f"{cell.task} {cell.name} {system.name}"
         with all_or_none():
