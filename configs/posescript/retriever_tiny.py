@@ -11,9 +11,10 @@ def get_config():
     config.model.latent = 128
     config.model.pose_width = 256
     config.model.text.word_width = 64
+    config.loss.noise = 0.1
     config.train.batch_size = 128
-    config.train.epochs = 12
+    config.train.epochs = 10
     config.train.learning_rate = 1e-3
-    config.train.halve_every = 4
+    config.train.halve_every = 3
     config.train.eval_every = 1
     return config

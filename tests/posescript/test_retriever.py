@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.folder import ARRAYS, CONFIG, write_folder
+from chatpose_jax.posescript.network import RetrieverLossConfig
 from chatpose_jax.posescript.retriever import Retriever, load_retriever
 from chatpose_jax.posescript.tokens import pad
 from chatpose_jax.posescript.trainer import Batch
@@ -71,8 +74,26 @@ def test_the_loss_is_the_cross_entropy_of_both_directions(retriever: Retriever) 
     texts = np.asarray(retriever.model.embed_texts(ids, lengths))
     scores = 10 * texts @ np.asarray(retriever.model.embed_poses(batch.poses)).T
     by_text, by_pose = (-np.diag(scores - np.log(np.exp(scores).sum(axis, keepdims=True))).mean() for axis in (1, 0))
-    assert float(retriever.model.loss(batch, None)[0]) == pytest.approx((by_text + by_pose) / 2, rel=1e-4)
-    assert float(retriever.model.loss(batch, None, "t2p")[0]) == pytest.approx(by_text, rel=1e-4)
+    assert float(retriever.model.loss(batch, None, RetrieverLossConfig())[0]) == pytest.approx(
+        (by_text + by_pose) / 2, rel=1e-4
+    )
+    assert float(retriever.model.loss(batch, None, RetrieverLossConfig("t2p"))[0]) == pytest.approx(by_text, rel=1e-4)
+
+
+def test_noise_keeps_numbers_that_never_vary_from_being_magnified() -> None:
+    ids, lengths = pad(Retriever.random(TEXTS).tokens.encode(TEXTS * 20))
+    poses = np.zeros((len(ids), 22, 3), np.float32)
+    poses[:, :5] = np.random.default_rng(1).normal(0, 0.3, (len(ids), 5, 3))
+    scales = []
+    for noise in (0.0, 0.1):
+        model, settings = Retriever.random(TEXTS).model, RetrieverLossConfig(noise=noise)
+        step = nnx.jit(lambda model, key, settings=settings: model.loss(Batch(poses, ids, lengths), key, settings)[0])
+        for number in range(100):
+            step(model, jax.random.key(number))
+        scales.append(np.sqrt(np.asarray(model.pose_encoder.trunk.norm_in.var[...]).reshape(22, 3)))
+    assert scales[0][5:].max() < 0.01  # so a difference of 0.01 rad would count as much as 1 rad elsewhere
+    np.testing.assert_allclose(scales[1][5:], 0.1, rtol=0.2)
+    np.testing.assert_allclose(scales[1][:5] ** 2 - scales[0][:5] ** 2, 0.01, atol=0.01)
 
 
 def test_a_folder_gives_the_same_features_and_says_what_it_is(
