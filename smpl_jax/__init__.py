@@ -1,6 +1,6 @@
 """Human body models of the SMPL family in JAX: rotations, poses, posing, safe files, metrics.
 
-``smpl_jax.render`` and ``smpl_jax.export`` are modules of their own.
+``smpl_jax.render``, ``smpl_jax.export``, ``smpl_jax.keypoints`` and ``smpl_jax.fit`` are modules of their own.
 """
 
 from smpl_jax.body import (

@@ -256,6 +256,15 @@ def joints(
     return positions.reshape(*batch, *positions.shape[1:])
 
 
+def chain(body: BodyModel, rotations: ArrayLike, betas: ArrayLike | None = None) -> tuple[jax.Array, jax.Array]:
+    """The kinematic chain: rotations (..., J, 3, 3) of all joints from rest, in the frame of the root rotation, and positions (..., J, 3) in metres.
+    Arguments and errors as :func:`joints`.
+    """
+    inputs, batch = _inputs(body, rotations, betas, None, None)
+    turned, positions = _kinematics(body, inputs.rotations, _rest_joints(body, inputs.shape))
+    return turned.reshape(*batch, *turned.shape[1:]), positions.reshape(*batch, *positions.shape[1:])
+
+
 def vertices(
     body: BodyModel,
     rotations: ArrayLike,

@@ -12,6 +12,7 @@ A point that a body lacks is an error, or it is masked. It is never replaced sil
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -222,6 +223,23 @@ def locate(body: BodyModel, name: str, *, near: bool = False, missing: Literal["
     needed = np.flatnonzero(weights[:, body.num_joints :].any(axis=0))
     kept = np.concatenate([np.arange(body.num_joints), body.num_joints + needed])
     return Locations(body.subset(needed), jnp.asarray(weights[:, kept], body.dtype), name, points, sources)
+
+
+def locate_vertices(body: BodyModel, vertices: Sequence[str | int]) -> Locations:
+    """Vertices of a body as a set of points of its own, such as markers on the skin.
+
+    vertices: names of vertices of the body (``BodyModel.vertex_ids``) or numbers.
+
+    Raises:
+        ValueError: a name is unknown, a number is out of range, or a vertex is given twice.
+    """
+    if isinstance(vertices, str) or not len(vertices):
+        raise ValueError(f"vertices must be a list of names or numbers of vertices; found {vertices!r:.60}")
+    ids = [body.vertex_id(v) if isinstance(v, str) else v for v in vertices]
+    part = body.subset(np.asarray(ids))
+    weights = np.concatenate([np.zeros((len(ids), body.num_joints)), np.eye(len(ids))], axis=1)
+    points = tuple(Keypoint(str(v), f"@{v}") for v in vertices)
+    return Locations(part, jnp.asarray(weights, body.dtype), "vertices", points, tuple(p.source for p in points))
 
 
 def _row(body: BodyModel, source: str) -> np.ndarray | None:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights contains"),
     "verify": ("chatpose_jax.cli.verify", "run converted weights and their PyTorch source side by side, and compare"),
     "plan": ("chatpose_jax.cli.plan", "will a training or decoding step fit a machine, and how fast could it be"),
+    "fit": ("chatpose_jax.cli.fit", "bodies from keypoints in images, joints in space or markers"),
     "render": ("chatpose_jax.cli.render", "draw a pose file, or export it as OBJ, GLB or npz"),
 }
 MOVED = {"evaluate": "chatpose eval poses MODEL --data SOURCE --out FOLDER"}
