@@ -31,9 +31,9 @@ from smpl_jax.printing import one_line
 
 __all__ = ["Fit", "FitSettings", "PosePrior", "fit_joints", "fit_keypoints", "fit_markers", "load_prior"]
 
-FEWEST = 4
+FEWEST = 6
 """Points that a person needs; a fit to fewer has not converged."""
-_FAR = 0.1  # metres: a fit whose points are farther off than this in the median has not converged
+_FAR, _SHARE = 0.1, 2 / 3  # a fit has not converged unless this share of its points is nearer than this many metres
 _SETTLED = 0.01  # relative decrease of the energy in the last step
 _CHUNK = 64  # people fitted at a time
 _SKIN = 0.05  # a joint moves a vertex if it has at least this share of it
@@ -47,8 +47,8 @@ class Fit:
     points: (..., K, 3) metres in the pose's frame, the fitted points.
     errors: (..., K) distances of the fitted points to the given ones, in pixels (``fit_keypoints``) or metres; 0 for points that were not seen.
     seen: (..., K) bool, the points that counted.
-    converged: (...) bool. False if fewer than ``FEWEST`` points were seen, half of the points are farther off than 10 cm (at the person's depth),
-        or the last step still changed much. Such a pose is a guess.
+    converged: (...) bool. False if fewer than ``FEWEST`` points were seen, a third of the seen points is farther off than 10 cm (at the person's
+        depth), or the last step still changed much. Such a pose is a guess.
     energy: (...) of the fit: the smaller, the better. It can be compared between fits to the same points with the same settings.
     noise: (...) standard deviation of the points, in the unit of ``errors``, that was given or estimated.
     names: (K,) of the points.
@@ -267,7 +267,7 @@ def _fitted(
         for at in range(0, max(people, 1), _CHUNK)
     ]
     joined = Solution(*(np.concatenate(parts) for parts in zip(*solutions)))
-    return Solution(*(x.reshape(*batch, *x.shape[1:]) for x in joined)), seen
+    return Solution(*(np.reshape(x, (*batch, *x.shape[1:])) for x in joined)), seen
 
 
 def _chunk(located: Locations, prior: PosePrior, observed: Observed, settings: FitSettings) -> Solution:
@@ -309,8 +309,9 @@ def _fit(
     located: Locations, pose: Pose, solution: Solution, errors: np.ndarray, seen: np.ndarray, per_metre: np.ndarray
 ) -> Fit:
     """per_metre: (...) units of `errors` that are a metre at the person."""
-    median = np.ma.median(np.ma.masked_array(errors / per_metre[..., None], ~seen), axis=-1)
-    converged = (seen.sum(-1) >= FEWEST) & (np.ma.filled(median, np.inf) < _FAR) & (solution.fall < _SETTLED)
+    near = (errors < _FAR * per_metre[..., None]) & seen
+    enough = near.sum(-1) >= np.maximum(_SHARE * seen.sum(-1), FEWEST)
+    converged = enough & (solution.fall < _SETTLED)
     return Fit(
         pose,
         np.asarray(solution.points, np.float32),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +85,11 @@ class Observed(NamedTuple):
     fit_betas: () 1 to fit them, 0 to keep them. noise: () metres, or 0 to estimate it.
     """
 
-    points: jax.Array
-    weights: jax.Array
-    betas: jax.Array
-    fit_betas: jax.Array
-    noise: jax.Array
+    points: Any
+    weights: Any
+    betas: Any
+    fit_betas: Any
+    noise: Any
 
 
 class State(NamedTuple):
@@ -105,14 +105,14 @@ class Solution(NamedTuple):
     """The fitted body. points: (K, 3) metres. errors: (K,) metres at the person's depth, of all points. fall: relative decrease of the energy in
     the last step. noise: metres, as assumed at the end."""
 
-    rotations: jax.Array
-    betas: jax.Array
-    translation: jax.Array
-    points: jax.Array
-    errors: jax.Array
-    energy: jax.Array
-    fall: jax.Array
-    noise: jax.Array
+    rotations: Any
+    betas: Any
+    translation: Any
+    points: Any
+    errors: Any
+    energy: Any
+    fall: Any
+    noise: Any
 
 
 class _Stage(NamedTuple):
@@ -257,7 +257,7 @@ def levenberg_marquardt(
     """
     jacobian = jax.jacfwd(lambda x: (lambda r: (r, r))(residuals(x)), has_aux=True)
 
-    def step(carry: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], None]:
+    def step(carry: tuple[Any, ...], nothing: None) -> tuple[tuple[Any, ...], None]:
         x, energy, damping, _ = carry
         slopes, left = jacobian(x)
         gradient = jnp.matmul(left, slopes, precision=_HIGHEST)
