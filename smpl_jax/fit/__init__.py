@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from smpl_jax.body import BodyModel
 from smpl_jax.fit.prior import PosePrior, load_prior
-from smpl_jax.fit.solver import FitSettings, Observed, Solution, solve
+from smpl_jax.fit.solver import NEAREST, FitSettings, Observed, Solution, solve
 from smpl_jax.frames import Frame
 from smpl_jax.io import load_body
 from smpl_jax.keypoints import Locations, locate, locate_vertices
@@ -135,11 +135,12 @@ def fit_keypoints(
         body,
     )
     pose = _pose(located, body, solution, seen, "camera")
-    z = np.maximum(solution.points[..., 2:], 0.1)
+    z = np.maximum(solution.points[..., 2:], NEAREST)
     shown = solution.points[..., :2] / z * focals[..., None, None] + centers[..., None, :]
     errors = np.where(seen, np.linalg.norm(shown - np.where(seen[..., None], points, 0), axis=-1), 0)
-    depth = np.maximum(solution.translation[..., 2], 0.1)
-    return _fit(located, pose, solution, errors, seen, focals / depth)
+    depth = np.maximum(solution.translation[..., 2], NEAREST)
+    ahead = solution.points[..., 2] > NEAREST  # a point behind the camera was never seen, wherever it projects to
+    return _fit(located, pose, solution, errors, seen, focals / depth, ahead)
 
 
 def fit_joints(
@@ -217,7 +218,7 @@ def _fit_3d(
     )
     pose = _pose(located, body, solution, seen, frame)
     errors = np.where(seen, np.linalg.norm(solution.points - np.where(seen[..., None], points, 0), axis=-1), 0)
-    return _fit(located, pose, solution, errors, seen, np.ones(pose.shape))
+    return _fit(located, pose, solution, errors, seen, np.ones(pose.shape), seen)
 
 
 def _fitted(
@@ -306,10 +307,16 @@ def _moves(located: Locations) -> np.ndarray:
 
 
 def _fit(
-    located: Locations, pose: Pose, solution: Solution, errors: np.ndarray, seen: np.ndarray, per_metre: np.ndarray
+    located: Locations,
+    pose: Pose,
+    solution: Solution,
+    errors: np.ndarray,
+    seen: np.ndarray,
+    per_metre: np.ndarray,
+    possible: np.ndarray,
 ) -> Fit:
-    """per_metre: (...) units of `errors` that are a metre at the person."""
-    near = (errors < _FAR * per_metre[..., None]) & seen
+    """per_metre: (...) units of `errors` that are a metre at the person. possible: (..., K) False for points that cannot be where they were seen."""
+    near = (errors < _FAR * per_metre[..., None]) & seen & possible
     enough = near.sum(-1) >= np.maximum(_SHARE * seen.sum(-1), FEWEST)
     converged = enough & (solution.fall < _SETTLED)
     return Fit(

@@ -26,7 +26,7 @@ from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 _HIGHEST = jax.lax.Precision.HIGHEST
 _ANGLES = 3 * (SHARED - 1)
 _FOLLOWED = 2.0  # noise of the points / what is left of it after a fit: measured, docs/fit.md
-_NEAREST = 0.1  # metres: points nearer to the camera than this project as if they were there
+NEAREST = 0.1  # metres: points nearer to the camera than this project as if they were there
 
 # SMPL's (upper joint, lower joint, tip) of each limb, and the axis about which the lower joint bends at rest; (joint, axis, sign) of bending.
 _LIMBS = ((16, 18, 20), (17, 19, 21), (1, 4, 7), (2, 5, 8))
@@ -192,7 +192,7 @@ def _offsets(located: Locations, observed: Observed, state: State) -> tuple[jax.
     flat = observed.points.shape[-1] == 2
     rotations, translation = _posed(located.part, state, flat)
     points = located(rotations, state.betas, translation)
-    shown = points[:, :2] / jnp.maximum(points[:, 2:], _NEAREST) if flat else points
+    shown = points[:, :2] / jnp.maximum(points[:, 2:], NEAREST) if flat else points
     return shown - observed.points, points
 
 
@@ -324,7 +324,7 @@ def _starts_2d(located: Locations, library: State, observed: Observed) -> tuple[
     root = jnp.matmul(rolls, library.root[order], precision=_HIGHEST)
     shift = aim - scale[:, None] * jnp.einsum("cij,cj->ci", rolls[:, :2, :2], middle[order], precision=_HIGHEST)
     translation = jnp.concatenate([shift / scale[:, None], 1 / scale[:, None]], -1) - pelvis
-    z = jnp.maximum(translation[:, 2:], _NEAREST)
+    z = jnp.maximum(translation[:, 2:], NEAREST)
     place = jnp.concatenate([translation[:, :2] / z, z], -1)
     return State(root, place, library.angles[order], betas[order]), z[0, 0]
 
