@@ -1,6 +1,6 @@
 """LLaVA*-S in small: the model of ``tiny`` learns from nothing to write the keypoints of generated images as text.
 
-A pose is fitted to what it writes: ``chatpose eval estimation --system keypoints,model=FOLDER,scale=100``.
+The system "keypoints" fits poses to what it writes (docs/evaluation.md).
 """
 
 from chatpose_jax.train.run_config import run_config

@@ -38,6 +38,7 @@ SYSTEMS: dict[str, str] = {
     "described": "chatpose_jax.evaluation.systems.described:Described",
     "endpoint": "chatpose_jax.evaluation.systems.endpoint:EndpointSystem",
     "function": "chatpose_jax.evaluation.systems.function:FunctionSystem",
+    "keypoints": "chatpose_jax.evaluation.systems.keypoints:Keypoints",
     "mean": "chatpose_jax.evaluation.systems.simple:Mean",
     "predictions": "chatpose_jax.evaluation.systems.predictions:Predictions",
     "nearest": "chatpose_jax.evaluation.systems.simple:Nearest",
