@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -56,10 +57,13 @@ class ChatPoseSystem:
             self.new_tokens = dict.fromkeys(NEW_TOKENS, whole("max_new_tokens", max_new_tokens, 1))
         self.name = name or _name_of(Path(model))
         self.model = load(model, head=head, dtype=dtype, body=body, mesh=_mesh(mesh))
+        processor = self.model.processor
         self.settings: dict[str, Any] = {
             "weights": _digest(fingerprint(by_path(self.model.params))),
             "config": _digest(self.model.config.to_json()),
-            "processor": self.model.processor.fingerprint,
+            "processor": processor.fingerprint,
+            "images": dataclasses.asdict(processor.images),
+            "markers": processor.markers,
             "max_new_tokens": self.new_tokens,
         }
 
