@@ -280,7 +280,7 @@ def test_published_figures_are_those_of_the_paper():
 
 def test_conditions_are_compared_by_their_beginnings():
     row = next(each for each in PUBLISHED if each.system == "UniPose" and "3dpw" in each.data)
-    betas = "0; predictions on the neutral SMPL"
+    betas = "0; predicted poses on the neutral SMPL"
     facts = {"protocol": "B: 14 of 44", "pelvis": "point 39", "betas": betas, "samples": "35,515"}
     assert differences(row, facts) == ["not stated: samples"]
     own = f"{betas}.5"
@@ -313,4 +313,4 @@ def test_rows_for_comparison_stand_below_the_systems_and_are_never_the_best(tmp_
     assert [line.split("|")[1].split()[0] for line in lines[2:5]] == ["ours", "theirs", "the"]
     assert "| 0.0 | 0.5 [0.4, 0.6] |" in lines[4]
     assert "**58.4**" in lines[2]
-    assert "no system: measured here for comparison" in markdown and "the truth" in html
+    assert "not a system: measured here for comparison" in markdown and "the truth" in html

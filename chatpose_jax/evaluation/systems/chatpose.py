@@ -20,14 +20,14 @@ from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.weights.paths import by_path
 
 NEW_TOKENS = {"pose": 32, "words": 512}
-"""The longest answer by what a question wants, unless ``max_new_tokens`` says another length."""
-FORCED = "asked again for a pose"
+"""The largest number of tokens in an answer, by what the task scores, unless ``max_new_tokens`` sets another."""
+FORCED = "no pose in the first answer, so a pose was forced"
 """The note of an answer whose pose was forced."""
 
 
 class ChatPoseSystem:
-    """Greedy answers of a model. A question that wants a pose and gets none is asked again with ``force_pose``; the answer is then counted as
-    "asked again for a pose".
+    """Greedy answers of a model. If a task needs a pose and the answer has none, the question is asked again with ``force_pose``, and the answer is
+    counted as ``FORCED``.
 
     Options:
         model: model folder, or the run folder that holds it; or a checkpoint that ``chatpose_jax.load`` reads.
