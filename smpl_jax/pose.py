@@ -138,11 +138,11 @@ def check(pose: Pose) -> Pose:
     return pose
 
 
-def no_rotations(matrices: Any) -> list[list[int]]:
-    """Indices (...) of the matrices (..., 3, 3) that are not rotations."""
+def no_rotations(matrices: Any, within: float = 1e-3) -> list[list[int]]:
+    """Indices (...) of the matrices (..., 3, 3) that are not rotations: R Rᵀ is not 1 within this number, or det R is negative."""
     matrices = np.asarray(matrices)
     apart = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3)).max(axis=(-1, -2), initial=0)
-    return np.argwhere((apart > 1e-3) | (np.linalg.det(matrices) < 0)).tolist()
+    return np.argwhere((apart > within) | (np.linalg.det(matrices) < 0)).tolist()
 
 
 def check_shapes(pose: Pose) -> Pose:

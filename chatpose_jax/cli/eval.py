@@ -20,7 +20,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import ask, subset
 from chatpose_jax.evaluation.gallery import write_gallery
 from chatpose_jax.evaluation.report import write_report
-from chatpose_jax.evaluation.results import NotRun, write_not_run
+from chatpose_jax.evaluation.results import GALLERY, NotRun, write_not_run
 from chatpose_jax.evaluation.scores import Scores, Value
 from chatpose_jax.evaluation.spec import Spec, data_name, demand_unique, make_system, open_rows
 from chatpose_jax.evaluation.suite import ANY_ROWS, SUITE, folder_of
@@ -168,7 +168,7 @@ class Evaluation:
         self, args: argparse.Namespace, cells: Sequence[Cell], size: int | Path | None, part: tuple[int, int]
     ) -> None:
         self.args, self.cells, self.size, self.part = args, cells, size, part
-        self.tasks: dict[int, Task] = {}
+        self.tasks: dict[int, tuple[Task, str]] = {}
         self.names: list[str] = []
         self.found: list[tuple[str, Scores]] = []
         self.not_run: dict[tuple[str, str, str], str] = {}
@@ -224,13 +224,13 @@ class Evaluation:
         cell = self.cells[number]
         if number not in self.tasks:
             self.tasks[number] = self._task(cell)
-        task = self.tasks[number]
+        task, contents = self.tasks[number]
         folder = self.args.out / folder_of(cell.task, cell.name, system.name)
         size = whole(f"system {system.name!r}: batch_size", system.batch_size, 1)
         source = {"source": cell.data.name, "options": cell.data.options}
         settings = {
             "task": {"name": cell.task, **task.settings},
-            "data": {**source, "split": self.args.split, "rows": len(task.rows)},
+            "data": {**source, "split": self.args.split, "rows": len(task.rows), "contents": contents},
             "system": {"name": system.name, "source": spec.name, "batch_size": size, **system.settings},
         }
         if check := getattr(task, "check", None):
@@ -249,16 +249,19 @@ class Evaluation:
         kept = ask.read_answers(task, folder)
         scores = task.score(kept.answers)
         about = {"task": cell.task, "data": cell.name, "system": system.name, "command": self._command(cell, spec)}
-        if self.args.drawings:
+        if self.args.drawings or (folder / GALLERY).exists():  # with 0 drawings, those of an earlier call go
             write_gallery(folder, task.rows, _Questions(task), kept.answers, scores, self.body, self.args.drawings)
         ask.write_scores(folder, about, scores, kept)
         self.found += [(system.name, each) for each in scores]
 
-    def _task(self, cell: Cell) -> Task:
-        make = _maker(self.args, cell)
-        task = make(open_rows(cell.data, self.args.split, self.args.root))
+    def _task(self, cell: Cell) -> tuple[Task, str]:
+        """The task, and the fingerprint of its data, "" where the rows have none."""
+        make, found = _maker(self.args, cell), open_rows(cell.data, self.args.split, self.args.root)
+        contents = getattr(found, "fingerprint", "")
+        contents = contents if isinstance(contents, str) else ""
+        task = make(found)
         if self.size is None:
-            return task
+            return task, contents
         rows = (
             subset.draw_rows(task.rows, self.size)
             if isinstance(self.size, int)
@@ -266,7 +269,7 @@ class Evaluation:
         )
         ids = "".join(f"{row.id}\n" for row in rows)
         write_whole(self.args.out / folder_of(cell.task, cell.name, SUBSET), lambda out: out.write(ids.encode()))
-        return make(rows)
+        return make(rows), contents
 
     def _command(self, cell: Cell, spec: Spec) -> str:
         """What makes a row again. The folder is left open: nothing written depends on where it is written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import operator
 import threading
 from collections.abc import Sequence
@@ -85,6 +86,13 @@ class Prepared(Sequence[Example]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one preparation of the split from another: a hash of its files' hashes, which ``dataset.json`` has."""
+        about = self.description["splits"].get(self.split)
+        files = [about["index"]["sha256"], *(shard["sha256"] for shard in about["shards"])] if about else []
+        return hashlib.blake2b("".join(files).encode(), digest_size=8).hexdigest()
 
     @property
     def entries(self) -> np.ndarray:

@@ -125,11 +125,12 @@ def _answers(system: System, questions: Sequence[Question]) -> Sequence[Answer]:
 
 
 def _line(question: Question, answer: Answer) -> bytes:
-    found = {"key": question.key, "question": _digest(question), **answer.to_json()}
     try:
+        answer.check()
+        found = {"key": question.key, "question": _digest(question), **answer.to_json()}
         return (json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except ValueError as error:
-        raise UserError(f"the answer to {question.key!r} has numbers that are not finite ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the answer to {question.key!r} cannot be used: {error}") from None
 
 
 def _digest(question: Question) -> str:
@@ -180,7 +181,7 @@ def read_answers(task: Task, folder: Path) -> Kept:
                 found = [json.loads(line) for line in chunk]
                 answers += Answer.from_jsons(found)
                 asked = [(each["key"], each["question"]) for each in found]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except (UserError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise UserError(f"{file} is damaged ({error}); delete the folder to ask again") from None
             first = len(answers) - len(chunk)
             for number, (key, digest) in enumerate(asked[: len(rows) - first], first):

@@ -1,4 +1,4 @@
-"""The retriever as a judge: its features of texts and poses, and what reports say of it."""
+"""The retriever that scores answers, the judge: its features of texts and poses, and what reports say about it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CAPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Rule of captions -> kinds of them in a row's extras, of which the first that a row has is used. "question": the words of the row's question."""
 RANK = "T2P rank"
-"""The place of the right pose among all poses by its text, counted from 1."""
-JOINTS = "the body's 22, those that the data measured; fingers are filled in on both sides"
+"""The rank of the right pose among all poses, by similarity to its text; counted from 1."""
+JOINTS = "those of the 22 body joints that the data measured; in true and answered poses, all others have the mean of the retriever's training data"
 
 
 class RetrievalJudge(Protocol):
@@ -65,11 +65,11 @@ def open_judge(retriever: Any) -> RetrievalJudge:
 
 
 def refuse_same_judge(judge: RetrievalJudge, name: str, settings: Any) -> None:
-    """Raises UserError where the settings of a system name the judge's fingerprint: it was rewarded, or its answers were selected, by this judge."""
+    """Raises UserError where the settings of a system contain the judge's fingerprint: it was the reward in training, or selected answers."""
     if _holds(settings, judge.settings["fingerprint"]):
         raise UserError(
             f"system {name!r} names the retriever {judge.name!r} (fingerprint {judge.settings['fingerprint']}) in its settings. A judge that "
-            "rewards or selects cannot report: evaluate with a retriever that was trained apart, with another seed at least"
+            "rewards a system or selects its answers must not score it: evaluate with a retriever of another training, at least with another seed"
         )
 
 
@@ -82,9 +82,10 @@ def _holds(value: Any, fingerprint: str) -> bool:
 
 
 def fits(judge: RetrievalJudge, kinds: Sequence[str], accept: bool) -> dict[str, str]:
-    """A fact where a retriever was trained on other kinds of captions than a task means, or its folder does not say on which.
+    """A fact for a retriever that was trained on other kinds of captions than the task expects, or whose folder does not say on which.
 
-    kinds: of ``posescript.pairs.Captions``. accept: say so in the facts; otherwise it is an error. Raises UserError.
+    kinds: those of ``posescript.pairs.Captions`` that the task expects. accept: take a retriever with other ones, and say so in the fact; otherwise
+    it is an error. Raises UserError.
     """
     trained = (judge.settings.get("trained_on") or {}).get("captions")
     if trained in kinds:
@@ -92,18 +93,24 @@ def fits(judge: RetrievalJudge, kinds: Sequence[str], accept: bool) -> dict[str,
     wanted = " or ".join(kinds)
     if trained is not None and not accept:
         raise UserError(
-            f"the retriever {judge.name!r} was trained on captions {trained!r}; this task is judged by one that was trained on {wanted}: train it, "
-            "'chatpose posescript train', or take this one with --set other_retriever=true, which the table will say"
+            f"the retriever {judge.name!r} was trained on captions of the kind {trained!r}; this task needs one that was trained on {wanted}: "
+            "train it with 'chatpose posescript train', or accept this one with --set other_retriever=true; then the table says so"
         )
-    known = f"trained on captions {trained!r}" if trained else "unknown, what captions trained it"
-    return {"retriever's fit": f"{known}; meant is {wanted}"}
+    known = (
+        f"trained on captions of the kind {trained!r}"
+        if trained
+        else "its folder does not say on which captions it was trained"
+    )
+    return {"retriever's fit": f"{known}; this task is meant for one that was trained on {wanted}"}
 
 
 def facts_of(judge: RetrievalJudge) -> dict[str, str]:
     """The retriever, for the facts of a table."""
     trained = judge.settings.get("trained_on") or {}
     words = ", ".join(
-        _said(name, value) for name, value in trained.items() if isinstance(value, str | int) or name == "sources"
+        _said(name, value)
+        for name, value in trained.items()
+        if name == "sources" or (isinstance(value, str | int) and value != "")
     )
     return {
         "retriever": f"{judge.name}, fingerprint {judge.settings['fingerprint']}",
@@ -174,7 +181,7 @@ def bodies(poses: Sequence[Pose]) -> Pose:
 
 
 def same_joints(given: Sequence[Pose | None], truth: Pose) -> Pose:
-    """(N,) answered bodies with the joints alone that the truth has measured. Where there is no answer, the true one stands."""
+    """(N,) answered bodies, with only those joints measured that are measured in the truth. The true pose takes the place of a missing answer."""
     found = bodies([truth[i] if pose is None else pose for i, pose in enumerate(given)])
     return found.replace(measured=found.measured & truth.measured)
 
@@ -182,7 +189,7 @@ def same_joints(given: Sequence[Pose | None], truth: Pose) -> Pose:
 def recall_values(
     found: Compared, groups: Sequence[str], recalls: Sequence[int] = RECALLS
 ) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
-    """Values with intervals, and samples with the place of the right pose as ``T2P rank``."""
+    """Values with intervals, and samples with the rank of the right pose as ``T2P rank``."""
     samples = recall_columns(found, recalls)
     values = means_of(samples, groups, {name: {"unit": "%", "better": "higher"} for name in samples})
     return values, samples | {RANK: found.t2p.ranks}

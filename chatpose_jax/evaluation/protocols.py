@@ -73,7 +73,7 @@ _A = Protocol(
     on="neutral",
     regressor="h36m",
     extras=("gender", "betas"),
-    words=("14 of LSP, by Human3.6M's regressor", "regressed, row 0"),
+    words=("14 LSP joints, from Human3.6M's regressor", "row 0 of the regressor"),
 )
 _C = Protocol(
     points=tuple(range(24)),
@@ -88,7 +88,7 @@ _C = Protocol(
 _FIRST = tuple(range(SHARED))
 PROTOCOLS: dict[str, Protocol] = {
     "A": _A,
-    "A-hips": _A._replace(pelvis=_LSP[2:4], words=(_A.words[0], "the middle of the hips")),
+    "A-hips": _A._replace(pelvis=_LSP[2:4], words=(_A.words[0], "midpoint of the hips")),
     "B": Protocol(
         points=(*range(25, 38), 43),
         pelvis=(39,),
@@ -97,7 +97,7 @@ PROTOCOLS: dict[str, Protocol] = {
         on="neutral",
         regressor="j19",
         extras=("keypoints_3d",),
-        words=("14 of 4D-Humans' 44 (25 … 37, 43)", "point 39"),
+        words=("14 of 4D-Humans' 44 keypoints (25 … 37, 43)", "point 39"),
     ),
     "C": _C,
     "C22": _C._replace(points=_FIRST, words=("the first 22 joints of the body", "joint 0")),
@@ -244,7 +244,7 @@ class Files:
         return self._read[name]
 
 
-# PoseArrays as arrays ------------------------------------------------------------------------------------------------------------------------------
+# Poses as arrays ------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -572,21 +572,21 @@ def protocol_errors(
     empty = there & ~answered & ~given.unmatched
     others = np.array([bool(joints) for joints in given.joints], bool)
     counts = {
-        "rows without a truth": int((~truth.known[:, points].any(1)).sum()),
+        "rows without ground truth": int((~truth.known[:, points].any(1)).sum()),
         "frames without detected keypoints, which the protocol leaves out": int(
             (truth.known[:, points].any(1) & ~there).sum()
         ),
-        "the person was not found among those of the answer": int((there & given.unmatched).sum()),
+        "the person asked for is not among those of the answer": int((there & given.unmatched).sum()),
         "no pose and no positions in the answer": int((empty & ~others).sum()),
-        "positions of other points than the protocol's, and no pose": int((empty & others).sum()),
+        "no pose, and positions of other points than the protocol compares": int((empty & others).sum()),
         "the answer lacks some of the points": int((there & answered & ~whole).sum()),
     }
     if protocol.on == "body":
-        counts["positions on a body of the system's own, instead of a pose"] = int((there & whole & ~posed).sum())
+        counts["no pose, only positions, which are of the system's own body"] = int((there & whole & ~posed).sum())
     elif betas == "own":
-        counts["betas of another body than SMPL, taken as 0"] = int((there & posed & given.other_betas).sum())
+        counts["betas of another body than SMPL, replaced by 0"] = int((there & posed & given.other_betas).sum())
     if (angle := columns.get("angle")) is not None:
-        counts["positions without the rotations that are compared"] = int(
+        counts["positions but not all of the compared rotations"] = int(
             (there & whole & np.isnan(angle) & _counted(rows.poses, unmeasured)[:, 1:].any(1)).sum()
         )
     return Errors({name: columns[name] for name in COLUMNS if name in columns}, {k: n for k, n in counts.items() if n})

@@ -60,7 +60,7 @@ _RETRIEVER = {"retriever": "PoseScript's, trained on real poses, used on generat
 _POSES = {"protocol": UNKNOWN, "pelvis": UNKNOWN, "betas": UNKNOWN, "samples": "200"}
 _DESCRIBED = {"protocol": UNKNOWN, "pelvis": UNKNOWN, "betas": UNKNOWN}
 _LATER = {**_DESCRIBED, "samples": UNKNOWN}
-_FULL = {"protocol": "B", "pelvis": "point 39", "betas": "0; predictions on the neutral SMPL", "samples": UNKNOWN}
+_FULL = {"protocol": "B", "pelvis": "point 39", "betas": "0; predicted poses on the neutral SMPL", "samples": UNKNOWN}
 
 PUBLISHED: tuple[Published, ...] = (
     *_rows(
@@ -142,7 +142,7 @@ PUBLISHED: tuple[Published, ...] = (
             ("LLaVA-1.5-13B", (84.4, 81.0, 93.9, 86.5)),
             ("ChatPose", (78.8, 76.2, 96.7, 84.0)),
         ),
-        {"judge": UNKNOWN, "positions": UNKNOWN},
+        {"judge": UNKNOWN, "order of answers": UNKNOWN},
         f"{PAPER}, Table 4",
     ),
     # Later systems.

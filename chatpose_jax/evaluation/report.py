@@ -85,7 +85,7 @@ def _markdown_table(table: Table, folder: Path) -> list[str]:
         ]
         lines.append("")
     for system, answers in table.shown.items():
-        lines += [f"**{_plain(system)}**", ""]
+        lines += [f"**Best, median and worst answers: {_plain(system)}**", ""]
         for each, place in answers:
             lines += [f"- {_plain(drawn_caption(each))}  "]
             lines += [f"  asked: {_plain(each.question)}  "] if each.question else []
@@ -94,7 +94,12 @@ def _markdown_table(table: Table, folder: Path) -> list[str]:
                 lines.append(f"  ![{_plain(drawn_caption(each))}]({link(place / each.image, folder)})")
         lines.append("")
     if table.commands:
-        lines += [*(f"- {_plain(system)}: {_code(command)}" for system, command in table.commands.items()), ""]
+        lines += [
+            "Commands:",
+            "",
+            *(f"- {_plain(system)}: {_code(command)}" for system, command in table.commands.items()),
+            "",
+        ]
     return lines
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from chatpose_jax.data.readers.untrusted import read_json
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.scores import Scores
-from chatpose_jax.settings import one_line
+from chatpose_jax.settings import check_types, one_line
 from smpl_jax._files import write_whole
 
 SCORES, GALLERY, NOT_RUN = "scores.json", "gallery.json", "not_run.json"
@@ -92,8 +92,8 @@ def read_not_run(out: Path) -> list[NotRun]:
     """What ``write_not_run`` wrote, none if there is no such file. Raises UserError for a damaged file."""
     path = out / NOT_RUN
     try:
-        return [NotRun(**each) for each in read_json(path)] if path.is_file() else []
-    except TypeError as error:
+        return [_typed(NotRun(**each)) for each in read_json(path)] if path.is_file() else []
+    except (TypeError, UserError) as error:
         raise _damaged(path, error) from None
 
 
@@ -103,10 +103,27 @@ def _read(path: Path) -> Result:
     try:
         scores = tuple(Scores.from_json(each) for each in found["scores"])
         task, data, system = (str(found.get(name, place)) for name, place in places.items())
-        shown = tuple(DrawnAnswer(**each) for each in read_json(drawn)) if drawn.is_file() else ()
-        return Result(task, data, system, path.parent, str(found.get("command", "")), scores, shown)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        command = str(found.get("command", ""))
+    except (KeyError, TypeError, AttributeError, ValueError, UserError) as error:
         raise _damaged(path, error) from None
+    return Result(task, data, system, path.parent, command, scores, _shown(drawn))
+
+
+def _shown(path: Path) -> tuple[DrawnAnswer, ...]:
+    """The drawn answers of a system. An image elsewhere than beside them is refused: the page would hold a file that is not of the evaluation."""
+    try:
+        shown = tuple(_typed(DrawnAnswer(**each)) for each in read_json(path)) if path.is_file() else ()
+    except (TypeError, UserError) as error:
+        raise _damaged(path, error) from None
+    for each in shown:
+        if PurePosixPath(each.image).is_absolute() or ".." in PurePosixPath(each.image).parts:
+            raise UserError(f"{path}: the image {each.image!r:.200} does not lie in the folder of the system")
+    return shown
+
+
+def _typed(found: Any) -> Any:
+    check_types(found, type(found).__name__)
+    return found
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

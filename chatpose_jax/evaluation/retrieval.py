@@ -1,7 +1,7 @@
 """Recall, R-precision and Fréchet distance on features of poses and texts.
 
-Features are (N, D) of unit length, and row i of the texts belongs to row i of the poses. Where the right item of a query has the same score as
-others, the query counts as the share of their orders in which it is a hit. So a system that always gives the same pose gets what guessing gets.
+Features are (N, D) of unit length, and row i of the texts belongs to row i of the poses. If the right item of a query has the same score as others,
+the query counts as the chance of a hit with these items in random order. So a system that always gives the same pose gets the values of guessing.
 
 Sources: naver/posescript, ``src/text2pose/{evaluate,fid}.py``; liyiheng23/UniPose, ``posegpt/models/metrics.py``.
 """
@@ -18,19 +18,19 @@ from chatpose_jax.settings import one_line
 RECALLS = (5, 10, 20)
 """k of recall in ChatPose's Table 1. PoseScript's own tables have 1, 5, 10."""
 GROUP, REPEATS, TOP = 32, 10, (1, 2, 3)
-"""R-precision: the items of a group, PoseScript's draws for each text, and k."""
+"""R-precision: the number of items in a group, of PoseScript's draws for each text, and the values of k."""
 SAME = 1e-6
-"""Scores that differ by no more are equal: features are float32."""
+"""Scores that differ by at most this are equal, because features are float32."""
 PRECISION_RULE = (
-    f"the right pose among {GROUP} by the text. PoseScript: {GROUP - 1} others drawn {REPEATS} times, the mean rank; "
-    "UniPose: shuffled groups, the rest dropped"
+    f"whether the right pose is among the k of {GROUP} poses that are most similar to the text. PoseScript: by the mean rank over {REPEATS} draws of "
+    f"{GROUP - 1} other poses; UniPose: in shuffled groups of {GROUP}, without the last, incomplete group"
 )
 _BLOCK = 2**23  # scores at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Places:
-    """Where N queries find the right one of their items.
+    """Where N queries find the right item in the gallery.
 
     before: (N,) items with a higher score. equal: (N,) items with the same score, the right one among them. found: (N,) bool; a query that does
     not exist, or whose item does not, is a miss.
@@ -43,12 +43,12 @@ class Places:
     __repr__ = one_line
 
     def hits(self, k: int) -> np.ndarray:
-        """(N,) float64: 1 where the right item is among the first k, 0 where it is not, a share where equal scores decide."""
+        """(N,) float64: 1 where the right item is among the first k, 0 where it is not, the chance of a hit where equal scores decide."""
         return np.where(self.found, np.clip((k - self.before) / np.maximum(self.equal, 1), 0, 1), 0.0)
 
     @property
     def ranks(self) -> np.ndarray:
-        """(N,) float64, the mean place of the right item, counted from 1; NaN for a miss without an item."""
+        """(N,) float64, the mean rank of the right item, counted from 1; NaN where the query or its item does not exist."""
         return np.where(self.found, self.before + (self.equal + 1) / 2, np.nan)
 
 
@@ -56,8 +56,8 @@ class Places:
 class Compared:
     """N pairs of text and pose, compared with each other.
 
-    p2t: each pose looks for its text; t2p: each text for its pose. posescript, unipose: (3, N) float64, hits of R-precision at 1, 2, 3; NaN where
-    a pair takes no part.
+    p2t: poses are the queries and texts the gallery; t2p: the other way round. posescript, unipose: (3, N) float64, hits of R-precision at 1, 2, 3;
+    NaN for pairs that do not count.
     """
 
     p2t: Places
@@ -78,13 +78,14 @@ def compare(
 ) -> Compared:
     """Recall and R-precision of N pairs.
 
-    R-precision, both for a text that looks for its pose: PoseScript's draws 31 others for each text, ten times; the rank is averaged over the draws
-    and counts where it is below k. UniPose's shuffles all pairs and cuts them into groups of 32, of which each is a gallery; the rest of fewer than
-    32 pairs takes no part. With fewer than 32 pairs there is neither.
+    R-precision retrieves the pose of a text, by two rules. PoseScript: 31 other poses are drawn for each text, ten times; the rank of the right pose,
+    counted from 0, is averaged over the draws, and it is a hit if that is below k. UniPose: all pairs are shuffled and cut into groups of 32, each of
+    which is a gallery; the last pairs, fewer than 32, do not count. With fewer than 32 pairs, both are NaN.
 
     Args:
         texts, poses: (N, D) features.
-        with_text, with_pose: (N,) bool, those that exist; by default all. One that does not is in no gallery, and its pair is a miss.
+        with_text, with_pose: (N,) bool, the texts and poses that exist; by default all. One that does not exist is in no gallery, and its pair is a
+            miss.
         seed: of the draws.
     """
     count = len(texts)
@@ -142,8 +143,8 @@ def _in_groups(texts: np.ndarray, poses: np.ndarray, has_pose: np.ndarray, whole
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """The Fréchet distance of two sets of features, (N, D) and (M, D), taken as normal distributions: |μ₁ − μ₂|² + Tr(C₁ + C₂ − 2 (C₁ C₂)^½).
 
-    Tr (C₁ C₂)^½ is the sum of the singular values of C₁^½ C₂^½. So it needs no square root of a matrix that is not symmetric, and a covariance of
-    fewer samples than features, which is singular, is a case like others. NaN for fewer than two samples. Computed in float64.
+    Tr (C₁ C₂)^½ is the sum of the singular values of C₁^½ C₂^½. This needs no square root of an asymmetric matrix, and works as well for singular
+    covariances, of fewer samples than features. NaN for fewer than two samples. Computed in float64.
     """
     if min(len(first), len(second)) < 2:
         return float("nan")

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from chatpose_jax.evaluation.system import Answer
-from chatpose_jax.settings import one_line
+from chatpose_jax.settings import check_types, one_line, whole
 
 DRAWN = 1000
 """Resamplings for an interval."""
 Better = Literal["lower", "higher", ""]
+_NUMBERS = ("value", "low", "high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,11 @@ class Scores:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Scores:
-        """Reads ``to_json``."""
+        """Reads ``to_json``. Raises UserError, KeyError, TypeError or AttributeError for anything else."""
         references = {title: _columns(values) for title, values in found.get("references", {}).items()}
-        return cls(**{**found, "values": _columns(found["values"]), "references": references})
+        scores = cls(**{**found, "values": _columns(found["values"]), "references": references})
+        check_types(scores, "scores")
+        return scores
 
 
 def _to_json(values: Mapping[str, Value]) -> dict[str, Any]:
@@ -81,11 +84,14 @@ def _to_json(values: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _columns(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
-    nan: Any = float("nan")
-    return {
-        name: Value(**{key: nan if item is None else item for key, item in value.items()})
-        for name, value in found.items()
-    }
+    return {name: _value(name, value) for name, value in found.items()}
+
+
+def _value(name: str, found: Mapping[str, Any]) -> Value:
+    known = {key: item for key, item in found.items() if item is not None}
+    check_types(Value(**{**dict.fromkeys(_NUMBERS, 0.0), **known}), name)
+    whole(f"{name}.digits", known.get("digits", 0), 0, 15)
+    return Value(**{**dict.fromkeys(_NUMBERS, float("nan")), **known})  # type: ignore[arg-type]
 
 
 def counts_of(answers: Sequence[Answer]) -> dict[str, int]:
@@ -139,17 +145,21 @@ def with_intervals(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Statistics of sums, and the lower and upper ends of their intervals, each (c,) or (). Arguments as for ``bootstrap``.
 
-    statistic: from sums (..., k) to (..., c), or to (...) for a single number. NaN is allowed. The ends are NaN where there are fewer than two
-    groups, or no sample counts. Numbers are rounded to nine digits after the point, so that they do not depend on the order of additions.
+    statistic: from sums (..., k) to (..., c), or to (...) for a single number. What it divides by 0 counts as no number. The ends are NaN where
+    there are fewer than two groups, or no sample counts. Numbers are rounded to nine digits after the point, so that they do not depend on the
+    order of additions.
     """
     totals = _totals(np.asarray(rows, np.float64), groups)
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column without a number
-        middle = np.asarray(statistic(totals.sum(0)))
-        found = np.asarray(statistic(_resampled(totals, drawn)))
+        middle, found = (_finite(statistic(sums)) for sums in (totals.sum(0), _resampled(totals, drawn)))
         ends = np.nanquantile(found, (0.025, 0.975), axis=0) if len(totals) > 1 else np.full((2, *middle.shape), np.nan)
     low, high = np.where(np.isfinite(middle), ends, np.nan)
     return np.round(middle, 9), np.round(low, 9), np.round(high, 9)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def interval(groups: Sequence[str], unit: str = "sequences") -> str:

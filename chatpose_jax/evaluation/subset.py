@@ -39,6 +39,11 @@ class Chained(Sequence[Example]):
         self.parts = parts
         self.ends = list(itertools.accumulate(map(len, parts)))
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the parts (``Prepared.fingerprint``), "" for those without."""
+        return " ".join(str(getattr(part, "fingerprint", "")) for part in self.parts)
+
     def __len__(self) -> int:
         return self.ends[-1]
 

@@ -13,7 +13,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.data.questions import caption_in
 from chatpose_jax.data.readers.crop import to_matrices
 from chatpose_jax.settings import one_line
-from smpl_jax.pose import Pose
+from smpl_jax.pose import Pose, check_shapes, no_rotations
 from smpl_jax.rotations import matrix_to_axis_angle
 
 ABOUT = (
@@ -32,6 +32,9 @@ ABOUT = (
     "type",
 )
 """The extras of a row that a question passes on: names, boxes, cameras. None of them tells the answer."""
+
+NEAR = 0.05
+"""How far R Rᵀ of an answered matrix R may be from 1."""
 
 SYSTEMS: dict[str, str] = {
     "chatpose": "chatpose_jax.evaluation.systems.chatpose:ChatPoseSystem",
@@ -92,6 +95,23 @@ class Answer:
     boxes: np.ndarray | None = None
 
     __repr__ = one_line
+
+    def check(self) -> None:
+        """Raises ValueError for a pose or boxes of another shape, numbers that are not finite, and matrices that are far from rotations. Those of a
+        network in bfloat16 are near enough; ``to_json`` takes the rotation.
+        """
+        if not isinstance(self.text, str):
+            raise ValueError(f"text must be a str, found {type(self.text).__name__}")
+        if self.boxes is not None and np.shape(self.boxes)[1:] != (4,):
+            raise ValueError(f"boxes must have the shape (P, 4), found {np.shape(self.boxes)}")
+        if self.pose is None:
+            return
+        check_shapes(self.pose)
+        people = () if self.boxes is None else (len(self.boxes),)
+        if self.pose.shape != people:
+            raise ValueError(f"pose must have the batch shape {people}, found {self.pose.shape}")
+        if wrong := no_rotations(self.pose.rotations, NEAR):
+            raise ValueError(f"rotations must be rotation matrices; joint {wrong[0][-1]} is none")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Angles are rounded to 1e-7 rad, lengths to 1e-6 m."""

@@ -21,12 +21,12 @@ TASKS = {
     "estimation": "Pose estimation from images (Table 3 of the paper)",
     "judge": "Answers in words, rated by a language model (Table 4 of the paper)",
     "describe": "Poses in words",
-    "poses": "Answered poses",
+    "poses": "Poses on rows of any data set",
 }
 """Headings of the tasks, in the order of the report, with the tables of the ChatPose paper that they make. Other tasks follow under their names."""
 OVERALL = "mean"
 """Published figures of RPE are means over the attributes: they stand beside the table of this name."""
-REFERENCE = "no system: measured here for comparison"
+REFERENCE = "not a system: measured here for comparison"
 SAME = "under the same conditions"
 
 
@@ -207,10 +207,11 @@ def _is_number(value: float | None) -> bool:
 
 _ARROWS: dict[Better, str] = {"lower": "↓", "higher": "↑", "": ""}
 INTRODUCTION = (
-    "Brackets hold 95 % intervals. If an evaluation is repeated with other samples of the same kind, about 95 of 100 such intervals hold the value "
-    "that all samples of this kind would give. They say nothing of another training run. ↓: lower is better. ↑: higher is better. The best value is "
-    "bold where all measured rows depend on the same things. A letter behind a system refers to a note below the table. Published rows were not "
-    "measured here; their notes say how their conditions differ from those of the table, and which of them are not known."
+    "Brackets hold 95 % intervals. If an evaluation were repeated with other samples of the same kind, about 95 of 100 such intervals would contain "
+    "the value for all samples of this kind. They do not show how much a value varies between training runs. ↓: lower is better. ↑: higher is "
+    "better. The facts above a table hold for all measured rows. A letter behind a system refers to a note below the table; for a measured row it "
+    "says which facts differ. The best value of a column is bold only if no fact differs. Published rows were not measured here. Their notes say how "
+    "their conditions differ from those of the table, and which conditions are not published."
 )
 
 

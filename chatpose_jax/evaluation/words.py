@@ -12,8 +12,10 @@ from chatpose_jax.evaluation.scores import Value, bootstrap
 
 ORDER = 4
 """Words of the longest n-gram of BLEU-4."""
-BLEU_RULE = "corpus BLEU-4 as sacrebleu's: tokenizer 13a, case kept, smoothing exp, the nearest reference length"
-ROUGE_RULE = "ROUGE-L F1, the best reference: words of a-z and 0-9 in lower case, no stemming, mean over samples"
+BLEU_RULE = (
+    "corpus BLEU-4 as sacrebleu computes it: tokenizer 13a, case kept, smoothing exp, the closest reference length"
+)
+ROUGE_RULE = "F1 against the best reference, averaged over the samples; words of a-z and 0-9 in lower case, no stemming"
 # 13a splits off ASCII marks. A full stop, a comma stay in numbers; so does a dash before a digit.
 _SPLITS = (
     (re.compile(r"([!-&(-+/:-@\[-`{-~])"), r" \1 "),

@@ -150,7 +150,8 @@ class Retrieval(nnx.Module):
 
     def validate(self, examples: Examples) -> dict[str, float]:
         """Recall in percent, each pose with one caption, and all of them the gallery: at 1, 5 and 10 for both directions, and ``mRecall``, their
-        mean. A pose or text whose features equal the right one's counts as if it came later."""
+        mean. Half of the poses or texts whose features equal the right one's count as if they came before it, so equal features for all reach
+        nothing."""
         found = [
             (run(self, "embed_poses", batch.poses), run(self, "embed_texts", batch.tokens, batch.lengths))
             for batch in examples.batches(64)
@@ -161,12 +162,17 @@ class Retrieval(nnx.Module):
             right = (queries * gallery).sum(1)
             ranks = np.concatenate(
                 [
-                    (queries[at : at + 512] @ gallery.T > right[at : at + 512, None] + 1e-6).sum(1)
+                    _places(queries[at : at + 512] @ gallery.T - right[at : at + 512, None])
                     for at in range(0, len(queries), 512)
                 ]
             )
             metrics |= {f"{name}@{k}": float((ranks < k).mean() * 100) for k in (1, 5, 10)}
         return {"mRecall": sum(metrics.values()) / len(metrics), **metrics}
+
+
+def _places(ahead: np.ndarray) -> np.ndarray:
+    """(B,) the places of the right items, from 0, from the scores (B, N) less those of the right ones, of which each row has one. NaN is ahead."""
+    return (~(ahead <= 1e-6)).sum(1) + ((np.abs(ahead) <= 1e-6).sum(1) - 1) / 2
 
 
 def retriever_recipe(loss: RetrieverLossConfig) -> Recipe:

@@ -65,7 +65,7 @@ def run_posescript(
     fixed = {field.name: getattr(config.train, field.name) for field in dataclasses.fields(config.train)}
     fixed = {name: value for name, value in fixed.items() if name not in ("epochs", "result")}
     identity = {**trained_on, "model": dataclasses.asdict(start.model.config)}
-    identity |= {"loss": dataclasses.asdict(config.loss), "train": fixed}
+    identity |= {"text": dataclasses.asdict(config.text), "loss": dataclasses.asdict(config.loss), "train": fixed}
     model, metrics = train_network(
         start.model,
         KINDS[config.kind].recipe(config.loss),

@@ -53,6 +53,13 @@ class Broken(Drawn):
         raise KeyError("left hip")
 
 
+class Flat(Drawn):
+    """Its matrices are no rotations."""
+
+    def answer(self, questions):
+        return [Answer(pose=Pose(np.zeros((24, 3, 3), np.float32), "camera")) for _ in questions]
+
+
 class Picky(Poses):
     """A task of one's own, which judges no system that is silent."""
 
@@ -94,6 +101,15 @@ def rows(split, *, count: int = 30, blind: bool = False, changed: bool = False):
             found[-1], messages=[{**asked, "content": f"{asked['content']} Please."}, *rest]
         )
     return found
+
+
+class Prepared(list):
+    """A source whose rows say what they were made of."""
+
+    fingerprint = ""
+
+    def __init__(self, split):
+        super().__init__(rows(split, count=6))
 
 
 def die_at(number):

@@ -64,5 +64,19 @@ def test_damaged_ones_are_refused(answers):
     ):
         with pytest.raises((KeyError, ValueError)):
             Answer.from_json(broken)
+    for said, wrong in (
+        ("text must be a str", Answer(3)),  # type: ignore[arg-type]
+        ("expected a number of joints", Answer(pose=Pose(random_rotations(np.random.default_rng(0), 23), "camera"))),
+        ("frame must be one of", Answer(pose=Pose(random_rotations(np.random.default_rng(0), 24), "world"))),  # type: ignore[arg-type]
+        ("joint 0 is none", Answer(pose=Pose(np.zeros((24, 3, 3), np.float32), "camera"))),
+        (r"batch shape \(\), found \(2,\)", Answer(pose=answers[4].pose)),
+        (r"batch shape \(2,\), found \(\)", Answer(pose=answers[0].pose, boxes=answers[4].boxes)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            wrong.check()
+    for answer in answers:
+        answer.check()
+    rounded = answers[0].pose.replace(rotations=np.round(answers[0].pose.rotations * 200) / np.float32(200))
+    Answer(pose=rounded).check()  # as far off as a network in bfloat16
     with pytest.raises(UserError, match="degrees"):
         Answer.from_json({**found, "pose": {**found["pose"], "axis_angle": [[180.0, 0, 0]] * 24}})

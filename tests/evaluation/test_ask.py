@@ -203,7 +203,19 @@ def test_a_system_that_does_not_answer_each_question(tmp_path):
         ask.ask(given_systems.Lazy(), Fixed(rows, "rows"), tmp_path)
     with pytest.raises(UserError, match=r"system 'drawn', questions .*: KeyError: 'left hip'"):
         ask.ask(given_systems.Broken(), Fixed(rows, "rows"), tmp_path)
+    with pytest.raises(UserError, match=r"the answer to 'test-0-0-text' cannot be used: rotations .* joint 0 is none"):
+        ask.ask(given_systems.Flat(), Fixed(rows, "rows"), tmp_path)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_data_that_were_prepared_anew_are_other_data(tmp_path, capsys):
+    words = ["eval", "poses", "--system", f"{HERE}:Drawn", "--quiet", "--drawings", "0", "--out", str(tmp_path)]
+    words += ["--data", f"{HERE}:Prepared"]
+    given_systems.Prepared.fingerprint = "one"
+    assert main(words) == 0 == main(words)
+    given_systems.Prepared.fingerprint = "two"
+    assert main(words) == 2
+    assert "data.contents was 'one', is 'two'" in capsys.readouterr().err
 
 
 def test_scores_survive_their_file(tmp_path):

@@ -1,5 +1,7 @@
 """Models and functions as systems."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -58,6 +60,11 @@ def test_settings_know_the_weights_and_not_the_place(model, tmp_path):
     other = make_system(Spec.parse(f"chatpose,model={folder(tmp_path / 'c', 1)},name=c"))
     assert other.settings["weights"] != made["a"].settings["weights"]
     assert {**other.settings, "weights": made["a"].settings["weights"]} == made["a"].settings
+    settings = json.loads((tmp_path / "b/tokenizer/processor.json").read_text())
+    settings["images"]["fit"] = "pad"
+    (tmp_path / "b/tokenizer/processor.json").write_text(json.dumps(settings))
+    padded = make_system(Spec.parse(f"chatpose,model={tmp_path / 'b'}"))
+    assert padded.settings["images"] != made["b"].settings["images"]
     half = make_system(Spec.parse(f"chatpose,model={model},dtype=bfloat16"))
     assert half.settings["config"] != made["a"].settings["config"]
 

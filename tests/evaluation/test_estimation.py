@@ -134,8 +134,8 @@ def test_protocol_a(folder, data, answers, name, betas):
     task = Estimation(data, "3dpw", protocols=name, smpl=str(folder), betas=betas)
     found = scored(task, answers)
     compare(found, expected)
-    rule = "0" if betas == "zero" else "own, 0 where a system has none"
-    assert found.facts["betas"] == f"{rule}; predictions on the neutral SMPL"
+    rule = "0" if betas == "zero" else "those of the answer, or 0"
+    assert found.facts["betas"] == f"{rule}; predicted poses on the neutral SMPL"
     assert found.facts["protocol"] == name
     assert found.facts["interval"] == "95 % bootstrap over 4 sequences"
 
@@ -164,7 +164,7 @@ def test_protocol_c(data, answers, folder, name, count):
         expected["PA-MPJPE"].append(in_mm(procrustes(found, truth)[0], truth))
     found = scored(Estimation(data, "3dpw", protocols=name, body=str(folder / "SMPL_FEMALE.pkl")), answers)
     compare(found, expected)
-    assert found.facts["betas"] == "0 on both sides"
+    assert found.facts["betas"] == "0 for true and predicted poses"
     assert not found.counts
 
 
@@ -211,12 +211,12 @@ def test_protocol_d(folder, data, answers):
     assert np.isnan(found.samples["MPJPE"][3]), "nobody was detected there"
     assert found.counts["frames without detected keypoints, which the protocol leaves out"] == 1
     assert found.facts["samples"] == "11 of 12"
-    assert "12 of persons" in found.facts["tracks"]
+    assert "12 tracks of persons" in found.facts["tracks"]
     # the mean of the samples' areas is the area of the mean curve, which is what the official script integrates
     curve = [np.mean([(errors <= t).mean() for errors in every]) for t in range(200)]
     assert found.values["AUC"].value == pytest.approx(np.trapezoid(curve) / 199, abs=1e-6)
     assert all(np.isnan(found.samples[name]).all() for name in protocols.ROTATIONS)
-    assert found.counts["positions without the rotations that are compared"] == 11
+    assert found.counts["positions but not all of the compared rotations"] == 11
     # and from poses, positions and orientations are those of the neutral body
     posed = scored(Estimation(data, "3dpw", protocols="D", smpl=str(folder)), answers)
     for name in ("MPJPE", "AUC", "MPJAE", "MPJAE-PA"):
@@ -229,7 +229,7 @@ def test_rotations(data, answers):
         expected = [expected_rotations(answer, row, counted) for row, answer in zip(data, answers)]
         found = scored(Estimation(data, "rows", unmeasured=unmeasured), answers)
         compare(found, {name: [each[name] for each in expected] for name in protocols.ROTATIONS})
-        words = "joints that the data measured, 19 of 23"
+        words = "compared at the joints that the data measured, 19 of 23"
         assert (found.facts["rotations"] == words) == (unmeasured == "left out")
     near = [Answer("", Pose(row.poses.rotations[0], "camera")) for row in data]
     found = scored(Estimation(data, "rows"), near)
@@ -353,21 +353,21 @@ def test_what_a_table_cannot_compare_is_counted(folder, data, answers):
     other = answers[0].pose.replace(shape_space="SMPL-X")
     task = Estimation(data, "3dpw", protocols="A", smpl=str(folder))
     found = scored(task, [Answer("", other), *answers[1:]])
-    assert found.counts == {"betas of another body than SMPL, taken as 0": 1}
+    assert found.counts == {"betas of another body than SMPL, replaced by 0": 1}
     plain = scored(task, [Answer("", answers[0].pose.replace(betas=None)), *answers[1:]])
     np.testing.assert_array_equal(found.samples["MPJPE"], plain.samples["MPJPE"])
     assert not plain.counts
     points = Answer("", None, {"smpl24": np.random.default_rng(0).normal(size=(24, 3))})
     found = scored(Estimation(data, "3dpw", protocols="C"), [points, *answers[1:]])
     words = (
-        "positions on a body of the system's own, instead of a pose",
-        "positions without the rotations that are compared",
+        "no pose, only positions, which are of the system's own body",
+        "positions but not all of the compared rotations",
     )
     assert found.counts == dict.fromkeys(words, 1)
     assert np.isnan(found.samples["MPJRE"][0])
     assert np.isfinite(found.samples["MPJPE"][0])
     found = scored(Estimation(data, "3dpw", protocols="A", smpl=str(folder)), [points, *answers[1:]])
-    assert found.counts == {"positions of other points than the protocol's, and no pose": 1}
+    assert found.counts == {"no pose, and positions of other points than the protocol compares": 1}
     parts = answers[1].pose.replace(measured=flags(5))
     found = scored(Estimation(data, "3dpw", protocols="C"), [answers[0], Answer("", parts), *answers[2:]])
     assert found.counts == {"no pose and no positions in the answer": 1}

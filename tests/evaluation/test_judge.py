@@ -79,7 +79,7 @@ def test_values_are_ratios_of_mean_scores(endpoint, tmp_path, capsys):
     np.testing.assert_array_equal(found.samples["score"], given)
     np.testing.assert_array_equal(found.samples["score of the reference"], np.full(12, 8.5))
     assert found.texts["review"][3] == "8.5 9\nBecause of the words."
-    assert found.facts["judge"] == "m, temperature 0.2" and found.facts["positions"] == "reference first"
+    assert found.facts["judge"] == "m, temperature 0.2" and found.facts["order of answers"] == "reference first"
     assert found.facts["interval"] == "95 % bootstrap over 4 images" and not found.counts
     assert "12 of 12 reviews are asked of 'm', about " in capsys.readouterr().err
     assert Scores.from_json(json.loads(json.dumps(found.to_json()))).values == found.values
@@ -108,7 +108,7 @@ def test_both_positions_are_averaged(endpoint, tmp_path):
     assert found.values["all"].value == pytest.approx(100 * (given.mean() + 0.25) / 8.25)
     assert found.texts["review"][0].startswith("8.5 9\n")
     assert found.texts["review, answer first"][0].startswith("9.5 8\n")
-    assert found.facts["positions"] == "both orders, averaged" and len(endpoint.asked) == 24
+    assert found.facts["order of answers"] == "both orders, averaged" and len(endpoint.asked) == 24
 
 
 def test_reviews_are_kept_and_read_without_an_endpoint(endpoint, tmp_path, monkeypatch, capsys):

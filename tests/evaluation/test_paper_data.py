@@ -44,7 +44,7 @@ def test_3dpw(tmp_path, folder):
     assert tables["C"].values["MPJPE"].value == pytest.approx(0, abs=1e-4)
     assert tables["A"].values["MPJPE"].value > 10, "the predicted body is neutral and of average shape"
     assert tables["D"].facts["samples"] == "7 of 8"
-    assert tables["D"].facts["tracks"].startswith("2 of persons")
+    assert tables["D"].facts["tracks"].startswith("2 tracks of persons")
     # What a submission to the official evaluation holds, made from the file itself: in the world, then through the camera.
     given = []
     for row in rows:
@@ -91,7 +91,7 @@ def test_rpe(tmp_path):
     assert mean.facts["samples"] == "12"
     assert mean.values["MPJPE"].value == pytest.approx(0, abs=1e-4)
     assert mean.values["MPJPE, fitted"].value > 100, "these fitted joints are random"
-    assert mean.facts["rotations"] == "joints that the data measured, 19 of 23"
+    assert mean.facts["rotations"] == "compared at the joints that the data measured, 19 of 23"
     boxes = np.stack([rows[0].extras["bbox"], rows[0].extras["bbox"] + [30, 0, 0, 0]]).astype(np.float32)
     answers = [
         Answer("", row.poses[0].replace(rotations=np.stack([row.poses.rotations[0]] * 2), measured=None), {}, {}, boxes)

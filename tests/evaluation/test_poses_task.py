@@ -61,7 +61,11 @@ def test_what_is_left_out_is_counted():
         Answer("Sorry.", notes={"not parsed": True}) if i in (1, 7) else Answer(pose=constant) for i in range(10)
     ]
     [scores] = Poses(rows, "mine").score(answers)
-    assert scores.counts == {"rows without a truth": 1, "no pose and no positions in the answer": 2, "not parsed": 2}
+    assert scores.counts == {
+        "rows without ground truth": 1,
+        "no pose and no positions in the answer": 2,
+        "not parsed": 2,
+    }
     assert scores.facts["samples"] == "7 of 10"
     assert np.isnan(scores.samples["MPJPE"][[1, 4, 7]]).all() and np.isfinite(scores.samples["MPJPE"]).sum() == 7
     kept = [i for i in range(10) if i not in (1, 4, 7)]

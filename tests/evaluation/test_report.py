@@ -1,6 +1,7 @@
 """The report: what stands in it for given scores, that text of systems stays text, and that equal files give equal bytes."""
 
 import dataclasses
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -224,9 +225,39 @@ def test_damaged_or_missing_results_are_one_error(tmp_path):
         with pytest.raises(UserError, match=r"scores\.json"):
             write_report(tmp_path)
     shutil.rmtree(folder)
-    (tmp_path / "not_run.json").write_text('[{"x": 1}]')
-    with pytest.raises(UserError, match=r"not_run\.json"):
-        write_report(tmp_path)
+    for text in ('[{"x": 1}]', '[{"task": "poses", "data": "cmu", "why": 3}]'):
+        (tmp_path / "not_run.json").write_text(text)
+        with pytest.raises(UserError, match=r"not_run\.json"):
+            write_report(tmp_path)
+
+
+def test_results_of_strangers_hold_what_they_should(tmp_path):
+    """Else a value is no number where it is printed, or the page holds a file of the reader's machine."""
+    folder = write(tmp_path, "ours", [scores()])
+    good = json.loads((folder / "scores.json").read_text())
+    [table] = good["scores"]
+    value = table["values"]["MPJPE"]
+    for wrong in (
+        {"facts": {"protocol": 3}},
+        {"counts": {"no pose": "<b>"}},
+        {"title": None},
+        *(
+            {"values": {"MPJPE": {**value, name: item}}}
+            for name, item in (("value", "<b>"), ("digits", 99), ("better", "most"))
+        ),
+    ):
+        (folder / "scores.json").write_text(json.dumps({**good, "scores": [{**table, **wrong}]}))
+        with pytest.raises(UserError, match=r"scores\.json: expected what chatpose eval writes"):
+            write_report(tmp_path)
+    (folder / "scores.json").write_text(json.dumps(good))
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    drawn = dataclasses.asdict(DrawnAnswer(table["table"], "best", "a", "MPJPE", 1.0, "mm", "", "", "gallery/a.png"))
+    for wrong in ({"image": "../../../secret.png"}, {"image": str(tmp_path / "secret.png")}, {"value": "<b>"}):
+        (folder / "gallery.json").write_text(json.dumps([{**drawn, **wrong}]))
+        with pytest.raises(UserError, match=r"gallery\.json"):
+            write_report(tmp_path)
+    (folder / "gallery.json").write_text(json.dumps([drawn]))
+    write_report(tmp_path)
 
 
 def test_published_figures_are_those_of_the_paper():
@@ -249,7 +280,7 @@ def test_published_figures_are_those_of_the_paper():
 
 def test_conditions_are_compared_by_their_beginnings():
     row = next(each for each in PUBLISHED if each.system == "UniPose" and "3dpw" in each.data)
-    betas = "0; predictions on the neutral SMPL"
+    betas = "0; predicted poses on the neutral SMPL"
     facts = {"protocol": "B: 14 of 44", "pelvis": "point 39", "betas": betas, "samples": "35,515"}
     assert differences(row, facts) == ["not stated: samples"]
     own = f"{betas}.5"
@@ -282,4 +313,4 @@ def test_rows_for_comparison_stand_below_the_systems_and_are_never_the_best(tmp_
     assert [line.split("|")[1].split()[0] for line in lines[2:5]] == ["ours", "theirs", "the"]
     assert "| 0.0 | 0.5 [0.4, 0.6] |" in lines[4]
     assert "**58.4**" in lines[2]
-    assert "no system: measured here for comparison" in markdown and "the truth" in html
+    assert "not a system: measured here for comparison" in markdown and "the truth" in html

@@ -96,7 +96,7 @@ def test_the_person_is_found_by_box(data, answers):
     found, behaviour, shape, *_ = ReasonedEstimation(data, "rpe").score(several)
     np.testing.assert_array_equal(np.delete(found.samples["MPJPE"], lost), np.delete(alone.samples["MPJPE"], lost))
     assert np.isnan(found.samples["MPJPE"][lost])
-    words = {"the person was not found among those of the answer": 1}
+    words = {"the person asked for is not among those of the answer": 1}
     assert (found.counts, behaviour.counts, shape.counts) == (words, words, {})
     assert behaviour.facts["samples"] == "5 of 6"
     bare = [Example(r.id, "image", r.messages, r.poses, {"type": r.extras["type"]}) for r in data]

@@ -94,3 +94,15 @@ def test_json():
     found = Scores("t", "T", {"protocol": "C"}, {"a": Value(1.5, 1, 2, "mm")}, {"a": np.ones(3)}, "a", counts={"x": 1})
     again = Scores.from_json(found.to_json())
     assert (again.values, again.counts, again.rank, again.samples) == (found.values, found.counts, "a", {})
+
+
+def test_a_division_by_nothing_is_no_number():
+    """JSON has no infinity."""
+    middle, low, high = with_intervals(
+        np.array([[1.0, 0], [2, 0]]), ["", ""], lambda sums: sums[..., :1] / sums[..., 1:]
+    )
+    assert np.isnan([middle, low, high]).all()
+    middle, low, high = with_intervals(
+        np.array([[1.0, 0], [2, 2]]), ["", ""], lambda sums: sums[..., :1] / sums[..., 1:]
+    )
+    assert middle == 1.5 and np.isfinite([low, high]).all()

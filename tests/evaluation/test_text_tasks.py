@@ -90,8 +90,8 @@ def test_an_oracle_gets_everything_and_the_real_poses_too():
         if name != "FID":
             assert scores.references[REAL][name].value == 100
     assert scores.table == "generation/toy"
-    assert scores.facts["gallery"] == "40"
-    assert scores.facts["texts"] == "40 human, one of each row"
+    assert scores.facts["gallery"] == "40 pairs of text and pose"
+    assert scores.facts["texts"] == "40 human captions, one for each row"
     assert "f1234" in scores.facts["retriever"]
     assert "10" in scores.facts["interval"], "whole clips are drawn"
     assert not scores.counts
@@ -170,16 +170,16 @@ def test_spg_asks_the_complete_question_and_wants_a_retriever_of_questions():
     (scores,) = task.score(answers(ANGLES))
     assert scores.values["R^T2P@5"].value == 100
     assert scores.table == "spg/toy"
-    assert scores.facts["texts"] == "40 query, one of each row"
-    with pytest.raises(UserError, match=r"trained on captions 'human'.*other_retriever=true"):
+    assert scores.facts["texts"] == "40 queries, one for each row"
+    with pytest.raises(UserError, match=r"trained on captions of the kind 'human'.*other_retriever=true"):
         SpeculativeGeneration(rows, "toy", retriever=Judge("human"))
     (other,) = SpeculativeGeneration(rows, "toy", retriever=Judge("human"), other_retriever=True).score(answers(ANGLES))
     assert "'human'" in other.facts["retriever's fit"]
     assert (
-        "unknown"
+        "does not say"
         in SpeculativeGeneration(rows, "toy", retriever=Judge(None)).score(answers(ANGLES))[0].facts["retriever's fit"]
     )
-    with pytest.raises(UserError, match="trained on captions 'query'"):
+    with pytest.raises(UserError, match="trained on captions of the kind 'query'"):
         Generation(ROWS, "toy", retriever=Judge("query"))
 
 
@@ -216,8 +216,8 @@ def test_describe_draws_poses_and_finds_them_by_the_words():
     assert scores.values["BLEU-4"].value == pytest.approx(100)
     assert scores.values["ROUGE-L"].value == scores.values["R^T2P@5"].value == 100
     assert scores.references[TRUE]["R^T2P@5"].value == 100
-    assert "40 drawings" in scores.facts["shown"]
-    assert scores.facts["references"] == "1.00 a row, human-first"
+    assert "drawings of the true poses: 40" in scores.facts["shown"]
+    assert scores.facts["references"] == "1.00 per row, human captions, or automatic ones if there are none"
 
     given[::4] = [Answer(" ")] * 10
     (scores,) = task.score(given)
@@ -245,9 +245,9 @@ def test_describe_uses_the_rows_own_images_and_all_references():
     assert parts[1]["text"] == "Describe the pose in words."
     assert task.question(asked).messages == asked.messages[:1]
     captions, words = task.score([Answer("Another arm is up."), Answer("They sit."), Answer("")])
-    assert captions.facts["shown"] == "1 images of rows, 1 drawings of true poses"
-    assert captions.facts["references"] == "1.50 a row, human-first"
-    assert captions.facts["retriever"] == "none given, so no retrieval"
+    assert captions.facts["shown"] == "images of the rows: 1, drawings of the true poses: 1"
+    assert captions.facts["references"] == "1.50 per row, human captions, or automatic ones if there are none"
+    assert captions.facts["retriever"] == "none given, so the table has no recall"
     np.testing.assert_allclose(captions.samples["ROUGE-L"], [100, np.nan, 0])
     assert words.table == "describe/toy/answers" and words.values["ROUGE-L"].value == 100
     with pytest.raises(UserError, match="none of the 1 rows of toy can be described"):
@@ -292,7 +292,7 @@ def test_the_command_asks_no_system_that_its_judge_has_rewarded(tmp_path, capsys
     assert main([*words, f"{here}:Rewarded,by=other"]) == 0
     assert given_systems.Drawn.asked == asked + 6
     (scores,) = json.loads((tmp_path / "out/generation/synthetic/rewarded/scores.json").read_text())["scores"]
-    assert scores["facts"]["gallery"] == "6" and set(scores["references"]) == {REAL}
+    assert scores["facts"]["gallery"] == "6 pairs of text and pose" and set(scores["references"]) == {REAL}
     assert scores["values"]["R-precision@1 (UniPose)"]["value"] is None, "six pairs are no group of 32"
     assert REAL in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from chatpose_jax.posescript.folder import ARRAYS, CONFIG, write_folder
 from chatpose_jax.posescript.network import RetrieverLossConfig
 from chatpose_jax.posescript.retriever import Retriever, load_retriever
 from chatpose_jax.posescript.tokens import pad
-from chatpose_jax.posescript.trainer import Batch
+from chatpose_jax.posescript.trainer import Batch, Examples
 from smpl_jax.frames import turn
 from smpl_jax.pose import Pose, to_family
 from smpl_jax.rotations import axis_angle_to_matrix
@@ -78,6 +78,14 @@ def test_the_loss_is_the_cross_entropy_of_both_directions(retriever: Retriever) 
         (by_text + by_pose) / 2, rel=1e-4
     )
     assert float(retriever.model.loss(batch, None, RetrieverLossConfig("t2p"))[0]) == pytest.approx(by_text, rel=1e-4)
+
+
+def test_equal_features_for_all_find_nothing(retriever: Retriever) -> None:
+    """Or a network that has collapsed would be taken for the best."""
+    tokens = [[ids] for ids in retriever.tokens.encode([TEXTS[0]] * 40)]
+    for value in (0.1, np.nan):
+        alike = Examples(np.full((40, 22, 3), value, np.float32), tokens)
+        assert retriever.model.validate(alike)["mRecall"] == 0
 
 
 def test_noise_keeps_numbers_that_never_vary_from_being_magnified() -> None:

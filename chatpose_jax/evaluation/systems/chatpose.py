@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,14 +20,14 @@ from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.weights.paths import by_path
 
 NEW_TOKENS = {"pose": 32, "words": 512}
-"""The longest answer by what a question wants, unless ``max_new_tokens`` says another length."""
-FORCED = "asked again for a pose"
+"""The largest number of tokens in an answer, by what the task scores, unless ``max_new_tokens`` sets another."""
+FORCED = "no pose in the first answer, so a pose was forced"
 """The note of an answer whose pose was forced."""
 
 
 class ChatPoseSystem:
-    """Greedy answers of a model. A question that wants a pose and gets none is asked again with ``force_pose``; the answer is then counted as
-    "asked again for a pose".
+    """Greedy answers of a model. If a task needs a pose and the answer has none, the question is asked again with ``force_pose``, and the answer is
+    counted as ``FORCED``.
 
     Options:
         model: model folder, or the run folder that holds it; or a checkpoint that ``chatpose_jax.load`` reads.
@@ -56,10 +57,13 @@ class ChatPoseSystem:
             self.new_tokens = dict.fromkeys(NEW_TOKENS, whole("max_new_tokens", max_new_tokens, 1))
         self.name = name or _name_of(Path(model))
         self.model = load(model, head=head, dtype=dtype, body=body, mesh=_mesh(mesh))
+        processor = self.model.processor
         self.settings: dict[str, Any] = {
             "weights": _digest(fingerprint(by_path(self.model.params))),
             "config": _digest(self.model.config.to_json()),
-            "processor": self.model.processor.fingerprint,
+            "processor": processor.fingerprint,
+            "images": dataclasses.asdict(processor.images),
+            "markers": processor.markers,
             "max_new_tokens": self.new_tokens,
         }
 

@@ -42,7 +42,7 @@ class Described:
         self.settings: Mapping[str, Any] = {
             "writer": {"name": self.writer.name, **self.writer.settings},
             "to": {"name": self.to.name, **self.to.settings},
-            "asked": INSTRUCTIONS,
+            "asked": [INSTRUCTIONS, TEXT_TO_POSE[0]],
         }
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:

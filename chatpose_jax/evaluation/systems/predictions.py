@@ -143,7 +143,7 @@ def _answers(path: Path) -> Lookup:
     try:
         for (_, line), answer in zip(lines, Answer.from_jsons([line for _, line in lines])):
             found[str(line["key"])] = answer
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (UserError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: expected answers of chatpose eval ({type(error).__name__}: {error})") from None
     if len(found) < len(lines):
         raise UserError(f"{path}: {len(lines) - len(found)} rows are answered twice")

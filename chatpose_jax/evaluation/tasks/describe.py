@@ -24,8 +24,14 @@ from smpl_jax.io import load_body
 from smpl_jax.pose import Pose
 from smpl_jax.posed import PosedBody
 
-NO_WORDS = "no words in the answer: an empty text, and a miss"
+NO_WORDS = "no words in the answer, which counts as an empty text"
 TRUE = "true captions"
+RULES = {
+    "human-first": "human captions, or automatic ones if there are none",
+    "human": "human captions",
+    "automatic": "automatic captions",
+}
+"""Rules of ``features.CAPTIONS``, as tables name them."""
 KINDS = {
     "captions": "Poses in words",
     "answers": "Questions about images, answered in words",
@@ -126,12 +132,12 @@ class Describe:
             facts = {
                 **features.facts_of(self.judge),
                 **self.fits,
-                "gallery": str(len(rows)),
+                "gallery": f"{len(rows)} poses",
                 "joints": features.JOINTS,
                 "R-precision": PRECISION_RULE,
             }
         elif kind == "captions":
-            facts = {"retriever": "none given, so no retrieval"}
+            facts = {"retriever": "none given, so the table has no recall"}
         drawn = sum(not features.shows_image(row) for row in rows)
         count = sum(map(len, references))
         silent = sum(not text for text in texts)
@@ -139,9 +145,10 @@ class Describe:
             table=f"{self.name}/{self.data}/{kind}",
             title=f"{KINDS[kind]}, {self.data}",
             facts={
-                "question": self.asked if kind == "captions" else "the row's own",
-                "shown": f"{len(rows) - drawn} images of rows, {drawn} drawings of true poses",
-                "references": f"{count / len(rows):.2f} a row" + (f", {self.rule}" if kind == "captions" else ""),
+                "question": self.asked if kind == "captions" else "the question of each row",
+                "shown": f"images of the rows: {len(rows) - drawn}, drawings of the true poses: {drawn}",
+                "references": f"{count / len(rows):.2f} per row"
+                + (f", {RULES[self.rule]}" if kind == "captions" else ""),
                 "BLEU-4": words.BLEU_RULE,
                 "ROUGE-L": words.ROUGE_RULE,
                 **facts,

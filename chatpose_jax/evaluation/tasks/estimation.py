@@ -114,6 +114,17 @@ class Estimation:
         ]
 
 
+ROTATION_RULES = {
+    "MPJRE": "100 times the mean absolute difference of the entries of the rotation matrices, joints 1 to 23 (MPJRE-21: 1 to 21)",
+    "angle": "mean geodesic distance of the rotations, joints 1 to 23",
+}
+OFFICIAL_RULES = {
+    "PCK@50": "share of 12 joints whose error is at most 50 mm; AUC: area under the curve of this share from 0 to 199 mm",
+    "MPJAE": "mean angle between orientations of 9 joints in the camera frame (MPJAE-PA: after the rotation of the Procrustes alignment)",
+}
+"""Facts that say what columns are, for a reader who has only the report."""
+
+
 def named_protocols(words: str) -> tuple[str, ...]:
     """The protocols that an option names. Raises UserError for an unknown one."""
     names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
@@ -162,15 +173,15 @@ def protocol_facts(
     unmeasured: Unmeasured,
     body: BodyModel,
 ) -> dict[str, str]:
-    """What makes rows of this table comparable, in words."""
+    """What rows of this table must share to be comparable, in words; and what the columns are."""
     words = {
         "gendered": "SMPL of each person's gender, with the betas of the data",
-        "file": "positions in the data",
-        "body": f"the pose of the data on the body {body.name!r}",
+        "file": "3D keypoints of the data",
+        "body": f"the true pose on the body {body.name!r}",
     }
-    rule = "0 on both sides"
+    rule = "0 for true and predicted poses"
     if protocol.on != "body":
-        rule = {"zero": "0", "own": "own, 0 where a system has none"}[betas] + "; predictions on the neutral SMPL"
+        rule = {"zero": "0", "own": "those of the answer, or 0"}[betas] + "; predicted poses on the neutral SMPL"
     count, used = len(rows), int(np.isfinite(errors.columns["PA-MPJPE"]).sum())
     found = {
         "protocol": name,
@@ -184,12 +195,14 @@ def protocol_facts(
     }
     if rows.poses.measured.any():
         if unmeasured == "counted":
-            found["rotations"] = "all joints, with those that the data filled in"
+            found["rotations"] = "compared at all joints, also those that the data filled in"
         else:
             least, most = (f(rows.poses.measured[rows.poses.there, 1:].sum(1)) for f in (np.min, np.max))
             span = f"{most}" if least == most else f"{least} to {most}"
-            found["rotations"] = f"joints that the data measured, {span} of 23"
+            found["rotations"] = f"compared at the joints that the data measured, {span} of 23"
+        found |= ROTATION_RULES
     if protocol.official:
+        found |= OFFICIAL_RULES
         tracks = {(group, extras.get("actor")) for group, extras in zip(rows.groups, rows.extras)}
-        found["tracks"] = f"{len(tracks)} of persons; the official evaluation has the 87 of all three splits"
+        found["tracks"] = f"{len(tracks)} tracks of persons; the official evaluation has the 87 of all three splits"
     return found

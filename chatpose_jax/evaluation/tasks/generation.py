@@ -21,8 +21,16 @@ from chatpose_jax.evaluation.subset import Selected
 from chatpose_jax.evaluation.system import Answer, Question
 from smpl_jax.pose import Pose
 
-NO_POSE = "no pose in the answer: a miss, and neither in the gallery nor in FID"
+NO_POSE = "no pose in the answer, which counts as a miss and is left out of gallery and FID"
 REAL = "real poses"
+TEXTS = {
+    "human": "human captions",
+    "automatic": "automatic captions",
+    "caption": "captions",
+    "query": "queries",
+    "question": "questions",
+}
+"""Kinds of captions, as tables name them."""
 
 
 class _Judged:
@@ -89,11 +97,12 @@ class _Judged:
                 facts={
                     **features.facts_of(self.judge),
                     **self.fits,
-                    "texts": ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + ", one of each row",
-                    "gallery": str(len(texts)),
+                    "texts": ", ".join(f"{count} {TEXTS[kind]}" for kind, count in kinds.items())
+                    + ", one for each row",
+                    "gallery": f"{len(texts)} pairs of text and pose",
                     "joints": features.JOINTS,
                     "R-precision": PRECISION_RULE,
-                    "FID": f"of {found.shape[1]} features of as many answered and real poses; no interval",
+                    "FID": f"Fréchet distance of the {found.shape[1]} features between answered poses and the true poses of the same rows",
                     "samples": str(len(texts)),
                     "interval": interval(groups),
                 },

@@ -160,7 +160,7 @@ class Judge:
         facts = {
             "protocol": "LLaVA-Bench: 100 · mean score of answers / mean score of references",
             "judge": f"{self.judge}, temperature {self.asked['temperature']:g}",
-            "positions": order,
+            "order of answers": order,
             "samples": f"{len(self.rows):,}" if counted.all() else f"{counted.sum():,} of {len(self.rows):,}",
             "interval": interval(groups, "images"),
         }

@@ -81,11 +81,15 @@ class ReasonedEstimation:
         columns, kinds = dict(errors.columns), [kind for kind in TYPES if (about == kind).any()]
         facts = protocol_facts(self.protocol, protocol, rows, errors, *rule, self.body)
         facts["attributes"] = ", ".join(f"{kind} {(about == kind).sum()}" for kind in kinds)
-        facts["person"] = f"by box where an answer has several, intersection over union of at least {LEAST_OVERLAP}"
+        facts["person"] = (
+            f"if an answer has several, the one whose box overlaps the row's most (intersection over union at least {LEAST_OVERLAP})"
+        )
         if all(FITTED.extras[0] in extras for extras in rows.extras):
             fitted = protocol_errors(FITTED, rows, given, Files(""), self.body, *rule).columns
             columns |= {new: fitted[old] for old, new in _FITTED.items()}
-            facts["fitted"] = "the first 22 joints against those of SMPL with the betas of the data"
+            facts["fitted"] = (
+                "RPE-Refined's own metric: the first 22 joints at β = 0 against those of SMPL with the betas of the data"
+            )
         samples = {column: np.full(len(answers), np.nan) for column in columns}
         for column, values in columns.items():
             samples[column][at] = values
