@@ -62,7 +62,8 @@ def load_prior(path: str | os.PathLike[str] | None = None) -> PosePrior:
 
     path: an ``.npz`` as ``tools/pose_prior.py`` writes it, or SMPLify's ``gmm_08.pkl``, which has a licence of its own. Both hold ``weights`` (K,),
         ``means`` (K, D) and ``covars`` (K, D, D) with D = 63 or 69 (with SMPL's two rigid hands, which are integrated out). No code of the file is
-        run. None is the prior of the package, fitted to motion capture of CMU.
+        run. None is the prior of the package, fitted to CMU's motion capture and to
+        generated poses.
 
     Raises:
         PoseFileError: the file is missing, or is no such mixture.
@@ -82,7 +83,7 @@ def _load(file: Path) -> PosePrior:
         value = found.get(name)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or not np.isfinite(value).all():
             raise PoseFileError(
-                f"{file}: expected a mixture with arrays weights, means and covars of finite numbers; {name} is none"
+                f"{file}: expected a mixture with arrays weights, means and covars of finite numbers; {name} is not such an array"
             )
         arrays[name] = value.astype(np.float64)
     weights, means, covars = arrays["weights"].reshape(-1), arrays["means"], arrays["covars"]
