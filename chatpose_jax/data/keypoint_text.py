@@ -23,6 +23,8 @@ SCALE = 1000
 """Coordinates go from 0 to this number."""
 LONGEST = 20_000
 """Characters of a text that are read."""
+BROKEN = 100
+"""Brackets that may open something else than JSON. Each is tried, which takes as long as the rest of the text."""
 _LABELS = ("name", "keypoint", "label", "joint", "part")
 _CONFIDENCE = ("confidence", "score", "visibility", "visible", "v", "c")
 _LINKS = r"[\s_\-.*\"'`]*"
@@ -193,15 +195,15 @@ def _variants(name: str) -> list[str]:
 
 
 def _of_json(text: str) -> list[tuple[str, list[float]]]:
-    """The points of all JSON in a text, also inside a Markdown fence or among words."""
+    """The points of all JSON in a text, also inside a Markdown fence or among words. A text with many brackets that open no JSON is left."""
     found: list[tuple[str, list[float]]] = []
-    place, decoder = 0, json.JSONDecoder()
-    while start := re.compile(r"[\[{]").search(text, place):
+    place, broken, decoder = 0, 0, json.JSONDecoder()
+    while broken < BROKEN and (start := re.compile(r"[\[{]").search(text, place)):
         try:
             value, place = decoder.raw_decode(text, start.start())
             found += _walk(value)
         except (ValueError, RecursionError, OverflowError):
-            place = start.end()
+            place, broken = start.end(), broken + 1
     return found
 
 

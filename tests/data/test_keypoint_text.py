@@ -1,11 +1,12 @@
 """Keypoints as text: what is written is read again, in the ways in which language models write it, and nothing is misread in silence."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
-from chatpose_jax.data.keypoint_text import KeypointText
+from chatpose_jax.data.keypoint_text import LONGEST, KeypointText
 from chatpose_jax.errors import UserError
 
 TEXT = KeypointText()
@@ -117,6 +118,13 @@ def test_any_text_is_read_in_finite_numbers():
         text = "".join(random.choice(letters, random.integers(0, 80)))
         found = TEXT.read(text, SIZE).points
         assert np.isfinite(found).all() and (found[:, :2] <= SIZE).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize("letters", ["[", "[1,", '{"a":', "nose [", " nose"])
+def test_a_model_that_repeats_itself_takes_no_time(letters):
+    start = time.process_time()
+    TEXT.read(letters * LONGEST, SIZE)
+    assert time.process_time() - start < 2
 
 
 def test_questions_name_the_scale_and_the_person():
