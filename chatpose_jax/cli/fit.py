@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from chatpose_jax.data.readers.untrusted import load_npz, read_json
 from chatpose_jax.errors import UserError
 from smpl_jax import io, render
 from smpl_jax.body import BodyModel
+from smpl_jax.frames import Frame
 from smpl_jax.keypoints import KEYPOINT_SETS, SMPL_VERTICES, keypoint_set
 from smpl_jax.pose_writers import write_poses
 
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", nargs=2, type=float, metavar=("WIDTH", "HEIGHT"), help="of the images, in pixels"
     )
+    parser.add_argument(
+        "--frame", choices=get_args(Frame), help="of joints and markers; default: that of the file, or camera"
+    )
     parser.add_argument("--focal", type=float, help="focal length in pixels; default: the diagonal of the image")
     parser.add_argument(
         "--noise", type=float, help="of the points, in pixels or metres; default: estimated for each person"
@@ -67,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if body.name in ("smpl", "smplh") and body.num_vertices == 6890 and not body.vertex_ids:
         body = body.with_keypoints(vertex_ids=SMPL_VERTICES)
     shared: dict[str, Any] = {"body": body, "noise": args.noise, "prior": fit.load_prior(args.prior)}
+    shared |= {name: given.more[name] for name in ("confidence", "betas") if name in given.more}
+    frame = _frame(args.file, args.frame, given)
     try:
         if given.kind == "keypoints_2d":
             size = args.image_size if args.image_size else given.more.get("image_size")
@@ -74,12 +80,17 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(f"{args.file}: the size of the images is not known; --image-size WIDTH HEIGHT")
             focal = given.more.get("focal") if args.focal is None else args.focal
             fitted = fit.fit_keypoints(
-                given.values, given.set_name or "", image_size=tuple(size), focal=focal, **shared
+                given.values,
+                given.set_name or "",
+                image_size=tuple(size),
+                focal=focal,
+                center=given.more.get("center"),
+                **shared,
             )
         elif given.kind == "joints":
-            fitted = fit.fit_joints(given.values, given.set_name or "smpl24", **shared)
+            fitted = fit.fit_joints(given.values, given.set_name or "smpl24", frame=frame, **shared)
         else:
-            fitted = fit.fit_markers(given.values, given.more["vertices"].tolist(), **shared)
+            fitted = fit.fit_markers(given.values, given.more["vertices"].tolist(), frame=frame, **shared)
         write_poses(args.out, fitted.pose, body=body.name)
         if args.drawing:
             save_drawing(args.drawing, body, fitted.pose)
@@ -91,6 +102,18 @@ def run(args: argparse.Namespace) -> int:
     print(f"{int(fitted.converged.sum())} of {total} fits converged{far}", file=sys.stderr)
     print(args.out)
     return 0
+
+
+def _frame(file: Path, typed: Frame | None, given: Points) -> Frame:
+    """The frame of the points: the typed one, that of the file, or "camera". Raises UserError where these differ."""
+    stated = str(given.more["frame"]) if "frame" in given.more else None
+    if typed and stated and typed != stated:
+        raise UserError(f"{file}: the file says that its points are in the frame {stated}, --frame says {typed}")
+    found = typed or stated or "camera"
+    known = ("camera",) if given.kind == "keypoints_2d" else get_args(Frame)
+    if found not in known:
+        raise UserError(f"{file}: {given.kind} are in the frame {' or '.join(known)}; found {found!r:.40}")
+    return found  # type: ignore[return-value]
 
 
 def read_points(file: Path, name: str | None) -> Points:
@@ -149,7 +172,7 @@ def save_drawing(path: Path, body: BodyModel, pose: Any) -> None:
     flat = pose.rotations.reshape(-1, *pose.rotations.shape[-3:])[:DRAWN]
     betas = pose.betas.reshape(-1, pose.betas.shape[-1])
     views = [
-        render.render_body(body, rotations, shape, size=256, views=("front", "side"), frame="camera")
+        render.render_body(body, rotations, shape, size=256, views=("front", "side"), frame=pose.frame)
         for rotations, shape in zip(flat, betas)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,3 +82,29 @@ def test_bad_input_is_one_line(tmp_path, capsys) -> None:
         assert message in said and said.count("\n") == 1
     assert main(["fit", str(file), "--out", str(tmp_path / "o.txt")]) == 2
     assert not list(tmp_path.glob("o.*"))
+
+
+def test_what_a_file_says_beside_its_points_is_followed(tmp_path, monkeypatch, capsys) -> None:
+    file, given = tmp_path / "points.npz", {}
+
+    def fit_joints(*points, **options):
+        given.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("smpl_jax.fit.fit_joints", fit_joints)
+    arrays = {"joints": np.zeros((2, 24, 3)), "frame": np.array("z-up"), "confidence": np.ones((2, 24))}
+    np.savez(file, **arrays, betas=np.arange(10.0))
+    command = ["fit", str(file), "--out", str(tmp_path / "o.npz")]
+    assert main(command) == 2
+    assert given["frame"] == "z-up" and given["confidence"].shape == (2, 24) and given["betas"][3] == 3
+    assert main([*command, "--frame", "camera"]) == 2
+    assert "the file says that its points are in the frame z-up, --frame says camera" in capsys.readouterr().err
+    np.savez(file, joints=arrays["joints"])
+    assert main([*command, "--frame", "model"]) == 2 and given["frame"] == "model"
+    np.savez(file, joints=arrays["joints"], frame=np.array("world"))
+    assert (
+        main(command) == 2
+        and "joints are in the frame model or camera or z-up; found 'world'" in capsys.readouterr().err
+    )
+    np.savez(file, keypoints_2d=np.zeros((2, 17, 3)), points="coco17", image_size=[9, 9], frame=np.array("z-up"))
+    assert main(command) == 2 and "keypoints_2d are in the frame camera; found 'z-up'" in capsys.readouterr().err
