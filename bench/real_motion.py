@@ -36,7 +36,8 @@ from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.mocap import Cmu
 from chatpose_jax.data.record import Record
-from chatpose_jax.evaluation.poses import answer_poses, first_question
+from chatpose_jax.evaluation.poses import answer_poses
+from chatpose_jax.evaluation.system import first_question
 from chatpose_jax.evaluation.systems.simple import MODELS
 from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.run import run_training

@@ -15,6 +15,7 @@ from chatpose_jax.data.questions import caption_in
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.retrieval import RECALLS, Compared, recall_columns
 from chatpose_jax.evaluation.scores import Value, means_of
+from chatpose_jax.evaluation.system import first_question, images_in, words_of
 from chatpose_jax.posescript.pairs import captions_of
 from chatpose_jax.posescript.retriever import load_retriever
 from smpl_jax.pose import SHARED, Pose, known, to_family, to_frame
@@ -146,20 +147,12 @@ def rows_in_words(rows: Sequence[Example]) -> Iterator[int]:
 
 def question_words(row: Example) -> str:
     """The words of a row's first question."""
-    content = row.messages[_end(row) - 1]["content"] if _end(row) else ""
-    return content if isinstance(content, str) else " ".join(part["text"] for part in content if part["type"] == "text")
+    return "".join(words_of(message["content"]) for message in first_question(row)[-1:])
 
 
 def shows_image(row: Example) -> bool:
     """Whether a row shows an image before its first answer."""
-    contents = [message["content"] for message in row.messages[: _end(row)]]
-    return any(
-        not isinstance(content, str) and any(part["type"] == "image" for part in content) for content in contents
-    )
-
-
-def _end(row: Example) -> int:
-    return next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+    return bool(images_in(first_question(row)))
 
 
 def bodies(poses: Sequence[Pose]) -> Pose:

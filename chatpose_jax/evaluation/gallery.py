@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -15,7 +14,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.evaluation.protocols import best_overlap, person_box
 from chatpose_jax.evaluation.results import DrawnAnswer, write_drawn
 from chatpose_jax.evaluation.scores import Scores
-from chatpose_jax.evaluation.system import Answer, Question
+from chatpose_jax.evaluation.system import Answer, Question, images_in, words_of
 from chatpose_jax.processing.images import load_image
 from smpl_jax import render
 from smpl_jax.body import BodyModel
@@ -100,11 +99,9 @@ def draw_panels(
     question: what was asked; by default the first question of the row. poses: whether an answer without a pose lacks something.
     """
     panels, labels = [], []
-    content = (question or Question.of(row)).messages[-1]["content"]
-    for part in [] if isinstance(content, str) else content:
-        if part["type"] == "image":
-            panels.append(np.asarray(ImageOps.pad(load_image(part["image"]), (PANEL, PANEL), color="white")))
-            labels.append("image")
+    for part in images_in((question or Question.of(row)).messages[-1:]):
+        panels.append(np.asarray(ImageOps.pad(load_image(part["image"]), (PANEL, PANEL), color="white")))
+        labels.append("image")
     has_truth = bool(len(row.poses.rotations)) and bool(np.any(known(row.poses[0])))
     if has_truth:
         panels.append(_body(row.poses[0], body))
@@ -167,13 +164,6 @@ def _no_pose() -> np.ndarray:
     font = ImageFont.load_default(22)
     ImageDraw.Draw(image).text((PANEL / 2, PANEL / 2), "no pose", (90, 90, 90), font, anchor="mm")
     return np.asarray(image)
-
-
-def words_of(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a message, without its images."""
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _name(key: str) -> str:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from chatpose_jax.chat import ChatPose, Reply
 from chatpose_jax.data.example import Example
+from chatpose_jax.evaluation.system import first_question
 from smpl_jax.body import BodyModel
 from smpl_jax.metrics import pose_metrics
 from smpl_jax.pose import Pose, known, stack, to_family, to_frame
@@ -34,12 +35,6 @@ def mean_pose(poses: Pose) -> Pose:
     u, _, vt = np.linalg.svd(np.where(known(poses)[..., None, None], rotations, 0).mean(axis=0))
     u[..., -1] *= np.linalg.det(u @ vt)[..., None]
     return Pose((u @ vt).astype(np.float32), poses.frame)
-
-
-def first_question(example: Example) -> list[dict]:
-    """The messages before the first answer."""
-    end = next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-    return example.messages[:end]
 
 
 def answer_poses(

@@ -72,9 +72,8 @@ class Question:
     @classmethod
     def of(cls, row: Example) -> Question:
         """The first question of a row. It wants a pose where the row has one."""
-        end = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
         about = {name: row.extras[name] for name in ABOUT if name in row.extras}
-        return cls(row.id, row.group, row.kind, row.messages[:end], about, "pose" if len(row.poses) else "words")
+        return cls(row.id, row.group, row.kind, first_question(row), about, "pose" if len(row.poses) else "words")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,19 +181,28 @@ class System(Protocol):
         ...
 
 
-def asked_words(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The words of the last question, without images and without the sentence around a caption (``data.questions.caption_in``)."""
-    content = [message["content"] for message in messages if message["role"] == "user"][-1]
+def first_question(row: Example) -> list[dict[str, Any]]:
+    """The messages before the first answer."""
+    return row.messages[: next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")]
+
+
+def words_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a message, without its images."""
     if isinstance(content, str):
-        return caption_in(content)
-    return caption_in(" ".join(part["text"] for part in content if part["type"] == "text"))
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")
 
 
-def images_of(question: Question) -> list[dict[str, Any]]:
-    """The images of a question, as parts of messages."""
-    contents = [message["content"] for message in question.messages]
+def images_in(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The images of messages, as parts of messages."""
+    contents = [message["content"] for message in messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     return [part for part in parts if part["type"] == "image"]
+
+
+def asked_words(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The words of the last question, without images and without the sentence around a caption (``data.questions.caption_in``)."""
+    return caption_in(words_of([message["content"] for message in messages if message["role"] == "user"][-1]))
 
 
 def answer_all(system: System, questions: Sequence[Question]) -> list[Answer]:

@@ -5,7 +5,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset
-from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, first_question, mean_pose, pose_errors
+from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose, pose_errors
+from chatpose_jax.evaluation.system import first_question
 from smpl_jax import Pose, PosedBody, io, stack
 
 

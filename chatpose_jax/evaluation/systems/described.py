@@ -8,7 +8,7 @@ from typing import Any
 
 from chatpose_jax.data.questions import TEXT_TO_POSE
 from chatpose_jax.evaluation.spec import Spec, make_system
-from chatpose_jax.evaluation.system import Answer, Question, answer_all, asked_words, images_of
+from chatpose_jax.evaluation.system import Answer, Question, answer_all, asked_words, images_in
 
 INSTRUCTIONS = (
     "Describe the pose of the body of {whom} in two to four sentences: the posture, then the trunk, arms, legs and head with their directions and "
@@ -61,7 +61,7 @@ class Described:
 
 
 def _describe(question: Question) -> Question:
-    images = images_of(question)
+    images = images_in(question.messages)
     said = str(question.about.get("description", "")) or ("" if images else asked_words(question.messages))
     text = INSTRUCTIONS.format(whom=SAID.format(words=said) if said else SHOWN)
     messages = [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]

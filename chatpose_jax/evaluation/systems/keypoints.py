@@ -11,7 +11,7 @@ import numpy as np
 from chatpose_jax.data.keypoint_text import SCALE, KeypointText
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.spec import Spec, make_system
-from chatpose_jax.evaluation.system import Answer, Question, answer_all, images_of
+from chatpose_jax.evaluation.system import Answer, Question, answer_all, images_in
 from chatpose_jax.processing.images import upright_size
 from chatpose_jax.settings import whole
 from smpl_jax import io
@@ -119,7 +119,7 @@ class Keypoints:
     def _ask(self, question: Question) -> Question:
         said = str(question.about.get("description", ""))
         text = self.text.question(said) if self.asked == "question" else self.text.instructions(said)
-        messages = [{"role": "user", "content": [*images_of(question), {"type": "text", "text": text}]}]
+        messages = [{"role": "user", "content": [*images_in(question.messages), {"type": "text", "text": text}]}]
         return dataclasses.replace(question, kind="instruction", messages=messages, wants="words")
 
     def _others(self, questions: Sequence[Question]) -> list[Pose | None]:
@@ -136,7 +136,7 @@ def upright() -> Pose:
 
 
 def _image_size(question: Question) -> tuple[int, int]:
-    images = images_of(question)
+    images = images_in(question.messages)
     if len(images) != 1:
         raise UserError(
             f"question {question.key!r} shows {len(images)} images; keypoints need one (the tasks estimation and rpe)"

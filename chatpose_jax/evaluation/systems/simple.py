@@ -13,9 +13,9 @@ import numpy as np
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.poses import first_question, mean_pose, true_poses
+from chatpose_jax.evaluation.poses import mean_pose, true_poses
 from chatpose_jax.evaluation.spec import Spec, open_rows
-from chatpose_jax.evaluation.system import Answer, Question, asked_words
+from chatpose_jax.evaluation.system import Answer, Question, asked_words, first_question
 from chatpose_jax.settings import whole
 from smpl_jax.pose import Pose, known
 from smpl_jax.rotations import matrix_9d_to_rotation

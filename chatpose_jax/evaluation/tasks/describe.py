@@ -16,7 +16,7 @@ from chatpose_jax.evaluation.features import CAPTIONS
 from chatpose_jax.evaluation.retrieval import PRECISION_RULE, RECALLS, compare
 from chatpose_jax.evaluation.scores import Scores, counts_of, interval, mean_of
 from chatpose_jax.evaluation.subset import Selected
-from chatpose_jax.evaluation.system import Answer, Question
+from chatpose_jax.evaluation.system import Answer, Question, first_question, images_in
 from chatpose_jax.evaluation.tasks.generation import Generation
 from chatpose_jax.posescript.pairs import captions_of
 from chatpose_jax.processing.conversation import POSE
@@ -99,10 +99,10 @@ class Describe:
         asked = dataclasses.replace(Question.of(row), wants="words")
         if self._kind(row) == "answers":
             return asked
-        contents = [message["content"] for message in asked.messages]
-        shown = [part for parts in contents if not isinstance(parts, str) for part in parts if part["type"] == "image"]
         pose = row.poses[0]
-        shown = shown or [{"type": "image", "image": LazyImage(lambda: self._drawing(pose), (self.size, self.size, 3))}]
+        shown = images_in(asked.messages) or [
+            {"type": "image", "image": LazyImage(lambda: self._drawing(pose), (self.size, self.size, 3))}
+        ]
         content = [*shown, {"type": "text", "text": self.asked}]
         return dataclasses.replace(asked, kind="image", messages=[{"role": "user", "content": content}])
 
@@ -164,14 +164,13 @@ class Describe:
         )
 
     def _kind(self, row: Example) -> str:
-        answer = next((str(message["content"]) for message in row.messages if message["role"] == "assistant"), POSE)
-        if POSE not in answer and features.shows_image(row):
+        if POSE not in _answer(row) and features.shows_image(row):
             return "answers"
         return "captions" if len(row.poses) and features.caption_of(row, self.rule) else ""
 
     def _references(self, row: Example) -> tuple[str, ...]:
         if self._kind(row) == "answers":
-            return (next(str(message["content"]) for message in row.messages if message["role"] == "assistant"),)
+            return (_answer(row),)
         caption = features.caption_of(row, self.rule)
         assert caption is not None
         texts = captions_of(row, caption.kind)  # type: ignore[arg-type]
@@ -181,6 +180,10 @@ class Describe:
         """(size, size, 3) uint8, the pose on ``body`` of the mean shape, as its camera sees it."""
         bare = pose.replace(betas=None, has_betas=None, shape_space=None, translation=None, has_translation=None)
         return PosedBody(bare, self.body).render(self.size)
+
+
+def _answer(row: Example) -> str:
+    return str(row.messages[len(first_question(row))]["content"])
 
 
 def _spread(values: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
