@@ -1,4 +1,4 @@
-"""``chatpose eval``: systems answer the questions of a task; tables, with what each number means, and how to get it again."""
+"""``chatpose eval``: systems answer the questions of a task; writes tables with the conditions of each figure, and the command that made it."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for answers, scores and the report")
     parser.add_argument(
-        "--split", choices=(*get_args(Split), ALL), default="test", help="default: test; all: one after the other"
+        "--split", choices=(*get_args(Split), ALL), default="test", help="default: test; all: the rows of all splits"
     )
     parser.add_argument(
         "--subset",
         metavar="N|FILE",
-        help="so many rows, chosen by their ids; or those whose ids a file lists, one a line",
+        help="N rows, chosen by the hashes of their ids; or the rows whose ids a file lists, one per line",
     )
     parser.add_argument(
         "--set",
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="OPTION=VALUE",
         dest="options",
-        help=f"an option of the task, for {ALL} TASK.OPTION=VALUE; may be repeated",
+        help=f"an option of the task; with {ALL!r}: TASK.OPTION=VALUE; may be repeated",
     )
     parser.add_argument(
         "--body", help="SMPL, SMPL-H or SMPL-X file (.npz or .pkl) for tasks and models; default: that of the package"
@@ -153,11 +153,11 @@ def run(args: argparse.Namespace) -> int:
     if others is None:
         keep_compiled()
     elif args.part is not None:
-        raise UserError("--part is for processes that do not know of each other; these share the work by themselves")
+        raise UserError("--part is for separate processes; connected processes share the work automatically")
     hosts.connect(others)
     if others is not None:
         part = (jax.process_index(), jax.process_count())
-    with hosts.announced(lambda: "stopping: answers that are written are kept, and the same command goes on"):
+    with hosts.announced(lambda: "stopping: answers that are written are kept; run the same command again to resume"):
         return Evaluation(args, cells, size, part).run(specs)
 
 
@@ -291,7 +291,7 @@ class Evaluation:
 
 def _report(args: argparse.Namespace) -> int:
     if args.model is None:
-        raise UserError(f"expected chatpose eval {REPORT} FOLDER, what --out named")
+        raise UserError(f"expected chatpose eval {REPORT} FOLDER, the folder that --out named")
     _print_written(write_report(Path(args.model)))
     return 0
 
@@ -315,7 +315,7 @@ def _cells(args: argparse.Namespace, size: int | Path | None) -> list[Cell]:
     else:
         rows = [(args.task, spec) for spec in given or suite.get(args.task, [])[:1]]
         if not rows:
-            raise UserError(f"--data SPEC is needed: which rows the task {args.task} is for, such as --data synthetic")
+            raise UserError(f"--data SPEC is needed: the rows for the task {args.task}, such as --data synthetic")
     words = "" if size is None else str(size) if isinstance(size, int) else size.stem
     cells = [Cell(task, _options(args, task), spec, data_name(spec, args.split, words)) for task, spec in rows]
     for task in {cell.task for cell in cells}:

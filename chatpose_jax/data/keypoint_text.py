@@ -47,8 +47,8 @@ class KeypointText:
     """The text ``nose 480 112, left eye 495 98, …``: names of a set of keypoints, each with x and y.
 
     x goes from 0 at the left side of the image to ``scale`` at its right side, y from 0 at the top to ``scale`` at the bottom, both rounded to
-    whole numbers. So a place does not depend on the size to which a model resizes the image. If the image is no square and the model crops it
-    (``ImageSettings.fit``), the model does not see its sides, and the text speaks of them all the same. left and right are those of the person.
+    whole numbers. So a place does not depend on the size to which a model resizes the image. If the model crops images that are not square
+    (``ImageSettings.fit``), coordinates are still those of the whole image. left and right are those of the person.
 
     points: the set, a key of ``smpl_jax.keypoints.KEYPOINT_SETS``. scale: with 100, a small model has two digits to learn instead of three.
     """

@@ -59,7 +59,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if differing:
         words = "; ".join(f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}" for name in differing[:3])
         raise UserError(
-            f"{folder} holds answers of other settings: {words}. Choose another --out or name=…, or delete the folder to ask again"
+            f"{folder} holds answers that were made with other settings: {words}. Choose another --out or name=…, or delete the folder to ask again"
         )
 
 
@@ -72,7 +72,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def ask(system: System, task: Task, folder: Path, *, part: tuple[int, int] = (0, 1), label: str | None = None) -> None:
     """Asks for the answers that are missing, and writes them batch by batch.
 
-    part: (i, n): of all batches, only number i, i + n, i + 2 n …, for the i-th of n processes or machines. label: of the progress bar; None: none.
+    part: (i, n): of all batches, only number i, i + n, i + 2 n …, for the i-th of n processes or machines.
+    label: of the progress bar; None shows no bar.
 
     Raises UserError from the system, and where it does not give an ``Answer`` to each question.
     """
@@ -192,7 +193,7 @@ def read_answers(task: Task, folder: Path) -> Kept:
                     what = f"answers {key!r}, the row is {question.key!r}"
                     what = what if key != question.key else f"the question of {key!r} was changed"
                     raise UserError(
-                        f"{file}, line {number + 1}: {what}. The data are not those that were asked; delete the folder to ask again"
+                        f"{file}, line {number + 1}: {what}. The data set is not the one whose questions were asked; delete the folder to ask again"
                     )
     if len(answers) != len(rows):
         raise UserError(f"{file} has {len(answers)} answers, expected {len(rows)}; delete the folder to ask again")

@@ -38,7 +38,7 @@ def ask_all(endpoint: Endpoint, questions: Sequence[tuple[Messages, int]], paral
     try:
         return list(pool.map(lambda question: _ask(endpoint, *question), questions))
     except NoServer as error:
-        raise UserError(f"{endpoint.model!r}: {error}; the same command continues") from None
+        raise UserError(f"{endpoint.model!r}: {error}; run the same command again to resume") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

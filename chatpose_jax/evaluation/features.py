@@ -26,14 +26,15 @@ CAPTIONS: dict[str, tuple[str, ...]] = {
     "automatic": ("automatic", "caption"),
     "question": (),
 }
-"""Rule of captions -> kinds of them in a row's extras, of which the first that a row has is used. "question": the words of the row's question."""
+"""How the caption of a row is chosen: rule -> kinds of captions, of which the first in the row's extras is used. "question": the words of the row's
+question."""
 RANK = "T2P rank"
 """The rank of the right pose among all poses, by similarity to its text; counted from 1."""
 JOINTS = "those of the 22 body joints that the data measured; in true and answered poses, all others have the mean of the retriever's training data"
 
 
 class RetrievalJudge(Protocol):
-    """What this module needs of a ``posescript.retriever.Retriever``. settings["fingerprint"] tells one from another."""
+    """What this module needs of a ``posescript.retriever.Retriever``. settings["fingerprint"] identifies it."""
 
     name: str
 

@@ -42,8 +42,8 @@ def write_gallery(
     """Draws answers for each table whose ``Scores.rank`` names a measure, and writes ``gallery.json`` and PNG files into a system's folder.
 
     rows, questions, answers: the N of the task. scores: with their samples. body: draws the poses, with β = 0. each: answers of each place. A row
-    that several tables choose is drawn once. Where no answer has a pose, answers are words, and none is drawn as missing. Images of an earlier call
-    that are not drawn again are removed.
+    that several tables choose is drawn once. If no answer has a pose, the task is about words, and "no pose" is drawn for none.
+    Images of an earlier call that are not drawn again are removed.
     """
     poses = any(answer.pose is not None or answer.joints for answer in answers)
     shown: list[DrawnAnswer] = []

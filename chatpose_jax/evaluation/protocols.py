@@ -30,7 +30,8 @@ Unmeasured = Literal["left out", "counted"]
 class Protocol(NamedTuple):
     """A row of ``PROTOCOLS``.
 
-    points: the compared points, of the set ``named``. pelvis: points of this set; both sides are moved so that their mean is the origin.
+    points: the compared points, of the set ``named``. pelvis: points of this set; truth and
+        prediction are each moved so that the mean of these is the origin.
     named: the set of ``smpl_jax.keypoints``, which is also the name under which an answer gives positions (``Answer.joints``).
     truth: "gendered", SMPL of the person's gender with the betas of the data; "file", positions (N, size, 3) in the first of ``extras``, with a
         fourth column of confidence where that is written; "body", the pose of the data on the evaluation body with β = 0.
@@ -519,7 +520,7 @@ def person_box(extras: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 class Errors(NamedTuple):
-    """columns: (N,) for each of ``COLUMNS`` that applies. counts: rows that do not count, or not everywhere, by reason."""
+    """columns: (N,) for each of ``COLUMNS`` that applies. counts: rows that are left out of some or all columns, by reason."""
 
     columns: dict[str, np.ndarray]
     counts: dict[str, int]
@@ -621,7 +622,7 @@ def predicted_positions(
 ) -> tuple[Positions, np.ndarray, np.ndarray]:
     """Points (N, size, 3) of the answers; (N,) whether their root is known; and (N,) whether they are those of a pose.
 
-    Where predicted poses have no betas, a pose goes before positions; else positions go before the pose.
+    If an answer has both positions and a pose, the pose is used where predicted bodies have β = 0, and else the positions.
     """
     stated = given.named(protocol.named, protocol.size, rows.keys)
     poses = given.poses

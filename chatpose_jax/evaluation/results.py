@@ -62,7 +62,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class NotRun:
-    """A task that was asked for and not run. why: in words. command: what makes it run, "" if none does."""
+    """A task that was requested and could not run. why: the reason, in words. command: makes it run; "" if there is none."""
 
     task: str
     data: str

@@ -40,7 +40,7 @@ class Scores:
     facts: what makes rows comparable, in words, by name: protocol, pelvis, betas, gallery, samples, interval. The report prints them with the
     table, and marks a row whose facts differ.
     values: the columns, in order.
-    references: values of other rows that stand in the table for comparison, equal for all systems: "real poses" -> its columns.
+    references: rows of the table that are not systems, for comparison, the same beside every system: "real poses" -> its columns.
     samples: (N,) for each named measure, one value for each row of the task in its order; NaN where the sample does not count. A measure has the
     name of its column in ``values``.
     rank: the measure in ``samples`` by which best, median and worst answers are chosen; "" if none are drawn. better: whether lower is better.
@@ -128,7 +128,7 @@ def means_of(
 def bootstrap(
     rows: np.ndarray, groups: Sequence[str], statistic: Callable[[np.ndarray], np.ndarray], drawn: int = DRAWN
 ) -> tuple[float, float]:
-    """95 % percentile interval of a statistic of sums. Whole groups are drawn with replacement, because samples of a group are alike.
+    """95 % percentile interval of a statistic of sums. Whole groups are resampled, because samples of one group resemble each other.
 
     Args:
         rows: (N, k) numbers of each sample.

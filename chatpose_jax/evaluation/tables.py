@@ -217,7 +217,7 @@ INTRODUCTION = (
 
 def heading(name: str, about: Value) -> str:
     """The heading of a column."""
-    return " ".join(part for part in (name, about.unit, _ARROWS[about.better]) if part)
+    return " ".join(part for part in (name, about.unit and f"({about.unit})", _ARROWS[about.better]) if part)
 
 
 def figure(value: Value | None) -> tuple[str, str]:

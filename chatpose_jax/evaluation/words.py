@@ -38,10 +38,10 @@ def tokens_13a(text: str) -> list[str]:
 
 
 def bleu_counts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """(N, 10) float64, what BLEU is computed of: matching n-grams of 1 to 4 words, all n-grams of the text, its length, that of the reference.
+    """(N, 10) float64, from which BLEU is computed: matching n-grams of 1 to 4 words, all n-grams of the text, its length, that of the reference.
 
-    An n-gram matches as often as the reference that has most of it. Of several references the length nearest to that of the text counts, the
-    shorter of two. Raises ValueError for a text without a reference.
+    An n-gram matches at most as often as it occurs in any one reference. Of several references, the length closest to that of the text counts; of
+    two equally close ones the shorter. Raises ValueError for a text without a reference.
     """
     found = np.zeros((len(texts), 2 * ORDER + 2))
     for row, (text, several) in enumerate(zip(texts, references, strict=True)):
@@ -82,7 +82,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]], groups: Sequ
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """(N,) float64, ROUGE-L F1 in percent of each text and the reference that gives most, by ``ROUGE_RULE``. 0 for a text without words.
+    """(N,) float64, ROUGE-L F1 in percent of each text and its best reference, by ``ROUGE_RULE``. 0 for a text without words.
 
     Source: Lin 2004, and google-research's rouge_score without stemming.
     """

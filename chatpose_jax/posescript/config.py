@@ -20,7 +20,7 @@ FOLDER = CONFIGS / "posescript"
 
 @dataclasses.dataclass(frozen=True)
 class TextSourceConfig:
-    """Where token ids and pretrained weights of the text encoder come from. It counts for a network that starts from nothing.
+    """Where captions, token ids and pretrained weights of the text encoder come from. With ``--init``, only ``captions`` counts.
 
     captions: of a row, which kinds of its captions train (``pairs.KINDS``). least: for the encoder "words": how often a word must be in the
     captions of "train", of all kinds, to get an id. vectors: a file of word vectors (GloVe's text format), "" for random ones.

@@ -16,7 +16,7 @@ from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 Captions = Literal["all", "human", "automatic", "caption", "query"]
 KINDS = ("human", "automatic", "caption", "query")
-"""Extras of rows that hold captions: PoseScript's of people and of rules, one caption of a row of other data sets, SPG's questions."""
+"""Extras of rows that hold captions: PoseScript's human-written and automatic ones, the caption in a row of other data sets, SPG's questions."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +41,9 @@ class Pairs:
 
 
 def captions_of(row: Example, captions: Captions = "all") -> tuple[str, ...]:
-    """The captions of the first pose of a row: its extras of this kind, or of all ``KINDS``; often none. PoseFix's texts describe changes."""
+    """The captions of the first pose of a row: its extras of this kind, or of all ``KINDS``; often none. PoseFix's rows
+    (with ``pair_id``) have none, because their texts describe changes of a pose.
+    """
     if "pair_id" in row.extras:
         return ()
     kinds = KINDS if captions == "all" else (captions,)
@@ -53,7 +55,8 @@ def captions_of(row: Example, captions: Captions = "all") -> tuple[str, ...]:
 
 
 def pairs(rows: Iterable[Example], *, captions: Captions = "all", joints: int = 52) -> Pairs:
-    """The rows that have a pose and captions. Rows of one pose, which differ in their conversation alone, are one pair.
+    """The rows that have a pose and captions. Rows with the same pose, which differ only in their conversation, become one
+    pair.
 
     Raises UserError where no row has both.
     """
@@ -125,10 +128,10 @@ def axis_angles(poses: Pose, joints: int = 52) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PoseInput:
-    """What a network sees of a pose: the joints that are measured and that its training data had measured. The others have a constant value,
-    the mean of its training data, so they say nothing.
+    """What a network sees of a pose: the joints that are measured and that were measured in its training data. The others get a constant, the
+    mean of its training data, so they carry no information.
 
-    fill: (J, 3) float32 axis-angles. seen: (J,) bool.
+    fill: (J, 3) float32 axis-angles, this constant. seen: (J,) bool, joints that some training pose had measured.
     """
 
     fill: np.ndarray

@@ -34,7 +34,7 @@ class PoseVaeConfig:
     """Sizes of the network; the defaults are the released ones.
 
     joints: 52 (SMPL-H) or 22 (its body). latent: numbers of a draw. width: of all hidden layers, and of the text encoder.
-    log_scale: where the learnt logarithm of the errors' scale starts. From PoseScript's 0, which is a metre, a short run does not get far enough.
+    log_scale: initial value of the learnt logarithm of the errors' scale. PoseScript's is 0, a metre, from which a short run does not get far enough.
     """
 
     joints: Literal[52, 22] = 52

@@ -77,13 +77,13 @@ class Examples:
     measured: np.ndarray | None = None
 
     def batch(self, rows: Sequence[int], choice: Sequence[int]) -> Batch:
-        """Some poses, each with one caption; choice[i] counts around the captions of rows[i]."""
+        """Some poses, each with one caption: that of number choice[i], modulo the number of captions of rows[i]."""
         ids, lengths = pad([self.tokens[row][pick % len(self.tokens[row])] for row, pick in zip(rows, choice)])
         at = np.asarray(rows)
         return Batch(self.poses[at], ids, lengths, None if self.measured is None else self.measured[at])
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All poses in their order, the n-th with its n-th caption, counted around; the last batch may be smaller."""
+        """All poses in their order, pose n with its caption n, modulo the number of its captions. The last batch may be smaller."""
         for start in range(0, len(self.poses), size):
             rows = range(start, min(start + size, len(self.poses)))
             yield self.batch(rows, rows)

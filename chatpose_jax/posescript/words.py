@@ -1,8 +1,8 @@
 """Splits captions into the words that NLTK's ``word_tokenize`` gives, without NLTK, for text in small letters.
 
 NLTK finds sentences by Punkt (Kiss & Strunk 2006), then splits each by the rules of the Penn Treebank's tokenizer. Sentences matter, because a
-full stop is a word of its own only at the end of one. Punkt's model is a table of words. Of it, captions meet the abbreviations; its table of how
-often words have capitals changes nothing for text in small letters but after a number or a single letter, where only rare words differ.
+full stop is a word of its own only at the end of one. Punkt's model has tables of words. Here only its abbreviations are used. Its statistics of
+capital letters matter for lower-case text only after a number or a single letter, and only for rare words.
 """
 
 from __future__ import annotations

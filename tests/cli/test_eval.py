@@ -155,7 +155,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         (["pose", *system, *rows], "did you mean poses"),
         (["all", *system, "--set", "protocols=C"], "expected TASK.OPTION=VALUE, with a TASK of estimation"),
         (["poses", *system, *rows, "--part", "1/2", "--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "0"],
-         "--part is for processes that do not know of each other"),
+         "--part is for separate processes"),
     ):  # fmt: skip
         assert main(["eval", *words, "--quiet", "--out", "out"]) == 2, words
         said = capsys.readouterr().err

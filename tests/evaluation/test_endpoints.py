@@ -93,7 +93,7 @@ def test_a_refusal_is_one_missing_answer_and_a_dead_server_ends_the_work(endpoin
     found = ask_all(asked, questions, 2)
     assert [each.text for each in found] == ["fine", "", "fine"] and "refused" in found[1].why
     endpoint.then = lambda handler: handler.send(500, b"<html>")
-    with pytest.raises(UserError, match=r"'m': 6 attempts failed, the last with 500 .*the same command continues"):
+    with pytest.raises(UserError, match=r"'m': 6 attempts failed, the last with 500 .*run the same command again"):
         ask_all(asked, [([{"role": "user", "content": "new"}], 0)], 2)
 
 

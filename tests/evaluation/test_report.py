@@ -62,7 +62,7 @@ def test_a_row_has_value_interval_command_and_counts(tmp_path):
     )
     markdown, found, _html = read(tmp_path)
     assert "| ours | 88.4 [86.4, 91.4] | 58.4 [57.4, 59.4] |" in markdown
-    assert "| system | MPJPE mm ↓ | PA-MPJPE mm ↓ |" in markdown
+    assert "| system | MPJPE (mm) ↓ | PA-MPJPE (mm) ↓ |" in markdown
     assert "samples: 35,515" in markdown and "`chatpose eval X`" in markdown
     assert "Left out or failed, ours: no pose in the answer: 1,234." in markdown
     words = " ".join(found.words)

@@ -21,7 +21,7 @@ NOTHING = "A person."
 
 
 class Described:
-    """Two systems in a row. The writer sees the image of a question, or its words where it has none (``spg``), and describes the pose. The
+    """A chain of two systems. The writer sees the image of a question, or its words where it has none (``spg``), and describes the pose. The
     second system is asked for the pose of this description, which is also the text of the answer.
 
     Where the writer gives no words, the second system is asked for the pose of ``NOTHING``, and the answer is counted as "not described".

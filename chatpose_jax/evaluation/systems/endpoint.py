@@ -15,8 +15,8 @@ from chatpose_jax.settings import real, whole
 class EndpointSystem:
     """Any model at the endpoint of ``OPENAI_BASE_URL``, with the key ``OPENAI_API_KEY``: GPT-4, or LLaVA in a server of one's own. It gives words.
 
-    A question that the model refuses, or answers at more than ``max_tokens``, has the answer "" and is counted. Where the server does not
-    answer, the work ends; answers are kept in ``cache``, so that the same command continues.
+    If the model refuses a question, or its answer is longer than ``max_tokens``, the answer is "" and is counted. If the server does not respond,
+    the command stops. Answers are kept in ``cache``, so the same command resumes.
 
     Options: model: its name there. temperature: of sampling. max_tokens: of an answer. parallel: questions at a time. cache: folder of its
     answers. name: of the row in tables; by default that of the model.

@@ -60,7 +60,7 @@ the order of its regressor, with the left leg first.
 TALLEST = 20.0
 """Metres. Positions of larger bodies are in another unit."""
 SMALLEST = 12.0
-"""Pixels of the side of a box. 4D-Humans' files have pixels in ``scale``, SPIN's a two-hundredth of them."""
+"""If most boxes have a smaller ``scale``, its unit is 200 pixels, as in SPIN's files; in those of 4D-Humans it is a pixel."""
 _POSED = {
     "matrices",
     "axis_angle",
@@ -82,11 +82,11 @@ Lookup = Callable[[Question], Answer]
 
 
 class Predictions:
-    """Gives to each question the prediction that belongs to it. What is missing or not finite is an answer without a pose, which the tables count;
+    """Looks up the prediction for each question. If it is missing or not finite, the answer has no pose; reports count such answers, and
     ``answers.jsonl`` names them.
 
     Options:
-        path: a file or folder, by its contents one of
+        path: a file or folder, one of
 
             * ``.npz``, ``.npy`` or a pickle (``.pkl``, ``.pickle``, ``.p``) of poses by the names and shapes of ``smpl_jax.read_poses``, or
               ``pred_pose``, ``pred_betas``, ``pred_rotmat``; a pickle may also be a list with a dictionary for each person, or a dictionary of
@@ -105,7 +105,7 @@ class Predictions:
     pixels of the whole image. If most of ``scale`` is below ``SMALLEST``, its unit is 200 pixels, as in SPIN's files. Without any of these, people of
     an image are counted in the order of the file. Names of images are compared by their last two parts.
 
-    Nothing in a file is run. Raises UserError, which names the file, where it cannot be read or understood.
+    No code of a file is run. Raises UserError, which names the file, where it cannot be read or understood.
     """
 
     batch_size = 1024

@@ -114,6 +114,12 @@ class Estimation:
         ]
 
 
+USED_BY = {
+    "A": "SPIN, HMR",
+    "A-hips": "GVHMR, PromptHMR",
+    "B": "4D-Humans, UniPose",
+    "D": "3DPW's official evaluation",
+}
 ROTATION_RULES = {
     "MPJRE": "100 times the mean absolute difference of the entries of the rotation matrices, joints 1 to 23 (MPJRE-21: 1 to 21)",
     "angle": "mean geodesic distance of the rotations, joints 1 to 23",
@@ -122,7 +128,7 @@ OFFICIAL_RULES = {
     "PCK@50": "share of 12 joints whose error is at most 50 mm; AUC: area under the curve of this share from 0 to 199 mm",
     "MPJAE": "mean angle between orientations of 9 joints in the camera frame (MPJAE-PA: after the rotation of the Procrustes alignment)",
 }
-"""Facts that say what columns are, for a reader who has only the report."""
+"""Facts for a reader who has only the report: who uses a protocol, and what columns are."""
 
 
 def named_protocols(words: str) -> tuple[str, ...]:
@@ -185,9 +191,10 @@ def protocol_facts(
     count, used = len(rows), int(np.isfinite(errors.columns["PA-MPJPE"]).sum())
     found = {
         "protocol": name,
+        **({"protocol used by": USED_BY[name]} if name in USED_BY else {}),
         "points": protocol.words[0],
         "pelvis": protocol.words[1],
-        "truth": words[protocol.truth],
+        "ground truth": words[protocol.truth],
         "betas": rule,
         "rotations": "the data has none",
         "samples": f"{count:,}" if used == count else f"{used:,} of {count:,}",

@@ -119,10 +119,10 @@ class Generation(_Judged):
     """The pose that a caption describes. A retriever that was trained on real poses judges the answered ones (PoseScript's R/G): recall and
     R-precision with all rows as the gallery, and the Fréchet distance of their features from those of the real poses.
 
-    Rows are those in words alone that have a pose and a caption. A row's own question is asked where it holds the caption that is chosen; otherwise
-    the caption is asked in the words of the first of ``TEXT_TO_POSE``. An answer without a pose is a miss.
+    It uses the rows without images that have a pose and a caption. The row's own question is asked if it holds the chosen caption; otherwise the
+    caption is put into the first question of ``TEXT_TO_POSE``. An answer without a pose is a miss.
 
-    The row "real poses" has the measures of the true poses: what this retriever gives to a system without error.
+    The row "real poses" has the values of the true poses with this retriever: those of a system without error.
 
     Options:
         retriever: its folder.

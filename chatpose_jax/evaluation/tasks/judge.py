@@ -55,7 +55,7 @@ class Judge:
         tries: reviews that are asked for until one has scores. temperature, max_tokens: of a review. parallel: reviews at a time.
         cache: folder of the reviews.
 
-    Raises UserError where no judge is named, or a row has not what the judge is shown.
+    Raises UserError where no judge is named, or a row lacks what the judge is shown.
     """
 
     name = "judge"
@@ -122,7 +122,7 @@ class Judge:
         return [self._table(means, int((~counted).sum()), answers, kept)]
 
     def _reviews(self, shown: Sequence[Messages]) -> list[str]:
-        """The last review of each, which is the first with scores if there is one."""
+        """The first review of each that has scores; without any, the last one."""
         texts = [""] * len(shown)
         pending = list(range(len(shown)))
         for turn in range(self.tries):
