@@ -183,6 +183,18 @@ def test_spg_asks_the_complete_question_and_wants_a_retriever_of_questions():
         Generation(ROWS, "toy", retriever=Judge("query"))
 
 
+def test_spg_leaves_out_rows_that_describe_the_pose():
+    """The generated set has both kinds of rows in one split."""
+    implied = row(1, extras={"query": "Someone feels an elbow today. How?"})
+    assert [each.id for each in SpeculativeGeneration([row(0), implied], "toy", retriever=Judge("query")).rows] == [
+        "row-1"
+    ]
+    with pytest.raises(UserError, match="texts=question"):
+        SpeculativeGeneration([row(0)], "toy", retriever=Judge("query"))
+    own = SpeculativeGeneration([row(0)], "toy", retriever=Judge("query"), texts="question")
+    assert own.captions[0].text == said(ANGLES[0])
+
+
 def test_the_judge_is_not_the_one_that_rewarded():
     task = Generation(ROWS, "toy", retriever=Judge())
     task.check("other", {"model": {"reward": [{"retriever": "f9999"}]}})

@@ -163,10 +163,12 @@ class Generation(_Judged):
 
 
 class SpeculativeGeneration(_Judged):
-    """Speculative pose generation: the pose that a question implies. As ``Generation``, with the complete question as the text of a row
-    (``extras["query"]``, or else the words of its first question), and a retriever that was trained on such questions and their poses.
+    """Speculative pose generation: the pose that a question implies. As ``Generation``, with the complete question as the text of a row, and a
+    retriever that was trained on such questions and their poses.
 
-    Options: retriever, recalls, other_retriever: as those of ``Generation``.
+    Options:
+        texts: "query" takes the rows that have such a question (``extras["query"]``); "question" the words of the first question of all rows.
+        retriever, recalls, other_retriever: as those of ``Generation``.
     """
 
     name, title, trained = "spg", "Speculative pose generation", ("query",)
@@ -177,16 +179,22 @@ class SpeculativeGeneration(_Judged):
         data: str,
         *,
         retriever: Any = "",
+        texts: Literal["query", "question"] = "query",
         recalls: tuple[int, ...] = RECALLS,
         other_retriever: bool = False,
     ) -> None:
+        self.texts = texts
         super().__init__(rows, data, features.open_judge(retriever), recalls, other_retriever)
+        self.settings = {"texts": texts}
         if not self.captions:
-            raise UserError(f"none of the {len(rows)} rows of {data} is a question in words alone that has a pose")
+            hint = "; --set texts=question takes the words of the questions instead" if texts == "query" else ""
+            raise UserError(
+                f"none of the {len(rows)} rows of {data} is in words alone and has a pose and a {texts}{hint}"
+            )
 
     def caption(self, row: Example) -> Caption | None:
-        text = row.extras.get("query") or features.question_words(row)
-        return Caption("query" if "query" in row.extras else "question", text) if text.strip() else None
+        text = str(row.extras.get("query", "")) if self.texts == "query" else features.question_words(row)
+        return Caption(self.texts, text) if text.strip() else None
 
     def question(self, row: Example) -> Question:
         return dataclasses.replace(Question.of(row), wants="pose")
