@@ -83,9 +83,9 @@ class RetrieverConfig:
 class RetrieverLossConfig:
     """How batches train.
 
-    directions: what is found, "both", or "t2p", the pose of each text only, as PoseScript's code of ECCV 2022 has it.
-    noise: standard deviation in radians of what is added to axis-angles. Generated poses have numbers that never vary, such as the twist of a
-        knee. Without noise batch norm would magnify the slightest difference in them, as in poses that a model predicts.
+    directions: of retrieval in the loss: "both", or "t2p", only from text to pose, as in PoseScript's code of ECCV 2022.
+    noise: standard deviation in radians of the noise that is added to axis-angles in training. Some entries of generated poses hardly vary, such
+        as the twist of a knee. Without noise, batch norm would magnify small differences in them, as in poses that a model predicts.
     """
 
     directions: Literal["both", "t2p"] = "both"
@@ -135,7 +135,7 @@ class Retrieval(nnx.Module):
         return normalised(self.text_encoder(tokens, lengths, key))
 
     def loss(self, batch: Batch, key: Key, settings: RetrieverLossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The cross-entropy of finding the pose of each text in the batch and the text of each pose, or the first alone; and parts to log."""
+        """The cross-entropy of retrieving the pose of each text in the batch and the text of each pose, or only the former; and parts to log."""
         pose_key, text_key, noise_key = split_key(key, 3)
         given = batch.poses
         if noise_key is not None:
@@ -149,9 +149,9 @@ class Retrieval(nnx.Module):
         return loss, {"loss_t2p": t2p, "loss_p2t": p2t, "temperature": self.loss_weight[0]}
 
     def validate(self, examples: Examples) -> dict[str, float]:
-        """Recall in percent, each pose with one caption, and all of them the gallery: at 1, 5 and 10 for both directions, and ``mRecall``, their
-        mean. Half of the poses or texts whose features equal the right one's count as if they came before it, so equal features for all reach
-        nothing."""
+        """Recall in percent at 1, 5 and 10 in both directions, and ``mRecall``, their mean. The gallery is all poses, each with one caption. If items
+        have the same features as the right one, half of them count as ranked before it. So a network whose features are all equal reaches nothing.
+        """
         found = [
             (run(self, "embed_poses", batch.poses), run(self, "embed_texts", batch.tokens, batch.lengths))
             for batch in examples.batches(64)

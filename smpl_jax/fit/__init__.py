@@ -3,10 +3,10 @@
 :func:`fit_keypoints` takes keypoints in images, :func:`fit_joints` joints in space, and :func:`fit_markers` points on the skin. All take any
 number of people at once and give a :class:`Fit`, whose ``pose`` is a :class:`smpl_jax.Pose`.
 
-The method is that of SMPLify (Bogo et al., ECCV 2016): a robust distance of the points, a mixture of Gaussians as pose prior, the betas' prior, and a
-penalty against joints that bend the wrong way, in stages from coarse to fine. Each person is fitted from several starts. These are poses of the
-prior seen from all sides, each with the camera that fits it best, in closed form. Then each limb is tried with the other depth that has the same
-image. Only the points are posed, never the whole mesh.
+The method is that of SMPLify (Bogo et al., ECCV 2016): a robust distance of the points, a mixture of Gaussians as pose prior, the betas' prior, and
+a penalty against joints that bend the wrong way, in stages from coarse to fine. Each person is fitted from several initial poses: those of the
+prior seen from all sides, each with the camera that fits it best, found in closed form. Then the bones of each limb are flipped in depth, which
+leaves the image unchanged, and the fit goes on from there. Only the points are posed, never the whole mesh.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fits one person from many starts: starts in closed form, then Levenberg–Marquardt, then other depths of the limbs.
+"""Fits one person from many initial poses: these in closed form, then Levenberg–Marquardt, then limbs that are flipped in depth.
 
 Everything is of static shape and without branches on values, so that ``jax.vmap`` over people is one program.
 """
@@ -50,7 +50,7 @@ class FitSettings:
     """Numbers of the fit. The defaults are those that docs/fit.md was measured with.
 
     steps: Levenberg–Marquardt steps of each stage of many fits (starts coarse, starts fine, each round of flips), and of each round at the end.
-    flips: rounds in which the limbs of the best fit are flipped in depth (2D only). rounds: at the end, how often the noise is estimated again.
+    flips: rounds in which the limbs of the best fit are flipped in depth (2D only). rounds: how often the noise is estimated at the end.
     coarse: metres, the noise that the first stage assumes. noise: metres, the noise that flips and end begin with. least: metres, the least
     noise that is assumed. Pixels count as metres at the person's depth.
     robust: metres; points farther off than this lose their weight (Geman–McClure); the first stage takes three times this.
