@@ -27,7 +27,7 @@ from chatpose_jax.evaluation.suite import ANY_ROWS, SUITE, folder_of
 from chatpose_jax.evaluation.system import SYSTEMS, Question, System
 from chatpose_jax.evaluation.task import TASKS, Task
 from chatpose_jax.processes import all_or_none
-from chatpose_jax.settings import whole
+from chatpose_jax.settings import one_line, whole
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from smpl_jax import load_body
@@ -129,6 +129,9 @@ class Cell(NamedTuple):
     options: Mapping[str, Any]
     data: Spec
     name: str
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def run(args: argparse.Namespace) -> int:

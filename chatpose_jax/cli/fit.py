@@ -11,6 +11,7 @@ import numpy as np
 
 from chatpose_jax.data.readers.untrusted import load_npz, read_json
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 from smpl_jax import io, render
 from smpl_jax.body import BodyModel
 from smpl_jax.frames import Frame
@@ -31,6 +32,9 @@ class Points(NamedTuple):
     values: np.ndarray
     set_name: str | None
     more: dict[str, np.ndarray]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from chatpose_jax.posescript.folder import KINDS
 from chatpose_jax.posescript.network import typed
 from chatpose_jax.posescript.pairs import Captions
 from chatpose_jax.posescript.trainer import TrainerConfig
-from chatpose_jax.settings import check_types, did_you_mean, require
+from chatpose_jax.settings import check_types, did_you_mean, one_line, require
 from chatpose_jax.train.run_config import CONFIGS, config_from_file
 
 FOLDER = CONFIGS / "posescript"
@@ -48,6 +48,8 @@ class PoseScriptConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     text: TextSourceConfig = dataclasses.field(default_factory=TextSourceConfig)
     train: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+
+    __repr__ = one_line
 
 
 def posescript_config(kind: str) -> Any:

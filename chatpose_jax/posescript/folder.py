@@ -20,6 +20,7 @@ from chatpose_jax.posescript.pairs import PoseInput
 from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig, VaeLossConfig, pose_vae_recipe
 from chatpose_jax.posescript.tokens import TextTokens, WordPieces, WordVocabulary
 from chatpose_jax.posescript.trainer import Recipe
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.layouts.table import NameRule
 from chatpose_jax.weights.readers import open_checkpoint
 from chatpose_jax.weights.readers.checkpoint import read_json_object
@@ -43,6 +44,9 @@ class Kind(NamedTuple):
     loss: Any
     recipe: Callable[[Any], Recipe]
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 KINDS: dict[str, Kind] = {
     "retriever": Kind(RetrieverConfig, Retrieval, RETRIEVER, RetrieverLossConfig, retriever_recipe),
@@ -59,6 +63,9 @@ class Opened(NamedTuple):
     tokens: TextTokens
     pose_input: PoseInput
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def write_folder(

@@ -13,7 +13,6 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.network import Retrieval, RetrieverConfig, TextEncoderConfig, run
 from chatpose_jax.posescript.pairs import PoseInput, axis_angles
 from chatpose_jax.posescript.tokens import TextTokens, WordVocabulary, pad
-from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
 
 
@@ -29,8 +28,8 @@ class Retriever:
         self.name, self.settings = name, dict(settings)
         self.model, self.tokens, self.pose_input = model, tokens, pose_input
 
-    _fields = ("name", "settings")
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return f"Retriever({self.name!r}, width={self.width})"
 
     @property
     def width(self) -> int:

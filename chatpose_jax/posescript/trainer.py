@@ -21,7 +21,7 @@ from tqdm import tqdm
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import only_writer
 from chatpose_jax.posescript.tokens import pad
-from chatpose_jax.settings import check_types, require
+from chatpose_jax.settings import check_types, one_line, require
 from smpl_jax._files import write_whole
 
 CHECKPOINT, BEST, METRICS = "checkpoint.npz", "best.npz", "metrics.jsonl"
@@ -64,6 +64,9 @@ class Batch(NamedTuple):
     lengths: Any
     measured: Any = None
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
@@ -75,6 +78,8 @@ class Examples:
     poses: np.ndarray
     tokens: Sequence[Sequence[np.ndarray]]
     measured: np.ndarray | None = None
+
+    __repr__ = one_line
 
     def batch(self, rows: Sequence[int], choice: Sequence[int]) -> Batch:
         """Some poses, each with one caption: that of number choice[i], modulo the number of captions of rows[i]."""

@@ -21,6 +21,7 @@ from smpl_jax.frames import turn
 from smpl_jax.keypoints import Locations
 from smpl_jax.metrics import procrustes
 from smpl_jax.pose import SHARED
+from smpl_jax.printing import one_line
 from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -91,6 +92,9 @@ class Observed(NamedTuple):
     fit_betas: Any
     noise: Any
 
+    def __repr__(self) -> str:
+        return one_line(self)
+
 
 class State(NamedTuple):
     """A body, (...) of them. place: its translation (3,); for 2D points x/z, y/z and z."""
@@ -99,6 +103,9 @@ class State(NamedTuple):
     place: jax.Array  # (3,)
     angles: jax.Array  # (63,)
     betas: jax.Array  # (n,)
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 class Solution(NamedTuple):
@@ -113,6 +120,9 @@ class Solution(NamedTuple):
     energy: Any
     fall: Any
     noise: Any
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 class _Stage(NamedTuple):
