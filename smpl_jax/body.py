@@ -12,6 +12,7 @@ rotation of joint 0 rotates it about the pelvis into the caller's frame; ``trans
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -77,6 +78,14 @@ class BodyModel:
     def shape_space(self) -> str:
         """The shape space of its betas: "SMPL", "SMPL-X", or the body's own name. Betas of one mean another shape in another."""
         return SHAPE_SPACES.get(self.name, self.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells bodies of one name apart, such as SMPL's three genders: 8 hex digits of a hash of template, bases and weights."""
+        digest = hashlib.blake2b(digest_size=4)
+        for array in (self.template, self.bases, self.weights):
+            digest.update(np.ascontiguousarray(array, np.float32).data)
+        return digest.hexdigest()
 
     @property
     def dtype(self) -> jnp.dtype:

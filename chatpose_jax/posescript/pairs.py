@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -153,8 +153,3 @@ class PoseInput:
     def __call__(self, poses: np.ndarray, measured: np.ndarray) -> np.ndarray:
         """(N, J, 3) float32 from what ``axis_angles`` gives."""
         return np.where((measured & self.seen)[..., None], poses, self.fill)
-
-
-def pair_counts(found: Pairs) -> Mapping[str, Any]:
-    """What the settings of a trained network say of its pairs."""
-    return {"poses": len(found), "captions": sum(map(len, found.captions)), "groups": len(set(found.groups) - {""})}

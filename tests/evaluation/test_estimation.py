@@ -166,6 +166,9 @@ def test_protocol_c(data, answers, folder, name, count):
     compare(found, expected)
     assert found.facts["betas"] == "0 for true and predicted poses"
     assert not found.counts
+    male = scored(Estimation(data, "3dpw", protocols=name, body=str(folder / "SMPL_MALE.npz")), answers)
+    apart = {fact for fact in found.facts if found.facts[fact] != male.facts[fact]}
+    assert apart == {"ground truth"}, "both bodies are called smpl, and their rows must not be taken for comparable"
 
 
 def test_protocol_d(folder, data, answers):

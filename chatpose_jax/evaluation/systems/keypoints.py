@@ -74,7 +74,7 @@ class Keypoints:
             "asked": asked,
             "least": least,
             "camera": camera,
-            "body": self.body.name,
+            "body": self.body.fingerprint,
         }
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:

@@ -79,7 +79,7 @@ class Describe:
         self.settings: Mapping[str, Any] = {
             "captions": captions,
             "question": question,
-            "drawing": {"body": self.body.name, "size": size},
+            "drawing": {"body": self.body.fingerprint, "size": size},
         }
         found = {i: kind for i in range(len(rows)) if (kind := self._kind(rows[i]))}
         self.rows, self.kinds = Selected(rows, list(found)), np.array(list(found.values()))

@@ -183,7 +183,7 @@ def protocol_facts(
     words = {
         "gendered": "SMPL of each person's gender, with the betas of the data",
         "file": "3D keypoints of the data",
-        "body": f"the true pose on the body {body.name!r}",
+        "body": f"the true pose on the body {body.name!r}, fingerprint {body.fingerprint}",
     }
     rule = "0 for true and predicted poses"
     if protocol.on != "body":
