@@ -149,7 +149,7 @@ class Generation(_Judged):
         if not self.captions:
             wanted = " or ".join(CAPTIONS[captions])
             hint = f"a text {wanted} in its extras; --set captions=question takes the words of the question instead"
-            raise UserError(f"none of the {len(rows)} rows of {data} is in words alone and has a pose and {hint}")
+            raise UserError(f"none of the {len(rows)} rows of {data} fits: expected a pose, no image, and {hint}")
 
     def caption(self, row: Example) -> Caption | None:
         return features.caption_of(row, self.rule)
@@ -189,7 +189,7 @@ class SpeculativeGeneration(_Judged):
         if not self.captions:
             hint = "; --set texts=question takes the words of the questions instead" if texts == "query" else ""
             raise UserError(
-                f"none of the {len(rows)} rows of {data} is in words alone and has a pose and a {texts}{hint}"
+                f"none of the {len(rows)} rows of {data} fits: expected a pose, no image, and a {texts}{hint}"
             )
 
     def caption(self, row: Example) -> Caption | None:
