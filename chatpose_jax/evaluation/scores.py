@@ -14,6 +14,8 @@ from chatpose_jax.settings import check_types, one_line, whole
 
 DRAWN = 1000
 """Resamplings for an interval."""
+FEW = 10
+"""With fewer groups, percentile intervals cover far less than they should (Cameron, Gelbach and Miller, Review of Economics and Statistics 2008)."""
 Better = Literal["lower", "higher", ""]
 _NUMBERS = ("value", "low", "high")
 
@@ -165,7 +167,8 @@ def _finite(values: np.ndarray) -> np.ndarray:
 def interval(groups: Sequence[str], unit: str = "sequences") -> str:
     """How the intervals were made, for the facts of a table. unit: what a group is."""
     count, lone = len(set(_places(groups))), sum(not group for group in groups)
-    return f"95 % bootstrap over {count:,} " + (unit if not lone else "samples" if lone == len(groups) else "groups")
+    words = f"95 % bootstrap over {count:,} " + (unit if not lone else "samples" if lone == len(groups) else "groups")
+    return words if count >= FEW else f"{words}; fewer than {FEW} give intervals that are too narrow"
 
 
 def _places(groups: Sequence[str]) -> list[int]:

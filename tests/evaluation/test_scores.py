@@ -66,9 +66,9 @@ def test_columns_and_groups_that_say_nothing():
 
 
 def test_words():
-    assert interval(["a", "a", "b"]) == "95 % bootstrap over 2 sequences"
-    assert interval(["", "", ""]) == "95 % bootstrap over 3 samples"
-    assert interval(["a", "a", ""]) == "95 % bootstrap over 2 groups"
+    assert interval([*"aabcdefghij"]) == "95 % bootstrap over 10 sequences"
+    assert interval([""] * 10) == "95 % bootstrap over 10 samples"
+    assert interval(["a", "a", ""]) == "95 % bootstrap over 2 groups; fewer than 10 give intervals that are too narrow"
 
 
 def test_memory_is_bounded(monkeypatch):
