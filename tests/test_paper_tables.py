@@ -85,6 +85,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(commands()) >= 15
     with running() as server:
