@@ -64,7 +64,7 @@ def write_predictions() -> None:
         turns = np.tile(np.eye(3), (count, 24, 1, 1))
         more = {"bbox": np.tile([10.5, 5.0, 20, 40], (count, 1))} if data == "rpe" else {}
         spin = {"pose": rng.normal(0, 0.3, (count, 72)), "betas": np.zeros((count, 10)), "camera": np.ones((count, 3))}
-        np.savez(f"predictions/spin_{data}.npz", **spin, **({} if data == "3dpw" else {"imgname": names}), **more)
+        np.savez(f"predictions/spin_{data}.npz", **spin, **({"imgname": names} if data == "rpe" else {}), **more)
         hmr = {"global_orient": turns[:, :1], "body_pose": turns[:, 1:], "betas": np.zeros((count, 10))}
         np.savez(f"predictions/hmr2_{data}.npz", **hmr, imgname=names, **more)
 
