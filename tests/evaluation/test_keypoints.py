@@ -17,7 +17,8 @@ from chatpose_jax.evaluation.systems.keypoints import upright
 from smpl_jax import Pose, io, stack
 
 HERE = "tests.evaluation.test_keypoints"
-ROWS = SyntheticDataset("test", 8, 0, 336, {"image": 1}, keypoints="coco17")
+SET = "openpose25"  # of eight people, as in tests/smpl/test_fit.py, so that the program is compiled once
+ROWS = SyntheticDataset("test", 8, 0, 336, {"image": 1}, keypoints=SET)
 BAD = {2: "I cannot see any person.", 5: "nose 480 112, left eye 495 98", 6: None}
 """Numbers of rows -> what is written of them; None leaves a point out and adds one that nobody knows."""
 ASKED: list[Question] = []
@@ -36,7 +37,7 @@ class Knows:
     def one(self, number):
         if BAD.get(number):
             return BAD[number]
-        places = KeypointText().write(ROWS[number].extras["keypoints_2d"], (336, 336)).split(", ")
+        places = KeypointText(SET).write(ROWS[number].extras["keypoints_2d"], (336, 336)).split(", ")
         if number in BAD:
             places = [*places[1:], "tail 500 500"]
         words = [place.rsplit(" ", 2) for place in places]
@@ -59,7 +60,7 @@ class Constant:
 
 
 def system(text=""):
-    return make_system(Spec.parse(f"keypoints,writer={HERE}:Knows,batch_size=8{text}"))
+    return make_system(Spec.parse(f"keypoints,writer={HERE}:Knows,points={SET},batch_size=8{text}"))
 
 
 def test_keypoints_become_poses_and_what_cannot_be_read_is_counted():
@@ -80,11 +81,11 @@ def test_keypoints_become_poses_and_what_cannot_be_read_is_counted():
     for i in (2, 5):
         np.testing.assert_array_equal(found[i].pose.rotations[0], np.diag([1, -1, -1]))
         assert found[i].text == BAD[i]
-    assert found[6].notes["keypoints"] == 16 and found[0].notes["keypoints"] == 17
+    assert found[6].notes["keypoints"] == 24 and found[0].notes["keypoints"] == 25
     alone = system().answer(questions[1:2])[0]  # an answer does not depend on its batch
     np.testing.assert_array_equal(alone.pose.rotations, found[1].pose.rotations)
     asked = ASKED[0]
-    assert asked.wants == "words" and asked.messages[0]["content"][1]["text"] == KeypointText().instructions()
+    assert asked.wants == "words" and asked.messages[0]["content"][1]["text"] == KeypointText(SET).instructions()
     assert asked.messages[0]["content"][0]["type"] == "image"
 
 
@@ -95,7 +96,7 @@ def test_options(monkeypatch):
     made = system(f",asked=question,scale=100,otherwise={HERE}:Constant,name='LLaVA*-S'")
     (found,) = made.answer([question])
     np.testing.assert_array_equal(found.pose.rotations[5], np.diag([-1.0, -1, 1]))
-    assert ASKED[0].messages[0]["content"][1]["text"] == KeypointText(scale=100).question("The man in red.")
+    assert ASKED[0].messages[0]["content"][1]["text"] == KeypointText(SET, scale=100).question("The man in red.")
     assert made.name == "LLaVA*-S" and made.settings["otherwise"] == {"name": "constant"} and system().name == "knows-S"
     text = Question.of(Example("a", "text", [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]))
     with pytest.raises(UserError, match="question 'a' shows 0 images; keypoints need one"):
@@ -106,7 +107,7 @@ def test_options(monkeypatch):
         ("asked=x", "asked"),
     ):
         with pytest.raises(UserError, match=words):
-            system(f",{option}")
+            make_system(Spec.parse(f"keypoints,writer={HERE}:Knows,{option}"))
 
 
 def test_the_command(tmp_path):
@@ -114,7 +115,7 @@ def test_the_command(tmp_path):
         "eval",
         "estimation",
         "--system",
-        f"keypoints,writer={HERE}:Knows,batch_size=8",
+        f"keypoints,writer={HERE}:Knows,points={SET},batch_size=8",
         "--out",
         str(tmp_path),
         "--quiet",
