@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sysconfig
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import check_value, did_you_mean
+
+_NOT_OWN = {
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(__file__).parent,
+    Path(__file__).parents[1] / "smpl_jax",
+}
 
 
 def find(where: str, name: str, table: Mapping[str, str]) -> Any:
@@ -75,7 +84,8 @@ def check_options(where: str, found: inspect.Signature, options: Mapping[str, An
 
 
 def raised(where: str, error: Exception) -> Exception:
-    """The error to raise for an exception in the user's own code: one line with the place, the type and the message.
+    """The error to raise for an exception in the user's own code: one line with the place, the type and the message, and the line of the user's
+    code.
 
     An OSError stays an OSError with the same errno, so that callers can tell whether the run can be resumed.
     """
@@ -84,7 +94,19 @@ def raised(where: str, error: Exception) -> Exception:
     kind, words = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno:
         return OSError(error.errno, f"{error.strerror or words} ({where}: {kind})", error.filename)
-    return UserError(f"{where}: {kind}" + (f": {words}" if words else ""))
+    return UserError(f"{where}: {kind}" + (f": {words}" if words else "") + _place(error))
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of the user's own code that an exception passed, as " (file.py:12)"; "" if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _is_own(file: str) -> bool:
+    """Whether a file is neither of these packages, nor of Python or an installed package."""
+    path = Path(file)
+    return path.is_file() and not any(path.is_relative_to(folder) for folder in _NOT_OWN)
 
 
 def rows(where: str, value: Any, kind: Any) -> tuple[Any, ...]:

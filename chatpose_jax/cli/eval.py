@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -25,6 +27,7 @@ from chatpose_jax.evaluation.scores import Scores, Value
 from chatpose_jax.evaluation.spec import Spec, data_name, demand_unique, make_system, open_rows
 from chatpose_jax.evaluation.suite import ANY_ROWS, SUITE, folder_of
 from chatpose_jax.evaluation.system import SYSTEMS, Question, System
+from chatpose_jax.evaluation.systems.predictions import MISSING
 from chatpose_jax.evaluation.task import TASKS, Task
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.settings import one_line, whole
@@ -150,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"expected a MODEL folder, or --system SPEC: {', '.join(SYSTEMS)}, or package.module:Class")
     demand_unique("systems", [str(spec.options.get("name") or spec.text) for spec in specs])
     cells = _cells(args, size)
+    _make_out(args.out)
     if cpu_only():
         keep_freed_memory()
     others = hosts.find_processes(args.coordinator, args.num_processes, args.process_id)
@@ -238,6 +242,8 @@ class Evaluation:
         }
         if check := getattr(task, "check", None):
             check(system.name, system.settings)
+        if fits := getattr(system, "check_questions", None):
+            fits(_Questions(task))
         ask.claim(folder, settings)
         label = None if self.args.quiet else f"{cell.task} {cell.name} {system.name}"
         with all_or_none():
@@ -250,6 +256,9 @@ class Evaluation:
             print(f"{folder}: {done} of {total} batches are answered; tables follow when all parts are run")
             return
         kept = ask.read_answers(task, folder)
+        if 2 * (missing := sum(MISSING in answer.notes for answer in kept.answers)) > len(kept.answers):
+            share = f"{missing:,} of the {len(kept.answers):,} rows of {cell.name} have no prediction"
+            print(f"warning: {system.name}: {share}; the tables are of the others alone", file=sys.stderr)
         scores = task.score(kept.answers)
         about = {"task": cell.task, "data": cell.name, "system": system.name, "command": self._command(cell, spec)}
         if self.args.drawings or (folder / GALLERY).exists():  # with 0 drawings, those of an earlier call go
@@ -290,6 +299,19 @@ class Evaluation:
             if args.task != ALL or word.startswith(f"{cell.task}."):
                 words += ["--set", word.removeprefix(f"{cell.task}.") if args.task == ALL else word]
         return f"{shlex.join(words)} --out OUT"
+
+
+def _make_out(out: Path) -> None:
+    """Makes the folder of ``--out``. Raises UserError where it cannot be one."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; choose a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror}); choose another") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: the folder cannot be written to; choose another")
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ Batches always hold the same rows, so nothing depends on how often a run was kil
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -34,8 +35,10 @@ from chatpose_jax.evaluation.system import Answer, Question, System
 from chatpose_jax.evaluation.task import Task
 from chatpose_jax.settings import one_line
 from smpl_jax._files import write_whole
+from smpl_jax.pose import Pose
 
 SETTINGS, BATCHES, ANSWERS, SAMPLES = "settings.json", "batches", "answers.jsonl", "samples.jsonl"
+NOT_FINITE = "pose with NaN or infinities, left out"
 
 _CHUNK = 1024
 
@@ -57,10 +60,18 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     now, then = _flat(json.loads(text)), _flat(before)
     differing = [name for name in {**then, **now} if now.get(name) != then.get(name)]
     if differing:
-        words = "; ".join(f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}" for name in differing[:3])
+        words = "; ".join(_change(name, then, now) for name in differing[:3])
         raise UserError(
             f"{folder} holds answers that were made with other settings: {words}. Choose another --out or name=…, or delete the folder to ask again"
         )
+
+
+def _change(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a setting changed. That of a function's code is a hash, which tells people nothing."""
+    call = now.get("system.function")
+    if name == "system.source" and call is not None and call == then.get("system.function"):
+        return f"the code of {call} changed"
+    return f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -122,7 +133,16 @@ def _answers(system: System, questions: Sequence[Question]) -> Sequence[Answer]:
         raise UserError(
             f"{where} gave {len(answers)} of {', '.join(kinds)} to {len(questions)} questions, expected an Answer to each"
         )
-    return answers
+    return [_without_damage(answer) for answer in answers]
+
+
+def _without_damage(answer: Answer) -> Answer:
+    """An answer without a pose that has NaN or infinities, which its notes say: one bad answer does not end a run."""
+    pose = answer.pose
+    arrays = [] if not isinstance(pose, Pose) else [pose.rotations, pose.betas, pose.translation]
+    if all(array is None or np.isfinite(np.asarray(array, np.float64)).all() for array in arrays):
+        return answer
+    return dataclasses.replace(answer, pose=None, boxes=None, notes={**answer.notes, NOT_FINITE: True})
 
 
 def _line(question: Question, answer: Answer) -> bytes:
@@ -179,11 +199,15 @@ def read_answers(task: Task, folder: Path) -> Kept:
     with file.open(encoding="utf-8") as lines:
         while chunk := list(itertools.islice(lines, _CHUNK)):
             try:
-                found = [json.loads(line) for line in chunk]
-                answers += Answer.from_jsons(found)
-                asked = [(each["key"], each["question"]) for each in found]
-            except (UserError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise UserError(f"{file} is damaged ({error}); delete the folder to ask again") from None
+                given, asked = _read_lines(chunk)
+            except _DAMAGE:
+                for number, line in enumerate(chunk, len(answers) + 1):  # which line it is
+                    try:
+                        _read_lines([line])
+                    except _DAMAGE as error:
+                        raise _damaged(file, number, error) from None
+                raise
+            answers += given
             first = len(answers) - len(chunk)
             for number, (key, digest) in enumerate(asked[: len(rows) - first], first):
                 question = task.question(rows[number])
@@ -198,6 +222,21 @@ def read_answers(task: Task, folder: Path) -> Kept:
     if len(answers) != len(rows):
         raise UserError(f"{file} has {len(answers)} answers, expected {len(rows)}; delete the folder to ask again")
     return Kept(answers, keys, groups)
+
+
+_DAMAGE = (UserError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+
+
+def _read_lines(lines: Sequence[str]) -> tuple[list[Answer], list[tuple[str, str]]]:
+    """The answers in lines of a file, and what was asked. Raises one of ``_DAMAGE``."""
+    found = [json.loads(line) for line in lines]
+    return Answer.from_jsons(found), [(each["key"], each["question"]) for each in found]
+
+
+def _damaged(file: Path, number: int, error: Exception) -> UserError:
+    place = isinstance(error, json.JSONDecodeError)
+    words = f"{error.msg}, column {error.colno}" if place else f"{type(error).__name__}: {error}"  # type: ignore[attr-defined]
+    return UserError(f"{file} is damaged in line {number} ({words}); delete the folder to ask again")
 
 
 def write_scores(folder: Path, about: Mapping[str, str], scores: Sequence[Scores], kept: Kept) -> None:

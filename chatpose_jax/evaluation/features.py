@@ -96,7 +96,8 @@ def fits(judge: RetrievalJudge, kinds: Sequence[str], accept: bool) -> dict[str,
     if trained is not None and not accept:
         raise UserError(
             f"the retriever {judge.name!r} was trained on captions of the kind {trained!r}; this task needs one that was trained on {wanted}: "
-            "train it with 'chatpose posescript train', or accept this one with --set other_retriever=true; then the table says so"
+            f"train it with 'chatpose posescript train … --set text.captions={kinds[0]}', "
+            "or accept this one with --set other_retriever=true; then the table says so"
         )
     known = (
         f"trained on captions of the kind {trained!r}"

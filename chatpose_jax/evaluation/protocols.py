@@ -15,6 +15,7 @@ from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.untrusted import load_pickle, read_bytes
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import measures
+from chatpose_jax.evaluation.scores import is_noted
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.settings import one_line
 from smpl_jax import io
@@ -443,13 +444,14 @@ class Answered:
     """What N answers give, gathered once. poses: those of the persons that were asked for. joints: ``Answer.joints`` of each.
 
     unmatched: (N,) bool, answers with people of whom none is the person that was asked for. other_betas: (N,) bool, answers with betas that are
-    not SMPL's.
+    not SMPL's. noted: (N,) bool, answers whose notes are counted; for one without a pose they say why.
     """
 
     poses: PoseArrays
     joints: list[Mapping[str, np.ndarray]]
     unmatched: np.ndarray
     other_betas: np.ndarray
+    noted: np.ndarray
 
     __repr__ = one_line
 
@@ -469,12 +471,14 @@ class Answered:
             joints.append(positions)
         found = PoseArrays.gather(poses)
         has_betas = np.array([pose is not None and _has_betas(pose) for pose in poses], bool)
-        return cls(found, joints, unmatched, has_betas & ~found.has_betas)
+        noted = np.array([is_noted(answer) for answer in answers], bool)
+        return cls(found, joints, unmatched, has_betas & ~found.has_betas, noted)
 
     def take(self, rows: np.ndarray) -> Answered:
         """Those at an index (n,)."""
         joints = [self.joints[i] for i in rows]
-        return Answered(self.poses.take(rows), joints, self.unmatched[rows], self.other_betas[rows])
+        masks = (self.unmatched, self.other_betas, self.noted)
+        return Answered(self.poses.take(rows), joints, *(mask[rows] for mask in masks))
 
     def named(self, name: str, size: int, keys: Sequence[str]) -> Positions:
         """Positions (N, size, 3) of a named set, and which there are. Raises UserError for another shape."""
@@ -578,7 +582,7 @@ def protocol_errors(
             (truth.known[:, points].any(1) & ~there).sum()
         ),
         "the person asked for is not among those of the answer": int((there & given.unmatched).sum()),
-        "no pose and no positions in the answer": int((empty & ~others).sum()),
+        "no pose and no positions in the answer": int((empty & ~others & ~given.noted).sum()),
         "no pose, and positions of other points than the protocol compares": int((empty & others).sum()),
         "the answer lacks some of the points": int((there & answered & ~whole).sum()),
     }

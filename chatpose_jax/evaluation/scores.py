@@ -106,6 +106,11 @@ def counts_of(answers: Sequence[Answer]) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
+def is_noted(answer: Answer) -> bool:
+    """Whether ``counts_of`` counts an answer."""
+    return any(value is True for value in answer.notes.values())
+
+
 def mean_of(samples: np.ndarray, groups: Sequence[str], **about: Any) -> Value:
     """The mean of (N,) values without NaN, with the interval of ``bootstrap``. about: unit, better, digits."""
     return means_of({"": samples}, groups, {"": about})[""]

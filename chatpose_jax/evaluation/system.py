@@ -170,6 +170,9 @@ class System(Protocol):
 
     name: of its row in tables. settings: what its answers depend on, as JSON. Answers that were kept are used again only if these are equal.
     batch_size: how many questions ``answer`` takes at a time; the last batch may be smaller.
+
+    A system may also have ``check_questions``, which is called with all questions of a task before any is asked, and raises UserError if they do
+    not fit it.
     """
 
     name: str

@@ -91,9 +91,21 @@ def test_what_cannot_be_scored_is_printed(tmp_path, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "samples: 24 of 30; interval: 95 % bootstrap over 7 groups" in said
-    assert "drawn: 6 × no pose and no positions in the answer" in said and "drawn: 6 × keypoints not parsed" in said
+    assert "drawn: 6 × keypoints not parsed" in said and "no pose and no positions" not in said
     line = next(line for line in said.splitlines() if line.startswith("drawn "))
     assert re.search(r"drawn +\d+\.\d \[\d+\.\d, \d+\.\d\] mm", line)
+
+
+def test_predictions_of_other_rows_or_few_rows_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "poses", "--system", "predictions,path=p.npz", "--data", f"{HERE}:rows,count=3", "--out", "out"]
+    np.savez("p.npz", axis_angle=np.zeros((2, 24, 3)), key=["a0", "a1"])
+    assert main(words) == 2
+    assert "none of the 2 keys, such as 'a0', fits a row" in capsys.readouterr().err
+    np.savez("p.npz", axis_angle=np.zeros((1, 24, 3)), key=["test-0-0-text"])
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "warning: p: 2 of the 3 rows of rows have no prediction" in told.err and "p: 2 × no prediction" in told.out
 
 
 def test_all_splits_stand_in_one_table(tmp_path):
@@ -138,10 +150,12 @@ def test_all_says_what_was_not_run_and_how_to(tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows, system = ["--data", f"{HERE}:rows"], ["--system", f"{HERE}:Drawn"]
+    Path("afile").touch()
     for words, error in (
         (["poses", *rows], "expected a MODEL folder, or --system SPEC: chatpose, "),
         (["poses", "nowhere", *rows], "nowhere"),
         (["poses", *system], "--data SPEC is needed"),
+        (["poses", *system, *rows, "--out", "afile/under"], "--out afile/under: afile is a file; choose a folder"),
         (["poses", *system, "--data", "cmu"], "chatpose data prepare cmu"),
         (["poses", *system, "--data", f"{HERE}:rows,blind=true,name=blind"], "none of the 30 text rows of blind has a measured joint"),
         (["poses", *system, *rows, "--split", "val"], "none of the 0 rows of rows-val has a pose"),
@@ -157,7 +171,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         (["poses", *system, *rows, "--part", "1/2", "--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "0"],
          "--part is for separate processes"),
     ):  # fmt: skip
-        assert main(["eval", *words, "--quiet", "--out", "out"]) == 2, words
+        assert main(["eval", "--quiet", "--out", "out", *words]) == 2, words
         said = capsys.readouterr().err
         assert error in said and len(said.strip().splitlines()) == 1, said
     assert main(["eval", "poses", "model"]) == 2

@@ -192,6 +192,11 @@ def test_answers_belong_to_their_questions(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             ask.read_answers(Fixed(other, "rows"), tmp_path)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    for damaged in ('{"key": \n', '{"key": 3}\n'):
+        (tmp_path / "answers.jsonl").write_text("".join([*lines[:4], damaged, *lines[5:]]))
+        with pytest.raises(UserError, match=r"is damaged in line 5 \("):
+            ask.read_answers(Fixed(rows, "rows"), tmp_path)
     (tmp_path / "answers.jsonl").write_text('{"key": 3}\n')
     with pytest.raises(UserError, match=r"is damaged .*delete the folder"):
         ask.read_answers(Fixed(rows, "rows"), tmp_path)
@@ -201,11 +206,37 @@ def test_a_system_that_does_not_answer_each_question(tmp_path):
     rows = given_systems.rows("test", count=6)
     with pytest.raises(UserError, match="system 'drawn' gave 1 of Answer to 4 questions, expected an Answer to each"):
         ask.ask(given_systems.Lazy(), Fixed(rows, "rows"), tmp_path)
-    with pytest.raises(UserError, match=r"system 'drawn', questions .*: KeyError: 'left hip'"):
+    with pytest.raises(
+        UserError, match=r"system 'drawn', questions .*: KeyError: 'left hip' \(given_systems\.py:\d+\)$"
+    ):
         ask.ask(given_systems.Broken(), Fixed(rows, "rows"), tmp_path)
     with pytest.raises(UserError, match=r"the answer to 'test-0-0-text' cannot be used: rotations .* joint 0 is none"):
         ask.ask(given_systems.Flat(), Fixed(rows, "rows"), tmp_path)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_pose_with_nan_is_left_out_and_counted(tmp_path):
+    rows = given_systems.rows("test", count=6)
+    task = Fixed(rows, "rows")
+
+    class Half(Drawn):
+        def _one(self, question):
+            answer = super()._one(question)
+            if question.key == rows[2].id:
+                answer.pose.rotations[3, 0, 0] = np.nan
+            return answer
+
+    ask.ask(Half(), task, tmp_path)
+    ask.join(Half(), task, tmp_path)
+    found = ask.read_answers(task, tmp_path).answers
+    assert [answer.pose is None for answer in found] == [i == 2 for i in range(6)]
+    assert found[2].notes == {ask.NOT_FINITE: True}
+
+
+def test_a_changed_function_is_named(tmp_path):
+    ask.claim(tmp_path, {"system": {"function": "mysys:pose", "source": "1a"}})
+    with pytest.raises(UserError, match="other settings: the code of mysys:pose changed"):
+        ask.claim(tmp_path, {"system": {"function": "mysys:pose", "source": "2b"}})
 
 
 def test_data_that_were_prepared_anew_are_other_data(tmp_path, capsys):

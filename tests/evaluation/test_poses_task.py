@@ -58,14 +58,14 @@ def test_what_is_left_out_is_counted():
     rows[4] = dataclasses.replace(rows[4], poses=unmeasured((1,)))
     constant = mean_pose(true_poses(rows))
     answers = [
-        Answer("Sorry.", notes={"not parsed": True}) if i in (1, 7) else Answer(pose=constant) for i in range(10)
+        Answer("Sorry.", notes={"not parsed": i == 1}) if i in (1, 7) else Answer(pose=constant) for i in range(10)
     ]
     [scores] = Poses(rows, "mine").score(answers)
     assert scores.counts == {
         "rows without ground truth": 1,
-        "no pose and no positions in the answer": 2,
-        "not parsed": 2,
-    }
+        "no pose and no positions in the answer": 1,
+        "not parsed": 1,
+    }, "each answer counts once, under the reason that its notes give"
     assert scores.facts["samples"] == "7 of 10"
     assert np.isnan(scores.samples["MPJPE"][[1, 4, 7]]).all() and np.isfinite(scores.samples["MPJPE"]).sum() == 7
     kept = [i for i in range(10) if i not in (1, 4, 7)]

@@ -295,8 +295,27 @@ def test_rows_by_id_and_in_the_order_of_a_text_file(tmp_path):
     np.save(tmp_path / "poses.npy", angles)
     system = Predictions(path=str(tmp_path / "poses.npy"), names=str(tmp_path / "ids.txt"), frame="model")
     assert is_pose(one(system, asked("q")), matrices[1], "model")
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(UserError, match="the id 'x' of a row is there twice"):
         Predictions(path=saved(tmp_path, axis_angle=angles, key=np.array(["x", "x"])))
+
+
+def test_predictions_of_other_rows_are_an_error(tmp_path):
+    angles, _ = turns(2, 24)
+    system = Predictions(path=saved(tmp_path, axis_angle=angles, key=np.array(["a0", "a1"])))
+    system.check_questions([asked("x"), asked("a1")])
+    with pytest.raises(UserError, match=r"none of the 2 keys, such as 'a0', fits a row .* 3 rows have ids such as 'x'"):
+        system.check_questions([asked("x"), asked("y"), asked("z")])
+    system = Predictions(path=saved(tmp_path, axis_angle=angles, imgname=np.array(["s/0.jpg", "s/1.jpg"])))
+    with pytest.raises(UserError, match=r"none of the 2 images, such as 's/0\.jpg'"):
+        system.check_questions([asked("t/0.jpg#0")])
+
+
+def test_predictions_in_degrees_are_an_error(tmp_path):
+    angles, _ = turns(2, 24)
+    path = saved(tmp_path, axis_angle=np.rad2deg(angles), key=np.array(["x", "y"]))
+    largest = np.linalg.norm(np.rad2deg(angles), axis=-1).max()
+    with pytest.raises(UserError, match=rf"file\.npz: .* radians, found one of {largest:.3g}, probably in degrees"):
+        Predictions(path=path)
 
 
 def test_a_file_that_says_its_frame_keeps_it(tmp_path):

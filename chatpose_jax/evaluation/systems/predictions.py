@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from chatpose_jax.data.readers.jsonlines import MOST_RADIANS
 from chatpose_jax.data.readers.untrusted import (
     MAX_FILE,
     MAX_MEMBER,
@@ -78,7 +80,14 @@ _PICKLES = (".pkl", ".pickle", ".p")
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
 
 Columns = dict[str, np.ndarray]
-Lookup = Callable[[Question], Answer]
+
+
+class Lookup(NamedTuple):
+    """find: the prediction for a question. names: by which predictions are found. kind: of these names, in words."""
+
+    find: Callable[[Question], Answer]
+    names: Iterable[str]
+    kind: str
 
 
 class Predictions:
@@ -111,18 +120,28 @@ class Predictions:
     batch_size = 1024
 
     def __init__(self, *, path: str, names: str = "", frame: Frame = "camera", name: str = "") -> None:
-        check_value("predictions: the option frame", frame, Frame)
+        check_value("the option frame", frame, Frame)
         source, order = Path(path).expanduser(), Path(names).expanduser() if names else None
         if not source.exists():
-            raise UserError(f"predictions: there is no file or folder {source}")
+            raise UserError(f"there is no file or folder {source}")
         self.name = name or source.stem
         hashed = {"predictions": _hash(source), "names": _hash(order) if order else ""}
         self.settings: Mapping[str, Any] = {**hashed, "frame": frame}
-        self.find = _open(source, order, frame)
+        self.source, self.lookup = source, _open(source, order, frame)
 
     def answer(self, questions: Sequence[Question]) -> Sequence[Answer]:
         """Raises UserError where a question lacks what the predictions are found by."""
-        return [self.find(question) for question in questions]
+        return [self.lookup.find(question) for question in questions]
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """Raises UserError where no question of a data set has a prediction: the file is of other rows. The first that has one ends the search."""
+        if not len(questions) or any(MISSING not in self.lookup.find(question).notes for question in questions):
+            return
+        names = list(self.lookup.names)
+        raise UserError(
+            f"{self.source}: none of the {len(names):,} {self.lookup.kind}, such as {next(iter(names), 'none')!r}, fits a row of the data set; "
+            f"the {len(questions):,} rows have ids such as {questions[0].key!r}"
+        )
 
 
 def _open(source: Path, order: Path | None, frame: Frame) -> Lookup:
@@ -130,9 +149,11 @@ def _open(source: Path, order: Path | None, frame: Frame) -> Lookup:
     if kept.suffix == ".jsonl" and kept.is_file():
         return _answers(kept)
     if source.is_dir() or source.suffix == ".zip":
-        return _Submission(source)
+        entry = _Submission(source)
+        return Lookup(entry, entry.arrays, "sequences")
     if source.suffix in (".npz", ".npy", *_PICKLES):
-        return _Rows(source, order, frame)
+        rows = _Rows(source, order, frame)
+        return Lookup(rows, rows.keys or rows.images, "keys" if rows.keys else "images")
     raise UserError(f"{source}: expected .npz, .npy, {', '.join(_PICKLES)}, .jsonl, .zip or a folder of predictions")
 
 
@@ -145,9 +166,8 @@ def _answers(path: Path) -> Lookup:
             found[str(line["key"])] = answer
     except (UserError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: expected answers of chatpose eval ({type(error).__name__}: {error})") from None
-    if len(found) < len(lines):
-        raise UserError(f"{path}: {len(lines) - len(found)} rows are answered twice")
-    return lambda question: found.get(question.key, Answer(notes={MISSING: True}))
+    _check_once([str(line["key"]) for _, line in lines], path)
+    return Lookup(lambda question: found.get(question.key, Answer(notes={MISSING: True})), found, "keys")
 
 
 # Submissions to 3DPW's challenge -----------------------------------------------------------------------------------------------------------------
@@ -252,8 +272,7 @@ class _Rows:
         self.images: dict[str, list[int]] = {}
         if "key" in columns:
             self.keys = {_text(key): row for row, key in enumerate(columns["key"])}
-            if len(self.keys) < self.count:
-                raise UserError(f"{source}: {self.count - len(self.keys):,} ids of rows are there twice")
+            _check_once(list(map(_text, columns["key"])), source)
         elif "imgname" in columns:
             self._by_image([_text(name) for name in columns["imgname"]])
         else:
@@ -455,6 +474,8 @@ def _poses(columns: Columns, source: Path, frame: Frame) -> tuple[Pose | None, d
             rows[bad] = np.eye(3) if shape.kind == "matrices" and name in shape.names else 0
             damaged |= bad
             cleaned[name] = rows.astype(np.float32)
+    if shape.kind == "axis-angle":
+        _check_radians([np.asarray(cleaned[name], np.float64) for name in shape.names], source)
     try:
         file = poses_in(cleaned, source, shape.frame or frame)
         return file[:], {}, damaged
@@ -469,6 +490,16 @@ def _check_metres(points: np.ndarray, where: str) -> None:
     if len(sizes) and np.median(sizes) > TALLEST:
         raise UserError(
             f"{where}: expected metres; half of the bodies are larger than {np.median(sizes):.0f}. Divide millimetres by 1000"
+        )
+
+
+def _check_radians(arrays: Sequence[np.ndarray], source: Path) -> None:
+    """Raises UserError for axis-angle vectors that turn further than ``MOST_RADIANS``, as rows of ``jsonlines`` may not."""
+    largest = max(np.linalg.norm(array.reshape(-1, 3), axis=1).max(initial=0) for array in arrays)
+    if largest > MOST_RADIANS:
+        raise UserError(
+            f"{source}: expected rotations as axis-angle vectors in radians, found one of {largest:.3g}, "
+            "probably in degrees; multiply degrees by π/180"
         )
 
 
@@ -546,6 +577,13 @@ def _shaped(array: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray
     if found.shape != shape:
         raise UserError(f"{where} must have the shape {shape}, found {found.shape}")
     return found
+
+
+def _check_once(keys: Sequence[str], source: Path) -> None:
+    """Raises UserError for ids of rows that are there twice."""
+    if twice := [key for key, count in collections.Counter(keys).items() if count > 1]:
+        more = f", and {len(twice) - 1:,} more are" if len(twice) > 1 else ""
+        raise UserError(f"{source}: the id {twice[0]!r} of a row is there twice{more}; one prediction belongs to a row")
 
 
 def _numbers(value: Any, where: str) -> np.ndarray:
