@@ -84,8 +84,7 @@ def check_options(where: str, found: inspect.Signature, options: Mapping[str, An
 
 
 def raised(where: str, error: Exception) -> Exception:
-    """The error to raise for an exception in the user's own code: one line with the place, the type and the message, and the line of the user's
-    code.
+    """The error to raise for an exception in the user's own code: one line with the place, the type and the message.
 
     An OSError stays an OSError with the same errno, so that callers can tell whether the run can be resumed.
     """
@@ -94,10 +93,10 @@ def raised(where: str, error: Exception) -> Exception:
     kind, words = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno:
         return OSError(error.errno, f"{error.strerror or words} ({where}: {kind})", error.filename)
-    return UserError(f"{where}: {kind}" + (f": {words}" if words else "") + _place(error))
+    return UserError(f"{where}: {kind}" + (f": {words}" if words else ""))
 
 
-def _place(error: Exception) -> str:
+def place_of(error: Exception) -> str:
     """The innermost line of the user's own code that an exception passed, as " (file.py:12)"; "" if there is none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

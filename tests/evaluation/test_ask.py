@@ -207,7 +207,7 @@ def test_a_system_that_does_not_answer_each_question(tmp_path):
     with pytest.raises(UserError, match="system 'drawn' gave 1 of Answer to 4 questions, expected an Answer to each"):
         ask.ask(given_systems.Lazy(), Fixed(rows, "rows"), tmp_path)
     with pytest.raises(
-        UserError, match=r"system 'drawn', questions .*: KeyError: 'left hip' \(given_systems\.py:\d+\)$"
+        UserError, match=r"system 'drawn', questions .* \(given_systems\.py:\d+\): KeyError: 'left hip'$"
     ):
         ask.ask(given_systems.Broken(), Fixed(rows, "rows"), tmp_path)
     with pytest.raises(UserError, match=r"the answer to 'test-0-0-text' cannot be used: rotations .* joint 0 is none"):
