@@ -261,6 +261,8 @@ class Evaluation:
             print(f"warning: {system.name}: {share}; the tables are of the others alone", file=sys.stderr)
         scores = task.score(kept.answers)
         about = {"task": cell.task, "data": cell.name, "system": system.name, "command": self._command(cell, spec)}
+        if isinstance(note := getattr(system, "note", None), str):
+            about["note"] = note
         if self.args.drawings or (folder / GALLERY).exists():  # with 0 drawings, those of an earlier call go
             write_gallery(folder, task.rows, _Questions(task), kept.answers, scores, self.body, self.args.drawings)
         ask.write_scores(folder, about, scores, kept)

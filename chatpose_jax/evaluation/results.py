@@ -47,6 +47,7 @@ class Result:
     """What one system reached on one data set in one task.
 
     folder: of its files. command: makes the row again. scores: one for each table. shown: its answers that are drawn.
+    note: what a reader should know of the system, in words.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Result:
     command: str
     scores: tuple[Scores, ...]
     shown: tuple[DrawnAnswer, ...] = ()
+    note: str = ""
 
     __repr__ = one_line
 
@@ -103,10 +105,10 @@ def _read(path: Path) -> Result:
     try:
         scores = tuple(Scores.from_json(each) for each in found["scores"])
         task, data, system = (str(found.get(name, place)) for name, place in places.items())
-        command = str(found.get("command", ""))
+        command, note = (str(found.get(name, "")) for name in ("command", "note"))
     except (KeyError, TypeError, AttributeError, ValueError, UserError) as error:
         raise _damaged(path, error) from None
-    return Result(task, data, system, path.parent, command, scores, _shown(drawn))
+    return Result(task, data, system, path.parent, command, scores, _shown(drawn), note)
 
 
 def _shown(path: Path) -> tuple[DrawnAnswer, ...]:

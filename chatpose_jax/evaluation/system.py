@@ -172,7 +172,7 @@ class System(Protocol):
     batch_size: how many questions ``answer`` takes at a time; the last batch may be smaller.
 
     A system may also have ``check_questions``, which is called with all questions of a task before any is asked, and raises UserError if they do
-    not fit it.
+    not fit it; and ``note``, a text that the report shows below its row.
     """
 
     name: str

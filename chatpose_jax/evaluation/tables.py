@@ -114,10 +114,12 @@ def _table(name: str, results: Sequence[Result]) -> Table:
     first = measured[0][1]
     facts = {fact: words for fact, words in first.facts.items() if all(s.facts.get(fact) == words for _, s in measured)}
     notes: dict[str, str] = {}
-    rows = []
+    rows, differ = [], False
     for result, scores in measured:
         own = [f"{fact}: {words}" for fact, words in scores.facts.items() if fact not in facts]
-        rows.append(ReportRow(result.system, _mark(notes, "; ".join(own)), scores.values))
+        differ = differ or bool(own)
+        words = "; ".join([*own, result.note] if result.note else own)
+        rows.append(ReportRow(result.system, _mark(notes, words), scores.values))
     columns: dict[str, Value] = {}
     for _, scores in measured:
         for column, value in scores.values.items():
@@ -139,7 +141,7 @@ def _table(name: str, results: Sequence[Result]) -> Table:
         facts=facts,
         columns=columns,
         rows=rows,
-        best={} if any(row.mark for row in rows if is_system(row)) else _best(rows, columns),
+        best={} if differ else _best(rows, columns),
         notes=notes,
         counts={result.system: words for result, scores in measured if (words := _counted(scores))},
         others=others,
@@ -210,7 +212,8 @@ INTRODUCTION = (
     "Brackets hold 95 % intervals. If an evaluation were repeated with other samples of the same kind, about 95 of 100 such intervals would contain "
     "the value for all samples of this kind. They do not show how much a value varies between training runs. ↓: lower is better. ↑: higher is "
     "better. The facts above a table hold for all measured rows. A letter behind a system refers to a note below the table; for a measured row it "
-    "says which facts differ. The best value of a column is bold only if no fact differs. Published rows were not measured here. Their notes say how "
+    "says which facts differ, and of a baseline from which rows it was computed. "
+    "The best value of a column is bold only if no fact differs. Published rows were not measured here. Their notes say how "
     "their conditions differ from those of the table, and which conditions are not published."
 )
 

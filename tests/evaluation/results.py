@@ -26,7 +26,7 @@ def scores(
     return Scores(table, title, facts, columns, counts=counts or {})
 
 
-def write(out, system, found, *, task="estimation", data="3dpw_test", command="", folder=None):
+def write(out, system, found, *, task="estimation", data="3dpw_test", command="", folder=None, note=""):
     """Writes ``scores.json`` as ``chatpose eval`` does. Returns its folder."""
     place = out / task / data / (folder or system)
     place.mkdir(parents=True)
@@ -39,6 +39,7 @@ def write(out, system, found, *, task="estimation", data="3dpw_test", command=""
         "data": data,
         "system": system,
         "command": command or f"chatpose eval {task} --system {system}",
+        **({"note": note} if note else {}),
     }
     (place / "scores.json").write_text(json.dumps({**about, "scores": nulls}))
     return place

@@ -71,6 +71,14 @@ def test_a_row_has_value_interval_command_and_counts(tmp_path):
     assert "a zero" not in markdown
 
 
+def test_a_note_of_a_system_stands_below_its_table_and_compares_nothing(tmp_path):
+    write(tmp_path, "ours", [scores(pa=50)])
+    write(tmp_path, "mean pose", [scores(pa=80)], note="computed from 9 training rows of synthetic")
+    markdown, found, _html = read(tmp_path)
+    assert "| **80.0** [78.0, 83.0] | **50.0** [49.0, 51.0] |" in markdown, "the facts are the same"
+    assert "computed from 9 training rows of synthetic" in markdown and "9 training rows" in " ".join(found.words)
+
+
 def test_the_best_measured_value_is_bold_and_published_rows_never_are(tmp_path):
     write(tmp_path, "good", [scores(pa=50)])
     write(tmp_path, "bad", [scores(pa=80)])

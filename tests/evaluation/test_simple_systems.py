@@ -104,7 +104,7 @@ def test_a_question_is_answered_from_rows_of_its_kind(monkeypatch):
     mean = system("mean", data=f"{__name__}:own")
     assert degrees(mean.answer(asked(rows[0], rows[2]))) == [40, 10]
     assert degrees(mean.answer(asked(row("?", 0, "instruction")))) == [25], "no such rows: the mean of all"
-    assert mean.settings["rows"] == 2
+    assert mean.settings["rows"] == 2 and mean.note.startswith("computed from 2 training rows of ")
     nearest = system("nearest", data=f"{__name__}:own", name="words")
     assert nearest.name == "words"
     assert degrees(nearest.answer(asked(row("Please make a pose from the words: Arms up.", 0)))) == [40]

@@ -155,6 +155,7 @@ class Simple:
         kinds: set[str] = {row.kind for row in found}
         self._models = {kind: self._fit([row for row in found if row.kind == kind]) for kind in kinds}
         self._all = self._fit(found)
+        self.note = f"computed from {len(found):,} training rows of {data}"
         self.settings = {
             "data": data,
             "rows": len(found),
