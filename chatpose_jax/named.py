@@ -96,7 +96,7 @@ def raised(where: str, error: Exception) -> Exception:
     return UserError(f"{where}: {kind}" + (f": {words}" if words else ""))
 
 
-def place_of(error: Exception) -> str:
+def own_line(error: Exception) -> str:
     """The innermost line of the user's own code that an exception passed, as " (file.py:12)"; "" if there is none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -127,7 +127,7 @@ def _answers(system: System, questions: Sequence[Question]) -> Sequence[Answer]:
     except Exception as error:
         if type(system).__module__.startswith("chatpose_jax."):
             raise
-        where += f", questions {questions[0].key!r} to {questions[-1].key!r}{named.place_of(error)}"
+        where += f", questions {questions[0].key!r} to {questions[-1].key!r}{named.own_line(error)}"
         raise named.raised(where, error) from error
     if len(answers) != len(questions) or not all(isinstance(answer, Answer) for answer in answers):
         kinds = sorted({type(answer).__name__ for answer in answers})

@@ -82,7 +82,7 @@ def make_system(spec: Spec) -> System:
     except Exception as error:
         if spec.name in SYSTEMS:
             raise
-        raise named.raised(where + named.place_of(error), error) from error
+        raise named.raised(where + named.own_line(error), error) from error
     for attribute in ("name", "settings", "batch_size", "answer"):
         if not hasattr(system, attribute):
             raise UserError(f"{where} has no attribute {attribute!r}, see chatpose_jax.evaluation.system.System")

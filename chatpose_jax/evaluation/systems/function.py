@@ -45,7 +45,7 @@ class FunctionSystem:
         try:
             reply: Any = self.function(question.messages)
         except Exception as error:
-            raise named.raised(where + named.place_of(error), error) from error
+            raise named.raised(where + named.own_line(error), error) from error
         if isinstance(reply, Answer):
             return reply
         if isinstance(reply, str):
