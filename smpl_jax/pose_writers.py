@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from smpl_jax._files import write_whole
 from smpl_jax.body import SHAPE_SPACES
 from smpl_jax.frames import describe_frame
 from smpl_jax.pose import HANDS, JOINTS, SHARED, Pose, check, to_betas
+from smpl_jax.poses import READ
 
 FileKind = Literal["smpl_jax", "amass", "axis-angle"]
 _AMASS_BETAS = 16
@@ -36,6 +37,7 @@ def write_poses(
     joints: ArrayLike | None = None,
     joint_names: Sequence[str] | None = None,
     body: str | None = None,
+    beside: Mapping[str, ArrayLike] | None = None,
 ) -> Path:
     """Writes poses for NumPy and for other programs: ``np.load(path, allow_pickle=False)``.
 
@@ -43,7 +45,7 @@ def write_poses(
 
     * "smpl_jax", ``.npz``: ``axis_angle`` (..., J, 3) radians, ``matrices`` (..., J, 3, 3), ``rotation_6d`` (..., J, 6) with
       ``rotation_6d_order`` ("columns": first column, then second), the name of the ``frame``, the other fields of the pose that are not None
-      (``shape_space`` beside ``betas``) under their names, and ``joints``, ``joint_names`` and ``body`` if given.
+      (``shape_space`` beside ``betas``) under their names, and ``joints``, ``joint_names``, ``body`` and the arrays of ``beside`` if given.
     * "amass", ``.npz``, poses of batch shape (T,) in the frame "z-up". SMPL-H's 52 joints are written as in AMASS's SMPL+H release (``poses``
       (T, 156), ``trans``, ``betas`` (16,), ``dmpls``, ``gender``, ``mocap_framerate``), SMPL-X's 55 joints as in its SMPL-X release (``poses``
       (T, 165), its parts ``root_orient`` … ``pose_eye``, ``surface_model_type``, ``mocap_frame_rate`` …). These formats always have betas, a
@@ -59,6 +61,8 @@ def write_poses(
         rate: poses per second; "amass" needs it.
         joints: (..., K, 3) metres in the pose's frame, with their K ``joint_names``; body: name of the body of these joints and the betas.
             For "smpl_jax" only.
+        beside: other arrays of numbers or text about these poses, by name, for "smpl_jax" only. ``read_poses`` lists them as unused, so their names
+            must not be those of arrays that it reads.
 
     Returns:
         The path.
@@ -72,8 +76,11 @@ def write_poses(
     suffix = ".npy" if layout == "axis-angle" else ".npz"
     if Path(path).suffix.lower() != suffix:
         raise ValueError(f"{path}: a file of layout {layout!r} must end in {suffix}")
-    given = {"gender": gender, "rate": rate, "joints": joints, "joint_names": joint_names, "body": body}
-    taken = {"smpl_jax": ("joints", "joint_names", "body"), "amass": ("gender", "rate"), "axis-angle": ()}[layout]
+    given: dict[str, Any] = {"gender": gender, "rate": rate, "joints": joints, "joint_names": joint_names, "body": body}
+    given["beside"] = beside
+    taken = {"smpl_jax": ("joints", "joint_names", "body", "beside"), "amass": ("gender", "rate"), "axis-angle": ()}[
+        layout
+    ]
     if foreign := [name for name, value in given.items() if value is not None and name not in taken]:
         raise ValueError(f"the layout {layout!r} cannot store {', '.join(foreign)}")
     if 0 in pose.shape:
@@ -105,7 +112,10 @@ def _ours(pose: Pose, given: dict[str, Any]) -> dict[str, np.ndarray]:
         arrays["joint_names"] = np.array(list(given["joint_names"]), np.str_)
     if given["body"] is not None:
         arrays["body"] = np.array(given["body"])
-    return arrays
+    beside = {name: np.asarray(value) for name, value in (given["beside"] or {}).items()}
+    if clash := sorted(beside.keys() & (READ | arrays.keys())):
+        raise ValueError(f"beside has {', '.join(clash)}, which would be read as part of the poses; choose other names")
+    return arrays | beside
 
 
 def _amass(pose: Pose, gender: str | None, rate: float | None) -> dict[str, Any]:

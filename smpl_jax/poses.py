@@ -63,7 +63,8 @@ _BETAS_FLAGS = ("has_betas", "has_smpl")
 _TRANSLATION_FLAGS = ("has_translation",)
 _TEXTS = ("frame", "gender", "body", "shape_space")
 _BESIDE = {*_BETAS, *_TRANSLATIONS, *_POSE_FLAGS, *_BETAS_FLAGS, *_TRANSLATION_FLAGS, *_TEXTS, *_RATES, "measured"}
-_NAMES = {name.strip("[]") for row in _ROWS for name, _ in row} | _BESIDE
+READ = {name.strip("[]") for row in _ROWS for name, _ in row} | _BESIDE
+"""Names of the arrays that are read."""
 
 
 _to_matrix = jax.jit(axis_angle_to_matrix)  # jit compiles one program for each shape instead of a dozen
@@ -246,7 +247,7 @@ def poses_in(arrays: Mapping[str, np.ndarray], where: str | os.PathLike[str], fr
     """
     if frame is not None:
         frames.turn(frame)
-    known = {name: np.asarray(array) for name, array in arrays.items() if name in _NAMES or not name}
+    known = {name: np.asarray(array) for name, array in arrays.items() if name in READ or not name}
     return _interpret(Path(where), known, tuple(name for name in arrays if name not in known), frame)
 
 
@@ -429,7 +430,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
             infos = {
                 name: data.zip.getinfo(name if name in members else f"{name}.npy")
                 for name in data.files
-                if name in _NAMES
+                if name in READ
             }
             sizes = {name: info.file_size for name, info in infos.items()}
             if other := [name for name, info in infos.items() if info.compress_type not in io.BOUNDED_PACKING]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -18,11 +20,16 @@ from smpl_jax.frames import Frame
 from smpl_jax.keypoints import KEYPOINT_SETS, SMPL_VERTICES, keypoint_set
 from smpl_jax.pose_writers import write_poses
 
+if TYPE_CHECKING:
+    from smpl_jax.fit import Fit
+
 OPENPOSE = {25: "openpose25", 18: "coco18"}
 """Number of points of a person in OpenPose's JSON -> the set."""
 KINDS = {"keypoints_2d": (2, 3), "joints": (3, 4), "markers": (3, 4)}
 """Arrays of an npz -> columns that they may have; the last is a confidence."""
-DRAWN = 16
+WRITTEN = ("converged", "reasons", "errors", "seen", "names")
+"""Fields of a fit that are written beside its poses."""
+DRAWN, LISTED = 16, 20
 
 
 class Points(NamedTuple):
@@ -65,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fits all people of a file. Prints how many fits converged."""
+    """Fits all people of a file. Prints how many fits converged, and which did not and why."""
     from smpl_jax import fit  # compiles nothing, but the prior is read
 
     if args.out.suffix.lower() != ".npz":
@@ -77,11 +84,18 @@ def run(args: argparse.Namespace) -> int:
     shared: dict[str, Any] = {"body": body, "noise": args.noise, "prior": fit.load_prior(args.prior)}
     shared |= {name: given.more[name] for name in ("confidence", "betas") if name in given.more}
     frame = _frame(args.file, args.frame, given)
+    size: Any = args.image_size if args.image_size else given.more.get("image_size")
+    if given.kind == "keypoints_2d" and size is None:
+        raise UserError(f"{args.file}: the size of the images is not known; --image-size WIDTH HEIGHT")
+    people = math.prod(given.values.shape[:-2])
+    if not people:
+        raise UserError(f"{args.file}: {given.kind} has the shape {given.values.shape}: nobody to fit")
+    print(
+        f"fitting {people} {'person' if people == 1 else 'people'}; the first time takes a minute to compile",
+        file=sys.stderr,
+    )
     try:
         if given.kind == "keypoints_2d":
-            size = args.image_size if args.image_size else given.more.get("image_size")
-            if size is None:
-                raise UserError(f"{args.file}: the size of the images is not known; --image-size WIDTH HEIGHT")
             focal = given.more.get("focal") if args.focal is None else args.focal
             fitted = fit.fit_keypoints(
                 given.values,
@@ -95,17 +109,34 @@ def run(args: argparse.Namespace) -> int:
             fitted = fit.fit_joints(given.values, given.set_name or "smpl24", frame=frame, **shared)
         else:
             fitted = fit.fit_markers(given.values, given.more["vertices"].tolist(), frame=frame, **shared)
-        write_poses(args.out, fitted.pose, body=body.name)
-        if args.drawing:
-            save_drawing(args.drawing, body, fitted.pose)
     except ValueError as error:
         raise UserError(f"{args.file}: {error}") from None
-    total, unit = fitted.converged.size, "px" if given.kind == "keypoints_2d" else "m"
-    seen = fitted.errors[fitted.seen]
-    far = f"; the points are {np.median(seen):.3g} {unit} off in the median" if seen.size else ""
-    print(f"{int(fitted.converged.sum())} of {total} fits converged{far}", file=sys.stderr)
+    beside = {name: getattr(fitted, name) for name in WRITTEN}
+    write_poses(args.out, fitted.pose, body=body.name, beside=beside)
+    for line in report(fitted, "px" if given.kind == "keypoints_2d" else "m"):
+        print(line, file=sys.stderr)
+    if args.drawing:
+        save_drawing(args.drawing, body, fitted)
+        print(f"drawing: {args.drawing}", file=sys.stderr)
     print(args.out)
     return 0
+
+
+def report(fitted: Fit, unit: str) -> Iterator[str]:
+    """How many fits converged, and a line for each of the first that did not: which person, why, and how far its points are off."""
+    off = fitted.errors[fitted.seen]
+    median = f"; the points are {np.median(off):.3g} {unit} off in the median" if off.size else ""
+    yield f"{int(fitted.converged.sum())} of {fitted.converged.size} fits converged{median}"
+    guesses = np.argwhere(~fitted.converged)
+    for person in guesses[:LISTED]:
+        at, number = tuple(person), ", ".join(map(str, person))
+        off = fitted.errors[at][fitted.seen[at]]
+        points = f"; {len(off)} of {len(fitted.names)} points were seen"
+        if off.size:
+            points += f", {np.median(off):.3g} {unit} off in the median and {off.max():.3g} {unit} at most"
+        yield f"person {number or 0} did not converge, its pose is a guess: {fitted.reasons[at]}{points}"
+    if len(guesses) > LISTED:
+        yield f"and {len(guesses) - LISTED} more that did not converge: converged and reasons in the file name them"
 
 
 def _frame(file: Path, typed: Frame | None, given: Points) -> Frame:
@@ -143,18 +174,34 @@ def read_points(file: Path, name: str | None) -> Points:
 def _openpose(file: Path, name: str | None) -> Points:
     content = read_json(file)
     people = content.get("people") if isinstance(content, dict) else None
-    if not isinstance(people, list) or not people:
-        raise UserError(f"{file}: expected OpenPose's JSON with at least one of people; found none")
+    if not isinstance(people, list):
+        raise UserError(f"{file}: expected OpenPose's JSON, with a list people; found none")
+    if not people:
+        raise UserError(f"{file}: people is empty: OpenPose found nobody in this image, so there is nothing to fit")
+    rows = [_numbers(file, number, person) for number, person in enumerate(people)]
+    lengths, counts = {len(row) for row in rows}, [len(keypoint_set(name))] if name else list(OPENPOSE)
+    count = next((count for count in counts if 3 * count in lengths), counts[0])
+    for number, row in enumerate(rows):
+        if len(row) != 3 * count:
+            raise UserError(
+                f"{file}: pose_keypoints_2d of person {number}: expected {count} × 3 numbers, x, y and confidence in "
+                f"turn; found {len(row)}. For other sets than OpenPose's: --points"
+            )
+    name = name or OPENPOSE[count]
+    values = np.stack(rows).reshape(len(people), count, 3)
+    return Points("keypoints_2d", values, _set(file, name, count, "keypoints_2d"), {})
+
+
+def _numbers(file: Path, number: int, person: Any) -> np.ndarray:
     try:
-        values = np.array([person["pose_keypoints_2d"] for person in people], np.float64)
-        values = values.reshape(len(people), -1, 3)
+        row = np.array(person["pose_keypoints_2d"], np.float64)
     except (TypeError, KeyError, ValueError):
+        row = np.empty(())
+    if row.ndim != 1:
         raise UserError(
-            f"{file}: expected pose_keypoints_2d, x, y and confidence in turn, of every one of people"
-        ) from None
-    return Points(
-        "keypoints_2d", values, _set(file, name or OPENPOSE.get(values.shape[1]), values.shape[1], "keypoints_2d"), {}
-    )
+            f"{file}: person {number} has no list of numbers pose_keypoints_2d; expected x, y and confidence in turn"
+        )
+    return row
 
 
 def _set(file: Path, name: str | None, count: int, kind: str) -> str | None:
@@ -171,13 +218,17 @@ def _set(file: Path, name: str | None, count: int, kind: str) -> str | None:
     return name
 
 
-def save_drawing(path: Path, body: BodyModel, pose: Any) -> None:
-    """Draws the first people, each from the front and from the side."""
+def save_drawing(path: Path, body: BodyModel, fitted: Fit) -> None:
+    """Draws the first people, each from the front and from the side, with its number and whether it converged."""
+    pose = fitted.pose
     flat = pose.rotations.reshape(-1, *pose.rotations.shape[-3:])[:DRAWN]
     betas = pose.betas.reshape(-1, pose.betas.shape[-1])
     views = [
         render.render_body(body, rotations, shape, size=256, views=("front", "side"), frame=pose.frame)
         for rotations, shape in zip(flat, betas)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    render.save_png(path, render.contact_sheet(views, columns=min(4, len(views))))
+    labels = [
+        f"{number}" if converged else f"{number}: not converged"
+        for number, converged in enumerate(fitted.converged.flat[: len(views)])
+    ]
+    render.save_png(path, render.contact_sheet(views, columns=min(4, len(views)), labels=labels))

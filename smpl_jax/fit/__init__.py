@@ -28,12 +28,16 @@ from smpl_jax.io import load_body
 from smpl_jax.keypoints import Locations, locate, locate_vertices
 from smpl_jax.pose import SHARED, Pose
 from smpl_jax.printing import one_line
+from smpl_jax.rotations import matrix_to_axis_angle
 
 __all__ = ["Fit", "FitSettings", "PosePrior", "fit_joints", "fit_keypoints", "fit_markers", "load_prior"]
 
 FEWEST = 6
 """Points that a person needs; a fit to fewer has not converged."""
-_FAR, _SHARE = 0.1, 2 / 3  # a fit has not converged unless this share of its points is nearer than this many metres
+_FAR, _SHARE = 0.1, 0.8  # a fit has not converged unless this share of its points is nearer than this many metres
+# Seventeen points anywhere in an image can be met by a body that is bent past all likelihood or that surrounds the camera.
+_CLOSEST = 0.3  # metres before the camera, of the nearest point of a fit to an image
+_LIKELY = 600.0  # the pose's energy under the prior, and 10 times that of its betas
 _SETTLED = 0.01  # relative decrease of the energy in the last step
 _CHUNK = 64  # people fitted at a time
 _SKIN = 0.05  # a joint moves a vertex if it has at least this share of it
@@ -47,10 +51,12 @@ class Fit:
     points: (..., K, 3) metres in the pose's frame, the fitted points.
     errors: (..., K) distances of the fitted points to the given ones, in pixels (``fit_keypoints``) or metres; 0 for points that were not seen.
     seen: (..., K) bool, the points that counted.
-    converged: (...) bool. False if fewer than ``FEWEST`` points were seen, a third of the seen points is farther off than 10 cm (at the person's
-        depth), or the last step still changed much. Such a pose is a guess.
+    converged: (...) bool. False if fewer than ``FEWEST`` points were seen, a fifth of the seen points is farther off than 10 cm (at the person's
+        depth), or the last step still changed much; for keypoints in images also if a seen point is nearer to the camera than 30 cm, or pose and
+        betas together are very unlikely under the priors. Such a pose is a guess. True is no promise: a few points fit many poses.
     energy: (...) of the fit: the smaller, the better. It can be compared between fits to the same points with the same settings.
     noise: (...) standard deviation of the points, in the unit of ``errors``, that was given or estimated.
+    reasons: (...) text, why a fit has not converged; empty for those that have.
     names: (K,) of the points.
     """
 
@@ -61,6 +67,7 @@ class Fit:
     converged: NDArray[np.bool_]
     energy: NDArray[np.float32]
     noise: NDArray[np.float32]
+    reasons: NDArray[np.str_]
     names: tuple[str, ...]
 
     __repr__ = one_line
@@ -139,8 +146,17 @@ def fit_keypoints(
     shown = solution.points[..., :2] / z * focals[..., None, None] + centers[..., None, :]
     errors = np.where(seen, np.linalg.norm(shown - np.where(seen[..., None], points, 0), axis=-1), 0)
     depth = np.maximum(solution.translation[..., 2], NEAREST)
-    ahead = solution.points[..., 2] > NEAREST  # a point behind the camera was never seen, wherever it projects to
-    return _fit(located, pose, solution, errors, seen, focals / depth, ahead)
+    prior = load_prior() if prior is None else prior
+    angles = np.asarray(matrix_to_axis_angle(jnp.asarray(solution.rotations[..., 1:SHARED, :, :])))
+    effort = prior.energy(angles.reshape(*batch, -1)) + 5 * (solution.betas**2).sum(-1) * (betas is None)
+    unlikely = [
+        (
+            (seen & (solution.points[..., 2] < _CLOSEST)).any(-1),
+            f"the body is nearer to the camera than {_CLOSEST:g} m",
+        ),
+        (np.asarray(effort) > _LIKELY, "only a very unlikely pose or shape fits the points"),
+    ]
+    return _fit(located, pose, solution, errors, seen, focals / depth, unlikely)
 
 
 def fit_joints(
@@ -218,7 +234,7 @@ def _fit_3d(
     )
     pose = _pose(located, body, solution, seen, frame)
     errors = np.where(seen, np.linalg.norm(solution.points - np.where(seen[..., None], points, 0), axis=-1), 0)
-    return _fit(located, pose, solution, errors, seen, np.ones(pose.shape), seen)
+    return _fit(located, pose, solution, errors, seen, np.ones(pose.shape), [])
 
 
 def _fitted(
@@ -313,20 +329,28 @@ def _fit(
     errors: np.ndarray,
     seen: np.ndarray,
     per_metre: np.ndarray,
-    possible: np.ndarray,
+    unlikely: list[tuple[np.ndarray, str]],
 ) -> Fit:
-    """per_metre: (...) units of `errors` that are a metre at the person. possible: (..., K) False for points that cannot be where they were seen."""
-    near = (errors < _FAR * per_metre[..., None]) & seen & possible
-    enough = near.sum(-1) >= np.maximum(_SHARE * seen.sum(-1), FEWEST)
-    converged = enough & (solution.fall < _SETTLED)
+    """per_metre: (...) units of `errors` that are a metre at the person. unlikely: more reasons (...) against a fit."""
+    near, count = (errors < _FAR * per_metre[..., None]) & seen, seen.sum(-1)
+    against = [
+        (count < FEWEST, f"fewer than {FEWEST} points were seen"),
+        (near.sum(-1) < np.maximum(_SHARE * count, FEWEST), "too many points are far off"),
+        *unlikely,
+        (~(solution.fall < _SETTLED), "the last step still changed much"),
+    ]
+    reasons = np.full(count.shape, "")
+    for found, text in reversed(against):
+        reasons = np.where(found, text, reasons)
     return Fit(
         pose,
         np.asarray(solution.points, np.float32),
         errors.astype(np.float32),
         seen,
-        np.asarray(converged),
+        np.asarray(reasons == ""),
         np.asarray(solution.energy),
         np.asarray(solution.noise * per_metre, np.float32),
+        reasons,
         located.names,
     )
 
