@@ -220,3 +220,20 @@ def test_the_prior_of_the_package_is_symmetric_and_names_its_source() -> None:
 def test_the_body_alone_does_not_load_the_fit() -> None:
     code = "import sys, smpl_jax; assert not any(m.startswith('smpl_jax.fit') or m == 'optax' for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_points_that_fit_no_body_have_not_converged(people) -> None:
+    """Seventeen random points of an image, from several seeds, and people of whose points two are wrong. The shape is fitted too."""
+    keypoints = people["pixels"].copy()
+    names = [point.name for point in keypoint_set("openpose25")]
+    keypoints[
+        :, [k for k, name in enumerate(names) if name in ("neck", "mid_hip") or "toe" in name or "heel" in name], 2
+    ] = 0
+    for seed in range(5):
+        keypoints[seed, :, :2] = np.random.default_rng(seed).uniform(0, SIZE, (25, 2))
+    for person in range(5, PEOPLE):
+        keypoints[person, [names.index(name) for name in LEFT_ARM], :2] = [[100, 900], [850, 80 * person]]
+    fit = fit_keypoints(keypoints, "openpose25", image_size=(SIZE, SIZE), focal=FOCAL)
+    assert (fit.seen.sum(-1) == 17).all()
+    assert fit.converged.tolist() == [False] * 5 + [True] * 3, fit.reasons
+    assert ((fit.reasons == "") == fit.converged).all()

@@ -255,3 +255,12 @@ def test_a_file_says_which_shape_space_its_betas_have(space, body, read, tmp_pat
     assert "shape_space" not in file.unused
     bare = read_poses(write_poses(tmp_path / "bare.npz", pose.replace(betas=None), body=body))
     assert bare[0].shape_space is None
+
+
+def test_arrays_beside_the_poses_do_not_change_them(tmp_path):
+    pose = Pose(np.tile(np.eye(3, dtype=np.float32), (2, 24, 1, 1)), "camera")
+    write_poses(tmp_path / "p.npz", pose, beside={"errors": np.ones((2, 5))})
+    read = read_poses(tmp_path / "p.npz")
+    assert len(read) == 2 and "errors" in read.unused and np.load(tmp_path / "p.npz")["errors"].shape == (2, 5)
+    with pytest.raises(ValueError, match="betas"):
+        write_poses(tmp_path / "p.npz", pose, beside={"betas": np.ones((2, 10))})
