@@ -232,7 +232,10 @@ def test_points_that_fit_no_body_have_not_converged(people) -> None:
     for seed in range(5):
         keypoints[seed, :, :2] = np.random.default_rng(seed).uniform(0, SIZE, (25, 2))
     for person in range(5, PEOPLE):
-        keypoints[person, [names.index(name) for name in LEFT_ARM], :2] = [[100, 900], [850, 80 * person]]
+        keypoints[person, [names.index(name) for name in ("left_wrist", "right_ear")], :2] = [
+            [100, 900],
+            [850, 80 * person],
+        ]
     fit = fit_keypoints(keypoints, "openpose25", image_size=(SIZE, SIZE), focal=FOCAL)
     assert (fit.seen.sum(-1) == 17).all()
     assert fit.converged.tolist() == [False] * 5 + [True] * 3, fit.reasons
