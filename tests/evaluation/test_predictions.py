@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from chatpose_jax.data.readers.humans4d_eval import ThreeDPWTest
+from chatpose_jax.data.readers.humans4d_eval import H36MVal, ThreeDPWTest
 from chatpose_jax.data.readers.rpe import RpeRefined
 from chatpose_jax.data.readers.threedpw import ThreeDPW
 from chatpose_jax.errors import UserError
@@ -119,6 +119,20 @@ def test_people_of_an_image_are_told_apart_by_box_before_order(tmp_path):
             assert is_pose(answer, matrices[order[question.key]])
     far = Predictions(path=saved(tmp_path, poses=angles, imgname=names, bbox=np.tile([500.0, 500, 5, 5], (12, 1))))
     assert all(answer.notes == {MISSING: True} for answer in far.answer(rows))
+
+
+def test_boxes_of_zeros_are_no_boxes(tmp_path):
+    """As in the file of Human3.6M that the tests write: ``bbox`` is a placeholder, ``center`` and ``scale`` are the box."""
+    arrays = humans4d_eval_files.write_h36m(tmp_path)
+    assert not arrays["bbox"].any()
+    angles, matrices = turns(3, 24)
+    system = Predictions(
+        path=saved(tmp_path, pose=angles.reshape(3, 72), betas=np.zeros((3, 10))),
+        names=str(tmp_path / "h36m_val_p2.npz"),
+    )
+    for question in questions(H36MVal(tmp_path)):
+        row = arrays["imgname"].tolist().index(question.key.rpartition("#")[0].encode())
+        assert is_pose(one(system, question), matrices[row])
 
 
 def test_without_boxes_the_order_or_the_number_of_the_person_counts(tmp_path):

@@ -528,9 +528,9 @@ _BOXES = ("boxes", "bbox", "box_center", "box_size", "center", "scale")
 
 
 def _boxes(columns: Columns, count: int, source: Path) -> np.ndarray | None:
-    """(N, 4) left, top, width, height in pixels, or None."""
-    if "bbox" in columns:
-        return _shaped(columns["bbox"], (count, 4), f"{source}: bbox")
+    """(N, 4) left, top, width, height in pixels, or None. A ``bbox`` of zeros, a placeholder, gives way to the other forms."""
+    if "bbox" in columns and (found := _shaped(columns["bbox"], (count, 4), f"{source}: bbox"))[:, 2:].any():
+        return found
     if "boxes" in columns:
         corners = _shaped(columns["boxes"], (count, 4), f"{source}: boxes")
         return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
