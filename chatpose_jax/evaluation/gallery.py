@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from chatpose_jax.data.example import Example
-from chatpose_jax.evaluation.protocols import best_overlap, person_box
+from chatpose_jax.evaluation.boxes import best_overlap, person_box
 from chatpose_jax.evaluation.results import DrawnAnswer, write_drawn
 from chatpose_jax.evaluation.scores import Scores
 from chatpose_jax.evaluation.system import Answer, Question, images_in, words_of

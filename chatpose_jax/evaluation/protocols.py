@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from chatpose_jax.data.example import Example
-from chatpose_jax.data.readers.untrusted import load_pickle, read_bytes
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import measures
+from chatpose_jax.evaluation.boxes import best_overlap, person_box
+from chatpose_jax.evaluation.pose_arrays import PoseArrays, Truths, gives_betas
 from chatpose_jax.evaluation.scores import is_noted
+from chatpose_jax.evaluation.smpl_files import Files
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.settings import one_line
-from smpl_jax import io
 from smpl_jax.body import BodyModel
-from smpl_jax.frames import turn
 from smpl_jax.keypoints import KEYPOINT_SETS, Locations, locate
 from smpl_jax.pose import SHARED, Pose, family_of, placed, to_family
 
@@ -147,224 +145,6 @@ COLUMNS: dict[str, dict[str, Any]] = {
 """Columns of the tables, in order, with what ``scores.Value`` says of them."""
 ROTATIONS = ("MPJRE", "MPJRE-21", "angle", "root angle")
 
-# Files -----------------------------------------------------------------------------------------------------------------------------------------
-
-
-class File(NamedTuple):
-    """A file of the folder of the option smpl: its possible names, where to get it, and its licence."""
-
-    names: tuple[str, ...]
-    page: str
-    licence: str
-
-
-_SMPL = "SMPL's own licence, for non-commercial research, on registration"
-FILES: dict[str, File] = {
-    "neutral": File(("SMPL_NEUTRAL.pkl", "SMPL_NEUTRAL.npz"), "https://smplify.is.tue.mpg.de", _SMPL),
-    "male": File(("SMPL_MALE.pkl", "SMPL_MALE.npz"), "https://smpl.is.tue.mpg.de, version 1.0.0", _SMPL),
-    "female": File(("SMPL_FEMALE.pkl", "SMPL_FEMALE.npz"), "https://smpl.is.tue.mpg.de, version 1.0.0", _SMPL),
-    "h36m": File(
-        ("J_regressor_h36m.npy",),
-        "http://visiondata.cis.upenn.edu/spin/data.tar.gz, as nkolot/SPIN's fetch_data.sh fetches it",
-        "none is stated; it is made from SMPL",
-    ),
-    "j19": File(
-        ("SMPL_to_J19.pkl",),
-        "https://people.eecs.berkeley.edu/~jathushan/projects/4dhumans/hmr2_data.tar.gz, as 4D-Humans fetches it",
-        "none is stated; it is made from SMPL",
-    ),
-}
-_ROWS = {"h36m": 17, "j19": 19}
-
-
-class MissingFile(UserError):
-    """A file that a protocol needs is not there."""
-
-
-class Files:
-    """Bodies and regressors of a folder, read when they are needed. folder: "" if there is none."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self._read: dict[str, Any] = {}
-
-    def path(self, name: str) -> Path:
-        """The file of a key of ``FILES``. Raises MissingFile, which says what it is and where to get it."""
-        if self.absent([name]):
-            raise MissingFile(self.missing([name]))
-        return next(path for path in self._paths(name) if path.is_file())
-
-    def absent(self, names: Sequence[str]) -> list[str]:
-        """Those of some keys of ``FILES`` whose file is not there."""
-        return [name for name in names if not any(path.is_file() for path in self._paths(name))]
-
-    def missing(self, names: Sequence[str]) -> str:
-        """Says of files that are not there what they are, where to get them, and what to do."""
-        sources = dict.fromkeys(f"{FILES[name].page} (licence: {FILES[name].licence})" for name in names)
-        where = f"not in {self.folder}" if self.folder else "needed"
-        return (
-            f"{self.words(names)}: {where}. They are from {'; '.join(sources)}. Name the folder that holds them by --set smpl=FOLDER, "
-            "or choose protocols that need none, --set protocols=C"
-        )
-
-    def words(self, names: Sequence[str]) -> str:
-        """The names of files."""
-        return ", ".join(" or ".join(FILES[name].names) for name in names)
-
-    def _paths(self, name: str) -> list[Path]:
-        return [Path(self.folder).expanduser() / each for each in FILES[name].names] if self.folder else []
-
-    def body(self, gender: str) -> BodyModel:
-        """SMPL of a gender, with ten betas. Raises MissingFile, or UserError where the file is not SMPL's."""
-        if gender not in self._read:
-            path = self.path(gender)
-            try:
-                self._read[gender] = io.load_body(path)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-            if self._read[gender].num_joints != 24:
-                raise UserError(f"{path}: expected SMPL with 24 joints, found {self._read[gender].num_joints}")
-        return self._read[gender]
-
-    def regressor(self, name: str, num_vertices: int) -> np.ndarray:
-        """(K, V) of a key of ``FILES``. Raises MissingFile, or UserError where the file does not fit the body."""
-        if name not in self._read:
-            path = self.path(name)
-            if path.suffix == ".npy":
-                try:
-                    array = np.load(path, allow_pickle=False)
-                except (ValueError, OSError, EOFError) as error:
-                    raise UserError(f"{path}: expected a .npy of numbers ({error})") from None
-            else:
-                array = load_pickle(read_bytes(path), path)
-            if getattr(array, "shape", None) != (_ROWS[name], num_vertices) or array.dtype.kind not in "fiu":
-                raise UserError(
-                    f"{path}: expected numbers of shape ({_ROWS[name]}, {num_vertices}), as many columns as the body has vertices; "
-                    f"found {getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
-                )
-            self._read[name] = np.asarray(array, np.float64)
-        return self._read[name]
-
-
-# Poses as arrays ------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PoseArrays:
-    """N poses as arrays, in the camera frame, with SMPL's 24 joints.
-
-    rotations: (N, 24, 3, 3) float64, the identity where there is no pose. measured: (N, 24) bool. betas: (N, 10), zeros where ``has_betas`` (N,) is
-    false. there: (N,) bool, whether there is a pose at all.
-    """
-
-    rotations: np.ndarray
-    measured: np.ndarray
-    betas: np.ndarray
-    has_betas: np.ndarray
-    there: np.ndarray
-
-    __repr__ = one_line
-
-    def take(self, rows: np.ndarray) -> PoseArrays:
-        """Those at an index (n,), or where a mask (N,) is true."""
-        return PoseArrays(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-    @classmethod
-    def gather(cls, poses: Sequence[Pose | None]) -> PoseArrays:
-        """From poses of batch shape () in any frame and family. Joints beyond SMPL's are dropped. Hands that a pose lacks are straight, and not
-        measured. Betas of another shape space than SMPL's are not taken, and of more than ten only the first ten.
-        """
-        count = len(poses)
-        rotations = np.broadcast_to(np.eye(3), (count, 24, 3, 3)).copy()
-        measured, betas = np.zeros((count, 24), bool), np.zeros((count, 10))
-        has_betas, there = np.zeros(count, bool), np.array([pose is not None for pose in poses], bool)
-        kinds: dict[tuple[str, int], list[int]] = {}
-        for i, pose in enumerate(poses):
-            if pose is not None:
-                kinds.setdefault((pose.frame, pose.num_joints), []).append(i)
-        for (frame, joints), places in kinds.items():
-            family_of(joints)
-            kept = joints if joints == 24 else SHARED
-            rotations[places, :kept] = np.stack([np.asarray(poses[i].rotations)[:kept] for i in places])  # type: ignore[union-attr]
-            rotations[places, 0] = turn(frame, "camera") @ rotations[places, 0]
-            measured[places, :kept] = True
-        for i, pose in enumerate(poses):
-            if pose is None:
-                continue
-            if pose.measured is not None:
-                kept = 24 if pose.num_joints == 24 else SHARED
-                measured[i, :kept] = np.asarray(pose.measured)[:kept]
-            space = pose.shape_space or ("SMPL" if pose.num_joints in (SHARED, 24, 52) else "")
-            if _has_betas(pose) and space == "SMPL":
-                given = np.asarray(pose.betas, np.float64)[:10]
-                betas[i, : len(given)], has_betas[i] = given, True
-        return cls(rotations, measured, betas, has_betas, there & measured.any(1))
-
-
-def _has_betas(pose: Pose) -> bool:
-    return pose.betas is not None and (pose.has_betas is None or bool(pose.has_betas))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Truths:
-    """What N rows say, gathered once. keys, groups: (N,). poses: the first pose of each. extras: of each row."""
-
-    keys: list[str]
-    groups: list[str]
-    poses: PoseArrays
-    extras: list[Mapping[str, Any]]
-
-    __repr__ = one_line
-
-    @classmethod
-    def gather(cls, rows: Iterable[Example]) -> Truths:
-        """Reads each row once, and keeps no image."""
-        keys, groups, poses, extras = [], [], [], []
-        for row in rows:
-            keys.append(row.id)
-            groups.append(row.group)
-            poses.append(first_pose(row.poses))
-            extras.append(row.extras)
-        return cls(keys, groups, PoseArrays.gather(poses), extras)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def take(self, rows: np.ndarray) -> Truths:
-        """Those at an index (n,)."""
-        keys, groups, extras = ([values[i] for i in rows] for values in (self.keys, self.groups, self.extras))
-        return Truths(keys, groups, self.poses.take(rows), extras)
-
-    def numbers(self, name: str, *shape: int) -> np.ndarray:
-        """(N, *shape) float64, one of the extras. Raises UserError, which names the row, where it is not there or has another shape."""
-        found = [np.asarray(extras[name], np.float64) if name in extras else None for extras in self.extras]
-        for key, value in zip(self.keys, found):
-            if value is None or value.shape != shape:
-                raise UserError(
-                    f"row {key!r}: the protocol needs {name} of shape {shape} in its extras; found "
-                    + ("nothing" if value is None else str(value.shape))
-                )
-        return np.stack(found)  # type: ignore[arg-type]
-
-
-def first_pose(poses: Pose) -> Pose | None:
-    """The first of a batch (P,) as NumPy arrays, or None."""
-    if not len(poses.rotations):
-        return None
-
-    def of(value: Any) -> Any:
-        return None if value is None else np.asarray(value)[0]
-
-    return Pose(
-        of(poses.rotations),
-        poses.frame,
-        betas=of(poses.betas),
-        measured=of(poses.measured),
-        has_betas=of(poses.has_betas),
-        shape_space=poses.shape_space,
-    )
-
-
 # Positions -----------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +250,7 @@ class Answered:
             poses.append(pose)
             joints.append(positions)
         found = PoseArrays.gather(poses)
-        has_betas = np.array([pose is not None and _has_betas(pose) for pose in poses], bool)
+        has_betas = np.array([pose is not None and gives_betas(pose) for pose in poses], bool)
         noted = np.array([is_noted(answer) for answer in answers], bool)
         return cls(found, joints, unmatched, has_betas & ~found.has_betas, noted)
 
@@ -492,35 +272,6 @@ class Answered:
                     )
                 found[i], known[i] = np.nan_to_num(points), np.isfinite(points).all(-1)
         return Positions(found, known)
-
-
-LEAST_OVERLAP = 0.3
-"""Intersection over union from which on a box is that of the person."""
-
-
-def best_overlap(boxes: np.ndarray, box: np.ndarray) -> int | None:
-    """The box (P, 4) with the largest intersection over union with ``box`` (4,), or None if that is below ``LEAST_OVERLAP``.
-
-    Boxes are left, top, width and height in pixels.
-    """
-    if not len(boxes):
-        return None
-    boxes, box = np.asarray(boxes, np.float64), np.asarray(box, np.float64)
-    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, :2] + boxes[:, 2:], box[:2] + box[2:])
-    shared = np.clip(high - low, 0, None).prod(1)
-    overlap = shared / np.maximum(boxes[:, 2:].prod(1) + box[2:].prod() - shared, 1e-9)
-    best = int(overlap.argmax())
-    return best if overlap[best] >= LEAST_OVERLAP else None
-
-
-def person_box(extras: Mapping[str, Any], key: str) -> np.ndarray:
-    """(4,) left, top, width and height of the person of a row. Raises UserError where its extras have no box."""
-    if "bbox" in extras:
-        return np.asarray(extras["bbox"], np.float64)
-    if "box" in extras:
-        x, y, side = np.asarray(extras["box"], np.float64)
-        return np.array([x - side / 2, y - side / 2, side, side])
-    raise UserError(f"row {key!r} has no box, so the person among those of the answer cannot be found")
 
 
 class Errors(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.protocols import best_overlap
+from chatpose_jax.evaluation.boxes import best_overlap
 from chatpose_jax.evaluation.system import Answer
 from chatpose_jax.evaluation.tasks.estimation import Estimation
 from chatpose_jax.evaluation.tasks.rpe import ReasonedEstimation

@@ -24,7 +24,8 @@ from chatpose_jax.data.readers.untrusted import (
     read_lines,
 )
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.protocols import ORIENTATIONS, best_overlap, person_box
+from chatpose_jax.evaluation.boxes import best_overlap, person_box
+from chatpose_jax.evaluation.protocols import ORIENTATIONS
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import check_value
 from smpl_jax.errors import PoseFileError

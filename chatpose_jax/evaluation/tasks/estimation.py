@@ -11,19 +11,18 @@ import numpy as np
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import protocols
+from chatpose_jax.evaluation.pose_arrays import Truths
 from chatpose_jax.evaluation.protocols import (
     COLUMNS,
     OF_DATA,
     PROTOCOLS,
     Answered,
     Betas,
-    Files,
-    MissingFile,
     Protocol,
-    Truths,
     Unmeasured,
 )
 from chatpose_jax.evaluation.scores import Scores, counts_of, interval, means_of
+from chatpose_jax.evaluation.smpl_files import Files, MissingFile
 from chatpose_jax.evaluation.subset import with_poses
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.settings import did_you_mean

@@ -10,8 +10,10 @@ import numpy as np
 
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.protocols import COLUMNS, PROTOCOLS, Answered, Files, Truths, Unmeasured, protocol_errors
+from chatpose_jax.evaluation.pose_arrays import Truths
+from chatpose_jax.evaluation.protocols import COLUMNS, PROTOCOLS, Answered, Unmeasured, protocol_errors
 from chatpose_jax.evaluation.scores import Scores, counts_of, interval, means_of
+from chatpose_jax.evaluation.smpl_files import Files
 from chatpose_jax.evaluation.subset import with_poses
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.evaluation.tasks.estimation import evaluation_body, protocol_facts

@@ -11,19 +11,19 @@ import numpy as np
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.readers.rpe import TYPES
 from chatpose_jax.errors import UserError
+from chatpose_jax.evaluation.boxes import LEAST_OVERLAP
+from chatpose_jax.evaluation.pose_arrays import Truths
 from chatpose_jax.evaluation.protocols import (
     COLUMNS,
     FITTED,
-    LEAST_OVERLAP,
     PROTOCOLS,
     Answered,
     Betas,
-    Files,
-    Truths,
     Unmeasured,
     protocol_errors,
 )
 from chatpose_jax.evaluation.scores import Scores, Value, counts_of, with_intervals
+from chatpose_jax.evaluation.smpl_files import Files
 from chatpose_jax.evaluation.system import Answer, Question
 from chatpose_jax.evaluation.tasks.estimation import evaluation_body, protocol_facts
 
