@@ -317,7 +317,7 @@ def generate_stream(
     longest, context = int((held + lengths).max()), config.text.max_position_embeddings
     if longest + max_new_tokens > context:
         raise UserError(
-            f"the prompt has {longest} tokens (an image counts {config.vision.num_patches}) and the answer may have {max_new_tokens}, "
+            f"the prompt has {longest} tokens (an image counts {config.image_tokens}) and the answer may have {max_new_tokens}, "
             f"but the context is {context}: shorten the conversation or lower max_new_tokens"
         )
     padded = bucket(int(lengths.max()))
@@ -444,7 +444,7 @@ def _check_images(
     """Raises UserError unless the images of each row match its placeholders."""
     if images is not None and len(images) != len(prompts):
         raise UserError(f"images must be one list for each of {len(prompts)} prompts, found {len(images)} lists")
-    size, patches = config.vision.image_size, config.vision.num_patches
+    size, patches = config.image_size, config.image_tokens
     for row, ids in enumerate(prompts):
         given = [] if images is None else images[row]
         places = int((np.asarray(ids) == config.image_token_id).sum())
@@ -461,7 +461,7 @@ def _pixels(config: ModelConfig, images: Sequence[Sequence[np.ndarray]] | None, 
     most = max((len(row) for row in images), default=0) if images is not None else 0
     if images is None or most == 0:
         return None
-    size = config.vision.image_size
+    size = config.image_size
     pixels = np.zeros((batch, most, size, size, 3), np.float32)
     for b, row in enumerate(images):
         for i, image in enumerate(row):

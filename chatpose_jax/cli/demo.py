@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
-    size = config.model.vision.image_size
+    size = config.model.image_size
 
     print(f"1/4  Generating descriptions and images of people ({size} × {size}) ...", flush=True)
     data = config.data
@@ -155,7 +155,7 @@ def generated(
     config: RunConfig, split: Split, tasks: Mapping[str, float], size: int | None = None, seed: int = 0
 ) -> SyntheticDataset:
     """Generated rows like those of the configured source, but of these tasks. ``seed`` is added to the source's."""
-    options = {"image_size": config.model.vision.image_size, "seed": config.data.seed, **config.data.sources[0].options}
+    options = {"image_size": config.model.image_size, "seed": config.data.seed, **config.data.sources[0].options}
     options["seed"] += seed
     same = {name: options[name] for name in ("image_size", "seed", "max_yaw") if name in options}
     return SyntheticDataset(split, size, tasks=tasks, **same)

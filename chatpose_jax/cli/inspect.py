@@ -65,8 +65,10 @@ def describe_config(config: ModelConfig) -> list[str]:
         ),
         (
             "vision",
-            f"{vision.num_used_layers} of {vision.num_layers} layers, width {vision.hidden_size}, "
-            f"{vision.image_size} px in patches of {vision.patch_size}: {vision.num_patches} tokens",
+            "none"
+            if vision is None
+            else f"{vision.num_used_layers} of {vision.num_layers} layers, width {vision.hidden_size}, "
+            f"{vision.image_size} px in patches of {vision.patch_size}: {config.image_tokens} tokens",
         ),
         (
             "vocabulary",

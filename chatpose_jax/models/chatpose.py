@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from chatpose_jax.errors import UserError
 from chatpose_jax.models.attention import attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
@@ -50,13 +51,18 @@ class ChatPoseModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.vision = VisionTower(config, rngs=rngs)
-        self.projector = Projector(config, rngs=rngs)
+        self.vision = None if config.vision is None else VisionTower(config, rngs=rngs)
+        self.projector = None if config.vision is None else Projector(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.pose_head = create_head(config.head, config.text.hidden_size, rngs=rngs)
 
     def encode_images(self, pixel_values: jax.Array, remat: str = "none") -> jax.Array:
-        """(B, I, S, S, 3) normalised pixels -> (B, I*N, D) decoder embeddings."""
+        """(B, I, S, S, 3) normalised pixels -> (B, I*N, D) decoder embeddings; N is ``ModelConfig.image_tokens``.
+
+        Raises UserError for a model without a vision tower.
+        """
+        if self.vision is None or self.projector is None:
+            raise UserError("this model has no vision tower, so it cannot take images")
         batch, images = pixel_values.shape[:2]
         features = self.projector(self.vision(pixel_values.reshape(batch * images, *pixel_values.shape[2:]), remat))
         return constrain(features.reshape(batch, images * features.shape[1], -1), "batch", None, None)
@@ -85,7 +91,7 @@ class ChatPoseModel(nnx.Module):
         """Forward pass of complete rows (without a cache), or of the next tokens (with a cache).
 
         Args:
-            input_ids: (B, T) int32. Each image is ``num_patches`` copies of ``image_token_id``. A row may contain any number of images.
+            input_ids: (B, T) int32. Each image is ``image_tokens`` copies of ``image_token_id``. A row may contain any number of images.
             attention_mask: (B, T), nonzero at tokens and zero at padding; None means no padding. Padding may be on either side; with a
                 cache, it must be on the right.
             segment_ids: (B, T) int32, for packed rows that contain several conversations: 1, 2, … in order, 0 for padding. Conversations do not
@@ -124,7 +130,7 @@ class ChatPoseModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> (..., V) float32."""
-        return self.decoder.lm_head(hidden)
+        return self.decoder.logits(hidden)
 
     def states(self, hidden: jax.Array, pose_index: jax.Array, segment_ids: jax.Array | None = None) -> States:
         """The input of the pose head, from (B, T, D) final states of complete rows.
@@ -210,7 +216,8 @@ def bind(config: ModelConfig, params: Params) -> ChatPoseModel:
 def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: int = 1, seed: int = 0) -> dict[str, Any]:
     """A random training batch with the right shapes (see ``docs/architecture.md``): images first, one pose token near the end."""
     rng = np.random.default_rng(seed)
-    patches, size = config.vision.num_patches * images, config.vision.image_size
+    images = images if config.vision is not None else 0
+    patches, size = config.image_tokens * images, config.image_size
     total = patches + length
     ids = rng.integers(3, config.text.base_vocab_size, (batch, total), dtype=np.int32)
     ids[:, :patches], ids[:, -2] = config.image_token_id, config.pose_token_id
@@ -263,5 +270,9 @@ def stack_layers(params: Params) -> Params:
 
 def _map_layers(params: Params, change: Any) -> Params:
     """Applies ``change`` to the layers of vision tower and decoder only; a pose head may have a list named ``layers`` too."""
-    towers = {name: {**params[name], "layers": change(params[name]["layers"])} for name in ("vision", "decoder")}
+    towers = {
+        name: {**params[name], "layers": change(params[name]["layers"])}
+        for name in ("vision", "decoder")
+        if name in params
+    }
     return {**params, **towers}

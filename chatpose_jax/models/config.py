@@ -18,15 +18,21 @@ LoRATarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower (pre-LN, quick GELU). Its features are the hidden states after ``num_layers + select_layer + 1`` blocks, without CLS.
+    """A vision transformer with pre-LN blocks: CLIP by default, or SigLIP. Its features are the hidden states after ``num_layers + select_layer + 1``
+    blocks, without the class token.
 
-    image_size: side of the square input, in pixels; ``patch_size``, the side of a patch, divides it.
+    image_size: side of the square input, in pixels. What ``patch_size`` leaves over at the right and at the bottom is not seen (in SigLIP, 6 of
+        384 pixels).
     hidden_size: width of the residual stream; ``num_heads`` divides it.
     intermediate_size: width inside the MLP.
     num_layers: blocks of the published tower, including those after ``select_layer``, which never run.
     num_heads: attention heads of a block.
     select_layer: the block whose output is used, counted from the end: -1 is the last, -2 the one before it (LLaVA-1.5).
     layer_norm_eps: added to the variance in LayerNorm.
+    activation: of the MLP; CLIP has "quick_gelu", SigLIP "gelu_tanh".
+    class_token: whether a learned token stands before the patches, as in CLIP.
+    pre_norm: whether a LayerNorm follows the embeddings, as in CLIP.
+    patch_bias: whether the patch embedding has a bias, as in SigLIP.
     """
 
     image_size: int = 336
@@ -37,15 +43,19 @@ class VisionConfig:
     num_heads: int = 16
     select_layer: int = -2
     layer_norm_eps: float = 1e-5
+    activation: Literal["quick_gelu", "gelu_tanh"] = "quick_gelu"
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "model.vision")
         sizes = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
         require(self, "model.vision", "at least 1", lambda value: value >= 1, *sizes)
         require(self, "model.vision", "positive", lambda value: value > 0, "layer_norm_eps")
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size:
             raise UserError(
-                f"model.vision.patch_size={self.patch_size} must divide model.vision.image_size={self.image_size}"
+                f"model.vision.patch_size={self.patch_size} must not exceed model.vision.image_size={self.image_size}"
             )
         if self.hidden_size % self.num_heads:
             raise UserError(
@@ -58,7 +68,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Tokens of one image."""
+        """Patches of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -68,8 +78,32 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 stretches RoPE beyond the context that it was pretrained with: wavelengths longer than ``original_context / low_frequency`` grow
+    by ``factor``, those shorter than ``original_context / high_frequency`` stay, those between are interpolated.
+
+    Source: ``rope_type: "llama3"`` of transformers, whose names are ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
+    ``original_max_position_embeddings``.
+    """
+
+    factor: float = 8.0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.text.rope_scaling")
+        require(self, "model.text.rope_scaling", "at least 1", lambda value: value >= 1, "factor", "original_context")
+        require(self, "model.text.rope_scaling", "positive", lambda value: value > 0, "low_frequency")
+        if self.high_frequency <= self.low_frequency:
+            raise UserError(
+                f"model.text.rope_scaling.high_frequency={self.high_frequency} must exceed low_frequency={self.low_frequency}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """LLaMA decoder (pre-RMSNorm, RoPE, SwiGLU, grouped-query attention).
+    """Decoder of LLaMA and its relatives (pre-RMSNorm, RoPE, SwiGLU, grouped-query attention).
 
     vocab_size: rows of embedding and LM head, including added ones.
     base_vocab_size: rows of the base vocabulary. Later rows are separate parameters, so that new tokens can train while the base is frozen.
@@ -81,6 +115,10 @@ class TextConfig:
     head_dim: width of a head, even (RoPE turns pairs).
     rms_norm_eps: added to the mean square in RMSNorm.
     rope_theta: base of RoPE's wavelengths.
+    rope_scaling: as in Llama 3.1 and later; None for plain RoPE.
+    tied: the LM head is the transposed embedding, in memory, on disk and in training, for added rows too.
+    qkv_bias: biases on queries, keys and values, as in Qwen2.
+    qk_norm: RMSNorm on each head of queries and keys before RoPE, as in Qwen3.
     max_position_embeddings: the longest conversation in tokens, including images and answer.
     """
 
@@ -94,6 +132,10 @@ class TextConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     max_position_embeddings: int = 4096
 
     def __post_init__(self) -> None:
@@ -170,12 +212,15 @@ class HeadConfig:
 class ModelConfig:
     """The complete ChatPose model: vision tower, projector, decoder, adapters, pose head, and the token ids that the model needs to know.
 
+    ``vision`` is None for a model without images: it has neither tower nor projector. ``image_newline``: a learned embedding follows the patches
+    of each image, as in LLaVA-1.6 and LLaVA-OneVision.
     ``image_token_id`` may be negative, because some vocabularies (CHATPOSE-V0) have no row for the image placeholder. ``eos_token_id`` may be
     negative too: answers then end only at their maximum length.
     ``scan_layers`` stacks the layers of vision tower and decoder and scans over them (for training). Unrolled layers decode faster.
     """
 
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig | None = VisionConfig()
+    image_newline: bool = False
     text: TextConfig = TextConfig()
     lora: LoRAConfig | None = LoRAConfig()
     head: HeadConfig = HeadConfig()
@@ -202,6 +247,20 @@ class ModelConfig:
         require(
             self, "model", f"negative or less than {rows}", lambda value: value < rows, "image_token_id", "eos_token_id"
         )
+        if self.vision is None and self.image_newline:
+            raise UserError(
+                "model.image_newline needs images, and model.vision is none: set model.image_newline to False"
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels; 0 for a model without images."""
+        return 0 if self.vision is None else self.vision.image_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that an image takes in the decoder; 0 for a model without images."""
+        return 0 if self.vision is None else self.vision.num_patches + self.image_newline
 
     def to_json(self) -> dict[str, Any]:
         """A nested dict of JSON values. ``from_json`` is the inverse."""
@@ -216,7 +275,13 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
 
-_NESTED: dict[str, type] = {"vision": VisionConfig, "text": TextConfig, "lora": LoRAConfig, "head": HeadConfig}
+_NESTED: dict[tuple[type, str], type] = {
+    (ModelConfig, "vision"): VisionConfig,
+    (ModelConfig, "text"): TextConfig,
+    (ModelConfig, "lora"): LoRAConfig,
+    (ModelConfig, "head"): HeadConfig,
+    (TextConfig, "rope_scaling"): RopeScaling,
+}
 
 
 def _from_dict(cls: type, data: Any, where: str) -> Any:
@@ -234,8 +299,8 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
         raise UserError(f"{where}: unknown setting {unknown[0]!r}{near}")
     values = {}
     for key, value in data.items():
-        if key in _NESTED and value is not None and cls is ModelConfig:
-            value = _from_dict(_NESTED[key], value, f"{where}.{key}")
+        if value is not None and (nested := _NESTED.get((cls, key))):
+            value = _from_dict(nested, value, f"{where}.{key}")
         else:
             value = frozen(value)
         values[key] = value

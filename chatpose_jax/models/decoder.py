@@ -1,4 +1,7 @@
-"""The LLaMA decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU, a KV cache."""
+"""The decoder of LLaMA (Touvron et al. 2023) and its relatives: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a KV cache.
+
+What sets Llama 3, SmolLM2, Qwen2 and Qwen3 apart are fields of ``TextConfig``.
+"""
 
 from __future__ import annotations
 
@@ -79,10 +82,21 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None
     return KVCache(layers(), layers(), zeros((batch, capacity), bool, "batch", None), zeros((), jnp.int32), states)
 
 
-def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """(B, T) positions -> cosines and sines (B, T, head_dim / 2) in float32 (Su et al. 2021)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+def frequencies(text: TextConfig) -> jax.Array:
+    """(head_dim / 2,) float32 angles per position of RoPE (Su et al. 2021), stretched as ``TextConfig.rope_scaling`` says."""
+    plain = text.rope_theta ** (-jnp.arange(0, text.head_dim, 2, dtype=jnp.float32) / text.head_dim)
+    scaling = text.rope_scaling
+    if scaling is None:
+        return plain
+    turns = scaling.original_context * plain / (2 * jnp.pi)
+    kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    kept = jnp.clip(kept, 0, 1)
+    return plain * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary(positions: jax.Array, text: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """(B, T) positions -> cosines and sines (B, T, head_dim / 2) in float32."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies(text)
     if platform() != "cpu":
         return jnp.cos(angles), jnp.sin(angles)
     # On CPU, XLA would fuse cos and sin into every unrolled layer and compute them again for every head. It does not fuse operations out of a
@@ -103,20 +117,25 @@ class DecoderAttention(nnx.Module):
         self.head_dim = text.head_dim
         inner, kv = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
         read, write = {**kwargs, "axes": ("embed", "heads")}, {**kwargs, "axes": ("heads", "embed")}
+        read["bias"] = text.qkv_bias
         self.q_proj = Linear(text.hidden_size, inner, lora=projections["q_proj"], **read)
         self.k_proj = Linear(text.hidden_size, kv, lora=projections["k_proj"], **read)
         self.v_proj = Linear(text.hidden_size, kv, lora=projections["v_proj"], **read)
         self.o_proj = Linear(inner, text.hidden_size, lora=projections["o_proj"], **write)
+        norm: dict[str, Any] = {"eps": text.rms_norm_eps, "param_dtype": jnp.dtype(kwargs["param_dtype"])}
+        self.q_norm = RMSNorm(text.head_dim, **norm) if text.qk_norm else None
+        self.k_norm = RMSNorm(text.head_dim, **norm) if text.qk_norm else None
 
     def __call__(
         self, x: jax.Array, angles: Any, attend: Attend, cache: Any, cursor: Any, keys: Any
     ) -> tuple[jax.Array, Any]:
-        def project(linear: Linear, key: int) -> jax.Array:
+        def project(linear: Linear, key: int, norm: RMSNorm | None = None) -> jax.Array:
             y = linear(x, None if keys is None else keys[key])
-            return y.reshape(*y.shape[:2], -1, self.head_dim)
+            y = y.reshape(*y.shape[:2], -1, self.head_dim)
+            return y if norm is None else norm(y)
 
-        q = rotate(project(self.q_proj, 0), angles)
-        k = rotate(project(self.k_proj, 1), angles).swapaxes(1, 2)
+        q = rotate(project(self.q_proj, 0, self.q_norm), angles)
+        k = rotate(project(self.k_proj, 1, self.k_norm), angles).swapaxes(1, 2)
         v = project(self.v_proj, 2).swapaxes(1, 2)
         q, k, v = (checkpoint_name(part, "qkv") for part in (q, k, v))
         if cache is not None:
@@ -193,29 +212,36 @@ class LMHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text = config.text
-        self.dtype = jnp.dtype(config.dtype)
         self.kernel = nnx.Param(
             scaled_normal(rngs.params(), (text.hidden_size, text.base_vocab_size), config.param_dtype)
         )
         self.added = nnx.Param(scaled_normal(rngs.params(), (text.hidden_size, text.num_added_tokens), jnp.float32))
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) -> (..., V) float32 logits."""
-        hidden = hidden.astype(self.dtype)
-        parts = [matmul(hidden, weight[...]) for weight in (self.kernel, self.added)]
-        return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
-
 
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text = self.config = config.text
+        self.dtype = jnp.dtype(config.dtype)
         self.scan = config.scan_layers
         self.embed_tokens = Embedding(config, rngs=rngs)
         self.layers = make_layers(
             lambda rngs: DecoderLayer(config, rngs=rngs), text.num_layers, scan=self.scan, rngs=rngs
         )
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, param_dtype=jnp.dtype(config.param_dtype))
-        self.lm_head = LMHead(config, rngs=rngs)
+        self.lm_head = None if text.tied else LMHead(config, rngs=rngs)
+
+    def output_weights(self) -> tuple[jax.Array, jax.Array]:
+        """The LM head's weights (D, base vocabulary) and (D, new tokens), as stored; those of the embedding where the two are tied."""
+        if self.lm_head is not None:
+            return self.lm_head.kernel[...], self.lm_head.added[...]
+        return self.embed_tokens.embedding[...].T, self.embed_tokens.added[...].T
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) -> (..., V) float32."""
+        hidden = hidden.astype(self.dtype)
+        return jnp.concatenate([matmul(hidden, weight) for weight in self.output_weights()], axis=-1).astype(
+            jnp.float32
+        )
 
     def __call__(
         self,
@@ -240,7 +266,7 @@ class Decoder(nnx.Module):
         Returns:
             hidden (B, T, D) after the final RMSNorm, and the cache with new keys, values and states.
         """
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotary(positions, self.config)
         cursor = None if cache is None else cache.cursor
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 

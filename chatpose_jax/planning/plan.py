@@ -95,7 +95,7 @@ def plan_training(
     installed.
     """
     model = _without_cudnn(model, target)
-    patches = model.vision.num_patches * images
+    patches = model.image_tokens * images
     if length < patches + 8:
         raise UserError(
             f"a row of {length} tokens has no place for {images} image(s) of {patches} tokens and a conversation"

@@ -74,8 +74,8 @@ class ModelIds:
         return cls(
             vocab_size=config.text.vocab_size,
             context=config.text.max_position_embeddings,
-            num_patches=config.vision.num_patches,
-            image_size=config.vision.image_size,
+            num_patches=config.image_tokens,
+            image_size=config.image_size,
             pose_token_id=config.pose_token_id,
             image_token_id=config.image_token_id,
             bos_token_id=config.bos_token_id,

@@ -52,7 +52,7 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     params = flatten(abstract_params(model))
     rows = assign(params, train.trainable)
     trains = {path: row.lr is not None for path, row in rows.items()}
-    seen = model.vision.num_patches
+    seen = model.image_tokens
     tokens = {"decoder": batch * length, "vision": batch * images * (seen + 1), "projector": batch * images * seen}
     reached = _reached(trains)
     again = POLICIES[train.remat]
@@ -71,7 +71,9 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
         moved += 2 * layers * sum(leaf.shape[-2:]) * tokens.get(tower, batch) * (1 + repeats + 2 * reached[tower])
     text, vision = model.text, model.vision
     causal = 2.0 * batch * text.num_layers * text.num_heads * text.head_dim * length**2
-    looking = 4.0 * batch * images * vision.num_used_layers * vision.hidden_size * (seen + 1) ** 2
+    looking = 0.0
+    if vision is not None:
+        looking = 4.0 * batch * images * vision.num_used_layers * vision.hidden_size * (seen + 1) ** 2
     attended = 3 * causal + looking * (1 + 2 * reached["vision"])
     repeated += causal * (again is not None and "attention" not in again)
     weights = sum(_nbytes(leaf) for path, leaf in params.items() if path.startswith("decoder/"))

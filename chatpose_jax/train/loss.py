@@ -46,10 +46,10 @@ def cross_entropy(
     Returns:
         Two () float32: cross-entropy in nats, and the fraction of tokens that greedy decoding would predict correctly.
     """
-    head = model.decoder.lm_head
-    kernel = gather_weight(head.kernel[...], "embed", "vocabulary")  # gathered once, not for every chunk
+    kernel, added = model.decoder.output_weights()
+    kernel = gather_weight(kernel, "embed", "vocabulary")  # gathered once, not for every chunk
     predicted = targets(labels, segment_ids)
-    nll, right = _total(hidden.astype(head.dtype), kernel, head.added[...], predicted)
+    nll, right = _total(hidden.astype(model.decoder.dtype), kernel, added, predicted)
     count = jnp.maximum((predicted >= 0).sum(), 1)
     return nll / count, right / count
 

@@ -106,7 +106,7 @@ def _run(
     mesh = training_mesh(settings)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
-    size = model.vision.image_size
+    size = model.image_size
 
     in_python = {
         split: rows if isinstance(rows, NamedRows) else NamedRows(rows, f"data[{split!r}]")

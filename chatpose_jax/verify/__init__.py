@@ -131,7 +131,7 @@ def verify(
     left_out = _uncompared(sources, folder)
     if not peer.poses_known and any("pose_head" in source.layout.parts for source in sources):
         left_out.append("pose_head")
-    side = config.vision.image_size
+    side = config.image_size
     spoken = [*prompts] or [TEXT_PROMPT]
     shown: list[Any] = [*images] or [_noise(side, 3 * side), _noise(2 * side + 1, side)]
     batch = [_encode(peer, ours, f"text {i + 1}", text) for i, text in enumerate(spoken)]

@@ -30,6 +30,7 @@ class JaxModel:
         self.processor = Processor.load(folder / TOKENIZER, config)
         self.config = config.replace(dtype="float32", param_dtype="float32", scan_layers=True)
         text = dataclasses.replace(config.text, num_layers=1)
+        self.width = 0 if config.vision is None else config.vision.hidden_size
         self.single = self.config.replace(text=text, scan_layers=False)
         self.stored = Stored(folder / PARAMS)
 
@@ -53,9 +54,7 @@ class JaxModel:
 
     def tower(self, pixels: np.ndarray) -> np.ndarray:
         """Image features before the projector: (I, H, W, 3) -> (I·N, D)."""
-        return self._run(("vision",), lambda model, x: model.vision(x), pixels).reshape(
-            -1, self.config.vision.hidden_size
-        )
+        return self._run(("vision",), lambda model, x: model.vision(x), pixels).reshape(-1, self.width)
 
     def embed(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
         rows = None if features is None else features[None]
@@ -91,7 +90,7 @@ class JaxModel:
 def _layer(config: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     model = bind(config, nested(params))
     length = x.shape[0]
-    angles = rotary(jnp.arange(length)[None], config.text.head_dim, config.text.rope_theta)
+    angles = rotary(jnp.arange(length)[None], config.text)
     mask = jnp.tri(length, dtype=bool)[None]
     y, _ = model.decoder.layers[0](x[None], angles, functools.partial(attention, mask=mask))
     return y[0]

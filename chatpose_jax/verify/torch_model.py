@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.config import ModelConfig, VisionConfig
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.readers import TensorEntry
@@ -53,6 +53,8 @@ class TorchModel:
             text[name.replace("num_layers", "num_hidden_layers")] = getattr(config.text, name)
         self.text = LlamaConfig.from_dict(text)
         self.text._attn_implementation = "eager"
+        assert config.vision is not None
+        self.tower: VisionConfig = config.vision
         self.sees = "vision/class_embedding" in self.where
         self.projects = "projector/fc1/kernel" in self.where
         self.poses_known = pose_head.rotation_of(config.head) == "6d" and "pose_head/fc1/kernel" in self.where
@@ -69,7 +71,7 @@ class TorchModel:
     def _vision_settings(self) -> dict[str, Any]:
         settings = self.where["vision/class_embedding"][0].checkpoint.config()
         settings = settings.get("vision_config") or (settings if "patch_size" in settings else {})
-        sizes = dataclasses.asdict(self.config.vision)
+        sizes = dataclasses.asdict(self.tower)
         named = {name: sizes[name] for name in ("hidden_size", "intermediate_size", "image_size", "patch_size")}
         counts = {"num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"]}
         return {**counts, **settings, **named, "model_type": "clip_vision_model"}
@@ -96,7 +98,7 @@ class TorchModel:
             reader = transformers.image_processing_base.ImageProcessingMixin
             with contextlib.suppress(OSError):  # a processor_config.json without image settings
                 settings, _ = reader.get_image_processor_dict(str(folder))
-        settings = settings or dict.fromkeys(("size", "crop_size"), self.config.vision.image_size)
+        settings = settings or dict.fromkeys(("size", "crop_size"), self.config.image_size)
         own = family in ("llava_original", "vicuna")
         aspect = self.spec.image_fit
         if own and aspect is None:
@@ -125,7 +127,7 @@ class TorchModel:
         with torch.no_grad():
             images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
             x = tower.pre_layrnorm(tower.embeddings(images))
-            for block in tower.encoder.layers[: self.config.vision.num_used_layers]:
+            for block in tower.encoder.layers[: self.tower.num_used_layers]:
                 x = block(x, None)
                 x = x[0] if isinstance(x, tuple) else x
             if not self.projects:
@@ -136,9 +138,7 @@ class TorchModel:
     def _clip(self, source: Source, prefix: str) -> Any:
         tower = self.clip(self.vision)
         tower = getattr(tower, "vision_model", tower)  # transformers 5 has no such attribute
-        unused = tuple(
-            f"encoder.layers.{i}." for i in range(self.config.vision.num_used_layers, len(tower.encoder.layers))
-        )
+        unused = tuple(f"encoder.layers.{i}." for i in range(self.tower.num_used_layers, len(tower.encoder.layers)))
         names = [name for name in tower.state_dict() if not name.startswith(("post_layernorm", *unused))]
         tower.load_state_dict({name: self.base(source, prefix + name) for name in names}, strict=False)
         return tower.eval()

@@ -51,6 +51,7 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
         notes.append(f"merged weights are rounded to {dtype}; --dtype float32 keeps them exact")
 
     passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype))
+    assert config.vision is not None
     vision, unused, tower_note = _tower(layout, config.vision, passengers, dtype)
     if tower_note:
         notes.append(tower_note)
@@ -141,6 +142,7 @@ def _images(model: StoredModel) -> ImageSettings:
 def _processor_files(model: StoredModel) -> dict[str, Any]:
     """The files that transformers' ``AutoProcessor`` reads."""
     images = _images(model)
+    assert model.config.vision is not None
     pad = images.fit == "pad"
     preprocessor = {
         "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",

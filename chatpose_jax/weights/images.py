@@ -60,9 +60,9 @@ def infer_image_settings(
     settings, origin = said.settings, said.origin
     if fit is not None:
         settings, origin = dataclasses.replace(settings, fit=fit), f"--image-fit; the rest: {origin}"
-    if settings.size != config.vision.image_size:
+    if settings.size != config.image_size:
         raise UserError(
-            f"{origin}: images of {settings.size} pixels, but the vision tower takes {config.vision.image_size}; the files belong to different models"
+            f"{origin}: images of {settings.size} pixels, but the vision tower takes {config.image_size}; the files belong to different models"
         )
     return Preprocessing(settings, origin)
 
@@ -85,7 +85,7 @@ def _from_sources(sources: Sequence[Source], config: ModelConfig, chosen: Fit | 
     main = sources[0]
     tower = next((source for source in sources if "vision" in source.layout.parts), main)
     file, said = _preprocessor(tower.checkpoint.folder)
-    settings, padded = _settings(file, said, config.vision.image_size)
+    settings, padded = _settings(file, said, config.image_size)
     origin = (
         f"{file.name} in {tower.title}"
         if said

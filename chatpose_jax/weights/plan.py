@@ -152,6 +152,7 @@ class _Work:
     def take(self, source: Source, skipped: Mapping[str, str]) -> list[str]:
         """Adds the leaves from a source, except those in ``skipped`` (path → reason). Returns the source's tensors that this model does not use."""
         tensors, vision, text = source.checkpoint.tensors, self.config.vision, self.config.text
+        assert vision is not None
         known: set[str] = set(source.token_rows)
         unused = {rule.source: "follows the last block, and is not used" for rule in source.layout.unused}
         for rule in source.layout.rules:

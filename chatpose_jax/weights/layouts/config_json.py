@@ -38,6 +38,7 @@ def llama_json(config: ModelConfig) -> dict[str, Any]:
 def llava_json(config: ModelConfig) -> dict[str, Any]:
     """A LlavaConfig of transformers, with the layers of the tower and the selected one from ``config.vision``."""
     vision = config.vision
+    assert vision is not None
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -72,6 +73,7 @@ def llava_flat_json(config: ModelConfig, model_type: str, architecture: str) -> 
     its shape.
     """
     vision = config.vision
+    assert vision is not None
     known = dataclasses.replace(VisionConfig(), select_layer=vision.select_layer)
     tower = {"mm_vision_tower": "openai/clip-vit-large-patch14-336"} if vision == known else {}
     return (
