@@ -297,7 +297,7 @@ class ChatPose:
         """Yields what ``generate_stream`` yields."""
         keys = [self._keys(row) for row in encoded]
         cache, keep = self._reuse(keys)
-        patches = self.config.image_tokens
+        patches = max(self.config.image_tokens, 1)
         skip = [
             int((row.input_ids[:n] == self.config.image_token_id).sum()) // patches for row, n in zip(encoded, keep)
         ]

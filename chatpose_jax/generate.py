@@ -447,6 +447,8 @@ def _check_images(
     size, patches = config.image_size, config.image_tokens
     for row, ids in enumerate(prompts):
         given = [] if images is None else images[row]
+        if given and config.vision is None:
+            raise UserError(f"prompt {row} has {len(given)} images, and this model has no vision tower; give it none")
         places = int((np.asarray(ids) == config.image_token_id).sum())
         if places != patches * len(given):
             raise UserError(

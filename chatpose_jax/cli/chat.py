@@ -15,6 +15,7 @@ from chatpose_jax.chat import ChatPose, Reply, check_settings, load
 from chatpose_jax.cli.terminal import can_draw, drawing
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import load_image
+from chatpose_jax.processing.processor import NO_TOWER
 
 HELP = """Type a question. Commands:
   /image FILE   show an image with the next question
@@ -205,6 +206,8 @@ def converse(model: ChatPose, settings: dict[str, Any]) -> int:
                 image = os.path.expanduser(rest.strip())
                 if not image:
                     raise UserError("/image FILE: name an image file")
+                if model.config.vision is None:
+                    raise UserError(f"/image: {NO_TOWER}; ask without it")
                 load_image(image, "/image")
                 images.append(image)
             elif command == "/save":

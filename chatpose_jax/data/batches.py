@@ -18,7 +18,7 @@ import numpy as np
 from chatpose_jax.data.collate import BETAS, Batch, collate, encode_example, pack, weightless
 from chatpose_jax.data.example import Example
 from chatpose_jax.data.order import Pattern, Pools, fit_buckets, fit_packs, key, shuffled, slices
-from chatpose_jax.data.sizes import measure
+from chatpose_jax.data.sizes import demand_sight, measure
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import flag, whole
@@ -144,12 +144,14 @@ class BatchLoader:
         self._step = 0
         self._starts = {0: 0}  # epoch -> its first step, for epochs that are known
         self._epochs: dict[int, _Epoch] = {}
-        self._types, self._type = _types(measure(dataset, processor, self.max_length) if sizes is None else sizes)
+        sizes = measure(dataset, processor, self.max_length) if sizes is None else sizes
+        demand_sight(dataset, processor, sizes)
+        self._types, self._type = _types(sizes)
         draws = getattr(dataset, "draws", [(len(dataset), len(dataset))])
         self._draws = [(int(rows), int(share)) for rows, share in draws]
         # The first rows are cached. Every epoch has a new order, so the most recently used ones would be no better.
         pose = complete(unmeasured((), family), BETAS)
-        size = np.array([8, 3 * processor.images.size**2, sum(x.nbytes for x in jax.tree.leaves(pose))])
+        size = np.array([8, 3 * processor.ids.image_size**2, sum(x.nbytes for x in jax.tree.leaves(pose))])
         kept = (self._types @ size + ROW_BYTES)[self._type[: cache // ROW_BYTES]]
         self._cached = int(np.searchsorted(np.cumsum(kept), cache, "right"))
         self._form_pools(lengths, buckets)
@@ -169,7 +171,7 @@ class BatchLoader:
             max_images=shape.images,
             max_poses=self.max_poses,
             pad_id=self.processor.ids.pad_token_id,
-            image_size=self.processor.images.size,
+            image_size=self.processor.ids.image_size,
         )
 
     def rows_of(self, step: int) -> tuple[BatchShape, list[list[int]]]:
@@ -338,7 +340,8 @@ class BatchLoader:
             return self._encode(index, normalise=True)
         if (row := self._cache.get(index)) is None:
             row = self._cache[index] = self._encode(index, normalise=False)
-        return {**row, "images": [self.processor.images.normalise(image) for image in row["images"]]}
+        settings = self.processor.images
+        return {**row, "images": [settings.normalise(image) for image in row["images"]]} if settings else row
 
     def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
         example = self.dataset[index]

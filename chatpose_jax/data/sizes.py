@@ -9,7 +9,7 @@ import numpy as np
 from chatpose_jax.data.collate import measure_example
 from chatpose_jax.data.example import Example
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.processor import Processor
+from chatpose_jax.processing.processor import NO_TOWER, Processor
 
 
 def measure(dataset: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:
@@ -32,6 +32,17 @@ def measure_rows(
     """(K, 3) int64: the same of the given rows, which are read."""
     found = [measure_example(processor, dataset[int(row)], max_length) for row in rows]
     return np.array(found, np.int64).reshape(-1, 3)
+
+
+def demand_sight(dataset: Sequence[Example], processor: Processor, sizes: np.ndarray) -> None:
+    """Raises UserError, which names a row and its source, if rows of these sizes have images and the model has no vision tower."""
+    seen = np.flatnonzero(np.asarray(sizes)[:, 1])
+    if processor.ids.num_patches or not seen.size:
+        return
+    raise UserError(
+        f"{dataset[int(seen[0])].place} has an image, as {seen.size} of the {len(sizes)} rows have, and {NO_TOWER}: leave this source out of "
+        "data.sources, choose rows without images by its options, or start from a base with a tower (chatpose convert BASE OUT --vision FOLDER)"
+    )
 
 
 def known_sizes(dataset: Sequence[Example], processor: Processor, max_length: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Opens images safely and preprocesses them as CLIP does, with Pillow and NumPy only."""
+"""Opens images safely and preprocesses them as CLIP and SigLIP do, with Pillow and NumPy only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chatpose_jax.settings import check_types, require
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that ``load_image`` decodes. Pillow knows more, and some of those (EPS) start other programs."""
 
-Fit = Literal["crop", "pad"]
+Fit = Literal["crop", "pad", "stretch"]
 FITS: tuple[Fit, ...] = get_args(Fit)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -31,10 +31,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """CLIP preprocessing to ``size`` × ``size`` pixels.
+    """Preprocessing to ``size`` × ``size`` pixels.
 
     fit: ``crop`` resizes the shortest side to ``size`` and takes the centre, as CLIP and ChatPose's released code do. ``pad`` first pads
-        the image to a square with the mean colour, as LLaVA-1.5 does; this keeps people at the sides of a landscape photograph.
+        the image to a square with the mean colour, as LLaVA-1.5 and LLaVA-OneVision (several pictures) do; this keeps people at the sides of a
+        landscape photograph. ``stretch`` resizes both sides to ``size``, as SigLIP and LLaVA-1.6 (its view of the whole image) do; people get
+        wider or thinner.
     mean, std: of each RGB channel, for pixels in [0, 1].
     """
 
@@ -62,8 +64,10 @@ class ImageSettings:
         return self.normalise(self.square(source))
 
     def square(self, source: Any, where: str = "") -> np.ndarray:
-        """Loads an image and gives (size, size, 3) uint8 RGB: resized, and cropped or padded. ``normalise`` is the next step."""
+        """Loads an image and gives (size, size, 3) uint8 RGB: resized, and cropped, padded or stretched. ``normalise`` is the next step."""
         image = load_image(source, where)
+        if self.fit == "stretch":
+            return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
         if self.fit == "pad":
             image = _pad_to_square(image, tuple(int(255 * channel) for channel in self.mean))
         image = _crop_to_aspect(image)

@@ -49,6 +49,9 @@ _PROBE = (
 )
 """A conversation in which tokenizers, templates and markers show."""
 
+NO_TOWER = "this model has no vision tower, so it cannot take images"
+"""The error of an image given to such a model; what to do follows it."""
+
 Markers = Literal["auto", "always", "never"]
 """Whether ``<im_start>`` and ``<im_end>`` stand around an image: "auto", where the vocabulary has them; "always", as ordinary text where it
 has not; "never". CHATPOSE-V0's released chat program does "always", with a vocabulary that has not."""
@@ -132,7 +135,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.ids = ids
         self.template = conversation.template(template) if isinstance(template, str) else template
-        self.images = images or ImageSettings(size=ids.image_size)
+        self.images = images or (ImageSettings(size=ids.image_size) if ids.num_patches else None)
         self.markers = markers
         self._check()
 
@@ -154,7 +157,7 @@ class Processor:
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             if "template" in settings:
                 template = Template(**settings["template"])
-            if "images" in settings:
+            if settings.get("images") is not None:
                 images = ImageSettings.from_json(settings["images"], repr(str(file)))
             return cls(tokenizer, ids, template, images, settings.get("markers", markers))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -169,7 +172,7 @@ class Processor:
         self.tokenizer.save(folder)
         settings = {
             "template": dataclasses.asdict(self.template),
-            "images": dataclasses.asdict(self.images),
+            "images": self.images and dataclasses.asdict(self.images),
             "markers": self.markers,
         }
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -198,9 +201,12 @@ class Processor:
             normalise: False leaves images as uint8; ``images.normalise`` can follow later.
 
         Raises:
-            UserError for malformed messages or images, and without ``max_length`` for a conversation longer than the model's context.
+            UserError for malformed messages or images, for an image where the model has no vision tower, and without ``max_length`` for a
+            conversation longer than the model's context.
         """
         ids, labels, sources = self._layout(messages, add_generation_prompt)
+        if sources and self.images is None:
+            raise UserError(f"{sources[0].where}: {NO_TOWER}; ask without the image, or choose a model with a tower")
         length = len(ids)
         if max_length is not None:
             length = self._cut(ids, min(whole("max_length", max_length, 1), self.ids.context))
@@ -211,22 +217,24 @@ class Processor:
                 "shorten it or drop early turns"
             )
         input_ids = np.asarray(ids[:length], np.int32)
-        kept = int(np.count_nonzero(input_ids == self.ids.image_token_id)) // self.ids.num_patches
-        pixels = [self.images.square(source.value, source.where) for source in sources[:kept]]
+        settings = self.images
+        kept = self._images_in(input_ids.tolist(), len(sources))
+        pixels = [] if settings is None else [settings.square(each.value, each.where) for each in sources[:kept]]
         return Encoded(
             input_ids=input_ids,
             labels=np.asarray(labels[:length], np.int32),
-            images=[self.images.normalise(image) for image in pixels] if normalise else pixels,
+            images=[settings.normalise(image) for image in pixels] if settings and normalise else pixels,
             pose_positions=np.flatnonzero(input_ids == self.ids.pose_token_id).astype(np.int32),
             truncated=length < len(ids),
         )
 
     def measure(self, messages: Sequence[Mapping[str, Any]], max_length: int | None = None) -> Sizes:
-        """The sizes of what ``encode`` gives for a whole conversation. No image is opened."""
-        ids, _, _ = self._layout(messages, add_generation_prompt=False)
+        """The sizes of what ``encode`` gives for a whole conversation. No image is opened. For a model without a vision tower, which ``encode``
+        gives no images, they are counted too, with no tokens."""
+        ids, _, sources = self._layout(messages, add_generation_prompt=False)
         length = len(ids) if max_length is None else self._cut(ids, min(max_length, self.ids.context))
         kept = ids[:length]
-        images = kept.count(self.ids.image_token_id) // self.ids.num_patches
+        images = self._images_in(kept, len(sources))
         control = (self.ids.image_token_id, self.ids.pose_token_id)
         tail = next((place for place, token in enumerate(reversed(kept)) if token in control), length)
         return Sizes(length, images, kept.count(self.ids.pose_token_id), length < len(ids), tail)
@@ -247,6 +255,10 @@ class Processor:
     def stream(self) -> StreamDecoder:
         """A decoder that takes one id at a time."""
         return StreamDecoder(self.tokenizer)
+
+    def _images_in(self, ids: list[int], given: int) -> int:
+        """How many of the given images a cut conversation keeps."""
+        return ids.count(self.ids.image_token_id) // self.ids.num_patches if self.ids.num_patches else given
 
     def _layout(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
@@ -312,8 +324,8 @@ class Processor:
 
     def _cut(self, ids: list[int], max_length: int) -> int:
         """The greatest length <= max_length that does not cut an image in two."""
-        if len(ids) <= max_length:
-            return len(ids)
+        if len(ids) <= max_length or not self.ids.num_patches:
+            return min(len(ids), max_length)
         seen = sum(token == self.ids.image_token_id for token in ids[:max_length])
         return max_length - seen % self.ids.num_patches
 
@@ -343,7 +355,9 @@ class Processor:
                 f"image_token_id={ids.image_token_id} is {tokenizer.piece(ids.image_token_id)!r} in the tokenizer; "
                 f"expected {IMAGE_LITERAL!r}, a row without a token, or a negative id"
             )
-        if self.images.size != ids.image_size:
+        if self.images is not None and not ids.num_patches:
+            raise UserError(f"images of {self.images.size} pixels, but {NO_TOWER}")
+        if self.images is not None and self.images.size != ids.image_size:
             raise UserError(f"images.size={self.images.size}, but the vision tower takes {ids.image_size} pixels")
         if self.markers not in ("auto", "always", "never"):
             raise UserError(f"markers={self.markers!r}: expected 'auto', 'always' or 'never'")

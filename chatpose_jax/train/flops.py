@@ -18,6 +18,7 @@ from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import assign, flatten
 
 _MATRIX = re.compile(r".*/(kernel|lora_[ab])|decoder/lm_head/added")
+_TIED = re.compile(r"decoder/embed_tokens/(embedding|added)")
 _LAYER = "decoder/layers/"
 _QKV = re.compile(r".*/(q_proj|k_proj|v_proj)/.*")
 
@@ -58,7 +59,7 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     again = POLICIES[train.remat]
     forward, useful, repeated, six_n, moved = 0.0, 0.0, 0.0, 0.0, 0.0
     for path, leaf in params.items():
-        if not _MATRIX.fullmatch(path):
+        if not _is_matrix(path, model):
             continue
         tower = path.split("/")[0]
         products = 2.0 * math.prod(leaf.shape) * tokens.get(tower, batch)
@@ -109,12 +110,18 @@ def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:
     """One decoding step: a token for each of ``batch`` conversations of ``length`` tokens."""
     params = {path: leaf for path, leaf in flatten(abstract_params(model)).items() if path.startswith("decoder/")}
     text = model.text
-    products = sum(2.0 * math.prod(leaf.shape) for path, leaf in params.items() if _MATRIX.fullmatch(path)) * batch
+    products = sum(2.0 * math.prod(leaf.shape) for path, leaf in params.items() if _is_matrix(path, model)) * batch
     products += 4.0 * batch * text.num_layers * text.num_heads * text.head_dim * length
-    weights = sum(_nbytes(leaf) for path, leaf in params.items() if not path.startswith("decoder/embed_tokens"))
+    looked_up = () if text.tied else ("decoder/embed_tokens/",)  # of a table only a few rows are read
+    weights = sum(_nbytes(leaf) for path, leaf in params.items() if not path.startswith(looked_up))
     itemsize = 4 if model.dtype == "float32" else 2
     cache = 2.0 * batch * text.num_layers * text.num_kv_heads * text.head_dim * length * itemsize
     return StepCost(products, products, products, weights, 1, cache, 0.0)
+
+
+def _is_matrix(path: str, model: ModelConfig) -> bool:
+    """Whether an array is multiplied with the activations: a kernel, or the embedding that is also the LM head."""
+    return bool(_MATRIX.fullmatch(path) or (model.text.tied and _TIED.fullmatch(path)))
 
 
 def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:

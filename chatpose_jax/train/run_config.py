@@ -27,8 +27,8 @@ NAMED = {"data.sources": SourceRow, "train.evaluators": EvaluatorRow}
 """Tables whose rows name code with options. ``data.sources.NAME.OPTION`` sets one option."""
 HEAD_OPTIONS = "model.head.options"
 """Pairs of (name, value). ``model.head.options.NAME`` sets one."""
-OPTIONAL = "model.lora"
-"""The one table that may be none."""
+OPTIONAL = ("model.lora", "model.vision", "model.text.rope_scaling")
+"""The tables that may be none."""
 PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """The configurations that come with the package; a wheel has them inside it."""
@@ -149,10 +149,10 @@ def _apply(config: Any, override: str) -> None:
     if not hasattr(table, "keys") or name not in table:
         near = difflib.get_close_matches(key, list(_keys(config)), n=3, cutoff=0.5)
         raise UserError(f"--set {key}: no such setting" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    if hasattr(table[name], "keys") and not (key == OPTIONAL and value is None):
+    if hasattr(table[name], "keys") and not (key in OPTIONAL and value is None):
         raise UserError(
             f"--set {key}: this is a table of settings ({', '.join(table[name])}); set one of them"
-            + (", or none to leave it out" if key == OPTIONAL else "")
+            + (", or none to leave it out" if key in OPTIONAL else "")
         )
     if isinstance(table[name], str) and value is None:  # the setting has a choice named "none"
         value = text

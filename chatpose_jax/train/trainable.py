@@ -12,6 +12,8 @@ import numpy as np
 import optax
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import abstract_params
+from chatpose_jax.models.config import preset
 
 Flat = dict[str, Any]
 """Arrays by path, such as ``decoder/norm/scale``."""
@@ -98,12 +100,20 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
                 f"only {' and '.join(TOKEN_AXIS)} have them"
             )
         assigned[path] = found
+    paths = [*assigned, *_absent(assigned)]
     for regex, row in compiled:
-        if row.lr is not None and not any(regex.fullmatch(path) for path in assigned):
+        if row.lr is not None and not any(regex.fullmatch(path) for path in paths):
             raise UserError(f"train.trainable: the row {row.pattern!r} matches no parameter of this model")
     if not any(row.lr for row in assigned.values()):
         raise UserError("train.trainable freezes every parameter: nothing would train")
     return assigned
+
+
+def _absent(held: Mapping[str, Any]) -> list[str]:
+    """Parameters that a model of another kind has: a row may be about the tower of a model without one, or the LM head of a tied one."""
+    parts = ("vision/", "projector/", "decoder/lm_head/")
+    lacking = tuple(part for part in parts if not any(path.startswith(part) for path in held))
+    return [path for path in flatten(abstract_params(preset("tiny"))) if path.startswith(lacking)] if lacking else []
 
 
 def split(params: Mapping[str, Any], rules: Sequence[Rule]) -> tuple[Flat, Flat]:
@@ -121,7 +131,8 @@ def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
 def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> Flat:
     """Masks of the arrays of which only a part trains: path -> bool, broadcastable to the array. pose_token: its index among the added tokens."""
     rows, flat = assign(params, rules), flatten(params)
-    for path, axis in TOKEN_AXIS.items():
+    axes = {path: axis for path, axis in TOKEN_AXIS.items() if path in flat}  # a tied model has one of the two
+    for path, axis in axes.items():
         wanted = rows[path].lr is not None and rows[path].tokens == "pose"
         if wanted and not 0 <= pose_token < flat[path].shape[axis]:
             raise UserError(
@@ -130,7 +141,7 @@ def masks(params: Mapping[str, Any], rules: Sequence[Rule], pose_token: int) -> 
             )
     return {
         path: np.expand_dims(np.arange(flat[path].shape[axis]) == pose_token, 1 - axis)
-        for path, axis in TOKEN_AXIS.items()
+        for path, axis in axes.items()
         if rows[path].lr is not None and rows[path].tokens == "pose"
     }
 

@@ -90,7 +90,8 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["generation_config.json"] = {name: id for name, id in ids.items() if id >= 0}
     files["config.json"] = layout.config_json(result)
-    if _images(model).fit == "pad":
+    images = _images(model)
+    if images is not None and images.fit == "pad":
         if format == "llava":
             files["config.json"]["image_aspect_ratio"] = "pad"
         elif format == "chatpose":
@@ -135,14 +136,14 @@ def _constant(name: str, shape: Shape, value: float, dtype: str) -> Tensor:
     return Tensor(name, np.dtype(dtype), shape, lambda: iter([np.full(shape, value, np.dtype(dtype))]))
 
 
-def _images(model: StoredModel) -> ImageSettings:
+def _images(model: StoredModel) -> ImageSettings | None:
     return Processor.load(model.folder / TOKENIZER, model.config).images
 
 
 def _processor_files(model: StoredModel) -> dict[str, Any]:
     """The files that transformers' ``AutoProcessor`` reads."""
     images = _images(model)
-    assert model.config.vision is not None
+    assert model.config.vision is not None and images is not None
     pad = images.fit == "pad"
     preprocessor = {
         "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",

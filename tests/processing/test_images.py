@@ -94,6 +94,39 @@ def test_crop_equals_clip_image_processor(size, shape):
     assert (grey_levels > 0.5).mean() < 0.01
 
 
+@pytest.mark.parametrize("size", [28, 384])
+@pytest.mark.parametrize("shape", SIZES)
+def test_stretch_equals_siglip_image_processor(size, shape):
+    siglip = transformers.SiglipImageProcessorPil(size={"height": size, "width": size})
+    expected = siglip(make_image(*shape), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    settings = ImageSettings(size, "stretch", mean=(0.5,) * 3, std=(0.5,) * 3)
+    found = settings(make_image(*shape))
+    assert found.shape == expected.shape == (size, size, 3)
+    assert np.abs(found - expected).max() * 0.5 * 255 < 0.01
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_pad_equals_llava_onevision_with_several_pictures(shape):
+    """The path that gives each picture one square view."""
+    onevision = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 56, "width": 56}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    expected = onevision([[make_image(*shape), make_image(30, 40)]], return_tensors="np")["pixel_values"][0][0]
+    found = ImageSettings(56, "pad", mean=(0.5,) * 3, std=(0.5,) * 3)(make_image(*shape))
+    assert np.abs(found - expected.transpose(1, 2, 0)).max() * 0.5 * 255 < 0.01
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_stretch_equals_the_whole_view_of_llava_next(shape):
+    """The first of its views; the others are crops of a larger image."""
+    following = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=[[56, 112], [112, 56]]
+    )
+    expected = following(make_image(*shape), return_tensors="np")["pixel_values"][0][0].transpose(1, 2, 0)
+    found = ImageSettings(56, "stretch")(make_image(*shape))
+    assert np.abs((found - expected) * np.array(CLIP_STD)).max() * 255 < 0.01
+
+
 def test_pad_keeps_the_sides():
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, :20, 0] = wide[:, 40:, 1] = 255
@@ -337,7 +370,7 @@ def test_long_thin_image_stays_small(fit):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"fit": "stretch"}, r"images\.fit: expected 'crop' or 'pad', found 'stretch'"),
+        ({"fit": "squeeze"}, r"images\.fit: expected 'crop' or 'pad' or 'stretch', found 'squeeze'"),
         ({"size": 0}, "images.size must be at least 1"),
         ({"size": 28.0}, "images.size: expected int"),
         ({"size": True}, "images.size: expected int"),

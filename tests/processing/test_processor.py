@@ -257,3 +257,31 @@ def test_preset_ids_are_the_embedded_tokenizers():
     assert processor.tokenizer.size == config.text.vocab_size
     assert processor.tokenizer.image_token_id == config.image_token_id
     assert ModelIds.of(config).num_patches == (64 // 16) ** 2
+
+
+def test_a_model_without_tower_takes_no_images():
+    """It counts them all the same, for an index of rows that other models will read."""
+    config = preset("tiny").replace(vision=None)
+    processor = tiny_processor(config)
+    assert processor.images is None and processor.ids.num_patches == processor.ids.image_size == 0
+    shown = [user("What is this?", GREY), assistant("It is <POSE>.")]
+    with pytest.raises(
+        UserError, match=r"messages\[0\]\.content\[0\]: this model has no vision tower.*without the image"
+    ):
+        processor.encode(shown, False)
+    words = [user("What is this?"), assistant("It is <POSE>.")]
+    sight = tiny_processor(preset("tiny"))
+    assert processor.encode(words, False).input_ids.tolist() == sight.encode(words, False).input_ids.tolist()
+    counted, seen = processor.measure(shown), sight.measure(shown)
+    assert (counted.images, counted.poses, counted.tail) == (seen.images, seen.poses, seen.tail) == (1, 1, seen.tail)
+    assert counted.tokens == seen.tokens - sight.ids.num_patches
+    assert processor.measure(shown, 10).tokens == 10
+
+
+def test_the_settings_of_a_model_without_tower_have_no_images(tmp_path):
+    config = preset("tiny").replace(vision=None)
+    tiny_processor(config).save(tmp_path)
+    assert Processor.load(tmp_path, config).images is None
+    tiny_processor(preset("tiny")).save(tmp_path / "other")
+    with pytest.raises(UserError, match="images of 64 pixels, but this model has no vision tower"):
+        Processor.load(tmp_path / "other", config)

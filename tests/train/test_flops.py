@@ -1,9 +1,12 @@
 """Operations of a step."""
 
+import dataclasses
+
 import numpy as np
 
-from chatpose_jax.train.flops import utilisation
+from chatpose_jax.train.flops import decode_cost, utilisation
 from chatpose_jax.train.run_config import load_config
+from chatpose_jax.train.trainable import Rule
 
 
 def test_lora_takes_two_thirds_of_what_training_everything_would():
@@ -13,3 +16,12 @@ def test_lora_takes_two_thirds_of_what_training_everything_would():
     assert 1.4 < found["mfu_6n"] / found["mfu"] < 1.5
     parameters, tokens = 13.0e9, 16 * 1024
     assert 4 * parameters * tokens < found["mfu"] < 4.4 * parameters * tokens
+
+
+def test_a_tied_table_counts_as_the_lm_head_does():
+    config = load_config("tiny", ["model.vision=none", "model.lora=none"])
+    tied = config.model.replace(text=dataclasses.replace(config.model.text, tied=True))
+    batch = {"input_ids": np.zeros((2, 64), np.int32)}
+    train = dataclasses.replace(config.train, trainable=(Rule(".*", 1.0),))
+    assert utilisation(tied, train)(batch) == utilisation(config.model, train)(batch)
+    assert decode_cost(tied, 1, 64).weights == decode_cost(config.model, 1, 64).weights

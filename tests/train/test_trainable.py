@@ -19,6 +19,7 @@ from chatpose_jax.train.trainable import (
     assign,
     describe_trainable,
     flatten,
+    masks,
     merge,
     split,
     unflatten,
@@ -109,3 +110,21 @@ def test_a_wrong_table_is_one_clear_error(rules, words):
 def test_a_pattern_must_match_the_whole_path():
     with pytest.raises(UserError, match="matches no parameter"):
         assign(abstract_params(preset("tiny")), (Rule("pose_head", 1.0), Rule(".*", None)))
+
+
+def test_rows_about_parts_that_a_model_lacks_match_nothing():
+    """The projector of a model without tower, the LM head of a tied one; a misspelt row stays an error."""
+    tiny = preset("tiny")
+    blind = tiny.replace(vision=None, text=dataclasses.replace(tiny.text, tied=True))
+    params = abstract_params(blind)
+    assert not [path for path in flatten(params) if path.startswith(("vision", "projector", "decoder/lm_head"))]
+    head = Rule("decoder/lm_head/added", 1.0)
+    assigned = assign(params, (head, Rule("vision/layers/.*", 0.1), *PROJECTOR))
+    assert {path for path, row in assigned.items() if row.lr is not None} == {
+        path for path in flatten(params) if re.search(r"lora_|pose_head|added", path)
+    }
+    assert re.search(r"projector/\.\* +0 +0 ", describe_trainable(params, PROJECTOR))
+    assert list(masks(params, PAPER, 0)) == ["decoder/embed_tokens/added"]
+    for pattern in ("projecter/.*", "vision/class_embeding"):
+        with pytest.raises(UserError, match="matches no parameter"):
+            assign(params, (Rule(pattern, 1.0), *PAPER))

@@ -13,8 +13,9 @@ import jax
 
 from chatpose_jax.chat import Reply, load
 from chatpose_jax.errors import UserError
-from chatpose_jax.evaluation.system import Answer, Question
+from chatpose_jax.evaluation.system import Answer, Question, images_in
 from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.processing.processor import NO_TOWER
 from chatpose_jax.settings import whole
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.weights.paths import by_path
@@ -62,10 +63,19 @@ class ChatPoseSystem:
             "weights": _digest(fingerprint(by_path(self.model.params))),
             "config": _digest(self.model.config.to_json()),
             "processor": processor.fingerprint,
-            "images": dataclasses.asdict(processor.images),
+            "images": processor.images and dataclasses.asdict(processor.images),
             "markers": processor.markers,
             "max_new_tokens": self.new_tokens,
         }
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """Raises UserError if a question has an image and the model has no vision tower."""
+        seen = [question for question in questions if images_in(question.messages)]
+        if seen and self.model.config.vision is None:
+            raise UserError(
+                f"{self.name}, question {seen[0].key!r}: {NO_TOWER}, and {len(seen)} of {len(questions)} questions have one; choose a task and data "
+                "without images"
+            )
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """The answer to each question, with its first pose."""
