@@ -16,7 +16,9 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.train.pose_loss import PoseLoss
 
 CHUNK = 256
-"""Positions of each row for which logits are computed at a time."""
+"""Positions of each row for which logits are computed at a time, while the vocabulary trains: each chunk adds to its gradient."""
+FROZEN_CHUNK = 16
+"""The same for a frozen vocabulary. Chunks without labels are skipped, so small chunks compute little that does not count."""
 IGNORED = -100
 PAPER_LOSS = PoseLoss()
 """The paper's pose loss: the mean |ΔR| of the root and of the other joints."""
@@ -35,8 +37,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean next-token cross-entropy and accuracy over the positions whose label is not −100.
 
-    Logits, and their gradient if it is needed, are computed for one chunk of positions at a time. So for rows longer than a chunk no array of shape
-    (B, T, V) ever exists, and nothing is computed twice. The vocabulary may be split over a mesh.
+    Logits, and their gradient if it is needed, are computed for one chunk of positions at a time, those with a label first; chunks without any are
+    skipped. So for rows longer than a chunk no array of shape (B, T, V) ever exists, and nothing is computed twice. The vocabulary may be split
+    over a mesh.
 
     Args:
         hidden: (B, T, D); position t predicts ``labels[:, t + 1]``.
@@ -86,16 +89,25 @@ def _scan(
     """The sums of ``_total``, and the gradients of the first sum with respect to hidden, kernel and added, if ``wanted``."""
     batch, length, width = hidden.shape
     base, dtype = kernel.shape[1], hidden.dtype
-    chunks = -(-length // CHUNK)
-    padding = chunks * CHUNK - length if chunks > 1 else 0
-    size = (length + padding) // chunks
+    chunks = -(-length // (CHUNK if wanted[1] else min(CHUNK, FROZEN_CHUNK)))
+    size = -(-length // chunks)
+    padding = chunks * size - length
+    order = jnp.argsort(predicted < 0, axis=1, stable=True)  # positions with a label come first
+    hidden, predicted = jnp.take_along_axis(hidden, order[..., None], 1), jnp.take_along_axis(predicted, order, 1)
+    longest = (predicted >= 0).sum(axis=1).max()
     states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
     ids = jnp.pad(predicted, ((0, 0), (0, padding)), constant_values=IGNORED).reshape(batch, chunks, size)
     # The two parts of the vocabulary and their first ids. Two matmuls, because concatenated weights could not be split over a mesh.
     parts = [(kernel.astype(dtype), 0)] + ([(added.astype(dtype), base)] if added.shape[1] else [])
 
-    def chunk(totals: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
-        x, target = part
+    def chunk(totals: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
+        first, *rest = part
+        return jax.lax.cond(first < longest, compute, skip, totals, *rest)
+
+    def skip(totals: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array | None]:
+        return totals, jnp.zeros_like(x) if wanted[0] else None
+
+    def compute(totals: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array | None]:
         scores = [matmul(x, weight).astype(jnp.float32) for weight, _ in parts]
         hits = [target[..., None] == first + jnp.arange(s.shape[-1]) for s, (_, first) in zip(scores, parts)]
         largest = _join(jnp.maximum, [s.max(axis=-1) for s in scores])
@@ -125,9 +137,11 @@ def _scan(
 
     weights = [jnp.zeros(w.shape, jnp.float32) if want else None for want, (w, _) in zip(wanted[1:], parts)]
     start = (jnp.float32(0), jnp.float32(0), weights)
-    (nll, right, dweights), dx = jax.lax.scan(chunk, start, (states, ids.swapaxes(0, 1)))
+    firsts = jnp.arange(chunks) * size
+    (nll, right, dweights), dx = jax.lax.scan(chunk, start, (firsts, states, ids.swapaxes(0, 1)))
     if dx is not None:
-        dx = dx.swapaxes(0, 1).reshape(batch, length + padding, width)[:, :length]
+        dx = dx.swapaxes(0, 1).reshape(batch, length + padding, width)
+        dx = jnp.take_along_axis(dx, jnp.argsort(order, axis=1)[..., None], axis=1)
     if len(parts) == 1:
         dweights.append(jnp.zeros(added.shape, jnp.float32) if wanted[2] else None)
     return (nll, right), [dx, *dweights]
