@@ -101,8 +101,8 @@ def _scan(
     parts = [(kernel.astype(dtype), 0)] + ([(added.astype(dtype), base)] if added.shape[1] else [])
 
     def chunk(totals: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
-        first, *rest = part
-        return jax.lax.cond(first < longest, compute, skip, totals, *rest)
+        start, *rest = part
+        return jax.lax.cond(start < longest, compute, skip, totals, *rest)
 
     def skip(totals: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array | None]:
         return totals, jnp.zeros_like(x) if wanted[0] else None
@@ -136,9 +136,8 @@ def _scan(
         return (totals[0] + nll.sum(), totals[1] + right.sum(dtype=jnp.float32), dweights), dx
 
     weights = [jnp.zeros(w.shape, jnp.float32) if want else None for want, (w, _) in zip(wanted[1:], parts)]
-    start = (jnp.float32(0), jnp.float32(0), weights)
-    firsts = jnp.arange(chunks) * size
-    (nll, right, dweights), dx = jax.lax.scan(chunk, start, (firsts, states, ids.swapaxes(0, 1)))
+    zero = (jnp.float32(0), jnp.float32(0), weights)
+    (nll, right, dweights), dx = jax.lax.scan(chunk, zero, (jnp.arange(chunks) * size, states, ids.swapaxes(0, 1)))
     if dx is not None:
         dx = dx.swapaxes(0, 1).reshape(batch, length + padding, width)
         dx = jnp.take_along_axis(dx, jnp.argsort(order, axis=1)[..., None], axis=1)
