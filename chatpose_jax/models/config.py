@@ -214,8 +214,8 @@ class ModelConfig:
 
     ``vision`` is None for a model without images: it has neither tower nor projector. ``image_newline``: a learned embedding follows the patches
     of each image, as in LLaVA-1.6 and LLaVA-OneVision.
-    ``image_token_id`` may be negative, because some vocabularies (CHATPOSE-V0) have no row for the image placeholder. ``eos_token_id`` may be
-    negative too: answers then end only at their maximum length.
+    ``image_token_id`` may be negative, because some vocabularies (CHATPOSE-V0) have no row for the image placeholder; so may ``bos_token_id``, where
+    the tokenizer has no such token (Qwen), and ``eos_token_id``: answers then end only at their maximum length.
     ``scan_layers`` stacks the layers of vision tower and decoder and scans over them (for training). Unrolled layers decode faster.
     """
 
@@ -242,11 +242,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self, "model")
         rows = self.text.vocab_size
-        ids = ("pose_token_id", "bos_token_id", "pad_token_id")
-        require(self, "model", f"an id of the vocabulary of {rows} rows", lambda value: 0 <= value < rows, *ids)
-        require(
-            self, "model", f"negative or less than {rows}", lambda value: value < rows, "image_token_id", "eos_token_id"
-        )
+        known, any_or_none = ("pose_token_id", "pad_token_id"), ("image_token_id", "bos_token_id", "eos_token_id")
+        require(self, "model", f"an id of the vocabulary of {rows} rows", lambda value: 0 <= value < rows, *known)
+        require(self, "model", f"negative or less than {rows}", lambda value: value < rows, *any_or_none)
         if self.vision is None and self.image_newline:
             raise UserError(
                 "model.image_newline needs images, and model.vision is none: set model.image_newline to False"

@@ -9,12 +9,14 @@ URI}}``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.settings import one_line
+from chatpose_jax.settings import check_types, one_line
 
 POSE = "<POSE>"
 """Stands for a pose in every text that a user sees or writes. The token in the vocabulary may have another name."""
@@ -24,35 +26,177 @@ Role = Literal["user", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The words around the turns: ``{system} {user}: question {assistant}: answer</s>{user}: …``.
+    """What stands around the turns of a conversation, as literal texts in which ``control`` tokens may occur::
 
-    A generation prompt ends with ``{assistant}:`` and no space.
+        {begin}{system_turn}{user_turn}{answer}It is <POSE>.{end}{after}{user_turn}{answer}
 
-    Source: Vicuna v1 as LLaVA-1.5 uses it (its conversation mode "v1": separators " " and "</s>").
+    A prompt ends with ``answer``. Only ``end`` is learnt, with the answer before it.
+
+    system: the system text of a conversation that brings none; None: such a conversation has no system turn.
+    begin: stands before everything.
+    system_turn: contains ``{system}``.
+    user_turn: contains ``{content}``, the texts and images of a message in order, each on a new line; or ``{images}`` and ``{text}``, its images
+        and then its texts.
+    answer: stands before an answer.
+    past: stands before all answers but the newest, if that is not ``answer``. Then a prompt does not begin with the prompt before it and its answer.
+    end: the control token that ends an answer.
+    after: stands between ``end`` and the next turn.
+    control: the control tokens among these texts. Each is one id. In the texts of a conversation their names are ordinary characters.
     """
 
-    system: str
-    user: str = "USER"
-    assistant: str = "ASSISTANT"
+    system: str | None
+    system_turn: str
+    user_turn: str
+    answer: str
+    end: str
+    control: tuple[str, ...]
+    begin: str = ""
+    after: str = ""
+    past: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "template")
+        if "{system}" not in self.system_turn:
+            raise UserError(f"template.system_turn={self.system_turn!r}: expected {{system}} in it")
+        if "{content}" not in self.user_turn and not ("{images}" in self.user_turn and "{text}" in self.user_turn):
+            raise UserError(
+                f"template.user_turn={self.user_turn!r}: expected {{content}} in it, or {{images}} and {{text}}"
+            )
+        if self.end not in self.control:
+            raise UserError(f"template.end={self.end!r}: expected one of template.control, {', '.join(self.control)}")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Template:
+        """The inverse of ``dataclasses.asdict``. It also reads the three fields of earlier versions: system, user and assistant of Vicuna v1.
+
+        Raises TypeError for other fields, UserError for their values.
+        """
+        if "user_turn" not in data:
+            return vicuna(**data)
+        return cls(**{**data, "control": tuple(data["control"])})
+
+    def pieces(self, conversation: Conversation, add_generation_prompt: bool) -> Iterator[Piece]:
+        """The conversation in the order in which a model reads it: texts, control tokens, images, and turns of the assistant, which ``end`` ends."""
+        turns = conversation.turns
+        system = self.system if conversation.system is None else conversation.system
+        yield from self._filled(self.begin)
+        if system is not None:
+            yield from self._filled(self.system_turn, system=[system])
+        for index, turn in enumerate(turns):
+            if turn.role == "assistant":
+                yield turn
+                continue
+            images = [part for part in turn.parts if isinstance(part, ImageSource)]
+            texts = [part for part in turn.parts if isinstance(part, str)]
+            yield from self._filled(self.after if index else "")
+            yield from self._filled(self.user_turn, content=_lines(turn.parts), images=images, text=_lines(texts))
+            if add_generation_prompt or index + 1 < len(turns):
+                newest = self.past is None or index + 2 >= len(turns)
+                yield from self._filled(self.answer if newest else self.past or "")
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool, image: str = "<image>") -> str:
+        """The conversation as one text, with ``image`` for each image. For reports and comparisons: a model never reads it."""
+        shown = []
+        for piece in self.pieces(conversation, add_generation_prompt):
+            match piece:
+                case Control(name):
+                    shown.append(name)
+                case Turn():
+                    shown += [piece.text, self.end]
+                case ImageSource():
+                    shown.append(image)
+                case _:
+                    shown.append(piece)
+        return "".join(shown)
+
+    @functools.cached_property
+    def _marks(self) -> re.Pattern[str]:
+        names = ["{system}", "{content}", "{images}", "{text}", *self.control]
+        return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
+
+    def _filled(self, literal: str, **fields: Iterable[Piece]) -> Iterator[Piece]:
+        """A literal text with its control tokens found and its fields filled in. What is filled in is not looked at."""
+        for part in self._marks.split(literal):
+            if part in self.control:
+                yield Control(part)
+            elif part[1:-1] in fields and self._marks.fullmatch(part):
+                yield from fields[part[1:-1]]
+            elif part:
+                yield part
+
+
+def vicuna(system: str, user: str = "USER", assistant: str = "ASSISTANT") -> Template:
+    """Vicuna v1 as LLaVA-1.5 uses it (its conversation mode "v1": separators " " and "</s>"): ``{system} USER: question ASSISTANT: answer</s>``."""
+    return Template(
+        system=system or None,
+        begin="<s>",
+        system_turn="{system} ",
+        user_turn=f"{user}: {{content}}",
+        answer=f" {assistant}:",
+        end="</s>",
+        control=("<s>", "</s>"),
+    )
+
+
+def _llama3(system: str | None, head: str) -> Template:
+    def turn(role: str, text: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}"
+
+    return Template(
+        system=system,
+        begin="<|begin_of_text|>",
+        system_turn=turn("system", head + "{system}<|eot_id|>"),
+        user_turn=turn("user", "{content}<|eot_id|>"),
+        answer=turn("assistant", ""),
+        end="<|eot_id|>",
+        control=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    )
 
 
 _SYSTEM = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 )
+_CHATML = Template(
+    system=None,
+    system_turn="<|im_start|>system\n{system}<|im_end|>\n",
+    user_turn="<|im_start|>user\n{content}<|im_end|>\n",
+    answer="<|im_start|>assistant\n",
+    end="<|im_end|>",
+    after="\n",
+    control=("<|im_start|>", "<|im_end|>"),
+)
+# Llama 3.2's own template writes the date of the day. Ids must not depend on it, so this is the date in Llama 3.1's, which is fixed.
+_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
 TEMPLATES: dict[str, Template] = {
-    "vicuna_v1": Template(_SYSTEM.format("user")),  # what LLaVA-1.5 was tuned with
-    "llava_v1": Template(_SYSTEM.format("human")),  # what LISA and its descendants choose
-    "plain": Template("A chat about human poses."),  # short, for small models
+    "vicuna_v1": vicuna(_SYSTEM.format("user")),  # what LLaVA-1.5 was tuned with
+    "llava_v1": vicuna(_SYSTEM.format("human")),  # what LISA and its descendants choose
+    "plain": vicuna("A chat about human poses."),  # short, for small models
+    "llama3": _llama3(None, ""),
+    "llama3_1": _llama3("", _DATES),  # Llama 3.1, 3.2 and 3.3: a system turn in every conversation
+    "chatml": _CHATML,  # SmolLM2, Qwen2, Qwen2.5, LLaVA-OneVision as its authors train it; each has a system text of its own
+    "qwen3": dataclasses.replace(  # without thinking: the newest answer follows an empty thought
+        _CHATML,
+        past=_CHATML.answer,
+        answer=_CHATML.answer + "<think>\n\n</think>\n\n",
+        control=(*_CHATML.control, "<think>", "</think>"),
+    ),
+    "llava_onevision": dataclasses.replace(  # as transformers writes it
+        _CHATML,
+        user_turn="<|im_start|>user {images}\n{text}<|im_end|>",
+        system_turn="<|im_start|>system \n{system}<|im_end|>",
+        past="<|im_start|>assistant \n",
+        after="",
+    ),
 }
 
 
-def template(name: str) -> Template:
-    """The named template; raises UserError that lists the names."""
+def template(name: str, system: str | None = None) -> Template:
+    """The named template, with another default system text where one is given. Raises UserError that lists the names."""
     if name not in TEMPLATES:
         raise UserError(f"no conversation template {name!r}; the templates are {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+    return TEMPLATES[name] if system is None else dataclasses.replace(TEMPLATES[name], system=system)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +238,17 @@ class Conversation:
     __repr__ = one_line
 
 
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control token of a template, by its name in the vocabulary."""
+
+    name: str
+
+
+Piece = str | Control | ImageSource | Turn
+"""A part of a conversation as a template lays it out."""
+
+
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     """Checks ``messages`` and gives them one form. White space around a text is dropped.
 
@@ -131,6 +286,11 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     if not turns:
         raise UserError("messages: no user message; expected at least one {'role': 'user', 'content': …}")
     return Conversation(system, tuple(turns))
+
+
+def _lines(parts: Sequence[str | ImageSource]) -> Iterator[Piece]:
+    for index, part in enumerate(parts):
+        yield from ("\n", part) if index else (part,)
 
 
 def _parse_turn(role: Role, message: Mapping[str, Any], where: str) -> Turn:

@@ -1,11 +1,12 @@
 """Messages to ids, labels and pixels, and ids back to text.
 
-Layout of one conversation (Vicuna v1 as LLaVA-1.5 uses it). ``□`` is one image token; an image has ``num_patches`` of them::
+A ``conversation.Template`` lays a conversation out, here Vicuna v1. ``□`` is one image token; an image has ``num_patches`` of them::
 
     <s> {system} USER: □□…□ \\n question ASSISTANT: answer </s> USER: …
 
-Each stretch of text between special tokens is tokenised by itself. Generated ids are never decoded and tokenised again. So the prompt of the
-next turn begins with exactly the ids of the last prompt, the generated ids and ``</s>``: the KV cache can be kept.
+Each stretch of text between control tokens is tokenised by itself, and has none of them. Generated ids are never decoded and tokenised again. So the
+prompt of the next turn begins with exactly the ids of the last prompt, the generated ids and ``</s>``: the KV cache can be kept. In a template with
+another beginning of past answers, this holds up to the last answer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing import conversation
-from chatpose_jax.processing.conversation import POSE, ImageSource, Template, parse_messages
+from chatpose_jax.processing.conversation import Control, ImageSource, Template, Turn, parse_messages
 from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.tokenizer import (
     IMAGE_LITERAL,
@@ -92,7 +93,7 @@ class Encoded:
     """One conversation as arrays.
 
     input_ids: (T,) int32; each image is ``num_patches`` image tokens.
-    labels: (T,) int32, not shifted: ``input_ids`` in answers and at their ``</s>``, -100 elsewhere.
+    labels: (T,) int32, not shifted: ``input_ids`` in answers and at the token that ends them, -100 elsewhere.
     images: one (S, S, 3) float32 array of normalised RGB for each image, in order; uint8 RGB where ``encode`` does not normalise.
     pose_positions: (P,) int32, position p of each pose token. The hidden state at p - 1 predicts it.
     truncated: whether ``max_length`` cut tokens off.
@@ -121,7 +122,8 @@ class Sizes(NamedTuple):
 class Processor:
     """Tokenizer, conversation template and image preprocessing of one model.
 
-    Raises UserError where the tokenizer does not fit the model: no BOS or pose token, other ids than the model's, or more rows.
+    Raises UserError where the tokenizer does not fit the model or the template: no pose token, a control token of the template missing, other ids
+    than the model's, or more rows.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class Processor:
         self.template = conversation.template(template) if isinstance(template, str) else template
         self.images = images or (ImageSettings(size=ids.image_size) if ids.num_patches else None)
         self.markers = markers
-        self._check()
+        self._control = self._check()
 
     @classmethod
     def load(cls, folder: str | Path, config: Any) -> Processor:
@@ -156,7 +158,7 @@ class Processor:
         try:
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             if "template" in settings:
-                template = Template(**settings["template"])
+                template = Template.from_json(settings["template"])
             if settings.get("images") is not None:
                 images = ImageSettings.from_json(settings["images"], repr(str(file)))
             return cls(tokenizer, ids, template, images, settings.get("markers", markers))
@@ -195,8 +197,8 @@ class Processor:
 
         Args:
             messages: see ``conversation``. An assistant message may have ``"ids"``, the token ids that were generated, with pose tokens and
-                without ``</s>``; they replace its text.
-            add_generation_prompt: end with ``ASSISTANT:``. The last message must then be the user's.
+                without the token that ends an answer; they replace its text.
+            add_generation_prompt: end with what stands before an answer, such as ``ASSISTANT:``. The last message must then be the user's.
             max_length: cut longer conversations, for training. An image is never cut in two; images and poses after the cut are dropped.
             normalise: False leaves images as uint8; ``images.normalise`` can follow later.
 
@@ -268,46 +270,39 @@ class Processor:
             raise UserError(
                 "the last message is the assistant's, so there is nothing to answer; end with a user message"
             )
-        template, ids = self.template, self.ids
-        system = parsed.system or template.system
-        writer = _Writer(self.tokenizer, ids.bos_token_id)
-        sources: list[ImageSource] = []
-        writer.text(f"{system} " if system else "")
-        for index, turn in enumerate(parsed.turns):
-            if turn.role == "user":
-                writer.text(f"{template.user}: ")
-                sources += self._write_user(writer, turn.parts)
-                if add_generation_prompt or index + 1 < len(parsed.turns):
-                    writer.text(f" {template.assistant}:")
-            elif turn.ids is not None:
-                writer.answer([*self._checked(turn.ids, index), ids.eos_token_id])
-            else:
-                writer.answer([*self._answer_ids(turn.text), ids.eos_token_id])
+        writer, sources = _Writer(self.tokenizer), list[ImageSource]()
+        answer = 1 if parsed.system is None else 2  # its place among the messages
+        for piece in self.template.pieces(parsed, add_generation_prompt):
+            match piece:
+                case str():
+                    writer.text(piece)
+                case Control(name):
+                    writer.control([self._control[name]])
+                case ImageSource():
+                    sources.append(piece)
+                    self._write_image(writer)
+                case Turn():
+                    ids = self.answer_ids(piece.text) if piece.ids is None else self._checked(piece.ids, answer)
+                    writer.answer([*ids, self.ids.eos_token_id])
+                    answer += 2
         writer.flush()
         return writer.ids, writer.labels, sources
 
-    def _write_user(self, writer: _Writer, parts: Sequence[str | ImageSource]) -> list[ImageSource]:
-        sources = []
-        for index, part in enumerate(parts):
-            writer.text("\n" if index else "")
-            if isinstance(part, str):
-                writer.text(part)
-                continue
-            sources.append(part)
-            patches = [self.ids.image_token_id] * self.ids.num_patches
-            marks = self.tokenizer.marker_ids
-            if self.markers == "never" or (marks is None and self.markers == "auto"):
-                writer.control(patches)
-            elif marks is not None:
-                writer.control([marks[0], *patches, marks[1]], strip=True)
-            else:
-                writer.text(MARKER_LITERALS[0])
-                writer.control(patches)
-                writer.text(MARKER_LITERALS[1])
-        return sources
+    def _write_image(self, writer: _Writer) -> None:
+        patches = [self.ids.image_token_id] * self.ids.num_patches
+        marks = self.tokenizer.marker_ids
+        if self.markers == "never" or (marks is None and self.markers == "auto"):
+            writer.control(patches)
+        elif marks is not None:
+            writer.control([marks[0], *patches, marks[1]], strip=True)
+        else:
+            writer.text(MARKER_LITERALS[0])
+            writer.control(patches)
+            writer.text(MARKER_LITERALS[1])
 
-    def _answer_ids(self, text: str) -> list[int]:
-        first, *rest = split_pose(text)
+    def answer_ids(self, text: str) -> list[int]:
+        """The ids of an answer, without the token that ends it. Each ``<POSE>`` is the pose token."""
+        first, *rest = self.tokenizer.stretches(text)
         return self.tokenizer.encode(first) + [
             token for stretch in rest for token in (self.ids.pose_token_id, *self.tokenizer.encode(stretch))
         ]
@@ -318,7 +313,7 @@ class Processor:
             if not 0 <= token < ids.vocab_size or token in (ids.eos_token_id, ids.image_token_id):
                 raise UserError(
                     f"messages[{index}]: 'ids' holds {token}; expected ids of text and poses in [0, {ids.vocab_size}) "
-                    f"without </s> ({ids.eos_token_id}) and image tokens ({ids.image_token_id})"
+                    f"without {self.template.end} ({ids.eos_token_id}) and image tokens ({ids.image_token_id})"
                 )
         return answer
 
@@ -329,20 +324,31 @@ class Processor:
         seen = sum(token == self.ids.image_token_id for token in ids[:max_length])
         return max_length - seen % self.ids.num_patches
 
-    def _check(self) -> None:
-        tokenizer, ids = self.tokenizer, self.ids
+    def _check(self) -> dict[str, int]:
+        """The ids of the template's control tokens. Raises UserError where tokenizer, template and model do not fit."""
+        tokenizer, ids, template = self.tokenizer, self.ids, self.template
         if tokenizer.pose_token_id is None:
             raise UserError(
                 f"the tokenizer has no pose token: expected {' or '.join(map(repr, POSE_LITERALS))} with id "
                 f"{ids.pose_token_id} among its added tokens, and none of its {tokenizer.size} rows is one; convert the "
                 "checkpoint with 'chatpose convert', or add it to added_tokens.json"
             )
-        expected = {"pose": ids.pose_token_id, "BOS": ids.bos_token_id, "</s>": ids.eos_token_id}
-        found = {"pose": tokenizer.pose_token_id, "BOS": tokenizer.bos_token_id, "</s>": tokenizer.eos_token_id}
-        for name, index in expected.items():
-            if found[name] != index:
+        if absent := [name for name in template.control if name not in tokenizer.control]:
+            raise UserError(
+                f"the conversation template needs the control token {absent[0]!r}, which the tokenizer lacks; choose another template, or the "
+                "tokenizer that belongs to the model"
+            )
+        control = {name: tokenizer.control[name] for name in template.control}
+        pairs = [
+            ("pose", tokenizer.pose_token_id, ids.pose_token_id),
+            (template.end, control[template.end], ids.eos_token_id),
+        ]
+        if tokenizer.bos_token_id is not None and ids.bos_token_id >= 0:
+            pairs.append(("BOS", tokenizer.bos_token_id, ids.bos_token_id))
+        for name, found, expected in pairs:
+            if found != expected:
                 raise UserError(
-                    f"the tokenizer's {name} token has id {found[name]}, the model's {index}; "
+                    f"the tokenizer's {name} token has id {found}, the model's {expected}; "
                     "the tokenizer belongs to another checkpoint"
                 )
         if tokenizer.size > ids.vocab_size:
@@ -361,14 +367,15 @@ class Processor:
             raise UserError(f"images.size={self.images.size}, but the vision tower takes {ids.image_size} pixels")
         if self.markers not in ("auto", "always", "never"):
             raise UserError(f"markers={self.markers!r}: expected 'auto', 'always' or 'never'")
+        return control
 
 
 class _Writer:
     """Joins text and ids. Text that comes in pieces is tokenised as a whole, once ids follow."""
 
-    def __init__(self, tokenizer: TextTokenizer, bos_token_id: int) -> None:
-        self.ids = [bos_token_id]
-        self.labels = [IGNORE]
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.ids: list[int] = []
+        self.labels: list[int] = []
         self._tokenizer = tokenizer
         self._pending = ""
         self._strip = False
@@ -393,11 +400,6 @@ class _Writer:
         self.flush()
         self.ids += ids
         self.labels += ids
-
-
-def split_pose(text: str) -> list[str]:
-    """The texts between each ``<POSE>``. White space around a pose is dropped, as LLaMA's slow tokenizer does around added tokens."""
-    return [stretch.strip() for stretch in text.split(POSE)]
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""LLaMA's tokenizer: text to ids, and ids to text as they are generated. It gives the ids of the slow tokenizer, which Vicuna was tuned with.
+"""Text to ids, and ids to text as they are generated, for tokenizers with BPE: LLaMA's, and byte-level ones (GPT-2's, Llama 3's, Qwen's).
 
-Special tokens are never part of a text. The tokenizers of transformers differ in the space beside an added token (legacy or not, before or
-after they are saved and read), so only vocabulary and merges come from there. The rules around them are here.
+Control tokens are never part of a text, whether they are in the base vocabulary or added to it. LLaMA's gives the ids of the slow tokenizer, which
+Vicuna was tuned with: the tokenizers of transformers differ in the space beside an added token (legacy or not, before or after they are saved and
+read), so only vocabulary and merges come from there, and the rules around them are here. A byte-level one keeps its normaliser and pre-tokenizer.
 """
 
 from __future__ import annotations
@@ -28,17 +29,22 @@ MARKER_LITERALS = ("<im_start>", "<im_end>")
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _OPENING, _CLOSING = "([{\"'“‘", ".,;:!?)]}%\"'”’…"
-_FAST, _SLOW, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+FAST, SLOW, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+ADDED = "added_tokens.json"
 TOKENIZER_FILES = (
-    _FAST,
-    _SLOW,
+    FAST,
+    SLOW,
     SETTINGS,
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED,
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
 """The files of a tokenizer, as transformers 4.x and 5.x write them. One of the first two is needed."""
+LLAMA_CONTROL = ("<s>", "</s>", "<unk>")
+"""LLaMA's BOS, EOS and the token for what has no piece, with which LLaVA pads."""
 ANY_FAST = "PreTrainedTokenizerFast"
 """The class of transformers 4.x and 5.x that changes nothing in ``tokenizer.json``."""
 _LLAMA = {
@@ -53,10 +59,13 @@ _LLAMA = {
 
 
 class TextTokenizer:
-    """A tokenizer in LLaMA's layout: BPE with byte fallback, ``▁`` for a space.
+    """A tokenizer with BPE: in LLaMA's layout (byte fallback, ``▁`` for a space), or of bytes.
 
-    bos_token_id, eos_token_id, pad_token_id: ids of ``<s>``, ``</s>`` and ``<unk>``, with which LLaVA pads.
+    spaced: each stretch of text begins with SentencePiece's space, as in LLaMA's layout.
+    control: name -> id of all control tokens. A text never gives one of these ids, whatever it says.
+    bos_token_id: None where the settings name no BOS, as Qwen's.
     pose_token, pose_token_id: the pose token in this vocabulary and its id, or None.
+    size: the number of rows that it needs.
     files: name -> content of the files that it was read from; ``save`` writes the same bytes.
     """
 
@@ -65,57 +74,69 @@ class TextTokenizer:
     ) -> None:
         data = json.loads(backend.to_str())
         model = data["model"]
-        if model["type"] != "BPE" or not model.get("byte_fallback"):
-            raise UserError(
-                f"{where}: expected LLaMA's layout (BPE with byte fallback), found {model['type']}; "
-                "ChatPose needs Vicuna's tokenizer"
-            )
+        self.spaced = model["type"] == "BPE" and bool(model.get("byte_fallback"))
+        if not self.spaced:
+            _demand_byte_level(data, where)
         self.backend = backend
-        self.files = complete_vocabulary({_FAST: backend.to_str().encode()} if files is None else files)
-        self.size = backend.get_vocab_size()
+        self.files = complete_vocabulary({FAST: backend.to_str().encode()} if files is None else files)
         added = {token["content"]: token["id"] for token in data["added_tokens"]}
-        vocabulary = {**model["vocab"], **added}
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
-            _need(vocabulary, token, where) for token in ("<s>", "</s>", "<unk>")
-        )
+        # Some byte-level vocabularies hold runs of spaces as added tokens: these are text.
+        blank = [] if self.spaced else [each for each in data["added_tokens"] if _is_blank(each)]
+        self.control: dict[str, int] = {
+            name: id for name, id in added.items() if id not in {each["id"] for each in blank}
+        }
+        if self.spaced:
+            self.control |= {name: _need(model["vocab"] | added, name, where) for name in LLAMA_CONTROL}
+            bos: str | None = LLAMA_CONTROL[0]
+        else:
+            bos = _named(self.files, "bos_token")
+        self.bos_token_id = self.control.get(bos) if bos else None
         self.pose_token = next((literal for literal in POSE_LITERALS if literal in added), None)
         self.pose_token_id = added.get(self.pose_token) if self.pose_token else None
         self.image_token_id = added.get(IMAGE_LITERAL)
         start, end = (added.get(literal) for literal in MARKER_LITERALS)
         self.marker_ids = (start, end) if start is not None and end is not None else None
-        self._silent = set(added.values()) | {self.bos_token_id, self.eos_token_id, self.pad_token_id}
-        self._pieces = {index: piece for piece, index in vocabulary.items()}
+        self._silent = set(self.control.values())
+        self._pieces: dict[int, str] = {index: piece for piece, index in (model["vocab"] | added).items()}
+        self.size = 1 + max(self._pieces)
+        self._as_written = {each["id"] for each in blank}
 
-        # No text of a user may become a control id, so added tokens go, and all merges that could make one.
-        control = {"<s>", "</s>", "<unk>", *added}
-        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in control]
-        data.update(
-            added_tokens=[], normalizer=None, pre_tokenizer=None, post_processor=None, truncation=None, padding=None
-        )
+        # No text of a user may become a control id. So control tokens go from the list of added tokens, from the vocabulary, where
+        # ignore_merges would find them, and from the merges.
+        if self.spaced:
+            data |= {"normalizer": None, "pre_tokenizer": None}
+        else:
+            model["unk_token"] = None  # transformers too gives nothing for bytes that an incomplete vocabulary lacks
+        gone = self.control.keys() - {model["unk_token"]}
+        model["vocab"] = {piece: index for piece, index in model["vocab"].items() if piece not in gone}
+        merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in merges if self.control.keys().isdisjoint((*pair, "".join(pair)))]
+        model["dropout"] = None
+        data |= {"added_tokens": blank, "post_processor": None, "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(data))
 
     @classmethod
     def read(cls, folder: str | Path) -> TextTokenizer:
         """Reads a folder with ``tokenizer.json``, or with ``tokenizer.model`` and ``added_tokens.json``. Nothing is downloaded.
 
-        Raises UserError for a folder without either, a damaged file, or a layout that is not LLaMA's.
+        Raises UserError for a folder without either, a damaged file, or another kind of tokenizer.
         """
         folder = Path(folder)
         files = read_files(folder)
-        found = [name for name in (_FAST, _SLOW) if name in files]
+        found = [name for name in (FAST, SLOW) if name in files]
         if not found:
             raise UserError(
-                f"no tokenizer in {str(folder)!r}: expected {_FAST} or {_SLOW}; "
+                f"no tokenizer in {str(folder)!r}: expected {FAST} or {SLOW}; "
                 "copy it from the checkpoint's original folder"
             )
         import_transformers()
         from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-        loader = PreTrainedTokenizerFast if _FAST in files else LlamaTokenizer
+        loader = PreTrainedTokenizerFast if FAST in files else LlamaTokenizer
         try:
             backend = loader.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-            if _SLOW in files:
-                backend = _with_exact_merges(backend, folder / _SLOW)
+            if SLOW in files:
+                backend = _with_exact_merges(backend, folder / SLOW)
         except Exception as error:  # its parsers may raise anything
             raise UserError(
                 f"{found[0]} in {str(folder)!r} is damaged or no tokenizer ({type(error).__name__}: {error!s:.200})"
@@ -129,11 +150,23 @@ class TextTokenizer:
             (Path(folder) / name).write_bytes(content)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with SentencePiece's leading space and without BOS. Names of special tokens in it are ordinary characters."""
+        """Ids of a stretch of text, without BOS; in LLaMA's layout with SentencePiece's leading space. Names of control tokens in it are ordinary
+        characters. Bytes that the vocabulary lacks give nothing, as in transformers: LLaMA's, Llama 3's and Qwen's have all, SmolLM2's lacks some
+        that are in no usual text."""
         if not text:
             return []
+        if self.spaced:
+            text = _SPACE + text.replace(" ", _SPACE)
         # The fast method works out no offsets: half of the time.
-        return self._bpe.encode_batch_fast([_SPACE + text.replace(" ", _SPACE)], add_special_tokens=False)[0].ids
+        return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def stretches(self, answer: str) -> list[str]:
+        """The texts of an answer between each ``<POSE>``, to be encoded one by one. In LLaMA's layout white space around a pose is dropped, as the
+        slow tokenizer does around added tokens. In a byte-level one only spaces before it: the text after it keeps its own."""
+        stretches = answer.split(POSE)
+        if self.spaced:
+            return [stretch.strip() for stretch in stretches]
+        return [*(stretch.rstrip(" ") for stretch in stretches[:-1]), stretches[-1]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of generated ids. A pose token becomes ``<POSE>``, other control ids become nothing."""
@@ -145,23 +178,26 @@ class TextTokenizer:
         piece = self._pieces.get(index)
         if piece is None or index in self._silent:
             return None
-        if byte := _BYTE.fullmatch(piece):
-            return bytes([int(byte[1], 16)])
-        return piece.replace(_SPACE, " ").encode()
+        if self.spaced:
+            byte = _BYTE.fullmatch(piece)
+            return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
+        if index in self._as_written or not _BYTES.keys() >= set(piece):
+            return piece.encode()
+        return bytes([_BYTES[character] for character in piece])
 
 
 class StreamDecoder:
     """Decodes one id at a time. It never gives half a UTF-8 character, and its texts joined are those of ``decode``.
 
-    SentencePiece puts a space before each stretch of text. It is dropped at the start, and after a pose unless a word follows:
-    "It is <POSE>."
+    A pose is set apart from the word before it by a space. In LLaMA's layout SentencePiece puts a space before each stretch of text: it is dropped at
+    the start, and after a pose unless a word follows: "It is <POSE>." In a byte-level vocabulary texts have their own spaces.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = ""
-        self._prefix = True  # the next text begins a stretch, so its first space is SentencePiece's
+        self._prefix = tokenizer.spaced  # the next text begins a stretch, so its first space is SentencePiece's
         self._gap = False  # a pose came last, so a word needs a space before it
 
     def push(self, index: int) -> str:
@@ -170,7 +206,7 @@ class StreamDecoder:
             before = self._text(self._bytes.decode(b"", final=True))
             last = (before or self._last)[-1:]
             pose = POSE if not last or last.isspace() or last in _OPENING else " " + POSE
-            self._last, self._prefix, self._gap = pose, True, True
+            self._last, self._prefix, self._gap = pose, self._tokenizer.spaced, self._tokenizer.spaced
             return before + pose
         piece = self._tokenizer.piece(int(index))
         return self._text(self._bytes.decode(piece)) if piece is not None else ""
@@ -212,11 +248,19 @@ def read_files(folder: str | Path) -> dict[str, bytes]:
 
 
 def complete_vocabulary(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Adds LLaMA's settings (BOS, no EOS) where there are none. Without them transformers adds no BOS."""
+    """Adds settings where there are none. In LLaMA's layout they name BOS and EOS: without them transformers adds no BOS."""
     if SETTINGS in files:
         return dict(files)
-    kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True} if _SLOW in files else {"tokenizer_class": ANY_FAST}
+    if SLOW not in files and is_byte_level(json.loads(files[FAST])):
+        return {**files, SETTINGS: json_bytes({"tokenizer_class": ANY_FAST, "clean_up_tokenization_spaces": False})}
+    kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True} if SLOW in files else {"tokenizer_class": ANY_FAST}
     return {**files, SETTINGS: json_bytes(kind | _LLAMA)}
+
+
+def is_byte_level(fast: Mapping[str, Any]) -> bool:
+    """Whether the content of a ``tokenizer.json`` is a byte-level tokenizer: its last pre-tokenizer turns bytes into characters."""
+    last = _pre_tokenizers(fast)[-1:]
+    return bool(last) and last[0].get("type") == "ByteLevel"
 
 
 def json_bytes(data: Any) -> bytes:
@@ -253,3 +297,48 @@ def _need(vocabulary: dict[str, int], token: str, where: str) -> int:
     if token not in vocabulary:
         raise UserError(f"{where} has no {token!r}; expected LLaMA's vocabulary with '<unk>', '<s>' (BOS) and '</s>'")
     return vocabulary[token]
+
+
+def _pre_tokenizers(fast: Mapping[str, Any]) -> list[dict[str, Any]]:
+    step = fast.get("pre_tokenizer") or {}
+    return step.get("pretokenizers") or [] if step.get("type") == "Sequence" else [step]
+
+
+def _demand_byte_level(data: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a tokenizer that is neither in LLaMA's layout nor byte-level BPE as GPT-2's descendants have it."""
+    model, kinds = data["model"], [step.get("type") for step in _pre_tokenizers(data)]
+    if model["type"] != "BPE" or not is_byte_level(data):
+        raise UserError(
+            f"{where}: expected BPE with byte fallback (LLaMA's layout) or over bytes (GPT-2's, Llama 3's, Qwen's), found {model['type']}"
+            f" behind the pre-tokenizer {', '.join(filter(None, kinds)) or 'none'}; give the tokenizer that belongs to the checkpoint"
+        )
+    odd = {name: model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)}
+    if any(step.get("add_prefix_space") for step in _pre_tokenizers(data)):
+        odd["add_prefix_space"] = True
+    if odd:
+        name, value = next(iter(odd.items()))
+        raise UserError(f"{where}: {name}={value!r} is not supported; expected a byte-level tokenizer without it")
+
+
+def _is_blank(token: Mapping[str, Any]) -> bool:
+    return token["content"].isspace() and not token["special"]
+
+
+def _named(files: Mapping[str, bytes], key: str) -> str | None:
+    """A special token that the settings name, as a text or as transformers' table of an added token; None where they name none."""
+    for name in (SETTINGS, "special_tokens_map.json"):
+        value = json.loads(files[name]).get(key) if name in files else None
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that stands for each byte: itself if Latin-1 prints it, else the next one from 256 on. Source: GPT-2 (Radford et al. 2019)."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printed)
+    return {chr(byte): byte for byte in printed} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()

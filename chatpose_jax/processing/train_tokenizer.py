@@ -113,8 +113,8 @@ def _general() -> Iterator[str]:
 
 
 def _frames() -> Iterator[str]:
-    for template in TEMPLATES.values():
-        yield from 200 * [f" {template.system} {template.user}: {template.assistant}:"]
+    for name in ("vicuna_v1", "llava_v1", "plain"):
+        yield from 200 * [f" {TEMPLATES[name].system} USER: ASSISTANT:"]
 
 
 def main() -> None:

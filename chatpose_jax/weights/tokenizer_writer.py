@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.processing.processor import SETTINGS_FILE
 from chatpose_jax.processing.tokenizer import (
+    ADDED,
     ANY_FAST,
+    FAST,
     SETTINGS,
+    SLOW,
     complete_vocabulary,
     import_transformers,
     json_bytes,
-    read_files,
 )
 from chatpose_jax.weights.tokens import Tokens
 
@@ -40,14 +40,12 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
     """Writes a complete tokenizer: the source's files, with the ``added`` literals after the vocabulary in each of their lists, in a format that
     transformers 4.x reads too. A lone ``tokenizer.model`` gets LLaMA's settings. The settings of this program's processor are copied.
 
-    Raises UserError if transformers reads other ids than ``tokens`` and ``added`` say, or finds no BOS token.
+    Raises UserError if transformers reads other ids than ``tokens`` and ``added`` say, or finds no BOS token in LLaMA's layout.
     """
     out.mkdir(parents=True, exist_ok=True)
     new = {literal: tokens.size + offset for offset, literal in enumerate(added)}
     for name, content in _files(tokens, new).items():
         (out / name).write_bytes(content)
-    if (tokens.folder / SETTINGS_FILE).is_file():
-        shutil.copyfile(tokens.folder / SETTINGS_FILE, out / SETTINGS_FILE)
     import_transformers()
     from transformers import AutoTokenizer
 
@@ -65,19 +63,23 @@ def write_tokenizer(tokens: Tokens, out: Path, added: Sequence[str]) -> None:
             f"{tokens.folder}: transformers counts {len(tokenizer) - len(new)} tokens, the files have {tokens.size}; the tokenizer is "
             "incomplete; fetch it again"
         )
-    if tokenizer.bos_token_id is None:
+    if tokenizer.bos_token_id is None and not tokens.byte_level:
         raise UserError(
             f"{tokens.folder}: the tokenizer has no BOS token, which LLaMA needs; set bos_token in tokenizer_config.json"
         )
 
 
 def _files(tokens: Tokens, new: Mapping[str, int]) -> dict[str, bytes]:
-    files = complete_vocabulary(read_files(tokens.folder))
-    files[SETTINGS] = json_bytes(_settings(json.loads(files[SETTINGS]), new, "tokenizer.model" in files))
-    if "tokenizer.json" in files:
-        files["tokenizer.json"] = json_bytes(_fast(json.loads(files["tokenizer.json"]), new))
-    if "tokenizer.model" in files or "added_tokens.json" in files:  # the slow tokenizer's only list before 4.34
-        files["added_tokens.json"] = json_bytes({**tokens.added, **new})
+    files = complete_vocabulary(tokens.files)
+    settings = _settings(json.loads(files[SETTINGS]), new, SLOW in files)
+    if tokens.byte_level:
+        settings["tokenizer_class"] = ANY_FAST  # those of single families put their own pre-tokenizer before the file's
+    files[SETTINGS] = json_bytes(settings)
+    if FAST in files:
+        files[FAST] = json_bytes(_fast(json.loads(files[FAST]), new))
+    if SLOW in files or ADDED in files:  # the slow tokenizer's only list before 4.34
+        inside = json.loads(files[ADDED]) if tokens.byte_level else {}
+        files[ADDED] = json_bytes({**inside, **tokens.added, **new})
     return files
 
 

@@ -1,4 +1,4 @@
-"""Reads ids from a tokenizer's files without building the tokenizer: the number of pieces, and the added tokens with their ids."""
+"""Reads ids from a tokenizer's files without building the tokenizer: the size of the base vocabulary, and the added tokens with their ids."""
 
 from __future__ import annotations
 
@@ -7,20 +7,40 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.processor import SETTINGS_FILE
 from chatpose_jax.processing.tokenizer import (
+    ADDED,
+    FAST,
+    LLAMA_CONTROL,
     POSE_LITERALS,
+    SETTINGS,
+    SLOW,
+    is_byte_level,
+    read_files,
 )
 from chatpose_jax.settings import one_line
-from chatpose_jax.weights.readers import demand_native, describe_folder, read_json_object
+from chatpose_jax.weights.readers import demand_native_start, describe_folder, parse_json_object
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """base_size: number of pieces of the base vocabulary. added: literal -> id of the tokens after it."""
+    """The ids of a tokenizer.
+
+    folder: where it comes from, for errors; a GGUF file has its tokenizer inside.
+    files: name → content, as ``processing.tokenizer.TOKENIZER_FILES`` names them, and ``processor.json`` where there is one.
+    base_size: rows of the base vocabulary. A SentencePiece vocabulary has its pieces there. A byte-level one has all tokens, control tokens
+        too, up to the first pose token.
+    added: literal → id of the tokens after it.
+    control: literal → id of all control tokens, those inside the base vocabulary too.
+    byte_level: whether it is a byte-level tokenizer, and not in LLaMA's layout.
+    """
 
     folder: Path
+    files: Mapping[str, bytes]
     base_size: int
     added: Mapping[str, int]
+    control: Mapping[str, int]
+    byte_level: bool
 
     __repr__ = one_line
 
@@ -36,46 +56,64 @@ class Tokens:
 
 
 def read_tokens(folder: str | Path) -> Tokens:
-    """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens. The base vocabulary is SentencePiece's: 32 000
-    pieces for LLaMA, LLaMA-2 and Vicuna. Raises UserError if there is no tokenizer.
-    """
+    """``tokens_of`` the files of a folder. Raises UserError if there is no tokenizer."""
     folder = Path(folder)
+    files = read_files(folder)
+    if (folder / SETTINGS_FILE).is_file():
+        files[SETTINGS_FILE] = (folder / SETTINGS_FILE).read_bytes()
+    if SLOW not in files and FAST not in files and (what := describe_folder(folder)):
+        raise UserError(f"{folder}: no tokenizer, but {what}")
+    return tokens_of(files, folder)
+
+
+def tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
+    """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens. The base vocabulary of LLaMA, LLaMA-2 and
+    Vicuna is SentencePiece's: 32 000 pieces.
+
+    Raises UserError if there is no tokenizer, or a damaged one; ``where`` names it.
+    """
     try:
-        return _read_tokens(folder)
+        return _tokens_of(files, where)
     except UserError:
         raise
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder}: the tokenizer's JSON files are not as transformers writes them ({type(error).__name__}: {error}); fetch them again"
+            f"{where}: the tokenizer's JSON files are not as transformers writes them ({type(error).__name__}: {error}); fetch them again"
         ) from None
 
 
-def _read_tokens(folder: Path) -> Tokens:
-    fast = read_json_object(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
-    pieces = (fast.get("model") or {}).get("vocab") or []
+def _tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
+    def json_file(name: str) -> dict:
+        return parse_json_object(files[name], where / name) if name in files else {}
+
+    fast = json_file(FAST)
+    byte_level = SLOW not in files and is_byte_level(fast)
+    pieces = (fast.get("model") or {}).get("vocab") or {}
     added = {str(token["content"]): int(token["id"]) for token in fast.get("added_tokens") or []}
-    if (folder / "tokenizer.model").is_file():
+    added |= {str(literal): int(id) for literal, id in json_file(ADDED).items()}
+    decoder = json_file(SETTINGS).get("added_tokens_decoder") or {}
+    added |= {str(token["content"]): int(id) for id, token in decoder.items()}
+    control = {literal: int(pieces[literal]) for literal in LLAMA_CONTROL if literal in pieces} | added
+    if SLOW in files:
         from sentencepiece import SentencePieceProcessor
 
-        demand_native(folder / "tokenizer.model")
+        demand_native_start(files[SLOW], where / SLOW)
         try:
-            base = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+            model = SentencePieceProcessor(model_proto=files[SLOW])
+            base = model.get_piece_size()
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"{folder / 'tokenizer.model'}: not a SentencePiece model ({error}); fetch it again"
-            ) from None
+            raise UserError(f"{where / SLOW}: not a SentencePiece model ({error}); fetch it again") from None
+        held = (id for id in range(base) if model.is_control(id) or model.is_unknown(id))
+        control = {model.id_to_piece(id): id for id in held} | control
+    elif pieces and byte_level:
+        pose = [added[literal] for literal in POSE_LITERALS if literal in added]
+        base = min([1 + max((*pieces.values(), *added.values())), *pose])
     elif pieces:
         base = len(pieces)
-    elif what := describe_folder(folder):
-        raise UserError(f"{folder}: no tokenizer, but {what}")
     else:
         raise UserError(
-            f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json; "
+            f"{where}: no tokenizer: expected {SLOW} or {FAST}; "
             "name the folder that has it with --tokenizer (Vicuna's or LLaMA-2's fits every LLaVA-1.5)"
         )
-    if (folder / "added_tokens.json").is_file():
-        added |= {str(literal): int(id) for literal, id in read_json_object(folder / "added_tokens.json").items()}
-    if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added |= {str(token["content"]): int(id) for id, token in decoder.items()}
-    return Tokens(folder, base, {literal: id for literal, id in added.items() if id >= base})
+    behind = {literal: id for literal, id in added.items() if id >= base}
+    return Tokens(where, files, base, behind, control, byte_level)

@@ -143,7 +143,7 @@ def test_damaged_tokenizer_is_one_clear_error(tmp_path, name, content):
 def test_other_layouts_are_refused(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="expected LLaMA's layout"):
+    with pytest.raises(UserError, match="expected BPE"):
         TextTokenizer.read(tmp_path)
 
 

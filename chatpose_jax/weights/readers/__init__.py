@@ -9,10 +9,11 @@ from chatpose_jax.weights.readers.checkpoint import (
     Checkpoint,
     find_projector,
     open_checkpoint,
+    parse_json_object,
     read_json_object,
 )
 from chatpose_jax.weights.readers.entry import Index, TensorEntry, bounded
-from chatpose_jax.weights.readers.foreign import demand_native, describe_folder, fetch_hint
+from chatpose_jax.weights.readers.foreign import demand_native, demand_native_start, describe_folder, fetch_hint
 from chatpose_jax.weights.readers.safetensors import SAFETENSORS_DTYPES, read_safetensors_header
 from chatpose_jax.weights.readers.torch_zip import read_torch_header, read_torch_objects
 
@@ -24,10 +25,12 @@ __all__ = [
     "TensorEntry",
     "bounded",
     "demand_native",
+    "demand_native_start",
     "describe_folder",
     "fetch_hint",
     "find_projector",
     "open_checkpoint",
+    "parse_json_object",
     "read_json_object",
     "read_safetensors_header",
     "read_torch_header",

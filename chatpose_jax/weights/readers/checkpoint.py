@@ -15,7 +15,7 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers.entry import TensorEntry
-from chatpose_jax.weights.readers.foreign import demand_native, describe_folder
+from chatpose_jax.weights.readers.foreign import demand_native, demand_native_start, describe_folder
 from chatpose_jax.weights.readers.safetensors import read_safetensors_header
 from chatpose_jax.weights.readers.torch_zip import read_torch_header
 
@@ -83,14 +83,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {size} bytes are too many for a settings file; expected at most {_MAX_SETTINGS}; fetch it again"
             )
-        demand_native(path)
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    return parse_json_object(content, path)
+
+
+def parse_json_object(content: bytes, where: str | Path) -> dict[str, Any]:
+    """The JSON object that the content of a file holds; ``where`` names it in errors. Raises UserError if it holds none."""
+    demand_native_start(content, where)
+    try:
+        data = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        raise UserError(f"{where}: expected a JSON object, found {type(data).__name__}")
     return data
 
 

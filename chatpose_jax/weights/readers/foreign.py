@@ -33,9 +33,14 @@ _FOLDERS = (
 def demand_native(path: Path) -> None:
     """Raises UserError if the start of a file shows that it is not what its name says."""
     with path.open("rb") as file:
-        start = file.read(_START).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        demand_native_start(file.read(_START), path)
+
+
+def demand_native_start(content: bytes, where: str | Path) -> None:
+    """``demand_native`` for a file whose content is in memory; ``where`` names it."""
+    start = content[:_START].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if what := next((what for prefix, what in _FILES if start.startswith(prefix)), None):
-        raise UserError(f"{path}: {what}")
+        raise UserError(f"{where}: {what}")
 
 
 def fetch_hint(path: str | Path) -> str:
