@@ -101,16 +101,16 @@ def write_source(
 
     from chatpose_jax.models.chatpose import abstract_params
     from chatpose_jax.models.config import preset as named
-    from chatpose_jax.weights.layouts import LAYOUTS
+    from chatpose_jax.weights.layouts import layout_of
 
     config = named(preset)
     text = dataclasses.replace(config.text, num_layers=layers or config.text.num_layers)
     config = config.replace(text=text, lora=None)
-    layout = next(layout for layout in LAYOUTS if layout.name == "llava_transformers_5")
+    layout = layout_of("llava_transformers_5")
     tree = flatten_dict(abstract_params(config), sep="/")
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in layout.rules:
-        if rule.rows == "added":
+        if rule.rows == "added" or rule.target not in tree:
             continue
         shape = tuple(tree[rule.target].shape[1:] if rule.stacked else tree[rule.target].shape)
         vision = rule.target.startswith("vision/")

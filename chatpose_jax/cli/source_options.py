@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from chatpose_jax.processing.images import FITS
+from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.layouts import FAMILIES
 from chatpose_jax.weights.spec import SourceSpec
 
@@ -34,6 +35,11 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
         "--layout",
         choices=FAMILIES,
         help="layout of the weights; default: detected from the contents of the folder",
+    )
+    group.add_argument(
+        "--backbone",
+        choices=tuple(LANGUAGES),
+        help="family of the language model; default: by config.json and the tokenizer",
     )
     group.add_argument(
         "--head",

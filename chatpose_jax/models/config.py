@@ -33,6 +33,7 @@ class VisionConfig:
     class_token: whether a learned token stands before the patches, as in CLIP.
     pre_norm: whether a LayerNorm follows the embeddings, as in CLIP.
     patch_bias: whether the patch embedding has a bias, as in SigLIP.
+    backbone: the family in ``weights.backbones``, by which an export names tensors and settings. It changes no computation.
     """
 
     image_size: int = 336
@@ -47,6 +48,7 @@ class VisionConfig:
     class_token: bool = True
     pre_norm: bool = True
     patch_bias: bool = False
+    backbone: str = "clip"
 
     def __post_init__(self) -> None:
         check_types(self, "model.vision")
@@ -120,6 +122,7 @@ class TextConfig:
     qkv_bias: biases on queries, keys and values, as in Qwen2.
     qk_norm: RMSNorm on each head of queries and keys before RoPE, as in Qwen3.
     max_position_embeddings: the longest conversation in tokens, including images and answer.
+    backbone: the family in ``weights.backbones``, by which an export names tensors and settings. It changes no computation.
     """
 
     vocab_size: int = 32001
@@ -137,6 +140,7 @@ class TextConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     max_position_embeddings: int = 4096
+    backbone: str = "llama2"
 
     def __post_init__(self) -> None:
         check_types(self, "model.text")

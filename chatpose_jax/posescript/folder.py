@@ -21,9 +21,9 @@ from chatpose_jax.posescript.pose_vae import PoseVae, PoseVaeConfig, VaeLossConf
 from chatpose_jax.posescript.tokens import TextTokens, WordPieces, WordVocabulary
 from chatpose_jax.posescript.trainer import Recipe
 from chatpose_jax.settings import one_line
-from chatpose_jax.weights.layouts.table import NameRule
 from chatpose_jax.weights.readers import open_checkpoint
 from chatpose_jax.weights.readers.checkpoint import read_json_object
+from chatpose_jax.weights.table import NameRule
 from chatpose_jax.weights.writers import Tensor, write_safetensors
 
 CONFIG, ARRAYS = "config.json", "model.safetensors"

@@ -12,8 +12,8 @@ from flax import nnx
 from chatpose_jax.errors import UserError
 from chatpose_jax.posescript.transformer_encoder import positions
 from chatpose_jax.settings import did_you_mean
-from chatpose_jax.weights.layouts.table import Ignored, NameRule, Transform
 from chatpose_jax.weights.readers import TensorEntry
+from chatpose_jax.weights.table import Ignored, NameRule, Transform
 
 _T = Transform.TRANSPOSE
 

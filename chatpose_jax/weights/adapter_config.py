@@ -10,7 +10,7 @@ from typing import Any, get_args
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig, LoRATarget
 from chatpose_jax.weights.adapters import LORA_NAME, TOKEN_ROWS
-from chatpose_jax.weights.layouts import Shape
+from chatpose_jax.weights.table import Shape
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Values of PEFT's settings for plain LoRA. The settings in _NEUTRAL may have any value: they say where adapters are or how they were trained, or

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig
-from chatpose_jax.weights.layouts import Layout, Shape
-from chatpose_jax.weights.layouts.configs import llava_projector_settings
+from chatpose_jax.weights.layouts.flat import projector_settings
 from chatpose_jax.weights.readers import Checkpoint, TensorEntry
+from chatpose_jax.weights.table import Layout, Shape
 
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -69,7 +69,7 @@ def alone(layout: Layout, names: Mapping[str, Shape]) -> Layout:
         title="PEFT adapter",
         family="peft",
         rules=tuple(rule for rule in full.rules if rule.source in found),
-        settings=lambda config, shapes: llava_projector_settings(config),
+        settings=lambda config, shapes: projector_settings(config),
         config_json=None,
     )
 

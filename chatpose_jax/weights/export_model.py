@@ -16,9 +16,9 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS
-from chatpose_jax.weights.layouts import NameRule
 from chatpose_jax.weights.leaves import copy_array, demand_finite_cast
 from chatpose_jax.weights.paths import by_path
+from chatpose_jax.weights.table import NameRule
 from chatpose_jax.weights.tokens import Tokens
 from chatpose_jax.weights.writers import Tensor, row_blocks
 
@@ -86,9 +86,9 @@ class StoredModel:
         more_rows: number of rows to append to the embedding and the LM head, each the mean of the others.
         """
         grouped: dict[str, list[NameRule]] = {}
+        rules = [rule for rule in rules if 0 not in self.shapes.get(rule.target, (0,))]
         for rule in rules:
-            if 0 not in self.shapes[rule.target]:
-                grouped.setdefault(rule.source, []).append(rule)
+            grouped.setdefault(rule.source, []).append(rule)
         found = []
         for layer in (None, *range(max((self.shapes[rule.target][0] for rule in rules if rule.stacked), default=0))):
             for source, group in grouped.items():

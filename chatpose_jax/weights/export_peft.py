@@ -13,21 +13,20 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.adapter_config import ADAPTER_CONFIG
+from chatpose_jax.weights.backbones import language
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.folder import PASSENGERS
-from chatpose_jax.weights.layouts import LAYOUTS, NameRule
+from chatpose_jax.weights.layouts import layout_of
 from chatpose_jax.weights.passengers import Changes, read_changes
 from chatpose_jax.weights.readers import TensorEntry
+from chatpose_jax.weights.table import NameRule
 from chatpose_jax.weights.writers import Tensor
 
 BaseClass = Literal["llava", "llama"]
 BASE_CLASSES: tuple[BaseClass, ...] = get_args(BaseClass)
 _NEEDS = {"llava": "peft 0.15, transformers 4.52 and later", "llama": "peft 0.15 and later"}
 # PEFT knows modules by their names in memory.
-_LAYOUT = {
-    "llava": next(layout for layout in LAYOUTS if layout.name == "llava_transformers_5_state_dict"),
-    "llama": next(layout for layout in LAYOUTS if layout.name == "vicuna"),
-}
+_LAYOUT = {"llava": "llava_transformers_5_state_dict", "llama": "vicuna"}
 
 
 def adapter_plan(
@@ -36,7 +35,7 @@ def adapter_plan(
     """Plans the export of adapters, added token rows and pose head as a PEFT folder. Raises UserError if the model has no adapters, or if its
     source's adapter changed the base in a way that PEFT cannot express.
     """
-    config, layout = model.config, _LAYOUT[base_class]
+    config, layout = model.config, layout_of(_LAYOUT[base_class], language(model.config.text.backbone))
     lora, text = config.lora, config.text
     if lora is None:
         raise UserError(

@@ -15,10 +15,12 @@ from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import in_words
+from chatpose_jax.weights.backbones import language, tower
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER
-from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape
+from chatpose_jax.weights.layouts import layout_of
 from chatpose_jax.weights.passengers import read_passengers
+from chatpose_jax.weights.table import Layout, Shape
 from chatpose_jax.weights.writers import Tensor
 
 WholeFormat = Literal["transformers", "llava", "chatpose"]
@@ -33,7 +35,10 @@ _LAYOUT: dict[WholeFormat, str] = {
 
 def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportPlan:
     """Plans the export of a whole checkpoint in a format of ``WHOLE_FORMATS``. Raises UserError if the format does not support the pose head."""
-    layout, config, notes = next(each for each in LAYOUTS if each.name == _LAYOUT[format]), model.config, []
+    config, notes = model.config, []
+    assert config.vision is not None
+    families = language(config.text.backbone), tower(config.vision.backbone)
+    layout = layout_of(_LAYOUT[format], *families)
     if format == "chatpose" and pose_head.rotation_of(config.head) != "6d":
         raise UserError(
             f"the format chatpose supports only the pose head 'mlp' with 6D rotations, this model has {config.head}; "
@@ -50,8 +55,7 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     if model.merged and dtype != "float32":
         notes.append(f"merged weights are rounded to {dtype}; --dtype float32 keeps them exact")
 
-    passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype))
-    assert config.vision is not None
+    passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype), *families)
     vision, unused, tower_note = _tower(layout, config.vision, passengers, dtype)
     if tower_note:
         notes.append(tower_note)

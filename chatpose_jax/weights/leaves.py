@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.weights.layouts import NameRule, Transform
 from chatpose_jax.weights.readers import Index, TensorEntry, bounded
+from chatpose_jax.weights.table import NameRule, Transform
 
 BLOCK = 16 << 20
 """Number of bytes read at once. Larger blocks cost twice the system time: the allocator returns them to the kernel each time."""

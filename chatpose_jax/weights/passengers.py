@@ -21,9 +21,11 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS, row_module
-from chatpose_jax.weights.layouts import LAYOUTS, Layout
+from chatpose_jax.weights.backbones import Language, Tower
+from chatpose_jax.weights.layouts import WRAPPERS, layout_of
 from chatpose_jax.weights.plan import Conversion, rounded
 from chatpose_jax.weights.readers import TensorEntry, read_json_object, read_safetensors_header
+from chatpose_jax.weights.table import Layout
 from chatpose_jax.weights.writers import Tensor, copied, write_safetensors
 
 CHANGES, ORIGINALS = "adapter.json", "adapter.safetensors"
@@ -72,19 +74,23 @@ def _originals(plan: Conversion) -> list[Tensor]:
     return tensors
 
 
-def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict[str, Tensor], list[str]]:
-    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that it has no names for."""
-    origins = {layout.name: layout for layout in LAYOUTS}
+def read_passengers(
+    folder: Path, layout: Layout, dtype: np.dtype, language: Language, tower: Tower | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that it has no names for.
+    language, tower: the families of the model.
+    """
+    known = {wrapper.name for wrapper in WRAPPERS}
     placed: dict[str, Tensor] = {}
     lost = []
     for file in sorted(folder.glob("*.safetensors")):
         if file.name == ORIGINALS:  # tensors of the adapter, which the export to PEFT reads
             continue
-        origin = origins.get(file.stem)
-        if origin is None:
+        if file.stem not in known:
             raise UserError(
                 f"{file}: its name is not a known layout; it was written by a later version; upgrade this program"
             )
+        origin = layout_of(file.stem, language, tower)
         for name, entry in read_safetensors_header(file).items():
             there = origin.translate(name, layout)
             if there is None:

@@ -23,7 +23,6 @@ from chatpose_jax.weights.adapters import row_module
 from chatpose_jax.weights.images import Preprocessing, infer_image_settings
 from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
 from chatpose_jax.weights.initial import initial
-from chatpose_jax.weights.layouts import NameRule
 from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
 from chatpose_jax.weights.nonfinite import Nonfinite
 from chatpose_jax.weights.paths import by_path
@@ -32,6 +31,7 @@ from chatpose_jax.weights.readers import TensorEntry
 from chatpose_jax.weights.rows import allowed_rows, append_rows, replace_rows
 from chatpose_jax.weights.sources import Source, open_sources
 from chatpose_jax.weights.spec import SourceSpec
+from chatpose_jax.weights.table import NameRule
 
 _FLOATING = {np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
 _SHOWN = 8
@@ -164,11 +164,13 @@ class _Work:
                 unused |= dict.fromkeys(behind, "follows the last block that is used")
             if rule.target in skipped:
                 self.ignored |= {name: skipped[rule.target] for name in names if name in tensors}
+            elif rule.target not in self.tree:
+                for name in names:
+                    if name in tensors:
+                        self.problem("not in the model", name)
             elif absent := [name for name in names if name not in tensors and not source.may_lack(name)]:
                 for name in absent:
                     self.problem("missing", name)
-            elif rule.target not in self.tree:
-                self.problem("not in the model", names[0])
             elif rule.target in self.leaves:
                 self.problem("duplicate", f"{rule.target} comes from {source.title} and from another source")
             else:

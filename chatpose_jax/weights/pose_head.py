@@ -17,9 +17,10 @@ from chatpose_jax.models.config import HeadConfig, ModelConfig, frozen
 from chatpose_jax.models.heads import abstract_head, head_output, is_own, trusted_head
 from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.heads.mlp import MLPHead
-from chatpose_jax.weights.layouts import Layout, NameRule, parts
+from chatpose_jax.weights.layouts import parts
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.readers import read_json_object
+from chatpose_jax.weights.table import Layout, NameRule
 
 WEIGHTS, DESCRIPTION = "pose_head.safetensors", "pose_head.json"
 FORMAT = "chatpose-pose-head"
@@ -111,7 +112,6 @@ def layout(folder: Path, given: str | type[PoseHead] | None = None) -> Layout:
         family="pose_head",
         rules=rules(head, paths),
         ignored=(),
-        recognise=lambda shapes: True,
         settings=lambda config, shapes: {"head": head},
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights import adapter_config, adapters, pose_head
 from chatpose_jax.weights.adapter_config import ADAPTER_CONFIG
-from chatpose_jax.weights.layouts import LAYOUTS, Layout, Shape, recognise
+from chatpose_jax.weights.backbones import TOWERS, Language
+from chatpose_jax.weights.layouts import layouts, recognise
 from chatpose_jax.weights.readers import (
     ADAPTER_FILES,
     Checkpoint,
@@ -23,6 +24,8 @@ from chatpose_jax.weights.readers import (
     read_json_object,
 )
 from chatpose_jax.weights.spec import SourceSpec
+from chatpose_jax.weights.table import Layout, Shape
+from chatpose_jax.weights.tokens import control_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,10 @@ def open_sources(spec: SourceSpec) -> list[Source]:
     """
     spec.demand_paths()
     path, adapter, projector = Path(spec.path), spec.adapter, spec.projector
-    main = _source(path, spec.layout, spec.lora_alpha)
+    given = Path(spec.tokenizer) if spec.tokenizer else path
+    main = _source(
+        path, spec.layout and [spec.layout], spec.lora_alpha, control=control_tokens(given), backbone=spec.backbone
+    )
     if main.is_adapter:
         raise UserError(
             f"{path}: a PEFT adapter ({describe_adapters(main)}), which needs its base: chatpose convert BASE OUT --adapter {path}"
@@ -88,20 +94,28 @@ def open_sources(spec: SourceSpec) -> list[Source]:
     if projector is not None:
         # Only the projector of a folder is read, whatever else it contains.
         inside = find_projector(Path(projector)) if Path(projector).is_dir() else None
-        sources.append(_source(inside or Path(projector), "llava_projector"))
+        sources.append(_source(inside or Path(projector), ["llava_projector"]))
     if "pose_head" not in main.layout.parts:
         sources += _pose_head(path, spec.head)
     if spec.vision is not None:
-        sources.append(_source(Path(spec.vision), "clip"))
+        sources.append(_source(Path(spec.vision), TOWERS))
     if adapter is not None:
-        sources += open_adapter(adapter, spec.lora_alpha, spec.head)
+        sources += open_adapter(adapter, spec.lora_alpha, spec.head, main.layout.language)
     return sources
 
 
-def open_adapter(path: str | Path, lora_alpha: float | None = None, head: str | type | None = None) -> list[Source]:
-    """Opens a PEFT folder: the adapter, and the pose head beside it. Raises UserError if it is not an adapter."""
+def open_adapter(
+    path: str | Path,
+    lora_alpha: float | None = None,
+    head: str | type | None = None,
+    language: Language | None = None,
+) -> list[Source]:
+    """Opens a PEFT folder: the adapter, and the pose head beside it. language: the family of its base, if that is known.
+
+    Raises UserError if it is not an adapter.
+    """
     path = Path(path)
-    source = _source(path, None, lora_alpha)
+    source = _source(path, None, lora_alpha, language=language)
     if not source.is_adapter:
         raise UserError(f"{path}: {source.layout.title}, not a PEFT adapter; give it as the source, not as --adapter")
     heads = [] if "pose_head" in source.layout.parts else _pose_head(path, head)
@@ -126,21 +140,30 @@ def describe_adapters(source: Source) -> str:
     return f"{adapters.in_words(lora)}{f', made for {over}' if over else ''}"
 
 
-def _source(path: Path, family: str | None, lora_alpha: float | None = None) -> Source:
+def _source(
+    path: Path,
+    families: Collection[str] | None,
+    lora_alpha: float | None = None,
+    *,
+    control: Collection[str] = (),
+    backbone: str | None = None,
+    language: Language | None = None,
+) -> Source:
+    """families, control, backbone: as in ``recognise``. language: the family of the base that an adapter belongs to, if it is known."""
     checkpoint = _open(path)
     shapes = checkpoint.shapes
     settings = _adapter_config(checkpoint)
     lora = adapter_config.lora_config(shapes, settings, checkpoint.folder, lora_alpha)
     rows = adapter_config.token_ids(shapes, settings, checkpoint.folder)
     targeted = adapter_config.targeting(settings, checkpoint.folder) if lora is not None else None
-    if lora is not None and family is None:
-        over = _base_of_adapter(shapes)
+    if lora is not None and families is None:
+        over = _base_of_adapter(shapes, language)
         if over is not None:
             _demand_all_projections(over, shapes, targeted, checkpoint.folder)
             adapter_config.demand_all(shapes, settings, targeted, checkpoint.folder)
             return Source(checkpoint, adapters.alone(over, shapes), lora, rows, targeted)
     try:
-        layout = recognise(shapes, checkpoint.config(), family)
+        layout = recognise(shapes, checkpoint.config(), families, control, backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return Source(checkpoint, adapters.with_adapters(layout, shapes), lora, rows)
@@ -179,13 +202,13 @@ def _demand_all_projections(
             )
 
 
-def _base_of_adapter(shapes: Mapping[str, Shape]) -> Layout | None:
+def _base_of_adapter(shapes: Mapping[str, Shape], language: Language | None = None) -> Layout | None:
     """The layout of an adapter's base, found by the names of the adapter's modules; ``None`` if the base's weights are there too. If several
     layouts fit, the one with the most rules is taken, because ``modules_to_save`` may contain any part.
     """
     if any(name.endswith(".q_proj.weight") for name in shapes):
         return None
-    fitting = [layout for layout in LAYOUTS if adapters.with_adapters(layout, shapes) != layout]
+    fitting = [layout for layout in layouts(language) if adapters.with_adapters(layout, shapes) != layout]
     return max(fitting, key=lambda layout: len(layout.rules), default=None)
 
 

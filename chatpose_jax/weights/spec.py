@@ -25,6 +25,7 @@ class SourceSpec:
     adapter: a PEFT folder. Its adapters are not merged; its other tensors replace those of the base.
     lora_alpha: alpha of adapters without an ``adapter_config.json``.
     layout: one of ``layouts.FAMILIES``; default: recognised by the tensor names.
+    backbone: the family of the language model, one of ``backbones.LANGUAGES``; default: by ``config.json`` and the tokenizer.
     dtype: dtype of the base, in storage and in computation; default: as stored. Added token rows and the pose head are always float32.
     quantize: "int8" stores the projections of the decoder's layers in int8, with one scale for each output channel.
     init_missing: parts ("vision", "projector") to initialise at random if no source has them.
@@ -45,6 +46,7 @@ class SourceSpec:
     lora_alpha: float | None = None
     tokenizer: str | Path | None = None
     layout: str | None = None
+    backbone: str | None = None
     dtype: DType | None = None
     quantize: Quantize = "none"
     init_missing: tuple[Literal["vision", "projector"], ...] = ()

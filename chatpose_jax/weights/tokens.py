@@ -82,6 +82,14 @@ def tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
         ) from None
 
 
+def control_tokens(folder: str | Path) -> set[str]:
+    """The literals of the control tokens of a folder's tokenizer; empty if it has none that can be read, which ``read_tokens`` reports."""
+    try:
+        return set(read_tokens(folder).control)
+    except UserError:
+        return set()
+
+
 def _tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
     def json_file(name: str) -> dict:
         return parse_json_object(files[name], where / name) if name in files else {}

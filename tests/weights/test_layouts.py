@@ -23,9 +23,10 @@ from chatpose_jax.models.config import ModelConfig  # noqa: E402
 from chatpose_jax.processing.processor import Processor  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import TOKENIZER, load_model_config, load_params  # noqa: E402
-from chatpose_jax.weights.layouts import LAYOUTS, Transform  # noqa: E402
+from chatpose_jax.weights.layouts import layouts  # noqa: E402
 from chatpose_jax.weights.sources import open_sources  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
+from chatpose_jax.weights.table import Transform  # noqa: E402
 
 from .sources import (  # noqa: E402
     IMAGE_ID,
@@ -336,7 +337,7 @@ def test_transforms_have_inverses(transform: Transform, shape: tuple[int, ...]) 
     np.testing.assert_array_equal(transform.read(lambda index: source[index], leaf.shape, box), leaf[box])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", list(layouts()), ids=lambda layout: layout.name)
 def test_tables_are_invertible(layout: Any) -> None:
     """No leaf has two rows, and rows that share a source take different parts of it."""
     targets = [rule.target for rule in layout.rules]

@@ -1,4 +1,4 @@
-"""Name tables: which source tensor becomes which leaf of the parameter tree, and back.
+"""Name tables: which source tensor becomes which leaf of the parameter tree, and back. Families (``backbones``) and ``layouts`` are written in them.
 
 A ``NameRule`` maps one name template to one leaf. If the template contains ``{i}``, the number of the layer, the leaf has a leading layer axis. A
 tensor that becomes two leaves (rows of the base vocabulary, and added rows) has two rules with different ``rows``. Every transform has an inverse, so
@@ -11,12 +11,15 @@ import dataclasses
 import enum
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.settings import one_line
+
+if TYPE_CHECKING:  # families are written in these tables
+    from chatpose_jax.weights.backbones.family import Language, Tower
 
 Shape = tuple[int, ...]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
@@ -90,6 +93,19 @@ class NameRule:
         return [self.source.replace("{i}", str(i)) for i in range(num_layers)] if self.stacked else [self.source]
 
 
+_T = Transform.TRANSPOSE
+
+
+def linear(source: str, target: str) -> tuple[NameRule, NameRule]:
+    """The rules of a torch Linear with a bias."""
+    return NameRule(f"{source}.weight", f"{target}/kernel", _T), NameRule(f"{source}.bias", f"{target}/bias")
+
+
+def norm(source: str, target: str) -> tuple[NameRule, NameRule]:
+    """The rules of a LayerNorm."""
+    return NameRule(f"{source}.weight", f"{target}/scale"), NameRule(f"{source}.bias", f"{target}/bias")
+
+
 @dataclasses.dataclass(frozen=True)
 class Ignored:
     """Source tensors that are not used, by pattern (``re.fullmatch``), with the reason."""
@@ -102,32 +118,33 @@ class Ignored:
 
 
 Settings = dict[str, Any]
-_T = Transform.TRANSPOSE
 _ADAPTED = r"decoder/layers/(attn|mlp)/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A kind of checkpoint. ``recognise`` decides by tensor names only, ``configured`` by ``config.json``.
+    """The names in one checkpoint: its kind, with the families of its language model and its vision tower.
 
+    A rule whose leaf the model does not have applies to no tensor: tied weights have no LM head, few families have biases.
+
+    name: of its kind; passengers are stored under it. family: the name for the user (``--layout``), which several kinds may share.
+    unused: tensors that this model does not use but other layouts have names for, under paths of their own. They become passengers.
     ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields without the vocabulary split),
     ``head`` (HeadConfig), ``select_layer`` and ``image_token_id``. It raises UserError for a setting that the model does not support.
+    config_json: makes ``config.json`` of an export; ``None`` if nothing is exported in this layout.
+    language, tower: the families; ``None`` if it contains none.
     """
 
     name: str
     title: str
     rules: tuple[NameRule, ...]
     ignored: tuple[Ignored, ...]
-    recognise: Callable[[Mapping[str, Shape]], bool]
     settings: Callable[[Mapping[str, Any], Mapping[str, Shape]], Settings]
-    configured: Callable[[Mapping[str, Any]], bool] = lambda config: True
-    """Distinguishes layouts with the same tensor names."""
     family: str = ""
-    """The name for the user (``--layout``), which several layouts may share."""
     unused: tuple[NameRule, ...] = ()
-    """Tensors that this model does not use but other layouts have names for, under paths of their own. They become passengers."""
     config_json: Callable[[ModelConfig], dict[str, Any]] | None = None
-    """Makes ``config.json`` of an export; ``None`` if nothing is exported in this layout."""
+    language: Language | None = None
+    tower: Tower | None = None
 
     __repr__ = one_line
 
