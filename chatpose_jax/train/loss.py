@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from chatpose_jax.models.chatpose import ChatPoseModel
 from chatpose_jax.models.heads.base import Distance, PoseHead
 from chatpose_jax.models.layers import matmul, product
-from chatpose_jax.models.sharding import constrain, gather_weight
+from chatpose_jax.models.sharding import constrain, gather_weight, platform
 from chatpose_jax.settings import one_line
 from chatpose_jax.train.pose_loss import PoseLoss
 
 CHUNK = 256
-"""Positions of each row for which logits are computed at a time, while the vocabulary trains: each chunk adds to its gradient."""
-FROZEN_CHUNK = 16
-"""The same for a frozen vocabulary. Chunks without labels are skipped, so small chunks compute little that does not count."""
+"""Positions of each row for which logits are computed at a time. Each chunk reads the vocabulary's weights, and adds to their gradient if they
+train: GPUs and TPUs need large chunks."""
+CPU_CHUNK = 16
+"""The same on CPU for a frozen vocabulary. Chunks without labels are skipped, so small chunks compute little that does not count."""
 IGNORED = -100
 PAPER_LOSS = PoseLoss()
 """The paper's pose loss: the mean |ΔR| of the root and of the other joints."""
@@ -89,7 +90,7 @@ def _scan(
     """The sums of ``_total``, and the gradients of the first sum with respect to hidden, kernel and added, if ``wanted``."""
     batch, length, width = hidden.shape
     base, dtype = kernel.shape[1], hidden.dtype
-    chunks = -(-length // (CHUNK if wanted[1] else min(CHUNK, FROZEN_CHUNK)))
+    chunks = -(-length // (CHUNK if wanted[1] or platform() != "cpu" else min(CHUNK, CPU_CHUNK)))
     size = -(-length // chunks)
     padding = chunks * size - length
     order = jnp.argsort(predicted < 0, axis=1, stable=True)  # positions with a label come first
