@@ -236,43 +236,76 @@ def fake_batch(config: ModelConfig, batch: int = 2, length: int = 32, images: in
     return data
 
 
-def unstack_layers(params: Params, *, consume: bool = False) -> Params:
+def unstack_layers(params: Params, *, consume: bool = False, config: ModelConfig | None = None) -> Params:
     """Stacked layers (leading axis L) -> ``{0: …, 1: …}``, the layout of ``scan_layers=False``.
 
+    Also inside a traced function: the gradient of an array is put together once, not layer by layer.
+
     consume: free each stacked array once it is unstacked, so that the model is never in memory twice. ``params`` cannot be used afterwards.
+    config: needed where ``params`` is only a part of a model, such as its adapters, which does not tell how many layers there are.
     """
 
-    def change(layers: Params) -> Params:
-        count = jax.tree.leaves(layers)[0].shape[0]
-        out: Params = {i: {} for i in range(count)}
+    def spread(layers: Params, count: int) -> Params:
+        out: Params = {}
         for name, value in layers.items():
             if isinstance(value, dict):
-                pieces = [inner for _, inner in sorted(change(value).items())]
-            else:
-                pieces = [jax.block_until_ready(value[i]) for i in range(count)]
+                pieces = spread(value, count)
+            else:  # fewer than there are layers: of the last ones
+                pieces = dict(enumerate(_pieces(value), count - len(value)))
                 if consume:
+                    jax.block_until_ready(pieces)
                     value.delete()
-            for i, piece in enumerate(pieces):
-                out[i][name] = piece
+            for i, piece in pieces.items():
+                out.setdefault(i, {})[name] = piece
         return out
 
-    return _map_layers(params, change)
-
-
-def stack_layers(params: Params) -> Params:
-    """The inverse of ``unstack_layers``. Keys may be integers or strings of digits."""
-
-    def change(layers: Params) -> Params:
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *(layers[i] for i in sorted(layers, key=int)))
+    def change(tower: str, layers: Params) -> Params:
+        longest = max(len(leaf) for leaf in jax.tree.leaves(layers))
+        return spread(layers, longest if config is None else _num_layers(config, tower))
 
     return _map_layers(params, change)
 
 
-def _map_layers(params: Params, change: Any) -> Params:
+def _num_layers(config: ModelConfig, tower: str) -> int:
+    if tower == "decoder":
+        return config.text.num_layers
+    assert config.vision is not None
+    return config.vision.num_used_layers
+
+
+@jax.jit
+def _pieces(stack: jax.Array) -> list[jax.Array]:
+    return [jnp.squeeze(piece, 0) for piece in jax.lax.split(stack, (1,) * len(stack))]
+
+
+def stack_layers(params: Params, *, consume: bool = False) -> Params:
+    """The inverse of ``unstack_layers``. Keys may be integers or strings of digits. consume: as there."""
+
+    def change(tower: str, layers: Params) -> Params:
+        return join([layers[i] for i in sorted(layers, key=int)])
+
+    def join(layers: list[Params]) -> Params:
+        names = dict.fromkeys(name for layer in layers for name in layer)
+        return {name: merge([layer[name] for layer in layers if name in layer]) for name in names}
+
+    def merge(pieces: list[Any]) -> Any:
+        if isinstance(pieces[0], dict):
+            return join(pieces)
+        stack = jnp.stack(pieces)
+        if consume:
+            jax.block_until_ready(stack)
+            for piece in pieces:
+                piece.delete()
+        return stack
+
+    return _map_layers(params, change)
+
+
+def _map_layers(params: Params, change: Callable[[str, Params], Params]) -> Params:
     """Applies ``change`` to the layers of vision tower and decoder only; a pose head may have a list named ``layers`` too."""
     towers = {
-        name: {**params[name], "layers": change(params[name]["layers"])}
+        name: {**params[name], "layers": change(name, params[name]["layers"])}
         for name in ("vision", "decoder")
-        if name in params
+        if "layers" in params.get(name, {})
     }
     return {**params, **towers}

@@ -24,6 +24,7 @@ from chatpose_jax.planning.targets import EFFICIENCY, EFFORT, Target, compiler_o
 from chatpose_jax.train.chips import CHIPS, GiB
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.flops import StepCost, decode_cost, train_cost
+from chatpose_jax.train.layout import at_run_time, lay_out
 from chatpose_jax.train.step import abstract_state, make_step
 
 
@@ -106,6 +107,8 @@ def plan_training(
         raise UserError(f"{train.batch_size} rows do not divide among data × fsdp = {ways}: change --batch or --mesh")
     params = abstract_params(model)
     state, frozen = abstract_state(train, params, where)
+    model = at_run_time(model, train.layers, where)
+    frozen = place(jax.eval_shape(lambda frozen: lay_out(frozen, model), frozen), where)
     stacked = train.accumulate > 1
     leading = (train.accumulate, train.batch_size) if stacked else (train.batch_size,)
     rows = batch_sharding(where, stacked=stacked)

@@ -1,7 +1,12 @@
-"""Checkpoints of a run: trainable parameters, optimiser state, step and data position, with the settings and hashes of the frozen base."""
+"""Checkpoints of a run: trainable parameters, optimiser state, step and data position, with the settings and hashes of the frozen base.
+
+Layers are stacked in them, whatever the run does (``train.layers``).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState
@@ -68,7 +74,7 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder / str(step)}: no readable checkpoint ({error}); delete this folder to resume from an older one"
             ) from error
-        saved = _in_todays_terms(run["identity"])
+        saved = _in_todays_terms(run["identity"], self.identity)
         differing = [
             f"{table}.{key}"
             for table, values in self.identity.items()
@@ -139,11 +145,21 @@ def _merit(metrics: Mapping[str, float]) -> float:
     return -metrics[METRIC]
 
 
-def _in_todays_terms(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Updates the settings of an old checkpoint: ``train.pose_loss`` did not exist, and all heads had 24 joints."""
+def _in_todays_terms(saved: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """Updates the settings of an old checkpoint: those of ``today`` that did not exist have their default, and all heads had 24 joints."""
     tables = {name: dict(values) for name, values in saved.items()}
-    if "train" in tables:
-        tables["train"].setdefault("pose_loss", [list(row) for row in TrainConfig().pose_loss])
     if (head := tables.get("model", {}).get("head", {})).get("num_joints") == 24:
         tables["model"]["head"] = {name: value for name, value in head.items() if name != "num_joints"}
-    return tables
+    defaults = {"model": ModelConfig().to_json(), "train": dataclasses.asdict(TrainConfig())}
+    return _completed(tables, today, json.loads(json.dumps(defaults)))
+
+
+def _completed(saved: Mapping[str, Any], today: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved`` with the default of every setting of ``today`` that it lacks, in inner tables too."""
+    whole = {**{name: defaults[name] for name in today if name in defaults}, **saved}
+    inner = {
+        name: _completed(value, today[name], defaults[name])
+        for name, value in saved.items()
+        if all(isinstance(table.get(name), Mapping) for table in (saved, today, defaults))
+    }
+    return {**whole, **inner}

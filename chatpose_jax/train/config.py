@@ -32,6 +32,9 @@ class MeshConfig:
             raise UserError(f"train.mesh: at most one axis may be -1, found {self}")
 
 
+Layers = Literal["auto", "scanned", "unrolled"]
+"""See ``TrainConfig.layers``."""
+
 PoseTerm = Literal["matrices", "geodesic", "joints", "betas", "translation"]
 """Names of the terms of the pose loss: the keys of ``train.pose_loss.TERMS``."""
 
@@ -68,6 +71,8 @@ class TrainConfig:
         matrices. For a pose head with its own loss, only the default is allowed.
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay, which added tokens); see ``train.trainable``.
     mesh: the device mesh; ``batch_size`` must be a multiple of data × fsdp.
+    layers: "unrolled" lays layers out one after another, which is faster on CPU; "scanned" compiles one layer and loops over it, which compiles in
+        the time of one; "auto" is unrolled on CPU and scanned elsewhere. Results are the same, and so are checkpoints: a run may resume in the other.
     remat: which activations of a layer are saved for the backward pass; it recomputes the others ("none" recomputes nothing,
         "full" everything). See ``models.remat``.
     max_skipped: how many updates in a row may be dropped because loss or gradient is not finite, before the run stops.
@@ -99,6 +104,7 @@ class TrainConfig:
     pose_loss: tuple[tuple[PoseTerm, float], ...] = (("matrices", 1.0),)
     trainable: tuple[Rule, ...] = PAPER
     mesh: MeshConfig = MeshConfig()
+    layers: Layers = "auto"
     remat: Literal["none", "dots", "save_qkv", "save_attention", "full"] = "full"
     max_skipped: int = 10
     seed: int = 0

@@ -34,7 +34,8 @@ PREFIX = "val_"
 class Context:
     """The argument of an evaluator's function.
 
-    config: the settings of the run. processor: encodes conversations. mesh: the mesh of the parameters; None is one device.
+    config: the settings of the run; ``config.model`` also says how the layers of the parameters lie, so that it binds them.
+    processor: encodes conversations. mesh: the mesh of the parameters; None is one device.
     rows: returns the rows of a split of the configured data. say: reports a line to the user.
     """
 

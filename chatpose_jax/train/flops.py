@@ -50,7 +50,7 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     A matmul with n weights takes 2n operations for each token. Causal attention takes half of 4·T²·H·K for each row in the forward pass, and twice
     that in the backward pass.
     """
-    params = flatten(abstract_params(model))
+    params = flatten(abstract_params(model.replace(scan_layers=True)))
     rows = assign(params, train.trainable)
     trains = {path: row.lr is not None for path, row in rows.items()}
     seen = model.image_tokens

@@ -31,6 +31,7 @@ from chatpose_jax.train.chips import peak_flops
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.evaluators import Context, check_evaluators, make_evaluators
 from chatpose_jax.train.flops import utilisation
+from chatpose_jax.train.layout import at_run_time
 from chatpose_jax.train.pose_loss import demand_fields
 from chatpose_jax.train.run_config import RunConfig
 from chatpose_jax.train.start import adopt, initial_params, make_processor
@@ -80,7 +81,8 @@ def run_training(
         config = adopt(config, init)
     if not config.model.scan_layers:
         raise UserError(
-            "model.scan_layers must be true in training: model folders contain stacked layers (chat unrolls them)"
+            "model.scan_layers must be true: it says how layers lie in model folders, where they are stacked; "
+            "train.layers=unrolled lays them out one after another while the run trains"
         )
     demand_table(config)  # before anything is read
     check_sources(config.data)
@@ -102,8 +104,9 @@ def _run(
     callback: Callback | None,
     say: Callable[[str], None],
 ) -> Path:
-    model, settings = config.model, config.train
+    settings = config.train
     mesh = training_mesh(settings)
+    model = at_run_time(config.model, settings.layers, mesh)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
     size = model.image_size
@@ -122,7 +125,7 @@ def _run(
     evaluate = None
     if settings.eval_every:  # after the training source, so that an error of both sources does not blame validation
         with validating(settings):
-            evaluate = make_evaluators(Context(config, processor, mesh, rows_of, say))
+            evaluate = make_evaluators(Context(dataclasses.replace(config, model=model), processor, mesh, rows_of, say))
         if evaluate.names is not None:
             demand_best(evaluate.names, settings.best)
     say(f"measuring {len(source)} rows ...")
@@ -166,7 +169,7 @@ def _run(
     with hosts.restartable(out):
         return save_folder(
             folder,
-            model,
+            config.model,
             params,
             processor=processor,
             provenance={

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from chatpose_jax.models.chatpose import bind
+from chatpose_jax.models.chatpose import ChatPoseModel, bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.sharding import batch_sharding, on_mesh, shardings
 from chatpose_jax.settings import one_line
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.layout import lay_out
 from chatpose_jax.train.loss import counts, final_states, loss
 from chatpose_jax.train.optimizer import learning_rate, optimizer
 from chatpose_jax.train.pose_loss import PoseLoss
@@ -26,7 +27,7 @@ from chatpose_jax.train.pose_loss import PoseLoss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: () int32, number of batches seen. trainable: arrays by path. opt_state: optax's state, only for trainable arrays.
+    """step: () int32, number of batches seen. trainable: arrays by path, layers stacked. opt_state: optax's state, only for trainable arrays.
 
     skipped: (2,) int32, number of updates dropped because loss or gradient was not finite: in total, and the latest ones in a row.
     """
@@ -69,7 +70,10 @@ def state_shardings(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) 
 
 
 def abstract_state(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -> tuple[TrainState, table.Flat]:
-    """Shapes and shardings of the result of ``init_state``. Nothing is allocated, and the mesh may be one of another machine."""
+    """Shapes and shardings of the result of ``init_state``. Nothing is allocated, and the mesh may be one of another machine.
+
+    params: abstract shapes, layers stacked.
+    """
     trainable, frozen = table.split(params, config.trainable)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in trainable.items()}
     state = jax.eval_shape(lambda trainable: _initial(config, params, trainable), shapes)
@@ -83,7 +87,7 @@ def abstract_state(config: TrainConfig, params: Mapping[str, Any], mesh: Mesh) -
 def init_state(
     config: TrainConfig, params: Mapping[str, Any], mesh: Mesh | None = None
 ) -> tuple[TrainState, table.Flat]:
-    """The state at step 0, and the frozen arrays, which are not part of the state.
+    """The state at step 0, and the frozen arrays, which are not part of the state. Layers are stacked in ``params`` and in both results.
 
     mesh: both are put on this mesh; arrays that are already there are not moved. None leaves everything in place.
     """
@@ -104,13 +108,15 @@ def make_step(
 ) -> Step:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``. The state is donated; frozen arrays are only read.
 
+    ``model_config.scan_layers`` says how the layers of ``frozen`` lie (``layout.lay_out``), and how the model runs. Those of the state are stacked.
+
     With ``accumulate`` > 1, every array of the batch has the micro-batches on an additional leading axis. Each part of the loss is the mean over
     what counts for it in the whole batch: tokens, measured joints, known betas. So the update equals that of one large batch. Dropout and the pose
     head's loss use separate keys made from (seed, step, micro-batch), so a resumed run repeats an uninterrupted one. If loss or gradient is not
     finite, the update is dropped and counted in the metrics ``skipped`` (in total) and ``skipped_in_a_row``.
 
     Args:
-        params: arrays or abstract shapes.
+        params: arrays or abstract shapes, layers stacked.
         mesh: the mesh of ``init_state``. Batches are sharded on it by ``models.sharding.batch_sharding``.
     """
     tx = optimizer(config, params)
@@ -118,10 +124,13 @@ def make_step(
     distance = PoseLoss(config.pose_loss)
     masks = table.masks(params, config.trainable, model_config.pose_token_id - model_config.text.base_vocab_size)
 
+    def model_of(trainable: table.Flat, frozen: table.Flat) -> ChatPoseModel:
+        return bind(model_config, table.merge(lay_out(trainable, model_config), frozen))
+
     def objective(
         trainable: table.Flat, frozen: table.Flat, batch: Mapping[str, Any], key: jax.Array, weights: Any, scale: Any
     ) -> Any:
-        model = bind(model_config, table.merge(trainable, frozen))
+        model = model_of(trainable, frozen)
         drop = model_config.lora is not None and model_config.lora.dropout > 0
         hidden = final_states(model, batch, dropout_key=key if drop else None, remat=config.remat)
         return loss(
@@ -145,7 +154,7 @@ def make_step(
             return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *part, scale)), None
 
         keys = jax.random.split(key, config.accumulate)
-        head = bind(model_config, table.merge(trainable, frozen)).pose_head
+        head = model_of(trainable, frozen).pose_head
         shares = jax.tree.map(lambda n: n / jnp.maximum(n.sum(), 1), jax.vmap(functools.partial(counts, head))(batch))
         scale = distance.scale(batch["poses"], batch["pose_mask"])  # makes these parts exact under the share of poses
         shares = shares._replace(parts={name: share for name, share in shares.parts.items() if name not in scale})

@@ -33,11 +33,13 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
+from chatpose_jax.train.layout import lay_out, stacked
 from chatpose_jax.train.step import TrainState, init_state, make_step
 from chatpose_jax.train.telemetry import Meter
 
 IGNORED_SETTINGS = (
-    "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "remat", "max_skipped", "attention",
+    "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "layers", "remat", "max_skipped",
+    "attention",
 )  # fmt: skip
 """Settings that may change when a run resumes: the number of steps, intervals, devices. A change of any other setting would make it another run."""
 
@@ -62,7 +64,7 @@ Flops = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
 """A batch -> floating-point operations of a step, by the name under which their fraction of the peak is logged."""
 
 Evaluation = Callable[[dict[str, Any]], Mapping[str, Any]]
-"""Parameters -> scalars, and images as (H, W, 3) uint8 arrays, by name."""
+"""Parameters, in the layout of the run -> scalars, and images as (H, W, 3) uint8 arrays, by name."""
 
 Callback = Callable[[int, Mapping[str, Any]], bool | None]
 """(step, values of a line of the log) -> True to stop after the next step, as after an interrupt. Every process must return the same."""
@@ -204,7 +206,8 @@ def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
 
 def identity(model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
     """The settings that must be the same when a run resumes, as JSON values."""
-    settings = {"model": model_config.to_json(), "train": dataclasses.asdict(config)}
+    model = model_config.replace(scan_layers=True)  # as in checkpoints, whatever the run does
+    settings = {"model": model.to_json(), "train": dataclasses.asdict(config)}
     kept = {table: {k: v for k, v in values.items() if k not in IGNORED_SETTINGS} for table, values in settings.items()}
     return json.loads(json.dumps(kept))  # type: ignore[no-any-return]
 
@@ -237,13 +240,17 @@ def train(
     say: Callable[[str], None] = hosts.say,
     result: Path | None = None,
 ) -> dict[str, Any]:
-    """Train until ``config.steps`` and return the parameters. ``out`` contains ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+    """Train until ``config.steps`` and return the parameters, layers stacked.
+
+    ``out`` contains ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
 
     If ``out`` contains a checkpoint, the run resumes from it instead of ``params``, on any mesh and with any number of processes. The first
     interrupt or SIGTERM saves and raises ``Interrupted``.
 
     Args:
-        params: initial parameters, placed on the mesh. Trainable arrays are donated to the first step; frozen ones are used as they are.
+        model_config: ``scan_layers`` says how layers lie while the run trains.
+        params: initial parameters, placed on the mesh, layers stacked. Trainable arrays are donated to the first step. Frozen ones are used as they
+            are, or freed one after the other as their layers are unrolled.
         batches: gives the rows ``feed.local_rows(mesh, …)`` of each global batch.
         mesh: the devices of all processes; None is the first device of this process.
         evaluate: called with the parameters every ``eval_every`` steps; its scalars and images are logged.
@@ -281,6 +288,7 @@ def train(
         batches.restore(position)
         say(f"resuming from step {int(state.step)} in {out}")
     first = int(state.step)
+    frozen = lay_out(frozen, model_config, consume=True)
     log = Log(out, first, config.wandb, settings, say)
     bar = tqdm(
         total=config.steps,
@@ -291,7 +299,7 @@ def train(
         mininterval=1.0 if sys.stderr.isatty() else 30.0,
     )
     loop = _Loop(
-        config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
+        model_config, config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
         evaluate, flops, peak, profile, out, callback, say,
     )  # fmt: skip
     with hosts.restartable(out), contextlib.ExitStack() as closing:
@@ -312,13 +320,14 @@ def train(
                 say(f"the result is the checkpoint of step {best}, the best by {config.best}")
     if not complete:
         raise Interrupted(int(state.step))
-    return table.merge(state.trainable, frozen)
+    return table.merge(state.trainable, stacked(frozen, model_config, consume=True))
 
 
 @dataclasses.dataclass
 class _Loop:
     """What does not change from step to step."""
 
+    model_config: ModelConfig
     config: TrainConfig
     mesh: Mesh | None
     frozen: table.Flat
@@ -359,7 +368,7 @@ class _Loop:
                 self._arrived(*under_way.popleft(), meter, stop, chart=logs and not under_way)
             metric, values = None, dict[str, float]()
             if self.evaluate is not None and evaluates:
-                found = self.evaluate(table.merge(state.trainable, self.frozen))
+                found = self.evaluate(table.merge(lay_out(state.trainable, self.model_config), self.frozen))
                 self._tell(step, found, stop)
                 values = {name: value for name, value in found.items() if not isinstance(value, np.ndarray)}
                 metric = best_metric(values, config.best)

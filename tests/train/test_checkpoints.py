@@ -63,7 +63,7 @@ def test_another_base_is_refused_by_name(tmp_path):
 
 
 def test_a_run_of_before_train_pose_loss_goes_on(tmp_path):
-    """Its settings said that the head gives 24 joints, and nothing of the pose loss."""
+    """Its settings said that the head gives 24 joints, and nothing of the pose loss or of tied embeddings."""
     state, frozen = state_of()
     today = identity(preset("tiny"), TrainConfig())
     before = {
@@ -71,6 +71,7 @@ def test_a_run_of_before_train_pose_loss_goes_on(tmp_path):
         "train": dict(today["train"]),
     }
     assert before["train"].pop("pose_loss") == [["matrices", 1.0]]
+    before["model"]["text"] = {name: value for name, value in today["model"]["text"].items() if name != "tied"}
     options = {"keep": 1, "frozen": fingerprint(frozen), "result": tmp_path}
     checkpoints = Checkpoints(tmp_path / "run", identity=before, **options)
     checkpoints.save(at(state, 1), {"step": 1})
@@ -79,6 +80,9 @@ def test_a_run_of_before_train_pose_loss_goes_on(tmp_path):
     other = identity(preset("tiny"), TrainConfig(pose_loss=(("geodesic", 1.0),)))
     with pytest.raises(UserError, match=r"other settings of train\.pose_loss"):
         Checkpoints(tmp_path / "run", identity=other, **options).restore(state)
+    tied = preset("tiny").replace(text=dataclasses.replace(preset("tiny").text, tied=True))
+    with pytest.raises(UserError, match=r"other settings of model\.text"):
+        Checkpoints(tmp_path / "run", identity=identity(tied, TrainConfig()), **options).restore(state)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])

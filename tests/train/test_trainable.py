@@ -71,6 +71,13 @@ def test_a_padded_vocabulary_trains_no_more_than_the_pose_tokens_rows():
     assert re.search(r"added +2 +655,360 ", describe_trainable(abstract_params(padded), every))
 
 
+def test_a_tied_model_has_one_mask():
+    tied = preset("tiny").replace(text=dataclasses.replace(preset("tiny").text, tied=True))
+    found = masks(abstract_params(tied), PAPER, 0)
+    assert {path: mask.tolist() for path, mask in found.items()} == {"decoder/embed_tokens/added": [[True], [False]]}
+    assert len(masks(abstract_params(preset("tiny")), PAPER, 0)) == 2
+
+
 def test_int8_kernels_must_be_frozen():
     config = preset("tiny").replace(quantize="int8")
     assert not any(path.endswith("kernel") for path in split(abstract_params(config), PAPER)[0] if "layers" in path)

@@ -1,0 +1,156 @@
+"""Layers stacked or unrolled: the same steps, the same checkpoints, and one layout on disk."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from chatpose_jax.models.chatpose import abstract_params, bind, fake_batch, init_params, stack_layers, unstack_layers
+from chatpose_jax.models.sharding import batch_sharding, make_mesh, shardings
+from chatpose_jax.train import trainable as table
+from chatpose_jax.train.checkpoints import Checkpoints
+from chatpose_jax.train.fingerprint import fingerprint
+from chatpose_jax.train.layout import at_run_time, lay_out, stacked
+from chatpose_jax.train.step import init_state, make_step
+from chatpose_jax.train.trainer import Interrupted, train
+from tests.numerics import GRADIENT, TRAINED
+from tests.train.test_step import CONFIG, SETTINGS
+from tests.train.test_trainer import Batches
+
+UNROLLED = CONFIG.replace(scan_layers=False)
+
+
+def fresh(config=CONFIG, mesh=None):
+    """Adapters that do something, and are not all alike."""
+    flat = table.flatten(init_params(config, jax.random.key(0), mesh))
+    return table.unflatten({p: x + 0.1 if p.endswith("lora_b") else x for p, x in flat.items()})
+
+
+def steps(config, settings, count=2, mesh=None):
+    """The state and the metrics after some steps, and the frozen arrays stacked again."""
+    stack = config.replace(scan_layers=True)
+    state, frozen = init_state(settings, fresh(stack, mesh), mesh)
+    frozen = lay_out(frozen, config, consume=True)
+    step = make_step(config, settings, abstract_params(stack), mesh)
+    metrics = []
+    for seed in range(count):
+        batch = fake_batch(config, batch=8, length=16, seed=seed)
+        if settings.accumulate > 1:
+            batch = jax.tree.map(lambda x: x.reshape(settings.accumulate, -1, *x.shape[1:]), batch)
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(mesh, stacked=settings.accumulate > 1))
+        state, values = step(state, frozen, batch)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return state, metrics, stacked(frozen, config, consume=True)
+
+
+PLAIN = dataclasses.replace(SETTINGS, batch_size=8)
+CASES = {
+    "adapters": PLAIN,
+    "everything, by Muon": dataclasses.replace(PLAIN, optimizer="muon", trainable=table.EVERYTHING),
+    "accumulated, full remat": dataclasses.replace(PLAIN, batch_size=4, accumulate=2, remat="full"),
+    "some layers' parts, with decay": dataclasses.replace(
+        PLAIN,
+        grad_clip=0.01,
+        trainable=(
+            table.Rule("decoder/layers/attn/q_proj/lora_a", 0.5, 0.1),
+            table.Rule("vision/layers/.*/kernel", 2.0),
+            table.Rule(".*", None),
+        ),
+    ),
+    "only the head": dataclasses.replace(PLAIN, trainable=table.HEAD),
+}
+
+
+def agree(found, expected, largest=GRADIENT):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=largest * max(np.abs(b).max(), 1e-5), err_msg=str(path))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_layouts_take_the_same_steps(case):
+    config, settings = CONFIG, CASES[case]
+    scanned, unrolled = (steps(config.replace(scan_layers=scan), settings) for scan in (True, False))
+    for ours, expected in zip(unrolled[1], scanned[1], strict=True):
+        for name, value in expected.items():
+            assert ours[name] == pytest.approx(value, rel=TRAINED, abs=1e-6), name
+    assert jax.tree.structure(unrolled[0]) == jax.tree.structure(scanned[0])
+    # The first moments tell more than the weights, whose first steps are the signs of gradients.
+    agree(unrolled[0].opt_state, scanned[0].opt_state, TRAINED)
+    assert unrolled[2].keys() == scanned[2].keys()
+    for path, value in unrolled[2].items():
+        np.testing.assert_array_equal(value, scanned[2][path], err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
+def test_unrolled_over_a_mesh(sizes):
+    """Each layer's arrays lie split as the stack did."""
+    mesh, settings = make_mesh(*sizes), PLAIN
+    alone, spread = (steps(UNROLLED, settings, count=1, mesh=where) for where in (None, mesh))
+    for name, value in alone[1][0].items():
+        assert spread[1][0][name] == pytest.approx(value, rel=TRAINED, abs=1e-6), name
+    for path, value in alone[2].items():
+        np.testing.assert_array_equal(value, spread[2][path], err_msg=path)
+    whole = init_params(CONFIG, jax.random.key(0), mesh)
+    apart = table.flatten(unstack_layers(whole))
+    for path, place in shardings(apart, mesh).items():
+        assert apart[path].sharding.is_equivalent_to(place, apart[path].ndim), path
+    again = table.flatten(stack_layers(table.unflatten(apart)))
+    for path, value in table.flatten(whole).items():
+        assert again[path].sharding.is_equivalent_to(value.sharding, value.ndim), path
+
+
+def test_a_part_of_a_model_is_unrolled_in_its_place():
+    params = fresh()
+    trainable, frozen = table.split(params, table.PAPER)
+    both = {**lay_out(trainable, UNROLLED), **lay_out(frozen, UNROLLED)}
+    assert {path: x.shape for path, x in both.items()} == {
+        path: x.shape for path, x in table.flatten(abstract_params(UNROLLED)).items()
+    }
+    ids = fake_batch(CONFIG, images=0)["input_ids"]
+    once, twice = (
+        jax.jit(lambda p, c=c: bind(c, p)(ids).hidden)(p)
+        for c, p in ((CONFIG, params), (UNROLLED, table.unflatten(both)))
+    )
+    np.testing.assert_allclose(once, twice, atol=1e-5)
+    assert stacked(both, UNROLLED).keys() == table.flatten(params).keys()
+    assert not any(x.is_deleted() for x in frozen.values())
+    lay_out(frozen, UNROLLED, consume=True)
+    assert all(x.is_deleted() == ("/layers/" in path) for path, x in frozen.items())
+
+
+def test_only_a_cpu_unrolls_by_itself():
+    assert not at_run_time(CONFIG, "auto").scan_layers
+    assert at_run_time(CONFIG, "scanned").scan_layers
+    assert not at_run_time(CONFIG, "unrolled").scan_layers
+
+
+@pytest.mark.parametrize("first", ["scanned", "unrolled"])
+def test_a_run_resumes_in_the_other_layout(tmp_path, first):
+    """Bit for bit what was saved, and to rounding where the uninterrupted run arrives."""
+    settings = dataclasses.replace(SETTINGS, steps=8, save_every=4, log_every=1)
+    run = functools.partial(train, progress=False)
+    one, other = (CONFIG, UNROLLED) if first == "scanned" else (UNROLLED, CONFIG)
+    whole = run(one, settings, fresh(), Batches(), tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        run(one, settings, fresh(), Batches(at=4), tmp_path / "parts")
+    state, frozen = init_state(settings, fresh())
+    from chatpose_jax.train.trainer import identity
+
+    held = [
+        Checkpoints(
+            tmp_path / name / "checkpoints",
+            keep=3,
+            identity=identity(other, settings),
+            frozen=fingerprint(frozen),
+            result=tmp_path,
+        ).restore(state, 4)[0]
+        for name in ("whole", "parts")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *held)
+    again = run(other, settings, fresh(), Batches(), tmp_path / "parts")
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    agree(again, whole, TRAINED)
