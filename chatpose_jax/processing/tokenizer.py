@@ -89,7 +89,7 @@ class TextTokenizer:
             self.control |= {name: _need(model["vocab"] | added, name, where) for name in LLAMA_CONTROL}
             bos: str | None = LLAMA_CONTROL[0]
         else:
-            bos = _named(self.files, "bos_token")
+            bos = named_token(self.files, "bos_token")
         self.bos_token_id = self.control.get(bos) if bos else None
         self.pose_token = next((literal for literal in POSE_LITERALS if literal in added), None)
         self.pose_token_id = added.get(self.pose_token) if self.pose_token else None
@@ -109,6 +109,7 @@ class TextTokenizer:
             model["unk_token"] = None  # transformers too gives nothing for bytes that an incomplete vocabulary lacks
         gone = self.control.keys() - {model["unk_token"]}
         model["vocab"] = {piece: index for piece, index in model["vocab"].items() if piece not in gone}
+        model["vocab"] |= {each["content"]: each["id"] for each in blank}  # else they get other ids
         merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         model["merges"] = [pair for pair in merges if self.control.keys().isdisjoint((*pair, "".join(pair)))]
         model["dropout"] = None
@@ -263,6 +264,16 @@ def is_byte_level(fast: Mapping[str, Any]) -> bool:
     return bool(last) and last[0].get("type") == "ByteLevel"
 
 
+def named_token(files: Mapping[str, bytes], key: str) -> str | None:
+    """A special token that the settings name, as a text or as transformers' table of an added token; None where they name none."""
+    for name in (SETTINGS, "special_tokens_map.json"):
+        value = json.loads(files[name]).get(key) if name in files else None
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    return None
+
+
 def json_bytes(data: Any) -> bytes:
     """The content of a JSON file."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
@@ -322,16 +333,6 @@ def _demand_byte_level(data: Mapping[str, Any], where: str) -> None:
 
 def _is_blank(token: Mapping[str, Any]) -> bool:
     return token["content"].isspace() and not token["special"]
-
-
-def _named(files: Mapping[str, bytes], key: str) -> str | None:
-    """A special token that the settings name, as a text or as transformers' table of an added token; None where they name none."""
-    for name in (SETTINGS, "special_tokens_map.json"):
-        value = json.loads(files[name]).get(key) if name in files else None
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            return value
-    return None
 
 
 def _byte_characters() -> dict[str, int]:
