@@ -87,6 +87,8 @@ def describe_conversion(plan: Conversion) -> list[str]:
     tokens = plan.vocabulary.tokens
     known = ", ".join(f"{literal} {id}" for literal, id in sorted(tokens.added.items(), key=lambda item: item[1]))
     lines.append(f"  {'tokenizer':<11} {tokens.base_size} pieces{f', and {known}' if known else ''}")
+    template = plan.vocabulary.template
+    lines += [f"  {'template':<11} {line}" for line in (template.name, *template.notes)]
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
     lines.append(f"  {'images':<11} {plan.images.describe()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from chatpose_jax.processing.conversation import TEMPLATES
 from chatpose_jax.processing.images import FITS
 from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.layouts import FAMILIES
@@ -54,6 +55,16 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
     if planned:
         group.add_argument(
             "--tokenizer", metavar="FOLDER", help="tokenizer.model or tokenizer.json, if not with the weights"
+        )
+        group.add_argument(
+            "--template",
+            choices=tuple(TEMPLATES),
+            help="conversation template; default: that of the family or of the checkpoint's chat_template",
+        )
+        group.add_argument(
+            "--ignore-chat-template",
+            action="store_true",
+            help="go on although the checkpoint's chat_template differs from the template, or cannot be compared",
         )
         group.add_argument(
             "--init-missing",

@@ -27,6 +27,7 @@ from chatpose_jax.weights.save import explained, new_folder, write_config
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.stream import write_leaves
+from chatpose_jax.weights.templates import write_template
 from chatpose_jax.weights.tokenizer_writer import write_tokenizer
 
 
@@ -125,6 +126,7 @@ def write_processor(plan: Conversion, folder: Path) -> Processor:
     """Writes the tokenizer and the processor's settings of a plan, then reads them back and checks them against the model."""
     write_tokenizer(plan.vocabulary.tokens, folder, plan.vocabulary.added)
     write_image_settings(folder, plan.images.settings)
+    write_template(folder, plan.vocabulary.template.template)
     processor = Processor.load(folder, plan.config)
     processor.save(folder)
     return processor

@@ -15,8 +15,10 @@ from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfi
 from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
+from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
+from chatpose_jax.weights.templates import ChosenTemplate, choose_template
 from chatpose_jax.weights.tokens import Tokens, read_tokens
 
 _SPARE_ROWS = 1024
@@ -28,6 +30,7 @@ class Vocabulary:
     """The vocabulary of the result.
 
     tokens: those of the source. added: tokens that the written tokenizer gets in addition. pose_is_new: whether the pose token is one of these.
+    template: what stands around the turns of a conversation.
     """
 
     tokens: Tokens
@@ -35,6 +38,7 @@ class Vocabulary:
     pose_token_id: int
     rows: int
     """Rows of the embedding in the result."""
+    template: ChosenTemplate
 
     __repr__ = one_line
 
@@ -93,8 +97,20 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
             f"the adapter has a row for token {max(listed)}, the embedding has {rows} rows and the tokenizer {tokens.size} "
             "tokens; the adapter belongs to another base"
         )
+    family = sources[0].layout.language or LANGUAGES["llama2"]
+    template = choose_template(
+        tokens,
+        family.template,
+        family.system,
+        named=spec.template,
+        check=not spec.ignore_chat_template,
+        images="vision" in settings,
+    )
+    ids["eos_token_id"] = tokens.control[template.template.end]
+    if tokens.byte_level:
+        ids.setdefault("bos_token_id", -1)
     vocabulary = _vocabulary(
-        tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0)
+        tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0), template
     )
     param_dtype = spec.dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
     vision = settings.get("vision", VisionConfig())
@@ -129,7 +145,9 @@ def _tokenizer_folder(sources: Sequence[Source]) -> Path:
     return next(has, sources[0].checkpoint.folder)
 
 
-def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: int) -> Vocabulary:
+def _vocabulary(
+    tokens: Tokens, rows: int, image_token_id: int, pad_token_id: int, template: ChosenTemplate
+) -> Vocabulary:
     if tokens.size > rows:
         raise UserError(
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows; this tokenizer belongs to another checkpoint"
@@ -143,7 +161,7 @@ def _vocabulary(tokens: Tokens, rows: int, image_token_id: int, pad_token_id: in
     pose = tokens.pose_token_id if tokens.pose_token_id is not None else first_free
     special |= {pose: POSE}
     added = [special.get(id, f"<unused_{id}>") for id in range(tokens.size, max(pose + 1, first_free))]
-    return Vocabulary(tokens, tuple(added), pose, max(rows, pose + 1))
+    return Vocabulary(tokens, tuple(added), pose, max(rows, pose + 1), template)
 
 
 def embedding_rows(sources: Sequence[Source]) -> int:

@@ -26,6 +26,9 @@ class SourceSpec:
     lora_alpha: alpha of adapters without an ``adapter_config.json``.
     layout: one of ``layouts.FAMILIES``; default: recognised by the tensor names.
     backbone: the family of the language model, one of ``backbones.LANGUAGES``; default: by ``config.json`` and the tokenizer.
+    template: the conversation template, one of ``processing.conversation.TEMPLATES``; default: the family's, or another that agrees with the
+        checkpoint's ``chat_template``.
+    ignore_chat_template: do not compare with the checkpoint's ``chat_template``.
     dtype: dtype of the base, in storage and in computation; default: as stored. Added token rows and the pose head are always float32.
     quantize: "int8" stores the projections of the decoder's layers in int8, with one scale for each output channel.
     init_missing: parts ("vision", "projector") to initialise at random if no source has them.
@@ -47,6 +50,8 @@ class SourceSpec:
     tokenizer: str | Path | None = None
     layout: str | None = None
     backbone: str | None = None
+    template: str | None = None
+    ignore_chat_template: bool = False
     dtype: DType | None = None
     quantize: Quantize = "none"
     init_missing: tuple[Literal["vision", "projector"], ...] = ()

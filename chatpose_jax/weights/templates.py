@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from chatpose_jax.errors import UserError
@@ -14,6 +15,7 @@ from chatpose_jax.processing.conversation import template as named_template
 from chatpose_jax.processing.processor import SETTINGS_FILE
 from chatpose_jax.processing.tokenizer import FAST, RELEASED_POSE, SETTINGS, named_token
 from chatpose_jax.settings import one_line
+from chatpose_jax.weights.readers import read_json_object
 from chatpose_jax.weights.render_templates import render
 from chatpose_jax.weights.tokens import Tokens
 
@@ -94,6 +96,14 @@ def choose_template(
         f"{where}: the checkpoint's chat_template and the template {name!r} differ: {difference}. Choose another with --template "
         f"({', '.join(TEMPLATES)}), or go on without the comparison: --ignore-chat-template"
     )
+
+
+def write_template(folder: Path, template: Template) -> None:
+    """Writes a template into ``processor.json`` of a tokenizer's folder. Its other keys stay."""
+    file = folder / SETTINGS_FILE
+    data = read_json_object(file) if file.is_file() else {}
+    data["template"] = dataclasses.asdict(template)
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def chat_template(files: Mapping[str, bytes]) -> str | None:
