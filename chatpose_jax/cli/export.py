@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMATS,
-        help="transformers: LlavaForConditionalGeneration; llava: LLaVA-1.5's own names; chatpose: CHATPOSE-V0's names, with the "
+        help="transformers: LlavaForConditionalGeneration, or without a vision tower the language model's class; "
+        "llava: LLaVA-1.5's own names; chatpose: CHATPOSE-V0's names, with the "
         "pose head; peft: adapters, token rows and pose head, without the base",
     )
     parser.add_argument(
@@ -60,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peft.add_argument(
         "--base-class",
         choices=BASE_CLASSES,
-        default="llava",
-        help="class that loads the base: llava (default) LlavaForConditionalGeneration, llama LlamaForCausalLM",
+        help="class that loads the base: llava LlavaForConditionalGeneration, llama the language model's (LlamaForCausalLM, "
+        "Qwen2ForCausalLM, …); default: by whether the model has a vision tower",
     )
     peft.add_argument(
         "--with-projector", action="store_true", help="write the projector too (modules_to_save), if it was trained"

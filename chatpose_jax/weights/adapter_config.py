@@ -138,14 +138,22 @@ def _demand_quick(pattern: str) -> None:
 
 
 def demand_all(
-    names: Mapping[str, Shape], settings: Mapping[str, Any], targeted: Callable[[str], bool] | None, where: Path
+    names: Mapping[str, Shape],
+    settings: Mapping[str, Any],
+    targeted: Callable[[str], bool] | None,
+    where: Path,
+    tied: bool = False,
 ) -> None:
     """Raises UserError if the settings list modules that have no tensors in the adapter's file, or if the file has adapters that the settings do
     not list, which PEFT would silently skip.
+
+    tied: whether the base may tie its LM head to the embedding. PEFT then stores rows that are listed for both once, for the embedding.
     """
     saved, rows = settings.get("modules_to_save") or [], _listed_rows(settings, where)
     if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
         raise UserError(f"{where / ADAPTER_CONFIG}: expected a list of names as modules_to_save, found {saved!r:.100}")
+    if tied and len(rows) == 2 and "lm_head" in rows and len({tuple(ids) for ids in rows.values()}) == 1:
+        rows = {module: ids for module, ids in rows.items() if module != "lm_head"}
     # PEFT saves every module whose name ends with a listed name, with all its tensors.
     whole = [name for name in names if TOKEN_ROWS not in name and not LORA_NAME.search(name)]
     for key, lost in {

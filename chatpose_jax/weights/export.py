@@ -45,7 +45,7 @@ def export(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     base_name: str | None = None,
-    base_class: str = "llava",
+    base_class: str | None = None,
     with_projector: bool = False,
     progress: bool = False,
     head: str | type[PoseHead] | None = None,
@@ -57,14 +57,14 @@ def export(
         out: folder to write; must not exist.
         format: ``transformers`` (``LlavaForConditionalGeneration``), ``llava`` (LLaVA-1.5's own names), ``chatpose``
             (CHATPOSE-V0's names, with the pose head), or ``peft`` (adapters, added token rows and pose head, without
-            the base).
+            the base). A model without a vision tower becomes the class of its language model, such as ``Qwen2ForCausalLM``, in ``transformers``.
         merge: replace an adapted W by ``W + (alpha / rank) A B``, computed in float32. ``False`` leaves the adapters out: the result is the base
             of ``peft``. Not for ``peft``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; default: the base's, as stored; for ``peft`` float32.
         max_shard_size: largest size of one file, such as ``"5GB"``.
         base_name: name or folder of the base that the adapter belongs to, for ``peft``.
-        base_class: for ``peft``: the class that loads the base, ``llava`` (LlavaForConditionalGeneration) or
-            ``llama`` (LlamaForCausalLM).
+        base_class: for ``peft``: the class that loads the base, ``llava`` (LlavaForConditionalGeneration) or ``llama`` (the language model's:
+            LlamaForCausalLM, Qwen2ForCausalLM, …); default: ``llava`` for a model with a vision tower.
         with_projector: for ``peft``: write the projector too, as one of ``modules_to_save``, if it was trained.
         head: the folder's pose head, if it is from a package of your own; see ``folder.load_model_config``.
         progress: show a progress bar on standard error.
@@ -75,7 +75,7 @@ def export(
     """
     if format not in FORMATS:
         raise UserError(f"no format {format!r}; expected one of {', '.join(FORMATS)}")
-    if base_class not in BASE_CLASSES:
+    if base_class not in (None, *BASE_CLASSES):
         raise UserError(f"no base class {base_class!r}; expected one of {', '.join(BASE_CLASSES)}")
     if dtype is not None and dtype not in get_args(DType):
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(get_args(DType))}, or none for the stored one")

@@ -25,16 +25,24 @@ from chatpose_jax.weights.writers import Tensor
 BaseClass = Literal["llava", "llama"]
 BASE_CLASSES: tuple[BaseClass, ...] = get_args(BaseClass)
 _NEEDS = {"llava": "peft 0.15, transformers 4.52 and later", "llama": "peft 0.15 and later"}
+_TIED_NEEDS = "peft 0.18 and later"
+"""For a whole embedding that the LM head shares (``ensure_weight_tying``)."""
 # PEFT knows modules by their names in memory.
 _LAYOUT = {"llava": "llava_transformers_5_state_dict", "llama": "vicuna"}
 
 
 def adapter_plan(
-    model: StoredModel, dtype: str, base_name: str | None, base_class: BaseClass, with_projector: bool
+    model: StoredModel, dtype: str, base_name: str | None, base_class: BaseClass | None, with_projector: bool
 ) -> ExportPlan:
     """Plans the export of adapters, added token rows and pose head as a PEFT folder. Raises UserError if the model has no adapters, or if its
     source's adapter changed the base in a way that PEFT cannot express.
+
+    base_class: by default the one of the model: with a vision tower, or the language model alone.
     """
+    sees = model.config.vision is not None
+    base_class = base_class or ("llava" if sees else "llama")
+    if base_class == "llava" and not sees:
+        raise UserError("the model has no vision tower, so its base is no LLaVA; leave --base-class out")
     config, layout = model.config, layout_of(_LAYOUT[base_class], language(model.config.text.backbone))
     lora, text = config.lora, config.text
     if lora is None:
@@ -44,13 +52,16 @@ def adapter_plan(
         )
     changed = read_changes(model.folder / PASSENGERS)
     if with_projector and "projector" not in layout.parts:
-        raise UserError("a LlamaForCausalLM has no projector; leave --with-projector out, or choose --base-class llava")
+        raise UserError(
+            f"a {language(config.text.backbone).architecture} has no projector; leave --with-projector out, or choose --base-class llava"
+        )
     saved = ["multi_modal_projector"] if with_projector or ("projector" in changed.whole & layout.parts) else []
     rules = [rule for rule in layout.lora if rule.target in model.shapes]
     adapted = _adapted_layers(model)
     rules += [rule for rule in layout.rules if saved and rule.target.startswith("projector/")]
     rows, token_rows = {}, []
-    for module in ("embed_tokens", "lm_head"):
+    # peft gives a tied LM head the rows of the embedding.
+    for module in ("embed_tokens",) if text.tied else ("embed_tokens", "lm_head"):
         pair = [rule for rule in layout.rules if rule.target.startswith(f"decoder/{module}/")]
         if module in changed.whole:
             saved.append(module)
@@ -79,6 +90,7 @@ def adapter_plan(
         "lora_dropout": lora.dropout,
         "target_modules": _target_modules(base_class, adapted, text.num_layers),
         "modules_to_save": saved or None,
+        **({"ensure_weight_tying": True} if text.tied and "embed_tokens" in saved else {}),
         # Only if it is needed, because earlier releases refuse settings that they do not know.
         **({"trainable_token_indices": rows} if rows else {}),
         "bias": "none",
@@ -92,7 +104,7 @@ def adapter_plan(
     notes = [
         f"adapters: {adapters.in_words(lora)}",
         "without the base: peft loads it onto the base that you started from",
-        f"for {_NEEDS[base_class]}; earlier versions may silently skip parts of it",
+        f"for {_TIED_NEEDS if 'ensure_weight_tying' in settings else _NEEDS[base_class]}; earlier versions may silently skip parts of it",
     ]
     if rows or saved:
         held = [f"rows {_ranges(ids)} of {module}" for module, ids in rows.items()]
@@ -104,7 +116,7 @@ def adapter_plan(
     if base_class == "llava" and "multi_modal_projector" not in saved:
         notes.append("without the projector; if it was trained, add --with-projector")
     if "projector" in changed.whole - layout.parts:
-        notes.append("left out: the projector of the source's adapter, because a LlamaForCausalLM has none")
+        notes.append("left out: the projector of the source's adapter, because a language model has none")
     return ExportPlan({"adapter_model": tensors, **head_weights(model)}, files, notes)
 
 

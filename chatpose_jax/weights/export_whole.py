@@ -9,17 +9,17 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import DType, VisionConfig
+from chatpose_jax.models.config import DType, ModelConfig, VisionConfig
 from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL, RELEASED_POSE
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import in_words
-from chatpose_jax.weights.backbones import language, tower
+from chatpose_jax.weights.backbones import LANGUAGES, language, tower
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER
-from chatpose_jax.weights.layouts import layout_of
-from chatpose_jax.weights.passengers import read_passengers
+from chatpose_jax.weights.layouts import decoder, layout_of
+from chatpose_jax.weights.passengers import read_passengers, with_kept_settings
 from chatpose_jax.weights.table import Layout, Shape
 from chatpose_jax.weights.writers import Tensor
 
@@ -34,11 +34,12 @@ _LAYOUT: dict[WholeFormat, str] = {
 
 
 def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportPlan:
-    """Plans the export of a whole checkpoint in a format of ``WHOLE_FORMATS``. Raises UserError if the format does not support the pose head."""
+    """Plans the export of a whole checkpoint in a format of ``WHOLE_FORMATS``. A model without a vision tower is written as its language model.
+
+    Raises UserError if the format does not support the pose head or the families of the model.
+    """
     config, notes = model.config, []
-    assert config.vision is not None
-    families = language(config.text.backbone), tower(config.vision.backbone)
-    layout = layout_of(_LAYOUT[format], *families)
+    layout = _layout(config, format)
     if format == "chatpose" and pose_head.rotation_of(config.head) != "6d":
         raise UserError(
             f"the format chatpose supports only the pose head 'mlp' with 6D rotations, this model has {config.head}; "
@@ -55,10 +56,11 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     if model.merged and dtype != "float32":
         notes.append(f"merged weights are rounded to {dtype}; --dtype float32 keeps them exact")
 
-    passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype), *families)
-    vision, unused, tower_note = _tower(layout, config.vision, passengers, dtype)
-    if tower_note:
-        notes.append(tower_note)
+    passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype))
+    vision, unused = config.vision, list[Tensor]()
+    if vision is not None:
+        vision, unused, tower_note = _tower(layout, vision, passengers, dtype)
+        notes += [tower_note] if tower_note else []
     if lost:
         notes.append(
             f"left out: {len(lost)} unused tensors of the source that have no name in this format: {', '.join(lost[:3])}, …"[
@@ -67,7 +69,7 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
         )
 
     image_id, new_tokens, more_rows = config.image_token_id, [], 0
-    if format == "transformers" and image_id < 0:
+    if format == "transformers" and vision is not None and image_id < 0:
         if IMAGE_LITERAL in model.tokens.added:
             image_id = model.tokens.added[IMAGE_LITERAL]
         else:
@@ -86,7 +88,7 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     weights: dict[str, Sequence[Tensor]] = {"model": tensors}
     assert layout.config_json is not None
     files: dict[str, Any] = {}
-    if format == "transformers":
+    if format == "transformers" and vision is not None:
         files |= _processor_files(model)
     if format != "chatpose":
         weights |= head_weights(model)
@@ -94,6 +96,8 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["generation_config.json"] = {name: id for name, id in ids.items() if id >= 0}
     files["config.json"] = layout.config_json(result)
+    if vision is None:
+        files |= with_kept_settings(files, model.folder / PASSENGERS, config.eos_token_id)
     images = _images(model)
     if images is not None and images.fit == "pad":
         if format == "llava":
@@ -101,6 +105,18 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
         elif format == "chatpose":
             notes.append("images were padded to a square here; ChatPose's own code crops the centre")
     return ExportPlan(weights, files, notes, new_tokens)
+
+
+def _layout(config: ModelConfig, format: WholeFormat) -> Layout:
+    text = language(config.text.backbone)
+    if format != "transformers" and (config.vision is None or text.architecture != LANGUAGES["llama2"].architecture):
+        what = f"{text.title}{' without a vision tower' if config.vision is None else ''}"
+        raise UserError(
+            f"the format {format} is of LLaMAs that see; this model is {what}; choose --format transformers"
+        )
+    if config.vision is None:
+        return layout_of(decoder.NAME, text)
+    return layout_of(_LAYOUT[format], text, tower(config.vision.backbone))
 
 
 def _tower(

@@ -127,6 +127,21 @@ def source_leaf(
     return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, names, origin=origin)
 
 
+def same(leaf: Leaf, twin: Leaf) -> Leaf:
+    """The leaf, whose ``read`` raises UserError where ``twin`` has other values."""
+
+    def read(index: Index) -> np.ndarray:
+        values, others = leaf.read(index), twin.read(index)
+        if values.tobytes() != others.tobytes():
+            raise UserError(
+                f"{twin.names[0]} and {leaf.names[0]} have different values, but config.json ties them (tie_word_embeddings); the files belong to "
+                "different models, or the setting is wrong"
+            )
+        return values
+
+    return dataclasses.replace(leaf, read=read, cost=leaf.cost + twin.cost)
+
+
 def array_leaf(path: str, array: np.ndarray) -> Leaf:
     """A leaf whose values are already in memory."""
     return Leaf(path, array.shape, array.dtype, lambda index: array[index])

@@ -6,6 +6,7 @@
     adapter.json           the adapter's changes of its base other than LoRA, head and added rows
     adapter.safetensors    those of these changes that the base's dtype cannot hold exactly, as stored: a part under the path of its leaf, rows
                            of the base vocabulary under module + ``TOKEN_ROWS``, in the order of ``adapter.json``
+    config.json, generation_config.json     those of a language model without a vision tower
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import TOKEN_ROWS, row_module
-from chatpose_jax.weights.backbones import Language, Tower
+from chatpose_jax.weights.backbones.decoder import SPECIAL
 from chatpose_jax.weights.layouts import WRAPPERS, layout_of
 from chatpose_jax.weights.plan import Conversion, rounded
 from chatpose_jax.weights.readers import TensorEntry, read_json_object, read_safetensors_header
@@ -29,6 +30,7 @@ from chatpose_jax.weights.table import Layout
 from chatpose_jax.weights.writers import Tensor, copied, write_safetensors
 
 CHANGES, ORIGINALS = "adapter.json", "adapter.safetensors"
+SETTINGS, GENERATION = "config.json", "generation_config.json"
 
 
 def write_passengers(plan: Conversion, folder: Path) -> None:
@@ -41,6 +43,14 @@ def write_passengers(plan: Conversion, folder: Path) -> None:
         if tensors:
             folder.mkdir(exist_ok=True)
             write_safetensors(folder / f"{stem}.safetensors", tensors)
+    if plan.config.vision is None:
+        main = plan.sources[0].checkpoint
+        generation = main.folder / GENERATION
+        kept = {SETTINGS: main.config(), GENERATION: read_json_object(generation) if generation.is_file() else {}}
+        for name, data in kept.items():
+            if data:
+                folder.mkdir(exist_ok=True)
+                (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if changed:
         folder.mkdir(exist_ok=True)
         text = json.dumps(changed | {"dtype": plan.config.param_dtype}) + "\n"
@@ -74,12 +84,8 @@ def _originals(plan: Conversion) -> list[Tensor]:
     return tensors
 
 
-def read_passengers(
-    folder: Path, layout: Layout, dtype: np.dtype, language: Language, tower: Tower | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that it has no names for.
-    language, tower: the families of the model.
-    """
+def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict[str, Tensor], list[str]]:
+    """The passengers under their names in ``layout``, weights in ``dtype``, buffers as stored; and the names of those that it has no names for."""
     known = {wrapper.name for wrapper in WRAPPERS}
     placed: dict[str, Tensor] = {}
     lost = []
@@ -90,7 +96,7 @@ def read_passengers(
             raise UserError(
                 f"{file}: its name is not a known layout; it was written by a later version; upgrade this program"
             )
-        origin = layout_of(file.stem, language, tower)
+        origin = layout_of(file.stem, layout.language, layout.tower)
         for name, entry in read_safetensors_header(file).items():
             there = origin.translate(name, layout)
             if there is None:
@@ -98,6 +104,26 @@ def read_passengers(
             else:
                 placed[there] = copied(entry, there, dtype=dtype if origin.locate(name) else None)
     return placed, lost
+
+
+def with_kept_settings(files: Mapping[str, Any], folder: Path, eos_token_id: int) -> dict[str, Any]:
+    """``config.json`` and ``generation_config.json`` of a language model, completed by those of its source: settings that this program does not read,
+    and special tokens. Only an EOS that the source does not know is added to its own.
+    """
+    kept = {
+        name: read_json_object(folder / name) if (folder / name).is_file() else {} for name in (SETTINGS, GENERATION)
+    }
+    if not kept[SETTINGS]:
+        return {name: files[name] for name in kept}
+    own = {name: value for name, value in files[SETTINGS].items() if name not in SPECIAL}
+    dtype = {"dtype": own["torch_dtype"]} if "dtype" in kept[SETTINGS] else {}  # the name since transformers 4.56
+    result = {SETTINGS: kept[SETTINGS] | own | dtype, GENERATION: kept[GENERATION] or dict(files[GENERATION])}
+    for settings in result.values():
+        said = settings.get("eos_token_id")
+        ends = said if isinstance(said, list) else [] if said is None else [said]
+        if eos_token_id >= 0 and eos_token_id not in ends:
+            settings["eos_token_id"] = [*ends, eos_token_id] if ends else eos_token_id
+    return result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,11 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.heads import trusted_head
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import row_module
+from chatpose_jax.weights.backbones import Language, language
 from chatpose_jax.weights.images import Preprocessing, infer_image_settings
 from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
 from chatpose_jax.weights.initial import initial
-from chatpose_jax.weights.leaves import Leaf, array_leaf, source_leaf
+from chatpose_jax.weights.leaves import Leaf, array_leaf, same, source_leaf
 from chatpose_jax.weights.nonfinite import Nonfinite
 from chatpose_jax.weights.paths import by_path
 from chatpose_jax.weights.quantized import quantized
@@ -38,6 +39,11 @@ _SHOWN = 8
 """Number of names that an error shows for each kind of problem."""
 PARTS = ("vision", "projector", "decoder", "pose_head")
 _TABLES = {"embed_tokens": "decoder/embed_tokens/embedding", "lm_head": "decoder/lm_head/kernel"}
+# Leaves that tied weights do not have, and those that stand for them.
+_TIED = {
+    "decoder/lm_head/kernel": "decoder/embed_tokens/embedding",
+    "decoder/lm_head/added": "decoder/embed_tokens/added",
+}
 _REPLACED = "replaced by the adapter"
 
 
@@ -60,6 +66,11 @@ class Conversion:
     passengers: Mapping[str, Mapping[str, TensorEntry]]
 
     __repr__ = one_line
+
+    @property
+    def language(self) -> Language:
+        """The family of the language model."""
+        return language(self.config.text.backbone)
 
     @property
     def nbytes(self) -> int:
@@ -166,7 +177,9 @@ class _Work:
                 self.ignored |= {name: skipped[rule.target] for name in names if name in tensors}
             elif rule.target not in self.tree:
                 for name in names:
-                    if name in tensors:
+                    if name in tensors and text.tied and rule.target in _TIED:
+                        self._take_tied(source, rule, tensors[name])
+                    elif name in tensors:
                         self.problem("not in the model", name)
             elif absent := [name for name in names if name not in tensors and not source.may_lack(name)]:
                 for name in absent:
@@ -179,6 +192,8 @@ class _Work:
                 fits = [self._fits(rule, entry) for entry in entries if entry and not start]
                 if all(fits):
                     self.leaves[rule.target] = source_leaf(rule.target, self.tree[rule.target], rule, entries, start)
+            if rule.target in _TIED.values() and text.tied and source.unties and names[0] in tensors:
+                self.problem("trained apart from the LM head, to which it is tied", names[0])
         for name in tensors:
             if name not in known and name not in unused:
                 reason = next((rule.why for rule in source.layout.ignored if rule.matches(name)), None)
@@ -189,6 +204,24 @@ class _Work:
         unused = {name: why for name, why in unused.items() if name in tensors}
         self.ignored |= unused
         return list(unused)
+
+    def _take_tied(self, source: Source, rule: NameRule, head: TensorEntry) -> None:
+        """An LM head in the files of a model that ties it to the embedding: it must have the same values."""
+        path = _TIED[rule.target]
+        table = next(each for each in source.layout.rules if each.target == path)
+        embedding = source.checkpoint.tensors.get(table.source)
+        if embedding is None:
+            self.problem("trained apart from the embedding, to which it is tied", head.name)
+        elif embedding.shape != head.shape:
+            self.problem(
+                "misshaped", f"{head.name} is {head.shape}, the embedding to which it is tied {embedding.shape}"
+            )
+        else:
+            self.ignored[head.name] = "the same as the embedding, to which it is tied"
+            if path in self.leaves:
+                start = self.config.text.base_vocab_size if rule.rows == "added" else 0
+                twin = source_leaf(path, self.tree[path], table, [head], start)
+                self.leaves[path] = same(self.leaves[path], twin)
 
     def _fits(self, rule: NameRule, entry: TensorEntry) -> bool:
         target = self.tree[rule.target]

@@ -41,7 +41,7 @@ def append_rows(leaves: dict[str, Leaf], sources: Sequence[Source], text: TextCo
         rule.target: (rule.transform, source.checkpoint.tensors[rule.source])
         for source in sources
         for rule in source.layout.rules
-        if rule.rows == "added" and rule.source in source.checkpoint.tensors
+        if rule.rows == "added" and rule.target in leaves and rule.source in source.checkpoint.tensors
     }
     for path, (transform, entry) in tables.items():
         rows, width = entry.shape
@@ -65,6 +65,11 @@ def replace_rows(leaves: dict[str, Leaf], source: Source, text: TextConfig) -> N
             raise UserError(
                 f"{source.title}: {name} is {entry.shape}; expected rows of {text.hidden_size} for embed_tokens or lm_head: "
                 "the adapter belongs to another base"
+            )
+        if text.tied and module == "lm_head":
+            raise UserError(
+                f"{source.title}: {name} has rows of the LM head, which is tied to the embedding in this base; expected rows of embed_tokens "
+                "only, which PEFT uses for both"
             )
         base, axis = tables[module]
         for kind, first in ((base, 0), ("added", text.base_vocab_size)):

@@ -13,7 +13,7 @@ from chatpose_jax.models.config import LoRAConfig
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights import adapter_config, adapters, pose_head
 from chatpose_jax.weights.adapter_config import ADAPTER_CONFIG
-from chatpose_jax.weights.backbones import TOWERS, Language
+from chatpose_jax.weights.backbones import TOWERS
 from chatpose_jax.weights.layouts import layouts, recognise
 from chatpose_jax.weights.readers import (
     ADAPTER_FILES,
@@ -41,6 +41,8 @@ class Source:
     lora: LoRAConfig | None = None
     token_rows: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     targeted: Callable[[str], bool] | None = None
+    unties: bool = False
+    """Whether it is an adapter with an embedding that its program would not use for a tied LM head."""
 
     __repr__ = one_line
 
@@ -100,7 +102,7 @@ def open_sources(spec: SourceSpec) -> list[Source]:
     if spec.vision is not None:
         sources.append(_source(Path(spec.vision), TOWERS))
     if adapter is not None:
-        sources += open_adapter(adapter, spec.lora_alpha, spec.head, main.layout.language)
+        sources += open_adapter(adapter, spec.lora_alpha, spec.head, main)
     return sources
 
 
@@ -108,14 +110,14 @@ def open_adapter(
     path: str | Path,
     lora_alpha: float | None = None,
     head: str | type | None = None,
-    language: Language | None = None,
+    base: Source | None = None,
 ) -> list[Source]:
-    """Opens a PEFT folder: the adapter, and the pose head beside it. language: the family of its base, if that is known.
+    """Opens a PEFT folder: the adapter, and the pose head beside it. base: the source that it belongs to, if that is known.
 
     Raises UserError if it is not an adapter.
     """
     path = Path(path)
-    source = _source(path, None, lora_alpha, language=language)
+    source = _source(path, None, lora_alpha, base=base)
     if not source.is_adapter:
         raise UserError(f"{path}: {source.layout.title}, not a PEFT adapter; give it as the source, not as --adapter")
     heads = [] if "pose_head" in source.layout.parts else _pose_head(path, head)
@@ -147,9 +149,9 @@ def _source(
     *,
     control: Collection[str] = (),
     backbone: str | None = None,
-    language: Language | None = None,
+    base: Source | None = None,
 ) -> Source:
-    """families, control, backbone: as in ``recognise``. language: the family of the base that an adapter belongs to, if it is known."""
+    """families, control, backbone: as in ``recognise``. base: the source that an adapter belongs to, if that is known."""
     checkpoint = _open(path)
     shapes = checkpoint.shapes
     settings = _adapter_config(checkpoint)
@@ -157,11 +159,13 @@ def _source(
     rows = adapter_config.token_ids(shapes, settings, checkpoint.folder)
     targeted = adapter_config.targeting(settings, checkpoint.folder) if lora is not None else None
     if lora is not None and families is None:
-        over = _base_of_adapter(shapes, language)
+        over = _base_of_adapter(shapes, base)
         if over is not None:
             _demand_all_projections(over, shapes, targeted, checkpoint.folder)
-            adapter_config.demand_all(shapes, settings, targeted, checkpoint.folder)
-            return Source(checkpoint, adapters.alone(over, shapes), lora, rows, targeted)
+            adapter_config.demand_all(shapes, settings, targeted, checkpoint.folder, tied=base is None or _ties(base))
+            layout, head = adapters.alone(over, shapes), any("lm_head." in name for name in shapes)
+            unties = not head and not settings.get("ensure_weight_tying")
+            return Source(checkpoint, layout, lora, rows, targeted, unties)
     try:
         layout = recognise(shapes, checkpoint.config(), families, control, backbone)
     except UserError as error:
@@ -188,6 +192,13 @@ def _open(path: str | Path) -> Checkpoint:
     return adapters.unwrapped(dataclasses.replace(checkpoint, tensors=tensors))
 
 
+def _ties(source: Source) -> bool:
+    """Whether ``config.json`` of a language model, or of a larger model with one, ties the LM head to the embedding."""
+    config = source.checkpoint.config()
+    nested = config.get("text_config")
+    return bool((config | (nested if isinstance(nested, dict) else {})).get("tie_word_embeddings"))
+
+
 def _demand_all_projections(
     over: Layout, shapes: Mapping[str, Shape], targeted: Callable[[str], bool] | None, folder: Path
 ) -> None:
@@ -202,12 +213,13 @@ def _demand_all_projections(
             )
 
 
-def _base_of_adapter(shapes: Mapping[str, Shape], language: Language | None = None) -> Layout | None:
+def _base_of_adapter(shapes: Mapping[str, Shape], base: Source | None = None) -> Layout | None:
     """The layout of an adapter's base, found by the names of the adapter's modules; ``None`` if the base's weights are there too. If several
     layouts fit, the one with the most rules is taken, because ``modules_to_save`` may contain any part.
     """
     if any(name.endswith(".q_proj.weight") for name in shapes):
         return None
+    language = base.layout.language if base is not None else None
     fitting = [layout for layout in layouts(language) if adapters.with_adapters(layout, shapes) != layout]
     return max(fitting, key=lambda layout: len(layout.rules), default=None)
 

@@ -108,7 +108,7 @@ def test_a_part_from_two_sources_is_an_error(llava: Path, tmp_path: Path) -> Non
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full' is not supported"),
         ({"vision_feature_layer": [-2, -5]}, "expected one negative number"),
         ({"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act='gelu'"),
-        ({"text_config": {"rope_parameters": {"rope_type": "llama3"}}}, "RoPE of type 'llama3'"),
+        ({"text_config": {"rope_parameters": {"rope_type": "llama3"}}}, "rope_parameters: factor is missing"),
         ({"text_config": {"num_attention_heads": 5}}, "num_attention_heads=5"),
         ({"text_config": {"num_hidden_layers": 7}}, r"missing \(36\): language_model\.model\.layers\.3\."),
         ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act='gelu'"),

@@ -42,7 +42,7 @@ _SCALING = {
 }
 
 
-def rules(model: str, lm_head: str) -> tuple[NameRule, ...]:
+def decoder_rules(model: str, lm_head: str) -> tuple[NameRule, ...]:
     """The decoder's name table; ``model`` and ``lm_head`` are prefixes such as ``"model."`` and ``"lm_head."``."""
     layer, out = f"{model}layers.{{i}}.", "decoder/layers/"
     return (
@@ -63,7 +63,7 @@ def rules(model: str, lm_head: str) -> tuple[NameRule, ...]:
     )
 
 
-def settings(
+def decoder_settings(
     backbone: str,
     *,
     demands: Mapping[str, tuple[Any, ...]] = {},
@@ -167,7 +167,7 @@ def _rope(config: Mapping[str, Any], where: str, default: float) -> tuple[float,
     return float(next(iter(thetas.values()), default)), next(iter(scalings.values()), None)
 
 
-def config_json(
+def decoder_json(
     model_type: str, architecture: str, extra: Mapping[str, Any] = {}
 ) -> Callable[[ModelConfig], dict[str, Any]]:
     """``Language.config_json`` of a family. extra: keys that only this family has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chatpose_jax.models.config import TextConfig
-from chatpose_jax.weights.backbones import decoder
+from chatpose_jax.weights.backbones.decoder import decoder_json, decoder_rules, decoder_settings
 from chatpose_jax.weights.backbones.family import Language
 
 CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -17,9 +17,9 @@ LANGUAGE = Language(
     control=CONTROL,
     gguf=("llama",),
     gguf_permuted=True,
-    settings=decoder.settings("llama3"),
-    rules=decoder.rules,
-    config_json=decoder.config_json("llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    settings=decoder_settings("llama3"),
+    rules=decoder_rules,
+    config_json=decoder_json("llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
     sizes={
         "llama3_8b": TextConfig(
             vocab_size=128257,

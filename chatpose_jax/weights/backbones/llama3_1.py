@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from chatpose_jax.models.config import RopeScaling, TextConfig
-from chatpose_jax.weights.backbones import decoder, llama3
+from chatpose_jax.weights.backbones import llama3
+from chatpose_jax.weights.backbones.decoder import decoder_json, decoder_rules, decoder_settings
 from chatpose_jax.weights.backbones.family import Language
 
 _8B = dataclasses.replace(
@@ -32,9 +33,9 @@ LANGUAGE = Language(
     control=(*llama3.CONTROL, "<|eom_id|>"),
     gguf=("llama",),
     gguf_permuted=True,
-    settings=decoder.settings("llama3_1"),
-    rules=decoder.rules,
-    config_json=decoder.config_json("llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    settings=decoder_settings("llama3_1"),
+    rules=decoder_rules,
+    config_json=decoder_json("llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
     sizes={
         "llama3.2_1b": _size(_SMALL, 2048, 8192, 16, 32, 64),
         "llama3.2_3b": _size(_SMALL, 3072, 8192, 28, 24, 128),

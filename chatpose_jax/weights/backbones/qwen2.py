@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from chatpose_jax.models.config import TextConfig
-from chatpose_jax.weights.backbones import decoder
-from chatpose_jax.weights.backbones.decoder import ANY
+from chatpose_jax.weights.backbones.decoder import ANY, decoder_json, decoder_rules, decoder_settings
 from chatpose_jax.weights.backbones.family import Language
 
 
@@ -37,15 +36,15 @@ LANGUAGE = Language(
     template="chatml",
     system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     gguf=("qwen2",),
-    settings=decoder.settings(
+    settings=decoder_settings(
         "qwen2",
         # Without use_sliding_window the window means nothing.
         demands={"sliding_window": ANY, "attention_bias": (True, None)},
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         fields={"qkv_bias": True},
     ),
-    rules=decoder.rules,
-    config_json=decoder.config_json("qwen2", "Qwen2ForCausalLM", {"use_sliding_window": False}),
+    rules=decoder_rules,
+    config_json=decoder_json("qwen2", "Qwen2ForCausalLM", {"use_sliding_window": False}),
     sizes={
         "qwen2.5_0.5b": _size(896, 4864, 24, 14, 2, 64, 151936, True, 1e-6),
         "qwen2.5_1.5b": _size(1536, 8960, 28, 12, 2, 128, 151936, True, 1e-6),

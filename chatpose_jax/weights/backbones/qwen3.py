@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from chatpose_jax.models.config import TextConfig
-from chatpose_jax.weights.backbones import decoder
-from chatpose_jax.weights.backbones.decoder import ANY
+from chatpose_jax.weights.backbones.decoder import ANY, decoder_json, decoder_rules, decoder_settings
 from chatpose_jax.weights.backbones.family import Language
 
 
@@ -34,17 +33,15 @@ LANGUAGE = Language(
     architecture="Qwen3ForCausalLM",
     template="qwen3",
     gguf=("qwen3",),
-    settings=decoder.settings(
+    settings=decoder_settings(
         "qwen3",
         # Without use_sliding_window the window means nothing.
         demands={"sliding_window": ANY},
         defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
         fields={"qk_norm": True},
     ),
-    rules=decoder.rules,
-    config_json=decoder.config_json(
-        "qwen3", "Qwen3ForCausalLM", {"attention_bias": False, "use_sliding_window": False}
-    ),
+    rules=decoder_rules,
+    config_json=decoder_json("qwen3", "Qwen3ForCausalLM", {"attention_bias": False, "use_sliding_window": False}),
     sizes={
         "qwen3_0.6b": _size(1024, 3072, 28, 16, True),
         "qwen3_1.7b": _size(2048, 6144, 28, 16, True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chatpose_jax.models.config import TextConfig
-from chatpose_jax.weights.backbones import decoder
+from chatpose_jax.weights.backbones.decoder import decoder_json, decoder_rules, decoder_settings
 from chatpose_jax.weights.backbones.family import Language
 
 
@@ -34,9 +34,9 @@ LANGUAGE = Language(
     control=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     gguf=("llama",),
     gguf_permuted=True,
-    settings=decoder.settings("smollm2"),
-    rules=decoder.rules,
-    config_json=decoder.config_json("llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    settings=decoder_settings("smollm2"),
+    rules=decoder_rules,
+    config_json=decoder_json("llama", "LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
     sizes={
         "smollm2_135m": _size(576, 1536, 30, 9, 3, 1e5),
         "smollm2_360m": _size(960, 2560, 32, 15, 5, 1e5),
