@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.tokenizer import import_transformers
 
 _SECONDS, _WAIT = 5, 300
 """Processor time of the template, and how long to wait on a busy machine for the program with its imports."""
@@ -34,7 +35,7 @@ def render(
         values: other names that the template may use.
 
     Raises:
-        UserError for a template that takes too much time or memory, and where Jinja is missing.
+        UserError for a template that takes too much time, or a process that cannot be started.
     """
     request = json.dumps({"template": template, "conversations": conversations, "values": values})
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -54,36 +55,36 @@ def render(
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"it could not be run ({''.join(last):.300})")
-    answers = json.loads(done.stdout)
-    return [answer["text"] if "text" in answer else ValueError(answer["error"]) for answer in answers]
+    return [answer["text"] if "text" in answer else ValueError(answer["error"]) for answer in json.loads(done.stdout)]
 
 
 def main() -> None:
-    """Reads a request from standard input, and writes a list of ``{"text": …}`` or ``{"error": …}`` to standard output."""
+    """Reads a request from standard input, limits itself, and writes what ``rendered`` gives to standard output."""
     request = json.load(sys.stdin)
-    # jinja2 is imported before the limits, and under the name by which a missing one is reported.
-    import jinja2  # noqa: F401
-
-    from chatpose_jax.processing.tokenizer import import_transformers
-
-    import_transformers()
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+    rendered({"template": "", "conversations": [[]], "values": {}})  # imports everything, before the limits
     used = sum(os.times()[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + _SECONDS, int(used) + _SECONDS + 1))
     if (statm := Path("/proc/self/statm")).is_file():
         held = int(statm.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + _MEMORY, held + _MEMORY))
+    json.dump(rendered(request), sys.stdout)
+
+
+def rendered(request: Mapping[str, Any]) -> list[dict[str, str]]:
+    """``{"text": …}`` or ``{"error": …}`` for each conversation of a request, without limits."""
+    import_transformers()
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     answers = []
     for conversation in request["conversations"]:
         try:
-            rendered: Any = render_jinja_template(
+            result: Any = render_jinja_template(
                 [conversation], chat_template=request["template"], add_generation_prompt=True, **request["values"]
             )
-            text = rendered[0][0]
+            text = result[0][0]
             if len(text) > _LENGTH:
                 raise ValueError(f"{len(text)} characters for a short conversation")
             answers.append({"text": text})
         except Exception as error:  # whatever a template can raise
             answers.append({"error": f"{type(error).__name__}: {error!s:.200}"})
-    json.dump(answers, sys.stdout)
+    return answers
