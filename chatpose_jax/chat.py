@@ -252,10 +252,12 @@ class ChatPose:
 
     def _pieces(self, encoded: Encoded, **settings: Any) -> Generator[str, None, Reply]:
         with self._exclusive():
-            decoder = self.processor.stream()
+            decoder, begun = self.processor.stream(), False
             steps = Returning(self._answer([encoded], **settings))
             for [ids], _ in steps:
-                if piece := "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id):
+                piece = "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id)
+                if piece := piece if begun else piece.lstrip(" "):
+                    begun = True
                     yield piece
             if rest := decoder.flush():
                 yield rest
@@ -323,7 +325,8 @@ class ChatPose:
             stopped = len(tokens) > 0 and tokens[-1] == self.config.eos_token_id
             ids = tokens[:-1] if stopped else tokens
             finish = "stop" if stopped else "length"
-            replies.append(Reply(self.processor.decode(ids), [first for first, *_ in drawn], ids, finish, drawn))
+            text = self.processor.decode(ids).lstrip(" ")  # a forced answer may stand alone
+            replies.append(Reply(text, [first for first, *_ in drawn], ids, finish, drawn))
         return replies
 
     def _draw(self, generated: Generated, sampling: Sampling, samples: int) -> list[list[list[PosedBody]]]:
@@ -343,9 +346,8 @@ class ChatPose:
 
     @functools.cached_property
     def _forced_tail(self) -> list[int]:
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": FORCED_ANSWER}]
-        encoded = self.processor.encode(messages, add_generation_prompt=False)
-        return encoded.labels[encoded.labels >= 0].tolist()
+        # It follows other words. LLaMA's tokenizer writes the space before it in any case.
+        return [*self.processor.answer_ids(f" {FORCED_ANSWER}"), self.config.eos_token_id]
 
     def _keys(self, row: Encoded) -> np.ndarray:
         """(T,) int64 prefix-cache keys: the token id, or, at image tokens, a hash of the image."""

@@ -1,0 +1,68 @@
+"""Chats with byte-level tokenizers, on tiny random models: later turns reuse the cache, also where a template writes past answers in another way."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from chatpose_jax import chat
+from chatpose_jax.chat import ChatPose
+from chatpose_jax.models.chatpose import init_params, unstack_layers
+from chatpose_jax.models.config import preset
+from chatpose_jax.processing.conversation import TEMPLATES
+from chatpose_jax.processing.processor import ModelIds, Processor
+
+from .byte_level import model_config, text_tokenizer
+
+
+def random_model(kind, name):
+    said, tiny = model_config(kind, name), preset("tiny")
+    text = dataclasses.replace(tiny.text, vocab_size=said.text.vocab_size, base_vocab_size=said.text.base_vocab_size)
+    ids = {key: getattr(said, key) for key in ("pose_token_id", "image_token_id", "bos_token_id", "eos_token_id")}
+    config = tiny.replace(text=text, lora=None, scan_layers=False, **ids)
+    params = unstack_layers(init_params(config.replace(scan_layers=True), jax.random.key(0)))
+    return ChatPose(config, params, Processor(text_tokenizer(kind), ModelIds.of(config), name))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("smollm2", "chatml"), ("qwen", "qwen3")])
+def test_later_turns_reuse_the_cache_and_change_nothing(kind, name, monkeypatch):
+    model, seen = random_model(kind, name), []
+    generate_stream = chat.generate_stream
+
+    def watched(config, params, prompts, *args, **options):
+        seen.append(len(prompts[0]))
+        return generate_stream(config, params, prompts, *args, **options)
+
+    monkeypatch.setattr(chat, "generate_stream", watched)
+    messages = []
+    for turn in range(2):
+        messages.append({"role": "user", "content": f"Question {turn}: isn't it <|im_end|>?"})
+        prompt = model.processor.encode(messages).input_ids
+        kept = model._held.keys[0] if model._held else np.zeros(0, np.int64)
+        reply = model.chat(messages, max_new_tokens=12, force_pose=True)
+        shared = len(prompt) - seen.pop()
+        fresh = ChatPose(model.config, model.params, model.processor, model.body).chat(
+            messages, max_new_tokens=12, force_pose=True
+        )
+        seen.clear()
+        assert reply.text == fresh.text and reply.text.endswith(" It is <POSE>.")
+        np.testing.assert_array_equal(reply.ids, fresh.ids)
+        np.testing.assert_allclose(reply.poses[0].matrices, fresh.poses[0].matrices, atol=1e-5)
+        if turn:  # all of the past, or all before the last answer
+            past = TEMPLATES[name].past
+            lost = 12 if past is None else 12 + len(model.processor.tokenizer.encode("\n\n")) + 2
+            assert len(kept) - lost <= shared <= len(kept)
+            assert (shared == len(kept)) == (past is None)
+        messages.append(reply.message)
+
+
+def test_a_forced_answer_follows_a_space_or_stands_alone():
+    model = random_model("smollm2", "chatml")
+    room = len(model._forced_tail)
+    for tokens in (room, room + 6):
+        question = [{"role": "user", "content": "Hi"}]
+        reply = model.chat(question, max_new_tokens=tokens, force_pose=True)
+        stream = model.stream(question, max_new_tokens=tokens, force_pose=True)
+        assert "".join(stream) == reply.text == stream.reply.text
+        assert reply.text == "It is <POSE>." if tokens == room else reply.text.endswith(" It is <POSE>.")
