@@ -32,13 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         metavar="source",
-        help="folder as downloaded (.safetensors or .bin, whole or in shards, config.json, tokenizer), or one such file",
+        help="folder as downloaded (.safetensors or .bin, whole or in shards, config.json, tokenizer), or one such file, or a .gguf file",
     )
     parser.add_argument("out", help="model folder to write, for chatpose chat, chatpose train and chatpose_jax.load")
     add_source_options(parser)
     result = parser.add_argument_group("output")
     result.add_argument(
-        "--dtype", choices=get_args(DType), help="dtype of the base weights; default: as stored, bit by bit"
+        "--dtype",
+        choices=get_args(DType),
+        help="dtype of the base weights; default: as stored, bit by bit; of a quantised GGUF file: bfloat16",
     )
     result.add_argument(
         "--quantize",

@@ -92,7 +92,7 @@ def describe_conversion(plan: Conversion) -> list[str]:
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
     lines.append(f"  {'images':<11} {plan.images.describe()}")
-    dtypes = ((source.title, source.checkpoint.tensors[name].dtype, kept) for source, name, _, kept in rounded(plan))
+    dtypes = ((source.title, source.checkpoint.tensors[name].stored, kept) for source, name, _, kept in rounded(plan))
     for (title, stored, kept), count in collections.Counter(dtypes).items():
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")
     if plan.fresh:
@@ -110,8 +110,7 @@ def describe_conversion(plan: Conversion) -> list[str]:
 
 def _describe_source(source: Source, every: bool) -> list[str]:
     checkpoint, parts = source.checkpoint, source.layout.parts
-    count = collections.Counter(entry.dtype.name for entry in checkpoint.tensors.values())
-    dtypes = ", ".join(f"{number} {name}" for name, number in count.items())
+    dtypes = _formats(checkpoint.formats)
     lines = [
         f"{checkpoint.folder}: {source.layout.title} ({source.layout.name})",
         f"  {'files':<11} {len(checkpoint.files)}, {checkpoint.nbytes / 1e9:.2f} GB",
@@ -151,19 +150,25 @@ def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
 
 
 def _origin_lines(source: Mapping[str, Any]) -> list[str]:
-    lines = [f"  {'from':<11} {source['name']} ({source['layout']}, {len(source['files'])} files)"]
+    stored = f", {_formats(source['formats'])}" if source.get("formats") else ""
+    lines = [f"  {'from':<11} {source['name']} ({source['layout']}, {len(source['files'])} files{stored})"]
     for file in source["files"]:
         lines.append(f"  {'':<11} {file.get('sha256', 'not hashed')}  {file['name']}  {file['bytes'] / 1e9:.2f} GB")
     return lines
 
 
+def _formats(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
+
+
 def _tensor_lines(tensors: Mapping[str, Any], every: bool) -> list[str]:
-    """Name, shape and dtype of every tensor, or one line for all layers."""
+    """Name, shape and format of every tensor, or one line for all layers."""
+    rows = [(name, tuple(leaf.shape), str(getattr(leaf, "stored", leaf.dtype))) for name, leaf in tensors.items()]
     if every:
-        return [f"  {name}  {tuple(leaf.shape)}  {leaf.dtype}" for name, leaf in sorted(tensors.items())]
+        return [f"  {name}  {shape}  {stored}" for name, shape, stored in sorted(rows)]
     groups: collections.Counter[tuple[str, Any, Any]] = collections.Counter()
-    for name, leaf in tensors.items():
-        groups[re.sub(r"(?<=[./])\d+(?=[./])", "*", name, count=1), tuple(leaf.shape), leaf.dtype] += 1
+    for name, shape, stored in rows:
+        groups[re.sub(r"(?<=[./])\d+(?=[./])", "*", name, count=1), shape, stored] += 1
     return [
         f"  {name}  {shape}  {dtype}{f'  × {count}' if count > 1 else ''}"
         for (name, shape, dtype), count in sorted(groups.items(), key=lambda group: group[0][0])

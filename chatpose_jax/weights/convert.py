@@ -156,4 +156,5 @@ def _source_record(source: Source, digests: Mapping[Path, str]) -> dict[str, Any
         {"name": file.name, "bytes": file.stat().st_size} | ({"sha256": digests[file]} if digests else {})
         for file in source.checkpoint.files
     ]
-    return {"name": source.title, "layout": source.layout.name, "files": files}
+    formats = source.checkpoint.formats
+    return {"name": source.title, "layout": source.layout.name, "files": files, "formats": formats}

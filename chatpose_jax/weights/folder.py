@@ -76,9 +76,9 @@ def find_model(path: str | os.PathLike[str]) -> Path:
 
 
 def is_source(path: str | Path) -> bool:
-    """Whether a folder contains PyTorch weights, or a file is one of them."""
+    """Whether a folder contains weights that ``convert`` reads, or a file is one of them."""
     path = Path(path)
-    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
     return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
 
 

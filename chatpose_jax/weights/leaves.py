@@ -121,7 +121,7 @@ def source_leaf(
         entry = entries[index[0].start if rule.stacked else 0]
         if entry is None:
             return str(first.file), first.offset
-        return str(entry.file), entry.offset + (index[axis].start + row_start) * (entry.nbytes // entry.shape[0])
+        return str(entry.file), entry.position(index[axis].start + row_start)
 
     names = tuple(entry.name if entry is not None else "" for entry in entries)
     return Leaf(path, tuple(target.shape), dtype, read, axis, rule.stacked, names, origin=origin)
@@ -149,8 +149,10 @@ def array_leaf(path: str, array: np.ndarray) -> Leaf:
 
 def copy_array(out: np.ndarray, source: np.ndarray) -> None:
     """``out[...] = source``. A transposed matrix is copied in blocks that fit into the cache, which is up to nine times as fast. Equal dtypes
-    are copied as integers, because NumPy's loops for custom float types are slow.
+    are copied as integers, because NumPy's loops for custom float types are slow. Others are cast first, in the order of their memory.
     """
+    if out.dtype != source.dtype and source.ndim == 2 and source.flags.f_contiguous:
+        source = source.astype(out.dtype)
     if out.dtype == source.dtype:
         word = np.dtype(f"u{out.dtype.itemsize}")
         out, source = out.view(word), source.T.view(word).T if source.flags.f_contiguous else source.view(word)

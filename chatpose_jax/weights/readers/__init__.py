@@ -1,7 +1,7 @@
-"""Reads PyTorch checkpoint files by byte range, without torch and without running code from them.
+"""Reads checkpoint files by byte range, without torch and without running code from them.
 
-Both formats, safetensors and the zip archives of ``torch.save``, give a ``TensorEntry`` for each tensor: a file, a byte offset, a dtype, a shape and
-strides. A ``Checkpoint`` holds all tensors of a folder.
+All formats (safetensors, the zip archives of ``torch.save``, GGUF) give a ``TensorEntry`` for each tensor: a file, a byte offset, a dtype, a shape
+and strides or blocks. A ``Checkpoint`` holds all tensors of a folder or of a GGUF file.
 """
 
 from chatpose_jax.weights.readers.checkpoint import (

@@ -35,6 +35,7 @@ _PROJECTORS = ("mm_projector.safetensors", "mm_projector.bin")
 # The files of PEFT, and the one that LLaVA's own LoRA training adds.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTERS = "non_lora_trainables.bin"
+GGUF_SUFFIX = ".gguf"
 _MAX_SETTINGS = 100_000_000
 """Largest size of a settings file in bytes."""
 
@@ -71,9 +72,18 @@ class Checkpoint:
                 count[entry.dtype] += entry.nbytes
         return count.most_common(1)[0][0] if count else np.dtype(np.float32)
 
+    @property
+    def formats(self) -> dict[str, int]:
+        """Format in the files → number of tensors, the most frequent first."""
+        return dict(collections.Counter(entry.stored for entry in self.tensors.values()).most_common())
+
     def config(self) -> dict[str, Any]:
         """``config.json`` of the folder; ``{}`` if there is none. Raises UserError if it is not a JSON object."""
         return read_json_object(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+
+    def tokenizer_files(self) -> dict[str, bytes] | None:
+        """The files of a tokenizer inside the weights' file, name → content; ``None`` if the tokenizer lies in the folder."""
+        return None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -102,13 +112,18 @@ def parse_json_object(content: bytes, where: str | Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder, one file or one index. Only headers are read.
+    """Opens a folder, one file or one index. Only headers are read. A GGUF file, or a folder with one and no other weights, is a
+    ``GGUFCheckpoint``.
 
     Raises UserError: no weights; two sets of weights of which other programs would read the other one; an index that lists a missing file or tensor;
     a tensor in two shards; a damaged file.
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix == GGUF_SUFFIX:
+            from chatpose_jax.weights.readers.gguf import open_gguf
+
+            return open_gguf(path)
         return _from_index(path) if path.name.endswith(".index.json") else _from_files(path.parent, [path])
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
@@ -128,6 +143,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _from_files(path, [*wrapped, *(file for file in [path / _BESIDE_ADAPTERS] if file.is_file())])
     if projector := find_projector(path):
         return _from_files(path, [projector])
+    if ggufs := sorted(path.glob(f"*{GGUF_SUFFIX}")):
+        if len(ggufs) > 1:
+            raise UserError(
+                f"{path}: {len(ggufs)} GGUF files ({', '.join(file.name for file in ggufs[:5])}); give one of them"
+            )
+        return open_checkpoint(ggufs[0])
     if what := describe_folder(path):
         raise UserError(f"{path}: {what}")
     expected = ", ".join(name for names in _CANDIDATES for name in names)

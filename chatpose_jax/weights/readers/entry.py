@@ -47,6 +47,15 @@ class TensorEntry:
         """Size of the values in bytes, without gaps between them."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def stored(self) -> str:
+        """The name of the format in the file, for reports."""
+        return self.dtype.name
+
+    def position(self, row: int) -> int:
+        """The byte offset in the file at which a row, or what is read with it, begins."""
+        return self.offset + row * (self.nbytes // self.shape[0])
+
     def extent(self) -> int:
         """Number of bytes from ``offset`` to the end of the last element."""
         if math.prod(self.shape) == 0:
@@ -71,18 +80,19 @@ class TensorEntry:
         first = sum(part.start * stride for part, stride in zip(box, strides))
         span = sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1
         # As unsigned integers, which NumPy copies several times faster than the custom float types.
-        word = _word(self.dtype)
+        unit = word(self.dtype)
         if span == math.prod(shape) and _is_contiguous(shape, strides):
-            values = _borrow(shape, word) if borrowed else np.empty(shape, word)
+            values = borrow(shape, unit) if borrowed else np.empty(shape, unit)
             with self.file.open("rb", buffering=0) as file:
-                _read_into(file, self.offset + first * word.itemsize, values)
+                _read_into(file, self.offset + first * unit.itemsize, values)
             return values.view(self.dtype)
-        flat = np.memmap(self.file, dtype=word, mode="r", offset=self.offset + first * word.itemsize, shape=(span,))
-        view = np.lib.stride_tricks.as_strided(flat, shape, [s * word.itemsize for s in strides], writeable=False)
+        flat = np.memmap(self.file, dtype=unit, mode="r", offset=self.offset + first * unit.itemsize, shape=(span,))
+        view = np.lib.stride_tricks.as_strided(flat, shape, [s * unit.itemsize for s in strides], writeable=False)
         return np.array(view, order="C").view(self.dtype)
 
 
-def _word(dtype: np.dtype) -> np.dtype:
+def word(dtype: np.dtype) -> np.dtype:
+    """The unsigned integer of the same size."""
     return np.dtype(f"u{dtype.itemsize}")
 
 
@@ -98,7 +108,8 @@ _BORROWED = 32 << 20
 """Largest number of bytes that a thread keeps for borrowed reads."""
 
 
-def _borrow(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def borrow(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array in memory of this thread, which is used again by the next call."""
     size = math.prod(shape) * dtype.itemsize
     if size > _BORROWED:
         return np.empty(shape, dtype)

@@ -20,13 +20,13 @@ _FILES = (
     ),
     (b"<html", "an HTML page instead of the file (a login, or a licence to accept); fetch it again"),
     (b"<?xml", "an XML page instead of the file, as servers send it for an error; fetch it again"),
-    (b"gguf", "a GGUF file of llama.cpp, which is not supported; use the safetensors that it was made from"),
+    (b"gguf", "a GGUF file of llama.cpp under another name; rename it to end in .gguf"),
 )
 # Contents of a folder → what it is, and what to do.
 _FOLDERS = (
     ("*.distcp", "a torch.distributed.checkpoint: run python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.bin"),
     ("zero_to_fp32.py", "a DeepSpeed checkpoint: to convert it, run python {folder}/zero_to_fp32.py {folder} OUT"),
-    ("*.gguf", "GGUF files of llama.cpp, which are not supported; use the safetensors that they were made from"),
+    ("*.gguf", "a folder of GGUF files of llama.cpp: convert one of them with chatpose convert FILE.gguf OUT"),
 )  # fmt: skip
 
 
