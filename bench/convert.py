@@ -36,7 +36,7 @@ import numpy as np
 CHILD = """
 import json, re, sys, time
 from pathlib import Path
-task, source, out, devices = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+task, source, out, devices, dtype = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] or None
 import jax
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.sharding import make_mesh, shardings
@@ -64,7 +64,7 @@ elif task == "verify":
     if main(["verify", source, out]):
         sys.exit("verify: the two sides differ")
 else:
-    spec = SourceSpec(source, quantize="int8" if task == "int8" else "none")
+    spec = SourceSpec(source, quantize="int8" if task == "int8" else "none", dtype=dtype)
     convert(spec, out, hashes=task == "hash", compress=task == "zstd")
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps(dict(seconds=seconds, cpu=cpu, start_mb=before, peak_mb=status("VmHWM"), arrays_mb=arrays / 1e6)))
@@ -174,10 +174,10 @@ def write_source(
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def child(task: str, source: Path, out: Path, devices: int) -> dict[str, float]:
-    """Runs one task in a fresh process, so that its peak memory is its own."""
+def child(task: str, source: Path, out: Path, devices: int, dtype: str | None = None) -> dict[str, float]:
+    """Runs one task in a fresh process, so that its peak memory is its own. dtype: of a conversion's result; default: as stored."""
     run = subprocess.run(
-        [sys.executable, "-c", CHILD, task, str(source), str(out), str(devices)],
+        [sys.executable, "-c", CHILD, task, str(source), str(out), str(devices), dtype or ""],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,

@@ -538,7 +538,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 997657
             b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
             "an XML page instead of the file",
         ),
-        (b"GGUF\x03\0\0\0", "a GGUF file"),
+        (b"GGUF\x03\0\0\0", "a GGUF file of llama.cpp under another name"),
     ],
 )
 def test_files_that_are_something_else_are_called_by_name(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -576,7 +576,7 @@ def test_a_cache_of_the_hub_names_the_snapshot(tmp_path: Path) -> None:
     [
         ("__0_0.distcp", r"dcp_to_torch .* model\.bin"),
         ("zero_to_fp32.py", r"a DeepSpeed checkpoint: to convert it, run python .*/zero_to_fp32\.py .* OUT"),
-        ("model-Q4_K_M.gguf", "GGUF files"),
+        ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf: not a GGUF file"),
     ],
 )
 def test_folders_of_other_programs_are_called_by_name(tmp_path: Path, file: str, message: str) -> None:

@@ -255,10 +255,11 @@ _IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 def _llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
     """What Llama 3's scaling divides each frequency by: 1 for short waves, ``factor`` for long ones, and a mean between."""
-    wave = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = np.clip((scaling["original_max_position_embeddings"] / wave - low) / (high - low), 0, 1)
-    return 1 / ((1 - share) / scaling["factor"] + share)
+    with np.errstate(all="ignore"):  # a damaged file may have any base and factor
+        wave = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+        share = np.clip((scaling["original_max_position_embeddings"] / wave - low) / (high - low), 0, 1)
+        return 1 / ((1 - share) / scaling["factor"] + share)
 
 
 def _among(value: Value | None, allowed: tuple[Any, ...]) -> bool:
