@@ -42,7 +42,9 @@ def write_llama(path: Path, kind: str, layers: int, tokenizer: Path) -> None:
     writer.add_tokenizer_model("llama")
     writer.add_token_list([pieces.id_to_piece(id) for id in ids])
     writer.add_token_scores([pieces.get_score(id) for id in ids])
-    kinds = (2 if pieces.is_unknown(id) else 3 if pieces.is_control(id) else 6 if pieces.is_byte(id) else 1 for id in ids)
+    kinds = (
+        2 if pieces.is_unknown(id) else 3 if pieces.is_control(id) else 6 if pieces.is_byte(id) else 1 for id in ids
+    )
     writer.add_token_types(list(kinds))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -96,10 +98,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument(
-        "--tokenizer", type=Path, default=Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizer"
+        "--tokenizer",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizer",
     )
     args = parser.parse_args()
-    print(f"{'file':<10}{'GB':>7}{'result GB':>11}{'copy s':>9}{'convert s':>11}{'x copy':>8}{'CPU s':>8}{'peak MB':>9}{'at start':>10}")
+    print(
+        f"{'file':<10}{'GB':>7}{'result GB':>11}{'copy s':>9}{'convert s':>11}{'x copy':>8}{'CPU s':>8}{'peak MB':>9}{'at start':>10}"
+    )
     for kind in [""] if args.file else args.kind:
         with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
             root = Path(temporary)

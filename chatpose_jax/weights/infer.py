@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.templates import ChosenTemplate, choose_template
-from chatpose_jax.weights.tokens import Tokens, read_tokens
+from chatpose_jax.weights.tokens import Tokens, read_tokens, tokens_in
 
 _SPARE_ROWS = 1024
 """Largest number of rows without a token. Some embeddings are padded to a round size."""
@@ -85,7 +84,7 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         name: int(flat[name]) for name in special if isinstance(flat.get(name), int) and flat[name] >= 0
     }
     image_token_id = settings.get("image_token_id", -200)
-    tokens = read_tokens(spec.tokenizer or _tokenizer_folder(sources))
+    tokens = read_tokens(spec.tokenizer) if spec.tokenizer else tokens_in(_with_tokenizer(sources).checkpoint)
     if rows > tokens.size + _SPARE_ROWS:
         raise UserError(
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
@@ -138,11 +137,11 @@ def _lora(sources: Sequence[Source]) -> LoRAConfig | None:
     return found[0].lora if found else None
 
 
-def _tokenizer_folder(sources: Sequence[Source]) -> Path:
-    """The adapter's folder if it has a tokenizer, because that has the added tokens; else the main source's."""
-    folders = [source.checkpoint.folder for source in sources if source.is_adapter]
-    has = (folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
-    return next(has, sources[0].checkpoint.folder)
+def _with_tokenizer(sources: Sequence[Source]) -> Source:
+    """The adapter if it has a tokenizer, because that has the added tokens; else the main source."""
+    folders = ((source, source.checkpoint.folder) for source in sources if source.is_adapter)
+    has = (source for source, folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))
+    return next(has, sources[0])
 
 
 def _vocabulary(

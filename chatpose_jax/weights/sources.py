@@ -77,9 +77,12 @@ def open_sources(spec: SourceSpec) -> list[Source]:
     """
     spec.demand_paths()
     path, adapter, projector = Path(spec.path), spec.adapter, spec.projector
-    given = Path(spec.tokenizer) if spec.tokenizer else path
     main = _source(
-        path, spec.layout and [spec.layout], spec.lora_alpha, control=control_tokens(given), backbone=spec.backbone
+        path,
+        spec.layout and [spec.layout],
+        spec.lora_alpha,
+        control=lambda checkpoint: control_tokens(checkpoint, spec.tokenizer),
+        backbone=spec.backbone,
     )
     if main.is_adapter:
         raise UserError(
@@ -147,11 +150,13 @@ def _source(
     families: Collection[str] | None,
     lora_alpha: float | None = None,
     *,
-    control: Collection[str] = (),
+    control: Callable[[Checkpoint], Collection[str]] = lambda checkpoint: (),
     backbone: str | None = None,
     base: Source | None = None,
 ) -> Source:
-    """families, control, backbone: as in ``recognise``. base: the source that an adapter belongs to, if that is known."""
+    """families, backbone: as in ``recognise``. control: finds what it takes as ``control``. base: the source that an adapter belongs to, if that is
+    known.
+    """
     checkpoint = _open(path)
     shapes = checkpoint.shapes
     settings = _adapter_config(checkpoint)
@@ -167,7 +172,7 @@ def _source(
             unties = not head and not settings.get("ensure_weight_tying")
             return Source(checkpoint, layout, lora, rows, targeted, unties)
     try:
-        layout = recognise(shapes, checkpoint.config(), families, control, backbone)
+        layout = recognise(shapes, checkpoint.config(), families, control(checkpoint), backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return Source(checkpoint, adapters.with_adapters(layout, shapes), lora, rows)

@@ -19,7 +19,7 @@ from chatpose_jax.processing.tokenizer import (
     read_files,
 )
 from chatpose_jax.settings import one_line
-from chatpose_jax.weights.readers import demand_native_start, describe_folder, parse_json_object
+from chatpose_jax.weights.readers import Checkpoint, demand_native_start, describe_folder, parse_json_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +82,18 @@ def tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
         ) from None
 
 
-def control_tokens(folder: str | Path) -> set[str]:
-    """The literals of the control tokens of a folder's tokenizer; empty if it has none that can be read, which ``read_tokens`` reports."""
+def tokens_in(checkpoint: Checkpoint) -> Tokens:
+    """``tokens_of`` the tokenizer of a checkpoint: in its folder, or inside its file. Raises UserError if there is none."""
+    files = checkpoint.tokenizer_files()
+    return read_tokens(checkpoint.folder) if files is None else tokens_of(files, checkpoint.folder)
+
+
+def control_tokens(checkpoint: Checkpoint, folder: str | Path | None = None) -> set[str]:
+    """The literals of the control tokens of a checkpoint's tokenizer, or of the one in ``folder``; empty if it has none that can be read, which
+    ``infer_config`` reports.
+    """
     try:
-        return set(read_tokens(folder).control)
+        return set((tokens_in(checkpoint) if folder is None else read_tokens(folder)).control)
     except UserError:
         return set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,10 @@ class GGUFCheckpoint(Checkpoint):
         return _Settings(self.folder, self.header).config()
 
     def tokenizer_files(self) -> dict[str, bytes]:
+        return dict(self._tokenizer_files)
+
+    @functools.cached_property
+    def _tokenizer_files(self) -> dict[str, bytes]:
         return tokenizer_files(self.folder, self.header.metadata)
 
 
