@@ -215,6 +215,7 @@ class _Settings:
             "head_dim": head_dim,
             "vocab_size": rows,
             "hidden_act": "silu",
+            "attention_bias": "blk.0.attn_q.bias" in self.header.tensors,
             "rms_norm_eps": self.real("attention.layer_norm_rms_epsilon", 1e-6),
             "rope_theta": theta,
             "rope_scaling": self._scaling(theta, head_dim),
