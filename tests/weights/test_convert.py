@@ -459,7 +459,7 @@ def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest
     assert run("inspect", str(tmp_path / "out"), "--tensors") == 0
     found = capsys.readouterr().out
     assert "decoder/layers/attn/q_proj/kernel  (3, 64, 64)  float32" in found
-    assert "from        llava (llava_transformers_5, 1 files)" in found
+    assert "from        llava (llava_transformers_5, 1 files, " in found
     assert f"{sha256(llava / 'model.safetensors')}  model.safetensors" in found
     assert "initialised pose_head" in found
 
