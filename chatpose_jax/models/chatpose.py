@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.attention import attention, causal_attention
+from chatpose_jax.models.attention import Attend, attention, causal_attention
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import Decoder, KVCache
 from chatpose_jax.models.heads import check_head, create_head, head_class, head_family
@@ -85,6 +85,7 @@ class ChatPoseModel(nnx.Module):
         segment_ids: jax.Array | None = None,
         pixel_values: jax.Array | None = None,
         cache: KVCache | None = None,
+        led: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
     ) -> Output:
@@ -98,35 +99,60 @@ class ChatPoseModel(nnx.Module):
                 attend to each other, and positions start at 0 in each. Replaces ``attention_mask``; not allowed with a cache.
             pixel_values: (B, I, S, S, 3), images in order of appearance; in rows with fewer than I images the rest is ignored. May be None.
             cache: new tokens are written from ``cache.cursor`` on. ``cursor + T`` must not exceed the capacity.
+            led: (B, T, D), the result of ``lead`` for these rows. Images, embedding and leading layers then do not run. Not with a cache.
             dropout_key: turns adapter dropout on.
             remat: name of the rematerialisation policy, see ``models.remat``.
 
         Returns:
             Output. With a cache, the ``cursor`` of ``output.cache`` is after the longest row.
         """
-        batch, length = input_ids.shape
-        features = None if pixel_values is None else self.encode_images(pixel_values, remat)
-        x = self.embed(input_ids, features)
-        present = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask.astype(bool)
-        positions = jnp.maximum(jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, 0)
+        x = self._embedded(input_ids, pixel_values, remat) if led is None else led.astype(self.decoder.dtype)
         if cache is None:
-            segments = segment_ids
-            if segments is not None:
-                positions = _positions(segments)
-            elif attention_mask is not None:
-                segments = present.astype(jnp.int32)
-            attend = causal_attention(self.config.attention, length, self.config.text.head_dim, x.dtype, segments)
-        else:
-            positions = positions + cache.lengths[:, None]
-            valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, present, cache.cursor, axis=1)
-            slots = cache.cursor + jnp.arange(length)
-            mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= slots[:, None])
-            attend = functools.partial(attention, mask=mask)
+            positions, attend = self._rows(input_ids, attention_mask, segment_ids, x.dtype)
+            hidden, _ = self.decoder(x, positions, attend, dropout_key=dropout_key, remat=remat, led=led is not None)
+            return Output(hidden)
+        present = _present(input_ids, attention_mask)
+        positions = _counted(present) + cache.lengths[:, None]
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, present, cache.cursor, axis=1)
+        slots = cache.cursor + jnp.arange(input_ids.shape[1])
+        mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= slots[:, None])
+        attend = functools.partial(attention, mask=mask)
         hidden, new_cache = self.decoder(x, positions, attend, cache, dropout_key=dropout_key, remat=remat)
-        if cache is not None and new_cache is not None:
-            cursor = cache.cursor + jnp.max(jnp.sum(present, axis=1, dtype=jnp.int32))
-            new_cache = dataclasses.replace(new_cache, valid=valid, cursor=cursor)
-        return Output(hidden, new_cache)
+        assert new_cache is not None
+        cursor = cache.cursor + jnp.max(jnp.sum(present, axis=1, dtype=jnp.int32))
+        return Output(hidden, dataclasses.replace(new_cache, valid=valid, cursor=cursor))
+
+    def lead(
+        self,
+        input_ids: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        pixel_values: jax.Array | None = None,
+    ) -> jax.Array:
+        """(B, T, D) states of complete rows after the decoder layers before the first with adapters (``ModelConfig.leading_layers``), in the compute
+        dtype. Arguments as those of a call.
+
+        The state of a token depends only on the tokens before it, so padding on the right, and the other conversations of a packed row, have no
+        part in it.
+        """
+        x = self._embedded(input_ids, pixel_values, "none")
+        return self.decoder.lead(x, *self._rows(input_ids, attention_mask, segment_ids, x.dtype))
+
+    def _embedded(self, input_ids: jax.Array, pixel_values: jax.Array | None, remat: str) -> jax.Array:
+        features = None if pixel_values is None else self.encode_images(pixel_values, remat)
+        return self.embed(input_ids, features)
+
+    def _rows(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None, segments: jax.Array | None, dtype: Any
+    ) -> tuple[jax.Array, Attend]:
+        """Positions and attention of complete rows."""
+        present = _present(input_ids, attention_mask)
+        positions = _counted(present) if segments is None else _positions(segments)
+        if segments is None and attention_mask is not None:
+            segments = present.astype(jnp.int32)
+        length, text = input_ids.shape[1], self.config.text
+        return positions, causal_attention(self.config.attention, length, text.head_dim, dtype, segments)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> (..., V) float32."""
@@ -152,6 +178,16 @@ class ChatPoseModel(nnx.Module):
     def poses(self, states: States, key: jax.Array) -> Pose:
         """The poses of the pose head, of batch shape (B, P). key: random key for heads that draw samples."""
         return self.pose_head(dataclasses.replace(states, token=states.token.astype(jnp.float32)), key)
+
+
+def _present(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    """(B, T) bool, True at tokens."""
+    return jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+
+
+def _counted(present: jax.Array) -> jax.Array:
+    """(B, T) int32: the number of tokens before each."""
+    return jnp.maximum(jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def _positions(segments: jax.Array) -> jax.Array:

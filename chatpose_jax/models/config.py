@@ -171,16 +171,20 @@ class LoRAConfig:
 
     rank, alpha: r and α of the paper.
     dropout: on the adapters' input, while training.
-    targets: the projections of every block that have adapters.
+    targets: the projections of a block that have adapters.
+    last_layers: only so many blocks at the end have adapters; None for all. Their arrays then have a row for each of these blocks. Where nothing
+        before these blocks trains, the blocks before them run without a gradient.
     """
 
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.05
     targets: tuple[LoRATarget, ...] = ("q_proj", "v_proj")
+    last_layers: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "model.lora")
+        require(self, "model.lora", "at least 1, or None", lambda value: value is None or value >= 1, "last_layers")
         require(self, "model.lora", "at least 1", lambda value: value >= 1, "rank")
         require(self, "model.lora", "positive", lambda value: value > 0, "alpha")
         require(self, "model.lora", "at least 0 and less than 1", lambda value: 0 <= value < 1, "dropout")
@@ -249,10 +253,20 @@ class ModelConfig:
         known, any_or_none = ("pose_token_id", "pad_token_id"), ("image_token_id", "bos_token_id", "eos_token_id")
         require(self, "model", f"an id of the vocabulary of {rows} rows", lambda value: 0 <= value < rows, *known)
         require(self, "model", f"negative or less than {rows}", lambda value: value < rows, *any_or_none)
+        layers = self.text.num_layers
+        if self.lora is not None and (self.lora.last_layers or 0) > layers:
+            raise UserError(
+                f"model.lora.last_layers={self.lora.last_layers} must not exceed model.text.num_layers={layers}"
+            )
         if self.vision is None and self.image_newline:
             raise UserError(
                 "model.image_newline needs images, and model.vision is none: set model.image_newline to False"
             )
+
+    @property
+    def leading_layers(self) -> int:
+        """Decoder blocks before the first one that has adapters; 0 for a model without adapters."""
+        return 0 if self.lora is None else self.text.num_layers - (self.lora.last_layers or self.text.num_layers)
 
     @property
     def image_size(self) -> int:

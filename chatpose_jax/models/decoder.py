@@ -222,11 +222,18 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text = self.config = config.text
         self.dtype = jnp.dtype(config.dtype)
-        self.scan = config.scan_layers
+        self.scan, self.leading = config.scan_layers, config.leading_layers
         self.embed_tokens = Embedding(config, rngs=rngs)
+        bare = config.replace(lora=None)
         self.layers = make_layers(
-            lambda rngs: DecoderLayer(config, rngs=rngs), text.num_layers, scan=self.scan, rngs=rngs
+            lambda rngs: DecoderLayer(config, rngs=rngs),
+            text.num_layers,
+            scan=self.scan,
+            rngs=rngs,
+            plain=lambda rngs: DecoderLayer(bare, rngs=rngs),
+            leading=self.leading,
         )
+        self.plain = nnx.graphdef(nnx.eval_shape(lambda: DecoderLayer(bare, rngs=nnx.Rngs(0))))
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, param_dtype=jnp.dtype(config.param_dtype))
         self.lm_head = None if text.tied else LMHead(config, rngs=rngs)
 
@@ -252,6 +259,7 @@ class Decoder(nnx.Module):
         *,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
+        led: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """Run all layers and the final norm.
 
@@ -262,29 +270,13 @@ class Decoder(nnx.Module):
             cache: new keys and values are written at ``cache.cursor``; the caller updates ``valid`` and ``cursor``.
             dropout_key: turns adapter dropout on.
             remat: which activations are saved for the backward pass, see ``models.remat``.
+            led: ``x`` is the result of ``lead``, after which the other layers run. Not with a cache.
 
         Returns:
             hidden (B, T, D) after the final RMSNorm, and the cache with new keys, values and states.
         """
-        angles = rotary(positions, self.config)
-        cursor = None if cache is None else cache.cursor
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
-
-        def run(layer: DecoderLayer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
-            return layer(x, angles, attend, kv, cursor, key)
-
-        run = checkpoint(run, remat, scanned=self.scan)
-        pairs: Any = None
-        if self.scan:
-            kv = None if cache is None else (cache.keys, cache.values)
-            x, pairs = jax.lax.scan(lambda x, layer: run(layer[0], x, *layer[1:]), x, (self.layers, kv, keys))
-        else:
-            outputs = []
-            for i, layer in enumerate(self.layers):
-                kv = None if cache is None else (cache.keys[i], cache.values[i])
-                x, kv = run(layer, x, kv, None if keys is None else keys[i])
-                outputs.append(kv)
-            pairs = None if cache is None else tuple(zip(*outputs))
+        first = self.leading if led else 0
+        x, pairs = self._run(x, positions, attend, cache, dropout_key, remat, first, self.config.num_layers)
         hidden = self.norm(x)
         if cache is not None:
             states = cache.states
@@ -293,3 +285,62 @@ class Decoder(nnx.Module):
                 states = jax.lax.dynamic_update_slice_in_dim(states, new, cache.cursor, axis=1)
             cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1], states=states)
         return hidden, cache
+
+    def lead(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """(B, T, D) embeddings -> (B, T, D) after the layers before the first with adapters (``ModelConfig.leading_layers``)."""
+        return self._run(x, positions, attend, None, None, "none", 0, self.leading)[0]
+
+    def _run(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+        remat: str,
+        first: int,
+        last: int,
+    ) -> tuple[jax.Array, Any]:
+        """The layers from ``first`` up to ``last``, each of them 0, the number of leading layers, or that of all. Also returns keys and values."""
+        angles = rotary(positions, self.config)
+        cursor = None if cache is None else cache.cursor
+        kv = None if cache is None else (cache.keys, cache.values)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def run(layer: DecoderLayer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
+            return layer(x, angles, attend, kv, cursor, key)
+
+        if not self.scan:
+            outputs, body = [], checkpoint(run, remat, scanned=False)
+            for i in range(first, last):
+                pair = None if cache is None else (cache.keys[i], cache.values[i])
+                x, pair = body(self.layers[i], x, pair, None if keys is None else keys[i])
+                outputs.append(pair)
+            return x, None if cache is None else tuple(zip(*outputs))
+        if not self.leading:
+            body = checkpoint(run, remat, scanned=True)
+            return jax.lax.scan(lambda x, part: body(part[0], x, *part[1:]), x, (self.layers, kv, keys))
+
+        # Two loops, because only that of the layers with adapters may need a gradient. Each takes its layers out of the whole stack, one at a time:
+        # slices of the stack would be copies of the base.
+        split: Any = nnx.split(self.layers, nnx.LoRAParam, ...)
+        graph, adapters, base = split
+
+        def loop(x: jax.Array, begin: int, end: int, kind: Any, own: Any) -> tuple[jax.Array, Any]:
+            def step(base: Any, x: jax.Array, index: jax.Array, own: Any, kv: Any, key: Any) -> Any:
+                weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), base)
+                return run(nnx.merge(kind, weights, own), x, kv, key)
+
+            body = checkpoint(step, remat, scanned=True, copies=True)
+            parts = jnp.arange(begin, end), own, *jax.tree.map(lambda a: a[begin:end], (kv, keys))
+            return jax.lax.scan(lambda x, part: body(base, x, *part), x, parts)
+
+        each = []
+        for begin, end, kind, own in (
+            (0, self.leading, self.plain, nnx.State({})),
+            (self.leading, self.config.num_layers, graph, adapters),
+        ):
+            if first <= begin <= end <= last:
+                x, pairs = loop(x, begin, end, kind, own)
+                each.append(pairs)
+        return x, None if cache is None else jax.tree.map(lambda *pairs: jnp.concatenate(pairs), *each)

@@ -178,14 +178,28 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-def make_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: bool, rngs: nnx.Rngs) -> Any:
-    """``count`` layers: one module whose arrays have a leading layer axis (scan), or a list of modules."""
+def make_layers(
+    create: Callable[[nnx.Rngs], nnx.Module],
+    count: int,
+    *,
+    scan: bool,
+    rngs: nnx.Rngs,
+    plain: Callable[[nnx.Rngs], nnx.Module] | None = None,
+    leading: int = 0,
+) -> Any:
+    """``count`` layers: one module whose arrays have a leading layer axis (scan), or a list of modules.
+
+    plain: creates the first ``leading`` layers, which have no adapters. Where layers are stacked, those of the others have fewer rows.
+    """
     if not scan:
-        return nnx.List([create(rngs) for _ in range(count)])
+        return nnx.List([(plain if plain and i < leading else create)(rngs) for i in range(count)])
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
     def stacked(rngs: nnx.Rngs) -> nnx.Module:
         return create(rngs)
 
-    return stacked(rngs)
+    layers = stacked(rngs)
+    if leading:
+        nnx.update(layers, jax.tree.map(lambda x: x[leading:], nnx.state(layers, nnx.LoRAParam)))
+    return layers

@@ -55,28 +55,30 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     trains = {path: row.lr is not None for path, row in rows.items()}
     seen = model.image_tokens
     tokens = {"decoder": batch * length, "vision": batch * images * (seen + 1), "projector": batch * images * seen}
-    reached = _reached(trains)
+    reached, share = _reached(trains), _reached_layers(model, trains)
     again = POLICIES[train.remat]
-    forward, useful, repeated, six_n, moved = 0.0, 0.0, 0.0, 0.0, 0.0
+    useful, repeated, six_n, moved = 0.0, 0.0, 0.0, 0.0
     for path, leaf in params.items():
         if not _is_matrix(path, model):
             continue
         tower = path.split("/")[0]
         products = 2.0 * math.prod(leaf.shape) * tokens.get(tower, batch)
-        forward += products
-        useful += products * (1 + reached[tower] + trains[path])
+        through = float(reached[tower])
+        if path.startswith(_LAYER):  # adapters have rows only for layers that are reached
+            through = float(share > 0) if "/lora_" in path else share
+        useful += products * (1 + through + trains[path])
         six_n += 3 * products if tower == "decoder" else products
         layers = leaf.shape[0] if leaf.ndim == 3 else 1
         repeats = path.startswith(_LAYER) and again is not None and not _kept(path, again)
-        repeated += products * repeats
-        moved += 2 * layers * sum(leaf.shape[-2:]) * tokens.get(tower, batch) * (1 + repeats + 2 * reached[tower])
+        repeated += products * repeats * through
+        moved += 2 * layers * sum(leaf.shape[-2:]) * tokens.get(tower, batch) * (1 + (repeats + 2) * through)
     text, vision = model.text, model.vision
     causal = 2.0 * batch * text.num_layers * text.num_heads * text.head_dim * length**2
     looking = 0.0
     if vision is not None:
         looking = 4.0 * batch * images * vision.num_used_layers * vision.hidden_size * (seen + 1) ** 2
-    attended = 3 * causal + looking * (1 + 2 * reached["vision"])
-    repeated += causal * (again is not None and "attention" not in again)
+    attended = causal * (1 + 2 * share) + looking * (1 + 2 * reached["vision"])
+    repeated += causal * share * (again is not None and "attention" not in again)
     weights = sum(_nbytes(leaf) for path, leaf in params.items() if path.startswith("decoder/"))
     updated = sum(math.prod(params[path].shape) for path, is_trained in trains.items() if is_trained)
     return StepCost(
@@ -131,6 +133,19 @@ def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:
         tower: any(trained for path, trained in trains.items() if path.split("/")[0] in order[: place + 1])
         for place, tower in enumerate(order)
     }
+
+
+def _reached_layers(model: ModelConfig, trains: Mapping[str, bool]) -> float:
+    """The share of the decoder's layers that need gradients of activations: all if something before them or in each of them trains; else those with
+    adapters, if these train.
+    """
+    inside = {path for path, trained in trains.items() if trained and path.startswith(_LAYER)}
+    before = ("vision/", "projector/", "decoder/embed_tokens/")
+    if any(trained and path.startswith(before) for path, trained in trains.items()):
+        return 1.0
+    if any("/lora_" not in path for path in inside):
+        return 1.0
+    return 1 - model.leading_layers / model.text.num_layers if inside else 0.0
 
 
 def _kept(path: str, names: tuple[str, ...]) -> bool:

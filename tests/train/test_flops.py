@@ -25,3 +25,20 @@ def test_a_tied_table_counts_as_the_lm_head_does():
     train = dataclasses.replace(config.train, trainable=(Rule(".*", 1.0),))
     assert utilisation(tied, train)(batch) == utilisation(config.model, train)(batch)
     assert decode_cost(tied, 1, 64).weights == decode_cost(config.model, 1, 64).weights
+
+
+def test_layers_before_the_adapters_take_a_forward_pass_alone():
+    def cost(last, *rows):
+        rules = (*rows, ("decoder/layers/.*/lora_[ab]", 1.0), (".*", None))
+        lora = {"rank": 8, "alpha": 16.0, "targets": ("q_proj", "v_proj"), "last_layers": last}
+        settings = ["model.vision=none", "model.text.num_layers=8", f"model.lora={lora!r}"]
+        config = load_config("tiny", [*settings, f"train.trainable={rules!r}"])
+        return utilisation(config.model, config.train)({"input_ids": np.zeros((2, 64), np.int32)})["mfu"]
+
+    tokens, width = 2 * 64, 128
+    weights = 2 * tokens * (4 * width * width + 3 * width * 384)
+    attention = 2 * 2 * width * 64**2
+    adapters = 2 * tokens * 2 * 8 * (width + width)
+    found = cost(2)
+    assert cost(None) - found == 6 * (weights + 2 * attention + 3 * adapters)
+    assert cost(2, ("decoder/embed_tokens/added", 1.0)) - found == 6 * (weights + 2 * attention)

@@ -14,7 +14,7 @@ from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.layout import at_run_time, lay_out, stacked
 from chatpose_jax.train.step import init_state, make_step
-from chatpose_jax.train.trainer import Interrupted, train
+from chatpose_jax.train.trainer import Interrupted, identity, train
 from tests.numerics import GRADIENT, TRAINED
 from tests.train.test_step import CONFIG, SETTINGS
 from tests.train.test_trainer import Batches
@@ -47,20 +47,31 @@ def steps(config, settings, count=2, mesh=None):
 
 
 PLAIN = dataclasses.replace(SETTINGS, batch_size=8)
+LAST = CONFIG.replace(
+    text=dataclasses.replace(CONFIG.text, num_layers=3), lora=dataclasses.replace(CONFIG.lora, last_layers=1)
+)
+BEHIND = tuple(rule for rule in table.PAPER if "embed_tokens" not in rule.pattern)
 CASES = {
-    "adapters": PLAIN,
-    "everything, by Muon": dataclasses.replace(PLAIN, optimizer="muon", trainable=table.EVERYTHING),
-    "accumulated, full remat": dataclasses.replace(PLAIN, batch_size=4, accumulate=2, remat="full"),
-    "some layers' parts, with decay": dataclasses.replace(
-        PLAIN,
-        grad_clip=0.01,
-        trainable=(
-            table.Rule("decoder/layers/attn/q_proj/lora_a", 0.5, 0.1),
-            table.Rule("vision/layers/.*/kernel", 2.0),
-            table.Rule(".*", None),
+    "adapters": (CONFIG, PLAIN),
+    "everything, by Muon": (CONFIG, dataclasses.replace(PLAIN, optimizer="muon", trainable=table.EVERYTHING)),
+    "accumulated, full remat": (CONFIG, dataclasses.replace(PLAIN, batch_size=4, accumulate=2, remat="full")),
+    "int8": (CONFIG.replace(quantize="int8"), PLAIN),
+    "some layers' parts, with decay": (
+        CONFIG,
+        dataclasses.replace(
+            PLAIN,
+            grad_clip=0.01,
+            trainable=(
+                table.Rule("decoder/layers/attn/q_proj/lora_a", 0.5, 0.1),
+                table.Rule("vision/layers/.*/kernel", 2.0),
+                table.Rule(".*", None),
+            ),
         ),
     ),
-    "only the head": dataclasses.replace(PLAIN, trainable=table.HEAD),
+    "only the head": (CONFIG, dataclasses.replace(PLAIN, trainable=table.HEAD)),
+    "adapters on the last layer": (LAST, dataclasses.replace(PLAIN, trainable=BEHIND)),
+    "adapters on the last layer, and what is before": (LAST, dataclasses.replace(PLAIN, remat="save_qkv")),
+    "adapters on the last layer, and everything": (LAST, dataclasses.replace(PLAIN, trainable=table.EVERYTHING)),
 }
 
 
@@ -72,7 +83,7 @@ def agree(found, expected, largest=GRADIENT):
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_layouts_take_the_same_steps(case):
-    config, settings = CONFIG, CASES[case]
+    config, settings = CASES[case]
     scanned, unrolled = (steps(config.replace(scan_layers=scan), settings) for scan in (True, False))
     for ours, expected in zip(unrolled[1], scanned[1], strict=True):
         for name, value in expected.items():
@@ -122,6 +133,54 @@ def test_a_part_of_a_model_is_unrolled_in_its_place():
     assert all(x.is_deleted() == ("/layers/" in path) for path, x in frozen.items())
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_leading_layers_have_no_adapters(scan):
+    """They are absent, not zero; the model is that of adapters that are zero there."""
+    params = fresh(LAST)
+    shapes = {path: x.shape for path, x in table.flatten(params).items() if "lora" in path}
+    assert {shape[0] for shape in shapes.values()} == {1} and len(shapes) == 4
+    config = LAST.replace(scan_layers=scan)
+    laid = lay_out(table.flatten(params), config)
+    assert not scan or laid.keys() == table.flatten(abstract_params(config)).keys()
+    assert scan or {path.split("/")[2] for path in laid if "lora" in path} == {"2"}
+    everywhere = LAST.replace(lora=dataclasses.replace(LAST.lora, last_layers=None))
+    wide = {p: np.pad(x, ((2, 0), (0, 0), (0, 0))) if "lora" in p else x for p, x in table.flatten(params).items()}
+    batch = fake_batch(LAST)
+
+    def hidden(config, flat):
+        def run(flat):
+            model = bind(config, table.unflatten(flat))
+            return model(batch["input_ids"], pixel_values=batch["pixel_values"], dropout_key=jax.random.key(1)).hidden
+
+        return np.asarray(jax.jit(run)(flat))
+
+    found, expected = hidden(config, laid), hidden(everywhere, wide)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    bare = {path: x for path, x in table.flatten(params).items() if "lora" not in path}
+    assert np.abs(expected - hidden(LAST.replace(lora=None), bare)).max() > 1e-2
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_leading_layers_save_nothing_for_a_backward_pass(scan):
+    """Six layers save the activations that three do, and no copy of weights."""
+
+    def saved(layers):
+        text = dataclasses.replace(CONFIG.text, num_layers=layers)
+        config = LAST.replace(text=text, scan_layers=scan)
+        trainable, frozen = table.split(init_params(config.replace(scan_layers=True), jax.random.key(0)), BEHIND)
+        frozen, batch = lay_out(frozen, config), fake_batch(config, batch=5, length=7, images=0)
+
+        def run(trainable):
+            model = bind(config, table.merge(lay_out(trainable, config), frozen))
+            return model(batch["input_ids"]).hidden
+
+        kept = [x for x in jax.tree.leaves(jax.vjp(run, trainable)[1]) if hasattr(x, "shape")]
+        assert not any(x.shape == (1, 24, 32) for x in kept), "a layer of the stack of up_proj"
+        return sum(x.size for x in kept if {5, 7} <= set(x.shape))
+
+    assert saved(6) == saved(3) > 0
+
+
 def test_only_a_cpu_unrolls_by_itself():
     assert not at_run_time(CONFIG, "auto").scan_layers
     assert at_run_time(CONFIG, "scanned").scan_layers
@@ -138,8 +197,6 @@ def test_a_run_resumes_in_the_other_layout(tmp_path, first):
     with pytest.raises(Interrupted, match="stopped at step 4"):
         run(one, settings, fresh(), Batches(at=4), tmp_path / "parts")
     state, frozen = init_state(settings, fresh())
-    from chatpose_jax.train.trainer import identity
-
     held = [
         Checkpoints(
             tmp_path / name / "checkpoints",
