@@ -13,10 +13,11 @@ from chatpose_jax import named
 from chatpose_jax.data import moved
 from chatpose_jax.data.config import DataConfig, SourceRow
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import ModelConfig, preset
+from chatpose_jax.models.config import PRESETS, ModelConfig, preset
 from chatpose_jax.settings import did_you_mean, parse_value
 from chatpose_jax.train.config import EvaluatorRow, MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
+from chatpose_jax.weights.backbones import published
 
 ROWS = {
     "train.trainable": ("(pattern, rate or None, decay, 'all' or 'pose' tokens), the last two optional", (2, 3, 4)),
@@ -44,12 +45,22 @@ class RunConfig:
     train: TrainConfig
 
 
+def named_model(name: str) -> ModelConfig:
+    """A model preset, or a published language model such as "llama3.2_1b" (``weights.backbones``). Raises UserError for any other name."""
+    if name in PRESETS:
+        return preset(name)
+    try:
+        return published(name)
+    except UserError as error:
+        raise UserError(f"no model preset {name!r}; the presets are {', '.join(PRESETS)}; and {error}") from None
+
+
 def run_config(model: str) -> Any:
-    """A ``ConfigDict`` with the named model preset and every other setting at its default. Files in ``configs/`` start from it."""
+    """A ``ConfigDict`` with the model of this name (``named_model``) and every other setting at its default. Files in ``configs/`` start from it."""
     from ml_collections import ConfigDict
 
     table = {
-        "model": preset(model).to_json(),
+        "model": named_model(model).to_json(),
         "data": dataclasses.asdict(DataConfig()),
         "train": dataclasses.asdict(TrainConfig()),
     }
@@ -137,6 +148,10 @@ def _apply(config: Any, override: str) -> None:
     for rows in NAMED:
         if key.startswith(f"{rows}."):
             key, value = rows, _with_option(config, rows, key, value)
+    if key == "model" and isinstance(value, str):
+        with config.unlocked():
+            config.model = type(config)(named_model(value).to_json())
+        return
     if key in NAMED and isinstance(value, str):  # a single name
         value = [[value]]
     if key.startswith(f"{HEAD_OPTIONS}."):

@@ -116,6 +116,8 @@ def with_kept_settings(files: Mapping[str, Any], folder: Path, eos_token_id: int
     if not kept[SETTINGS]:
         return {name: files[name] for name in kept}
     own = {name: value for name, value in files[SETTINGS].items() if name not in SPECIAL}
+    if "head_dim" not in kept[SETTINGS]:  # the family has a default, or no such setting
+        del own["head_dim"]
     dtype = {"dtype": own["torch_dtype"]} if "dtype" in kept[SETTINGS] else {}  # the name since transformers 4.56
     result = {SETTINGS: kept[SETTINGS] | own | dtype, GENERATION: kept[GENERATION] or dict(files[GENERATION])}
     for settings in result.values():

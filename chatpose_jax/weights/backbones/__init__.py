@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.settings import did_you_mean
 from chatpose_jax.weights.backbones.family import Language, Tower
 
-__all__ = ["LANGUAGES", "TOWERS", "Language", "Tower", "choose_language", "language", "tower"]
+__all__ = ["LANGUAGES", "TOWERS", "Language", "Tower", "choose_language", "language", "published", "tower"]
 
 _FOUND = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 LANGUAGES: Mapping[str, Language] = {
@@ -33,6 +34,20 @@ def language(name: str) -> Language:
 def tower(name: str) -> Tower:
     """The family of this name. Raises a UserError that lists the names for any other name."""
     return _named("vision tower", name, TOWERS)
+
+
+def published(name: str) -> ModelConfig:
+    """The settings of a published language model (``Language.sizes``), without a vision tower, and with the pose token as its first free id. Those of
+    control tokens are left open: a run takes them from the model folder that it starts from.
+
+    Raises a UserError that lists the names for any other name.
+    """
+    sizes = {size: text for family in LANGUAGES.values() for size, text in family.sizes.items()}
+    if name not in sizes:
+        near = did_you_mean(name, sizes) or f"; the published ones are {', '.join(sizes)}"
+        raise UserError(f"no language model {name!r}{near}")
+    text = sizes[name]
+    return ModelConfig(vision=None, text=text, pose_token_id=text.base_vocab_size, bos_token_id=-1, eos_token_id=-1)
 
 
 def _named(kind: str, name: str, families: Mapping[str, Any]) -> Any:
