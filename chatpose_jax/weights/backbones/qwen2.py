@@ -39,7 +39,7 @@ LANGUAGE = Language(
     settings=decoder_settings(
         "qwen2",
         # Without use_sliding_window the window means nothing.
-        demands={"sliding_window": ANY, "attention_bias": (True, None)},
+        demands={"sliding_window": ANY, "attention_bias": ANY},
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         fields={"qkv_bias": True},
     ),
