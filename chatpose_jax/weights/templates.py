@@ -24,6 +24,7 @@ _ASKED = ("How does one squat?", "And on one leg?", "Which is harder?")
 _ANSWERED = ("Knees bent, hips low.", "The same, with the other leg stretched forward.")
 _SHOWN = 60
 """Characters of each text that an error shows from shortly before the first difference on."""
+_OWN = "the family's own"
 _VALUES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 """What templates may ask beside the messages: no thinking (Qwen3), and the date that ``llama3_1`` writes."""
 
@@ -41,7 +42,7 @@ class ChosenTemplate:
 
 def choose_template(
     tokens: Tokens,
-    default: str,
+    default: str | Template,
     system: str | None = None,
     *,
     named: str | None = None,
@@ -55,7 +56,7 @@ def choose_template(
 
     Args:
         tokens: the tokenizer, with its files.
-        default, system: the family's template and its default system text, if that is not the template's.
+        default, system: the family's template, or its name, and its default system text, if that is not the template's.
         named: a name of ``TEMPLATES``.
         check: compare with ``chat_template``.
         images: whether the model takes images.
@@ -71,8 +72,13 @@ def choose_template(
             return ChosenTemplate(Template.from_json(stored), SETTINGS_FILE)
     if named is None and RELEASED_POSE in tokens.control:
         default, system = "llava_v1", None
-    first = named or default
-    candidates = {first: named_template(first, system if first == default else None)}
+    if named is not None:
+        first, template = named, named_template(named, system if named == default else None)
+    elif isinstance(default, str):
+        first, template = default, named_template(default, system)
+    else:
+        first, template = _OWN, default
+    candidates = {first: template}
     if named is None:
         candidates |= {name: other for name, other in TEMPLATES.items() if name not in candidates}
     fitting = {name: each for name, each in candidates.items() if not _absent(tokens, each)}

@@ -87,7 +87,7 @@ def _settings(
     model: str,
     where: str,
 ) -> Settings:
-    demand(config, where, {key: allowed for key, allowed in demands.items() if allowed is not ANY})
+    demand({**defaults, **config}, where, {key: allowed for key, allowed in demands.items() if allowed is not ANY})
     if odd := [kind for kind in config.get("layer_types") or () if kind != "full_attention"]:
         raise UserError(
             f"config.json: {where}layer_types has {odd[0]!r}, which is not supported; expected only 'full_attention'"

@@ -9,6 +9,7 @@ from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from chatpose_jax.processing.conversation import Template
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.table import Ignored, NameRule, Settings, Shape
 
@@ -23,7 +24,7 @@ class Language:
     title: for reports, as in "Llama 3".
     model_types: ``model_type`` in ``config.json``. The first is written.
     architecture: the class of transformers that loads it.
-    template: the conversation's, a name in ``processing.conversation.TEMPLATES``.
+    template: the conversation's: a name in ``processing.conversation.TEMPLATES``, or the template itself.
     system: the default system text, if not the template's.
     control: control tokens by which families of one ``model_type`` are told apart: each is in the tokenizers of all its models.
     gguf: ``general.architecture`` in GGUF files.
@@ -40,7 +41,7 @@ class Language:
     title: str
     model_types: tuple[str, ...]
     architecture: str
-    template: str
+    template: str | Template
     system: str | None = None
     control: tuple[str, ...] = ()
     gguf: tuple[str, ...] = ()
