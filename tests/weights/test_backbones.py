@@ -26,6 +26,7 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -94,6 +95,12 @@ KINDS = {
         control=("<|eom_id|>",),
     ),
     "smollm2": Kind(LlamaConfig, "smollm2", {"tie_word_embeddings": True}),
+    "mistral": Kind(
+        MistralConfig,
+        "gpt2",
+        {"sliding_window": None, "head_dim": 32},
+        control=("<s>", "</s>", "[INST]", "[/INST]"),
+    ),
     "qwen2": Kind(Qwen2Config, "qwen", {"sliding_window": 64, "max_window_layers": 1}, spare=7),
     "qwen3": Kind(Qwen3Config, "qwen", {"tie_word_embeddings": True, "head_dim": 32}, spare=7),
 }
@@ -174,6 +181,12 @@ def test_a_family_is_named_like_its_module() -> None:
             assert TextConfig(**found, **rows) == text, size
     with pytest.raises(UserError, match="no family of language models 'qwen4'; did you mean qwen"):
         language("qwen4")
+
+
+def test_the_walk_through_shows_a_family_as_it_is() -> None:
+    root = Path(__file__).parents[2]
+    family = (root / "chatpose_jax/weights/backbones/mistral.py").read_text()
+    assert f"```python\n{family}```" in (root / "docs/extending.md").read_text()
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -293,6 +306,7 @@ def plan_end(folder: Path) -> int:
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE of type 'yarn' is not supported"),
+        ("mistral", {"sliding_window": 64}, "sliding_window=64 is not supported"),
         ("llama3", {"mlp_bias": True}, "mlp_bias=True is not supported"),
         ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ("llama3", {"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
@@ -321,6 +335,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in FAMILIES:
         make(folder / family, family)
     return {family: folder / family for family in FAMILIES}
+
+
+def test_a_switch_that_config_json_leaves_out(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    """It has the default of transformers' class: a window of 4096 tokens."""
+    shutil.copytree(sources["mistral"], tmp_path / "src")
+    data = json.loads((tmp_path / "src/config.json").read_text())
+    del data["sliding_window"]
+    (tmp_path / "src/config.json").write_text(json.dumps(data))
+    assert AutoConfig.from_pretrained(tmp_path / "src").sliding_window == 4096
+    with pytest.raises(UserError, match="sliding_window=4096 is not supported"):
+        plan_conversion(SourceSpec(tmp_path / "src"))
 
 
 def test_the_same_settings_in_files_of_transformers_4(sources: Mapping[str, Path], tmp_path: Path) -> None:
