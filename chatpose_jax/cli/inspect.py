@@ -65,7 +65,7 @@ def describe_config(config: ModelConfig) -> list[str]:
         ),
         (
             "vision",
-            "none"
+            "none: the model takes no images (--vision FOLDER, when converting, gives it a tower)"
             if vision is None
             else f"{vision.num_used_layers} of {vision.num_layers} layers, width {vision.hidden_size}, "
             f"{vision.image_size} px in patches of {vision.patch_size}: {config.image_tokens} tokens",
@@ -91,7 +91,8 @@ def describe_conversion(plan: Conversion) -> list[str]:
     lines += [f"  {'template':<11} {line}" for line in (template.name, *template.notes)]
     if plan.vocabulary.added:
         lines.append(f"  {'new tokens':<11} {', '.join(plan.vocabulary.added)}")
-    lines.append(f"  {'images':<11} {plan.images.describe()}")
+    if plan.images is not None:
+        lines.append(f"  {'images':<11} {plan.images.describe()}")
     dtypes = ((source.title, source.checkpoint.tensors[name].stored, kept) for source, name, _, kept in rounded(plan))
     for (title, stored, kept), count in collections.Counter(dtypes).items():
         lines.append(f"  {'rounded':<11} {count} tensors of {title}: {stored} to {kept}")

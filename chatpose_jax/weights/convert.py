@@ -125,7 +125,7 @@ def load_source(
 def write_processor(plan: Conversion, folder: Path) -> Processor:
     """Writes the tokenizer and the processor's settings of a plan, then reads them back and checks them against the model."""
     write_tokenizer(plan.vocabulary.tokens, folder, plan.vocabulary.added)
-    write_image_settings(folder, plan.images.settings)
+    write_image_settings(folder, None if plan.images is None else plan.images.settings)
     write_template(folder, plan.vocabulary.template.template)
     processor = Processor.load(folder, plan.config)
     processor.save(folder)
@@ -147,7 +147,7 @@ def _provenance(plan: Conversion, digests: Mapping[Path, str]) -> dict[str, Any]
         "converter": f"chatpose-jax {__version__}",
         "sources": [_source_record(source, digests) for source in plan.sources],
         "initialised": list(plan.fresh),
-        "images": plan.images.describe(),
+        "images": plan.images and plan.images.describe(),
     }
 
 

@@ -44,8 +44,8 @@ class Preprocessing:
 
 def infer_image_settings(
     sources: Sequence[Source], config: ModelConfig, tokenizer: Path, fit: Fit | None = None
-) -> Preprocessing:
-    """The preprocessing that the sources apply to an image before the vision tower.
+) -> Preprocessing | None:
+    """The preprocessing that the sources apply to an image before the vision tower; None for a model without one.
 
     ``processor.json`` beside the tokenizer, which this program writes, has all settings. Otherwise ``preprocessor_config.json`` (or
     ``processor_config.json``) beside the vision tower has size, mean, standard deviation and, for transformers, whether images are padded. In
@@ -56,6 +56,12 @@ def infer_image_settings(
 
     Raises UserError for a setting that ``ImageSettings`` cannot express, or if the size differs from the tower's.
     """
+    if config.vision is None:
+        if fit is not None:
+            raise UserError(
+                f"--image-fit {fit}: the model has no vision tower; leave the option out, or give the tower (--vision FOLDER)"
+            )
+        return None
     said = _from_processor(tokenizer) or _from_sources(sources, config, fit)
     settings, origin = said.settings, said.origin
     if fit is not None:
@@ -67,11 +73,11 @@ def infer_image_settings(
     return Preprocessing(settings, origin)
 
 
-def write_image_settings(folder: Path, settings: ImageSettings) -> None:
-    """Writes the settings into ``processor.json`` of a tokenizer's folder. Its other keys stay."""
+def write_image_settings(folder: Path, settings: ImageSettings | None) -> None:
+    """Writes the settings into ``processor.json`` of a tokenizer's folder. Its other keys stay. None: the model takes no images."""
     file = folder / SETTINGS_FILE
     data = read_json_object(file) if file.is_file() else {}
-    data["images"] = dataclasses.asdict(settings)
+    data["images"] = settings and dataclasses.asdict(settings)
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.backbones import LANGUAGES
+from chatpose_jax.weights.layouts.decoder import FAMILY as PLAIN
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.templates import ChosenTemplate, choose_template
@@ -96,14 +97,17 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
             f"the adapter has a row for token {max(listed)}, the embedding has {rows} rows and the tokenizer {tokens.size} "
             "tokens; the adapter belongs to another base"
         )
+    vision = settings.get("vision") or (VisionConfig() if sees(sources, spec) else None)
+    if vision is not None:
+        vision = dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer))
     family = sources[0].layout.language or LANGUAGES["llama2"]
     template = choose_template(
         tokens,
-        family.template,
-        family.system,
+        settings.get("template", family.template),
+        None if "template" in settings else family.system,
         named=spec.template,
         check=not spec.ignore_chat_template,
-        images="vision" in settings,
+        images=vision is not None,
     )
     ids["eos_token_id"] = tokens.control[template.template.end]
     if tokens.byte_level:
@@ -112,9 +116,9 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0), template
     )
     param_dtype = spec.dtype or cast(DType, "float32" if main.dtype == np.float64 else main.dtype.name)
-    vision = settings.get("vision", VisionConfig())
     config = ModelConfig(
-        vision=dataclasses.replace(vision, select_layer=settings.get("select_layer", vision.select_layer)),
+        vision=vision,
+        image_newline=vision is not None and settings.get("image_newline", False),
         text=TextConfig(vocab_size=vocabulary.rows, base_vocab_size=vocabulary.tokens.base_size, **settings["text"]),
         lora=_lora(sources),
         head=settings.get("head", HeadConfig()),
@@ -125,6 +129,14 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         **ids,
     )
     return config, vocabulary
+
+
+def sees(sources: Sequence[Source], spec: SourceSpec) -> bool:
+    """Whether the result takes images. A plain decoder does only if a tower or a projector is given or asked for."""
+    parts = {"vision", "projector"}
+    return sources[0].layout.family != PLAIN or bool(
+        parts & {*spec.init_missing, *(part for source in sources for part in source.layout.parts)}
+    )
 
 
 def _lora(sources: Sequence[Source]) -> LoRAConfig | None:

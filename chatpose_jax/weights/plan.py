@@ -22,7 +22,7 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import row_module
 from chatpose_jax.weights.backbones import Language, language
 from chatpose_jax.weights.images import Preprocessing, infer_image_settings
-from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config
+from chatpose_jax.weights.infer import Vocabulary, embedding_rows, infer_config, sees
 from chatpose_jax.weights.initial import initial
 from chatpose_jax.weights.leaves import Leaf, array_leaf, same, source_leaf
 from chatpose_jax.weights.nonfinite import Nonfinite
@@ -52,13 +52,13 @@ class Conversion:
     """Everything that a conversion will do.
 
     ignored: source tensor → the reason why it is not used. fresh: parts that no source has. passengers: for each layout, the ignored tensors that
-    are kept for export. nonfinite: non-finite values found in the leaves that were read.
+    are kept for export. images: None for a model without a vision tower. nonfinite: non-finite values found in the leaves that were read.
     """
 
     config: ModelConfig
     sources: tuple[Source, ...]
     vocabulary: Vocabulary
-    images: Preprocessing
+    images: Preprocessing | None
     leaves: Mapping[str, Leaf]
     ignored: Mapping[str, str]
     fresh: tuple[str, ...]
@@ -89,7 +89,8 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
         "vision": "--vision FOLDER, or --init-missing vision",
         "projector": "--projector FILE, or --init-missing projector",
     }
-    absent = [f"{part} (give {ways.get(part, 'another source')})" for part in PARTS if part not in provided | fresh]
+    needed = PARTS if sees(sources, spec) else ("decoder", "pose_head")
+    absent = [f"{part} (give {ways.get(part, 'another source')})" for part in needed if part not in provided | fresh]
     try:
         config, vocabulary = infer_config(sources, spec)
     except UserError as error:
@@ -163,15 +164,15 @@ class _Work:
     def take(self, source: Source, skipped: Mapping[str, str]) -> list[str]:
         """Adds the leaves from a source, except those in ``skipped`` (path → reason). Returns the source's tensors that this model does not use."""
         tensors, vision, text = source.checkpoint.tensors, self.config.vision, self.config.text
-        assert vision is not None
         known: set[str] = set(source.token_rows)
         unused = {rule.source: "follows the last block, and is not used" for rule in source.layout.unused}
         for rule in source.layout.rules:
             is_vision = rule.target.startswith("vision/")
-            names = rule.sources(vision.num_used_layers if is_vision else text.num_layers)
+            used, all_layers = (0, 0) if vision is None else (vision.num_used_layers, vision.num_layers)
+            names = rule.sources(used if is_vision else text.num_layers)
             known.update(names)
             if is_vision:
-                behind = rule.sources(vision.num_layers)[len(names) :]
+                behind = rule.sources(all_layers)[len(names) :]
                 unused |= dict.fromkeys(behind, "follows the last block that is used")
             if rule.target in skipped:
                 self.ignored |= {name: skipped[rule.target] for name in names if name in tensors}
