@@ -12,7 +12,7 @@ import numpy as np
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from chatpose_jax.processing.conversation import POSE
-from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
+from chatpose_jax.processing.tokenizer import TOKENIZER_FILES, named_token
 from chatpose_jax.settings import one_line
 from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.layouts.decoder import FAMILY as PLAIN
@@ -111,7 +111,8 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
     )
     ids["eos_token_id"] = tokens.control[template.template.end]
     if tokens.byte_level:
-        ids.setdefault("bos_token_id", -1)
+        bos = named_token(tokens.files, "bos_token")
+        ids.setdefault("bos_token_id", tokens.control.get(bos or "", -1))
     vocabulary = _vocabulary(
         tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0), template
     )

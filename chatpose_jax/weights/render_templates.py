@@ -72,6 +72,8 @@ def main() -> None:
 
 def rendered(request: Mapping[str, Any]) -> list[dict[str, str]]:
     """``{"text": …}`` or ``{"error": …}`` for each conversation of a request, without limits."""
+    import jinja2  # noqa: F401  what transformers renders with; missing, it is named here
+
     import_transformers()
     from transformers.utils.chat_template_utils import render_jinja_template
 
