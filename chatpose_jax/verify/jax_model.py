@@ -78,7 +78,8 @@ class JaxModel:
         return self._run(("decoder/norm",), lambda model, x: model.decoder.norm(x), x)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        return self._run(("decoder/lm_head",), lambda model, x: model.logits(x), hidden)
+        table = "decoder/embed_tokens" if self.config.text.tied else "decoder/lm_head"
+        return self._run((table,), lambda model, x: model.logits(x), hidden)
 
     def poses(self, hidden: np.ndarray) -> np.ndarray:
         return self._run(

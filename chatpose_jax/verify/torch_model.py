@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import re
@@ -14,12 +15,15 @@ import numpy as np
 from PIL import Image
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.config import ModelConfig, VisionConfig
+from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.readers import TensorEntry
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
+
+_NOT_SETTINGS = ("model_type", "dtype", "torch_dtype")
+"""Keys of a configuration that say nothing of what it computes."""
 
 
 class TorchModel:
@@ -28,16 +32,18 @@ class TorchModel:
     def __init__(self, sources: Sequence[Source], config: ModelConfig, spec: SourceSpec):
         try:
             import torch
-            from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
-            from transformers.models.llama import modeling_llama
+            import transformers
         except ImportError as error:
             raise UserError(
                 f"chatpose verify needs PyTorch, which is not installed ({error}): pip install '.[torch]' in the checkout"
             ) from None
-        self.torch, self.llama, self.clip = torch, modeling_llama, CLIPVisionModel
+        self.torch = torch
         self.config = config
         self.where: dict[str, tuple[Source, str]] = {
-            rule.target: (source, rule.source) for source in sources for rule in source.layout.rules
+            rule.target: (source, rule.source)
+            for source in sources
+            for rule in source.layout.rules
+            if rule.sources(1)[0] in source.checkpoint.tensors or "/lora_" in rule.target
         }
         self.sources, self.spec = sources, spec
         # Layers come from the main checkpoint; an adapter may have its own embedding.
@@ -46,21 +52,27 @@ class TorchModel:
         self.tensors = _TorchTensors(torch, spec)
         stored = self.tensors.stored(sources[0], f"{self.decoder}layers.0.self_attn.q_proj.weight").dtype
         self.base = _TorchTensors(torch, spec, stored if stored == getattr(torch, config.param_dtype) else None)
+        language = sources[0].layout.language
+        assert language is not None
         main = sources[0].checkpoint.config()
-        text = {**(main.get("text_config") or main), "model_type": "llama"}
         # Sizes come from tensor shapes, because config.json may omit them.
-        for name in ("hidden_size", "intermediate_size", "num_layers"):
-            text[name.replace("num_layers", "num_hidden_layers")] = getattr(config.text, name)
-        self.text = LlamaConfig.from_dict(text)
+        text = {
+            **{name: value for name, value in (main.get("text_config") or main).items() if name not in _NOT_SETTINGS},
+            **{name: getattr(config.text, name) for name in ("hidden_size", "intermediate_size")},
+            "num_hidden_layers": config.text.num_layers,
+        }
+        self.text = transformers.AutoConfig.for_model(language.model_types[0], **text)
         self.text._attn_implementation = "eager"
-        assert config.vision is not None
-        self.tower: VisionConfig = config.vision
-        self.sees = "vision/class_embedding" in self.where
+        with torch.device("meta"):
+            # One layer of the class that transformers has for this model; the weights of each layer are put into it.
+            one = transformers.AutoModel.from_config(_shortened(self.text))
+        self.block, self.final_norm, self.angles = one.layers[0], one.norm, type(one.rotary_emb)(self.text)
+        self.sees = "vision/position_embedding" in self.where
         self.projects = "projector/fc1/kernel" in self.where
         self.poses_known = pose_head.rotation_of(config.head) == "6d" and "pose_head/fc1/kernel" in self.where
         if self.sees:
-            self.vision = CLIPVisionConfig.from_dict(self._vision_settings())
-            self.vision._attn_implementation = "eager"
+            self.vision = self._vision_config(main)
+            self.tower_class = transformers.AutoModel
 
     @property
     def rows(self) -> int:
@@ -68,13 +80,35 @@ class TorchModel:
         source, name = self.where["decoder/embed_tokens/embedding"]
         return source.checkpoint.tensors[name].shape[0]
 
-    def _vision_settings(self) -> dict[str, Any]:
-        settings = self.where["vision/class_embedding"][0].checkpoint.config()
+    def _vision_config(self, main: Mapping[str, Any]) -> Any:
+        """The configuration of the tower, with the layers up to the one that the source's settings select."""
+        from transformers import AutoConfig
+
+        source, tower = self.where["vision/position_embedding"][0], self.config.vision
+        assert tower is not None and source.layout.tower is not None
+        settings = source.checkpoint.config()
         settings = settings.get("vision_config") or (settings if "patch_size" in settings else {})
-        sizes = dataclasses.asdict(self.tower)
+        sizes = dataclasses.asdict(tower)
         named = {name: sizes[name] for name in ("hidden_size", "intermediate_size", "image_size", "patch_size")}
-        counts = {"num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"]}
-        return {**counts, **settings, **named, "model_type": "clip_vision_model"}
+        select = next(
+            (main[key] for key in ("vision_feature_layer", "mm_vision_select_layer") if key in main), tower.select_layer
+        )
+        kept = {
+            name: value
+            for name, value in settings.items()
+            if name not in ("num_hidden_layers", "vision_use_head", *_NOT_SETTINGS)
+        }
+        config = AutoConfig.for_model(
+            source.layout.tower.model_types[0],
+            **{
+                "num_attention_heads": tower.num_heads,
+                **kept,
+                **named,
+                "num_hidden_layers": tower.num_layers + select + 1,
+            },
+        )
+        config._attn_implementation = "eager"
+        return config
 
     def _prefix(self, target: str, suffix: str) -> tuple[Source, str]:
         source, name = self.where[target]
@@ -87,60 +121,78 @@ class TorchModel:
         return module.eval()
 
     def pixels(self, image: Any) -> np.ndarray:
-        """Preprocesses an image to (S, S, 3), by transformers' image processor with the settings beside the vision tower. In LLaVA's own layout the
-        image is first padded, if ``image_aspect_ratio`` is "pad".
+        """Preprocesses an image to (S, S, 3), by transformers' image processor with the settings beside the vision tower. Of a processor that takes
+        several views of an image, the view of the whole is taken.
+
+        In LLaVA's own layout the image is first padded or stretched, as ``image_aspect_ratio`` says; so it is for ``--image-fit``.
         """
         import transformers
 
-        folder, family = self.where["vision/class_embedding"][0].checkpoint.folder, self.sources[0].layout.family
+        folder, family = self.where["vision/position_embedding"][0].checkpoint.folder, self.sources[0].layout.family
         settings: dict[str, Any] = {}
         if any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
             reader = transformers.image_processing_base.ImageProcessingMixin
             with contextlib.suppress(OSError):  # a processor_config.json without image settings
                 settings, _ = reader.get_image_processor_dict(str(folder))
-        settings = settings or dict.fromkeys(("size", "crop_size"), self.config.image_size)
-        own = family in ("llava_original", "vicuna")
-        aspect = self.spec.image_fit
-        if own and aspect is None:
+        size, siglip = self.vision.image_size, self.vision.model_type == "siglip_vision_model"
+        plain = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
+        named = settings.get("image_processor_type", plain).removesuffix("Fast").removesuffix("Pil")
+        settings = settings or (
+            {"size": {"height": size, "width": size}} if siglip else {"size": size, "crop_size": size}
+        )
+        fit: Any = self.spec.image_fit
+        if family in ("llava_original", "vicuna") and fit is None:
             # An adapter's settings come before its base's, as in LLaVA's own code.
             told = [source.checkpoint.config() for source in sorted(self.sources, key=lambda each: not each.is_adapter)]
-            aspect = next((config["image_aspect_ratio"] for config in told if "image_aspect_ratio" in config), None)
-        theirs = settings.get("image_processor_type", "").startswith("Llava")
-        pads = theirs and not own and family != "chatpose" and self.spec.image_fit is None
-        name = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
-        kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # the Pillow version, as in 4.x
-        settings = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
-        if aspect == "pad":
+            fit = next((config["image_aspect_ratio"] for config in told if "image_aspect_ratio" in config), None)
+        if fit is not None or family in ("llava_original", "vicuna", "chatpose"):
+            named = plain
+        if fit == "pad":
             # Padding as in LLaVA's own code: around the image, in the mean colour.
             side = max(image.size)
-            colour = tuple(int(255 * channel) for channel in settings.get("image_mean", kind().image_mean))
-            square = Image.new("RGB", (side, side), colour)
+            mean = settings.get("image_mean") or _processor(plain).image_mean
+            square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
             square.paste(image, tuple((side - length) // 2 for length in image.size))
             image = square
-        return kind(**settings)(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        elif fit in ("stretch", "anyres"):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        elif fit == "crop" and siglip:
+            named, settings = "CLIPImageProcessor", {**_half(), "size": size, "crop_size": size}
+        kept = {key: value for key, value in settings.items() if not key.endswith(("_type", "_class"))}
+        several = named == "LlavaOnevisionImageProcessor"  # which gives an image alone another view
+        given = [[image, image]] if several else image
+        found = _processor(named, **kept)(given, return_tensors="np")["pixel_values"][0]
+        return (found[0] if found.ndim == 4 else found).transpose(1, 2, 0)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """CLIP's selected hidden states, projected if the source has a projector: (I, H, W, 3) -> (I·N, D)."""
+        """The tower's selected hidden states, projected if the source has a projector, with its newline: (I, H, W, 3) -> (I·N, D)."""
         torch = self.torch
-        source, prefix = self._prefix("vision/class_embedding", "embeddings.class_embedding")
-        tower = self._clip(source, prefix)
+        tower = self._tower()
         with torch.no_grad():
             images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-            x = tower.pre_layrnorm(tower.embeddings(images))
-            for block in tower.encoder.layers[: self.tower.num_used_layers]:
+            x = tower.embeddings(images)
+            if hasattr(tower, "pre_layrnorm"):
+                x = tower.pre_layrnorm(x)
+            for block in tower.encoder.layers:
                 x = block(x, None)
                 x = x[0] if isinstance(x, tuple) else x
+            if hasattr(tower.embeddings, "class_embedding"):
+                x = x[:, 1:]
             if not self.projects:
-                return x[:, 1:].flatten(0, 1).numpy()
-            x = self._linear("projector/fc1", x[:, 1:], self.base)
-            return self._linear("projector/fc2", torch.nn.functional.gelu(x), self.base).flatten(0, 1).numpy()
+                return x.flatten(0, 1).numpy()
+            x = self._linear("projector/fc1", x, self.base)
+            x = self._linear("projector/fc2", torch.nn.functional.gelu(x), self.base)
+            if "projector/newline" in self.where:
+                newline = self.base(*self.where["projector/newline"])
+                x = torch.cat([x, newline.expand(len(x), 1, -1)], dim=1)
+            return x.flatten(0, 1).numpy()
 
-    def _clip(self, source: Source, prefix: str) -> Any:
-        tower = self.clip(self.vision)
+    def _tower(self) -> Any:
+        source, prefix = self._prefix("vision/position_embedding", "embeddings.position_embedding.weight")
+        tower = self.tower_class.from_config(self.vision)
         tower = getattr(tower, "vision_model", tower)  # transformers 5 has no such attribute
-        unused = tuple(f"encoder.layers.{i}." for i in range(self.tower.num_used_layers, len(tower.encoder.layers)))
-        names = [name for name in tower.state_dict() if not name.startswith(("post_layernorm", *unused))]
-        tower.load_state_dict({name: self.base(source, prefix + name) for name in names}, strict=False)
+        names = [name for name in tower.state_dict() if not name.startswith(("post_layernorm", "head"))]
+        tower.load_state_dict({name: self.base(source, prefix + name) for name in names}, strict=False, assign=True)
         return tower.eval()
 
     def _linear(self, target: str, x: Any, tensors: _TorchTensors) -> Any:
@@ -160,18 +212,15 @@ class TorchModel:
     def layer(self, number: int) -> Any:
         """A function (T, D) -> (T, D)."""
         torch = self.torch
-        with torch.device("meta"):
-            module = self.llama.LlamaDecoderLayer(self.text, 0)
-        module = self._load(module, self.sources[0], f"{self.decoder}layers.{number}.")
+        module = self._load(copy.deepcopy(self.block), self.sources[0], f"{self.decoder}layers.{number}.")
         self._adapt(module, number)
-        rotary_embedding = self.llama.LlamaRotaryEmbedding(self.text)
 
         @torch.no_grad()
         def run(x: np.ndarray) -> np.ndarray:
             hidden = torch.from_numpy(x.copy())[None]
             places = torch.arange(len(x))[None]
             mask = torch.full((len(x), len(x)), torch.finfo(torch.float32).min).triu(1)[None, None]
-            angles = rotary_embedding(hidden, places)
+            angles = self.angles(hidden, places)
             y = module(hidden, attention_mask=mask, position_ids=places, position_embeddings=angles)
             return (y[0] if isinstance(y, tuple) else y).reshape(x.shape).numpy()
 
@@ -213,15 +262,15 @@ class TorchModel:
 
     def norm(self, x: np.ndarray) -> np.ndarray:
         source, prefix = self._prefix("decoder/norm/scale", "weight")
-        norm = self._load(self.llama.LlamaRMSNorm(x.shape[-1], eps=self.text.rms_norm_eps), source, prefix)
+        norm = self._load(copy.deepcopy(self.final_norm), source, prefix)
         with self.torch.no_grad():
             return norm(self.torch.from_numpy(x)).numpy()
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        """(T, D) -> (T, rows)."""
-        return self.torch.nn.functional.linear(
-            self.torch.from_numpy(hidden), self._rows("decoder/lm_head/kernel")
-        ).numpy()
+        """(T, D) -> (T, rows). A source without a LM head has tied weights: it is the embedding."""
+        head = "decoder/lm_head/kernel"
+        table = self._rows(head if head in self.where else "decoder/embed_tokens/embedding")
+        return self.torch.nn.functional.linear(self.torch.from_numpy(hidden), table).numpy()
 
     def poses(self, hidden: np.ndarray) -> np.ndarray:
         """(P, D) -> (P, J, 3, 3): two linears, then Gram-Schmidt of two columns (Zhou et al. 2019, section B)."""
@@ -232,6 +281,26 @@ class TorchModel:
         second = x[..., 3:] - (first * x[..., 3:]).sum(-1, keepdim=True) * first
         second = functional.normalize(second, dim=-1)
         return self.torch.stack([first, second, self.torch.linalg.cross(first, second)], dim=-1).numpy()
+
+
+def _processor(name: str, **settings: Any) -> Any:
+    """An image processor of transformers, in the version that uses Pillow, as 4.x does."""
+    import transformers
+
+    return (getattr(transformers, f"{name}Pil", None) or getattr(transformers, name))(**settings)
+
+
+def _half() -> dict[str, Any]:
+    return {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def _shortened(config: Any) -> Any:
+    """The same settings with one layer."""
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = 1
+    if getattr(short, "layer_types", None):
+        short.layer_types = short.layer_types[:1]
+    return short
 
 
 def _peft_settings(source: Source) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.backbones import LANGUAGES, language, tower
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
+from chatpose_jax.weights.export_processor import processor_files
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER
 from chatpose_jax.weights.layouts import decoder, layout_of
 from chatpose_jax.weights.passengers import read_passengers, with_kept_settings
@@ -89,21 +90,24 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     assert layout.config_json is not None
     files: dict[str, Any] = {}
     if format == "transformers" and vision is not None:
-        files |= _processor_files(model)
+        files |= processor_files(config, _images(model))
     if format != "chatpose":
         weights |= head_weights(model)
         files[pose_head.DESCRIPTION] = pose_head.describe_head(config, model.pose_token)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["generation_config.json"] = {name: id for name, id in ids.items() if id >= 0}
     files["config.json"] = layout.config_json(result)
-    if vision is None:
+    if any(place and place[0].target.startswith("vision/pooling/") for place in map(layout.locate, passengers)):
+        files["config.json"]["vision_config"]["vision_use_head"] = True
+    if vision is None or config.image_newline:
         files |= with_kept_settings(files, model.folder / PASSENGERS, config.eos_token_id)
     images = _images(model)
-    if images is not None and images.fit == "pad":
+    if images is not None and images.fit != "crop":
+        done = {"pad": "padded", "stretch": "stretched"}[images.fit]
         if format == "llava":
-            files["config.json"]["image_aspect_ratio"] = "pad"
+            files["config.json"]["image_aspect_ratio"] = {"pad": "pad", "stretch": "anyres"}[images.fit]
         elif format == "chatpose":
-            notes.append("images were padded to a square here; ChatPose's own code crops the centre")
+            notes.append(f"images were {done} to a square here; ChatPose's own code crops the centre")
     return ExportPlan(weights, files, notes, new_tokens)
 
 
@@ -116,6 +120,12 @@ def _layout(config: ModelConfig, format: WholeFormat) -> Layout:
         )
     if config.vision is None:
         return layout_of(decoder.NAME, text)
+    if format != "transformers" and config.vision.backbone != "clip":
+        raise UserError(
+            f"the format {format} has CLIP as its vision tower, this model has {tower(config.vision.backbone).title}; choose --format transformers"
+        )
+    if format == "chatpose" and config.image_newline:
+        raise UserError("the format chatpose has no newline after an image; choose --format transformers or llava")
     return layout_of(_LAYOUT[format], text, tower(config.vision.backbone))
 
 
@@ -138,14 +148,14 @@ def _tower(
     used, total = vision.num_used_layers, vision.num_layers
     rules = [rule for rule in layout.rules if rule.stacked and rule.target.startswith("vision/")]
     rest = {name for rule in rules for name in rule.sources(total)[used:]}
-    unused = {rule.source: rule for rule in layout.unused}
-    if all(name in passengers for name in (*rest, *unused)):
+    norm = {rule.source: rule for rule in layout.unused if rule.target.startswith("vision/post_norm/")}
+    if all(name in passengers for name in (*rest, *norm)):
         return vision, [], ""
     for name in rest:
         passengers.pop(name, None)
     neutral = [
         _constant(name, (vision.hidden_size,), float(rule.target.endswith("scale")), dtype)
-        for name, rule in unused.items()
+        for name, rule in norm.items()
         if name not in passengers
     ]
     note = f"the vision tower ends after block {used}, whose output is used; the model folder does not contain the later blocks"
@@ -158,34 +168,3 @@ def _constant(name: str, shape: Shape, value: float, dtype: str) -> Tensor:
 
 def _images(model: StoredModel) -> ImageSettings | None:
     return Processor.load(model.folder / TOKENIZER, model.config).images
-
-
-def _processor_files(model: StoredModel) -> dict[str, Any]:
-    """The files that transformers' ``AutoProcessor`` reads."""
-    images = _images(model)
-    assert model.config.vision is not None and images is not None
-    pad = images.fit == "pad"
-    preprocessor = {
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        **({"do_pad": True} if pad else {}),
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": images.size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": images.size, "width": images.size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(images.mean),
-        "image_std": list(images.std),
-    }
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE_LITERAL,
-        "patch_size": model.config.vision.patch_size,
-        "num_additional_image_tokens": 1,  # CLIP's class token
-        "vision_feature_select_strategy": "default",
-    }
-    return {"preprocessor_config.json": preprocessor, "processor_config.json": processor}

@@ -6,7 +6,7 @@
     adapter.json           the adapter's changes of its base other than LoRA, head and added rows
     adapter.safetensors    those of these changes that the base's dtype cannot hold exactly, as stored: a part under the path of its leaf, rows
                            of the base vocabulary under module + ``TOKEN_ROWS``, in the order of ``adapter.json``
-    config.json, generation_config.json     those of a language model without a vision tower
+    config.json, generation_config.json     those of a language model without a vision tower, of LLaVA-1.6 and of LLaVA-OneVision
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_passengers(plan: Conversion, folder: Path) -> None:
         if tensors:
             folder.mkdir(exist_ok=True)
             write_safetensors(folder / f"{stem}.safetensors", tensors)
-    if plan.config.vision is None:
+    if plan.config.vision is None or plan.config.image_newline:
         main = plan.sources[0].checkpoint
         generation = main.folder / GENERATION
         kept = {SETTINGS: main.config(), GENERATION: read_json_object(generation) if generation.is_file() else {}}

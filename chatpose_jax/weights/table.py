@@ -130,7 +130,8 @@ class Layout:
     name: of its kind; passengers are stored under it. family: the name for the user (``--layout``), which several kinds may share.
     unused: tensors that this model does not use but other layouts have names for, under paths of their own. They become passengers.
     ``settings(config_json, shapes)`` returns any of the keys ``vision`` (VisionConfig), ``text`` (TextConfig fields without the vocabulary split),
-    ``head`` (HeadConfig), ``select_layer`` and ``image_token_id``. It raises UserError for a setting that the model does not support.
+    ``head`` (HeadConfig), ``select_layer``, ``image_newline``, ``image_token_id`` and ``template`` (a name, where it is
+    not the language model's). It raises UserError for a setting that the model does not support.
     config_json: makes ``config.json`` of an export; ``None`` if nothing is exported in this layout.
     language, tower: the families; ``None`` if it contains none.
     """

@@ -25,6 +25,15 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
 )
 
 from chatpose_jax.processing.tokenizer import TextTokenizer
@@ -78,6 +87,35 @@ def clip_config(sizes: Sizes) -> CLIPVisionConfig:
         num_attention_heads=sizes.vision_width // 64,
         image_size=sizes.image,
         patch_size=sizes.patch,
+    )
+
+
+def siglip_config(sizes: Sizes, head: bool = False) -> SiglipVisionConfig:
+    """Two pixels are left over at the right and at the bottom, as six are in so400m-patch14-384."""
+    return SiglipVisionConfig(
+        hidden_size=sizes.vision_width,
+        intermediate_size=2 * sizes.vision_width,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.vision_width // 64,
+        image_size=sizes.image + 2,
+        patch_size=sizes.patch,
+        vision_use_head=head,
+    )
+
+
+def qwen2_config(sizes: Sizes, tied: bool = False) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=sizes.rows,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
 
 
@@ -219,6 +257,75 @@ def make_llava_transformers(
         write_state(folder, state, fmt, shards)
         model.config.save_pretrained(folder)
     write_tokenizer(folder, pose=pose)
+    return model
+
+
+def make_llava_next(
+    folder: Path, names: Names = "5", *, sizes: Sizes = Sizes(), dtype: torch.dtype = torch.float32, seed: int = 0
+) -> LlavaNextForConditionalGeneration:
+    """LLaVA-1.6 for transformers."""
+    size = sizes.image
+    config = LlavaNextConfig(
+        text_config=llama_config(sizes),
+        vision_config=clip_config(sizes),
+        image_token_index=IMAGE_ID,
+        image_grid_pinpoints=[[size, 2 * size], [2 * size, size]],
+    )
+    return _written(folder, LlavaNextForConditionalGeneration(config), names, dtype, seed)
+
+
+def make_llava_onevision(
+    folder: Path,
+    names: Names = "5",
+    *,
+    sizes: Sizes = Sizes(),
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    head: bool = False,
+    seed: int = 0,
+) -> LlavaOnevisionForConditionalGeneration:
+    """LLaVA-OneVision for transformers: SigLIP and Qwen2."""
+    vision = siglip_config(sizes, head)
+    size = vision.image_size
+    config = LlavaOnevisionConfig(
+        text_config=qwen2_config(sizes, tied),
+        vision_config=vision,
+        image_token_index=IMAGE_ID,
+        video_token_index=sizes.rows + 1,
+        image_grid_pinpoints=[[size, 2 * size], [2 * size, size]],
+        tie_word_embeddings=tied,
+    )
+    return _written(folder, LlavaOnevisionForConditionalGeneration(config), names, dtype, seed)
+
+
+def _written(folder: Path, model: Any, names: Names, dtype: torch.dtype, seed: int) -> Any:
+    """A model of a newline, whose value is as large as an embedding."""
+    _fresh(folder)
+    randomise(model, seed)
+    model.model.image_newline.data *= 25
+    model = model.to(dtype)
+    if names == "5":
+        model.save_pretrained(folder)
+    else:
+        state = dict(model.state_dict())
+        if model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        renamed = {name if names == "state_dict" else transformers_name(name, names): state[name] for name in state}
+        write_state(folder, renamed)
+        model.config.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def make_siglip(folder: Path, *, sizes: Sizes = Sizes(), seed: int = 0) -> SiglipModel:
+    """SigLIP as Google released it: two towers in one file, with the pooling heads. Its file has the names of 4.x and 5.x."""
+    _fresh(folder)
+    text = SiglipTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=siglip_config(sizes, head=True)))
+    randomise(model, seed)
+    model.save_pretrained(folder)
     return model
 
 

@@ -174,9 +174,9 @@ def test_a_missing_tokenizer_does_not_hide_a_missing_tower(tmp_path: Path) -> No
     make_vicuna(tmp_path / "src")
     (tmp_path / "src/tokenizer.json").unlink()
     with pytest.raises(
-        UserError, match=r"no tokenizer.*Parts without a source: vision \(give --vision .*, projector \("
+        UserError, match=r"no tokenizer.*Parts without a source: vision \(give --vision .*, or --init-missing vision\)"
     ):
-        plan_conversion(SourceSpec(tmp_path / "src"))
+        plan_conversion(SourceSpec(tmp_path / "src", init_missing=["projector"]))
 
 
 def test_rope_theta_of_old_and_new_configs(llava: Path, tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def run(command: str, *args: str) -> int:
 def test_commands_say_what_they_find(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", str(llava)) == 0
     found = capsys.readouterr().out
-    assert "LLaVA-1.5 for transformers, names of 5.x" in found
+    assert "LLaVA for transformers, names of 5.x" in found
     assert "1026 rows, 1024 of them base" in found
     assert "initialised pose_head" in found
     assert "tokenizer   1024 pieces, and <POSE> 1024, <image> 1025" in found

@@ -276,7 +276,7 @@ def test_the_pose_token_never_takes_the_pads_id(tmp_path: Path, said: str) -> No
 def test_a_decoder_alone_says_what_it_lacks(tmp_path: Path) -> None:
     model = make_vicuna(tmp_path / "src")
     with pytest.raises(UserError, match=r"vision \(give --vision FOLDER, or --init-missing vision\)"):
-        convert(tmp_path / "src", tmp_path / "out")
+        convert(SourceSpec(tmp_path / "src", init_missing=["projector"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     clip = make_llava_original(tmp_path / "llava").clip
     make_clip(tmp_path / "clip", clip)

@@ -366,8 +366,8 @@ def test_transformers_own_settings_of_images(file: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
-        ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': this model takes"),
-        ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'"),
+        ("config.json", {"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9': this model takes"),
+        ("config.json", {"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial'"),
         ("preprocessor_config.json", {"resample": 2}, "resample=2 is not supported; expected 3"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize=False"),
@@ -383,7 +383,7 @@ def test_transformers_own_settings_of_images(file: str, tmp_path: Path) -> None:
         ),
         ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor=1.0"),
         ("preprocessor_config.json", {"image_std": [1, 0, 1]}, "std.*above 0"),
-        ("preprocessor_config.json", {"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNextImageProcessor"),
+        ("preprocessor_config.json", {"image_processor_type": "ViltImageProcessor"}, "ViltImageProcessor"),
     ],
 )
 def test_settings_of_images_that_cannot_be_followed(

@@ -15,12 +15,18 @@ from chatpose_jax.weights.backbones import TOWERS, Language, Tower
 from chatpose_jax.weights.backbones.family import demand
 from chatpose_jax.weights.layouts import parts
 from chatpose_jax.weights.layouts.wrapper import Wrapper
-from chatpose_jax.weights.table import Ignored, Layout, Settings, Shape
+from chatpose_jax.weights.table import Ignored, Layout, NameRule, Settings, Shape
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 # Part → its rules, and the tensor whose presence shows that the checkpoint has the part. The tower's are its family's.
 _PARTS = {
-    "projector": (parts.projector("model.mm_projector.0", "model.mm_projector.2"), "model.mm_projector.0.weight"),
+    "projector": (
+        (
+            *parts.projector("model.mm_projector.0", "model.mm_projector.2"),
+            NameRule("model.image_newline", "projector/newline"),
+        ),
+        "model.mm_projector.0.weight",
+    ),
     "pose_head": (
         parts.pose_head("model.text_hidden_fcs.0.0", "model.text_hidden_fcs.0.2"),
         "model.text_hidden_fcs.0.0.weight",
@@ -31,7 +37,11 @@ _PARTS = {
 def projector_settings(config: Mapping[str, Any]) -> Settings:
     """Settings of the projector, in ``config.json`` of the original LLaVA or beside a separate projector."""
     demand(config, "", {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",)})
-    return {"select_layer": int(config["mm_vision_select_layer"])} if "mm_vision_select_layer" in config else {}
+    # LLaVA-1.6: a newline after each row of patches of a large image; after the last patch of one view.
+    found: Settings = {"image_newline": True} if "unpad" in config.get("mm_patch_merge_type", "") else {}
+    return found | (
+        {"select_layer": int(config["mm_vision_select_layer"])} if "mm_vision_select_layer" in config else {}
+    )
 
 
 def _has(shapes: Mapping[str, Shape], part: str) -> bool:
@@ -89,7 +99,8 @@ def _wrapper(
         name=name,
         title=title,
         family=family,
-        towers=tuple(TOWERS.values()) if "vision" in inside else (None,),
+        # Its code takes another layer of SigLIP than config.json says.
+        towers=(TOWERS["clip"],) if "vision" in inside else (None,),
         recognise=lambda shapes, tower: (
             "model.embed_tokens.weight" in shapes
             and all(_has(shapes, part) == (part in inside) for part in told_by)
@@ -121,6 +132,7 @@ def _config_json(language: Language, config: ModelConfig, model_type: str) -> di
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
         }
+        | ({"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"} if config.image_newline else {})
         | tower
     )
 
