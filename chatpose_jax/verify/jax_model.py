@@ -31,7 +31,8 @@ class JaxModel:
         self.config = config.replace(dtype="float32", param_dtype="float32", scan_layers=True)
         text = dataclasses.replace(config.text, num_layers=1)
         self.width = 0 if config.vision is None else config.vision.hidden_size
-        self.single = self.config.replace(text=text, scan_layers=False)
+        lora = None if config.lora is None else dataclasses.replace(config.lora, last_layers=None)
+        self.single = self.config.replace(text=text, lora=lora, scan_layers=False)
         self.stored = Stored(folder / PARAMS)
 
     def _run(self, parts: Sequence[str], call: Any, *args: Any) -> np.ndarray:
@@ -62,15 +63,18 @@ class JaxModel:
 
     def layer(self, number: int) -> Any:
         """A function (T, D) -> (T, D)."""
-        prefix = "decoder/layers/"
+        prefix, leading = "decoder/layers/", self.config.leading_layers
+        rows = {path: number - leading if "/lora_" in path else number for path in self.stored.under(prefix)}
+        single = self.single.replace(lora=None) if number < leading else self.single
         params = {
-            path.replace(prefix, f"{prefix}0/", 1): self._float(self.stored.read(path, number))
-            for path in self.stored.under(prefix)
+            path.replace(prefix, f"{prefix}0/", 1): self._float(self.stored.read(path, row))
+            for path, row in rows.items()
+            if row >= 0
         }
 
         def run(x: np.ndarray) -> np.ndarray:
             with jax.default_matmul_precision("highest"):
-                return np.asarray(_layer(self.single, params, x))
+                return np.asarray(_layer(single, params, x))
 
         return run
 

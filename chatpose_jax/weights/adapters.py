@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import LoRAConfig
@@ -74,9 +74,17 @@ def alone(layout: Layout, names: Mapping[str, Shape]) -> Layout:
     )
 
 
+def adapted_layers(names: Iterable[str]) -> set[int]:
+    """The numbers of the layers whose adapters are among these tensor names."""
+    return {
+        int(match[1]) for name in names if LORA_NAME.search(name) and (match := re.search(r"layers\.(\d+)\.", name))
+    }
+
+
 def in_words(lora: LoRAConfig) -> str:
-    """``rank 8, alpha 16, on q_proj, v_proj``."""
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+    """``rank 8, alpha 16, on q_proj, v_proj``, and ``of the last 10 layers`` if they are not in all."""
+    where = f" of the last {lora.last_layers} layers" if lora.last_layers else ""
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{where}"
 
 
 def row_module(name: str) -> str:

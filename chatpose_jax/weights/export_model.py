@@ -67,18 +67,23 @@ class StoredModel:
         return found[0]
 
     def read(self, path: str, layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        """A box of a leaf, or of one of its layers: as stored, or in float32 if it is dequantised or merged."""
+        """A box of a leaf, or of one of its rows of layers: as stored, or in float32 if it is dequantised or merged."""
         at = () if layer is None else (layer,)
         values = self.stored.read(path, (*at, *index))
         parent = path.removesuffix("/kernel")
         if (scale := f"{parent}/kernel_scale") in self.shapes:
             values = values.astype(np.float32) * self.stored.read(scale, (*at, index[1]))
-        if self.merged and parent != path and f"{parent}/lora_a" in self.shapes:
+        row = -1 if layer is None else layer - self.first_layer(f"{parent}/lora_a")
+        if self.merged and parent != path and f"{parent}/lora_a" in self.shapes and row >= 0:
             assert self.config.lora is not None
-            a = self.stored.read(f"{parent}/lora_a", (*at, index[0]))
-            b = self.stored.read(f"{parent}/lora_b", (*at, slice(None), index[1]))
+            a = self.stored.read(f"{parent}/lora_a", (row, index[0]))
+            b = self.stored.read(f"{parent}/lora_b", (row, slice(None), index[1]))
             values = values.astype(np.float32) + np.float32(self.config.lora.scale) * (a @ b)
         return values
+
+    def first_layer(self, path: str) -> int:
+        """The layer to which the first row of a stacked leaf belongs."""
+        return self.config.leading_layers if "/lora_" in path else 0
 
     def tensors(self, rules: Sequence[NameRule], dtype: Any, more_rows: int = 0) -> list[Tensor]:
         """The tensors that ``rules`` describe, in the order of the layers.
@@ -90,11 +95,15 @@ class StoredModel:
         for rule in rules:
             grouped.setdefault(rule.source, []).append(rule)
         found = []
-        for layer in (None, *range(max((self.shapes[rule.target][0] for rule in rules if rule.stacked), default=0))):
+        ends = [self.first_layer(rule.target) + self.shapes[rule.target][0] for rule in rules if rule.stacked]
+        for layer in (None, *range(max(ends, default=0))):
             for source, group in grouped.items():
-                if group[0].stacked == (layer is not None) and (layer or 0) < self.shapes[group[0].target][0]:
+                if group[0].stacked != (layer is not None):
+                    continue
+                row = None if layer is None else layer - self.first_layer(group[0].target)
+                if row is None or 0 <= row < self.shapes[group[0].target][0]:
                     extra = more_rows if group[0].rows == "base" else 0
-                    found.append(self._tensor(source.replace("{i}", str(layer)), group, layer, np.dtype(dtype), extra))
+                    found.append(self._tensor(source.replace("{i}", str(layer)), group, row, np.dtype(dtype), extra))
         return found
 
     def _tensor(

@@ -128,9 +128,9 @@ def _adapted_layers(model: StoredModel) -> dict[str, list[int]]:
             continue
         pair = [(name, model.shapes[name][1:]) for name in (path, f"{path[:-1]}b")]
         found[path.split("/")[-2]] = [
-            layer
-            for layer in range(shape[0])
-            if any(model.read(name, layer, tuple(slice(0, n) for n in size)).any() for name, size in pair)
+            model.first_layer(path) + row
+            for row in range(shape[0])
+            if any(model.read(name, row, tuple(slice(0, n) for n in size)).any() for name, size in pair)
         ]
     return found
 

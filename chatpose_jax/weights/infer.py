@@ -14,6 +14,7 @@ from chatpose_jax.models.config import DType, HeadConfig, LoRAConfig, ModelConfi
 from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.processing.tokenizer import TOKENIZER_FILES, named_token
 from chatpose_jax.settings import one_line
+from chatpose_jax.weights.adapters import adapted_layers
 from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.layouts.decoder import FAMILY as PLAIN
 from chatpose_jax.weights.sources import Source
@@ -121,7 +122,7 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         vision=vision,
         image_newline=vision is not None and settings.get("image_newline", False),
         text=TextConfig(vocab_size=vocabulary.rows, base_vocab_size=vocabulary.tokens.base_size, **settings["text"]),
-        lora=_lora(sources),
+        lora=_lora(sources, settings["text"]["num_layers"]),
         head=settings.get("head", HeadConfig()),
         pose_token_id=vocabulary.pose_token_id,
         image_token_id=image_token_id,
@@ -140,14 +141,18 @@ def sees(sources: Sequence[Source], spec: SourceSpec) -> bool:
     )
 
 
-def _lora(sources: Sequence[Source]) -> LoRAConfig | None:
+def _lora(sources: Sequence[Source], layers: int) -> LoRAConfig | None:
+    """The settings of the adapters. They begin with the first layer of the decoder that has one."""
     found = [source for source in sources if source.lora is not None]
     if len(found) > 1:
         raise UserError(
             f"{found[0].title} and {found[1].title} both have adapters, but a model can have only one set; "
             "merge one of them in PyTorch first (merge_and_unload)"
         )
-    return found[0].lora if found else None
+    if not found or found[0].lora is None:
+        return None
+    first = min(adapted_layers(found[0].checkpoint.shapes), default=0)
+    return dataclasses.replace(found[0].lora, last_layers=layers - first if 0 < first < layers else None)
 
 
 def _with_tokenizer(sources: Sequence[Source]) -> Source:

@@ -188,7 +188,8 @@ class _Work:
             elif rule.target in self.leaves:
                 self.problem("duplicate", f"{rule.target} comes from {source.title} and from another source")
             else:
-                entries = [tensors.get(name) for name in names]
+                first = self.config.leading_layers if "/lora_" in rule.target else 0
+                entries = [tensors.get(name) for name in names[first:]]
                 start = text.base_vocab_size if rule.rows == "added" else 0
                 fits = [self._fits(rule, entry) for entry in entries if entry and not start]
                 if all(fits):

@@ -678,11 +678,12 @@ def test_one_set_of_adapters(written: Path, tmp_path: Path) -> None:
     [
         {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
         {"target_modules": r".*language_model.*layers\.(0\.self_attn\.q_proj|2\.mlp\.up_proj)"},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"},
     ],
-    ids=["layers_to_transform", "pattern"],
+    ids=["layers_to_transform", "pattern", "last layers"],
 )
 def test_an_adapter_on_some_layers(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """A = B = 0 where there is none: exact, and it goes out as it came."""
+    """A = B = 0 where there is none, and nothing at all before the first: exact, and it goes out as it came."""
     exclude = {"exclude_modules": r".*vision_tower.*"}
     model = peft_over_llava(tmp_path, **exclude | chosen)
     theirs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -691,6 +692,16 @@ def test_an_adapter_on_some_layers(tmp_path: Path, chosen: dict[str, Any]) -> No
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 144))
     encoded, logits, _ = answers(tmp_path / "jax")
     agree(logits, llava_answers(model, encoded, -1, head)[0])
+    lora = load_model_config(tmp_path / "jax").lora
+    assert lora is not None
+    if chosen.get("layers_to_transform") == [1, 2]:
+        assert lora.last_layers == 2
+        assert {leaf.shape[0] for path, leaf in params_of(tmp_path / "jax").items() if "/lora_" in path} == {2}
+        export(tmp_path / "jax", tmp_path / "whole", "transformers")
+        whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+        agree(logits, llava_answers(whole, encoded, -1, head)[0])
+    else:
+        assert lora.last_layers is None
     stages = list(verify(SourceSpec(tmp_path / "base", adapter=tmp_path / "adapter"), tmp_path / "jax").stages)
     assert all(stage.within(TOLERANCE) for stage in stages)
 
