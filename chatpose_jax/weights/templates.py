@@ -199,7 +199,7 @@ class _Theirs:
         silent = dataclasses.replace(template, system=None)
         if _rendered(silent, question) != theirs:
             return template, template, []
-        if TEMPLATES[name].system is None:
+        if name not in TEMPLATES or TEMPLATES[name].system is None:
             return silent, silent, []
         return (
             template,

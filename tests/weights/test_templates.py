@@ -112,6 +112,17 @@ def test_the_checkpoints_system_text_is_taken():
     assert none.template.system is None
 
 
+def test_a_family_may_bring_a_template_of_its_own():
+    own = dataclasses.replace(
+        TEMPLATES["chatml"], user_turn="<|im_start|>user: {content}<|im_end|>\n", system="I am Q."
+    )
+    text = TURNS.replace("{{ m.role }}\n", "{{ m.role }}{{ ': ' if m.role == 'user' else '\n' }}") + ASK
+    assert chosen("smollm2", DEFAULT + text, own) == ChosenTemplate(own, "the family's own")
+    assert chosen("smollm2", text, own).template == dataclasses.replace(own, system=None)
+    assert chosen("smollm2", None, own).template == own
+    assert chosen("smollm2", TURNS + ASK, own).name == "chatml"
+
+
 def test_llava_1_5_for_transformers_keeps_its_template():
     """Its chat_template has no system text and does not end answers."""
     found = chosen("tiny", LLAVA, "vicuna_v1", images=True)
