@@ -13,7 +13,7 @@ import numpy as np
 from chatpose_jax.data import questions
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import NO_POSES, Example, Kind, LazyImage
-from chatpose_jax.data.synthetic import captions, edits, skeleton
+from chatpose_jax.data.synthetic import asks, captions, edits, skeleton
 from chatpose_jax.data.synthetic.families import (
     COLUMN,
     POSTURES,
@@ -25,7 +25,7 @@ from chatpose_jax.data.synthetic.families import (
 )
 from chatpose_jax.data.synthetic.posecodes import Codes, encode
 from chatpose_jax.data.synthetic.scene import MAX_YAW, Scene, Studio, draw_scene
-from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS
+from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS, Situation
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import did_you_mean, whole
 from smpl_jax.keypoints import keypoint_set
@@ -147,7 +147,7 @@ class SyntheticDataset(Sequence[Example]):
     ``smpl_jax.keypoints``; rows with images then have the extras ``keypoints_2d`` (K, 3), in pixels and with a confidence, and ``keypoint_set``.
 
     ``extras`` hold words of the first pose: ``caption``, which the question gives or which describes the pose of an image; of the task "situation"
-    ``query``, the question.
+    ``query``, the question; of the task "figure" too.
 
     Images are ``LazyImage``s. ``precompute`` renders all of them at once, in batches. Raises UserError for an unknown split, task or set
     of keypoints.
@@ -304,8 +304,8 @@ def _finish(draft: _Draft, image: np.ndarray | LazyImage | None) -> Example:
     return Example(draft.id, draft.kind, messages, poses, draft.extras)
 
 
-def _text(row: _Row, detail: captions.Detail = "detailed") -> _Draft:
-    template, caption = row.pick(questions.TEXT_TO_POSE), row.caption(detail)
+def _text(row: _Row, detail: captions.Detail = "detailed", asked: Sequence[str] = questions.TEXT_TO_POSE) -> _Draft:
+    template, caption = row.pick(asked), row.caption(detail)
     turn = (template.format(caption=caption), row.pick(questions.POSE_ANSWERS))
     return _Draft("", "text", [turn], [row.pose.rotations[0]], extras={"caption": caption})
 
@@ -315,12 +315,26 @@ def _text_short(row: _Row) -> _Draft:
 
 
 def _situation(row: _Row) -> _Draft:
-    situation = SITUATIONS[int(row.rng.integers(len(SITUATIONS)))]
+    return _implied(row, SITUATIONS, QUESTIONS, "situation")
+
+
+def _implied(row: _Row, situations: Sequence[Situation], asked: Sequence[str], slot: str) -> _Draft:
+    """A pose of one of ``situations``, asked for by one of the sentences ``asked``, which have a ``{slot}`` for its words."""
+    situation = situations[int(row.rng.integers(len(situations)))]
     arms = situation.arms if row.rng.random() < 0.5 else situation.arms[::-1]
     pose = sample_poses(1, int(row.rng.integers(2**31)), situation.posture, arms)
-    question = row.pick(QUESTIONS).format(situation=situation.words)
+    question = row.pick(asked).format(**{slot: situation.words})
+    question = question[0].upper() + question[1:]
     turn = (question, row.pick(questions.POSE_ANSWERS))
     return _Draft("", "text", [turn], [pose.rotations[0]], extras={"query": question})
+
+
+def _figure(row: _Row) -> _Draft:
+    return _implied(row, asks.FIGURES, asks.FIGURE_ASKS, "figure")
+
+
+def _asked(row: _Row) -> _Draft:
+    return _text(row, "detailed" if row.rng.random() < 0.5 else "short", asks.ASKS)
 
 
 def _image(row: _Row) -> _Draft:
@@ -396,4 +410,6 @@ TASKS: dict[str, tuple[Kind, Callable[[_Row], _Draft]]] = {
     "image_turns": ("image", _turns(_image)),
     "image_words": ("instruction", _image_words),
     "words": ("instruction", _words),
+    "asked": ("text", _asked),  # new tasks come last: the draw of the others stays as it is
+    "figure": ("text", _figure),
 }
