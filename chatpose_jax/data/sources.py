@@ -26,6 +26,7 @@ SOURCES = {
     "synthetic": "chatpose_jax.data.synthetic.dataset:synthetic",
     "prepared": "chatpose_jax.data.prepared:prepared",
     "keypoints": "chatpose_jax.data.keypoint_rows:keypoints",
+    "joined": "chatpose_jax.data.joined:joined",
 }
 """Sources in the package: name -> ``package.module:function``. The names of ``DATA_SETS`` are sources too (``prepared.data_set``).
 
