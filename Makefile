@@ -11,13 +11,16 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist lo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo pretrained test test-all lint format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
 
 demo: $(VENV)/.installed-eval  ## train a small ChatPose, ask it for poses, leave answers and bodies in out/demo
 	$(BIN)/chatpose demo --out out/demo $(ARGS)
+
+pretrained: $(VENV)/.installed-gguf  ## fetch a small pretrained model, make a ChatPose that talks out of it, in out/pretrained
+	$(BIN)/chatpose pretrained --out out/pretrained $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -46,6 +49,10 @@ $(VENV)/.installed-eval: pyproject.toml | $(BIN)/python
 	@echo "Installing ChatPose-JAX and what it stands on into $(VENV) (once; a few minutes, about 1 GB) ..."
 	@$(PIP) install --editable '.[eval]'
 	@touch $@ && echo "Installed."
+
+$(VENV)/.installed-gguf: $(VENV)/.installed-eval
+	@$(PIP) install --editable '.[eval,gguf]'
+	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing ChatPose-JAX, its tests and the peers that it is compared with into $(VENV) (once; a few minutes, about 2 GB) ..."

@@ -17,6 +17,10 @@ from chatpose_jax.settings import did_you_mean
 # name: (module, what it does). A module has add_arguments(parser) and run(args) -> exit status.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("chatpose_jax.cli.demo", "train a small ChatPose on generated data, evaluate it, ask it for poses"),
+    "pretrained": (
+        "chatpose_jax.cli.pretrained",
+        "make a ChatPose that talks out of a small pretrained model, from the package index alone",
+    ),
     "data": ("chatpose_jax.cli.data", "prepare data sets from their original files; check, show and build data"),
     "train": ("chatpose_jax.cli.train", "train by a configuration; the same command resumes"),
     "eval": ("chatpose_jax.cli.eval", "the paper's tables: models, baselines and predictions answer, side by side"),

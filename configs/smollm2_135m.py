@@ -1,0 +1,52 @@
+"""SmolLM2-135M-Instruct becomes a ChatPose that talks, in about an hour on two CPU cores: ``chatpose pretrained`` (docs/pretrained.md).
+
+Any other base works too; larger ones want a smaller rate, and bfloat16 on a GPU.
+"""
+
+from chatpose_jax.train.run_config import run_config
+
+
+def get_config():
+    config = run_config(model="smollm2_135m")  # sizes and ids are those of the base, whichever it is
+
+    config.model.lora.rank = 16
+    config.model.lora.alpha = 32.0
+    config.model.lora.dropout = 0.0
+    config.model.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.model.dtype = config.model.param_dtype = "bfloat16"
+
+    # Descriptions alone would teach it to answer everything with a pose, and one turn alone to forget that there are more.
+    poses = {"text": 8, "asked": 5, "text_short": 1, "situation": 1, "figure": 2, "text_turns": 2, "words": 1}
+    config.data.sources = (
+        (
+            "joined",
+            1.0,
+            {
+                "of": (("synthetic", 5.0, {"tasks": poses, "train_size": 40000}), ("jsonlines", 1.0)),
+                "parts": (1, 3),
+                "train_size": 8000,
+            },
+        ),
+    )
+    config.data.packing = True  # all rows of one shape: nothing is padded, and one program is compiled
+
+    config.train.steps = 1100
+    config.train.batch_size = 3
+    config.train.accumulate = 1
+    config.train.max_length = 256
+    config.train.learning_rate = 1e-3
+    config.train.warmup_steps = 30
+    config.train.b2 = 0.99
+    config.train.lambda_pose = 10.0  # few rows: the pose must be learned as fast as the words
+    # The head's input, the state after the last norm, is large: at the adapters' rate its output would jump from step to step.
+    config.train.trainable = (
+        ("decoder/layers/.*/lora_[ab]", 1.0),
+        ("pose_head/.*", 0.2),
+        ("decoder/(embed_tokens|lm_head)/added", 1.0, 0.0, "pose"),
+        (".*", None),
+    )
+    config.train.mesh.fsdp = 1
+    config.train.remat = "none"
+    config.train.save_every = 100
+    config.train.eval_every = 0
+    return config
