@@ -27,7 +27,7 @@ def parsed(name, *words):
 
 
 def test_every_command_with_a_configuration_takes_both_forms():
-    assert WITH_CONFIG == ["demo", "train", "plan"]
+    assert WITH_CONFIG == ["demo", "pretrained", "train", "plan"]
 
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
