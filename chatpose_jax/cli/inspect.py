@@ -57,11 +57,15 @@ def describe_config(config: ModelConfig) -> list[str]:
     """Lines that describe the configuration."""
     text, vision, lora = config.text, config.vision, config.lora
     rows = [
+        ("backbone", text.backbone if vision is None else f"{text.backbone}, {vision.backbone}"),
         (
             "decoder",
             f"{text.num_layers} layers, width {text.hidden_size}, {text.num_heads} heads "
             f"({text.num_kv_heads} key/value), MLP {text.intermediate_size}, context {text.max_position_embeddings}, "
-            f"RMSNorm eps {text.rms_norm_eps:g}, RoPE theta {text.rope_theta:g}",
+            f"RMSNorm eps {text.rms_norm_eps:g}, RoPE theta {text.rope_theta:g}"
+            + (f" stretched {text.rope_scaling.factor:g}-fold" if text.rope_scaling else "")
+            + (", biases on q, k, v" if text.qkv_bias else "")
+            + (", norms of q and k" if text.qk_norm else ""),
         ),
         (
             "vision",
@@ -72,7 +76,8 @@ def describe_config(config: ModelConfig) -> list[str]:
         ),
         (
             "vocabulary",
-            f"{text.vocab_size} rows, {text.base_vocab_size} of them base; pose token {config.pose_token_id}",
+            f"{text.vocab_size} rows, {text.base_vocab_size} of them base; pose token {config.pose_token_id}"
+            + ("; the LM head is tied to the embedding" if text.tied else ""),
         ),
         *([("adapters", in_words(lora))] if lora else []),
         ("pose head", ", ".join([config.head.name, *(f"{name}={value!r}" for name, value in config.head.options)])),

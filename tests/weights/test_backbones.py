@@ -316,7 +316,7 @@ def plan_end(folder: Path) -> int:
         ("smollm2", {"model_type": "smollm3"}, "model_type='smollm3' is not supported"),
         ("smollm2", {"tie_word_embeddings": False}, r"missing \(1\): lm_head.weight"),
         ("qwen2", {"model_type": "llama"}, r"not in the model \(6\): model.layers.0.self_attn.q_proj.bias"),
-        ("llama3", {"model_type": "qwen2"}, r"missing \(6\): model.layers.0.self_attn.q_proj.bias"),
+        ("qwen3", {"model_type": "qwen2"}, r"missing \(6\): model.layers.0.self_attn.q_proj.bias"),
     ],
 )
 def test_settings_that_the_decoder_does_not_follow(
