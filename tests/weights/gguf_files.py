@@ -28,6 +28,8 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+PLAIN = ("<think>", "</think>")
+"""Added tokens that Qwen3 does not call special."""
 Types = gguf.GGMLQuantizationType
 # Where the float16 scales of a block lie, in bytes.
 SCALES = {
@@ -183,7 +185,8 @@ def byte_level(pre: str, control: Sequence[str], size: int = 512, *, first: bool
     )
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     tokenizer.train_from_iterator([text, text.upper(), "1999 2024 12 123 1234 3.14 10,000"], trainer)
-    tokenizer.add_special_tokens(list(control))
+    tokenizer.add_special_tokens([token for token in control if token not in PLAIN])
+    tokenizer.add_tokens([token for token in control if token in PLAIN])
     return tokenizer
 
 
@@ -191,12 +194,12 @@ def byte_level_metadata(tokenizer: tokenizers.Tokenizer, pre: str, rows: int, **
     """Its metadata. rows: of the embedding. special: values of ``tokenizer.ggml.``."""
     data = json.loads(tokenizer.to_str())
     tokens = {id: token for token, id in tokenizer.get_vocab().items()}
-    control = {token["id"] for token in data["added_tokens"]}
+    added = {token["id"]: 3 if token["special"] else 4 for token in data["added_tokens"]}
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [tokens.get(id, f"[PAD{id}]") for id in range(rows)],
-        "tokenizer.ggml.token_type": [3 if id in control else 1 if id in tokens else 5 for id in range(rows)],
+        "tokenizer.ggml.token_type": [added.get(id, 1 if id in tokens else 5) for id in range(rows)],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in data["model"]["merges"]],
         **{f"tokenizer.ggml.{key}": value for key, value in special.items()},
     }

