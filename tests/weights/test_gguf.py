@@ -619,16 +619,15 @@ def test_smollm2_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> None:
     convert(SourceSpec(smollm2, dtype="float32"), tmp_path / "out")
     model = chatpose_jax.load(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
-    for question in ("What is the capital of France?", "Write a haiku about the sea."):
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        found = model.processor.encode(messages).input_ids
-        assert found.tolist() == prompt
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            expected = theirs(ids).logits[0].numpy()
-            answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-        rows = logits_of(model, found)[:, : expected.shape[-1]]  # without the new pose token
-        assert np.abs(rows - expected).max() <= 2e-5 * np.abs(expected).max()
-        reply = model.chat(messages, max_new_tokens=20)
-        assert reply.message["ids"] == answer[0, len(prompt) :].tolist()
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    found = model.processor.encode(messages).input_ids
+    assert found.tolist() == prompt
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        expected = theirs(ids).logits[0].numpy()
+        answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    rows = logits_of(model, found)[:, : expected.shape[-1]]  # without the new pose token
+    assert np.abs(rows - expected).max() <= 2e-5 * np.abs(expected).max()
+    reply = model.chat(messages, max_new_tokens=20)
+    assert reply.message["ids"] == [id for id in answer[0, len(prompt) :].tolist() if id != tokenizer.eos_token_id]
