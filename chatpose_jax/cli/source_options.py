@@ -13,12 +13,13 @@ from chatpose_jax.weights.spec import SourceSpec
 
 
 def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True) -> None:
-    """Adds the options. planned: include those of a conversion plan (the tokenizer, and parts to initialise), which ``verify`` does not use."""
+    """Adds the options. planned: include the parts to initialise, which ``verify`` does not use."""
     group = parser.add_argument_group("parts in other folders")
     group.add_argument(
         "--vision",
         metavar="FOLDER",
-        help="CLIP (openai/clip-vit-large-patch14-336), for weights without a vision tower: CHATPOSE-V0, liuhaotian/…",
+        help="CLIP (openai/clip-vit-large-patch14-336) or SigLIP (google/siglip-so400m-patch14-384), for weights without a vision tower: "
+        "CHATPOSE-V0, liuhaotian/…, a language model",
     )
     group.add_argument(
         "--projector",
@@ -50,22 +51,22 @@ def add_source_options(parser: argparse.ArgumentParser, *, planned: bool = True)
     group.add_argument(
         "--image-fit",
         choices=FITS,
-        help="how images become squares: crop takes the centre, pad adds a border; default: the setting of the source",
+        help="how images become squares: crop takes the centre, pad adds a border, stretch changes proportions; default: the source's setting",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="FOLDER", help="tokenizer.model or tokenizer.json, if not with the weights"
+    )
+    group.add_argument(
+        "--template",
+        choices=tuple(TEMPLATES),
+        help="conversation template; default: that of the family or of the checkpoint's chat_template",
+    )
+    group.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="go on although the checkpoint's chat_template differs from the template, or cannot be compared",
     )
     if planned:
-        group.add_argument(
-            "--tokenizer", metavar="FOLDER", help="tokenizer.model or tokenizer.json, if not with the weights"
-        )
-        group.add_argument(
-            "--template",
-            choices=tuple(TEMPLATES),
-            help="conversation template; default: that of the family or of the checkpoint's chat_template",
-        )
-        group.add_argument(
-            "--ignore-chat-template",
-            action="store_true",
-            help="go on although the checkpoint's chat_template differs from the template, or cannot be compared",
-        )
         group.add_argument(
             "--init-missing",
             action="append",

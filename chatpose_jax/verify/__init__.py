@@ -1,9 +1,9 @@
 """Verification of a conversion: the same prompts through PyTorch and through JAX, compared stage by stage.
 
-The torch side uses ``transformers``' LLaMA and CLIP modules and plain torch. PyTorch's own readers load the source's files; the settings come from
-the source's own ``config.json`` and ``adapter_config.json``. From this package it takes only the tensor names of the layout, and the sizes and
-the dtype of the conversion. The JAX side is the converted folder in the model that chat and training use. Both compute in float32 and hold one
-decoder layer at a time, so a model of any size fits.
+The torch side uses the modules that ``transformers`` has for the language model and the vision tower, its tokenizers, and plain torch. PyTorch's own
+readers load the source's files; the settings come from the source's own ``config.json`` and ``adapter_config.json``. From this package it takes only
+the families and the tensor names of the layout, and the sizes and the dtype of the conversion. The JAX side is the converted folder in the model that
+chat and training use. Both compute in float32 and hold one decoder layer at a time, so a model of any size fits.
 
 LLaVA loads its base in one dtype, the decoder's, whatever the dtype of its CLIP files. The conversion and the torch side do the same. If the
 conversion has another dtype than the decoder's, torch keeps the stored one, and the comparison shows the rounding.
@@ -12,6 +12,7 @@ conversion has another dtype than the decoder's, torch keeps the stored one, and
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,13 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.processing.processor import Encoded
+from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
 from chatpose_jax.verify.jax_model import JaxModel
 from chatpose_jax.verify.torch_model import TorchModel
+from chatpose_jax.verify.torch_tokens import CONVERSATIONS, TEXTS, TorchTokens
 from chatpose_jax.weights.folder import load_model_config, read_folder
+from chatpose_jax.weights.infer import tokenizer_source
 from chatpose_jax.weights.plan import PARTS
 from chatpose_jax.weights.sources import Source, open_sources
 from chatpose_jax.weights.spec import SourceSpec
@@ -115,7 +119,8 @@ def verify(
     sides, so a difference shows in the layer that causes it.
 
     Args:
-        source: the source that ``convert`` read. Only files, ``lora_alpha``, ``layout``, ``head`` and ``image_fit`` are used here.
+        source: the source that ``convert`` read. Only files, ``lora_alpha``, ``layout``, ``backbone``, ``head``, ``image_fit`` and
+            whether a template was chosen are used here.
         converted: the model folder that ``convert`` wrote.
         layers: number of decoder layers to run, spread from the first to the last; default: all, or 3 of a large model.
         prompts: texts to ask; by default one.
@@ -128,7 +133,7 @@ def verify(
     spec, folder = SourceSpec.of(source), Path(converted)
     sources, config = open_sources(spec), load_model_config(folder, spec.head)
     peer, ours = TorchModel(sources, config, spec), JaxModel(folder, config)
-    left_out = _uncompared(sources, folder)
+    left_out = _uncompared(sources, folder, config)
     if not peer.poses_known and any("pose_head" in source.layout.parts for source in sources):
         left_out.append("pose_head")
     side = config.image_size
@@ -137,7 +142,37 @@ def verify(
     batch = [_encode(peer, ours, f"text {i + 1}", text) for i, text in enumerate(spoken)]
     if peer.sees:
         batch += [_encode(peer, ours, f"image {i + 1}", IMAGE_PROMPT, image) for i, image in enumerate(shown)]
-    return Comparison(_stages(peer, ours, batch, _sample(config, layers)), tuple(left_out))
+    tokens = _tokens(ours, sources, spec)
+    return Comparison(itertools.chain(tokens, _stages(peer, ours, batch, _sample(config, layers))), tuple(left_out))
+
+
+def _tokens(ours: JaxModel, sources: Sequence[Source], spec: SourceSpec) -> list[Difference]:
+    """Ids of texts, and of conversations by the source's chat template: how many differ. Empty if no tokenizer lies beside the weights.
+
+    Of a tokenizer in LLaMA's layout only texts are compared, because programs disagree about the space beside a control token. A template that was
+    chosen with ``--template`` is not compared.
+    """
+    folder = Path(spec.tokenizer) if spec.tokenizer else tokenizer_source(sources).checkpoint.folder
+    if not folder.is_dir() or not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+        return []
+    peer, processor = TorchTokens(folder), ours.processor
+    found = [
+        _unequal(f"tokens {number}", "text", peer.text(text), processor.tokenizer.encode(text))
+        for number, text in enumerate(TEXTS, 1)
+    ]
+    if spec.template is not None or spec.ignore_chat_template or processor.tokenizer.spaced:
+        return found
+    for number, messages in enumerate(CONVERSATIONS, 1):
+        if (expected := peer.conversation(messages)) is not None:
+            ids = processor.encode(messages).input_ids.tolist()
+            found.append(_unequal(f"tokens {number}", "conversation", expected, ids))
+    return found
+
+
+def _unequal(prompt: str, stage: str, expected: Sequence[int], found: Sequence[int]) -> Difference:
+    """The number of ids that differ, as a difference of numbers that must be 0."""
+    wrong = sum(a != b for a, b in itertools.zip_longest(expected, found))
+    return Difference(prompt, stage, 1.0, float(wrong), wrong / max(len(expected), 1))
 
 
 def _stages(peer: TorchModel, ours: JaxModel, batch: Sequence[Prompt], chosen: Sequence[int]) -> Iterator[Difference]:
@@ -186,11 +221,12 @@ def _sample(config: ModelConfig, layers: int | None) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, layers)})
 
 
-def _uncompared(sources: Sequence[Source], converted: Path) -> list[str]:
+def _uncompared(sources: Sequence[Source], converted: Path, config: ModelConfig) -> list[str]:
     """Parts of the conversion that neither come from these sources nor were initialised."""
     made_up = read_folder(converted).get("provenance", {}).get("initialised", [])
     here = {part for source in sources for part in source.layout.parts}
-    return [part for part in PARTS if part not in {*here, *made_up}]
+    absent = {"vision", "projector"} if config.vision is None else set()
+    return [part for part in PARTS if part not in {*here, *made_up, *absent}]
 
 
 def _noise(height: int, width: int) -> np.ndarray:

@@ -52,6 +52,7 @@ class TorchModel:
         self.tensors = _TorchTensors(torch, spec)
         stored = self.tensors.stored(sources[0], f"{self.decoder}layers.0.self_attn.q_proj.weight").dtype
         self.base = _TorchTensors(torch, spec, stored if stored == getattr(torch, config.param_dtype) else None)
+        self.base.mapped = self.tensors.mapped
         language = sources[0].layout.language
         assert language is not None
         main = sources[0].checkpoint.config()
@@ -330,6 +331,8 @@ class _TorchTensors:
                 f"{source.title}: no tensor {name!r}, which torch's module needs; chatpose verify does not support this layout"
             )
         file = self._file(source, entry)
+        if file.suffix == ".gguf":
+            return self._gguf(file)[name]
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
@@ -344,6 +347,15 @@ class _TorchTensors:
             raise UserError(
                 f"{file}: no tensor {entry.name!r}, which {entry.file.name} has; the folder has two sets of weights: remove one"
             ) from None
+
+    def _gguf(self, file: Path) -> Mapping[str, Any]:
+        """The tensors of a GGUF file as transformers dequantises them; the whole model at once."""
+        from transformers import AutoModelForCausalLM
+
+        if file not in self.mapped:
+            settings = {"gguf_file": file.name, "dtype": self.torch.float32}
+            self.mapped[file] = AutoModelForCausalLM.from_pretrained(file.parent, **settings).state_dict()
+        return self.mapped[file]
 
     def _file(self, source: Source, entry: TensorEntry) -> Path:
         """The file from which transformers would read the tensor, in its own order of preference. Tensors that transformers has no name for

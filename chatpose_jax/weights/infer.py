@@ -86,7 +86,7 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         name: int(flat[name]) for name in special if isinstance(flat.get(name), int) and flat[name] >= 0
     }
     image_token_id = settings.get("image_token_id", -200)
-    tokens = read_tokens(spec.tokenizer) if spec.tokenizer else tokens_in(_with_tokenizer(sources).checkpoint)
+    tokens = read_tokens(spec.tokenizer) if spec.tokenizer else tokens_in(tokenizer_source(sources).checkpoint)
     if rows > tokens.size + _SPARE_ROWS:
         raise UserError(
             f"{tokens.folder}: the tokenizer has {tokens.size} tokens, the embedding {rows} rows, far more; this tokenizer "
@@ -155,7 +155,7 @@ def _lora(sources: Sequence[Source], layers: int) -> LoRAConfig | None:
     return dataclasses.replace(found[0].lora, last_layers=layers - first if 0 < first < layers else None)
 
 
-def _with_tokenizer(sources: Sequence[Source]) -> Source:
+def tokenizer_source(sources: Sequence[Source]) -> Source:
     """The adapter if it has a tokenizer, because that has the added tokens; else the main source."""
     folders = ((source, source.checkpoint.folder) for source in sources if source.is_adapter)
     has = (source for source, folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]))

@@ -25,7 +25,7 @@ _ANSWERED = ("Knees bent, hips low.", "The same, with the other leg stretched fo
 _SHOWN = 60
 """Characters of each text that an error shows from shortly before the first difference on."""
 _OWN = "the family's own"
-_VALUES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+VALUES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 """What templates may ask beside the messages: no thinking (Qwen3), and the date that ``llama3_1`` writes."""
 
 
@@ -149,7 +149,7 @@ class _Theirs:
         # Templates of texts take a string, those of processors a list of parts.
         forms = [(name, form) for name, messages in asked.items() for form in (_plain(messages), messages) if form]
         try:
-            rendered = render(text, [form for _, form in forms], {**values, **_VALUES})
+            rendered = render(text, [form for _, form in forms], {**values, **VALUES})
         except UserError as error:
             raise UserError(
                 f"{tokens.folder}: the checkpoint's chat_template cannot be compared: {error}. Choose a template with --template "

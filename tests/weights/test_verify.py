@@ -33,8 +33,19 @@ from chatpose_jax.weights.plan import plan_conversion  # noqa: E402
 from chatpose_jax.weights.save import save_folder  # noqa: E402
 from chatpose_jax.weights.spec import SourceSpec  # noqa: E402
 
-from .sources import make_chatpose, make_clip, make_llava_original, make_llava_transformers, make_vicuna  # noqa: E402
+from .sources import (  # noqa: E402
+    make_chatpose,
+    make_clip,
+    make_llava_next,
+    make_llava_onevision,
+    make_llava_original,
+    make_llava_transformers,
+    make_siglip,
+    make_vicuna,
+)
+from .test_backbones import make as make_family  # noqa: E402
 from .test_export import model_folder, trained  # noqa: E402
+from .test_templates import ASK, DEFAULT, LLAMA3_1, TURNS  # noqa: E402
 
 
 def converted(source: Path, out: Path, **options: Any) -> Path:
@@ -103,7 +114,7 @@ def test_every_layout(make: Callable[[Path], Any], tmp_path: Path) -> None:
     comparison = verify(SourceSpec(tmp_path / "src", vision=vision), out)
     stages = list(comparison.stages)
     assert not comparison.left_out
-    assert {stage.prompt for stage in stages} == {"text 1", "image 1", "image 2"}
+    assert {stage.prompt for stage in stages} == {"text 1", "image 1", "image 2", "tokens 1", "tokens 2", "tokens 3"}
     assert {"pixels", "vision tower" if missing else "image features"} <= {stage.stage for stage in stages}
     assert {"layer 0", "layer 2", "logits"} <= {stage.stage for stage in stages}
     assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
@@ -397,3 +408,82 @@ def test_settings_of_images_that_cannot_be_followed(
         plan_conversion(SourceSpec(tmp_path / "src"))
     if file == "config.json":
         assert plan_conversion(SourceSpec(tmp_path / "src", image_fit="pad")).images.settings.fit == "pad"
+
+
+@pytest.mark.parametrize("family", ["llama3_1", "smollm2", "qwen2", "qwen3"])
+def test_families_of_language_models(family: str, tmp_path: Path, capsys: Any) -> None:
+    """Scaled RoPE, tied weights, biases, norms of q and k; ids by the tokenizer and the chat template of the source."""
+    make_family(tmp_path / "src", family)
+    chats = {"smollm2": DEFAULT + TURNS + ASK, "qwen2": DEFAULT + TURNS + ASK, "llama3_1": LLAMA3_1}
+    if family in chats:
+        (tmp_path / "src/chat_template.jinja").write_text(chats[family])
+    out = converted(tmp_path / "src", tmp_path / "out")
+    assert run(tmp_path / "src", out) == 0
+    table = capsys.readouterr().out
+    assert all(f"{stage} " in table for stage in ("layer 0", "layer 1", "final norm", "logits", "tokens 1  text"))
+    assert table.count("conversation") == (3 if family in chats else 0)
+    assert "image" not in table
+
+
+@pytest.mark.parametrize("kind", ["next", "onevision"])
+def test_llavas_with_a_newline(kind: str, tmp_path: Path) -> None:
+    """The features of one view and the newline; pixels by the image processor of each."""
+    maker = {"next": make_llava_next, "onevision": make_llava_onevision}[kind]
+    maker(tmp_path / "src", "4", **({"tied": True, "head": True} if kind == "onevision" else {}))
+    side = 28 if kind == "next" else 30
+    square = {"height": side, "width": side}
+    settings: dict[str, Any] = {"image_grid_pinpoints": [[side, 2 * side], [2 * side, side]]}
+    settings |= {"size": {"shortest_edge": side}, "crop_size": square} if kind == "next" else {"size": square}
+    name = {"next": "LlavaNextImageProcessor", "onevision": "LlavaOnevisionImageProcessor"}[kind]
+    write_settings(tmp_path / "src/preprocessor_config.json", image_processor_type=name, **settings)
+    out = converted(tmp_path / "src", tmp_path / "out", template="vicuna_v1")
+    comparison = verify(SourceSpec(tmp_path / "src", template="vicuna_v1"), out)
+    stages = list(comparison.stages)
+    assert not comparison.left_out and not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
+    assert {"pixels", "image features", "layer 2", "logits"} <= {stage.stage for stage in stages}
+    config = load_model_config(out)
+    params = load_params(out, abstract_params(config))
+    params["projector"]["newline"] = params["projector"]["newline"] + 0.2
+    save_folder(tmp_path / "changed", config, params, processor=Processor.load(out / "tokenizer", config))
+    changed = verify(SourceSpec(tmp_path / "src", template="vicuna_v1"), tmp_path / "changed")
+    assert next(stage.stage for stage in changed.stages if not stage.within(cli.TOLERANCE)) == "image features"
+
+
+def test_siglip_beside_a_language_model(tmp_path: Path) -> None:
+    make_siglip(tmp_path / "siglip")
+    make_vicuna(tmp_path / "src")
+    options: dict[str, Any] = {"vision": tmp_path / "siglip"}
+    out = converted(tmp_path / "src", tmp_path / "out", init_missing=["projector"], **options)
+    stages = list(verify(SourceSpec(tmp_path / "src", **options), out).stages)
+    assert {"pixels", "vision tower"} <= {stage.stage for stage in stages}
+    assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
+
+
+def test_other_ids_are_a_difference(tmp_path: Path) -> None:
+    """Another template than that of the source's chat template, and a tokenizer with another table of merges."""
+    make_family(tmp_path / "src", "smollm2")
+    (tmp_path / "src/chat_template.jinja").write_text(DEFAULT + TURNS + ASK)
+    out = converted(tmp_path / "src", tmp_path / "out", template="llava_onevision", ignore_chat_template=True)
+    wrong = [stage for stage in verify(tmp_path / "src", out).stages if not stage.within(cli.TOLERANCE)]
+    assert {stage.stage for stage in wrong} == {"conversation"} and len(wrong) == 3
+    data = json.loads((out / "tokenizer/tokenizer.json").read_text())
+    del data["model"]["merges"][5]
+    (out / "tokenizer/tokenizer.json").write_text(json.dumps(data))
+    spec = SourceSpec(tmp_path / "src", template="llava_onevision")
+    wrong = [stage for stage in verify(spec, out).stages if not stage.within(cli.TOLERANCE)]
+    assert {stage.stage for stage in wrong} == {"text"}
+
+
+def test_a_gguf_file_that_transformers_dequantises(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from . import gguf_files, test_gguf
+
+    tokenizer = gguf_files.byte_level("smollm", test_gguf.CONTROL, first=True)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "padding_token_id": 2, "unknown_token_id": 0, "add_bos_token": False}
+    source = tmp_path / "model.gguf"
+    test_gguf.write(source, "llama_tied", gguf_files.byte_level_metadata(tokenizer, "smollm", 512, **ids), "Q4_1")
+    out = converted(source, tmp_path / "out", dtype="float32")
+    comparison = verify(source, out)
+    stages = list(comparison.stages)
+    assert not comparison.left_out and {"embeddings", "layer 1", "logits"} <= {stage.stage for stage in stages}
+    assert not [stage for stage in stages if not stage.within(cli.TOLERANCE)]
