@@ -33,7 +33,7 @@ import optax
 from chatpose_jax.data.synthetic import skeleton
 from chatpose_jax.data.synthetic.dataset import SyntheticDataset, to_camera
 from chatpose_jax.data.synthetic.families import COLUMN, POSTURES, PoseSet, sample_poses
-from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS, Situation
+from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS, Situation, shared_words, stems
 from chatpose_jax.evaluation.scores import bootstrap
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.chatpose import attend_evenly, bind, init_params, unstack_layers
@@ -78,29 +78,6 @@ ARMS: dict[str, Arm] = {
     "random": Arm("random", "everything", rate=3e-4),
 }
 
-# Words that say nothing of a situation: of grammar, and verbs of any action. A word that is not here counts as the situation's.
-_GRAMMAR = """
-a an the who someone somebody person figure of to in on at for off over above across behind out up down into with without while because after before
-first and or as it its is are has have had been be just does do doing takes take makes make looks look get gets one all both so this that these what
-how would can could you your me please show give
-"""
-GRAMMAR = frozenset(_GRAMMAR.split())
-_ENDING = re.compile(r"(?<=...)(ing|es|s|ed|e)$")
-
-
-def stems(text: str) -> frozenset[str]:
-    """The words of a text without ``GRAMMAR``, lower-cased and without their endings."""
-    words = (word for word in re.findall(r"[a-z]+", text.lower()) if word not in GRAMMAR)
-    return frozenset(_ENDING.sub("", word) for word in words)
-
-
-def shared(one: frozenset[str], other: frozenset[str]) -> set[str]:
-    """Stems that two texts share. A stem of four letters or more is also shared where it stands inside another: walk, sleepwalk."""
-    found = set(one & other)
-    for a in one:
-        found |= {a for b in other if min(len(a), len(b)) >= 4 and (a in b or b in a)}
-    return found
-
 
 @functools.cache
 def stems_of(situation: Situation) -> frozenset[str]:
@@ -111,7 +88,7 @@ def part_of() -> list[int]:
     """The fold that holds each situation out. Situations that share a word are in one fold. Postures are dealt evenly."""
     groups: list[list[int]] = []
     for number, situation in enumerate(SITUATIONS):
-        near = [g for g in groups if any(shared(stems_of(situation), stems_of(SITUATIONS[i])) for i in g)]
+        near = [g for g in groups if any(shared_words(stems_of(situation), stems_of(SITUATIONS[i])) for i in g)]
         groups = [g for g in groups if g not in near] + [[number, *(i for g in near for i in g)]]
     counts = np.zeros((FOLDS, len(POSTURES)), int)
     fold = [0] * len(SITUATIONS)
@@ -139,7 +116,7 @@ def captions(split: Any) -> tuple[list[str], np.ndarray]:
 def direct() -> frozenset[int]:
     """Situations that share a word with a caption or with what stands around a question. They may be trained on, but test nothing."""
     known = stems(" ".join([*captions("train")[0], *QUESTIONS]))
-    return frozenset(i for i, situation in enumerate(SITUATIONS) if shared(stems_of(situation), known))
+    return frozenset(i for i, situation in enumerate(SITUATIONS) if shared_words(stems_of(situation), known))
 
 
 class Fold(NamedTuple):
@@ -156,7 +133,7 @@ def fold_of(number: int) -> Fold:
     tested = [i for i, part in enumerate(parts) if part == number and i not in direct()]
     seen = stems(" ".join([*captions("train")[0], *(question(i, q) for i in trained for q in range(len(QUESTIONS)))]))
     for i in tested:
-        if leaked := shared(stems_of(SITUATIONS[i]), seen):
+        if leaked := shared_words(stems_of(SITUATIONS[i]), seen):
             raise SystemExit(f"fold {number}: {SITUATIONS[i].words!r} is held out, but {sorted(leaked)} are trained on")
     return Fold(trained, tested)
 

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or only the adapters"),
     "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights contains"),
     "verify": ("chatpose_jax.cli.verify", "run converted weights and their PyTorch source side by side, and compare"),
+    "probe": ("chatpose_jax.cli.probe", "does a base know poses that nobody told it? asked before any training"),
     "plan": ("chatpose_jax.cli.plan", "will a training or decoding step fit a machine, and how fast could it be"),
     "fit": ("chatpose_jax.cli.fit", "bodies from keypoints in images, joints in space or markers"),
     "render": ("chatpose_jax.cli.render", "draw a pose file, or export it as OBJ, GLB or npz"),

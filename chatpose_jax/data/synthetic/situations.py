@@ -7,6 +7,7 @@ so the arms may be exchanged. To add a situation, add a line.
 from __future__ import annotations
 
 import functools
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,27 @@ QUESTIONS = (
     "Can you show a person who {situation}?",
     "Please give me the pose of somebody who {situation}.",
 )
+
+_GRAMMAR = """
+a an the who someone somebody person figure of to in on at for off over above across behind out up down into with without while because after before
+first and or as it its is are has have had been be just does do doing takes take makes make looks look get gets one all both so this that these what
+how would can could you your me please show give
+"""
+GRAMMAR = frozenset(_GRAMMAR.split())
+"""Words that say nothing of a situation: of grammar, and verbs of any action."""
+_ENDING = re.compile(r"(?<=...)(ing|es|s|ed|e)$")
+
+
+def stems(text: str) -> frozenset[str]:
+    """The words of a text without ``GRAMMAR``, lower-cased and without their endings."""
+    words = (word for word in re.findall(r"[a-z]+", text.lower()) if word not in GRAMMAR)
+    return frozenset(_ENDING.sub("", word) for word in words)
+
+
+def shared_words(one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
+    """Stems that two texts share. A stem of four letters or more is also shared where it stands inside another: walk, sleepwalk."""
+    inside = {a for a in one for b in other if min(len(a), len(b)) >= 4 and (a in b or b in a)}
+    return one & other | inside
 
 
 CLEAR, TIE = 0.07, 0.01
