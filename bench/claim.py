@@ -166,12 +166,10 @@ def targets(situation: int) -> np.ndarray:
 
 @functools.cache
 def right_answers(situation: int) -> np.ndarray:
-    """(N, 24, 3) joints of the poses that answer a situation: ``targets``, these with the arms exchanged, and the mirror images of both."""
+    """(N, 24, 3) joints of the poses that answer a situation: ``targets``, others with the arms exchanged, and the mirror images of both."""
     row = SITUATIONS[situation]
-    poses = [targets(situation)]
-    if row.arms[0] != row.arms[1]:
-        poses.append(to_camera(draw(row.posture, row.arms[::-1], [18, situation])))
-    return joints(_mirrored(np.concatenate(poses)))
+    exchanged = to_camera(draw(row.posture, row.arms[::-1], [18, situation]))
+    return joints(_mirrored(np.concatenate([targets(situation), exchanged])))
 
 
 @functools.cache
