@@ -205,7 +205,7 @@ def ranks(scores: np.ndarray, postures: Sequence[int]) -> tuple[np.ndarray, np.n
 CHANCE = {"first": 100 / len(POSTURES), "rank": (1 + len(POSTURES)) / 2}
 
 
-def summary(scores: np.ndarray, postures: Sequence[int], counted: np.ndarray) -> dict[str, Value]:
+def rank_summary(scores: np.ndarray, postures: Sequence[int], counted: np.ndarray) -> dict[str, Value]:
     """How often the right posture is first, and its mean rank, over the situations that count; with 95 % intervals by a bootstrap over situations.
 
     "first", "rank": every posture counts the same, so that a model that always says the same posture is right in 1 of 15. "first, plain" and
@@ -239,8 +239,8 @@ def summary(scores: np.ndarray, postures: Sequence[int], counted: np.ndarray) ->
 class Probe(NamedTuple):
     """A row for each way to answer, and what it rests on.
 
-    scores: (N, 15) by way. table: ``summary`` by way. counted: (N,) bool, situations that are indirect questions. wordings: "first" of each pair of
-    wordings of question and answer, by pmi: (W, 3), in per cent.
+    scores: (N, 15) by way. table: ``rank_summary`` by way. counted: (N,) bool, situations that are indirect questions. wordings: (W, 3), "first" by
+    pmi of each wording of the question with each of the answer, in per cent.
     """
 
     scores: dict[str, np.ndarray]
@@ -266,11 +266,11 @@ def evaluate_probe(found: Weighed) -> Probe:
     pmi = (found.given - found.alone).reshape(len(right), len(found.alone), len(ANSWERS), -1)
     wordings = np.array(
         [
-            [summary(pmi[:, w, :, a], right, counted)["first"].value for a in range(pmi.shape[-1])]
+            [rank_summary(pmi[:, w, :, a], right, counted)["first"].value for a in range(pmi.shape[-1])]
             for w in range(pmi.shape[1])
         ]
     )
-    return Probe(scores, {way: summary(each, right, counted) for way, each in scores.items()}, counted, wordings)
+    return Probe(scores, {way: rank_summary(each, right, counted) for way, each in scores.items()}, counted, wordings)
 
 
 TITLES = {

@@ -74,9 +74,9 @@ def test_ranks_by_hand():
 def test_a_head_on_states_finds_what_is_there_and_only_that():
     random = np.random.default_rng(0)
     told = np.eye(15)[RIGHT] + 0.1 * random.normal(size=(len(RIGHT), 15))
-    known = probe.summary(probe.ridge_scores(told, RIGHT), RIGHT, MANY)
+    known = probe.rank_summary(probe.ridge_scores(told, RIGHT), RIGHT, MANY)
     assert known["first"].value > 95
-    nothing = probe.summary(probe.ridge_scores(random.normal(size=(len(RIGHT), 15)), RIGHT), RIGHT, MANY)
+    nothing = probe.rank_summary(probe.ridge_scores(random.normal(size=(len(RIGHT), 15)), RIGHT), RIGHT, MANY)
     assert nothing["rank"].low < 8 < nothing["rank"].high
     same = probe.ridge_scores(np.ones((len(RIGHT), 4)), RIGHT)
     np.testing.assert_allclose(
