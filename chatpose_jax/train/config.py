@@ -73,6 +73,8 @@ class TrainConfig:
     mesh: the device mesh; ``batch_size`` must be a multiple of data × fsdp.
     layers: "unrolled" lays layers out one after another, which is faster on CPU; "scanned" compiles one layer and loops over it, which compiles in
         the time of one; "auto" is unrolled on CPU and scanned elsewhere. Results are the same, and so are checkpoints: a run may resume in the other.
+    keep_states_mib: host memory for the states after the layers before the first with adapters (``model.lora.last_layers``), which are then computed
+        once for each conversation. Where something before those layers trains, or the memory does not suffice, they are not kept; 0 keeps none.
     remat: which activations of a layer are saved for the backward pass; it recomputes the others ("none" recomputes nothing,
         "full" everything). See ``models.remat``.
     max_skipped: how many updates in a row may be dropped because loss or gradient is not finite, before the run stops.
@@ -105,6 +107,7 @@ class TrainConfig:
     trainable: tuple[Rule, ...] = PAPER
     mesh: MeshConfig = MeshConfig()
     layers: Layers = "auto"
+    keep_states_mib: int = 2048
     remat: Literal["none", "dots", "save_qkv", "save_attention", "full"] = "full"
     max_skipped: int = 10
     seed: int = 0
@@ -124,7 +127,7 @@ class TrainConfig:
         require(self, "train", "at least 1", lambda value: value >= 1, *counts)
         # Room for the system prompt and the shortest question with its answer.
         require(self, "train", "at least 64", lambda value: value >= 64, "max_length")
-        weights = ("warmup_steps", "eval_every", "lambda_text", "lambda_pose")
+        weights = ("keep_states_mib", "warmup_steps", "eval_every", "lambda_text", "lambda_pose")
         require(self, "train", "at least 0", lambda value: value >= 0, *weights)
         require(self, "train", "positive", lambda value: value > 0, "learning_rate", "grad_clip")
         require(self, "train", "at least 0 and less than 1", lambda value: 0 <= value < 1, "b1", "b2")

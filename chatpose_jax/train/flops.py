@@ -15,7 +15,7 @@ from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.remat import POLICIES
 from chatpose_jax.train.config import TrainConfig
-from chatpose_jax.train.trainable import assign, flatten
+from chatpose_jax.train.trainable import assign, flatten, trains_before_adapters
 
 _MATRIX = re.compile(r".*/(kernel|lora_[ab])|decoder/lm_head/added")
 _TIED = re.compile(r"decoder/embed_tokens/(embedding|added)")
@@ -55,7 +55,12 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
     trains = {path: row.lr is not None for path, row in rows.items()}
     seen = model.image_tokens
     tokens = {"decoder": batch * length, "vision": batch * images * (seen + 1), "projector": batch * images * seen}
-    reached, share = _reached(trains), _reached_layers(model, trains)
+    reached = _reached(trains)
+    # The share of the decoder's layers that need gradients of activations: all if something before the adapters trains.
+    adapted = 1 - model.leading_layers / model.text.num_layers
+    share = adapted * any("/lora_" in path for path, is_trained in trains.items() if is_trained)
+    if trains_before_adapters(params, train.trainable):
+        share = 1.0
     again = POLICIES[train.remat]
     useful, repeated, six_n, moved = 0.0, 0.0, 0.0, 0.0
     for path, leaf in params.items():
@@ -96,13 +101,19 @@ def utilisation(model: ModelConfig, settings: TrainConfig) -> Callable[[Mapping[
     """A function from a batch to the operations of a step on its rows.
 
     ``mfu`` counts what this run's gradient needs (with LoRA about 4 for each parameter and token), ``mfu_6n`` what it would need if everything
-    trained.
+    trained. With kept states (``train.kept``) both count the layers that run, as if they were the model.
     """
-    cost = functools.lru_cache(maxsize=64)(functools.partial(train_cost, model, settings))
+    text = dataclasses.replace(model.text, num_layers=model.text.num_layers - model.leading_layers)
+    lora = None if model.lora is None else dataclasses.replace(model.lora, last_layers=None)
+    behind = model.replace(vision=None, image_newline=False, text=text, lora=lora)
+
+    @functools.lru_cache(maxsize=64)
+    def cost(led: bool, batch: int, length: int, images: int) -> StepCost:
+        return train_cost(behind if led else model, settings, batch, length, images)
 
     def operations(batch: Mapping[str, Any]) -> dict[str, float]:
         pixels = batch.get("pixel_values")
-        found = cost(*batch["input_ids"].shape, 0 if pixels is None else pixels.shape[1])
+        found = cost("led" in batch, *batch["input_ids"].shape, 0 if pixels is None else pixels.shape[1])
         return {"mfu": found.useful, "mfu_6n": found.six_n}
 
     return operations
@@ -133,19 +144,6 @@ def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:
         tower: any(trained for path, trained in trains.items() if path.split("/")[0] in order[: place + 1])
         for place, tower in enumerate(order)
     }
-
-
-def _reached_layers(model: ModelConfig, trains: Mapping[str, bool]) -> float:
-    """The share of the decoder's layers that need gradients of activations: all if something before them or in each of them trains; else those with
-    adapters, if these train.
-    """
-    inside = {path for path, trained in trains.items() if trained and path.startswith(_LAYER)}
-    before = ("vision/", "projector/", "decoder/embed_tokens/")
-    if any(trained and path.startswith(before) for path, trained in trains.items()):
-        return 1.0
-    if any("/lora_" not in path for path in inside):
-        return 1.0
-    return 1 - model.leading_layers / model.text.num_layers if inside else 0.0
 
 
 def _kept(path: str, names: tuple[str, ...]) -> bool:

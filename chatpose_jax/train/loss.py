@@ -154,12 +154,15 @@ def _join(function: Any, parts: list[Any]) -> Any:
 def final_states(
     model: ChatPoseModel, batch: Mapping[str, Any], *, dropout_key: jax.Array | None = None, remat: str = "none"
 ) -> jax.Array:
-    """(B, T, D) final-norm states of a batch (``docs/architecture.md`` lists its arrays): one forward pass of the model."""
+    """(B, T, D) final-norm states of a batch (``docs/architecture.md`` lists its arrays): one forward pass of the model, or of its last layers
+    after kept states (``train.kept``).
+    """
     # Rows are padded on the right, so with the causal mask no token attends to padding. No other mask is needed.
     return model(
         batch["input_ids"],
         segment_ids=batch.get("segment_ids"),
         pixel_values=batch.get("pixel_values"),
+        led=batch.get("led"),
         dropout_key=dropout_key,
         remat=remat,
     ).hidden

@@ -31,6 +31,7 @@ from chatpose_jax.train.chips import peak_flops
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.evaluators import Context, check_evaluators, make_evaluators
 from chatpose_jax.train.flops import utilisation
+from chatpose_jax.train.kept import not_kept
 from chatpose_jax.train.layout import at_run_time
 from chatpose_jax.train.pose_loss import demand_fields
 from chatpose_jax.train.run_config import RunConfig
@@ -129,6 +130,7 @@ def _run(
         if evaluate.names is not None:
             demand_best(evaluate.names, settings.best)
     say(f"measuring {len(source)} rows ...")
+    sizes = row_sizes(source, processor, settings.max_length)
     loader = BatchLoader(
         source,
         processor,
@@ -139,7 +141,7 @@ def _run(
         buckets=config.data.buckets,
         packing=config.data.packing,
         cache=0 if config.data.workers else config.data.cache_mib << 20,
-        sizes=row_sizes(source, processor, settings.max_length),
+        sizes=sizes,
         prefetch=2,
         threads=config.data.threads,
         workers=config.data.workers,
@@ -150,6 +152,12 @@ def _run(
         "the first step of each shape includes its compilation"
     )
     params = initial_params(config, init, mesh, say)
+    keep_states = False
+    if model.leading_layers and settings.keep_states_mib:
+        why = not_kept(model, settings, params, len(source), int(sizes[:, 0].sum()))
+        keep_states = why is None
+        before = f"the states after the first {model.leading_layers} layers"
+        say(f"{before} are kept for later epochs" if why is None else f"{before} are not kept: {why}")
     params = train(
         model,
         settings,
@@ -165,6 +173,7 @@ def _run(
         callback=callback,
         say=say,
         result=folder,
+        keep_states=keep_states,
     )
     with hosts.restartable(out):
         return save_folder(

@@ -123,6 +123,14 @@ def split(params: Mapping[str, Any], rules: Sequence[Rule]) -> tuple[Flat, Flat]
     return trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
+def trains_before_adapters(params: Mapping[str, Any], rules: Sequence[Rule]) -> str | None:
+    """The path of a parameter that trains and that the decoder's layers before the first with adapters depend on; None if there is none."""
+    before = re.compile(r"(vision|projector|decoder/embed_tokens)/.*|decoder/layers/.*(?<!/lora_[ab])")
+    return next(
+        (path for path, row in assign(params, rules).items() if row.lr is not None and before.fullmatch(path)), None
+    )
+
+
 def merge(trainable: Flat, frozen: Flat) -> dict[str, Any]:
     """The inverse of ``split``: the whole tree."""
     return unflatten({**trainable, **frozen})

@@ -33,13 +33,14 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
+from chatpose_jax.train.kept import KeptStates
 from chatpose_jax.train.layout import lay_out, stacked
 from chatpose_jax.train.step import TrainState, init_state, make_step
 from chatpose_jax.train.telemetry import Meter
 
 IGNORED_SETTINGS = (
-    "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "layers", "remat", "max_skipped",
-    "attention",
+    "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "layers", "keep_states_mib",
+    "remat", "max_skipped", "attention",
 )  # fmt: skip
 """Settings that may change when a run resumes: the number of steps, intervals, devices. A change of any other setting would make it another run."""
 
@@ -239,6 +240,7 @@ def train(
     callback: Callback | None = None,
     say: Callable[[str], None] = hosts.say,
     result: Path | None = None,
+    keep_states: bool = False,
 ) -> dict[str, Any]:
     """Train until ``config.steps`` and return the parameters, layers stacked.
 
@@ -260,6 +262,7 @@ def train(
         callback: called with every line of the log as soon as it exists, a step or two after the step that it describes.
         say: receives the lines that the run reports.
         result: the folder where the caller writes the model, for error messages; ``out/model`` by default.
+        keep_states: compute the states of the leading layers once for each conversation, see ``kept.not_kept``.
 
     Raises:
         Interrupted; ``hosts.Fault`` if the file system fails; UserError if loss or gradient were not finite for more than
@@ -298,8 +301,10 @@ def train(
         dynamic_ncols=True,
         mininterval=1.0 if sys.stderr.isatty() else 30.0,
     )
+    kept = KeptStates(model_config, config, frozen, mesh) if keep_states else None
+    step_fn = make_step(model_config, config, params, mesh)
     loop = _Loop(
-        model_config, config, mesh, frozen, make_step(model_config, config, params, mesh), batches, checkpoints, log, bar,
+        model_config, config, mesh, kept, frozen, step_fn, batches, checkpoints, log, bar,
         evaluate, flops, peak, profile, out, callback, say,
     )  # fmt: skip
     with hosts.restartable(out), contextlib.ExitStack() as closing:
@@ -330,6 +335,7 @@ class _Loop:
     model_config: ModelConfig
     config: TrainConfig
     mesh: Mesh | None
+    kept: KeptStates | None
     frozen: table.Flat
     step_fn: Any
     batches: Batches
@@ -357,6 +363,8 @@ class _Loop:
             with meter.waiting():
                 batch = next(stream)
             self._trace(step - first, state)
+            if self.kept is not None:
+                batch = self.kept(batch)
             placed = feed.put(batch, self.mesh, config.batch_size, config.accumulate)
             state, metrics = self.step_fn(state, self.frozen, placed)
             under_way.append((step, metrics, self._sizes(batch)))
