@@ -1,5 +1,6 @@
 """The sharding table: 13B without allocating it, and a sharded model that computes what one device computes."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -55,6 +56,22 @@ def golden():
     config = preset("chatpose_13b")
     config = config.replace(lora=LoRAConfig(targets=get_args(LoRATarget)), quantize="int8")
     return {path: str(spec) for path, spec in sorted(flatten(partition_specs(abstract_params(config), on)).items())}
+
+
+def test_other_backbones_lie_by_the_same_table():
+    """A model without a tower lies as one with it; biases, norms of heads and the newline are small, and lie whole on every device."""
+    on = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    config = preset("tiny")
+    text = dataclasses.replace(config.text, tied=True, qkv_bias=True, qk_norm=True)
+    vision = dataclasses.replace(config.vision, class_token=False, pre_norm=False, patch_bias=True)
+    config = config.replace(text=text, vision=vision, image_newline=True)
+    specs = flatten(partition_specs(abstract_params(config), on))
+    small = {path: spec for path, spec in specs.items() if path.endswith(("bias", "scale", "newline"))}
+    assert {"projector/newline", "vision/patch_embed/bias", "decoder/layers/attn/q_norm/scale"} <= set(small)
+    assert not any(axis for spec in small.values() for axis in spec)
+    assert specs["decoder/embed_tokens/embedding"] == PartitionSpec("tensor", "fsdp")
+    blind = flatten(partition_specs(abstract_params(config.replace(vision=None, image_newline=False)), on))
+    assert blind == {path: spec for path, spec in specs.items() if not path.startswith(("vision/", "projector/"))}
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
