@@ -237,18 +237,22 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, param_dtype=jnp.dtype(config.param_dtype))
         self.lm_head = None if text.tied else LMHead(config, rngs=rngs)
 
+    @property
+    def output_axes(self) -> str:
+        """The order of the axes of ``output_weights``: "io" as (D, V), or "oi" as (V, D) where they are those of the embedding."""
+        return "oi" if self.lm_head is None else "io"
+
     def output_weights(self) -> tuple[jax.Array, jax.Array]:
-        """The LM head's weights (D, base vocabulary) and (D, new tokens), as stored; those of the embedding where the two are tied."""
+        """The LM head's weights of the base vocabulary and of the new tokens, as stored (``output_axes``)."""
         if self.lm_head is not None:
             return self.lm_head.kernel[...], self.lm_head.added[...]
-        return self.embed_tokens.embedding[...].T, self.embed_tokens.added[...].T
+        return self.embed_tokens.embedding[...], self.embed_tokens.added[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> (..., V) float32."""
         hidden = hidden.astype(self.dtype)
-        return jnp.concatenate([matmul(hidden, weight) for weight in self.output_weights()], axis=-1).astype(
-            jnp.float32
-        )
+        scores = [matmul(hidden, weight, self.output_axes) for weight in self.output_weights()]
+        return jnp.concatenate(scores, axis=-1).astype(jnp.float32)
 
     def __call__(
         self,

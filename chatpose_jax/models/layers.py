@@ -55,6 +55,12 @@ def _contract_backward(spec: str, kept: Any, gradient: Any) -> tuple[Any, Any]:
     def product(term: str, other: jax.Array, other_term: str) -> jax.Array | None:
         if other.ndim == 0 or isinstance(gradient, jax.custom_derivatives.SymbolicZero):
             return None
+        size = dict(zip(out + other_term, gradient.shape + other.shape))
+        if platform() == "cpu" and len(term) == 2 and size[term[0]] > 4 * size[term[1]]:
+            # XLA's CPU backend takes several times as long for a tall, narrow product, such as the gradient of an adapter's first factor, as for its
+            # transpose. Without the barrier it would turn the one into the other again.
+            turned = _contract(f"{out},{other_term}->{term[::-1]}", gradient.astype(other.dtype), other)
+            return jax.lax.optimization_barrier(turned).T.astype(other.dtype)
         return _contract(f"{out},{other_term}->{term}", gradient.astype(other.dtype), other).astype(other.dtype)
 
     first, second = terms.split(",")
@@ -72,18 +78,18 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return contract(spec, a, b).astype(a.dtype)
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(..., in) @ (in, out) -> (..., out) in x's dtype; ``kernel`` is cast to it."""
+def matmul(x: jax.Array, kernel: jax.Array, axes: str = "io") -> jax.Array:
+    """(..., in) @ (in, out) -> (..., out) in x's dtype; ``kernel`` is cast to it. axes: "oi" for a kernel stored as (out, in)."""
     kernel = kernel.astype(x.dtype)
     if platform() != "cpu":
         rows = "abcdef"[: x.ndim - 1]
-        return product(f"{rows}i,io->{rows}o", x, kernel)
+        return product(f"{rows}i,{axes}->{rows}o", x, kernel)
     # On CPU, XLA copies arrays of more than two axes to transpose them, which would take most of the time of the kernel's gradient: flatten first.
     # It also has no bfloat16 matrix-vector product: a single row is doubled to use the matrix product.
     flat = x.reshape(-1, x.shape[-1])
     lone = len(flat) == 1 and x.dtype != jnp.float32
-    y = product("ni,io->no", jnp.concatenate([flat, flat]) if lone else flat, kernel)
-    return y[: len(flat)].reshape(*x.shape[:-1], kernel.shape[-1])
+    y = _contract(f"ni,{axes}->no", jnp.concatenate([flat, flat]) if lone else flat, kernel)
+    return y[: len(flat)].astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[axes.index("o")])
 
 
 def adapter_axes(rows: str | None, columns: str | None) -> tuple[Logical, Logical]:

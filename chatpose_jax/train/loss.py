@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ CHUNK = 256
 train: GPUs and TPUs need large chunks."""
 CPU_CHUNK = 16
 """The same on CPU for a frozen vocabulary. Chunks without labels are skipped, so small chunks compute little that does not count."""
+LOGICAL = {"i": "embed", "o": "vocabulary"}
+"""Logical axes of the LM head's weights, by their letters in ``Decoder.output_axes``."""
 IGNORED = -100
 PAPER_LOSS = PoseLoss()
 """The paper's pose loss: the mean |ΔR| of the root and of the other joints."""
@@ -50,29 +53,35 @@ def cross_entropy(
     Returns:
         Two () float32: cross-entropy in nats, and the fraction of tokens that greedy decoding would predict correctly.
     """
+    axes = model.decoder.output_axes
     kernel, added = model.decoder.output_weights()
-    kernel = gather_weight(kernel, "embed", "vocabulary")  # gathered once, not for every chunk
+    kernel = gather_weight(kernel, *(LOGICAL[axis] for axis in axes))  # gathered once, not for every chunk
     predicted = targets(labels, segment_ids)
-    nll, right = _total(hidden.astype(model.decoder.dtype), kernel, added, predicted)
+    nll, right = _total(axes, hidden.astype(model.decoder.dtype), kernel, added, predicted)
     count = jnp.maximum((predicted >= 0).sum(), 1)
     return nll / count, right / count
 
 
-@jax.custom_vjp
-def _total(hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over all positions of −log p(predicted) and of correct predictions. kernel: (D, V); added: (D, n), the tokens from V on."""
-    return _scan(hidden, kernel, added, predicted, (False, False, False))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(
+    axes: str, hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over all positions of −log p(predicted) and of correct predictions.
+
+    kernel: (D, V) for the axes "io", (V, D) for "oi". added: likewise with n rows or columns, the tokens from V on.
+    """
+    return _scan(axes, hidden, kernel, added, predicted, (False, False, False))[0]
 
 
-def _forward(*arguments: Any) -> tuple[Any, Any]:
+def _forward(axes: str, *arguments: Any) -> tuple[Any, Any]:
     hidden, kernel, added, predicted = (argument.value for argument in arguments)
     wanted = tuple(argument.perturbed for argument in arguments[:3])
-    totals, gradients = _scan(hidden, kernel, added, predicted, wanted)
+    totals, gradients = _scan(axes, hidden, kernel, added, predicted, wanted)
     kept = [jnp.zeros((), x.dtype) for x in (hidden, kernel, added)]  # the dtypes of the gradients
     return totals, (gradients, kept)
 
 
-def _backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _backward(axes: str, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     gradients, kept = residuals
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
@@ -85,11 +94,17 @@ _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _scan(
-    hidden: jax.Array, kernel: jax.Array, added: jax.Array, predicted: jax.Array, wanted: tuple[bool, bool, bool]
+    axes: str,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    added: jax.Array,
+    predicted: jax.Array,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[tuple[jax.Array, jax.Array], list[jax.Array | None]]:
     """The sums of ``_total``, and the gradients of the first sum with respect to hidden, kernel and added, if ``wanted``."""
     batch, length, width = hidden.shape
-    base, dtype = kernel.shape[1], hidden.dtype
+    words, dtype = axes.index("o"), hidden.dtype  # the axis of the vocabulary
+    letters = axes.translate(str.maketrans("io", "dv"))
     chunks = -(-length // (CHUNK if wanted[1] or platform() != "cpu" else min(CHUNK, CPU_CHUNK)))
     size = -(-length // chunks)
     padding = chunks * size - length
@@ -99,7 +114,9 @@ def _scan(
     states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
     ids = jnp.pad(predicted, ((0, 0), (0, padding)), constant_values=IGNORED).reshape(batch, chunks, size)
     # The two parts of the vocabulary and their first ids. Two matmuls, because concatenated weights could not be split over a mesh.
-    parts = [(kernel.astype(dtype), 0)] + ([(added.astype(dtype), base)] if added.shape[1] else [])
+    parts = [(kernel.astype(dtype), 0)]
+    if added.shape[words]:
+        parts.append((added.astype(dtype), kernel.shape[words]))
 
     def chunk(totals: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
         start, *rest = part
@@ -109,7 +126,7 @@ def _scan(
         return totals, jnp.zeros_like(x) if wanted[0] else None
 
     def compute(totals: Any, x: jax.Array, target: jax.Array) -> tuple[Any, jax.Array | None]:
-        scores = [matmul(x, weight).astype(jnp.float32) for weight, _ in parts]
+        scores = [matmul(x, weight, axes).astype(jnp.float32) for weight, _ in parts]
         hits = [target[..., None] == first + jnp.arange(s.shape[-1]) for s, (_, first) in zip(scores, parts)]
         largest = _join(jnp.maximum, [s.max(axis=-1) for s in scores])
         powers = [jnp.exp(s - largest[..., None]) for s in scores]
@@ -129,9 +146,9 @@ def _scan(
         ]
         dx = None
         if wanted[0]:
-            dx = _join(jnp.add, [product("btv,dv->btd", d, weight) for d, (weight, _) in zip(slopes, parts)])
+            dx = _join(jnp.add, [product(f"btv,{letters}->btd", d, weight) for d, (weight, _) in zip(slopes, parts)])
         dweights = [
-            None if total is None else total + product("btd,btv->dv", x, d).astype(jnp.float32)
+            None if total is None else total + product(f"btd,btv->{letters}", x, d).astype(jnp.float32)
             for total, d in zip(totals[2], slopes)
         ]
         return (totals[0] + nll.sum(), totals[1] + right.sum(dtype=jnp.float32), dweights), dx

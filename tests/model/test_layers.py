@@ -24,20 +24,27 @@ from . import small
 
 @pytest.mark.parametrize("shape", [(1, 1, 32), (1, 32), (2, 5, 32), (4, 32)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_matmul_and_its_gradients_are_those_of_numpy(shape: tuple[int, ...], dtype: str) -> None:
+@pytest.mark.parametrize("width, axes", [(24, "io"), (24, "oi"), (4, "io")])  # 4: a tall, narrow kernel
+def test_matmul_and_its_gradients_are_those_of_numpy(shape: tuple[int, ...], dtype: str, width: int, axes: str) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
+    stored = (32, width) if axes == "io" else (width, 32)
     x, kernel, weight = (
-        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, (shape, (32, 24), (*shape[:-1], 24)))
+        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, (shape, stored, (*shape[:-1], width)))
     )
     tolerance = 1e-5 if dtype == "float32" else 2**-8
 
     def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.sum((matmul(x, kernel) * weight).astype(jnp.float32))
+        return jnp.sum((matmul(x, kernel, axes) * weight).astype(jnp.float32))
 
-    y, (dx, dkernel) = jax.jit(matmul)(x, kernel), jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+    y, (dx, dkernel) = (
+        jax.jit(partial(matmul, axes=axes))(x, kernel),
+        jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel),
+    )
     assert {str(z.dtype) for z in (y, dx, dkernel)} == {dtype}
     a, b, w = (np.asarray(z, np.float64) for z in (x, kernel, weight))
-    rows, cotangents = a.reshape(-1, 32), w.reshape(-1, 24)
+    rows, cotangents = a.reshape(-1, 32), w.reshape(-1, width)
+    if axes == "oi":
+        b, dkernel = b.T, dkernel.T
     for found, expected in ((y, a @ b), (dx, w @ b.T), (dkernel, rows.T @ cotangents)):
         assert np.abs(np.asarray(found, np.float64) - expected).max() <= tolerance * np.abs(expected).max()
 

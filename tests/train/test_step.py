@@ -230,22 +230,27 @@ def test_a_packed_row_has_the_loss_of_its_conversations(params):
     jax.tree.map(agree, rounded(value_and_grad(apart), flat), value_and_grad(packed)(flat))
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("table_of", ["frozen", "trained"])
-def test_cross_entropy_and_its_gradients_are_those_of_jax(params, table_of, monkeypatch):
+def test_cross_entropy_and_its_gradients_are_those_of_jax(params, table_of, tied, monkeypatch):
     """The gradient that is taken beside the loss, against automatic differentiation of all logits at once."""
     monkeypatch.setattr(losses, "CHUNK", 7)
     batch = fake_batch(CONFIG, batch=2, length=20)
     batch["labels"][0, 12:15] = 64, 65, -100
     hidden = jax.random.normal(jax.random.key(1), (*batch["labels"].shape, CONFIG.text.hidden_size))
-    head = params["decoder"]["lm_head"]
+    config = CONFIG.replace(text=dataclasses.replace(CONFIG.text, tied=tied))
+    decoder = {name: part for name, part in params["decoder"].items() if not (tied and name == "lm_head")}
+    name, weights = ("embed_tokens", ("embedding", "added")) if tied else ("lm_head", ("kernel", "added"))
+    head = decoder[name]
     predicted = np.asarray(losses.targets(jnp.asarray(batch["labels"])))
 
     def ours(hidden, head):
-        changed = params | {"decoder": params["decoder"] | {"lm_head": head}}
-        return 3 * losses.cross_entropy(bind(CONFIG, changed), hidden, jnp.asarray(batch["labels"]))[0]
+        changed = params | {"decoder": decoder | {name: head}}
+        return 3 * losses.cross_entropy(bind(config, changed), hidden, jnp.asarray(batch["labels"]))[0]
 
     def plain(hidden, head):
-        logits = hidden @ jnp.concatenate([head["kernel"], head["added"]], axis=1)
+        base, added = (head[weight].T if tied else head[weight] for weight in weights)
+        logits = hidden @ jnp.concatenate([base, added], axis=1)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(predicted, 0))
         return 3 * jnp.where(predicted >= 0, nll, 0).sum() / (predicted >= 0).sum()
 
