@@ -129,7 +129,8 @@ def our_params(model: Any, config: ModelConfig) -> Params:
     layers = {i: layer(i) for i in range(text.num_layers)}
     decoder = params["decoder"]
     decoder["embed_tokens"]["embedding"] = to_jax(state["model.embed_tokens.weight"], dtype)
-    decoder["lm_head"]["kernel"] = to_jax(state["lm_head.weight"].T, dtype)
+    if not text.tied:
+        decoder["lm_head"]["kernel"] = to_jax(state["lm_head.weight"].T, dtype)
     decoder["norm"]["scale"] = to_jax(state["model.norm.weight"], dtype)
     decoder["layers"] = jax.tree.map(lambda *xs: jnp.stack(xs), *layers.values()) if config.scan_layers else layers
     return params

@@ -23,9 +23,10 @@ import torch
 from llama import SIZES, cores, our_config, our_params, random_ids, torch_llama
 from pairs import paired
 
-from chatpose_jax.models.config import LoRAConfig
+from chatpose_jax.models.config import LoRAConfig, ModelConfig
 from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.train.config import TrainConfig
+from chatpose_jax.train.layout import lay_out
 from chatpose_jax.train.step import init_state, make_step
 from chatpose_jax.train.trainable import Rule
 from smpl_jax.pose import complete, unmeasured
@@ -62,9 +63,8 @@ def torch_step(text: Any, dtype: str, remat: bool, ids: np.ndarray) -> tuple[Any
     return model, step
 
 
-def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, model: Any) -> Callable[[], float]:
-    """The same for JAX, from the same weights."""
-    config = our_config(text, dtype, scan=scan, lora=LORA)
+def jax_step(config: ModelConfig, ids: np.ndarray, model: Any, remat: bool = False) -> Callable[[], float]:
+    """The same for JAX, from the same weights; layers lie as ``config`` says."""
     settings = TrainConfig(
         batch_size=len(ids),
         accumulate=1,
@@ -84,10 +84,10 @@ def jax_step(text: Any, dtype: str, remat: bool, scan: bool, ids: np.ndarray, mo
         "poses": complete(unmeasured((len(ids), 1))),
         "pose_mask": np.zeros((len(ids), 1), bool),
     }
-    params = our_params(model, config)
+    params = our_params(model, config.replace(scan_layers=True))
     state, frozen = init_state(settings, params)
     update = make_step(config, settings, params)
-    held = [state]
+    held, frozen = [state], lay_out(frozen, config, consume=True)
 
     def step() -> float:
         held[0], metrics = update(held[0], frozen, batch)
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 if args.only not in (None, name):
                     continue
                 model, theirs = torch_step(text, dtype, remat, ids)
-                ours = jax_step(text, dtype, remat, scan, ids, model)
+                ours = jax_step(our_config(text, dtype, scan=scan, lora=LORA), ids, model, remat)
                 losses = [(ours(), theirs()) for _ in range(3)]
                 gap = max(abs(a - b) for a, b in losses)
                 if gap > TOLERANCE[dtype]:
