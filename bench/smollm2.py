@@ -1,8 +1,9 @@
 """The real SmolLM2-135M: a LoRA step against torch + peft, and greedy decoding against transformers, each program in its faster dtype.
 
 Step: rank 16 on all linear layers, 8 rows of 96 tokens, AdamW, clipping; ours is ``chatpose_jax.train.step``. Decoding: prompts of 64 tokens and 64
-new ones, 1 and 8 rows; theirs is ``generate`` with its default cache. Both programs run in float32 and in bfloat16, all four in turn, in one process;
-a round's ratio is the time of theirs in its faster dtype / the time of ours in its faster dtype. Above 1, ours is faster. Losses and tokens must agree.
+new ones, 1 and 8 rows; theirs is ``generate`` with its default cache. Both programs run in float32 and in bfloat16, all four in turn, in one
+process. A round's ratio is the time of theirs in its faster dtype / the time of ours in its faster dtype: above 1, ours is faster. Losses must agree,
+and in float32 all tokens.
 
     python bench/smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf [--rounds 5] [--only step decode-1] [--json smollm2.json]
 

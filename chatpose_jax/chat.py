@@ -27,12 +27,13 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Generated, Returning, Sampling, generate_stream, pose_key, pose_states, rewind
+from chatpose_jax.models.arithmetic import available_memory, fast_dtype
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache
 from chatpose_jax.models.heads import head_class, head_output
 from chatpose_jax.models.heads.base import PoseHead
-from chatpose_jax.models.sharding import place
+from chatpose_jax.models.sharding import on_mesh, place
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import did_you_mean, flag, instance, whole
 from smpl_jax import io
@@ -393,7 +394,9 @@ def load(
         folder: a model folder (with ``config.json``, ``tokenizer/`` and ``params/``); or a folder of a training run or demo, which contains
             one as ``model``; or a checkpoint that ``chatpose convert`` reads. A checkpoint is converted while it is read onto the devices, in
             each call; nothing is written.
-        dtype: "float32", "bfloat16" or "float16" for storage and compute; by default that of the folder.
+        dtype: "float32", "bfloat16" or "float16" for storage and compute; by default that of the folder. But on a CPU that cannot multiply bfloat16
+            numbers, a bfloat16 model folder is loaded in float32, which is faster there and takes twice the memory, if that is at most half of what
+            is available.
         body: an SMPL, SMPL-H or SMPL-X file (``.npz`` or ``.pkl``); by default the body that comes with the package.
         mesh: devices to shard the model over (``models.sharding``); each reads only its shard. By default one device.
         head: "package.module:Class" or the class, if the pose head is from a package of your own: a folder alone never imports code.
@@ -428,13 +431,22 @@ def load(
         config, params, processor = _load_source(folder, mesh, dtype=dtype, head=head, **source)
     else:
         config = load_model_config(folder, head)
-        if dtype is not None:
-            config = config.replace(dtype=dtype, param_dtype=dtype)
         processor = Processor.load(folder / TOKENIZER, config)
         with another_head(folder, config):
+            dtype = _faster_dtype(config, mesh) if dtype is None else dtype
+            if dtype is not None:
+                config = config.replace(dtype=dtype, param_dtype=dtype)
             abstract = abstract_params(config.replace(scan_layers=True))
             params = load_params(folder, abstract if mesh is None else place(abstract, mesh))
     return ChatPose(config.replace(scan_layers=False), unstack_layers(params, consume=True), processor, shape)
+
+
+def _faster_dtype(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> str | None:
+    """The dtype that these devices compute a model folder's answers faster in, if there is one and memory suffices."""
+    with on_mesh(mesh):
+        dtype = fast_dtype(config.dtype)
+    size = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    return None if dtype == config.dtype or 4 * size > available_memory() / 2 else dtype
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import chatpose_jax
 from chatpose_jax.chat import ChatPose, Stream
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling, generate
-from chatpose_jax.models.chatpose import bind, init_params, stack_layers, unstack_layers
+from chatpose_jax.models.chatpose import abstract_params, bind, init_params, stack_layers, unstack_layers
 from chatpose_jax.models.config import HeadConfig, preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.save import save_folder
@@ -212,6 +212,23 @@ def test_load_gives_the_model_that_was_saved(params, model, tmp_path):
     half = chatpose_jax.load(tmp_path / "m", dtype="bfloat16")
     assert half.params["decoder"]["lm_head"]["kernel"].dtype == "bfloat16"
     assert half.chat(question, max_new_tokens=4, force_pose=False).finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "multiplies, memory, expected", [(True, 1 << 40, "bfloat16"), (False, 1 << 40, "float32"), (False, 0, "bfloat16")]
+)
+def test_a_bfloat16_folder_is_float32_where_that_is_faster_and_fits(
+    params, model, tmp_path, monkeypatch, multiplies, memory, expected
+):
+    half = CONFIG.replace(scan_layers=True, dtype="bfloat16", param_dtype="bfloat16")
+    stored = jax.tree.map(lambda x, like: x.astype(like.dtype), stack_layers(params), abstract_params(half))
+    save_folder(tmp_path / "m", half, stored, processor=model.processor)
+    monkeypatch.setattr("chatpose_jax.models.arithmetic._multiplies_bfloat16", lambda cpuinfo: multiplies)
+    monkeypatch.setattr("chatpose_jax.chat.available_memory", lambda: memory)
+    loaded = chatpose_jax.load(tmp_path / "m")
+    assert loaded.config.dtype == loaded.config.param_dtype == expected
+    found, kernel = loaded.params["decoder"]["lm_head"]["kernel"], stored["decoder"]["lm_head"]["kernel"]
+    assert found.dtype == expected and (found == kernel).all()
 
 
 @pytest.mark.parametrize(

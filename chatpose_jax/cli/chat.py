@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples of each pose; more than 1 needs a head that draws samples",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: the folder's, or float32 where that is faster",
+    )
     parser.add_argument(
         "--head",
         metavar="MODULE:CLASS",

@@ -107,7 +107,7 @@ def plan_training(
         raise UserError(f"{train.batch_size} rows do not divide among data × fsdp = {ways}: change --batch or --mesh")
     params = abstract_params(model)
     state, frozen = abstract_state(train, params, where)
-    model = at_run_time(model, train.layers, where)
+    model = at_run_time(model, train, where)
     frozen = place(jax.eval_shape(lambda frozen: lay_out(frozen, model), frozen), where)
     stacked = train.accumulate > 1
     leading = (train.accumulate, train.batch_size) if stacked else (train.batch_size,)

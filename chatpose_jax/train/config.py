@@ -75,6 +75,8 @@ class TrainConfig:
         the time of one; "auto" is unrolled on CPU and scanned elsewhere. Results are the same, and so are checkpoints: a run may resume in the other.
     keep_states_mib: host memory for the states after the layers before the first with adapters (``model.lora.last_layers``), which are then computed
         once for each conversation. Where something before those layers trains, or the memory does not suffice, they are not kept; 0 keeps none.
+    dtype: the dtype that the run computes in. "auto" is that of the model (``model.dtype``), but float32 instead of bfloat16 on a CPU that cannot
+        multiply bfloat16 numbers. The base is stored, in memory and in the model folder, in ``model.param_dtype``; the folder says ``model.dtype``.
     remat: which activations of a layer are saved for the backward pass; it recomputes the others ("none" recomputes nothing,
         "full" everything). See ``models.remat``.
     max_skipped: how many updates in a row may be dropped because loss or gradient is not finite, before the run stops.
@@ -108,6 +110,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     layers: Layers = "auto"
     keep_states_mib: int = 2048
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     remat: Literal["none", "dots", "save_qkv", "save_attention", "full"] = "full"
     max_skipped: int = 10
     seed: int = 0

@@ -1,4 +1,4 @@
-"""How layers lie in memory while a run trains: stacked and scanned, or unrolled.
+"""How a model lies in memory and computes while a run trains: layers stacked and scanned, or unrolled; the dtype.
 
 Only the frozen base, and what the model is called with, are unrolled. What trains stays stacked in either layout, and so do checkpoints and model
 folders. So the table of what trains, masks, moments, norms and hashes know one set of paths.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
+from chatpose_jax.models.arithmetic import fast_dtype
 from chatpose_jax.models.chatpose import stack_layers, unstack_layers
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.sharding import on_mesh, platform
-from chatpose_jax.train.config import Layers
+from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import Flat, flatten, unflatten
 
 
-def at_run_time(model: ModelConfig, layers: Layers, mesh: Mesh | None = None) -> ModelConfig:
-    """The configuration with the layout that ``train.layers`` chooses for the devices of ``mesh``, or for the default device."""
+def at_run_time(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None) -> ModelConfig:
+    """The configuration with the layout and the compute dtype that ``train.layers`` and ``train.dtype`` choose for the devices of ``mesh``, or for
+    the default device.
+    """
     with on_mesh(mesh):
-        unrolled = layers == "unrolled" or (layers == "auto" and platform() == "cpu")
-    return model.replace(scan_layers=not unrolled)
+        unrolled = config.layers == "unrolled" or (config.layers == "auto" and platform() == "cpu")
+        dtype = fast_dtype(model.dtype) if config.dtype == "auto" else config.dtype
+    return model.replace(scan_layers=not unrolled, dtype=dtype)
 
 
 def lay_out(flat: Flat, model: ModelConfig, *, consume: bool = False) -> Flat:

@@ -107,7 +107,9 @@ def _run(
 ) -> Path:
     settings = config.train
     mesh = training_mesh(settings)
-    model = at_run_time(config.model, settings.layers, mesh)
+    model = at_run_time(config.model, settings, mesh)
+    if model.dtype != config.model.dtype:
+        say(f"computing in {model.dtype} instead of {config.model.dtype} (train.dtype={settings.dtype})")
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     processor = make_processor(config, init)
     size = model.image_size

@@ -40,9 +40,10 @@ from chatpose_jax.train.telemetry import Meter
 
 IGNORED_SETTINGS = (
     "steps", "log_every", "save_every", "eval_every", "evaluators", "keep", "best", "result", "wandb", "mesh", "layers", "keep_states_mib",
-    "remat", "max_skipped", "attention",
+    "remat", "max_skipped", "attention", "dtype",
 )  # fmt: skip
-"""Settings that may change when a run resumes: the number of steps, intervals, devices. A change of any other setting would make it another run."""
+"""Settings that may change when a run resumes: the number of steps, intervals, devices and how they compute. A change of any other setting would make
+it another run."""
 
 AHEAD = 2
 """Steps that may be dispatched while the next one is prepared: enough to keep a device busy, few enough to time each step."""

@@ -182,9 +182,17 @@ def test_leading_layers_save_nothing_for_a_backward_pass(scan):
 
 
 def test_only_a_cpu_unrolls_by_itself():
-    assert not at_run_time(CONFIG, "auto").scan_layers
-    assert at_run_time(CONFIG, "scanned").scan_layers
-    assert not at_run_time(CONFIG, "unrolled").scan_layers
+    for layers, scanned in {"auto": False, "scanned": True, "unrolled": False}.items():
+        assert at_run_time(CONFIG, dataclasses.replace(SETTINGS, layers=layers)).scan_layers == scanned
+
+
+def test_a_run_computes_in_the_dtype_of_the_setting_or_of_the_processor(monkeypatch):
+    half = CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16")
+    monkeypatch.setattr("chatpose_jax.models.arithmetic._multiplies_bfloat16", lambda cpuinfo: False)
+    for dtype, expected in {"auto": "float32", "bfloat16": "bfloat16"}.items():
+        found = at_run_time(half, dataclasses.replace(SETTINGS, dtype=dtype))
+        assert (found.dtype, found.param_dtype) == (expected, "bfloat16")
+        assert identity(found, SETTINGS) == identity(half, SETTINGS), "so that it resumes on another machine"
 
 
 @pytest.mark.parametrize("first", ["scanned", "unrolled"])
