@@ -9,11 +9,19 @@ from chatpose_jax.processing.images import ImageSettings
 from chatpose_jax.processing.tokenizer import IMAGE_LITERAL
 
 
-def processor_files(config: ModelConfig, images: ImageSettings | None) -> dict[str, Any]:
+def grid_pinpoints(config: ModelConfig) -> list[list[int]]:
+    """The sizes (height, width) to which LLaVA-1.6 resizes an image before it takes views of parts of it, in pixels."""
+    side = config.image_size
+    return [[side * rows, side * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
+def processor_files(config: ModelConfig, images: ImageSettings | None, pinpoints: Any) -> dict[str, Any]:
     """The files that transformers' ``AutoProcessor`` reads, by name.
 
     LLaVA-1.6 and LLaVA-OneVision have image processors of their own, which take several views of an image; the first is this model's, where the
     second is asked about several images.
+
+    pinpoints: ``image_grid_pinpoints`` of ``config.json``, which says what views these are; not used by other models.
     """
     vision = config.vision
     assert vision is not None and images is not None
@@ -23,10 +31,7 @@ def processor_files(config: ModelConfig, images: ImageSettings | None) -> dict[s
     if config.image_newline:
         kind, steps = ("LlavaNext", cropped) if vision.class_token else ("LlavaOnevision", {"size": side})
         image_processor, processor_class = f"{kind}ImageProcessor", f"{kind}Processor"
-        parts = [
-            [images.size * rows, images.size * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-        ]
-        steps = {**steps, "image_grid_pinpoints": parts, "do_pad": True}
+        steps = {**steps, "image_grid_pinpoints": pinpoints, "do_pad": True}
     else:
         image_processor, processor_class = "CLIPImageProcessor", "LlavaProcessor"
         steps = cropped

@@ -17,7 +17,7 @@ from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.backbones import LANGUAGES, language, tower
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
-from chatpose_jax.weights.export_processor import processor_files
+from chatpose_jax.weights.export_processor import grid_pinpoints, processor_files
 from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER
 from chatpose_jax.weights.layouts import decoder, layout_of
 from chatpose_jax.weights.passengers import read_passengers, with_kept_settings
@@ -71,8 +71,8 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
 
     image_id, new_tokens, more_rows = config.image_token_id, [], 0
     if format == "transformers" and vision is not None and image_id < 0:
-        if IMAGE_LITERAL in model.tokens.added:
-            image_id = model.tokens.added[IMAGE_LITERAL]
+        if IMAGE_LITERAL in model.tokens.control:  # it may lie inside the base vocabulary
+            image_id = model.tokens.control[IMAGE_LITERAL]
         else:
             image_id, new_tokens = model.tokens.size, [IMAGE_LITERAL]
             more_rows = max(0, image_id + 1 - config.text.vocab_size)
@@ -89,8 +89,6 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     weights: dict[str, Sequence[Tensor]] = {"model": tensors}
     assert layout.config_json is not None
     files: dict[str, Any] = {}
-    if format == "transformers" and vision is not None:
-        files |= processor_files(config, _images(model))
     if format != "chatpose":
         weights |= head_weights(model)
         files[pose_head.DESCRIPTION] = pose_head.describe_head(config, model.pose_token)
@@ -101,6 +99,11 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
         files["config.json"]["vision_config"]["vision_use_head"] = True
     if vision is None or config.image_newline:
         files |= with_kept_settings(files, model.folder / PASSENGERS, config.eos_token_id)
+    if format == "transformers" and vision is not None:
+        if config.image_newline:
+            # The model and its image processor must choose the same views: transformers counts them in both.
+            files["config.json"].setdefault("image_grid_pinpoints", grid_pinpoints(config))
+        files |= processor_files(config, _images(model), files["config.json"].get("image_grid_pinpoints"))
     images = _images(model)
     if images is not None and images.fit != "crop":
         done = {"pad": "padded", "stretch": "stretched"}[images.fit]

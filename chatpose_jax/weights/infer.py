@@ -112,8 +112,9 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
     )
     ids["eos_token_id"] = tokens.control[template.template.end]
     if tokens.byte_level:
-        bos = named_token(tokens.files, "bos_token")
-        ids.setdefault("bos_token_id", tokens.control.get(bos or "", -1))
+        bos, pad = (named_token(tokens.files, name) or "" for name in ("bos_token", "pad_token"))
+        ids.setdefault("bos_token_id", tokens.control.get(bos, -1))
+        ids.setdefault("pad_token_id", tokens.control.get(pad, ids["eos_token_id"]))  # 0 is a text there
     vocabulary = _vocabulary(
         tokens, max([rows, *(id + 1 for id in listed)]), image_token_id, ids.get("pad_token_id", 0), template
     )

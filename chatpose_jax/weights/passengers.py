@@ -107,19 +107,23 @@ def read_passengers(folder: Path, layout: Layout, dtype: np.dtype) -> tuple[dict
 
 
 def with_kept_settings(files: Mapping[str, Any], folder: Path, eos_token_id: int) -> dict[str, Any]:
-    """``config.json`` and ``generation_config.json`` of a language model, completed by those of its source: settings that this program does not read,
-    and special tokens. Only an EOS that the source does not know is added to its own.
+    """``config.json`` and ``generation_config.json`` of an export, completed by those of its source: settings that this program does not read, and
+    special tokens. Only an EOS that the source does not know is added to its own. A ``config.json`` of another class (LLaVA-1.6 under its authors'
+    names, and for transformers) is not used: its keys would mean something else.
     """
     kept = {
         name: read_json_object(folder / name) if (folder / name).is_file() else {} for name in (SETTINGS, GENERATION)
     }
     if not kept[SETTINGS]:
         return {name: files[name] for name in kept}
-    own = {name: value for name, value in files[SETTINGS].items() if name not in SPECIAL}
-    if "head_dim" not in kept[SETTINGS]:  # the family has a default, or no such setting
-        del own["head_dim"]
-    dtype = {"dtype": own["torch_dtype"]} if "dtype" in kept[SETTINGS] else {}  # the name since transformers 4.56
-    result = {SETTINGS: kept[SETTINGS] | own | dtype, GENERATION: kept[GENERATION] or dict(files[GENERATION])}
+    result = {SETTINGS: dict(files[SETTINGS]), GENERATION: kept[GENERATION] or dict(files[GENERATION])}
+    kind = files[SETTINGS]["model_type"]
+    if kept[SETTINGS].get("model_type", kind) == kind:
+        own = {name: value for name, value in files[SETTINGS].items() if name not in SPECIAL}
+        if "head_dim" not in kept[SETTINGS]:  # the family has a default, or no such setting
+            own.pop("head_dim", None)
+        dtype = {"dtype": own["torch_dtype"]} if "dtype" in kept[SETTINGS] else {}  # the name since transformers 4.56
+        result[SETTINGS] = kept[SETTINGS] | own | dtype
     for settings in result.values():
         said = settings.get("eos_token_id")
         ends = said if isinstance(said, list) else [] if said is None else [said]

@@ -65,6 +65,20 @@ def choose_template(
         UserError, which names the tokenizer: control tokens of the template that the tokenizer lacks; a ``chat_template`` that differs, cannot be
         rendered, or does not end.
     """
+    try:
+        return _choose(tokens, default, system, named, check, images)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{tokens.folder}: the template in the tokenizer's files is not as transformers or this program writes it "
+            f"({type(error).__name__}: {error}); fetch them again"
+        ) from None
+
+
+def _choose(
+    tokens: Tokens, default: str | Template, system: str | None, named: str | None, check: bool, images: bool
+) -> ChosenTemplate:
     where = tokens.folder
     if named is None and SETTINGS_FILE in tokens.files:
         stored = json.loads(tokens.files[SETTINGS_FILE]).get("template")

@@ -256,6 +256,13 @@ def test_logits_and_greedy_answers_are_those_of_transformers(tmp_path: Path, fam
     np.testing.assert_array_equal(reply.ids, steps.argmax(-1))
 
 
+def test_padding_is_no_text(sources: Mapping[str, Path]) -> None:
+    """Id 0 is LLaMA-2's ``<unk>``. In a byte-level vocabulary it is a text, so padding is the tokenizer's own, or what ends an answer."""
+    for family, name in {"llama2": "<unk>", "llama3": "<|eot_id|>", "qwen2": "<|endoftext|>"}.items():
+        plan = plan_conversion(SourceSpec(sources[family]))
+        assert plan.config.pad_token_id == plan.vocabulary.tokens.control[name]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_not_trained_comes_back_bit_by_bit(tmp_path: Path, family: str, dtype: str) -> None:

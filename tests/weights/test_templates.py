@@ -222,6 +222,23 @@ def test_processor_json_has_the_last_word():
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("processor.json", b"{"),
+        ("processor.json", b'{"template": {"user_turn": 1}}'),
+        ("processor.json", b"[]"),
+        ("chat_template.jinja", b"\xff"),
+        ("chat_template.json", b"{"),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}'),
+    ],
+)
+def test_damaged_files(name, content):
+    held = {**files("smollm2", pose=False), name: content}
+    with pytest.raises(UserError, match=r"^somewhere: the template in the tokenizer's files is not as "):
+        choose_template(tokens_of(held, Path("somewhere")), "chatml")
+
+
+@pytest.mark.parametrize(
     ("text", "error"),
     [
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),

@@ -40,6 +40,7 @@ from .sources import (  # noqa: E402
     make_vicuna,
     transformers_name,
 )
+from .test_backbones import make as make_language  # noqa: E402
 from .test_export import assert_same, model_folder, weights  # noqa: E402
 from .test_parity import PHOTO, load, ours, torch_pixels, user  # noqa: E402
 
@@ -166,6 +167,8 @@ def test_they_come_back_bit_by_bit(kind: str, names: Names, dtype: str, tmp_path
     first, back = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("src", "back"))
     kept = ("image_grid_pinpoints", "vision_aspect_ratio", "video_token_index", "model_type", "vision_feature_layer")
     assert {key: back.get(key) for key in kept} == {key: first.get(key) for key in kept}
+    about = json.loads((tmp_path / "back/preprocessor_config.json").read_text())
+    assert about["image_grid_pinpoints"] == back["image_grid_pinpoints"]  # transformers counts the views in both
     about = json.loads((tmp_path / "back/processor_config.json").read_text())
     assert about["processor_class"] == type(peer).__name__.replace("ForConditionalGeneration", "Processor")
     if kind == "next":  # that of LLaVA-OneVision needs torchvision, for videos
@@ -267,6 +270,36 @@ def test_llava_1_6_under_its_authors_names(tmp_path: Path) -> None:
     assert plan_conversion(SourceSpec(tmp_path / "back")).config.image_newline
 
 
+def test_llava_1_6_from_one_class_to_the_other_and_back(tmp_path: Path) -> None:
+    """Each gets a config.json of its own, without keys of the other's: transformers would take a text_config in a flat one for the whole model's."""
+    make_llava_next(tmp_path / "src", "4")
+    model_folder(tmp_path / "src", tmp_path / "jax", **VICUNA)
+    export(tmp_path / "jax", tmp_path / "flat", "llava")
+    flat = json.loads((tmp_path / "flat/config.json").read_text())
+    assert flat["hidden_size"] == Sizes().width and not {"text_config", "vision_config"} & set(flat)
+    model_folder(tmp_path / "flat", tmp_path / "again", **VICUNA)
+    export(tmp_path / "again", tmp_path / "back", "transformers")
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    assert not {"hidden_size", "mm_patch_merge_type", "image_aspect_ratio"} & set(back)
+    assert back["text_config"]["hidden_size"] == Sizes().width
+    assert_same(weights(tmp_path / "back"), weights(tmp_path / "src"))
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "back")).__name__.startswith("LlavaNext")
+
+
+def test_an_image_token_inside_the_base_vocabulary(tmp_path: Path) -> None:
+    """The tokenizer of a plain language model may have it already, as the small Qwen's here: transformers gets that one, and no new row."""
+    make_siglip(tmp_path / "siglip")
+    make_language(tmp_path / "src", "qwen2")
+    spec = {"vision": tmp_path / "siglip", "init_missing": ["projector"]}
+    model_folder(tmp_path / "src", tmp_path / "jax", **spec)
+    export(tmp_path / "jax", tmp_path / "back", "transformers")
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    data = json.loads((tmp_path / "src/tokenizer.json").read_text())
+    held = {token["content"]: token["id"] for token in data["added_tokens"]}
+    assert config["image_token_index"] == held["<image>"]
+    assert config["text_config"]["vocab_size"] == load_model_config(tmp_path / "jax").text.vocab_size
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
@@ -276,6 +309,12 @@ def test_llava_1_6_under_its_authors_names(tmp_path: Path) -> None:
             "vision_feature_select_strategy='default'.*'full'",
         ),
         ("next", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full'.*'default'"),
+        # config.json of LLaVA-1.5 or -1.6 that leaves it out means "default", which would drop the first of SigLIP's patches.
+        (
+            "onevision",
+            {"model_type": "llava_next", "vision_feature_select_strategy": ...},
+            "vision_feature_select_strategy='default'.*'full'",
+        ),
         ("next", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
         ("next", {"multimodal_projector_bias": False}, "multimodal_projector_bias=False"),
         ("next", {"model_type": "vipllava"}, "model_type='vipllava' is not supported; expected one of llava,"),
@@ -293,6 +332,8 @@ def test_what_is_not_followed_is_an_error(kind: str, change: dict[str, Any], wor
         for parent in parents:
             table = table[parent]
         table[name] = value
+        if value is ...:
+            del table[name]
     (tmp_path / "src/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         plan_conversion(SourceSpec(tmp_path / "src", **VICUNA))

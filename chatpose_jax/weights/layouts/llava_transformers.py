@@ -21,7 +21,8 @@ from chatpose_jax.weights.table import Layout, NameRule, Settings, Shape
 class _Model:
     """A model of transformers, with the defaults of its configuration.
 
-    newline: whether a learned embedding follows the patches of an image. template: the conversation's, if it is not that of the language model.
+    newline: whether a learned embedding follows the patches of an image. strategy: ``vision_feature_select_strategy``. template: the conversation's,
+    if it is not that of the language model.
     """
 
     title: str
@@ -29,6 +30,7 @@ class _Model:
     newline: bool
     select_layer: int
     image_token_id: int
+    strategy: str = "default"
     template: str | None = None
 
 
@@ -36,7 +38,7 @@ _MODELS = {
     "llava": _Model("LLaVA-1.5", "LlavaForConditionalGeneration", False, -2, 32000),
     "llava_next": _Model("LLaVA-1.6", "LlavaNextForConditionalGeneration", True, -2, 32000),
     "llava_onevision": _Model(
-        "LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", True, -1, 151646, "llava_onevision"
+        "LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", True, -1, 151646, "full", "llava_onevision"
     ),
 }
 
@@ -63,7 +65,7 @@ def _wrapper(name: str, title: str, model: str, lm_head: str, projector: str, ne
                 )
             vision = tower.settings(config.get("vision_config") or {}, shapes, prefix, "vision_config.")
             demand(
-                config,
+                {"vision_feature_select_strategy": kind.strategy, **config},
                 "",
                 {
                     "projector_hidden_act": ("gelu",),
