@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, config: RunConfig) -> int:
     out, clock = args.out, Clock()
     _say("1/6  The base")
     source = args.base or args.gguf or fetch(out / "download")
-    base = _base(source, out / "base", config, out)
+    base = _base(source, config, args.questions, out)
     clock.lap("base")
 
     _say("2/6  Plain instructions: the base's own answers to general questions, so that it keeps its manner")
@@ -230,20 +230,31 @@ def _digest(file: IO[bytes]) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def _base(source: Path, folder: Path, config: RunConfig, out: Path) -> Path:
-    """The model folder of the base: ``source`` itself, or converted to ``folder``. Raises UserError where ``out`` began with another source."""
-    note = out / "base.json"
-    said = {"source": str(source.resolve()), "dtype": config.model.param_dtype}
-    if note.is_file() and (found := json.loads(note.read_text())) != said:
+def _base(source: Path, config: RunConfig, questions: int | None, out: Path) -> Path:
+    """The model folder of the base: ``source`` itself, or converted to ``out/base``.
+
+    Raises UserError where ``out`` holds what an earlier call made of another base, or with another number of questions.
+    """
+    note, folder = out / "base.json", out / "base"
+    said: dict[str, Any] = {"source": str(source.resolve()), "dtype": config.model.param_dtype, "questions": questions}
+    begun = is_model_folder(folder) or (out / "instructions").exists()
+    if begun and note.is_file() and (found := {"questions": None, **json.loads(note.read_text())}) != said:
         raise UserError(
-            f"{out} was begun with the base {found}, now it is {said}: name another --out, or the same base"
+            f"{out} was begun with {found}, now it is {said}: name another --out, or what it was begun with"
         )
+    _write(note, json.dumps(said) + "\n")  # before the base, so that no base lies there without it
     if is_model_folder(source):
-        folder = source
-    elif not is_model_folder(folder):
+        return source
+    if not is_model_folder(folder):
         convert(SourceSpec(source, dtype=config.model.param_dtype), folder, progress=True)
-    note.write_text(json.dumps(said) + "\n")
     return folder
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
 
 
 def instructions(model: ChatPose, questions: Sequence[str], folder: Path, max_length: int) -> None:
@@ -266,9 +277,7 @@ def instructions(model: ChatPose, questions: Sequence[str], folder: Path, max_le
         raise UserError("none of the base's answers is fit to learn from: is it a model that was tuned to chat?")
     print(f"     {len(lines)} of {len(questions)} answers are kept")
     folder.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text("".join(lines))
-    part.replace(file)
+    _write(file, "".join(lines))
 
 
 def with_data(config: RunConfig, root: Path, processor: Processor, instructed: Path, mocap: Path | None) -> RunConfig:
@@ -299,7 +308,7 @@ def _before(model: ChatPose, count: int | None, file: Path) -> dict[str, Any]:
         "answer_perplexity": answer_perplexity(model, questions, replies),
         "text_perplexity": text_perplexity(model, talk.texts("plain")),
     }
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    _write(file, json.dumps(found, indent=1) + "\n")
     return found
 
 

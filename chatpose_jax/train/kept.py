@@ -22,17 +22,17 @@ from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import Flat, trains_before_adapters, unflatten
 
 
-def not_kept(model: ModelConfig, config: TrainConfig, params: Mapping[str, Any], rows: int, tokens: int) -> str | None:
+def not_kept(model: ModelConfig, config: TrainConfig, params: Mapping[str, Any], epoch: int, tokens: int) -> str | None:
     """Why a run does not keep states; None if it does.
 
-    params: of the model, or their abstract shapes, layers stacked. rows, tokens: of all training data.
+    params: of the model, or their abstract shapes, layers stacked. epoch: its steps. tokens: of all training data.
     """
     needed = -(-tokens * model.text.hidden_size * (4 if model.dtype == "float32" else 2) >> 20)
     if not model.leading_layers:
         return "every layer has adapters (model.lora.last_layers)"
     if path := trains_before_adapters(params, config.trainable):
         return f"{path} trains, on which they depend: freeze it in train.trainable where it need not train"
-    if config.steps * config.batch_size * config.accumulate <= rows:
+    if config.steps <= epoch:
         return "every row comes once"
     if needed > config.keep_states_mib:
         return f"they take {needed} MiB, more than train.keep_states_mib={config.keep_states_mib}"

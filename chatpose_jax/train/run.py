@@ -156,7 +156,7 @@ def _run(
     params = initial_params(config, init, mesh, say)
     keep_states = False
     if model.leading_layers and settings.keep_states_mib:
-        why = not_kept(model, settings, params, len(source), int(sizes[:, 0].sum()))
+        why = not_kept(model, settings, params, len(loader), int(sizes[:, 0].sum()))
         keep_states = why is None
         before = f"the states after the first {model.leading_layers} layers"
         say(f"{before} are kept for later epochs" if why is None else f"{before} are not kept: {why}")

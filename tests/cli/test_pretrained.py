@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import zipfile
 
@@ -112,6 +113,30 @@ def base(tmp_path_factory):
     return save_folder(folder, config, init_params(config, jax.random.key(0)), processor=tiny_processor(config))
 
 
+def test_a_folder_is_gone_on_with_only_from_what_it_was_begun_with(base, tmp_path, monkeypatch):
+    """Whenever the earlier call was killed: no base of another source, and no answers to fewer questions, are taken for those of this call."""
+    config, sources = load_config("smollm2_135m"), [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+
+    def killed(spec, folder, **_):
+        shutil.copytree(base, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "convert", killed)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        pretrained._base(sources[0], config, None, out)
+    assert pretrained._base(sources[0], config, None, out) == out / "base"
+    for source, questions in ((sources[1], None), (sources[0], 6)):
+        with pytest.raises(UserError, match="was begun with"):
+            pretrained._base(source, config, questions, out)
+    assert pretrained._base(sources[0], config, None, out) == out / "base"
+    shutil.rmtree(out / "base")  # nothing was made of it, such as where the source is damaged
+    with pytest.raises(KeyboardInterrupt):
+        pretrained._base(sources[1], config, None, out)
+    assert [path.name for path in out.iterdir() if path.suffix == ".part"] == []
+
+
 @pytest.mark.slow
 def test_the_whole_on_a_tiny_base(base, tmp_path, capsys):
     out = tmp_path / "out"
@@ -138,4 +163,4 @@ def test_the_whole_on_a_tiny_base(base, tmp_path, capsys):
     assert (out / "instructions/train.jsonl").stat().st_mtime_ns == answers
     capsys.readouterr()
     assert main(["pretrained", "--out", str(out), "--gguf", str(out / "base.json"), *sets]) == 2
-    assert "was begun with the base" in capsys.readouterr().err
+    assert "was begun with" in capsys.readouterr().err

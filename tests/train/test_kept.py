@@ -93,14 +93,14 @@ def test_other_images_are_other_states():
 def test_why_a_run_keeps_none():
     params = abstract_params(CONFIG.replace(scan_layers=True))
 
-    def why(config=CONFIG, rows=8, tokens=1000, **changes):
-        return not_kept(config, dataclasses.replace(SETTINGS, **changes), params, rows, tokens)
+    def why(config=CONFIG, epoch=8, tokens=1000, **changes):
+        return not_kept(config, dataclasses.replace(SETTINGS, **changes), params, epoch, tokens)
 
     assert why() is None
     assert "decoder/embed_tokens/added trains" in why(trainable=table.PAPER)
     assert why(trainable=(table.Rule("projector/.*", 1.0), *BEHIND)).startswith("projector/")
     assert why(trainable=table.EVERYTHING) is not None
-    assert why(rows=36) == "every row comes once"
+    assert why(epoch=SETTINGS.steps) == "every row comes once"
     assert why(tokens=1 << 20, keep_states_mib=127) == "they take 128 MiB, more than train.keep_states_mib=127"
     assert why(tokens=1 << 20, keep_states_mib=128) is None
     everywhere = CONFIG.replace(lora=dataclasses.replace(CONFIG.lora, last_layers=None))
