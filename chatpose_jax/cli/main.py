@@ -29,7 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train PoseScript's retriever or text-to-pose model, or convert its released checkpoints",
     ),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
-    "convert": ("chatpose_jax.cli.convert", "PyTorch weights (LLaVA-1.5, CHATPOSE-V0) to a model folder"),
+    "convert": (
+        "chatpose_jax.cli.convert",
+        "PyTorch weights (LLaVA, ChatPose, a language model) or a GGUF file to a model folder",
+    ),
     "export": ("chatpose_jax.cli.export", "a model folder to PyTorch weights: merged, or only the adapters"),
     "inspect": ("chatpose_jax.cli.inspect", "say what a folder of weights contains"),
     "verify": ("chatpose_jax.cli.verify", "run converted weights and their PyTorch source side by side, and compare"),
@@ -73,6 +76,14 @@ def _is_number(word: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 2 bad input, 130 interrupted. Training that can be resumed has others, see ``cli.train``."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # also while the modules of a command are imported, which takes seconds
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # hides "no GPU found"
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -101,9 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, BodyFileError, PoseFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0

@@ -58,6 +58,15 @@ def test_every_command_has_help(command, capsys):
     assert stop.value.code == 0
 
 
+def test_interrupted_while_its_modules_load(monkeypatch, capsys):
+    def pressed(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chatpose_jax.cli.main.importlib.import_module", pressed)
+    assert main(["pretrained"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_chat_answers_and_writes_every_format(folder, tmp_path, capsys):
     Image.fromarray(np.full((90, 70, 3), 128, np.uint8)).save(tmp_path / "photo.jpg")
     arguments = [
