@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from chatpose_jax.settings import one_line
 from chatpose_jax.weights.adapters import adapted_layers
 from chatpose_jax.weights.backbones import LANGUAGES
 from chatpose_jax.weights.layouts.decoder import FAMILY as PLAIN
+from chatpose_jax.weights.readers import Checkpoint, read_json_object
 from chatpose_jax.weights.sources import Source
 from chatpose_jax.weights.spec import SourceSpec
 from chatpose_jax.weights.templates import ChosenTemplate, choose_template
@@ -111,6 +112,9 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         images=vision is not None,
     )
     ids["eos_token_id"] = tokens.control[template.template.end]
+    if others := _other_ends(main, flat, tokens, template):
+        note = f"answers end at {template.template.end} alone; in transformers also at {', '.join(others)} (eos_token_id of the source)"
+        template = dataclasses.replace(template, notes=(*template.notes, note))
     if tokens.byte_level:
         bos, pad = (named_token(tokens.files, name) or "" for name in ("bos_token", "pad_token"))
         ids.setdefault("bos_token_id", tokens.control.get(bos, -1))
@@ -132,6 +136,15 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
         **ids,
     )
     return config, vocabulary
+
+
+def _other_ends(main: Checkpoint, config: Mapping[str, Any], tokens: Tokens, template: ChosenTemplate) -> list[str]:
+    """Control tokens at which transformers ends an answer besides the template's: Llama 3 and Qwen name several."""
+    file = main.folder / "generation_config.json"
+    said = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    said = config.get("eos_token_id") if said is None else said
+    ends = said if isinstance(said, list) else [said]
+    return [name for name, id in tokens.control.items() if id in ends and name != template.template.end]
 
 
 def sees(sources: Sequence[Source], spec: SourceSpec) -> bool:

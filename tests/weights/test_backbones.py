@@ -256,6 +256,17 @@ def test_logits_and_greedy_answers_are_those_of_transformers(tmp_path: Path, fam
     np.testing.assert_array_equal(reply.ids, steps.argmax(-1))
 
 
+def test_other_ends_of_answers_are_told(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    """Llama 3 lists several. generation_config.json comes before config.json, as in transformers."""
+    shutil.copytree(sources["llama3"], tmp_path / "src")
+    held = plan_conversion(SourceSpec(tmp_path / "src")).vocabulary.tokens.control
+    for said, told in (([held["<|end_of_text|>"], held["<|eot_id|>"]], True), (held["<|eot_id|>"], False)):
+        (tmp_path / "src/generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+        notes = plan_conversion(SourceSpec(tmp_path / "src")).vocabulary.template.notes
+        expected = "answers end at <|eot_id|> alone; in transformers also at <|end_of_text|> (eos_token_id"
+        assert [note.startswith(expected) for note in notes] == [True] * told
+
+
 def test_padding_is_no_text(sources: Mapping[str, Path]) -> None:
     """Id 0 is LLaMA-2's ``<unk>``. In a byte-level vocabulary it is a text, so padding is the tokenizer's own, or what ends an answer."""
     for family, name in {"llama2": "<unk>", "llama3": "<|eot_id|>", "qwen2": "<|endoftext|>"}.items():
