@@ -38,8 +38,9 @@ def get_config():
     config.train.warmup_steps = 30
     config.train.b2 = 0.99
     config.train.lambda_pose = 10.0  # few rows: the pose must be learned as fast as the words
-    # The head's input, the state after the last norm, is nearly the same for all sentences. So AdamW learns the mean pose and little else; Muon,
-    # which changes all directions alike, learns in a third of the steps. The adapters are AdamW's in either case.
+    # The head's input, the state after the last norm, is nearly the same for all sentences, so AdamW mostly learns the mean pose. With the states of
+    # the untouched base for 640 descriptions, 300 updates of the head gave a PA-MPJPE of 0.99 of the mean pose's with AdamW (the best of three
+    # rates) and 0.91 with Muon. The adapters are AdamW's in either case.
     config.train.optimizer = "muon"
     config.train.trainable = (
         ("decoder/layers/.*/lora_[ab]", 1.0),
