@@ -389,5 +389,5 @@ def print_figures(
         ("repetition", "repeated 4-grams in answers"),
     ):
         print(f"{what}: {spoken[name]:.2f}, the base's {spoken[f'base_{name}']:.2f}")
-    print(f"ROUGE-L of its answers to the base's: {spoken['rouge_l']:.2f}")
+    print(f"ROUGE-L of its answers to the base's: {spoken['rouge_l']:.0f} %")
     print("\n" + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items()))
