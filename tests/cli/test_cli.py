@@ -208,7 +208,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, folder, tmp_path, 
         (["plan", "--taregt", "h100"], "usage: chatpose plan ", "did you mean --target?"),
         (["--versoin"], "usage: chatpose [-h]", "did you mean --version?"),
         (["chta", "m"], "usage: chatpose [-h]", "no command 'chta'; did you mean chat?"),
-        (["zebra"], "usage: chatpose [-h]", "no command 'zebra'; expected one of demo, data, train"),
+        (["zebra"], "usage: chatpose [-h]", "no command 'zebra'; expected one of demo, pretrained, data, train"),
     ],
 )
 def test_a_mistyped_flag_shows_its_command_and_the_nearest_flag(arguments, usage, words, capsys):
