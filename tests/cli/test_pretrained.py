@@ -158,7 +158,7 @@ def test_the_whole_on_a_tiny_base(base, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "PA-MPJPE" in printed and "perplexity of plain text" in printed
     answers = (out / "instructions/train.jsonl").stat().st_mtime_ns
-    assert main([*command, "--set", "train.steps=3"]) == 2, "the run has other settings"
+    assert main([*command, "--set", "train.learning_rate=0.5"]) == 2, "the run has other settings"
     assert main(command) == 0, "a finished run goes on from its checkpoint"
     assert (out / "instructions/train.jsonl").stat().st_mtime_ns == answers
     capsys.readouterr()
