@@ -16,6 +16,7 @@ from chatpose_jax.generate import bucket
 from chatpose_jax.models.chatpose import Params, bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache, init_cache
+from chatpose_jax.settings import one_line
 
 _STEP = 8
 """Answers are padded to a multiple of so many tokens."""
@@ -28,6 +29,9 @@ class Likelihoods(NamedTuple):
 
     log_probabilities: np.ndarray
     states: np.ndarray
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def likelihoods(

@@ -93,7 +93,7 @@ def test_a_repr_is_one_line(kind: type) -> None:
     text = repr(made(kind))
     assert text.startswith(kind.__name__)
     assert "\n" not in text
-    assert len(text) < 2500, text  # all settings of a run are the longest
+    assert len(text) < 3000, text  # all settings of a run are the longest
 
 
 @pytest.mark.parametrize("name", [*smpl_jax.__all__, *chatpose_jax.__all__])

@@ -20,6 +20,7 @@ from chatpose_jax.data.synthetic.families import POSTURES
 from chatpose_jax.data.synthetic.situations import SITUATIONS, Situation, shared_words, stems
 from chatpose_jax.evaluation.scores import Value, with_intervals
 from chatpose_jax.likelihood import first_layers, likelihoods
+from chatpose_jax.settings import one_line
 
 Form = Literal["chat", "plain"]
 
@@ -84,6 +85,9 @@ class Weighed(NamedTuple):
     alone: np.ndarray
     tokens: np.ndarray
     states: dict[int, np.ndarray]
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def weigh(model: ChatPose, form: Form = "chat", batch: int = 16, label: str | None = None) -> Weighed:
@@ -247,6 +251,9 @@ class Probe(NamedTuple):
     table: dict[str, dict[str, Value]]
     counted: np.ndarray
     wordings: np.ndarray
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def labels() -> list[int]:

@@ -11,15 +11,12 @@ import dataclasses
 import enum
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.settings import one_line
-
-if TYPE_CHECKING:  # families are written in these tables
-    from chatpose_jax.weights.backbones.family import Language, Tower
 
 Shape = tuple[int, ...]
 Read = Callable[[tuple[slice, ...]], np.ndarray]
@@ -144,8 +141,10 @@ class Layout:
     family: str = ""
     unused: tuple[NameRule, ...] = ()
     config_json: Callable[[ModelConfig], dict[str, Any]] | None = None
-    language: Language | None = None
-    tower: Tower | None = None
+    language: Any = None
+    """The ``backbones.Language`` in it, if any. Families are written in these tables, so they cannot be imported here."""
+    tower: Any = None
+    """The ``backbones.Tower`` in it, if any."""
 
     __repr__ = one_line
 

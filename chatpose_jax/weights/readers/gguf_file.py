@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.settings import one_line
 from chatpose_jax.weights.readers.entry import (
     Index,
     TensorEntry,
@@ -119,6 +120,8 @@ class GGUFHeader:
 
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GGUFTensor]
+
+    __repr__ = one_line
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:
