@@ -118,7 +118,7 @@ def _describe_source(source: Source, every: bool) -> list[str]:
     checkpoint, parts = source.checkpoint, source.layout.parts
     dtypes = _formats(checkpoint.formats)
     lines = [
-        f"{checkpoint.folder}: {source.layout.title} ({source.layout.name})",
+        f"{checkpoint.folder}: {source.layout.title}",
         f"  {'files':<11} {len(checkpoint.files)}, {checkpoint.nbytes / 1e9:.2f} GB",
         f"  {'tensors':<11} {len(checkpoint.tensors)} ({dtypes})",
         f"  {'has':<11} {', '.join(part for part in PARTS if part in parts)}",

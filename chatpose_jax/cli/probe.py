@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     batch = whole("--batch", args.batch, 1)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.json.exists()
         args.json.touch()  # an unwritable file is an error now, not after the work
+        if new:
+            args.json.unlink()  # a model that cannot be read leaves no empty file
     model = load(args.model, dtype=args.dtype)
     found = probe.evaluate_probe(probe.weigh(model, args.form, batch, label="asking" if sys.stderr.isatty() else None))
     print("\n".join(probe.probe_table(found)))

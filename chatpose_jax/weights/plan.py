@@ -158,7 +158,7 @@ class _Work:
         for kind, names in self.problems.items():
             more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"{kind} ({len(names)}): {', '.join([*names][:_SHOWN])}{more}")
-        kinds = "; ".join(f"{source.title} read as {source.layout.name}" for source in sources)
+        kinds = "; ".join(f"{source.title} read as {source.layout.title}" for source in sources)
         raise UserError(f"these weights do not fit ({kinds}); nothing was written. " + "; ".join(lines))
 
     def take(self, source: Source, skipped: Mapping[str, str]) -> list[str]:

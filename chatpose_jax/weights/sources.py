@@ -103,7 +103,10 @@ def open_sources(spec: SourceSpec) -> list[Source]:
     if "pose_head" not in main.layout.parts:
         sources += _pose_head(path, spec.head)
     if spec.vision is not None:
-        sources.append(_source(Path(spec.vision), TOWERS))
+        try:
+            sources.append(_source(Path(spec.vision), TOWERS))
+        except UserError as error:
+            raise UserError(f"--vision: {error}") from None
     if adapter is not None:
         sources += open_adapter(adapter, spec.lora_alpha, spec.head, main)
     return sources

@@ -98,9 +98,10 @@ def _choose(
     fitting = {name: each for name, each in candidates.items() if not _absent(tokens, each)}
     text = chat_template(tokens.files) if check else None
     if first not in fitting and (text is None or not fitting):
+        others = [name for name, other in TEMPLATES.items() if not _absent(tokens, other)]
         raise UserError(
             f"{where}: the template {first!r} needs the control token {_absent(tokens, candidates[first])[0]!r}, which the tokenizer lacks; "
-            f"choose another with --template: {', '.join(TEMPLATES)}"
+            f"{'leave --template out' if named else 'choose a template with --template'}; those whose tokens it has: {', '.join(others) or 'none'}"
         )
     if text is None:
         return ChosenTemplate(candidates[first], first)

@@ -129,7 +129,7 @@ def _tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
     else:
         raise UserError(
             f"{where}: no tokenizer: expected {SLOW} or {FAST}; "
-            "name the folder that has it with --tokenizer (Vicuna's or LLaMA-2's fits every LLaVA-1.5)"
+            "name the folder that has it with --tokenizer (for LLaVA-1.5, Vicuna's or LLaMA-2's fits)"
         )
     behind = {literal: id for literal, id in added.items() if id >= base}
     return Tokens(where, files, base, behind, control, byte_level)

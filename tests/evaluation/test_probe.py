@@ -126,5 +126,6 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
         for each in found["situations"]:
             scores = np.array(each["scores"][way])
             assert each["rank"][way] == 1 + (scores > scores[list(POSTURES).index(each["posture"])]).sum()
-    assert main(["probe", str(tmp_path / "nothing")]) == 2
+    file = tmp_path / "left.json"
+    assert main(["probe", str(tmp_path / "nothing"), "--json", str(file)]) == 2 and not file.exists()
     assert "no such folder" in capsys.readouterr().err

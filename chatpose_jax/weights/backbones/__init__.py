@@ -79,7 +79,8 @@ def choose_language(config: Mapping[str, Any], control: Collection[str] = (), na
     if not kin:
         known = ", ".join(f"{family.name} ({family.model_types[0]})" for family in LANGUAGES.values())
         raise UserError(
-            f"config.json: model_type={kind!r} is not supported; the families of language models are {known}"
+            f"config.json: model_type={kind!r} is not supported; the families of language models are {known}; "
+            "docs/extending.md says how to add one"
         )
     held = [family for family in kin if set(family.control) <= set(control)]
     return max(held or kin, key=lambda family: len(family.control) if held else -len(family.control))

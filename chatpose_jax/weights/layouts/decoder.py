@@ -15,7 +15,7 @@ def _layout(language: Language | None) -> Layout:
     assert language is not None
     return Layout(
         name=NAME,
-        title=f"{language.title}: a decoder",
+        title=f"{language.title}: a language model",
         family=FAMILY,
         rules=language.rules("model.", "lm_head."),
         ignored=parts.BUFFERS,
@@ -28,7 +28,7 @@ def _layout(language: Language | None) -> Layout:
 WRAPPERS = (
     Wrapper(
         name=NAME,
-        title="a decoder",
+        title="a language model",
         family=FAMILY,
         recognise=lambda shapes, tower: "model.embed_tokens.weight" in shapes,
         layout=lambda language, tower: _layout(language),
