@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib.util
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +36,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from chatpose_jax import storage  # noqa: E402
+
+from .emulators import BUCKET, KINDS, PACKAGES, Emulator, running_store  # noqa: E402
 from .stand_in import Server, running  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,3 +65,52 @@ def server() -> Iterator[Server]:
     """A stand-in for the server of a language model."""
     with running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[dict[str, Emulator]]:
+    """The emulators that the session has started, by scheme."""
+    with contextlib.ExitStack() as held:
+        yield Started(held)
+
+
+class Started(dict[str, Emulator]):
+    def __init__(self, held: contextlib.ExitStack):
+        super().__init__()
+        self.held = held
+
+    def __missing__(self, scheme: str) -> Emulator:
+        self[scheme] = self.held.enter_context(running_store(scheme))
+        return self[scheme]
+
+
+@pytest.fixture(params=("gs", "s3"))
+def bucket(
+    request: pytest.FixtureRequest, stores: dict[str, Emulator], monkeypatch: pytest.MonkeyPatch
+) -> storage.Location:
+    """An empty folder in an object store. Processes that a test starts reach it too."""
+    return enter_store(request.param, stores, monkeypatch)
+
+
+def enter_store(scheme: str, stores: dict[str, Emulator], monkeypatch: pytest.MonkeyPatch) -> storage.Location:
+    """What ``bucket`` does for one scheme."""
+    if missing := [name for name in PACKAGES[scheme] if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{scheme}:// needs {' and '.join(missing)}: pip install '.[dev]' in the checkout")
+    for name, value in stores[scheme].environment.items():
+        monkeypatch.setenv(name, value)
+    return storage.location(f"{scheme}://{BUCKET}/{uuid.uuid4().hex[:8]}")
+
+
+@pytest.fixture
+def faults(bucket: storage.Location, stores: dict[str, Emulator]) -> Iterator[Callable[..., int]]:
+    """``faults(every=7, kinds=("503", "reset"))``: every n-th request to ``bucket`` fails from now on; ``faults(0)``: none. ``emulators.KINDS``."""
+    emulator = stores[str(bucket)[:2]]
+    emulator.fail(0)
+
+    def fail(every: int, kinds: Sequence[str] = KINDS) -> int:
+        """Returns how many requests have failed since the last call."""
+        emulator.fail(every, kinds)
+        return emulator.failed
+
+    yield fail
+    emulator.fail(0)

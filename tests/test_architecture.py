@@ -18,6 +18,7 @@ OPEN_TO_ALL = {
     "chatpose_jax.named",
     "chatpose_jax.processes",
     "chatpose_jax.settings",
+    "chatpose_jax.storage",
     "chatpose_jax.__version__",
 }
 # Not in the core install, or too slow to load for everyone: only the function that needs one imports it.

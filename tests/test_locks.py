@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from chatpose_jax import locks
 from chatpose_jax.errors import UserError
-from chatpose_jax.locks import only_writer
+from chatpose_jax.locks import Locked, only_writer
+from chatpose_jax.storage import Location, location, tree
 
 HOLDER = """
 import sys, time
@@ -112,4 +117,123 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("fcntl.flock", without)
     with pytest.warns(UserWarning, match="no locks"), only_writer("out", tmp_path / ".lock"):
+        pass
+
+
+BUCKET_HOLDER = """
+import sys
+from chatpose_jax import locks, storage
+locks._REFRESH = 0.2
+with locks.only_writer("out", storage.location(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def another_holder(lock: Location) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", BUCKET_HOLDER, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        yield other
+
+
+def test_in_a_bucket_the_second_writer_is_told_who_the_first_is(bucket: Location) -> None:
+    lock = bucket / ".lock"
+    with another_holder(lock) as other:
+        whose = (
+            rf"^out: process {other.pid} on {socket.gethostname()}, since \d{{4}}-.*, is writing it; wait for its end"
+        )
+        with pytest.raises(Locked, match=whose), only_writer("out", lock):
+            pass
+        assert lock.exists()
+        other.communicate("\n")
+    assert not lock.exists()
+    with only_writer("out", lock) as held:
+        held.check()
+        with pytest.raises(Locked, match=f"process {os.getpid()} on"), only_writer("out", lock):
+            pass
+    with pytest.raises(KeyboardInterrupt), only_writer("out", lock):
+        raise KeyboardInterrupt
+    assert tree(bucket) == []
+
+
+def test_in_a_bucket_a_killed_holder_on_this_machine_stops_nobody(bucket: Location) -> None:
+    with another_holder(bucket / ".lock") as other:
+        other.kill()
+        other.wait()
+        assert (bucket / ".lock").exists()
+        started = time.monotonic()
+        with only_writer("out", bucket / ".lock"):
+            assert time.monotonic() - started < locks._ABANDONED / 2
+    assert tree(bucket) == []
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process seems to be on another machine than those that it starts, and nobody waits long."""
+    monkeypatch.setattr(locks, "_machine", lambda: "another machine")
+    monkeypatch.setattr(locks, "_ABANDONED", 2.0)
+    monkeypatch.setattr(locks, "_REFRESH", 0.2)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_in_a_bucket_a_holder_on_another_machine_is_watched(bucket: Location) -> None:
+    with another_holder(bucket / ".lock") as other:
+        waiting = pytest.warns(UserWarning, match=f"^out: waiting up to 2 seconds to see whether process {other.pid} ")
+        with waiting, pytest.raises(Locked, match=f"process {other.pid} on"), only_writer("out", bucket / ".lock"):
+            pass
+        other.kill()
+        other.wait()
+        with pytest.warns(UserWarning, match="waiting"), only_writer("out", bucket / ".lock"):
+            pass
+    assert tree(bucket) == []
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_in_a_bucket_a_holder_that_was_stopped_learns_who_took_over(
+    bucket: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_REFRESH", 1e9)  # the first holder does nothing for long
+    lock = bucket / ".lock"
+    with only_writer("out", lock) as held:
+        monkeypatch.setattr(locks, "_REFRESH", 0.2)
+        monkeypatch.setattr(locks, "_machine", lambda: "a third machine")
+        with pytest.warns(UserWarning, match="waiting"), only_writer("out", lock) as second:
+            with pytest.raises(Locked, match=f"^out: process {os.getpid()} on .* has begun to write it, because this"):
+                held.check()
+            second.check()
+        assert not lock.exists()
+    assert tree(bucket) == []
+
+
+def test_in_a_bucket_never_two_inside_though_requests_fail(bucket: Location, faults: Callable[..., int]) -> None:
+    lock, inside, most = bucket / ".lock", [0], [0]
+    faults(9, ("503", "lost", "reset"))
+
+    def work() -> None:
+        entered = 0
+        while entered < 3:
+            try:
+                with only_writer("out", lock):
+                    inside[0] += 1
+                    entered += 1
+                    most[0] = max(most[0], inside[0])
+                    inside[0] -= 1
+            except Locked:
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert faults(0) >= 2
+
+
+def test_a_bucket_that_is_not_there(bucket: Location) -> None:
+    lock = location(str(bucket.parent) + "-which-is-not-there/x/.lock")
+    with pytest.raises(UserError, match=r"^out: cannot be written"), only_writer("out", lock):
         pass

@@ -1,0 +1,203 @@
+"""Files and folders on a disk, or in an object store: ``gs://`` (Google Cloud Storage) and ``s3://`` (S3). No other module asks which of them a
+path is on, except where a store works another way.
+
+A path on a disk is a ``pathlib.Path``, an address in a store an ``epath.Path``, which has the same methods. A store has neither renames nor appends
+nor folders. What takes their place:
+
+- An object appears whole or not at all (``write_file``, ``writing``).
+- A folder counts as complete when the small object that is written last is there, such as ``config.json`` of a model folder. Readers look for it
+  first.
+- ``locks.only_writer`` writes an object under the condition that there is none.
+
+All clients repeat requests that fail on the way (503, connections that break), for about half a minute or more: fsspec's file systems, which
+``epath`` uses, and TensorStore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+# One program for all users: with TensorFlow installed, epath would read and write through it. Must stand before epath looks.
+os.environ.setdefault("EPATH_USE_TF", "0")
+
+import fsspec
+from etils import epath
+
+from chatpose_jax.errors import UserError
+from smpl_jax._files import write_whole
+
+Location: TypeAlias = Path | epath.Path
+
+_PART = 32 << 20
+"""Size in bytes of the parts in which a large object is sent: so much of it is in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """A kind of object store. driver: TensorStore's name of it. options: defaults of its file system in fsspec."""
+
+    title: str
+    driver: str
+    package: str
+    extra: str
+    options: dict[str, Any]
+
+
+# Listings are never kept: other processes, Orbax and TensorStore write to the same folders.
+_STORES = {
+    "gs": _Store("Google Cloud Storage", "gcs", "gcsfs", "gcs", {"use_listings_cache": False}),
+    "s3": _Store(
+        "S3",
+        "s3",
+        "s3fs",
+        "s3",
+        {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 10}}},
+    ),
+}
+for _scheme, _store in _STORES.items():
+    fsspec.config.conf[_scheme] = _store.options | fsspec.config.conf.get(_scheme, {})
+
+
+def location(text: str | os.PathLike[str]) -> Location:
+    """The path that a user writes: an address of a store as an ``epath.Path``, anything else as a ``pathlib.Path``.
+
+    Raises UserError for an unknown scheme, an address without a bucket or with parts that an address does not have, and a missing package.
+    """
+    text = os.fspath(text)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", text, re.DOTALL)
+    if match is None or (match[2] == "/" and match[1] not in _STORES):
+        return Path(text)
+    scheme, slashes, rest = match.groups()
+    if scheme not in _STORES or slashes != "//":
+        known = ", ".join(f"{name}://BUCKET/FOLDER" for name in _STORES)
+        raise UserError(
+            f"{scheme}:{slashes}…: not an address that this program knows; expected a path on a disk, {known}"
+        )
+    bucket = rest.split("/")[0]
+    # The text may contain a password, so it is not printed.
+    if not bucket or "@" in bucket or ":" in bucket or re.search(r"[?#]", rest) or ".." in rest.split("/"):
+        raise UserError(
+            f"{scheme}://…: expected {scheme}://BUCKET/FOLDER, without user, '?', '#' and '..'; credentials come from the environment"
+        )
+    store = _STORES[scheme]
+    if importlib.util.find_spec(store.package) is None:
+        raise UserError(
+            f"{text}: {store.title} needs the package {store.package}, which is not installed: pip install '.[{store.extra}]' in the checkout"
+        )
+    if scheme == "gs" and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
+    return epath.Path(text)
+
+
+def is_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address in an object store."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in _STORES))
+
+
+def absolute(path: Location) -> Location:
+    """The path with the current folder before it. Use it instead of ``resolve``, which takes an address for the name of a file."""
+    return path if is_bucket(path) else path.resolve()
+
+
+def write_file(path: Location, data: bytes | str) -> None:
+    """Writes a small file, whole or not at all, with its folder. Text becomes UTF-8."""
+    raw = data.encode() if isinstance(data, str) else data
+    if is_bucket(path):
+        _files(path).pipe_file(str(path), raw)
+    else:
+        write_whole(path, lambda file: file.write(raw))
+
+
+@contextlib.contextmanager
+def writing(path: Location) -> Iterator[IO[bytes]]:
+    """Context manager: opens a large file that is written once from front to back. In a store it is sent part by part and appears at the end of the
+    block, or not at all if the block raises. On a disk it is synced; a block that raises leaves a part of it.
+    """
+    if not is_bucket(path):
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        return
+    sent = _files(path).open(str(path), "wb", block_size=_PART)
+    try:
+        yield sent
+    except BaseException:
+        sent.closed = True  # otherwise it would be completed when it is closed or collected
+        with contextlib.suppress(Exception):
+            sent.discard()
+        raise
+    sent.close()
+
+
+def remove_tree(path: Location) -> None:
+    """Removes a folder and all that is in it. It may be gone already, or go meanwhile."""
+    if not is_bucket(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    files = _files(path)
+    for _ in range(5):  # what others remove at the same time ends a round early
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(str(path), recursive=True)
+        if not files.exists(str(path)):
+            return
+    raise OSError(f"{path}: cannot be removed while others write into it")
+
+
+def copy_tree(source: Location, target: Location, last: str = "") -> None:
+    """Copies a folder. last: the file, relative to the folder, that makes it complete; it is copied after all others."""
+    if not is_bucket(source) and not is_bucket(target):
+        copy = shutil.copytree(source, target, ignore=shutil.ignore_patterns(last) if last else None)
+        if last and (source / last).is_file():
+            shutil.copyfile(source / last, copy / last)
+        return
+    for name in sorted(tree(source), key=lambda name: (name == last, name)):
+        if is_bucket(source) and is_bucket(target) and _scheme_of(source) == _scheme_of(target):
+            _files(source).cp_file(str(source / name), str(target / name))
+            continue
+        if not is_bucket(target):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with (source / name).open("rb") as file, writing(target / name) as out:
+            shutil.copyfileobj(file, out, _PART)
+
+
+def tree(path: Location) -> list[str]:
+    """The files in a folder and in its folders, as sorted relative names with ``/``."""
+    if not is_bucket(path):
+        return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    inside = str(path).split("://", 1)[1] + "/"
+    return sorted(name.removeprefix(inside) for name in _files(path).find(str(path)) if not name.endswith("/"))
+
+
+def kvstore(path: Location) -> dict[str, Any]:
+    """TensorStore's specification of a folder, as JSON values. An endpoint of S3 in the environment is included."""
+    if not is_bucket(path):
+        return {"driver": "file", "path": f"{path.resolve()}/"}
+    scheme, rest = str(path).split("://", 1)
+    bucket, _, key = rest.partition("/")
+    spec: dict[str, Any] = {"driver": _STORES[scheme].driver, "bucket": bucket, "path": f"{key}/" if key else ""}
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+            spec |= {"endpoint": endpoint, "aws_region": region}
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
+            # Otherwise it complains about each file of credentials that it does not find.
+            spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+def _scheme_of(path: Location) -> str:
+    return str(path).split("://", 1)[0]
+
+
+def _files(path: Location) -> Any:
+    return fsspec.filesystem(_scheme_of(path))

@@ -1,0 +1,253 @@
+"""Emulators of the two object stores, each in a process of its own, and faults on the way to them.
+
+``python tests/emulators.py gs`` prints its address and serves until its standard input ends. Each line that it reads there is a JSON object that says
+which requests fail from now on: ``{"every": 7, "kinds": ["503", "reset"]}``; see ``KINDS``.
+
+``gcp-storage-emulator`` for ``gs://``, ``moto`` for ``s3://``. The former serves one connection at a time, ignores preconditions, does not name the
+generation of what it sends, and keeps uploads in parts that are given up. ``_serve_gs`` mends this: TensorStore, gcsfs and the lock depend on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+BUCKET = "tests"
+PACKAGES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto")}
+KINDS = ("503", "reset", "lost", "slow")
+"""503: the answer of a busy store. reset: the connection breaks before anything is done; lost: after it was done, so that nobody hears of it. slow:
+the answer comes in pieces of 64 KiB, 20 in a second."""
+
+
+class Emulator:
+    """A running emulator. ``environment`` leads all clients to it: gcsfs, s3fs and TensorStore."""
+
+    def __init__(self, scheme: str, process: subprocess.Popen[str]):
+        assert process.stdout is not None
+        self.scheme, self.process, self.address = scheme, process, process.stdout.readline().strip()
+        if scheme == "gs":
+            # The last three spare waiting for Google's credentials, and for a service that the emulator does not have.
+            self.environment = {
+                "STORAGE_EMULATOR_HOST": self.address,
+                "TENSORSTORE_GCS_HTTP_URL": self.address,
+                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+                "NO_GCE_CHECK": "true",
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            }
+        else:
+            keys = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REGION": "us-east-1"}
+            self.environment = {"AWS_ENDPOINT_URL": self.address, "AWS_EC2_METADATA_DISABLED": "true", **keys}
+
+    def fail(self, every: int, kinds: Sequence[str] = KINDS) -> None:
+        """From now on every n-th request fails, in one of ``kinds`` after the other; ``every=0``: none. Returns when that holds."""
+        assert set(kinds) <= set(KINDS) and self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"every": every, "kinds": list(kinds)}) + "\n")
+        self.process.stdin.flush()
+        self.failed = int(self.process.stdout.readline())
+
+
+@contextlib.contextmanager
+def running_store(scheme: str) -> Iterator[Emulator]:
+    command = [sys.executable, os.path.abspath(__file__), scheme]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Emulator(scheme, process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Faults:
+    """Counts requests and says which fail."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.set({"every": 0, "kinds": KINDS})
+
+    def set(self, wanted: dict[str, Any]) -> None:
+        with self.lock:
+            self.every, self.kinds = wanted["every"], itertools.cycle(wanted["kinds"])
+            self.requests = self.failed = 0
+
+    def next(self) -> str | None:
+        with self.lock:
+            self.requests += 1
+            if not self.every or self.requests % self.every:
+                return None
+            self.failed += 1
+            return next(self.kinds)
+
+
+FAULTS = Faults()
+
+
+class Faulty:
+    """To be mixed into a request handler."""
+
+    def parse_request(self: Any) -> bool:
+        if not super().parse_request():  # type: ignore[misc]
+            return False
+        self.fault = FAULTS.next()
+        if self.fault == "503":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(HTTPStatus.SERVICE_UNAVAILABLE)
+            self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            return False
+        if self.fault == "reset":
+            self._break()
+            return False
+        if self.fault == "lost":
+            self.wfile = io.BytesIO()
+        if self.fault == "slow":
+            self.wfile = Slow(self.wfile)
+        return True
+
+    def handle_one_request(self: Any) -> None:
+        self.fault = None
+        super().handle_one_request()  # type: ignore[misc]
+        if self.fault == "lost":
+            self._break()
+
+    def _break(self: Any) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
+
+
+class Slow:
+    def __init__(self, out: Any):
+        self.out = out
+
+    def write(self, data: bytes) -> int:
+        for start in range(0, len(data), 1 << 16):
+            time.sleep(0.05)
+            self.out.write(data[start : start + (1 << 16)])
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.out, name)
+
+
+def _serve_gs() -> Any:
+    from gcp_storage_emulator import server
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import buckets
+    from gcp_storage_emulator.storage import Storage
+
+    asked = threading.local()
+
+    class Refused(Exception):
+        pass
+
+    class Store(Storage):
+        """Objects in memory."""
+
+        lock = threading.RLock()
+
+        def create_file(self, bucket: str, name: str, content: bytes, obj: Any, *rest: Any) -> None:
+            with self.lock:
+                before = self.generation(bucket, name)
+                if asked.generation not in (None, before):
+                    raise Refused
+                # Two versions within one tick of the emulator's clock would have the same generation.
+                obj["generation"] = str(max(int(obj["generation"]), int(before) + 1))
+                super().create_file(bucket, name, content, obj, *rest)
+
+        def delete_file(self, bucket: str, name: str) -> None:
+            with self.lock:
+                if asked.generation not in (None, self.generation(bucket, name)):
+                    raise Refused
+                super().delete_file(bucket, name)
+
+        def generation(self, bucket: str, name: str) -> str:
+            try:
+                return self.get_file_obj(bucket, name)["generation"]
+            except NotFound:
+                return "0"
+
+        def get_file_list(self, *args: Any, **options: Any) -> Any:
+            with self.lock:
+                return super().get_file_list(*args, **options)
+
+        def _write_config_to_file(self) -> None:
+            pass  # with all objects, after each write
+
+    class Handler(Faulty, server.RequestHandler):
+        def _answer(self, method: str) -> None:
+            parts = urlsplit(self.path)
+            asked.generation = parse_qs(parts.query).get("ifGenerationMatch", [None])[0]
+            asked.bucket, _, asked.name = parts.path.partition("/b/")[2].partition("/o/")
+            try:
+                if method == "DELETE" and parts.path.startswith("/upload/"):
+                    self.send_error(499)  # an upload in parts was given up
+                else:
+                    server.Router(self).handle(method)
+            except Refused:
+                self.send_error(HTTPStatus.PRECONDITION_FAILED)
+
+        def end_headers(self) -> None:
+            if getattr(asked, "name", "") and "alt=media" in self.path:
+                self.send_header("x-goog-generation", self.storage.generation(asked.bucket, unquote(asked.name)))
+            super().end_headers()
+
+        do_GET = functools.partialmethod(_answer, "GET")
+        do_POST = functools.partialmethod(_answer, "POST")
+        do_PUT = functools.partialmethod(_answer, "PUT")
+        do_DELETE = functools.partialmethod(_answer, "DELETE")
+        do_PATCH = functools.partialmethod(_answer, "PATCH")
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    storage = Store(use_memory_fs=True)
+    buckets.create_bucket(BUCKET, storage)
+    return Server(("127.0.0.1", 0), functools.partial(Handler, storage))
+
+
+def _serve_s3() -> Any:
+    from moto.s3.models import s3_backends
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Handler(Faulty, WSGIRequestHandler):
+        pass
+
+    app = DomainDispatcherApplication(create_backend_app)
+    serving = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Handler)
+    s3_backends["123456789012"]["aws"].create_bucket(BUCKET, "us-east-1")
+    return serving
+
+
+def main(scheme: str) -> None:
+    logging.disable(logging.CRITICAL)
+    serving = {"gs": _serve_gs, "s3": _serve_s3}[scheme]()
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{serving.server_address[1]}", flush=True)
+    for line in sys.stdin:
+        failed = FAULTS.failed
+        FAULTS.set(json.loads(line))
+        print(failed, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
