@@ -4,7 +4,7 @@ path is on, except where a store works another way.
 A path on a disk is a ``pathlib.Path``, an address in a store an ``epath.Path``, which has the same methods. A store has neither renames nor appends
 nor folders. What takes their place:
 
-- An object appears whole or not at all (``write_file``, ``writing``).
+- An object appears whole or not at all (``write_bytes``, ``writing``).
 - A folder counts as complete when the small object that is written last is there, such as ``config.json`` of a model folder. Readers look for it
   first.
 - ``locks.only_writer`` writes an object under the condition that there is none.
@@ -107,13 +107,13 @@ def absolute(path: Location) -> Location:
     return path if is_bucket(path) else path.resolve()
 
 
-def write_file(path: Location, data: bytes | str) -> None:
-    """Writes a small file, whole or not at all, with its folder. Text becomes UTF-8."""
+def write_bytes(path: Location, data: bytes | str) -> None:
+    """Writes a small file, whole or not at all, with its folder; synced on a disk. Text becomes UTF-8."""
     raw = data.encode() if isinstance(data, str) else data
     if is_bucket(path):
         _files(path).pipe_file(str(path), raw)
     else:
-        write_whole(path, lambda file: file.write(raw))
+        write_whole(path, lambda file: (file.write(raw), file.flush(), os.fsync(file.fileno())))
 
 
 @contextlib.contextmanager

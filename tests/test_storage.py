@@ -59,14 +59,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_and_folders(folder: storage.Location, tmp_path: Path) -> None:
-    storage.write_file(folder / "a" / "one.txt", "eins ü")
-    storage.write_file(folder / "a" / "two", b"\0\1")
-    storage.write_file(folder / "a" / "b" / "three", b"")
-    storage.write_file(folder / "ab", b"a neighbour whose name begins alike")
+    storage.write_bytes(folder / "a" / "one.txt", "eins ü")
+    storage.write_bytes(folder / "a" / "two", b"\0\1")
+    storage.write_bytes(folder / "a" / "b" / "three", b"")
+    storage.write_bytes(folder / "ab", b"a neighbour whose name begins alike")
     assert (folder / "a" / "one.txt").read_text(encoding="utf-8") == "eins ü"
     assert storage.tree(folder / "a") == ["b/three", "one.txt", "two"]
     assert (folder / "a").is_dir() and (folder / "a" / "two").is_file() and not (folder / "none").exists()
-    storage.write_file(folder / "a" / "two", b"newer")
+    storage.write_bytes(folder / "a" / "two", b"newer")
     assert (folder / "a" / "two").read_bytes() == b"newer"
 
     storage.copy_tree(folder / "a", folder / "copy", last="one.txt")
@@ -82,7 +82,7 @@ def test_files_and_folders(folder: storage.Location, tmp_path: Path) -> None:
 
 
 def test_tensorstore_finds_the_same_folder(folder: storage.Location) -> None:
-    storage.write_file(folder / "x", b"there")
+    storage.write_bytes(folder / "x", b"there")
     assert ts.KvStore.open(storage.kvstore(folder)).result()["x"] == b"there"
 
 
@@ -101,7 +101,7 @@ def test_a_file_that_was_not_completed_does_not_appear(
     bucket: storage.Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_PART", 6 << 20)
-    storage.write_file(bucket / "earlier", b"first")
+    storage.write_bytes(bucket / "earlier", b"first")
     for name in ("new", "earlier"):
         for size in (10, 13 << 20):
             with pytest.raises(KeyboardInterrupt), storage.writing(bucket / name) as file:
@@ -115,7 +115,7 @@ def test_a_file_that_was_not_completed_does_not_appear(
 def test_requests_that_fail_are_repeated(bucket: storage.Location, faults: Callable[..., int], tmp_path: Path) -> None:
     faults(3)
     for number in range(6):
-        storage.write_file(bucket / f"{number}", f"value {number}")
+        storage.write_bytes(bucket / f"{number}", f"value {number}")
     assert storage.tree(bucket) == [str(number) for number in range(6)]
     assert [(bucket / str(number)).read_text() for number in range(6)] == [f"value {number}" for number in range(6)]
     store = ts.KvStore.open(storage.kvstore(bucket)).result()
