@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         required=True,
         help="v5e-16, v5p-128, v4-32, v6e-8 as Google names slices, or chip:topology (v5e:4x4, v5p:4x4x4); h100, h200, a100 (80 GB), "
-        "a100-40 with :COUNT for more than one; cpu:8",
+        "a100-40 with :COUNT for more than one; cpu:8; *N after any of them for N slices (v5e:8x8*2) or N machines (h100:8*4)",
     )
     parser.add_argument(
         "--batch", type=int, help="rows of a step, by default the configuration's; with --decode, conversations (1)"
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help="tokens of a row, including images; by default train.max_length")
     parser.add_argument(
         "--mesh",
-        help="DATAxFSDPxTENSOR, such as 1x8x1; by default train.mesh if it is set and fits, else a mesh that suits the target",
+        help="DATAxFSDPxTENSOR of a slice, such as 1x8x1; by default train.mesh if it is set and fits, else a mesh that suits the target",
     )
     parser.add_argument("--decode", action="store_true", help="one step of decoding instead of a training step")
     parser.add_argument(
@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--effort must be from -1 to 0, found {effort}")
     train, length = config.train, args.length or config.train.max_length
     given = _sizes(args.mesh)
-    if given is not None and (min(given) < 1 or math.prod(given) != target.chips):
+    chips = target.chips // target.slices
+    if given is not None and (min(given) < 1 or math.prod(given) != chips):
         raise UserError(
-            f"--mesh {args.mesh}: a mesh of {' × '.join(map(str, given))} does not fit the {target.chips} chips of {args.target}"
+            f"--mesh {args.mesh}: a mesh of {' × '.join(map(str, given))} does not fit the {chips} chips of {target.one}"
         )
     if args.decode:
         batch = args.batch or 1
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         asked = train.mesh != MeshConfig() or any(word.startswith("train.mesh.") for word in args.overrides)
         sizes = (
             given
-            or (fitting(train.mesh, target.chips) if asked else None)
+            or (fitting(train.mesh, chips, target.slices) if asked else None)
             or mesh_sizes(target, config.model, train.batch_size)
         )
         plan = plan_training(config.model, train, target, sizes, length, effort=effort)
@@ -84,11 +85,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def fitting(mesh: MeshConfig, chips: int) -> tuple[int, int, int] | None:
-    """(data, fsdp, tensor) of a run's mesh on this number of chips; None if the mesh needs another number."""
-    given = math.prod(size for size in dataclasses.astuple(mesh) if size != -1)
-    data, fsdp, tensor = (chips // given if size == -1 else size for size in dataclasses.astuple(mesh))
-    return (data, fsdp, tensor) if data * fsdp * tensor == chips else None
+def fitting(mesh: MeshConfig, chips: int, slices: int = 1) -> tuple[int, int, int] | None:
+    """(data, fsdp, tensor) of a run's mesh on slices of this number of chips; None if the mesh needs other numbers."""
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    given = math.prod(size for size in sizes if size != -1)
+    data, fsdp, tensor = (chips // given if size == -1 else size for size in sizes)
+    return (data, fsdp, tensor) if data * fsdp * tensor == chips and mesh.slices in (-1, slices) else None
 
 
 def _sizes(text: str | None) -> tuple[int, int, int] | None:

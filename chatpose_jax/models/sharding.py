@@ -1,4 +1,4 @@
-"""Sharding over a device mesh ``data × fsdp × tensor``.
+"""Sharding over a device mesh ``slice × data × fsdp × tensor``.
 
 Two tables decide: ``PARAMETERS`` maps a parameter's path to logical axes, ``ShardingRules`` maps logical axes to mesh axes. ``place`` and
 ``batch_sharding`` apply them to parameters and batches. Inside a traced function, ``on_mesh`` sets the mesh and ``constrain`` shards an
@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from chatpose_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 
 Logical = str | tuple[str, ...] | None
 """The logical axis of one dimension: a name, several names (the dimension is split over all of them), or None (not split)."""
@@ -52,12 +53,12 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
 class ShardingRules:
     """Which mesh axes split each logical axis. A mesh axis that the mesh does not have is left out.
 
-    batch: rows of a batch.
+    batch: rows of a batch. Nothing else is split over "slice": the network between slices is slow, and carries only sums of gradients.
     embed: the residual stream's width, in weights only. These are all-gathered over "fsdp" before each matmul (``gather_weight``).
     heads, mlp, vocabulary: split over "tensor", in weights and in activations (tensor parallelism).
     """
 
-    batch: tuple[str, ...] = ("data", "fsdp")
+    batch: tuple[str, ...] = ("slice", "data", "fsdp")
     embed: tuple[str, ...] = ("fsdp",)
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
@@ -90,26 +91,45 @@ class ShardingRules:
 RULES = ShardingRules()
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = -1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh of ``AxisType.Auto`` axes over ``devices`` (all by default), in an order that suits their interconnect.
 
     Args:
-        data, fsdp, tensor: number of devices along each axis; -1, for at most one axis, takes all remaining devices.
+        data, fsdp, tensor: number of devices of a slice along each axis; -1, for at most one axis, takes all remaining devices.
+        slices: number of slices, groups of devices that a slower network connects; -1 takes what TPUs say, and one elsewhere. CPUs and GPUs are
+            cut into equal parts in their order (GPUs: first by ``slice_index``, which counts NVLink domains).
 
-    Raises UserError when the product of the sizes is not the number of devices. A single process may use fewer devices than it has.
+    Raises UserError when the product of the sizes is not the number of devices, and when ``slices`` is not what TPUs say. A single process may
+    use fewer devices than it has.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = sorted(jax.devices() if devices is None else devices, key=slice_of)
+    if devices[0].platform == "tpu":
+        found = len({slice_of(device) for device in devices})
+        if slices not in (-1, found):
+            raise UserError(
+                f"train.mesh.slices={slices}: these TPUs are {found} slice(s); -1 takes as many as there are"
+            )
+        slices = found
+    slices = max(slices, 1)
     sizes = [data, fsdp, tensor]
-    given = math.prod(size for size in sizes if size != -1)
+    given = slices * math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % given == 0:
         sizes[sizes.index(-1)] = len(devices) // given
-    total = math.prod(sizes)
+    total = slices * math.prod(sizes)
     alone = len({device.process_index for device in devices}) == 1
     if -1 in sizes or total > len(devices) or (total < len(devices) and not alone):
-        asked = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, (data, fsdp, tensor)))
+        asked = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, (slices, data, fsdp, tensor)))
         raise UserError(f"a mesh of {asked} does not fit {len(devices)} devices: change train.mesh")
-    grid = mesh_utils.create_device_mesh(sizes, devices=devices[:total], allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    parts = np.split(np.array(devices[:total], dtype=object), slices)
+    grids = [mesh_utils.create_device_mesh(sizes, devices=list(part), allow_split_physical_axes=True) for part in parts]
+    return Mesh(np.stack(grids), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def slice_of(device: Any) -> int:
+    """The number of the slice that a device belongs to: of a TPU's slice, of a GPU's NVLink domain; 0 where devices have none."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def partition_specs(params: Mapping[Any, Any], mesh: Any, rules: ShardingRules = RULES) -> dict[Any, Any]:
@@ -148,7 +168,7 @@ def place(abstract: Mapping[Any, Any], mesh: Mesh, rules: ShardingRules = RULES)
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES, *, stacked: bool = False) -> NamedSharding:
-    """The sharding of a batch: its rows are split over the mesh axes "data" and "fsdp".
+    """The sharding of a batch: its rows are split over the mesh axes "slice", "data" and "fsdp".
 
     stacked: the arrays have a leading axis of micro-batches, which is not split.
     """

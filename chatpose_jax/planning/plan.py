@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,9 +33,11 @@ class StepPlan:
     """What the compiler reports about a step, in bytes for each chip, and times derived from the chip's peaks, in seconds.
 
     peak: most bytes in use at once; None where compilation failed because the step does not fit, and then ``error`` is the compiler's message.
-    sent: bytes that each chip sends in a step, by kind of collective.
-    compute, memory, network: time of the operations, of the memory traffic and of the collectives at the chip's peaks.
-    seconds: the longest of these three, as if the other two overlapped with it. mfu: ``cost.useful`` / (peak operations in that time).
+    sent: bytes that each chip sends inside its slice in a step, by kind of collective. across: those that it sends to other slices.
+    crossings: number of collectives that cross slices.
+    compute, memory, network, between: time of the operations, of the memory traffic, of the collectives inside a slice and of those between slices
+        at the chip's peaks.
+    seconds: the longest of these four, as if the others overlapped with it. mfu: ``cost.useful`` / (peak operations in that time).
     forecast: the expected time, at ``targets.EFFICIENCY`` instead of the peaks.
     options: description of the compiler options; "" where there are none.
     compile_seconds, compile_cpu_seconds: wall-clock time and processor time of the compilation.
@@ -63,6 +65,10 @@ class StepPlan:
     seconds: float | None = None
     mfu: float | None = None
     forecast: float | None = None
+    slices: int = 1
+    across: dict[str, float] = dataclasses.field(default_factory=dict)
+    crossings: float = 0.0
+    between: float | None = None
     options: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -70,14 +76,15 @@ class StepPlan:
 
 
 def mesh_sizes(target: Target, model: ModelConfig, batch: int, *, decode: bool = False) -> tuple[int, int, int]:
-    """A mesh (data, fsdp, tensor) for a target. Training: the largest fsdp that divides the batch, the rest tensor. Decoding reads all weights for
-    each token, so: the largest tensor that divides the heads, the rest data.
+    """A mesh (data, fsdp, tensor) for each slice of a target. Training: the largest fsdp that divides the slice's rows, the rest tensor. Decoding
+    reads all weights for each token, so: the largest tensor that divides the heads, the rest data.
     """
+    chips = target.chips // target.slices
     if decode:
-        tensor = math.gcd(target.chips, model.text.num_kv_heads)
-        return target.chips // tensor, 1, tensor
-    fsdp = math.gcd(target.chips, batch)
-    return 1, fsdp, target.chips // fsdp
+        tensor = math.gcd(chips, model.text.num_kv_heads)
+        return chips // tensor, 1, tensor
+    fsdp = math.gcd(chips, batch // target.slices)
+    return 1, fsdp, chips // fsdp
 
 
 def plan_training(
@@ -101,10 +108,12 @@ def plan_training(
         raise UserError(
             f"a row of {length} tokens has no place for {images} image(s) of {patches} tokens and a conversation"
         )
-    where = make_mesh(*mesh, devices=devices(target))
+    where = make_mesh(*mesh, slices=target.slices, devices=devices(target))
     ways = math.prod(where.shape[axis] for axis in RULES.axes("batch", where))
     if train.batch_size % ways:
-        raise UserError(f"{train.batch_size} rows do not divide among data × fsdp = {ways}: change --batch or --mesh")
+        raise UserError(
+            f"{train.batch_size} rows do not divide among slices × data × fsdp = {ways}: change --batch or --mesh"
+        )
     params = abstract_params(model)
     state, frozen = abstract_state(train, params, where)
     model = at_run_time(model, train, where)
@@ -132,7 +141,7 @@ def plan_decoding(
     effort: float = EFFORT,
 ) -> StepPlan:
     """Plan one step of the decode loop: a token for each of ``batch`` conversations whose cache holds ``length`` tokens."""
-    where = make_mesh(*mesh, devices=devices(target))
+    where = make_mesh(*mesh, slices=target.slices, devices=devices(target))
     cost = decode_cost(model, batch, length)
     return _compile(
         "decode", lambda: trace_decoding(model, where, batch, length), target, where, batch, length, cost, effort
@@ -198,8 +207,10 @@ def _compile(
     peak = None if memory is None else float(memory.peak_memory_in_bytes)
     fits = peak is not None and (capacity is None or peak <= capacity)
     text = "" if compiled is None else compiled.as_text()
-    sent = collectives.count(text)
-    times = _roofline(what, cost, target, mesh, batch, sent, collectives.number(text)) if text else {}
+    apart = target.chips // target.slices if target.slices > 1 else 0
+    sent, across = collectives.count(text, apart), collectives.across(text, apart)
+    numbers = collectives.number(text, apart)
+    times = _roofline(what, cost, target, mesh, batch, sent, across, numbers) if text else {}
     return StepPlan(
         what=what,
         target=target.name,
@@ -214,6 +225,9 @@ def _compile(
         temporaries=None if memory is None else float(memory.temp_size_in_bytes),
         peak=peak,
         sent=sent,
+        slices=target.slices,
+        across=across,
+        crossings=numbers[1],
         cost=cost,
         compile_seconds=taken,
         compile_cpu_seconds=busy,
@@ -223,36 +237,47 @@ def _compile(
 
 
 def _roofline(
-    what: str, cost: StepCost, target: Target, mesh: Mesh, batch: int, sent: dict[str, float], collectives: float
+    what: str,
+    cost: StepCost,
+    target: Target,
+    mesh: Mesh,
+    batch: int,
+    sent: Mapping[str, float],
+    across: Mapping[str, float],
+    numbers: tuple[float, float],
 ) -> dict[str, float]:
-    """Times at the chip's peaks, MFU, and the expected time."""
+    """Times at the chip's peaks, MFU, and the expected time. numbers: of collectives inside a slice, and across slices."""
     chip = target.chip
     if chip is None:
         return {}
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     # Rows that the mesh does not divide are computed by every data-parallel copy.
-    rows = mesh.shape["data"] * fsdp if batch % (mesh.shape["data"] * fsdp) == 0 else 1
+    copies = target.chips // (fsdp * tensor)
+    rows = copies * fsdp if batch % (copies * fsdp) == 0 else 1
     if (
         what == "decode"
     ):  # weights stay sharded: each chip reads its shard, and the part of the cache of its rows and heads
-        copies = 1 if rows > 1 else mesh.shape["data"]
+        copies = 1 if rows > 1 else copies
         traffic = cost.weights / (fsdp * tensor) + cost.activations / (rows * tensor)
     else:  # fsdp: each all-gathered weight is written once more before it is read
         copies = 1
         traffic = cost.passes * (2 if fsdp > 1 else 1) * cost.weights / tensor
-        traffic += (cost.activations + cost.optimizer) / target.chips
+        traffic += cost.activations / target.chips + cost.optimizer / (fsdp * tensor)
     compute = cost.hardware * copies / target.chips / chip.flops
     memory, network = traffic / chip.bandwidth, sum(sent.values()) / chip.network
-    seconds = max(compute, memory, network)
+    between = sum(across.values()) / chip.between if chip.between else 0.0
+    seconds = max(compute, memory, network, between)
     real = EFFICIENCY
     return {
         "compute": compute,
         "memory": memory,
         "network": network,
+        "between": between,
         "seconds": seconds,
         "mfu": cost.useful / (target.chips * chip.flops * seconds),
-        "forecast": max(compute / real.products, memory / real.memory, network / real.network)
-        + collectives * real.wait,
+        "forecast": max(compute / real.products, memory / real.memory, max(network, between) / real.network)
+        + numbers[0] * real.wait
+        + numbers[1] * real.wait_between,
     }
 
 
@@ -279,10 +304,16 @@ def describe_plan(plan: StepPlan) -> str:
         f"sent per chip:   {sum(plan.sent.values()) / GiB:8.2f} GiB"
         + "".join(f"  {name} {size / GiB:.2f}" for name, size in sorted(plan.sent.items())),
     ]
+    if plan.slices > 1:
+        lines.append(
+            f"to other slices: {sum(plan.across.values()) / GiB:8.3f} GiB in {plan.crossings:.0f} collectives"
+            + "".join(f"  {name} {size / GiB:.3f}" for name, size in sorted(plan.across.items()))
+        )
     if plan.seconds is not None and plan.forecast is not None:
         tokens = plan.batch * (plan.length if plan.what == "train" else 1)
         lines += [
-            f"at the chips' peaks: compute {plan.compute:.4f} s, memory {plan.memory:.4f} s, network {plan.network:.4f} s",
+            f"at the chips' peaks: compute {plan.compute:.4f} s, memory {plan.memory:.4f} s, network {plan.network:.4f} s"
+            + (f", between slices {plan.between:.4f} s" if plan.slices > 1 else ""),
             f"roofline:        {plan.seconds:.4f} s, {tokens / plan.seconds:,.0f} tokens/s at most, "
             f"MFU at most {100 * (plan.mfu or 0):.0f} %",
             f"forecast:        {plan.forecast:.4f} s, {tokens / plan.forecast:,.0f} tokens/s, assuming {EFFICIENCY} (why: docs/scaling.md)",

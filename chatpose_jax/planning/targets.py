@@ -19,21 +19,24 @@ from chatpose_jax.train.chips import CHIPS, Chip
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peaks that real programs reach, and the seconds that even the smallest collective takes (docs/scaling.md: sources)."""
+    """Shares of the peaks that real programs reach (docs/scaling.md: sources). wait, wait_between: seconds that even the smallest collective takes,
+    inside a slice and between slices.
+    """
 
     products: float
     memory: float
     network: float
     wait: float
+    wait_between: float
 
     def __str__(self) -> str:
         return (
             f"{100 * self.products:.0f} % of the peak for products, {100 * self.memory:.0f} % for memory, "
-            f"{100 * self.network:.0f} % for the network, {1e6 * self.wait:.0f} µs a collective"
+            f"{100 * self.network:.0f} % for the network, {1e6 * self.wait:.0f} µs a collective, {1e6 * self.wait_between:.0f} µs one between slices"
         )
 
 
-EFFICIENCY = Efficiency(products=0.5, memory=0.65, network=0.65, wait=20e-6)
+EFFICIENCY = Efficiency(products=0.5, memory=0.65, network=0.65, wait=20e-6, wait_between=200e-6)
 
 # What XLA must know to compile for a GPU that this machine lacks: (cores, L2 bytes, clock in GHz, shared memory of a core, of a block,
 # compute capability, name).
@@ -59,23 +62,31 @@ SLICES: dict[str, tuple[int, tuple[str, ...]]] = {
 """How to read names such as v5p-128: the units that a chip counts for (v4 and v5p count TensorCores, two a chip), and the topologies that Google
 offers."""
 
-EXAMPLES = "v5e-16, v5p-128, v6e-8, v5e:4x4, v5p:4x4x4, h100, h100:8, h200:8, a100:8, a100-40:8"
+EXAMPLES = "v5e-16, v5p-128, v6e-8, v5e:4x4, v5e:8x8*2, v5p:4x4x4, h100, h100:8, h200:8, a100:8, a100-40:8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine of ``chips`` chips of one kind. chip: None for CPU devices, whose peaks are unknown."""
+    """A machine of ``chips`` chips of one kind, in ``slices`` equal parts. chip: None for CPU devices, whose peaks are unknown."""
 
     name: str
     chips: int
     chip: Chip | None
+    slices: int = 1
+
+    @property
+    def one(self) -> str:
+        """The name of one slice."""
+        return self.name.partition("*")[0]
 
 
 def parse(name: str) -> Target:
     """The target of a name: ``v5e-16`` or ``v5p-128`` (a TPU slice by Google's name), ``v5e:4x8`` (a TPU and its topology), ``h100`` or ``h100:8``
-    (GPUs and their number), ``cpu:8``. Raises UserError for any other name.
+    (GPUs and their number), ``cpu:8``. ``*N`` after any of them means N such slices, or N machines of such GPUs. Raises UserError for any other name.
     """
-    kind, _, size = name.lower().partition(":")
+    one, times, number = name.lower().partition("*")
+    slices = int(number) if re.fullmatch(r"\d{1,4}", number) else int(not times)
+    kind, _, size = one.partition(":")
     kind = ALIASES.get(kind.removesuffix("gb"), kind.removesuffix("gb"))
     if not size and (match := re.fullmatch(r"(.*?)-(\d+)", kind)):
         maker = ALIASES.get(match[1], match[1])
@@ -83,11 +94,15 @@ def parse(name: str) -> Target:
             kind, size = maker, _topology(name, maker, int(match[2]))
     chip = CHIPS.get(kind)
     form = r"\d+x\d+(x\d+)?" if chip is not None and chip.platform == "tpu" else r"(\d+)?"
-    if (chip is None and kind != "cpu") or not re.fullmatch(form, size) or "0" in size.split("x"):
+    if (chip is None and kind != "cpu") or not re.fullmatch(form, size) or "0" in size.split("x") or not slices:
         raise UserError(
-            f"--target {name}: expected a chip ({', '.join(CHIPS)}) and its size, topology or count, such as {EXAMPLES}"
+            f"--target {name}: expected a chip ({', '.join(CHIPS)}) and its size, topology or count, and *N for N slices, "
+            f"such as {EXAMPLES}"
         )
-    return Target(f"{kind}:{size or 1}", math.prod(int(n) for n in (size or "1").split("x")), chip)
+    if slices > 1 and chip is not None and chip.between is None:
+        raise UserError(f"--target {name}: no figure is known for a network between several {kind}")
+    chips = slices * math.prod(int(n) for n in (size or "1").split("x"))
+    return Target(f"{kind}:{size or 1}" + f"*{slices}" * (slices > 1), chips, chip, slices)
 
 
 def _topology(name: str, kind: str, number: int) -> str:
@@ -164,11 +179,13 @@ def _tpu(target: Target) -> Sequence[Any]:
         "TPU_ACCELERATOR_TYPE", "v5litepod-4"
     )  # this host's type; the topology decides what is compiled for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if target.chips == 1 else {}
+    options: dict[str, Any] = {"num_slices": target.slices}
+    if target.chips == target.slices:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if target.name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # the two cores of a chip are one device, as on Cloud TPU
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=target.name, **options).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.one, **options).devices
     except Exception as error:
         raise UserError(
             f"--target {target.name}: libtpu refuses this topology: {' '.join(str(error).split())[:300]}"
@@ -179,7 +196,10 @@ def _gpu(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
     _require("jax_cuda13_plugin", "GPUs", "gpu")
-    kind, shape = target.name.partition(":")[0], f"1x1x{target.chips}"  # slices, hosts, cards of a host
+    kind, shape = (
+        target.name.partition(":")[0],
+        f"{target.slices}x1x{target.chips // target.slices}",
+    )  # slices, hosts, cards of a host
     try:
         return topologies.get_topology_desc(
             platform="cuda", topology_name=kind, topology=shape, target_config=_card(kind)

@@ -13,6 +13,7 @@ class Chip:
 
     flops: dense bfloat16 operations a second. memory: bytes that a program may use. bandwidth: bytes a second of that memory.
     network: bytes a second that a chip can send to its neighbours, all links together, in one direction.
+    between: the same over the network between slices (GPUs: machines), a chip's share of it. None: no such network.
     """
 
     platform: str
@@ -20,18 +21,21 @@ class Chip:
     memory: float
     bandwidth: float
     network: float
+    between: float | None = None
 
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 275e12, 30.75 * GiB, 1.23e12, 2.7e11),
-    "v5e": Chip("tpu", 197e12, 15.75 * GiB, 8.2e11, 1.8e11),
-    "v5p": Chip("tpu", 459e12, 95.74 * GiB, 2.77e12, 5.4e11),
-    "v6e": Chip("tpu", 918e12, 31.25 * GiB, 1.64e12, 3.6e11),
-    "a100": Chip("gpu", 312e12, 79.1 * GiB, 2.04e12, 3.0e11),
-    "a100-40": Chip("gpu", 312e12, 39.3 * GiB, 1.555e12, 3.0e11),
-    "h100": Chip("gpu", 989e12, 79.1 * GiB, 3.35e12, 4.5e11),
-    "h200": Chip("gpu", 989e12, 139.8 * GiB, 4.8e12, 4.5e11),
+    "v4": Chip("tpu", 275e12, 30.75 * GiB, 1.23e12, 2.7e11, 6.25e9),
+    "v5e": Chip("tpu", 197e12, 15.75 * GiB, 8.2e11, 1.8e11, 3.125e9),
+    "v5p": Chip("tpu", 459e12, 95.74 * GiB, 2.77e12, 5.4e11, 6.25e9),
+    "v6e": Chip("tpu", 918e12, 31.25 * GiB, 1.64e12, 3.6e11, 1.25e10),
+    "a100": Chip("gpu", 312e12, 79.1 * GiB, 2.04e12, 3.0e11, 2.5e10),
+    "a100-40": Chip("gpu", 312e12, 39.3 * GiB, 1.555e12, 3.0e11, 2.5e10),
+    "h100": Chip("gpu", 989e12, 79.1 * GiB, 3.35e12, 4.5e11, 5.0e10),
+    "h200": Chip("gpu", 989e12, 139.8 * GiB, 4.8e12, 4.5e11, 5.0e10),
 }
+"""Sources of ``between``: Google's pages on v5p (50 Gbit/s a chip), v5e and v6e (6.4 and 25.6 Tbit/s for 256 chips); the scaling book for v4;
+NVIDIA's DGX machines, one port for each GPU, of 200 Gbit/s (A100) or 400 Gbit/s (H100, H200)."""
 
 DEVICE_KINDS = {
     "TPU v4": "v4",

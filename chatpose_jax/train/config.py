@@ -14,22 +14,26 @@ from chatpose_jax.train.trainable import PAPER, Rule
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each axis of the mesh; -1, for at most one axis, takes all remaining devices.
+    """Number of devices of a slice along each axis of the mesh; -1, for at most one axis, takes all remaining devices.
 
     data: copies of the whole model, each with its own rows.
     fsdp: the model's arrays are split over these devices and all-gathered layer by layer. Rows are split as over ``data``.
     tensor: every matmul is split over these devices.
+    slices: number of slices, which a slower network connects: each holds the whole model and has its own rows. -1 takes what TPUs say, and one
+        elsewhere.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    slices: int = -1
 
     def __post_init__(self) -> None:
         check_types(self, "train.mesh")
-        require(self, "train.mesh", "-1 or at least 1", lambda size: size == -1 or size >= 1, "data", "fsdp", "tensor")
+        sizes = ("data", "fsdp", "tensor", "slices")
+        require(self, "train.mesh", "-1 or at least 1", lambda size: size == -1 or size >= 1, *sizes)
         if (self.data, self.fsdp, self.tensor).count(-1) > 1:
-            raise UserError(f"train.mesh: at most one axis may be -1, found {self}")
+            raise UserError(f"train.mesh: at most one of data, fsdp and tensor may be -1, found {self}")
 
 
 Layers = Literal["auto", "scanned", "unrolled"]
@@ -70,7 +74,7 @@ class TrainConfig:
     pose_loss: rows of (term, weight); the pose loss is their weighted sum, see ``train.pose_loss``. The default is the paper's L1 on rotation
         matrices. For a pose head with its own loss, only the default is allowed.
     trainable: rows of (path pattern, learning-rate multiplier or None for frozen, weight decay, which added tokens); see ``train.trainable``.
-    mesh: the device mesh; ``batch_size`` must be a multiple of data × fsdp.
+    mesh: the device mesh; ``batch_size`` must be a multiple of slices × data × fsdp.
     layers: "unrolled" lays layers out one after another, which is faster on CPU; "scanned" compiles one layer and loops over it, which compiles in
         the time of one; "auto" is unrolled on CPU and scanned elsewhere. Results are the same, and so are checkpoints: a run may resume in the other.
     keep_states_mib: host memory for the states after the layers before the first with adapters (``model.lora.last_layers``), which are then computed

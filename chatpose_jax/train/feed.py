@@ -29,7 +29,7 @@ def local_rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> np.nd
         return None
     if batch_size % row_shards(mesh):
         raise UserError(
-            f"train.batch_size={batch_size} must be a multiple of data × fsdp = {row_shards(mesh)}, the parts into "
+            f"train.batch_size={batch_size} must be a multiple of slices × data × fsdp = {row_shards(mesh)}, the parts into "
             "which train.mesh splits the rows of a batch"
         )
     micro = np.arange(batch_size)
