@@ -126,6 +126,34 @@ def test_what_is_planned_is_what_answers_over_a_mesh(sizes, head, monkeypatch):
     assert 0 < sum(sent.values()) < 0.1 * weights  # tokens travel, weights stay
 
 
+class Chip:
+    """A TPU chip of a slice, as far as a mesh looks at it."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "TPU", 0, 0
+
+    def __init__(self, slice_index, x, y):
+        self.slice_index, self.coords = slice_index, (x, y, 0)
+
+
+def test_slices_are_what_tpus_say_and_equal_parts_of_other_devices():
+    """Devices of a slice stay together, in whatever order they come."""
+    chips = [Chip(part, x, y) for x in range(2) for y in range(2) for part in range(2)]
+    found = make_mesh(1, 2, 2, devices=chips)
+    assert dict(found.shape) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert [[chip.slice_index for chip in part.flat] for part in found.devices] == [[0] * 4, [1] * 4]
+    assert make_mesh(slices=2, devices=chips) == make_mesh(devices=chips)
+    for wrong in (1, 4):
+        with pytest.raises(UserError, match=rf"train.mesh.slices={wrong}: these TPUs are 2 slice"):
+            make_mesh(slices=wrong, devices=chips)
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    assert make_mesh().shape["slice"] == 1
+    for part, expected in zip(make_mesh(slices=2).devices, (range(4), range(4, 8)), strict=True):
+        assert [device.id for device in part.flat] == list(expected)
+    with pytest.raises(UserError, match="a mesh of slice 3 × data 1 × fsdp -1 × tensor 1 does not fit 8 devices"):
+        make_mesh(slices=3)
+
+
 def test_two_axes_on_one_mesh_axis_are_refused():
     with pytest.raises(UserError, match="mesh axis 'fsdp'"):
         partition_specs(abstract_params(preset("tiny")), mesh(4, 2), ShardingRules(heads=("fsdp",)))

@@ -17,6 +17,7 @@ from chatpose_jax.cli.main import main
 from chatpose_jax.cli.plan import fitting
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
+from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.planning import collectives, targets
 from chatpose_jax.planning.plan import StepPlan, _roofline, describe_plan, mesh_sizes
 from chatpose_jax.train.config import MeshConfig, TrainConfig
@@ -95,10 +96,71 @@ def test_collectives_are_counted_as_often_as_their_loop_runs(note: str) -> None:
         "reduce-scatter": 16 * 4 * 3 / 4,
         "all-reduce": 2 * 16 * 4 * 7 / 8,
     }
-    assert collectives.number(HLO) == 40 + 1 + 1 + 1
+    assert collectives.number(HLO) == (40 + 1 + 1 + 1, 0)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:64", "v9:2x2", "h100:2x2", "h100:0", "v5e:0x8", ""])
+SLICED = """HloModule step
+
+%all-reduce-scatter.1 (x: f32[16]) -> f32[4] {
+  %x = f32[16]{0} parameter(0)
+  %all-reduce.4 = f32[16]{0} all-reduce(%x), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %fusion = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %send = (f32[4]{0}, u32[], token[]) send(%fusion, %t), channel_id=2, is_host_transfer=true, NOTE
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %recv = (f32[4]{0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, NOTE
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("slices", "transfer", "kind", "size"),
+    [
+        ("{1,2}x{0:3}", "ALL_REDUCE", "all-reduce", 2 * 16 / 2),
+        ("{1,2,3,4}x{0:3}", "ALL_REDUCE", "all-reduce", 2 * 16 * 3 / 4),
+        ("{1:4}x{0:3}", "ALL_GATHER", "all-gather", 16 * 3),
+        ("{1:2}x{0:3}", "ONE_TO_ONE", "collective-permute", 16),
+    ],
+)
+def test_what_tpus_send_to_other_slices_is_counted_apart(slices: str, transfer: str, kind: str, size: float) -> None:
+    """TPU compilers write a collective across slices as one inside each slice and a transfer between hosts."""
+    note = f'frontend_attributes={{_xla_megascale_target="{slices}",_xla_megascale_transfer_type="{transfer}"}}'
+    text = SLICED.replace("NOTE", note)
+    assert collectives.count(text) == {"reduce-scatter": 16 * 4 * 3 / 4}
+    assert collectives.across(text, 4) == {kind: size}
+    assert collectives.number(text) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "inside", "across"),
+    [
+        ("all-reduce(%x), replica_groups={{0,1,2,3,4,5,6,7}}", 2 * 64 * 3 / 4, 2 * 16 / 2),
+        ("all-reduce(%x), replica_groups=[1,8]<=[8]", 2 * 64 * 3 / 4, 2 * 16 / 2),
+        ("all-reduce(%x), replica_groups=[2,4]<=[8]", 2 * 64 * 3 / 4, 0),
+        ("all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0)", 0, 2 * 64 / 2),
+        ("all-reduce(%x), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x", 0, 2 * 64 / 2),
+        ("all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, x", 2 * 64 * 3 / 4, 0),
+        ("all-gather(%x), replica_groups={{0,1,2,3,4,5,6,7}}", 64 * 3 / 4, 16 / 2),
+        ("all-to-all(%x), replica_groups={{0,1,2,3,4,5,6,7}}", 64 * 7 / 8 - 32, 32),
+        ("collective-permute(%x), source_target_pairs={{0,1},{4,5}}", 64, 0),
+        ("collective-permute(%x), source_target_pairs={{0,1},{3,4}}", 0, 64),
+    ],
+)
+def test_what_others_send_to_other_slices_is_told_by_the_groups(line: str, inside: float, across: float) -> None:
+    """Two slices of four chips; by hand, as the best programs send: first inside, then each chip its part."""
+    text = f"ENTRY %main (x: f32[16]) -> f32[16] {{\n  ROOT %y = f32[16]{{0}} {line}\n}}\n"
+    kind = line.partition("(")[0]
+    assert collectives.count(text, 4) == ({kind: inside} if inside else {})
+    assert collectives.across(text, 4) == ({kind: across} if across else {})
+    assert collectives.number(text, 4) == (float(not across), float(bool(across)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v5e", "v5e:64", "v9:2x2", "h100:2x2", "h100:0", "v5e:0x8", "", "v5e-8*", "v5e-8*0", "v5e-8*x", "v5e-8*2*2"],
+)
 def test_a_target_that_is_none_is_one_clear_error(name: str) -> None:
     with pytest.raises(UserError, match="expected a chip"):
         targets.parse(name)
@@ -118,6 +180,10 @@ def test_a_target_that_is_none_is_one_clear_error(name: str) -> None:
         ("A100-80GB:8", "a100:8", 8),
         ("a100-40:4", "a100-40:4", 4),
         ("h200:8", "h200:8", 8),
+        ("v5e:8x8*2", "v5e:8x8*2", 128),
+        ("v5p-128*4", "v5p:4x4x4*4", 256),
+        ("v6e-8*1", "v6e:2x4", 8),
+        ("h100:8*2", "h100:8*2", 16),
     ],
 )
 def test_targets_by_the_names_that_people_use(name: str, target: str, chips: int) -> None:
@@ -135,6 +201,12 @@ def test_a_slice_that_google_does_not_give_out(name: str, words: str) -> None:
         targets.parse(name)
 
 
+def test_slices_of_machines_that_no_known_network_connects(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(targets.CHIPS, "a100", dataclasses.replace(targets.CHIPS["a100"], between=None))
+    with pytest.raises(UserError, match="no figure is known for a network between several a100"):
+        targets.parse("a100:8*2")
+
+
 def test_every_card_has_a_description() -> None:
     assert {name for name, chip in targets.CHIPS.items() if chip.platform == "gpu"} == set(targets._CARDS)
     assert {name for name, chip in targets.CHIPS.items() if chip.platform == "tpu"} == set(targets.SLICES)
@@ -145,6 +217,8 @@ def test_meshes_that_suit_a_target() -> None:
     assert mesh_sizes(targets.parse("v5e:2x4"), model, 32) == (1, 8, 1)
     assert mesh_sizes(targets.parse("v5e:16x16"), model, 32) == (1, 32, 8)
     assert mesh_sizes(targets.parse("v5e:2x4"), model, 1, decode=True) == (1, 1, 8)
+    assert mesh_sizes(targets.parse("v5e:8x8*2"), model, 64) == (1, 32, 2)  # a slice's part, as for one slice
+    assert mesh_sizes(targets.parse("v5e:8x8*2"), model, 32) == (1, 16, 4)
 
 
 def plan(*arguments: str) -> int:
@@ -158,7 +232,7 @@ def test_a_plan_for_this_machine(tmp_path, capsys) -> None:  # type: ignore[no-u
     printed = capsys.readouterr().out
     assert status == 0 and "peak per chip:" in printed and "GiB" in printed
     data = json.loads(out.read_text())
-    assert data["mesh"] == {"data": 1, "fsdp": count, "tensor": 1}
+    assert data["mesh"] == {"slice": 1, "data": 1, "fsdp": count, "tensor": 1}
     assert data["batch"] == 8 and data["cost"]["useful"] > 0
     assert data["seconds"] is None  # of this machine no peaks are known
     if count > 1:
@@ -166,6 +240,19 @@ def test_a_plan_for_this_machine(tmp_path, capsys) -> None:  # type: ignore[no-u
     model = preset("tiny").replace(lora=None)
     weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract(model)))
     assert data["arguments"] > weights / count
+
+
+def test_a_plan_for_slices_lists_apart_what_crosses_them(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    out = tmp_path / "plan.json"
+    assert plan("--target", "cpu:4*2", "--batch", "8", "--length", "64", "--json", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "on cpu:4*2 (8 chips: slice 2 × data 1 × fsdp 4 × tensor 1)" in printed
+    assert "to other slices:" in printed
+    data = json.loads(out.read_text())
+    assert data["slices"] == 2 and data["crossings"] > 0
+    assert 0 < sum(data["across"].values()) < 0.2 * data["sent"]["all-gather"]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +282,8 @@ def test_a_mesh_that_was_set_is_planned_where_it_fits(settings, sizes, monkeypat
         (MeshConfig(tensor=3), 8, None),
         (MeshConfig(tensor=16), 8, None),
         (MeshConfig(1, 1, 1), 8, None),
+        (MeshConfig(tensor=4, slices=1), 8, (1, 2, 4)),
+        (MeshConfig(tensor=4, slices=2), 8, None),
     ],
 )
 def test_a_mesh_fits_where_it_takes_all_chips(mesh, chips, sizes) -> None:  # type: ignore[no-untyped-def]
@@ -257,7 +346,7 @@ def test_times_of_decoding_by_hand() -> None:
 
     def times(data: int, fsdp: int, tensor: int) -> dict[str, float]:
         mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
-        return _roofline("decode", cost, target, mesh, 1, {"all-reduce": 1.8e6}, 80)
+        return _roofline("decode", cost, target, mesh, 1, {"all-reduce": 1.8e6}, {}, (80, 0))
 
     split = times(1, 1, 8)
     assert split["memory"] == pytest.approx((cost.weights + cost.activations) / 8 / 8.2e11)
@@ -268,6 +357,25 @@ def test_times_of_decoding_by_hand() -> None:
     assert times(8, 1, 1)["compute"] == pytest.approx(8 * split["compute"])
 
 
+def test_times_of_slices_by_hand() -> None:
+    """Two slices with twice the rows take what one takes, and the time between them stands beside it."""
+    model = preset("chatpose_13b")
+
+    def times(name: str, rows: int, sizes: tuple[int, ...], across: dict[str, float]) -> dict[str, float]:
+        mesh = jax.sharding.AbstractMesh(sizes, ("slice", "data", "fsdp", "tensor"))
+        cost = train_cost(model, PAPER, rows, 1024)
+        return _roofline("train", cost, targets.parse(name), mesh, rows, {"all-gather": 1e9}, across, (10, len(across)))
+
+    one = times("v5e:2x4", 32, (1, 1, 8, 1), {})
+    two = times("v5e:2x4*2", 64, (2, 1, 8, 1), {"all-reduce": 3.125e9})
+    assert {key: two[key] for key in ("compute", "memory", "network")} == pytest.approx(
+        {key: one[key] for key in ("compute", "memory", "network")}
+    )
+    assert (one["between"], two["between"]) == (0, 1)
+    assert two["forecast"] == pytest.approx(one["forecast"] + 200e-6)
+    assert times("v5e:2x4*2", 64, (2, 1, 8, 1), {"all-reduce": 3.125e10})["seconds"] == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -276,6 +384,8 @@ def test_times_of_decoding_by_hand() -> None:
         (["--target", "cpu:1", "--length", "16"], "no place for 1 image"),
         (["--target", "cpu:1", "--mesh", "1x2x1"], "does not fit the 1 chips of cpu:1"),
         (["--target", "cpu:8", "--mesh", "2x2x1"], "does not fit the 8 chips of cpu:8"),
+        (["--target", "cpu:4*2", "--mesh", "1x8x1"], "does not fit the 4 chips of cpu:4"),
+        (["--target", "cpu:4*2", "--batch", "3"], "slices × data × fsdp"),
         (["--target", "cpu:999"], "xla_force_host_platform_device_count=999"),
     ],
 )
@@ -327,6 +437,33 @@ def test_a_plan_for_a_tpu_by_the_compiler_that_is_here(effort, tmp_path, capsys)
     assert "not followed" not in printed  # else a compiler takes a name that we do not know
     data = json.loads(out.read_text())
     assert data["seconds"] < data["forecast"] < 0.1 and data["sent"]["all-reduce"] > 0
+
+
+@LIBTPU
+def test_devices_of_several_slices_form_the_mesh_that_jax_makes() -> None:
+    from jax.experimental import mesh_utils
+
+    chips = targets.devices(targets.parse("v5e:2x4*2"))
+    found = make_mesh(1, 4, 2, devices=chips)
+    expected = mesh_utils.create_hybrid_device_mesh((1, 1, 4, 2), (2, 1, 1, 1), chips, allow_split_physical_axes=True)
+    assert (found.devices == expected).all() and found.shape["slice"] == 2
+
+
+@pytest.mark.slow
+@LIBTPU
+def test_slices_sum_gradients_inside_first_and_take_no_more_memory(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The compiler's own program for two TPU slices: only parts of gradients cross, and a chip holds what it holds in one slice."""
+    made = {}
+    for name, rows in (("v5e:2x2", 16), ("v5e:2x2*2", 32)):
+        out = tmp_path / "plan.json"
+        words = ("--target", name, "--batch", str(rows), "--length", "128", "--json", str(out))
+        assert plan(*words) == 0
+        made[name] = json.loads(out.read_text())
+    one, two = made.values()
+    assert one["arguments"] == pytest.approx(two["arguments"], rel=0.01)
+    assert two["peak"] < 1.05 * one["peak"]
+    assert two["between"] > 0
+    assert sum(two["across"].values()) < sum(two["sent"].values()) / 4
 
 
 def test_the_probe_tells_an_unknown_option_from_a_failure(monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ BATCH = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8), (1, 4, 1, 2), (2, 1, 1, 4)])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_global_batch_is_the_batch(sizes, accumulate):
     mesh = make_mesh(*sizes)
@@ -38,5 +38,5 @@ def test_without_a_mesh_arrays_stay_as_they_are():
 
 
 def test_rows_that_cannot_be_split_are_one_clear_error():
-    with pytest.raises(UserError, match=r"train\.batch_size=12 must be a multiple of data × fsdp = 8"):
+    with pytest.raises(UserError, match=r"train\.batch_size=12 must be a multiple of slices × data × fsdp = 8"):
         feed.local_rows(make_mesh(4, 2, 1), 12)

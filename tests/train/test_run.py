@@ -97,7 +97,7 @@ def test_one_device_needs_no_mesh():
     assert training_mesh(load_config("tiny").train) is None
     mesh = training_mesh(load_config("tiny", ["train.mesh.data=-1"]).train)
     assert mesh is not None
-    assert dict(mesh.shape) == {"data": mesh.size, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"slice": 1, "data": mesh.size, "fsdp": 1, "tensor": 1}
 
 
 def test_int8_kernels_do_not_train_beside_init_either(base):

@@ -1,6 +1,7 @@
 """The step over meshes of eight fake devices: what one device computes, and nothing whole where it should be split."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, fake_batch, init_params
 from chatpose_jax.models.config import LoRAConfig, preset
 from chatpose_jax.models.sharding import batch_sharding, make_mesh
+from chatpose_jax.planning import collectives
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.step import abstract_state, init_state, make_step
@@ -27,7 +29,12 @@ SETTINGS = TrainConfig(steps=10, batch_size=8, accumulate=1, warmup_steps=1, lea
 
 
 SLOW = pytest.mark.slow
-MESHES = [(1, 8, 1), (1, 4, 2), pytest.param((1, 1, 1), marks=SLOW), pytest.param((1, 1, 8), marks=SLOW)]
+MESHES = [
+    (1, 8, 1),
+    (1, 4, 2),
+    (1, 4, 1, 2),
+    *(pytest.param(sizes, marks=SLOW) for sizes in [(1, 2, 2, 2), (1, 1, 1), (1, 1, 8)]),
+]
 
 
 def train(sizes, settings=SETTINGS, config=CONFIG, steps=1):
@@ -69,6 +76,35 @@ def test_every_mesh_takes_the_same_steps(alone, sizes):
         np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=largest, err_msg=str(path))
     for path, value in frozen.items():
         np.testing.assert_array_equal(value, alone[1][path], err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_slices_of_four_are_one_of_eight(accumulate):
+    """Several steps, dropout included."""
+    settings = dataclasses.replace(SETTINGS, batch_size=8 // accumulate, accumulate=accumulate)
+    fsdp = 8 // accumulate
+    one, two = (train(sizes, settings, steps=4) for sizes in ((1, fsdp, accumulate), (1, fsdp // 2, accumulate, 2)))
+    for ours, expected in zip(two[2], one[2], strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=TRAINED)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_slices_hold_the_same_and_exchange_only_sums_of_gradients():
+    """Each slice holds every array. What crosses is the gradients, each chip its part, and numbers such as the loss."""
+    mesh, params = make_mesh(1, 4, 1, 2), abstract_params(CONFIG)
+    state, frozen = abstract_state(SETTINGS, params, mesh)
+    for place in jax.tree.leaves(jax.tree.map(lambda x: x.sharding, (state, frozen))):
+        assert "slice" not in jax.tree.leaves(tuple(place.spec))
+    batch = fake_batch(CONFIG, batch=8, length=20)
+    rows = batch_sharding(mesh)
+    assert rows.spec[0] == ("slice", "data", "fsdp")
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+    text = make_step(CONFIG, SETTINGS, params, mesh).lower(state, frozen, batch).compile().as_text()
+    sent = collectives.across(text, 4)
+    gradients = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in state.trainable.values())
+    assert set(sent) == {"all-reduce"}
+    assert 0.5 * gradients < sent["all-reduce"] < 1.5 * gradients, (sent, gradients)
 
 
 def test_state_and_moments_lie_split():

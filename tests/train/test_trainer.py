@@ -192,9 +192,14 @@ def test_a_float32_survives_its_line():
 
 
 @pytest.mark.slow
-def test_a_mesh_trains_to_the_same_losses_and_resumes_on_another(tmp_path, params):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((4, 1, 1), (2, 2, 2)), ((1, 4, 2), (1, 2, 2, 2)), ((1, 2, 2, 2), (1, 4, 1))],
+    ids=["meshes", "to two slices", "a slice is lost"],
+)
+def test_a_mesh_trains_to_the_same_losses_and_resumes_on_another(tmp_path, params, first, second):
     train(CONFIG, SETTINGS, params(), Batches(), tmp_path / "one", progress=False)
-    for at, sizes in ((4, (4, 1, 1)), (None, (2, 2, 2))):
+    for at, sizes in ((4, first), (None, second)):
         mesh = make_mesh(*sizes)
         there = init_params(CONFIG, jax.random.key(0), mesh)
         with contextlib.suppress(Interrupted):
