@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def running(out, steps, *, count, data=1, tensor=1, pause=0.0, devices=1, cache=None):
+def running(out, steps, *, count, data=1, tensor=1, slices=1, pause=0.0, devices=1, cache=None):
     """Processes of ``worker``, which do not outlive the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -33,7 +33,7 @@ def running(out, steps, *, count, data=1, tensor=1, pause=0.0, devices=1, cache=
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    words = [sys.executable, "-m", "tests.train.worker", out, steps, data, tensor, pause, address, count]
+    words = [sys.executable, "-m", "tests.train.worker", out, steps, data, tensor, slices, pause, address, count]
     processes = [
         subprocess.Popen(
             [*map(str, words), str(rank)],
@@ -92,7 +92,8 @@ def alone(tmp_path_factory, cache):
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "sizes"), [(2, 1, {"data": 2}), (4, 1, {"data": 2, "tensor": 2}), (2, 2, {"data": 4})]
+    ("count", "devices", "sizes"),
+    [(2, 1, {"data": 2}), (4, 1, {"data": 2, "tensor": 2}), (2, 2, {"data": 4}), (2, 2, {"data": 2, "slices": 2})],
 )
 def test_losses_are_those_of_one_process(tmp_path, alone, cache, count, devices, sizes):
     with running(tmp_path, 12, count=count, devices=devices, cache=cache, **sizes) as processes:
@@ -125,6 +126,20 @@ def test_survivors_stop_with_a_clear_error_and_the_restart_resumes(tmp_path, alo
         said = survivor.communicate(timeout=30)[0]
     assert survivor.returncode == LOST or survivor.returncode < 0
     assert "lost another one" in said or "distributed service" in said
+    with running(tmp_path, 12, count=2, data=2, cache=cache) as processes:
+        assert "resuming from step 4" in finished(processes)[0]
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=TRAINED)
+
+
+def test_a_lost_slice_ends_all_and_the_run_goes_on_with_the_other(tmp_path, alone, cache):
+    """Two slices of two processes. After the loss of one, the same rows train on the other."""
+    with running(tmp_path, 12, count=4, data=2, slices=2, pause=0.3, cache=cache) as processes:
+        until_step(tmp_path, 6, processes)
+        for process in processes[2:]:
+            process.send_signal(signal.SIGKILL)
+        said = [process.communicate(timeout=60)[0] for process in processes[:2]]
+        statuses = [process.returncode for process in processes[:2]]
+    assert all(status == LOST or status < 0 for status in statuses), said
     with running(tmp_path, 12, count=2, data=2, cache=cache) as processes:
         assert "resuming from step 4" in finished(processes)[0]
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=TRAINED)

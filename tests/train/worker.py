@@ -1,6 +1,6 @@
 """One of several processes that train the small model of the tests: started by ``test_processes``.
 
-python -m tests.train.worker FOLDER STEPS DATA TENSOR COORDINATOR COUNT INDEX
+python -m tests.train.worker FOLDER STEPS DATA TENSOR SLICES PAUSE COORDINATOR COUNT INDEX
 """
 
 import dataclasses
@@ -38,14 +38,16 @@ class Rows:
         self.step = state["step"]
 
 
-def main(out: Path, steps: int, data: int, tensor: int, pause: float, coordinator: str, count: int, index: int) -> int:
+def main(
+    out: Path, steps: int, data: int, tensor: int, slices: int, pause: float, coordinator: str, count: int, index: int
+) -> int:
     if count > 1:
         hosts.connect(hosts.find_processes(coordinator, count, index))
-    mesh_config = MeshConfig(data=data, fsdp=1, tensor=tensor)
+    mesh_config = MeshConfig(data=data, fsdp=1, tensor=tensor, slices=slices)
     settings = dataclasses.replace(
         SETTINGS, steps=steps, batch_size=4, accumulate=2, log_every=1, save_every=4, mesh=mesh_config
     )
-    mesh = make_mesh(data, 1, tensor)
+    mesh = make_mesh(data, 1, tensor, slices)
     params = init_params(CONFIG, jax.random.key(0), mesh)
     rows = feed.local_rows(mesh, settings.batch_size, settings.accumulate)
     try:
@@ -58,9 +60,6 @@ def main(out: Path, steps: int, data: int, tensor: int, pause: float, coordinato
 
 
 if __name__ == "__main__":
-    folder, *numbers, address, processes, rank = sys.argv[1:]
-    total, data_size, tensor_size, seconds = numbers
-    status = main(
-        Path(folder), int(total), int(data_size), int(tensor_size), float(seconds), address, int(processes), int(rank)
-    )
+    folder, *numbers, seconds, address, processes, rank = sys.argv[1:]
+    status = main(Path(folder), *map(int, numbers), float(seconds), address, int(processes), int(rank))
     sys.exit(status)
