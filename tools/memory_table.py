@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
+from chatpose_jax.models import quantize
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import PRESETS, ModelConfig
 from chatpose_jax.models.decoder import init_cache
@@ -37,16 +37,16 @@ def entries(tree: object) -> int:
 
 
 def nbytes(tree: object) -> int:
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    return sum(map(quantize.nbytes, jax.tree.leaves(tree)))
 
 
 def shapes(config: ModelConfig, param_dtype: str) -> Flat:
     return flatten(abstract_params(config.replace(param_dtype=param_dtype)))
 
 
-def int8_bytes(config: ModelConfig) -> int:
-    """The decoder layers' projections in int8 with a float32 scale an output channel; the rest as in bfloat16."""
-    return nbytes(shapes(config.replace(quantize="int8"), "bfloat16"))
+def quantized_bytes(config: ModelConfig, quantize: str) -> int:
+    """The decoder layers' projections in few bits, with their scales; the rest as in bfloat16."""
+    return nbytes(shapes(config.replace(quantize=quantize), "bfloat16"))
 
 
 def cache_bytes(config: ModelConfig, tokens: int) -> int:
@@ -69,7 +69,8 @@ ROWS: dict[str, Callable[[ModelConfig], str]] = {
     "parameters, adapters and head included": lambda c: count(entries(abstract_params(c))),
     "weights, base in float32": lambda c: human(nbytes(shapes(c, "float32"))),
     "weights, base in bfloat16": lambda c: human(nbytes(shapes(c, "bfloat16"))),
-    "weights, the decoder's projections in int8": lambda c: human(int8_bytes(c)),
+    "weights, the decoder's projections in int8": lambda c: human(quantized_bytes(c, "int8")),
+    "weights, the decoder's projections in int4": lambda c: human(quantized_bytes(c, "int4")),
     "KV cache in bfloat16, 1000 tokens of one conversation": lambda c: human(cache_bytes(c, 1000)),
     "tokens that an image takes": lambda c: str(c.vision.num_patches),
     "parameters that the paper trains": lambda c: count(entries(trained(c))),

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=get_args(Quantize),
         default="none",
-        help="int8: store the decoder's projections in int8, in half of bfloat16's memory; answers are nearly the same, and only "
-        "adapters on them can be trained (default none)",
+        help="store the decoder's projections in int8, in half of bfloat16's memory, for nearly the same answers; or in int4, in a quarter of it, "
+        "for small cards. Only adapters on them can be trained (default none)",
     )
     result.add_argument(
         "--pose-head",

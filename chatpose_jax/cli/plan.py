@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         required=True,
         help="v5e-16, v5p-128, v4-32, v6e-8 as Google names slices, or chip:topology (v5e:4x4, v5p:4x4x4); h100, h200, a100 (80 GB), "
-        "a100-40 with :COUNT for more than one; cpu:8; *N after any of them for N slices (v5e:8x8*2) or N machines (h100:8*4)",
+        "a100-40, l4, a10g, rtx4090, rtx3090, rtx3060, rtx4060 with :COUNT for more than one; cpu:8; "
+        "*N after any of them for N slices (v5e:8x8*2) or N machines (h100:8*4)",
     )
     parser.add_argument(
         "--batch", type=int, help="rows of a step, by default the configuration's; with --decode, conversations (1)"

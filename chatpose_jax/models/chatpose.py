@@ -237,7 +237,9 @@ def attend_evenly(params: Params) -> Params:
     """
     layers = params["decoder"]["layers"]
     attn = layers["attn"]
-    q_proj = {**attn["q_proj"], "kernel": attn["q_proj"]["kernel"] * 0.01}
+    q_proj = attn["q_proj"]
+    size = next((name for name in ("kernel_scale", "group_scale") if name in q_proj), "kernel")
+    q_proj = {**q_proj, size: q_proj[size] * 0.01}
     return {**params, "decoder": {**params["decoder"], "layers": {**layers, "attn": {**attn, "q_proj": q_proj}}}}
 
 

@@ -242,8 +242,9 @@ class ModelConfig:
     """Compute dtype of matmuls and activations; norms, softmax, RoPE and the pose head run in float32."""
     param_dtype: DType = "bfloat16"
     """Storage dtype of the base; LoRA, the added token rows and the head are always float32."""
-    quantize: Literal["none", "int8"] = "none"
-    """"int8": the projections of the decoder layers are stored in int8 with one scale for each output channel, and never train. Adapters do."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """How the projections of the decoder layers are stored: as ``param_dtype``, in int8 with one scale for each output channel, or in int4 with one
+    for each output channel and 128 inputs (``models.quantize``). Quantised ones never train. Adapters do."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Implementation of the decoder's attention; see ``models.attention``."""
 

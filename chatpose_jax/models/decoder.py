@@ -169,7 +169,7 @@ class DecoderLayer(nnx.Module):
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         projections = {name: lora if lora is not None and name in lora.targets else None for name in names}
         kwargs: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        kwargs["quantize"] = config.quantize == "int8"
+        kwargs["quantize"] = config.quantize
         norm: dict[str, Any] = {"eps": text.rms_norm_eps, "param_dtype": jnp.dtype(config.param_dtype)}
         self.input_norm = RMSNorm(text.hidden_size, **norm)
         self.attn = DecoderAttention(text, projections, **kwargs)

@@ -39,6 +39,10 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
     (r".*/(down_proj|fc2)/kernel", ("mlp", "embed")),
     (r".*/(q_proj|k_proj|v_proj)/kernel_scale", ("heads",)),
     (r".*/(gate_proj|up_proj)/kernel_scale", ("mlp",)),
+    (r".*/(q_proj|k_proj|v_proj)/group_scale", (None, ("heads", "embed"))),
+    (r".*/(gate_proj|up_proj)/group_scale", (None, ("mlp", "embed"))),
+    (r".*/o_proj/group_scale", ("heads", "embed")),
+    (r".*/down_proj/group_scale", ("mlp", "embed")),
     (r".*/(o_proj|down_proj)/lora_a", (("heads", "embed"), None)),
     (r".*/(o_proj|down_proj)/lora_b", (None, "embed")),
     (r".*/lora_a", ("embed", None)),
@@ -250,6 +254,14 @@ def gather_weight(x: jax.Array, *logical: Logical) -> jax.Array:
     if current_mesh() is None or not _GATHERS.get():
         return x
     return checkpoint_name(_gather(x, logical), GATHERED)
+
+
+def splits(logical: Logical) -> int:
+    """Number of parts in which a matmul finds the axis of a weight that comes from ``gather_weight``."""
+    mesh = current_mesh()
+    if mesh is None or (logical == STORED and _GATHERS.get()):
+        return 1
+    return math.prod(mesh.shape[axis] for axis in RULES.axes(logical, mesh))
 
 
 GATHERED = "gathered"

@@ -45,6 +45,12 @@ _CARDS: dict[str, tuple[int, int, float, int, int, tuple[int, int], str]] = {
     "a100-40": (108, 41943040, 1.41, 167936, 166912, (8, 0), "NVIDIA A100-SXM4-40GB"),
     "h100": (132, 52428800, 1.98, 233472, 232448, (9, 0), "NVIDIA H100 80GB HBM3"),
     "h200": (132, 52428800, 1.98, 233472, 232448, (9, 0), "NVIDIA H200"),
+    "l4": (58, 50331648, 2.04, 102400, 101376, (8, 9), "NVIDIA L4"),
+    "a10g": (80, 6291456, 1.71, 102400, 101376, (8, 6), "NVIDIA A10G"),
+    "rtx4090": (128, 75497472, 2.52, 102400, 101376, (8, 9), "NVIDIA GeForce RTX 4090"),
+    "rtx3090": (82, 6291456, 1.7, 102400, 101376, (8, 6), "NVIDIA GeForce RTX 3090"),
+    "rtx3060": (28, 3145728, 1.78, 102400, 101376, (8, 6), "NVIDIA GeForce RTX 3060"),
+    "rtx4060": (24, 25165824, 2.46, 102400, 101376, (8, 9), "NVIDIA GeForce RTX 4060"),
 }
 
 ALIASES = {"v5litepod": "v5e", "a100-80": "a100"}
@@ -62,7 +68,7 @@ SLICES: dict[str, tuple[int, tuple[str, ...]]] = {
 """How to read names such as v5p-128: the units that a chip counts for (v4 and v5p count TensorCores, two a chip), and the topologies that Google
 offers."""
 
-EXAMPLES = "v5e-16, v5p-128, v6e-8, v5e:4x4, v5e:8x8*2, v5p:4x4x4, h100, h100:8, h200:8, a100:8, a100-40:8"
+EXAMPLES = "v5e-16, v5p-128, v6e-8, v5e:4x4, v5e:8x8*2, v5p:4x4x4, h100, h100:8, h200:8, a100:8, a100-40:8, rtx4090"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +231,10 @@ def _card(kind: str) -> str:
     cores, l2, clock, per_core, per_block, (major, minor), title = _CARDS[kind]
     chip = CHIPS[kind]
     return f"""gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {1536 if major == 8 and minor else 2048}
   shared_memory_per_block: 49152 shared_memory_per_core: {per_core} shared_memory_per_block_optin: {per_block}
-  core_count: {cores} fpus_per_core: {128 if major > 8 else 64} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: {cores} fpus_per_core: {64 if (major, minor) == (8, 0) else 128}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {int(chip.memory)}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536

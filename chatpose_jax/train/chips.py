@@ -33,6 +33,13 @@ CHIPS: dict[str, Chip] = {
     "a100-40": Chip("gpu", 312e12, 39.3 * GiB, 1.555e12, 3.0e11, 2.5e10),
     "h100": Chip("gpu", 989e12, 79.1 * GiB, 3.35e12, 4.5e11, 5.0e10),
     "h200": Chip("gpu", 989e12, 139.8 * GiB, 4.8e12, 4.5e11, 5.0e10),
+    # Smaller cards: operations with float32 sums, and the memory that CUDA reports, less half a GiB for its own context. Their network is PCIe.
+    "l4": Chip("gpu", 121e12, 21.5 * GiB, 3.0e11, 3.2e10),
+    "a10g": Chip("gpu", 70e12, 21.5 * GiB, 6.0e11, 3.2e10),
+    "rtx4090": Chip("gpu", 165e12, 23.1 * GiB, 1.008e12, 3.2e10),
+    "rtx3090": Chip("gpu", 71e12, 23.1 * GiB, 9.36e11, 3.2e10),
+    "rtx3060": Chip("gpu", 25.5e12, 11.2 * GiB, 3.6e11, 3.2e10),
+    "rtx4060": Chip("gpu", 30e12, 7.2 * GiB, 2.72e11, 1.6e10),
 }
 """Sources of ``between``: Google's pages on v5p (50 Gbit/s a chip), v5e and v6e (6.4 and 25.6 Tbit/s for 256 chips); the scaling book for v4;
 NVIDIA's DGX machines, one port for each GPU, of 200 Gbit/s (A100) or 400 Gbit/s (H100, H200)."""
@@ -46,6 +53,7 @@ DEVICE_KINDS = {
     "NVIDIA A100": "a100",
     "NVIDIA H100": "h100",
     "NVIDIA H200": "h200",
+    "NVIDIA A10G": "a10g",
 }
 """How a ``device_kind`` begins -> a chip of ``CHIPS``; the first that fits counts."""
 

@@ -37,7 +37,7 @@ def _hashes(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _hash(x: jax.Array, seed: int) -> jax.Array:
     bits = x.astype(jnp.uint8) if x.dtype == bool else x
-    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(bits, f"uint{jax.dtypes.itemsize_bits(bits.dtype)}").astype(jnp.uint32)
     place = jnp.uint32(seed)
     for axis in range(x.ndim):
         stride = math.prod(x.shape[axis + 1 :]) % 2**32

@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.quantize import nbytes
 from chatpose_jax.models.remat import POLICIES
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.trainable import assign, flatten, trains_before_adapters
@@ -84,7 +83,7 @@ def train_cost(model: ModelConfig, train: TrainConfig, batch: int, length: int, 
         looking = 4.0 * batch * images * vision.num_used_layers * vision.hidden_size * (seen + 1) ** 2
     attended = causal * (1 + 2 * share) + looking * (1 + 2 * reached["vision"])
     repeated += causal * share * (again is not None and "attention" not in again)
-    weights = sum(_nbytes(leaf) for path, leaf in params.items() if path.startswith("decoder/"))
+    weights = float(sum(nbytes(leaf) for path, leaf in params.items() if path.startswith("decoder/")))
     updated = sum(math.prod(params[path].shape) for path, is_trained in trains.items() if is_trained)
     return StepCost(
         useful=useful + attended,
@@ -126,7 +125,7 @@ def decode_cost(model: ModelConfig, batch: int, length: int) -> StepCost:
     products = sum(2.0 * math.prod(leaf.shape) for path, leaf in params.items() if _is_matrix(path, model)) * batch
     products += 4.0 * batch * text.num_layers * text.num_heads * text.head_dim * length
     looked_up = () if text.tied else ("decoder/embed_tokens/",)  # of a table only a few rows are read
-    weights = sum(_nbytes(leaf) for path, leaf in params.items() if not path.startswith(looked_up))
+    weights = float(sum(nbytes(leaf) for path, leaf in params.items() if not path.startswith(looked_up)))
     itemsize = 4 if model.dtype == "float32" else 2
     cache = 2.0 * batch * text.num_layers * text.num_kv_heads * text.head_dim * length * itemsize
     return StepCost(products, products, products, weights, 1, cache, 0.0)
@@ -148,7 +147,3 @@ def _reached(trains: Mapping[str, bool]) -> dict[str, bool]:
 
 def _kept(path: str, names: tuple[str, ...]) -> bool:
     return "mlp" in names or ("qkv" in names and bool(_QKV.fullmatch(path)))
-
-
-def _nbytes(leaf: Any) -> float:
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize

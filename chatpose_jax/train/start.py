@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import Params, abstract_params, attend_evenly, init_params
 from chatpose_jax.models.config import ModelConfig, preset
-from chatpose_jax.models.quantize import quantize_int8
+from chatpose_jax.models.quantize import QUANTIZATIONS
 from chatpose_jax.models.sharding import place, shardings
 from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.train import hosts
@@ -24,9 +23,17 @@ from chatpose_jax.weights.arrays import read_metadata
 
 
 def adopt(config: RunConfig, init: Path) -> RunConfig:
-    """The configuration with the architecture and token ids of the model that it starts from. It uses int8 if either of the two does."""
+    """The configuration with the architecture and token ids of the model that it starts from. It is quantised if either of the two is.
+
+    Raises UserError if both are, in different ways.
+    """
     base = model_folder.read_config(init)
     keep = config.model
+    if "none" != base.quantize != keep.quantize != "none":
+        raise UserError(
+            f"{init} is {base.quantize}, and model.quantize is {keep.quantize}: leave model.quantize out, or start from a folder "
+            "that is not quantised"
+        )
     changes = {
         name: getattr(keep, name) for name in ("lora", "head", "dtype", "param_dtype", "scan_layers", "attention")
     }
@@ -52,7 +59,7 @@ def initial_params(
     config: RunConfig, init: Path | None, mesh: Mesh | None = None, say: Callable[[str], None] = hosts.say
 ) -> Params:
     """Fresh parameters, or those of ``init``, with fresh adapters and pose head if it has none. They are made or read onto the mesh, and then
-    quantised if the configuration needs int8 and ``init`` is not int8. ``say`` reports where they come from.
+    quantised if the configuration is and ``init`` is not. ``say`` reports where they come from.
 
     Raises UserError if the folder has adapters that this configuration does not have, or if shapes differ.
     """
@@ -89,14 +96,15 @@ def initial_params(
             f"its pose head, {base.head}, is replaced by a fresh {model.head}: to keep it, set model.head to that of the folder"
         )
     whole = {path: made[path] if path in made else loaded.pop(path) for path in wanted}
-    return unflatten(whole if config.model == model else to_int8(whole, config.model, mesh))
+    return unflatten(whole if config.model == model else to_codes(whole, config.model, mesh))
 
 
-def to_int8(flat: Flat, model: ModelConfig, mesh: Mesh | None) -> Flat:
-    """Quantises the kernels that are int8 in ``model``, one after the other, on their devices. Empties ``flat``."""
-    wanted = flatten(abstract_params(model))
-    for path in [path for path, leaf in wanted.items() if leaf.dtype == np.int8]:
-        pair = {name: wanted[name] for name in (path, f"{path}_scale")}
-        places = None if mesh is None else tuple(shardings(pair, mesh).values())
-        flat |= zip(pair, jax.jit(quantize_int8, out_shardings=places)(flat.pop(path)))
+def to_codes(flat: Flat, model: ModelConfig, mesh: Mesh | None) -> Flat:
+    """Quantises the kernels that are quantised in ``model``, one after the other, on their devices. Empties ``flat``."""
+    quantization, wanted = QUANTIZATIONS[model.quantize], flatten(abstract_params(model))
+    for path in [path for path, leaf in wanted.items() if leaf.dtype == quantization.codes]:
+        pair = path, quantization.scale_path(path)
+        placed = None if mesh is None else shardings({name: wanted[name] for name in pair}, mesh)
+        places = None if placed is None else tuple(placed[name] for name in pair)
+        flat |= zip(pair, jax.jit(quantization, out_shardings=places)(flat.pop(path)))
     return {path: flat.pop(path) for path in wanted}

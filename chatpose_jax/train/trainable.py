@@ -89,7 +89,7 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
             raise UserError(
                 f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest"
             )
-        if found.lr is not None and np.issubdtype(leaf.dtype, np.integer):
+        if found.lr is not None and jnp.issubdtype(leaf.dtype, jnp.integer):
             raise UserError(
                 f"train.trainable: {path} is {leaf.dtype} and cannot train: freeze it in a row before {found.pattern!r}, "
                 "or set model.quantize=none"

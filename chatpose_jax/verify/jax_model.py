@@ -47,7 +47,7 @@ class JaxModel:
 
     @staticmethod
     def _float(array: np.ndarray) -> np.ndarray:
-        return array if array.dtype == np.int8 else array.astype(np.float32)
+        return array if jnp.issubdtype(array.dtype, jnp.integer) else array.astype(np.float32)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """Image tokens for the decoder: (I, H, W, 3) -> (I·N, D)."""

@@ -50,7 +50,7 @@ def convert(
         out: the model folder to write.
         hashes: store the SHA-256 of each source file in the provenance, and compare it with ``SHA256SUMS`` beside the source, if that exists. A path:
             compare also with that list, in the format of ``sha256sum``; it must name every file of the main checkpoint. ``False``: neither.
-        compress: compress with zstd; smaller for bfloat16, and slower.
+        compress: compress with zstd; smaller for bfloat16, and slower. int4 always is compressed.
         overwrite: replace a model folder at ``out``.
         progress: show a progress bar on standard error.
 
@@ -111,7 +111,7 @@ def load_source(
     Args:
         source: as in ``convert``.
         mesh: shards the parameters by ``models.sharding``; default: everything on the first device. Each process reads the part that its own devices
-            need, once (int8: twice), and holds a few blocks of 16 MiB, whatever the size of the model.
+            need, once (quantised: twice), and holds a few blocks of 16 MiB, whatever the size of the model.
         shardings: a function from path and shape of a leaf to its sharding, instead of ``mesh``.
     """
     plan = plan_conversion(SourceSpec.of(source))

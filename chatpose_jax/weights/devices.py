@@ -78,7 +78,7 @@ def device_parts(leaf: Leaf, sharding: jax.sharding.Sharding) -> Iterator[list[P
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
-    return jnp.zeros(shape, f"u{dtype.itemsize}", device=device)
+    return jnp.zeros(shape, f"uint{jax.dtypes.itemsize_bits(dtype)}", device=device)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

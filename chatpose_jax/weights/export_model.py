@@ -71,8 +71,8 @@ class StoredModel:
         at = () if layer is None else (layer,)
         values = self.stored.read(path, (*at, *index))
         parent = path.removesuffix("/kernel")
-        if (scale := f"{parent}/kernel_scale") in self.shapes:
-            values = values.astype(np.float32) * self.stored.read(scale, (*at, index[1]))
+        if parent != path:
+            values = self._dequantized(values, parent, at, *index)
         row = -1 if layer is None else layer - self.first_layer(f"{parent}/lora_a")
         if self.merged and parent != path and f"{parent}/lora_a" in self.shapes and row >= 0:
             assert self.config.lora is not None
@@ -80,6 +80,20 @@ class StoredModel:
             b = self.stored.read(f"{parent}/lora_b", (row, slice(None), index[1]))
             values = values.astype(np.float32) + np.float32(self.config.lora.scale) * (a @ b)
         return values
+
+    def _dequantized(
+        self, codes: np.ndarray, parent: str, at: tuple[int, ...], rows: slice, columns: slice
+    ) -> np.ndarray:
+        """The values of a box of a quantised kernel; those of any other kernel as they are."""
+        if (scale := f"{parent}/kernel_scale") in self.shapes:
+            return codes.astype(np.float32) * self.stored.read(scale, (*at, columns))
+        if (scale := f"{parent}/group_scale") in self.shapes:
+            size = self.shapes[f"{parent}/kernel"][-2] // self.shapes[scale][-2]
+            first = rows.start // size
+            groups = self.stored.read(scale, (*at, slice(first, -(-rows.stop // size)), columns))
+            steps = np.repeat(groups.astype(np.float32), size, axis=0)[rows.start - first * size :]
+            return codes.astype(np.float32) * steps[: len(codes)]
+        return codes
 
     def first_layer(self, path: str) -> int:
         """The layer to which the first row of a stacked leaf belongs."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.quantize import nbytes
 from chatpose_jax.weights.readers import Index, TensorEntry, bounded
 from chatpose_jax.weights.table import NameRule, Transform
 
@@ -41,7 +41,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return nbytes(self)
 
     def blocks(self, limit: int, chunk: tuple[int, ...], span: Index | None = None) -> Iterator[Index]:
         """Boxes that cover ``span`` (default: the whole leaf) in the source's order. Each has at most about ``limit`` bytes, and is a whole number of

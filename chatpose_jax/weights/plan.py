@@ -131,8 +131,9 @@ def plan_conversion(spec: SourceSpec) -> Conversion:
         replace_rows(leaves, source, config.text)
     nonfinite = Nonfinite(allowed=spec.allow_nonfinite)
     leaves = {path: nonfinite.watched(leaves[path]) for path in work.tree}
-    if spec.quantize == "int8":
-        config, leaves = quantized(config, leaves)
+    if spec.quantize != "none":
+        config = config.replace(quantize=spec.quantize)
+        leaves = quantized(config, leaves)
     return Conversion(
         config, tuple(sources), vocabulary, images, leaves, work.ignored, tuple(started), nonfinite, passengers
     )

@@ -13,7 +13,7 @@ from chatpose_jax.processing.images import Fit
 from chatpose_jax.settings import check_types
 from chatpose_jax.weights.readers import fetch_hint
 
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "int4"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
+from chatpose_jax.models.quantize import INT4, nbytes
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.weights.arrays import save
 from chatpose_jax.weights.leaves import BLOCK, Leaf, read_ahead
@@ -65,7 +66,7 @@ def write_leaves(
     Args:
         on_bytes: called with the number of bytes that were written.
         on_read: called with the file and the offset from which a block was read. Blocks are in the order of the files' paths.
-        compress: compress with zstd.
+        compress: compress with zstd; int4 always is.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, _LeafHandler(on_bytes, on_read, compress)),
@@ -104,7 +105,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
     async def _create(self, leaf: Leaf, info: Any) -> tuple[Any, Path]:
         """Creates the array of a leaf; returns it and the folder of all arrays."""
         await info.await_path_creation()
-        info.use_compression = self.compress
+        info.use_compression = self.compress or leaf.dtype == INT4  # TensorStore stores a whole byte for each int4
         spec = ocp.type_handlers.get_json_tspec_write(
             info,
             use_ocdbt=True,
@@ -134,7 +135,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
                 self.on_read(*origin)
                 # Nobody else uses the array, so tensorstore need not copy it.
                 write = store[index].write(block, can_reference_source_data_indefinitely=True)
-                writing.append((write, block.nbytes))
+                writing.append((write, nbytes(block)))
                 while sum(count for _, count in writing) > _IN_FLIGHT:
                     finish()
             while writing:

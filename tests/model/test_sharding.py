@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import get_args
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from chatpose_jax import generate
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params, bind, fake_batch, init_params, unstack_layers
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, LoRATarget, preset
-from chatpose_jax.models.sharding import ShardingRules, make_mesh, partition_specs, place, shardings
+from chatpose_jax.models.layers import Linear
+from chatpose_jax.models.sharding import ShardingRules, make_mesh, on_mesh, partition_specs, place, shardings
 from chatpose_jax.planning import collectives
 from chatpose_jax.planning.plan import trace_decoding
 from chatpose_jax.train.trainable import flatten
@@ -54,8 +57,11 @@ def test_13b_lies_as_the_golden_file_says():
 def golden():
     on = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     config = preset("chatpose_13b")
-    config = config.replace(lora=LoRAConfig(targets=get_args(LoRATarget)), quantize="int8")
-    return {path: str(spec) for path, spec in sorted(flatten(partition_specs(abstract_params(config), on)).items())}
+    specs = {}
+    for kind in ("int4", "int8"):
+        config = config.replace(lora=LoRAConfig(targets=get_args(LoRATarget)), quantize=kind)
+        specs |= flatten(partition_specs(abstract_params(config), on))
+    return {path: str(spec) for path, spec in sorted(specs.items())}
 
 
 def test_other_backbones_lie_by_the_same_table():
@@ -157,6 +163,38 @@ def test_slices_are_what_tpus_say_and_equal_parts_of_other_devices():
 def test_two_axes_on_one_mesh_axis_are_refused():
     with pytest.raises(UserError, match="mesh axis 'fsdp'"):
         partition_specs(abstract_params(preset("tiny")), mesh(4, 2), ShardingRules(heads=("fsdp",)))
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("axes", [("mlp", "embed"), ("embed", "mlp")])
+def test_codes_of_int4_stay_where_they_are_though_a_shard_ends_within_a_group(axes, gathers):
+    """Three groups of 128 inputs over two devices: the product is that of one device, and moves no codes (but what ``fsdp`` gathers)."""
+    on = (
+        make_mesh(1, 1, 2, devices=jax.devices()[:2])
+        if axes[0] == "mlp"
+        else make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    )
+    layer = Linear(384, 64, quantize="int4", axes=axes, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    name = "down_proj" if axes[0] == "mlp" else "up_proj"
+    flat = {f"decoder/layers/0/mlp/{name}/{path}": leaf for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
+    spread = {path.split("/")[-1]: jax.device_put(flat[path], place) for path, place in shardings(flat, on).items()}
+    assert spread["kernel"].addressable_shards[0].data.shape == (192, 64)
+
+    def run(params, x, mesh):
+        with on_mesh(mesh, gathers=gathers):
+            own = jax.tree.map(lambda leaf: leaf, state)
+            nnx.replace_by_pure_dict(own, params)
+            return nnx.merge(graph, own)(x)
+
+    for rows in (2, 40):
+        x = jax.random.normal(jax.random.key(1), (1, rows, 384))
+        sharded = jax.jit(lambda params, x: run(params, x, on))
+        expected = jax.jit(lambda params, x: run(params, x, None))(nnx.to_pure_dict(state), x)
+        np.testing.assert_allclose(sharded(spread, x), expected, atol=1e-5)
+        text = sharded.lower(spread, x).compile().as_text()
+        moved = [line for line in text.splitlines() if re.search(r"= \(?[su][48]\[.* all-gather", line)]
+        assert bool(moved) == (gathers and axes[0] == "embed"), moved
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def one(array) -> str:
     return fingerprint({"x": array})["x"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int4", "int32", "bool"])
 def test_every_element_and_its_place_counts(dtype):
     x = np.asarray(
         jnp.arange(24).reshape(2, 3, 4) % 7 > 2 if dtype == "bool" else jnp.arange(24).reshape(2, 3, 4), dtype

@@ -56,6 +56,7 @@ CASES = {
     "everything, by Muon": (CONFIG, dataclasses.replace(PLAIN, optimizer="muon", trainable=table.EVERYTHING)),
     "accumulated, full remat": (CONFIG, dataclasses.replace(PLAIN, batch_size=4, accumulate=2, remat="full")),
     "int8": (CONFIG.replace(quantize="int8"), PLAIN),
+    "int4": (CONFIG.replace(quantize="int4"), PLAIN),
     "some layers' parts, with decay": (
         CONFIG,
         dataclasses.replace(

@@ -130,12 +130,15 @@ def test_accumulation_over_a_mesh(optimizer):
 
 
 @pytest.mark.slow
-def test_int8_kernels_are_split_with_their_scales():
-    config = CONFIG.replace(quantize="int8")
+@pytest.mark.parametrize(
+    ("kind", "scale", "part"), [("int8", "kernel_scale", (2, 64)), ("int4", "group_scale", (2, 1, 16))]
+)
+def test_quantised_kernels_are_split_with_their_scales(kind, scale, part):
+    config = CONFIG.replace(quantize=kind)
     one, many = train(None, config=config), train((1, 4, 2), config=config)
     assert many[2][0]["loss"] == pytest.approx(one[2][0]["loss"], rel=TRAINED)
     frozen = many[1]
-    assert frozen["decoder/layers/mlp/up_proj/kernel_scale"].addressable_shards[0].data.shape == (2, 128 // 2)
+    assert frozen[f"decoder/layers/mlp/up_proj/{scale}"].addressable_shards[0].data.shape == part
 
 
 def test_the_abstract_state_is_that_of_the_real_one():

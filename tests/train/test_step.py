@@ -259,8 +259,9 @@ def test_cross_entropy_and_its_gradients_are_those_of_jax(params, table_of, tied
     jax.tree.map(agree, rounded(lambda both: expected(*both), (hidden, head)), found(hidden, head))
 
 
-def test_int8_base_trains_its_adapters_and_keeps_its_kernels(params):
-    config = dataclasses.replace(CONFIG, quantize="int8")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_base_trains_its_adapters_and_keeps_its_kernels(kind, params):
+    config = dataclasses.replace(CONFIG, quantize=kind)
     fresh = init_params(config, jax.random.key(0))
     before = {path: hash(np.asarray(x).tobytes()) for path, x in table.flatten(fresh).items()}
     state, frozen = init_state(SETTINGS, fresh)
@@ -269,7 +270,7 @@ def test_int8_base_trains_its_adapters_and_keeps_its_kernels(params):
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     after = {path: hash(np.asarray(x).tobytes()) for path, x in frozen.items()}
     assert after == {path: before[path] for path in frozen}
-    assert frozen["decoder/layers/attn/q_proj/kernel"].dtype == jnp.int8
+    assert frozen["decoder/layers/attn/q_proj/kernel"].dtype == kind
 
 
 def test_rows_scale_rate_and_decay_as_adamw(params):

@@ -78,10 +78,11 @@ def test_a_tied_model_has_one_mask():
     assert len(masks(abstract_params(preset("tiny")), PAPER, 0)) == 2
 
 
-def test_int8_kernels_must_be_frozen():
-    config = preset("tiny").replace(quantize="int8")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_kernels_must_be_frozen(kind):
+    config = preset("tiny").replace(quantize=kind)
     assert not any(path.endswith("kernel") for path in split(abstract_params(config), PAPER)[0] if "layers" in path)
-    with pytest.raises(UserError, match=r"decoder/layers/attn/\w+/kernel is int8 and cannot train"):
+    with pytest.raises(UserError, match=rf"decoder/layers/attn/\w+/kernel is {kind} and cannot train"):
         assign(abstract_params(config), EVERYTHING)
 
 

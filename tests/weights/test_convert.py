@@ -24,7 +24,7 @@ import chatpose_jax  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, init_params  # noqa: E402
 from chatpose_jax.models.config import preset  # noqa: E402
-from chatpose_jax.models.quantize import quantize_int8  # noqa: E402
+from chatpose_jax.models.quantize import QUANTIZATIONS  # noqa: E402
 from chatpose_jax.weights import arrays, devices, stream  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
 from chatpose_jax.weights.folder import load_model_config, load_params, read_folder  # noqa: E402
@@ -545,25 +545,27 @@ def test_load_spreads_a_source_over_a_mesh(llava: Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), model.params, single.params)
 
 
-def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path) -> None:
-    """Converted, and loaded straight onto a mesh: kernels and scales of ``quantize_int8``, all else as it was."""
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes_are_what_the_model_makes_of_the_weights(kind: Any, llava: Path, tmp_path: Path) -> None:
+    """Converted, and loaded straight onto a mesh: codes and scales as the model makes them, all else as it was."""
+    quantization = QUANTIZATIONS[kind]
     plan, single = load_source(llava)
-    convert(SourceSpec(llava, quantize="int8"), tmp_path / "out")
+    convert(SourceSpec(llava, quantize=kind), tmp_path / "out")
     config = load_model_config(tmp_path / "out")
-    assert config == plan.config.replace(quantize="int8")
+    assert config == plan.config.replace(quantize=kind)
     params = by_path(load_params(tmp_path / "out", abstract_params(config)))
     for path, array in by_path(single).items():
         if path.startswith("decoder/layers/") and path.endswith("/kernel"):
-            kernel, scale = quantize_int8(np.asarray(array))
+            kernel, scale = quantization(np.asarray(array))
             np.testing.assert_array_equal(params[path], kernel)
-            np.testing.assert_array_equal(params[path + "_scale"], scale)
-            assert params[path].dtype == np.int8
+            np.testing.assert_array_equal(params[quantization.scale_path(path)], scale)
+            assert params[path].dtype == quantization.codes
         else:
             np.testing.assert_array_equal(np.asarray(params[path]), np.asarray(array))
     assert len(params) == len(by_path(single)) + 7
 
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
-    _, spread = load_source(SourceSpec(llava, quantize="int8"), mesh=mesh)
+    _, spread = load_source(SourceSpec(llava, quantize=kind), mesh=mesh)
     for path, array in by_path(spread).items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(params[path]), err_msg=path)
     assert spread["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[0].data.shape == (3, 16, 80)
@@ -571,5 +573,5 @@ def test_int8_is_what_the_model_makes_of_the_weights(llava: Path, tmp_path: Path
     question = [{"role": "user", "content": "Who kneels?"}]
     reply = chatpose_jax.load(tmp_path / "out").chat(question, max_new_tokens=6, force_pose=True)
     assert len(reply.poses) == 1
-    with pytest.raises(UserError, match=r"source\.quantize: expected 'none' or 'int8', found 'int4'"):
-        convert(SourceSpec(llava, quantize="int4"), tmp_path / "other")
+    with pytest.raises(UserError, match=r"source\.quantize: expected 'none' or 'int8' or 'int4', found 'int3'"):
+        convert(SourceSpec(llava, quantize="int3"), tmp_path / "other")

@@ -337,12 +337,13 @@ def test_values_beyond_float16_are_not_made_infinite(copy: Path, tmp_path: Path)
     assert not (tmp_path / "half").exists()
 
 
-def test_int8_of_what_is_no_number(copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes_of_what_is_no_number(kind: Any, copy: Path, tmp_path: Path) -> None:
     poison(copy, float("nan"))
     with pytest.raises(UserError, match=rf"{UP}: 1 NaN in the first"):
-        convert(SourceSpec(copy, quantize="int8"), tmp_path / "out")
+        convert(SourceSpec(copy, quantize=kind), tmp_path / "out")
     with pytest.raises(UserError, match=r"decoder/layers/mlp/up_proj/kernel, layer 1: NaN or infinite values"):
-        convert(SourceSpec(copy, quantize="int8", allow_nonfinite=True), tmp_path / "out")
+        convert(SourceSpec(copy, quantize=kind, allow_nonfinite=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -447,7 +448,7 @@ def test_finite_is_what_numpy_calls_finite(dtype: str) -> None:
     assert leaves.all_finite(np.zeros((0, 3), dtype))
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_the_bars_clock_starts_with_the_bytes(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
 ) -> None:

@@ -36,6 +36,7 @@ from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig  # no
 from chatpose_jax.models.heads import HEADS  # noqa: E402
 from chatpose_jax.models.heads.base import PoseHead, States  # noqa: E402
 from chatpose_jax.models.layers import Linear  # noqa: E402
+from chatpose_jax.models.quantize import QUANTIZATIONS, dequantize  # noqa: E402
 from chatpose_jax.processing.processor import Encoded, Processor  # noqa: E402
 from chatpose_jax.weights import writers  # noqa: E402
 from chatpose_jax.weights.convert import convert, load_source  # noqa: E402
@@ -402,16 +403,20 @@ def test_dtype_of_the_result(tmp_path: Path) -> None:
     assert load_file(tmp_path / "hf" / "pose_head.safetensors")["0.weight"].dtype == torch.float32
 
 
-def test_an_int8_base_goes_out_as_the_numbers_that_it_stands_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_base_goes_out_as_the_numbers_that_it_stands_for(kind: str, tmp_path: Path) -> None:
     make_llava_transformers(tmp_path / "src", dtype=torch.float16)
-    folder = model_folder(tmp_path / "src", tmp_path / "jax", quantize="int8")
+    folder = model_folder(tmp_path / "src", tmp_path / "jax", quantize=kind)
     params = by_path(load_params(folder, abstract_params(load_model_config(folder))))
-    name = "decoder/layers/mlp/up_proj/kernel"
-    kernel, scale = (np.asarray(params[name + suffix])[2] for suffix in ("", "_scale"))
-    assert kernel.dtype == np.int8
+
+    def values(name: str, layer: int) -> np.ndarray:
+        codes, scale = (np.asarray(params[path])[layer] for path in (name, QUANTIZATIONS[kind].scale_path(name)))
+        assert codes.dtype == QUANTIZATIONS[kind].codes
+        return dequantize(codes, scale)
+
     export(folder, tmp_path / "hf", "transformers", dtype="float32")
     found = weights(tmp_path / "hf")["language_model.model.layers.2.mlp.up_proj.weight"]
-    np.testing.assert_array_equal(found.numpy(), (kernel.astype(np.float32) * scale).T)
+    np.testing.assert_array_equal(found.numpy(), values("decoder/layers/mlp/up_proj/kernel", 2).T)
     # With adapters on top.
     lora = by_path(load_params(folder, abstract_params(load_model_config(folder))))
     config = load_model_config(folder).replace(lora=LORA)
@@ -420,9 +425,8 @@ def test_an_int8_base_goes_out_as_the_numbers_that_it_stands_for(tmp_path: Path)
     processor = Processor.load(folder / TOKENIZER, config)
     save_folder(tmp_path / "lora", config, unflatten_dict(lora, sep="/"), processor=processor)
     export(tmp_path / "lora", tmp_path / "merged", "transformers", dtype="float32")
-    kernel, scale = (np.asarray(params[f"decoder/layers/attn/q_proj/kernel{s}"])[0] for s in ("", "_scale"))
     found = weights(tmp_path / "merged")["language_model.model.layers.0.self_attn.q_proj.weight"]
-    expected = kernel.astype(np.float32) * scale + LORA.scale * LORA.rank * 1e-4
+    expected = values("decoder/layers/attn/q_proj/kernel", 0) + LORA.scale * LORA.rank * 1e-4
     np.testing.assert_allclose(found.numpy(), expected.T, atol=1e-6)
 
 

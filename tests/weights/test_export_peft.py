@@ -217,9 +217,9 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path, kind: str) -> None:
     [
         ("float16", {"modules_to_save": ["embed_tokens", "lm_head", "multi_modal_projector"]}, "none"),
         ("bfloat16", {"trainable_token_indices": {"embed_tokens": [9, 5, POSE_ID], "lm_head": [7, POSE_ID]}}, "none"),
-        ("bfloat16", {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [9, 5]}}, "int8"),
+        ("bfloat16", {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [9, 5]}}, "int4"),
     ],
-    ids=["modules", "rows", "both over int8"],
+    ids=["modules", "rows", "both over int4"],
 )
 def test_float32_over_a_base_in_half_precision_goes_out_as_it_came(
     tmp_path: Path, dtype: str, settings: dict[str, Any], quantize: str
