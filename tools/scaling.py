@@ -30,6 +30,11 @@ ROWS: dict[str, str] = {
     "h100-decode": "--config chatpose_13b --length 1024 --target h100 --decode",
     "v5e-16": f"{TRAIN} --target v5e:4x4 --batch 32",
     "7b-v5e-4": "--config chatpose_7b --length 1024 --target v5e:2x2 --batch 16",
+    "v5e-64x2": f"{TRAIN} --target v5e:8x8*2 --batch 64",
+    "v5e-64x4": f"{TRAIN} --target v5e:8x8*4 --batch 128",
+    "v5e-64x2-32": f"{TRAIN} --target v5e:8x8*2 --batch 32",
+    "v5p-64x2": f"{TRAIN} --target v5p:4x4x4*2 --batch 64",
+    "h100-8x2": f"{TRAIN} --target h100:8*2 --batch 64",
 }
 GiB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +61,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def line(name: str, plan: dict[str, Any]) -> str:
-    mesh = " × ".join(str(size) for size in plan["mesh"].values())
+    mesh = " × ".join(str(plan["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
     peak = "does not fit" if plan["peak"] is None else f"{plan['peak'] / GiB:.2f} GiB"
     parts = [f"{(plan[key] or 0) / GiB:.2f}" for key in ("arguments", "temporaries")]
     sent = f"{sum(plan['sent'].values()) / GiB:.2f}"
@@ -79,7 +84,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
         "compiled in, s (processors)",
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [line(name, plan) for name, plan in plans.items()]
+    lines += [line(name, plan) for name, plan in plans.items() if plan.get("slices", 1) == 1]
     lines += ["", *(f"- {name}: `chatpose plan {ROWS[name]}`" for name in plans)]
     if missing := [name for name in ROWS if name not in plans]:
         lines += ["", f"Rows that have not been made yet: {', '.join(missing)}; the same command makes them."]
@@ -88,12 +93,34 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def slices_table(plans: dict[str, dict[str, Any]]) -> str:
+    """Plans for several slices, each beside that for one of them where there is one."""
+    head = ["plan", "slice × data × fsdp × tensor", "rows × tokens", "peak per chip", "one slice's", "sent inside, GiB"]
+    head += ["to other slices, GiB", "in collectives", "compute, s", "memory, s", "network inside, s", "between, s"]
+    head += ["roofline, s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, plan in plans.items():
+        if plan.get("slices", 1) > 1:
+            one = plans.get(name.rpartition("x")[0])
+            row = [name, " × ".join(str(size) for size in plan["mesh"].values()), f"{plan['batch']} × {plan['length']}"]
+            row += [f"**{plan['peak'] / GiB:.2f} GiB**", "–" if one is None else f"{one['peak'] / GiB:.2f} GiB"]
+            row += [f"{sum(plan['sent'].values()) / GiB:.2f}", f"{sum(plan['across'].values()) / GiB:.3f}"]
+            row += [f"{plan['crossings']:.0f}"]
+            row += [f"{plan[key]:.3g}" for key in ("compute", "memory", "network", "between", "seconds")]
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def over_chips(plans: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Training plans of one chip and one batch, by their number of chips."""
     chosen = [
         p
         for n, p in plans.items()
-        if n.startswith("v5e") and p["what"] == "train" and p["batch"] == 32 and p["seconds"]
+        if n.startswith("v5e")
+        and p["what"] == "train"
+        and p["batch"] == 32
+        and p["seconds"]
+        and p.get("slices", 1) == 1
     ]
     return sorted(chosen, key=lambda plan: plan["chips"])
 
@@ -152,6 +179,7 @@ def main() -> None:
         make(name, args.folder)
     plans = {name: json.loads(path.read_text()) for name in ROWS if (path := args.folder / f"{name}.json").exists()}
     write(ROOT / "docs/scaling.md", "plans", table(plans))
+    write(ROOT / "docs/scaling.md", "slices", slices_table(plans))
     write(ROOT / "README.md", "what fits", readme(plans))
     if len(over_chips(plans)) > 1:
         plot(plans, ROOT / "docs/images/scaling.png")
