@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GKE by XPK (pip install xpk): it writes a JobSet like jobset_tpu.yaml and queues it by Kueue.
+# GKE by XPK (pip install xpk): it writes a JobSet like jobset_tpu.yaml and queues it by Kueue. SLICES=2: two slices.
 #
 #   CLUSTER=my-cluster IMAGE=REGISTRY/chatpose:tpu launch/xpk.sh --config chatpose_13b --init /runs/llava-13b --out /runs/13b \
 #     --set train.batch_size=32 --set train.accumulate=1 --set train.mesh.tensor=2          # for 64 chips

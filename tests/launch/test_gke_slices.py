@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from chatpose_jax.train.run_config import load_config
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 KUBECTL = r"""#!/usr/bin/env bash
@@ -57,3 +59,27 @@ def test_a_run_goes_on_with_the_slices_that_are_there(tmp_path, looks, slices, p
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == status, done.stderr
     assert (tmp_path / "steps").read_text().split() == steps.split()
+
+
+def test_xpk_asks_for_several_slices(tmp_path):
+    program = tmp_path / "xpk"
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
+    program.chmod(0o755)
+    settings = {"CLUSTER": "mine", "IMAGE": "chatpose:tpu", "BUCKET": "gs://mine", "SLICES": "2"}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **settings}
+    subprocess.run(["bash", LAUNCH / "xpk.sh", "--config", "tiny"], env=environment, check=True)
+    assert "--num-slices=2" in (tmp_path / "arguments").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("slices", "asked"), [(1, []), (2, ["train.batch_size=64"]), (2, ["train.mesh.tensor=4"])])
+def test_the_manifest_says_how_rows_divide_among_slices(slices, asked):
+    """Its own settings, and those that its comment names for two slices."""
+    yaml = pytest.importorskip("yaml")
+    text = (LAUNCH / "jobset_tpu.yaml").read_text()
+    assert all(setting in text for setting in asked)
+    job = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    words = job["containers"][0]["args"]
+    settings = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
+    train = load_config("chatpose_13b", settings + asked).train
+    assert train.mesh.slices == -1 and (train.mesh.data, train.mesh.fsdp) == (1, -1)
+    assert train.batch_size % (slices * 64 // train.mesh.tensor) == 0
