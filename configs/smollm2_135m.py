@@ -15,6 +15,11 @@ def get_config():
     config.model.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     config.model.dtype = config.model.param_dtype = "bfloat16"
 
+    # One state is too narrow for few rows: the final states of the untouched base, for 4800 descriptions, gave a PA-MPJPE of 0.91 of the mean
+    # pose's with "mlp", and 0.53 with "queries", which reads the states of all words (each head trained alone, with Muon).
+    config.model.head.name = "queries"
+    config.model.head.options = (("hidden", 256), ("heads", 4))
+
     # Descriptions alone would teach it to answer everything with a pose, and one turn alone to forget that there are more.
     poses = {"text": 8, "asked": 5, "text_short": 1, "situation": 1, "figure": 2, "text_turns": 2, "words": 1}
     config.data.sources = (
@@ -23,29 +28,28 @@ def get_config():
             1.0,
             {
                 "of": (("synthetic", 5.0, {"tasks": poses, "train_size": 40000}), ("jsonlines", 1.0)),
-                "parts": (1, 3),
+                "parts": (1, 2),
                 "train_size": 8000,
             },
         ),
     )
     config.data.packing = True  # all rows of one shape: nothing is padded, and one program is compiled
 
-    config.train.steps = 800
+    config.train.steps = 1500
     config.train.batch_size = 3
     config.train.accumulate = 1
     config.train.max_length = 256
-    config.train.learning_rate = 1e-3
-    config.train.warmup_steps = 30
+    config.train.learning_rate = 3e-4
+    config.train.warmup_steps = 40
     config.train.b2 = 0.99
-    config.train.lambda_pose = 10.0  # few rows: the pose must be learned as fast as the words
-    # The head's input, the state after the last norm, is nearly the same for all sentences, so AdamW mostly learns the mean pose. With the states of
-    # the untouched base for 640 descriptions, 300 updates of the head gave a PA-MPJPE of 0.99 of the mean pose's with AdamW (the best of three
-    # rates) and 0.91 with Muon. The adapters are AdamW's in either case.
+    config.train.lambda_pose = 3.0
+    config.train.pose_loss = (("matrices", 1.0), ("joints", 1.0))
+    # The head starts from nothing and learns by Muon, at a rate of its own; the adapters are AdamW's.
     config.train.optimizer = "muon"
     config.train.trainable = (
         ("decoder/layers/.*/lora_[ab]", 1.0),
-        ("pose_head/.*", 5.0),
-        ("decoder/(embed_tokens|lm_head)/added", 1.0, 0.0, "pose"),
+        ("pose_head/.*", 15.0),
+        ("decoder/(embed_tokens|lm_head)/added", 3.0, 0.0, "pose"),
         (".*", None),
     )
     config.train.mesh.fsdp = 1

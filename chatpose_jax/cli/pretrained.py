@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose, Reply, load
@@ -32,6 +33,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation import words
 from chatpose_jax.evaluation.poses import evaluate_chat, mean_pose
 from chatpose_jax.evaluation.talk import answer_alone, answer_perplexity, decisions, repetition, text_perplexity
+from chatpose_jax.generate import Sampling, generate
 from chatpose_jax.processing.conversation import POSE
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import whole
@@ -52,6 +54,14 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEST_ROWS = 192
 MAX_REPETITION = 0.3
 """Answers of the base that repeat more of themselves teach nothing good (``evaluation.talk.repetition``)."""
+CONTINUATION = 96
+"""Tokens of each text that the base writes."""
+BATCH = 32
+"""Texts that are written at a time."""
+TEXT_ROWS = 0.2
+"""The share of plain texts among training rows."""
+CONTINUATIONS = 3
+"""Texts of each opening."""
 TEST_ANSWER = 128
 """Tokens of an answer to a question of the test, at most."""
 CONVERSATION = (
@@ -114,11 +124,12 @@ def _run(args: argparse.Namespace, config: RunConfig) -> int:
     base = _base(source, config, args.questions, out)
     clock.lap("base")
 
-    _say("2/6  Plain instructions: the base's own answers to general questions, so that it keeps its manner")
+    _say("2/6  Plain instructions and texts: the base's own, so that it keeps its manner")
     model = load(base)
     instructions(model, _some(talk.texts("questions"), args.questions), out / "instructions", config.train.max_length)
+    plain_texts(model, _some(talk.texts("openings"), args.questions), out / "texts")
     processor = Processor.load(base / TOKENIZER, model.config)
-    config = with_data(config, out / "data", processor, out / "instructions", args.mocap)
+    config = with_data(config, out, processor, args.mocap)
     before = _before(model, args.questions, out / "base-answers.json")
     del model
     clock.lap("instructions")
@@ -280,14 +291,52 @@ def instructions(model: ChatPose, questions: Sequence[str], folder: Path, max_le
     _write(file, "".join(lines))
 
 
-def with_data(config: RunConfig, root: Path, processor: Processor, instructed: Path, mocap: Path | None) -> RunConfig:
-    """Prepares the instructions, and motion capture if there is some, in ``root``; the configuration with these sources."""
-    prepare("jsonlines", instructed, root / "jsonlines", processor=processor)
+def plain_texts(model: ChatPose, openings: Sequence[str], folder: Path) -> None:
+    """Writes ``train.jsonl`` with rows of plain text: how the base goes on after each opening, drawn at temperature 1. No template stands around
+    them. To learn what one would say anyway changes nothing; it is a change of anything else that costs.
+    """
+    file = folder / "train.jsonl"
+    if file.is_file():
+        return
+    config, processor, lines = model.config, model.processor, list[str]()
+    prompts = [
+        processor.encode([{"role": "text", "content": text}], add_generation_prompt=False).input_ids
+        for text in openings
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    draws = [(seed, batch) for seed in range(CONTINUATIONS) for batch in batches]
+    for seed, batch in tqdm(draws, desc="texts of the base", unit="batch", leave=False, mininterval=1):
+        filled = batch + batch[:1] * (min(BATCH, len(order)) - len(batch))
+        drawn = generate(
+            config,
+            model.params,
+            [prompts[i] for i in filled],
+            max_new_tokens=CONTINUATION,
+            sampling=Sampling(temperature=1.0, seed=seed),
+        )
+        for i, tokens in zip(batch, drawn.tokens):
+            text = openings[i] + processor.decode(tokens)
+            if POSE not in text:
+                messages = [{"role": "text", "content": text}]
+                lines.append(json.dumps({"id": f"text-{seed}-{i}", "messages": messages}) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, "".join(lines))
+
+
+def with_data(config: RunConfig, out: Path, processor: Processor, mocap: Path | None) -> RunConfig:
+    """Prepares the instructions and the texts of ``out``, and motion capture if there is some, in ``out/data``; the configuration with these
+    sources. The texts are a source of their own beside the configured ones, ``TEXT_ROWS`` of all rows."""
+    root = out / "data"
+    for name, made in (("jsonlines", "instructions"), ("texts", "texts")):
+        prepare("jsonlines", out / made, root / name, processor=processor)
     data = dataclasses.replace(config.data, root=str(root))
     if mocap is not None:
         prepare("cmu", mocap, root / "cmu", processor=processor, workers=cpu_workers(), progress=True)
         data = dataclasses.replace(data, sources=tuple(map(_with_mocap, data.sources)))
-    return dataclasses.replace(config, data=data)
+    share = sum(row.weight for row in data.sources) * TEXT_ROWS / (1 - TEXT_ROWS)
+    texts = SourceRow("prepared", share, {"folder": str(root / "texts")})
+    return dataclasses.replace(config, data=dataclasses.replace(data, sources=(*data.sources, texts)))
 
 
 def _with_mocap(row: SourceRow) -> SourceRow:

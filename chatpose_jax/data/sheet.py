@@ -32,7 +32,7 @@ MOST_IMAGES, MOST_POSES = 2, 2
 NOT_MEASURED = (0.74, 0.52, 0.92)
 """sRGB of the parts of a body that were not measured: violet."""
 _INK, _GREY, _BAND, _POINT = "#1b1b1f", "#6b6b75", "#2f3a4a", (40, 230, 90)
-_ROLES = {"user": "#1b1b1f", "assistant": "#0b5d3b", "system": "#6b6b75"}
+_ROLES = {"user": "#1b1b1f", "assistant": "#0b5d3b", "system": "#6b6b75", "text": "#0b5d3b"}
 _SIZE = 15  # of the text
 _FOCAL = 5000 / 256  # of the camera that is fitted to keypoints, in sides of the image; as 4D-Humans'
 _PELVIS = {"smpl": (-0.002, -0.223, 0.028), "smplh": (-0.002, -0.223, 0.028), "smplx": (0.003, -0.351, 0.012)}

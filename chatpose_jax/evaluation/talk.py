@@ -46,11 +46,10 @@ def answer_alone(
 
 
 def text_perplexity(model: ChatPose, texts: Sequence[str]) -> float:
-    """exp of the mean negative log-likelihood of a token, over all tokens of all texts but the first of each. No template stands around them."""
-    bos = [model.config.bos_token_id] if model.config.bos_token_id >= 0 else []
-    rows = [np.array([*bos, *model.processor.tokenizer.encode(text)], np.int32) for text in texts]
-    labels = [np.concatenate([row[:1] * 0 + IGNORE, row[1:]]) for row in rows]
-    return _perplexity(model, rows, labels)
+    """exp of the mean negative log-likelihood of a token, over all tokens of all texts but the first of each. No template stands around them; a
+    token that begins everything does (``Template.begin``), and then the first token of a text counts too."""
+    rows = [model.processor.encode([{"role": "text", "content": text}], add_generation_prompt=False) for text in texts]
+    return _perplexity(model, [row.input_ids for row in rows], [row.labels for row in rows])
 
 
 def answer_perplexity(model: ChatPose, questions: Sequence[str], replies: Sequence[Reply]) -> float:

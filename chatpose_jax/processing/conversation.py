@@ -4,6 +4,8 @@ Messages are those of OpenAI's chat API and of transformers: ``{"role": …, "co
 ``{"type": "text", "text": str}``, ``{"type": "image", "image": path | bytes | PIL image | array}`` (transformers also
 writes ``"path"``, ``"url"`` or ``"base64"`` for the key) or ``{"type": "image_url", "image_url": {"url": path or data:
 URI}}``.
+
+For training there are rows of plain text too: a single message of the role "text". Of a template only the beginning stands before it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from chatpose_jax.settings import check_types, one_line
 POSE = "<POSE>"
 """Stands for a pose in every text that a user sees or writes. The token in the vocabulary may have another name."""
 
-Role = Literal["user", "assistant"]
+Role = Literal["user", "assistant", "text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Template:
         turns = conversation.turns
         system = self.system if conversation.system is None else conversation.system
         yield from self._filled(self.begin)
+        if turns[0].role == "text":
+            yield turns[0]
+            return
         if system is not None:
             yield from self._filled(self.system_turn, system=[system])
         for index, turn in enumerate(turns):
@@ -102,7 +107,7 @@ class Template:
                 case Control(name):
                     shown.append(name)
                 case Turn():
-                    shown += [piece.text, self.end]
+                    shown += [piece.text] if piece.role == "text" else [piece.text, self.end]
                 case ImageSource():
                     shown.append(image)
                 case _:
@@ -214,7 +219,7 @@ class ImageSource:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One checked message of the user or the assistant.
+    """One checked message of the user or the assistant, or a row of plain text.
 
     ids: the exact token ids of an answer; they replace its text.
     """
@@ -253,7 +258,8 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     """Checks ``messages`` and gives them one form. White space around a text is dropped.
 
     Raises UserError, which names the message (``messages[i]``), for: an unknown role, a system message that is not the first, two turns
-    of one role in a row, a conversation that the assistant begins, empty content, an unknown part, an image outside a user turn.
+    of one role in a row, a conversation that the assistant begins, empty content, an unknown part, an image outside a user turn, a message of plain
+    text ("text") that is not alone.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise UserError(
@@ -271,6 +277,12 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
             if index:
                 raise UserError(f"{where}: a system message must be the first message")
             system = _only_text(message, where)
+        elif role == "text":
+            if len(messages) > 1:
+                raise UserError(
+                    f"{where}: plain text must be the only message; text in a conversation has another role"
+                )
+            turns.append(Turn("text", (_only_text(message, where),)))
         elif role == "user" or role == "assistant":
             if turns and turns[-1].role == role:
                 raise UserError(
@@ -282,7 +294,9 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
                 )
             turns.append(_parse_turn(role, message, where))
         else:
-            raise UserError(f"{where}: unknown role {role!r}; the roles are 'system', 'user' and 'assistant'")
+            raise UserError(
+                f"{where}: unknown role {role!r}; the roles are 'system', 'user' and 'assistant', or 'text' alone"
+            )
     if not turns:
         raise UserError("messages: no user message; expected at least one {'role': 'user', 'content': …}")
     return Conversation(system, tuple(turns))
@@ -316,7 +330,7 @@ def _parse_ids(ids: Any, where: str) -> tuple[int, ...]:
 def _only_text(message: Mapping[str, Any], where: str) -> str:
     parts = _parse_parts(message, where)
     if any(isinstance(part, ImageSource) for part in parts):
-        raise UserError(f"{where}: a system message cannot hold an image; move it to a user message")
+        raise UserError(f"{where}: a {message['role']} message cannot hold an image; move it to a user message")
     return "\n".join(str(part) for part in parts)
 
 

@@ -93,7 +93,7 @@ class Encoded:
     """One conversation as arrays.
 
     input_ids: (T,) int32; each image is ``num_patches`` image tokens.
-    labels: (T,) int32, not shifted: ``input_ids`` in answers and at the token that ends them, -100 elsewhere.
+    labels: (T,) int32, not shifted: ``input_ids`` in answers and at the token that ends them, and in plain text; -100 elsewhere.
     images: one (S, S, 3) float32 array of normalised RGB for each image, in order; uint8 RGB where ``encode`` does not normalise.
     pose_positions: (P,) int32, position p of each pose token. The hidden state at p - 1 predicts it.
     truncated: whether ``max_length`` cut tokens off.
@@ -266,10 +266,9 @@ class Processor:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[list[int], list[int], list[ImageSource]]:
         parsed = parse_messages(messages)
-        if add_generation_prompt and parsed.turns[-1].role == "assistant":
-            raise UserError(
-                "the last message is the assistant's, so there is nothing to answer; end with a user message"
-            )
+        if add_generation_prompt and (role := parsed.turns[-1].role) != "user":
+            last = "plain text" if role == "text" else "the assistant's"
+            raise UserError(f"the last message is {last}, so there is nothing to answer; end with a user message")
         writer, sources = _Writer(self.tokenizer), list[ImageSource]()
         answer = 1 if parsed.system is None else 2  # its place among the messages
         for piece in self.template.pieces(parsed, add_generation_prompt):
@@ -281,6 +280,8 @@ class Processor:
                 case ImageSource():
                     sources.append(piece)
                     self._write_image(writer)
+                case Turn(role="text"):
+                    writer.answer(self.tokenizer.encode(piece.text))
                 case Turn():
                     ids = self.answer_ids(piece.text) if piece.ids is None else self._checked(piece.ids, answer)
                     writer.answer([*ids, self.ids.eos_token_id])

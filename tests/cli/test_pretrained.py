@@ -95,13 +95,15 @@ def test_the_configuration_joins_poses_and_instructions(tmp_path):
     assert row.name == "joined" and [name for name, *_ in row.options["of"]] == ["synthetic", "jsonlines"]
     assert len(config.model.lora.targets) == 7
     processor = tiny_processor(preset("tiny"))
-    (tmp_path / "instructions").mkdir()
-    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
-    (tmp_path / "instructions/train.jsonl").write_text(json.dumps({"id": "a", "messages": messages}) + "\n")
-    config = pretrained.with_data(config, tmp_path / "data", processor, tmp_path / "instructions", None)
-    rows = examples(config.data, "train", 0)
-    said = [message["content"] for i in range(30) for message in rows[i].messages]
-    assert "Nobody." in said and any("<POSE>" in text for text in said)
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
+    for name, messages in (("instructions", talk), ("texts", [{"role": "text", "content": "A river bends."}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"id": "a", "messages": messages}) + "\n")
+    config = pretrained.with_data(config, tmp_path, processor, None)
+    joined, texts = examples(config.data, "train", 0).sources
+    said = [message["content"] for i in range(30) for message in joined[i].messages]
+    assert "Nobody." in said and any("<POSE>" in text for text in said) and "A river bends." not in said
+    assert [message["content"] for row in texts for message in row.messages] == ["A river bends."]
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,8 @@ def user(*parts):
         ([{"role": "user", "content": "Q", "ids": [5]}], "only an assistant message may have .ids."),
         ([USER, {"role": "assistant", "ids": ["5"]}], "list of integers"),
         ([USER, {"role": "assistant", "ids": 5}], "list of integers"),
+        ([{"role": "text", "content": "A river."}, USER], r"messages\[0\]: plain text must be the only message"),
+        ([{"role": "text", "content": [{"type": "image", "image": "a.png"}]}], "a text message cannot hold an image"),
     ],
 )
 def test_malformed_messages(messages, error):

@@ -158,6 +158,16 @@ def test_an_empty_answer_is_kept(tiny):
     assert encoded.input_ids[: len(prompt) + 1].tolist() == [*prompt, 2]
 
 
+def test_plain_text_is_learnt_after_the_beginning_of_the_template(tiny):
+    text = "A river bends. No <POSE>, no </s>."
+    encoded = tiny.encode([{"role": "text", "content": text}], add_generation_prompt=False)
+    expected = tiny.tokenizer.encode(text)
+    assert encoded.input_ids.tolist() == [tiny.ids.bos_token_id, *expected] and learnt(encoded) == expected
+    assert not len(encoded.pose_positions) and tiny.ids.eos_token_id not in expected
+    with pytest.raises(UserError, match="plain text, so there is nothing to answer"):
+        tiny.encode([{"role": "text", "content": text}])
+
+
 def test_nothing_to_answer(tiny):
     with pytest.raises(UserError, match="end with a user message"):
         tiny.encode([user("Q"), assistant("A")])

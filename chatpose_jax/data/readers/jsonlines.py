@@ -92,6 +92,8 @@ class JsonLines:
             {**message, "content": self._content(message["content"], paths)} for message in row["messages"]
         )
         parse_messages([_with_paths(message) for message in messages])
+        if not {"assistant", "text"} & {message["role"] for message in messages}:
+            raise UserError("messages: expected an answer of the assistant, or a single message of plain text")
         if absent := [path for path in paths if not path.is_file()]:
             raise UserError(f"messages: no image at {absent[0]}")
         answers = [message["content"] for message in messages if message["role"] == "assistant"]

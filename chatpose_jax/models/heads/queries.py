@@ -78,6 +78,10 @@ class QueriesHead(PoseHead):
         self.memory = Linear(width, hidden, axes=(None, None), rngs=rngs)
         self.memory_norm, self.norm = _norm(hidden), _norm(hidden)
         self.layers = nnx.List([JointLayer(hidden, heads, rngs=rngs) for _ in range(layers)])
+        for (
+            layer
+        ) in self.layers:  # attend evenly at first; random queries read a few random tokens, which training has to undo
+            layer.cross_attn.q_proj.kernel[...] = layer.cross_attn.q_proj.kernel[...] * 0.01
         self.rotation = Linear(hidden, 6, axes=(None, None), rngs=rngs)
         self.rotation.kernel[...] = self.rotation.kernel[...] * 0.1
         self.start = nnx.Param(start_numbers("6d", self.num_joints))

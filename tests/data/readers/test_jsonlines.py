@@ -63,10 +63,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "an empty id": (change(TEXT, "id", ""), "id: expected text that names the row"),
     "a number as id": (change(TEXT, "id", 7), "id: expected text that names the row; found 7"),
     "another field": (TEXT | {"pose": []}, "there is no field 'pose'; did you mean poses?"),
-    "one message": (TEXT | {"messages": ASK[:1]}, "messages: expected at least two messages"),
     "a role": (
         change(TEXT, "messages.0.role", "human"),
-        'messages[0].role: expected "system", "user" or "assistant"; found',
+        'messages[0].role: expected "system", "user" or "assistant"; or "text", in a message that is alone; found',
     ),
     "no content": (change(TEXT, "messages.1.content", ...), "messages[1]: the field 'content' is missing"),
     "content": (change(TEXT, "messages.0.content", 3), "messages[0].content: expected text, or a list of parts"),
@@ -102,6 +101,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "group": (TEXT | {"group": None}, "group: expected text that names the recording"),
 }
 BEYOND: dict[str, tuple[Any, str]] = {
+    "one message": (TEXT | {"messages": ASK[:1]}, "messages: expected an answer of the assistant"),
+    "text and more": (TEXT | {"messages": [{"role": "text", "content": "A river."}, *ASK]}, "must be the only message"),
     "more poses": (TEXT | {"poses": [POSE, POSE]}, "poses: expected one for each of 1 <POSE>"),
     "no poses": (change(TEXT, "poses", ...), "for each of 1 <POSE> in the assistant's messages, found 0"),
     "turns": (TEXT | {"messages": [*ASK, ASK[1]]}, "two assistant messages in a row"),
