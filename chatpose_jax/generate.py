@@ -128,12 +128,19 @@ def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: ja
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
-    order = jnp.argsort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    outside = jnp.cumsum(probabilities, axis=-1) - probabilities >= top_p
-    ranked = jnp.where(outside, -jnp.inf, jnp.log(probabilities))
-    rank = jax.random.categorical(key, ranked, axis=-1)
-    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    def nucleus() -> jax.Array:
+        order = jnp.argsort(-logits, axis=-1)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        outside = jnp.cumsum(probabilities, axis=-1) - probabilities >= top_p
+        ranked = jnp.where(outside, -jnp.inf, jnp.log(probabilities))
+        rank = jax.random.categorical(key, ranked, axis=-1)
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    def everything() -> jax.Array:  # without the sort, which takes longer than a small model's step on CPU
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(top_p < 1, nucleus, everything)
 
 
 def _emit(
