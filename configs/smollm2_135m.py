@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct becomes a ChatPose that talks, in about an hour and a half on two CPU cores by estimate: ``chatpose pretrained`` (docs/pretrained.md).
+"""SmolLM2-135M-Instruct becomes a ChatPose that talks, in about 90 minutes on two CPU cores by estimate: ``chatpose pretrained``, docs/pretrained.md.
 
 Any other base works too; larger ones want a smaller rate, and bfloat16 on a GPU.
 """
