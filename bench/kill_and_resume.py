@@ -1,12 +1,16 @@
 """Kill a training run again and again, and see that nothing is lost.
 
     python bench/kill_and_resume.py --kills 50
+    python bench/kill_and_resume.py --kills 10 --bucket gs      (or s3, or the address of a folder on a bucket of yours)
 
 Two processes train the tiny preset on the CPU. They run once unbroken; then again, while SIGKILL strikes at random: both
 processes, anywhere from the first import on; both in a step; both in the middle of a save; one alone. After every kill
 all processes are started again with the same command. In the end each step's losses, of every one of the steps, and the
 trained weights must be those of the unbroken run to the last bit; on the way, no step that was saved may get lost, and
 whoever survives must stop by itself, soon, and say why. Exit status 1 on any difference.
+
+With ``--bucket`` the run folders are on a bucket: that of an emulator which also refuses, drops and delays requests (the
+packages of the extra "dev" that the tests use), or a real one.
 """
 
 from __future__ import annotations
@@ -38,12 +42,22 @@ LOST = 75
 MEASURED = ("samples_per_second", "tokens_per_second", "step_p50", "step_p90", "data_wait")
 """What depends on the clock."""
 # `chatpose`, but its processes share compiled code: JAX lets process 0 alone write its cache, under a key that on the CPU
-# names the process, so that any other would compile anew after every kill.
+# names the process, so that any other would compile anew after every kill. Each step that is logged is also told in a file,
+# because on a bucket the log appears with the checkpoints only.
 START = """
-import sys
+import os, sys
 from jax._src import cache_key
 from chatpose_jax.cli.main import main
+from chatpose_jax.train import log
 cache_key._hash_accelerator_config = lambda digest, *ignored: digest.update(b"cpu")
+write = log.Log.__call__
+def tell(self, step, values, **options):
+    write(self, step, values, **options)
+    if log.hosts.primary():
+        with open(os.environ["REACHED"] + ".new", "w") as file:
+            file.write(str(step))
+        os.replace(file.name, os.environ["REACHED"])
+log.Log.__call__ = tell
 sys.exit(main())
 """
 SETTINGS = (
@@ -64,19 +78,20 @@ class Lost(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run of several processes in one folder."""
+    """A run of several processes in one folder.
+
+    folder: output of the processes. out: the run folder.
+    """
 
     folder: Path
+    out: Location
     steps: int
     processes: int
     cache: Path
 
-    @property
-    def out(self) -> Path:
-        return self.folder / "run"
-
     def start(self, attempt: int) -> list[subprocess.Popen[bytes]]:
         """All processes, on a port that is free now; their output goes to files."""
+        (self.folder / "reached").unlink(missing_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -87,6 +102,7 @@ class Job:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "REACHED": str(self.folder / "reached"),
         }
         settings = [*SETTINGS, f"train.steps={self.steps}"]
         settings += [f"train.batch_size={self.processes}", f"train.mesh.data={self.processes}"]
@@ -103,26 +119,35 @@ class Job:
     def output(self, attempt: int, rank: int) -> Path:
         return self.folder / f"{attempt:03d}-{rank}.txt"
 
+    def reached(self) -> int:
+        """The last step that the processes under way have logged; 0 before the first."""
+        file = self.folder / "reached"
+        return int(file.read_text()) if file.exists() else 0
+
     def losses(self) -> dict[int, dict[str, float]]:
-        """Step -> all that ``metrics.jsonl`` tells of it and no clock had a hand in; a cut-off last line is no line."""
-        path = self.out / "metrics.jsonl"
+        """Step -> all that the log tells of it and no clock had a hand in."""
         found: dict[int, dict[str, float]] = {}
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith(b"\n"):
-                values = json.loads(line)
-                step = values.pop("step")
-                if step in found:
-                    raise Difference(f"{path} holds step {step} twice")
-                found[step] = {name: value for name, value in values.items() if name not in MEASURED}
+        for values in read_metrics(self.out):
+            step = values.pop("step")
+            if step in found:
+                raise Difference(f"the log in {self.out} holds step {step} twice")
+            found[step] = {name: value for name, value in values.items() if name not in MEASURED}
         return found
+
+    def checkpoints(self) -> dict[str, bool]:
+        """Each folder of a checkpoint, and whether it is whole: renamed on a disk, with Orbax's last object on a bucket."""
+        folders = (self.out / "checkpoints").glob("*")
+        return {
+            folder.name: (folder / COMMIT).exists() if is_bucket(folder) else folder.name.isdigit()
+            for folder in folders
+        }
 
     def newest(self) -> int:
         """The newest whole checkpoint; 0 without one."""
-        folders = (self.out / "checkpoints").glob("*")
-        return max((int(folder.name) for folder in folders if folder.name.isdigit()), default=0)
+        return max((int(name) for name, whole in self.checkpoints().items() if whole), default=0)
 
     def saving(self) -> bool:
-        return any((self.out / "checkpoints").glob("*tmp*"))
+        return not all(self.checkpoints().values())
 
 
 @contextmanager
@@ -184,9 +209,7 @@ def strike(job: Job, attempt: int, kind: str, draw: random.Random, startup: floa
             happened = until(lambda: time.perf_counter() > moment, processes)
         else:
             goal = began + (1 if kind.endswith("save") else draw.randint(1, SAVE_EVERY + 1))
-            # What the last kill left behind must be cleared away before anything that is seen counts.
-            happened = until(lambda: max(job.losses(), default=0) <= began, processes)
-            happened = happened and until(lambda: max(job.losses(), default=0) >= goal, processes)
+            happened = until(lambda: job.reached() >= goal, processes)
             if happened and kind.endswith("save"):
                 happened = until(job.saving, processes)
         if not happened:
@@ -199,7 +222,7 @@ def strike(job: Job, attempt: int, kind: str, draw: random.Random, startup: floa
         time.sleep(draw.uniform(0.0, 0.05))
         if kind.startswith("one"):
             survivor = kill_one(job, attempt, processes, draw)
-    reached = max(job.losses(), default=0)
+    reached = max(job.reached(), began)
     return Strike(kind, began, reached, job.newest(), time.perf_counter() - start, survivor)
 
 

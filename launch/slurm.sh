@@ -3,12 +3,13 @@
 #
 #   sbatch launch/slurm.sh --config chatpose_13b --init /shared/llava-13b --out /shared/runs/13b
 #
-# --out and --init must be on a file system that all nodes share. SIGTERM comes three minutes before the time limit and at
-# a preemption; the run then saves and exits with 143, and the job is queued again. The same happens after 1, 75, 134 or
-# 137 (the file system failed, a process crashed or was lost), up to a hundred times. The next start may use other numbers
-# below. To end the run: scancel --signal=KILL. The environment with `chatpose` must be active when sbatch is called (the job
-# inherits it), or activate it below. Give an account or a partition on sbatch's command line. Set JAX_COMPILATION_CACHE_DIR to a
-# folder of the shared file system that strangers cannot write to, and the next start reuses what this one compiled.
+# --out and --init must be on a file system that all nodes share, or on a bucket (gs://…, s3://…). SIGTERM comes three minutes
+# before the time limit and at a preemption; the run then saves and exits with 143, and the job is queued again. The same happens
+# after 1, 75, 134 or 137 (the file system failed, a process crashed or was lost), up to a hundred times. The next start may use
+# other numbers below. To end the run: scancel --signal=KILL. The environment with `chatpose` must be active when sbatch is called
+# (the job inherits it), or activate it below. Give an account or a partition on sbatch's command line. Set
+# JAX_COMPILATION_CACHE_DIR to a shared folder or bucket that strangers cannot write to, and the next start reuses what this one
+# compiled.
 #SBATCH --job-name=chatpose
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -20,7 +21,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.txt
-[[ $# -gt 0 ]] || { sed -n '2,11p' "$0"; exit 2; }
+[[ $# -gt 0 ]] || { sed -n '2,12p' "$0"; exit 2; }
 set -u
 
 # Processes find each other through SLURM's variables. If one dies, SLURM ends the others of this step.

@@ -3,21 +3,21 @@
 #
 #   launch/tpu_vm.sh create                     # request the slice and wait until it is ready
 #   launch/tpu_vm.sh install                    # install this checkout and its packages on every worker
-#   launch/tpu_vm.sh run    --config chatpose_13b --init /mnt/runs/llava-13b --out /mnt/runs/13b \
+#   launch/tpu_vm.sh run    --config chatpose_13b --init gs://my-bucket/llava-13b --out gs://my-bucket/13b \
 #     --set train.batch_size=32 --set train.accumulate=1 --set train.mesh.tensor=2          # for 64 chips
 #   launch/tpu_vm.sh keep   --config …          # all of the above, again after every preemption, until the run is complete
 #   launch/tpu_vm.sh stop                       # let the run save and exit (end `keep` first)
 #   launch/tpu_vm.sh delete
 #
-# --out and --init must be on a file system that all workers share: SHARE is an NFS export (Filestore), mounted at
-# /mnt/runs. Your own data module is copied too, once it is committed at the root of the checkout.
+# The workers must be allowed to use the bucket: docs/training.md. With BUCKET=gs://my-bucket a new slice reuses what the last one
+# compiled. Your own data module is copied too, once it is committed at the root of the checkout.
 set -euo pipefail
 NAME=${NAME:-chatpose}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-v5litepod-64}                   # gcloud compute tpus accelerator-types list
 VERSION=${VERSION:-v2-alpha-tpuv5-lite}      # gcloud compute tpus versions list
 SPOT=${SPOT:-yes}
-SHARE=${SHARE:-}                             # HOST:/PATH
+BUCKET=${BUCKET:-}                           # gs://NAME, for compiled programs
 PAUSE=${PAUSE:-20}                           # seconds between two polls, and before a retry
 TRIES=${TRIES:-20}                           # failures after which `keep` gives up; a run of LASTING seconds resets the count
 LASTING=${LASTING:-600}
@@ -57,16 +57,12 @@ install() {
   trap 'rm "$archive"' EXIT
   git archive --format=tar.gz --output="$archive" HEAD
   tpus tpu-vm scp "$archive" "$NAME":chatpose.tar.gz --worker=all
-  everywhere 'mkdir -p chatpose && tar -xzf chatpose.tar.gz -C chatpose && python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 env && python3 -m uv pip install -q --python env/bin/python "./chatpose[tpu]"'
-  if [[ -n $SHARE ]]; then
-    everywhere "sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/runs && { mountpoint -q /mnt/runs || sudo mount '$SHARE' /mnt/runs; }"
-  fi
+  everywhere 'mkdir -p chatpose && tar -xzf chatpose.tar.gz -C chatpose && python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.12 env && python3 -m uv pip install -q --python env/bin/python "./chatpose[tpu,gcs]"'
 }
 
 run() {
-  # Every worker runs the same command; they find each other through the TPU's metadata. With the shared file system
-  # a new slice reuses what the last one compiled.
-  everywhere "if mountpoint -q /mnt/runs; then export JAX_COMPILATION_CACHE_DIR=/mnt/runs/compiled; fi; PYTHONPATH=chatpose env/bin/chatpose train $(printf '%q ' "$@")"
+  # Every worker runs the same command; they find each other through the TPU's metadata.
+  everywhere "${BUCKET:+JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled }PYTHONPATH=chatpose env/bin/chatpose train $(printf '%q ' "$@")"
 }
 
 stop() { everywhere 'pkill -TERM -f "env/bin/chatpose train" || true'; }
@@ -80,7 +76,7 @@ keep() {
   while ((failures < TRIES)); do
     case $(state) in
       ACTIVE)
-        # Install before every run: a worker may be new or have lost its mount. Separate processes, so that `set -e` holds in them.
+        # Install before every run: a worker may be new. Separate processes, so that `set -e` holds in them.
         began=$SECONDS status=1
         if bash "$0" install; then
           status=0

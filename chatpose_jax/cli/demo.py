@@ -33,6 +33,7 @@ from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.run import demand_table, only_run, run_training
 from chatpose_jax.train.run_config import RunConfig, load_config
+from chatpose_jax.train.log import read_metrics
 from chatpose_jax.train.trainer import Interrupted, demand_same_run
 from smpl_jax import render
 from smpl_jax.pose import stack
@@ -99,7 +100,7 @@ def _run(config: RunConfig, out: Path, count: int, clock: Clock) -> int:
     answers = ask_questions(model, config, out)
     clock.lap("answers")
 
-    log = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    log = read_metrics(out / "run")
     report = {
         "chatpose_jax": __version__,
         "machine": f"{platform.machine()}, {cpu_workers()} cores, Python {platform.python_version()}",

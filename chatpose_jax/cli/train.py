@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from chatpose_jax.cli.compiled import keep_compiled
 from chatpose_jax.cli.flags import add_config, head_flag
 from chatpose_jax.errors import UserError
+from chatpose_jax.storage import location
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.run import run_training
@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose train``."""
     add_config(parser, "tiny")
     parser.add_argument(
-        "--out", required=True, type=_folder, help="run folder: checkpoints/, tensorboard/, metrics.jsonl, model/"
+        "--out", required=True, type=location, help="run folder, on a disk or a bucket (gs://…, s3://…): checkpoints/, tensorboard/, metrics.jsonl, model/"
     )
     parser.add_argument(
         "--init",
-        type=Path,
+        type=location,
         help="model folder to start from (chatpose convert writes one); its towers replace the configuration's, "
         "model.lora and model.head set adapters and pose head",
     )
@@ -37,14 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address on which process 0 listens")
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
-
-
-def _folder(text: str) -> Path:
-    if not text or "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"expected a folder of a file system, found {text!r}; a bucket must be mounted (gcsfuse), where all processes see it"
-        )
-    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:

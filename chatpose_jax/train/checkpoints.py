@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.orbax_s3 import orbax_options
+from chatpose_jax.storage import Location, absolute
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.step import TrainState
@@ -32,20 +33,23 @@ class Checkpoints:
     checkpoints and the one with the smallest metric.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Path):
+    def __init__(self, folder: Location, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Location):
         """identity: settings as JSON that must be the same when the run resumes.
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
         result: the model folder of the run, for error messages.
         """
-        # On a full disk these loggers write a line for every array and thread, in addition to the one error that is raised.
-        for name in ("absl", "asyncio"):
+        # On a full disk these loggers write a line for every array and thread, in addition to the one error that is raised; the last one for
+        # every request that a bucket refuses.
+        for name in ("absl", "asyncio", "gcsfs"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.folder, self.identity, self.frozen, self.result = folder, identity, dict(frozen), result
         best = policies.BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]), best_fn=_merit
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=_merit,
+            **orbax_options(folder),
         )
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(absolute(folder), options=options)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()

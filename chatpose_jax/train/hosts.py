@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.storage import Location
 
 HEARTBEAT_SECONDS = 20
 """After this much silence JAX counts a process as lost and ends the others. With JAX's default, 100, a broken job would cost more."""
@@ -54,6 +55,8 @@ TRANSIENT = frozenset(
     ]
 )
 """Errors of a disk or its network. A wrong path or setting never causes them."""
+
+_DENIED = {"PERMISSION_DENIED": errno.EACCES, "UNAUTHENTICATED": errno.EACCES, "NOT_FOUND": errno.ENOENT}
 
 
 class Fault(OSError):
@@ -266,8 +269,8 @@ class Stop:
 
 
 @contextmanager
-def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
-    """Raises errors of the file system as ``Fault``: once the disk works again, the run can resume.
+def restartable(folder: Location, *, starting: bool = False) -> Iterator[None]:
+    """Raises errors of the file system as ``Fault``: once the disk or the bucket works again, the run can resume.
 
     starting: paths may still be wrong, so only the errors in ``TRANSIENT`` count. Later every OSError counts.
     """
@@ -276,27 +279,48 @@ def restartable(folder: Path, *, starting: bool = False) -> Iterator[None]:
     except Fault:
         raise
     except Exception as error:
-        cause = _os_error(error)
-        if cause is None or cause.errno is None or (cause.errno not in TRANSIENT and (starting or cause is not error)):
+        found, cause = _os_error(error)
+        if cause is None or cause.errno is None or (cause.errno not in TRANSIENT and found is not error):
             raise
         where = f"{cause.filename}: " if cause.filename else ""
         what = cause.strerror or " ".join(str(cause).split())
+        if starting and cause.errno not in TRANSIENT:
+            if cause is error:
+                raise
+            raise UserError(f"{folder}: {what}") from error
         raise Fault(
             f"{where}{what}; mend that: the same command goes on from the last checkpoint in {folder}"
         ) from error
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The exception itself if it is an OSError, or the OSError that caused it. TensorStore has the error number in its message only."""
-    while error is not None and not isinstance(error, OSError):
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            return OSError(int(found[1]), os.strerror(int(found[1])))
+def _os_error(error: BaseException | None) -> tuple[BaseException | None, OSError | None]:
+    """The first exception among an exception and its causes that means that a disk or a bucket failed, as it is and as an OSError."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error, error
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore has the number in its message only
+            return error, OSError(int(found[1]), os.strerror(int(found[1])))
+        if (number := _of_a_store(error)) is not None:
+            return error, OSError(number, f"{' '.join(str(error).split(' [tensorstore_spec=')[0].split()):.300}")
         error = error.__cause__ or error.__context__
-    return error
+    return None, None
+
+
+def _of_a_store(error: BaseException) -> int | None:
+    """The error number for an exception of a bucket's client (TensorStore, gcsfs, s3fs and what they use); None for any other exception."""
+    text, kind = str(error), f"{type(error).__module__}.{type(error).__name__}"
+    if isinstance(error, ValueError):  # TensorStore's
+        words = re.search(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND)\b|retry attempts failed", text)
+        return None if words is None else _DENIED.get(words[1], errno.ETIMEDOUT)
+    if not kind.startswith(("gcsfs.", "aiohttp.", "botocore.", "aiobotocore.", "google.", "urllib3.")):
+        return None
+    if getattr(error, "code", None) in (401, 403) or re.search("Credential|Auth|Refresh|Forbidden", kind):
+        return errno.EACCES
+    return errno.ENOENT if getattr(error, "code", None) == 404 else errno.ETIMEDOUT
 
 
 @contextmanager
-def together(folder: Path) -> Iterator[None]:
+def together(folder: Location) -> Iterator[None]:
     """Ends a process of several whose collective operation failed, with one line and exit status ``LOST``: another process is gone, and a normal
     exit would wait for it forever.
     """
@@ -308,7 +332,7 @@ def together(folder: Path) -> Iterator[None]:
         _give_up(folder, error)
 
 
-def _give_up(folder: Path, error: Exception) -> NoReturn:
+def _give_up(folder: Location, error: Exception) -> NoReturn:
     first = str(error).strip().splitlines()[0][:300]
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} lost another one: {first}\n"

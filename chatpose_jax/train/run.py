@@ -7,7 +7,6 @@ import dataclasses
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from chatpose_jax.models.heads import head_family
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.processing.processor import Processor
+from chatpose_jax.storage import Location, location
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train.chips import peak_flops
 from chatpose_jax.train.config import TrainConfig
@@ -47,12 +47,12 @@ def run_training(
     *,
     init: str | os.PathLike[str] | None = None,
     data: Sequence[Example] | Mapping[Split, Sequence[Example]] | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     profile: int = 0,
     progress: bool = True,
     callback: Callback | None = None,
     say: Callable[[str], None] = hosts.say,
-) -> Path:
+) -> Location:
     """Train until ``train.steps`` and write the model. If ``out`` contains a run, it is resumed.
 
     The caller does what concerns the whole process: several processes call ``hosts.connect`` first, and on CPU
@@ -60,7 +60,8 @@ def run_training(
 
     Args:
         config: the configuration, from ``run_config.load_config``.
-        out: run folder: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``. Only one run at a time may write it.
+        out: run folder on a disk or a bucket ("gs://…", "s3://…"): ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``. Only one run at a time may
+            write it.
         init: model folder to start from; None trains from scratch, which only the preset ``tiny`` can.
         data: rows to train on instead of the configured ones; or a table of such rows by split: "train", "val", "test".
         folder: the model folder to write, ``out/model`` by default.
@@ -77,7 +78,7 @@ def run_training(
         Interrupted (``trainer``) after Ctrl-C, SIGTERM or a callback that returns True. Everything is saved, and the same call resumes.
         UserError for invalid settings, data or weights. hosts.Fault if another run is writing ``out``, or the file system fails.
     """
-    out, init = Path(out), None if init is None else Path(init)
+    out, init = location(out), None if init is None else location(init)
     if init is not None:
         config = adopt(config, init)
     if not config.model.scan_layers:
@@ -90,21 +91,24 @@ def run_training(
     if config.train.eval_every:
         check_evaluators(config.train)
     given: Any = data if isinstance(data, Mapping) else {} if data is None else {"train": data}
-    with only_run(out):
-        return _run(config, out, init, given, folder or out / "model", profile, progress, callback, say)
+    with only_run(out) as check:
+        return _run(
+            config, out, init, given, location(folder or out / "model"), profile, progress, callback, say, check
+        )
 
 
 def _run(
     config: RunConfig,
-    out: Path,
-    init: Path | None,
+    out: Location,
+    init: Location | None,
     given: Mapping[Split, Sequence[Example]],
-    folder: Path,
+    folder: Location,
     profile: int,
     progress: bool,
     callback: Callback | None,
     say: Callable[[str], None],
-) -> Path:
+    check: Callable[[], None],
+) -> Location:
     settings = config.train
     mesh = training_mesh(settings)
     model = at_run_time(config.model, settings, mesh)
@@ -176,6 +180,7 @@ def _run(
         say=say,
         result=folder,
         keep_states=keep_states,
+        check=check,
     )
     with hosts.restartable(out):
         return save_folder(
@@ -198,22 +203,31 @@ def _run(
 
 
 @contextlib.contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Context manager: no other run may write ``out`` during the block. Process 0 holds the lock ``out/.lock``.
+def only_run(out: Location) -> Iterator[Callable[[], None]]:
+    """Context manager: no other run may write ``out`` during the block. Process 0 holds the lock ``out/.lock``. Yields a function that raises
+    hosts.Fault if another run has taken it over, as may happen on a bucket.
 
     Raises hosts.Fault if another run holds the lock (it may end), UserError if the folder cannot be written.
     """
     with contextlib.ExitStack() as holding:
-        held = ""
+        taken, lock = "", None
         with all_or_none():
             if hosts.primary():
                 try:
-                    holding.enter_context(only_writer(out, out / ".lock"))
+                    lock = holding.enter_context(only_writer(out, out / ".lock"))
                 except Locked as other:
-                    held = str(other)
-        if hosts.all_gather(np.array([bool(held)])).any():
-            raise hosts.Fault(held or f"{out}: another run is writing it, as process 0 says")
-        yield
+                    taken = str(other)
+        if hosts.all_gather(np.array([bool(taken)])).any():
+            raise hosts.Fault(taken or f"{out}: another run is writing it, as process 0 says")
+
+        def check() -> None:
+            try:
+                if lock is not None:
+                    lock.check()
+            except Locked as other:
+                raise hosts.Fault(str(other)) from None
+
+        yield check
 
 
 def demand_table(config: RunConfig) -> None:

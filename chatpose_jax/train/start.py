@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +14,7 @@ from chatpose_jax.models.config import ModelConfig, preset
 from chatpose_jax.models.quantize import QUANTIZATIONS
 from chatpose_jax.models.sharding import place, shardings
 from chatpose_jax.processing.processor import Processor, tiny_processor
+from chatpose_jax.storage import Location
 from chatpose_jax.train import hosts
 from chatpose_jax.train.run_config import RunConfig
 from chatpose_jax.train.trainable import Flat, flatten, unflatten
@@ -22,7 +22,7 @@ from chatpose_jax.weights import folder as model_folder
 from chatpose_jax.weights.arrays import read_metadata
 
 
-def adopt(config: RunConfig, init: Path) -> RunConfig:
+def adopt(config: RunConfig, init: Location) -> RunConfig:
     """The configuration with the architecture and token ids of the model that it starts from. It is quantised if either of the two is.
 
     Raises UserError if both are, in different ways.
@@ -42,7 +42,7 @@ def adopt(config: RunConfig, init: Path) -> RunConfig:
     return dataclasses.replace(config, model=base.replace(**changes))
 
 
-def make_processor(config: RunConfig, init: Path | None) -> Processor:
+def make_processor(config: RunConfig, init: Location | None) -> Processor:
     """The processor of the model that the run starts from, or that of ``tiny``, which comes with the package."""
     if init is not None:
         return Processor.load(init / model_folder.TOKENIZER, config.model)
@@ -56,7 +56,7 @@ def make_processor(config: RunConfig, init: Path | None) -> Processor:
 
 
 def initial_params(
-    config: RunConfig, init: Path | None, mesh: Mesh | None = None, say: Callable[[str], None] = hosts.say
+    config: RunConfig, init: Location | None, mesh: Mesh | None = None, say: Callable[[str], None] = hosts.say
 ) -> Params:
     """Fresh parameters, or those of ``init``, with fresh adapters and pose head if it has none. They are made or read onto the mesh, and then
     quantised if the configuration is and ``init`` is not. ``say`` reports where they come from.

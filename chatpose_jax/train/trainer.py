@@ -6,14 +6,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -28,6 +26,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.heads import RESERVED
 from chatpose_jax.settings import did_you_mean
+from chatpose_jax.storage import Location, copy_tree, is_bucket
 from chatpose_jax.train import feed, hosts
 from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
@@ -35,6 +34,7 @@ from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
 from chatpose_jax.train.kept import KeptStates
 from chatpose_jax.train.layout import lay_out, stacked
+from chatpose_jax.train.log import Log
 from chatpose_jax.train.step import TrainState, init_state, make_step
 from chatpose_jax.train.telemetry import Meter
 
@@ -80,132 +80,6 @@ class Interrupted(Exception):
         self.step = step
 
 
-class Log:
-    """``metrics.jsonl``, with one line for each step and its losses to the last bit; and, less often, TensorBoard and Weights & Biases (if
-    configured). When a run resumes, the lines of lost steps are removed. Only process 0 writes.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        wandb: str = "",
-        settings: Mapping[str, Any] | None = None,
-        say: Callable[[str], None] = hosts.say,
-    ):
-        self.folder, self.first = folder, step
-        self.file: Any = None
-        self.writer: Any = None
-        self.run: Any = None
-        if not hosts.primary():
-            return
-        path = folder / "metrics.jsonl"
-        path.touch()
-        length, garbage = _length_up_to(path, step)
-        if garbage:
-            say(
-                f"{path}: line {garbage} is not a valid line; a copy is kept as {_set_aside(path)}, and the log goes on from there"
-            )
-        os.truncate(path, length)  # atomic: a kill loses none of the lines to keep
-        self.file = path.open("a", buffering=1)
-        if wandb:
-            self.run = _wandb_run(wandb, folder, settings or {})
-
-    def __call__(self, step: int, values: Mapping[str, Any], *, chart: bool = True) -> None:
-        """Logs scalars, and images (arrays). chart: also to TensorBoard, which does not get every step."""
-        if self.file is None:
-            return
-        scalars = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
-        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
-        if not chart:
-            return
-        if self.writer is None:  # the import takes seconds if PyTorch is installed
-            self.writer = Charts(self.folder / "tensorboard", self.first)
-        self.writer.write(step, values)
-        if self.run is not None:
-            from wandb import Image
-
-            self.run.log({n: Image(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}, step=step)
-
-    def flush(self) -> None:
-        """Writes all lines to disk, so that a checkpoint never has a step that the log lacks."""
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.run is not None:
-            self.run.finish()
-
-
-class Charts:
-    """A file of TensorBoard's events. Of earlier files TensorBoard hides the steps after ``first``, which were lost.
-
-    tensorboardX's SummaryWriter writes in a thread of its own. On a full disk that thread ends, and then the run would wait for it without end.
-    """
-
-    def __init__(self, folder: Path, first: int):
-        from tensorboardX import event_file_writer, proto, summary
-
-        self._event, self._summary = proto.event_pb2.Event, summary
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = event_file_writer.EventsWriter(str(folder / "events"))
-        if first:
-            begins = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
-            self._file.write_event(self._event(wall_time=time.time(), step=first + 1, session_log=begins))
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars, and images as (H, W, 3) uint8 arrays. Raises OSError if the file system fails."""
-        for name, value in values.items():
-            if isinstance(value, np.ndarray):
-                drawn = self._summary.image(name, value, dataformats="HWC")
-            else:
-                drawn = self._summary.scalar(name, value)
-            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=drawn))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _length_up_to(path: Path, step: int) -> tuple[int, int]:
-    """The length in bytes of the lines up to a step. After these there may be lines of lost steps, and a line that a kill cut off. Also returns
-    the number of the first line that is invalid in any other way, or 0.
-    """
-    length = lost = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                at = json.loads(line)["step"]
-                lost += at > step
-            except (ValueError, TypeError, KeyError):
-                return length, number
-            length += 0 if lost else len(line)
-    return length, 0
-
-
-def _set_aside(path: Path) -> Path:
-    """Copies the file to an unused name."""
-    copy = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.damaged-{n}")).exists())
-    shutil.copyfile(path, copy)
-    return copy
-
-
-def _wandb_run(project: str, folder: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("train.wandb is set, but wandb is not installed: pip install wandb") from None
-    return wandb.init(
-        project=project, name=folder.name, id=folder.name, dir=str(folder), config=dict(settings), resume="allow"
-    )
-
-
 def identity(model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
     """The settings that must be the same when a run resumes, as JSON values."""
     model = model_config.replace(scan_layers=True)  # as in checkpoints, whatever the run does
@@ -214,7 +88,7 @@ def identity(model_config: ModelConfig, config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(kept))  # type: ignore[no-any-return]
 
 
-def demand_same_run(out: Path, model_config: ModelConfig, config: TrainConfig, result: Path) -> None:
+def demand_same_run(out: Location, model_config: ModelConfig, config: TrainConfig, result: Location) -> None:
     """Raises UserError if ``out`` contains a run with other settings. ``train`` does the same, but only after it has read the data."""
     if (folder := out / "checkpoints").is_dir():
         settings = identity(model_config, config)
@@ -230,7 +104,7 @@ def train(
     config: TrainConfig,
     params: Mapping[str, Any],
     batches: Batches,
-    out: Path,
+    out: Location,
     *,
     mesh: Mesh | None = None,
     evaluate: Evaluation | None = None,
@@ -240,12 +114,13 @@ def train(
     progress: bool = True,
     callback: Callback | None = None,
     say: Callable[[str], None] = hosts.say,
-    result: Path | None = None,
+    result: Location | None = None,
     keep_states: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train until ``config.steps`` and return the parameters, layers stacked.
 
-    ``out`` contains ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.
+    ``out`` contains ``checkpoints/``, ``metrics.jsonl`` (in parts on a store, see ``log``) and ``tensorboard/``.
 
     If ``out`` contains a checkpoint, the run resumes from it instead of ``params``, on any mesh and with any number of processes. The first
     interrupt or SIGTERM saves and raises ``Interrupted``.
@@ -264,12 +139,14 @@ def train(
         say: receives the lines that the run reports.
         result: the folder where the caller writes the model, for error messages; ``out/model`` by default.
         keep_states: compute the states of the leading layers once for each conversation, see ``kept.not_kept``.
+        check: called before each save; raises if ``out`` belongs to another run meanwhile.
 
     Raises:
         Interrupted; ``hosts.Fault`` if the file system fails; UserError if loss or gradient were not finite for more than
         ``config.max_skipped`` steps in a row.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    if not is_bucket(out):  # where there are no folders
+        out.mkdir(parents=True, exist_ok=True)
     hosts.meet("train")
     say(table.describe_trainable(params, config.trainable))
     if config.result == "best" and not config.eval_every:
@@ -306,7 +183,7 @@ def train(
     step_fn = make_step(model_config, config, params, mesh)
     loop = _Loop(
         model_config, config, mesh, kept, frozen, step_fn, batches, checkpoints, log, bar,
-        evaluate, flops, peak, profile, out, callback, say,
+        evaluate, flops, peak, profile, out, callback, say, check,
     )  # fmt: skip
     with hosts.restartable(out), contextlib.ExitStack() as closing:
         for thing in (checkpoints, log, bar):
@@ -347,9 +224,11 @@ class _Loop:
     flops: Flops | None
     peak: float | None
     profile: int
-    out: Path
+    out: Location
     callback: Callback | None
     say: Callable[[str], None]
+    check: Callable[[], None]
+    traces: Path | None = None
 
     @functools.cached_property
     def rates(self) -> dict[str, float]:
@@ -383,6 +262,7 @@ class _Loop:
                 metric = best_metric(values, config.best)
             lost = values and config.best and metric is None
             if saves or lost:
+                self.check()
                 self.log.flush()
                 self.checkpoints.save(state, self.batches.state(), metric)
             if lost:
@@ -438,13 +318,17 @@ class _Loop:
 
     def _trace(self, number: int, state: TrainState, *, over: bool = False) -> None:
         """Begins and ends the profile. number: the number of this process's next step. over: there is no next step."""
-        traced = number - PROFILE_AFTER
+        traced, profile = number - PROFILE_AFTER, self.out / "profile"
         if self.profile and traced == 0 and not over:
-            jax.profiler.start_trace(str(self.out / "profile"))
+            self.traces = Path(tempfile.mkdtemp()) if is_bucket(profile) else Path(profile)
+            jax.profiler.start_trace(str(self.traces))
         if traced == self.profile > 0 or (over and 0 < traced < self.profile):
             jax.block_until_ready(state.step)
             jax.profiler.stop_trace()
-            self.say(f"a profile of {traced} steps is in {self.out / 'profile'}: open it with xprof or Perfetto")
+            if is_bucket(profile):  # JAX writes to a disk only
+                copy_tree(self.traces, profile)
+                shutil.rmtree(self.traces)
+            self.say(f"a profile of {traced} steps is in {profile}: open it with xprof or Perfetto")
         elif over and self.profile and traced <= 0:
             self.say(
                 f"no profile: it begins with step {PROFILE_AFTER}, after compilation, and this run took {number - 1}"

@@ -95,6 +95,14 @@ def failing(error, cause=None):
 
 
 STALE, MISSING = OSError(errno.ESTALE, "Stale file handle", "rows.npz"), FileNotFoundError(errno.ENOENT, "No such file")
+AWAY = ValueError("ABORTED: All 32 retry attempts failed: CURL error [tensorstore_spec='{...}']")
+
+
+def botocore(name):
+    """An exception of S3's client, which is none of Python's."""
+    return type(name, (Exception,), {"__module__": "botocore.exceptions"})("no answer")
+
+
 WORDS = ValueError("FAILED_PRECONDITION: Failed to write [os_error_code='28']")
 
 
@@ -108,6 +116,11 @@ WORDS = ValueError("FAILED_PRECONDITION: Failed to write [os_error_code='28']")
         (MISSING, None, False, "No such file"),
         (MISSING, None, True, None),
         (UserError("no such folder"), MISSING, False, None),
+        (AWAY, None, True, "retry attempts failed: CURL"),
+        (UserError("cannot be read"), AWAY, False, "retry attempts failed: CURL"),
+        (botocore("EndpointConnectionError"), None, True, "no answer"),
+        (botocore("NoCredentialsError"), None, False, "no answer"),
+        (UserError("no such model"), botocore("NoCredentialsError"), False, None),
         (OSError("no tokenizer"), None, True, None),
         (OSError("cannot identify image file"), None, False, None),
         (UserError("bad setting"), None, False, None),
@@ -117,3 +130,8 @@ def test_faults_of_a_disk_are_no_bad_input(error, cause, starting, words):
     with pytest.raises(Fault if words else type(error), match=words) as raised, restartable("out", starting=starting):
         failing(error, cause)
     assert isinstance(raised.value, Fault) == bool(words)
+
+
+def test_missing_credentials_at_the_start_are_bad_input_in_one_line():
+    with pytest.raises(UserError, match=r"^out: no answer$"), restartable("out", starting=True):
+        raise botocore("NoCredentialsError")
