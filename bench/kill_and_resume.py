@@ -32,6 +32,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from chatpose_jax.orbax_s3 import COMMIT
+from chatpose_jax.storage import Location, is_bucket, location, remove_tree
+from chatpose_jax.train.log import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("any time", "in a step", "in a save", "one in a step", "one in a save")
 SAVE_EVERY = 4
 STEPS_PER_KILL = 2 * SAVE_EVERY
@@ -271,14 +276,35 @@ def weights(job: Job) -> dict[str, str]:
     return fingerprint(flatten(folder.load_params(model, abstract_params(folder.load_model_config(model)))))
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> None:
+@contextmanager
+def place(bucket: str, folder: Path, faults: int) -> Iterator[Location]:
+    """Where the run folders are made: in ``folder``, or on a bucket."""
+    if not bucket:
+        yield folder
+    elif "://" in bucket:
+        root = location(bucket) / folder.name
+        yield root
+        remove_tree(root)
+    else:
+        sys.path.insert(0, str(ROOT))
+        from tests.emulators import BUCKET, running_store
+
+        with running_store(bucket) as emulator:
+            os.environ.update(emulator.environment)
+            emulator.fail(faults)
+            yield location(f"{bucket}://{BUCKET}/kill-and-resume")
+            emulator.fail(0)
+            print(f"{emulator.failed} requests were refused, dropped or delayed: every {faults}th")
+
+
+def run(arguments: argparse.Namespace, folder: Path, root: Location) -> None:
     """The whole experiment; raises Difference."""
     draw = random.Random(arguments.seed)
     steps = arguments.steps or arguments.kills * STEPS_PER_KILL + SAVE_EVERY
     jobs = []
     for name in ("unbroken", "killed"):
         (folder / name).mkdir(parents=True)
-        jobs.append(Job(folder / name, steps, arguments.processes, folder / "cache"))
+        jobs.append(Job(folder / name, root / name / "run", steps, arguments.processes, folder / "cache"))
     whole, broken = jobs
     print(f"unbroken: {steps} steps by {arguments.processes} processes ...", flush=True)
     seconds = unbroken(whole)
@@ -351,13 +377,20 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=0, help=f"of the run; {STEPS_PER_KILL} a kill by default")
+    parser.add_argument(
+        "--bucket", default="", help="gs or s3 for an emulator, or gs://BUCKET/FOLDER, s3://BUCKET/FOLDER"
+    )
+    parser.add_argument(
+        "--faults", type=int, default=40, metavar="N", help="every N-th request to an emulator fails; 0: none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds of kills")
     parser.add_argument("--folder", type=Path, help="keep everything here, output of all processes included")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     try:
-        run(arguments, folder)
+        with place(arguments.bucket, folder, arguments.faults) as root:
+            run(arguments, folder, root)
     except Difference as difference:
         print(f"FAILED: {difference}\nEverything is kept in {folder}.", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 """Orbax on buckets. It knows ``gs://`` itself; ``s3://`` is taught here.
 
-On a bucket Orbax makes a folder complete by its last object, ``commit_success.txt``, because nothing can be renamed. Readers and cleaning take a folder
-without it for unfinished.
+On a bucket nothing can be renamed, so Orbax makes a folder complete by its last object.
+It takes a folder without that for unfinished, and removes it.
 """
 
 from __future__ import annotations

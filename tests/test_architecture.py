@@ -16,6 +16,7 @@ OPEN_TO_ALL = {
     "chatpose_jax.errors",
     "chatpose_jax.locks",
     "chatpose_jax.named",
+    "chatpose_jax.orbax_s3",
     "chatpose_jax.processes",
     "chatpose_jax.settings",
     "chatpose_jax.storage",

@@ -31,9 +31,9 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.poses import evaluate_chat, evaluate_follow_ups, mean_pose
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
+from chatpose_jax.train.log import read_metrics
 from chatpose_jax.train.run import demand_table, only_run, run_training
 from chatpose_jax.train.run_config import RunConfig, load_config
-from chatpose_jax.train.log import read_metrics
 from chatpose_jax.train.trainer import Interrupted, demand_same_run
 from smpl_jax import render
 from smpl_jax.pose import stack

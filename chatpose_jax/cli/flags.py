@@ -6,8 +6,19 @@ import argparse
 from collections.abc import Sequence
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.storage import Location, location
 
 PREFIX = "--config."
+
+
+def address(text: str) -> Location:
+    """``type=`` of an option or argument that names a file or folder, on a disk or a bucket."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file or folder, found ''")
+    try:
+        return location(text)
+    except UserError as error:  # argparse hides the words of any ValueError
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_config(parser: argparse.ArgumentParser, default: str, example: str = "train.steps=100") -> None:

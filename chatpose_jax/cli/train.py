@@ -6,9 +6,8 @@ import argparse
 import sys
 
 from chatpose_jax.cli.compiled import keep_compiled
-from chatpose_jax.cli.flags import add_config, head_flag
+from chatpose_jax.cli.flags import add_config, address, head_flag
 from chatpose_jax.errors import UserError
-from chatpose_jax.storage import location
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.run import run_training
@@ -20,11 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose train``."""
     add_config(parser, "tiny")
     parser.add_argument(
-        "--out", required=True, type=location, help="run folder, on a disk or a bucket (gs://…, s3://…): checkpoints/, tensorboard/, metrics.jsonl, model/"
+        "--out",
+        required=True,
+        type=address,
+        help="run folder, on a disk or a bucket (gs://…, s3://…): checkpoints/, tensorboard/, metrics.jsonl, model/",
     )
     parser.add_argument(
         "--init",
-        type=location,
+        type=address,
         help="model folder to start from (chatpose convert writes one); its towers replace the configuration's, "
         "model.lora and model.head set adapters and pose head",
     )

@@ -33,7 +33,9 @@ class Checkpoints:
     checkpoints and the one with the smallest metric.
     """
 
-    def __init__(self, folder: Location, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Location):
+    def __init__(
+        self, folder: Location, *, keep: int, identity: dict[str, Any], frozen: Mapping[str, str], result: Location
+    ):
         """identity: settings as JSON that must be the same when the run resumes.
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
         result: the model folder of the run, for error messages.

@@ -177,7 +177,9 @@ class Charts:
 
 def _files(folder: Location) -> list[Location]:
     """``metrics.jsonl``, if there is one, and the parts of a log on a store by their first steps."""
-    parts = sorted((int(found[1]), file) for file in folder.glob("metrics-*.jsonl") if (found := _PART.fullmatch(file.name)))
+    parts = sorted(
+        (int(found[1]), file) for file in folder.glob("metrics-*.jsonl") if (found := _PART.fullmatch(file.name))
+    )
     whole = folder / METRICS
     return [whole] * whole.exists() + [file for _, file in parts]
 
@@ -187,7 +189,9 @@ def _forget(folder: Location, step: int, say: Callable[[str], None]) -> None:
     files = _files(folder)
     while files and (found := _PART.fullmatch(files[-1].name)) and int(found[1]) > step:
         files.pop().unlink()
-    for path in {files[0], files[-1]} if files else ():  # parts are written at saves: none before the last holds lost steps
+    for path in (
+        {files[0], files[-1]} if files else ()
+    ):  # parts are written at saves: none before the last holds lost steps
         length, garbage = _length_up_to(path, step)
         if garbage:
             say(
@@ -231,4 +235,6 @@ def _wandb_run(project: str, folder: Location, settings: Mapping[str, Any]) -> A
     except ImportError:
         raise UserError("train.wandb is set, but wandb is not installed: pip install wandb") from None
     local = None if is_bucket(folder) else str(folder)  # wandb's own choice: ./wandb
-    return wandb.init(project=project, name=folder.name, id=folder.name, dir=local, config=dict(settings), resume="allow")
+    return wandb.init(
+        project=project, name=folder.name, id=folder.name, dir=local, config=dict(settings), resume="allow"
+    )

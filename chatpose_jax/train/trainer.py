@@ -228,7 +228,7 @@ class _Loop:
     callback: Callback | None
     say: Callable[[str], None]
     check: Callable[[], None]
-    traces: Path | None = None
+    traces: str = ""
 
     @functools.cached_property
     def rates(self) -> dict[str, float]:
@@ -320,13 +320,13 @@ class _Loop:
         """Begins and ends the profile. number: the number of this process's next step. over: there is no next step."""
         traced, profile = number - PROFILE_AFTER, self.out / "profile"
         if self.profile and traced == 0 and not over:
-            self.traces = Path(tempfile.mkdtemp()) if is_bucket(profile) else Path(profile)
-            jax.profiler.start_trace(str(self.traces))
+            self.traces = tempfile.mkdtemp() if is_bucket(profile) else str(profile)  # JAX writes to a disk only
+            jax.profiler.start_trace(self.traces)
         if traced == self.profile > 0 or (over and 0 < traced < self.profile):
             jax.block_until_ready(state.step)
             jax.profiler.stop_trace()
-            if is_bucket(profile):  # JAX writes to a disk only
-                copy_tree(self.traces, profile)
+            if is_bucket(profile):
+                copy_tree(Path(self.traces), profile)
                 shutil.rmtree(self.traces)
             self.say(f"a profile of {traced} steps is in {profile}: open it with xprof or Perfetto")
         elif over and self.profile and traced <= 0:

@@ -24,13 +24,16 @@ from smpl_jax.pose import unmeasured
 from tests.train.rows import Rows
 
 
-@pytest.mark.parametrize("out", ["", "gs://bucket/run"])
-def test_a_run_folder_is_a_folder(out, tmp_path, monkeypatch, capsys):
-    """Neither the current one, for a variable that is not set, nor one called gs: below it."""
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [("", "expected a file or folder"), ("hdfs://host/run", "hdfs://…: not an address that this program knows")],
+)
+def test_a_run_folder_is_a_folder(out, words, tmp_path, monkeypatch, capsys):
+    """Neither the current one, for a variable that is not set, nor one called hdfs: below it."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--out", out])
-    assert stop.value.code == 2 and "argument --out: expected a folder of a file system" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"argument --out: {words}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,7 +59,9 @@ def test_a_broken_run_goes_on_to_the_same_bits(bucket, params, unbroken):
     saved = {name.split("/")[1] for name in files if name.startswith("checkpoints/")}
     assert "6" in saved and not saved & {"3", "4"}
     assert all((bucket / "checkpoints" / step / COMMIT).exists() for step in saved)
-    assert len([name for name in files if name.startswith("tensorboard/events.out.tfevents.")]) == 4  # one for each save
+    assert (
+        len([name for name in files if name.startswith("tensorboard/events.out.tfevents.")]) == 4
+    )  # one for each save
 
 
 def test_requests_that_fail_lose_nothing(bucket, faults, params, unbroken):

@@ -19,8 +19,9 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import fake_batch, init_params
 from chatpose_jax.models.sharding import make_mesh
 from chatpose_jax.train.hosts import Fault
+from chatpose_jax.train.log import Log
 from chatpose_jax.train.trainable import PAPER, PROJECTOR, rates
-from chatpose_jax.train.trainer import Interrupted, Log, best_metric, demand_same_run, shortest, train
+from chatpose_jax.train.trainer import Interrupted, best_metric, demand_same_run, shortest, train
 from tests.numerics import TRAINED
 from tests.train.test_step import CONFIG, SETTINGS
 
