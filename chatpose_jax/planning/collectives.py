@@ -109,7 +109,7 @@ def _walk(text: str, slice_chips: int) -> dict[_Key, _Use]:
                 most(found, (named, kind, where), _sent(named, shape, line, slice_chips, cut=not scatters))
                 continue
             if transfer := _TRANSFER.search(line) if operation == "send" else None:
-                kind = _TRANSFERS[transfer[1]]
+                kind = _TRANSFERS.get(transfer[1], transfer[1].lower())
                 most(found, (kind, operation, where), _between(kind, shape, line))
                 continue
             called = _CALLED.findall(line)
@@ -167,7 +167,7 @@ def _sent(kind: str, shape: str, line: str, slice_chips: int, cut: bool) -> _Use
 def _between(kind: str, shape: str, line: str) -> _Use:
     """What a TPU chip sends to other slices, through its host: slices exchange what is already reduced inside each."""
     size = max(_sizes(shape), default=0)
-    slices = _listed(line.partition("_xla_megascale_target=")[2])
+    slices = _listed(line.partition("_xla_megascale_target=")[2]) or 10**6  # not told: the most that it can be
     if kind == "collective-permute":
         return _Use(0, size, 1)
     return _Use(0, _share(kind, size * slices if kind == "all-gather" else size, slices), 1)

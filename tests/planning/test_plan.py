@@ -122,6 +122,8 @@ ENTRY %main (x: f32[16]) -> f32[16] {
         ("{1,2,3,4}x{0:3}", "ALL_REDUCE", "all-reduce", 2 * 16 * 3 / 4),
         ("{1:4}x{0:3}", "ALL_GATHER", "all-gather", 16 * 3),
         ("{1:2}x{0:3}", "ONE_TO_ONE", "collective-permute", 16),
+        ("all", "ALL_REDUCE", "all-reduce", pytest.approx(2 * 16, rel=1e-5)),  # of a compiler that writes it otherwise
+        ("{1,2}x{0:3}", "NEWER", "newer", 16 / 2),
     ],
 )
 def test_what_tpus_send_to_other_slices_is_counted_apart(slices: str, transfer: str, kind: str, size: float) -> None:
