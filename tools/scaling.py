@@ -102,6 +102,7 @@ def slices_table(plans: dict[str, dict[str, Any]]) -> str:
     for name, plan in plans.items():
         if plan.get("slices", 1) > 1:
             one = plans.get(name.rpartition("x")[0])
+            one = one if one is not None and one["batch"] * plan["slices"] == plan["batch"] else None
             row = [name, " × ".join(str(size) for size in plan["mesh"].values()), f"{plan['batch']} × {plan['length']}"]
             row += [f"**{plan['peak'] / GiB:.2f} GiB**", "–" if one is None else f"{one['peak'] / GiB:.2f} GiB"]
             row += [f"{sum(plan['sent'].values()) / GiB:.2f}", f"{sum(plan['across'].values()) / GiB:.3f}"]
