@@ -35,6 +35,11 @@ ROWS: dict[str, str] = {
     "v5e-64x2-32": f"{TRAIN} --target v5e:8x8*2 --batch 32",
     "v5p-64x2": f"{TRAIN} --target v5p:4x4x4*2 --batch 64",
     "h100-8x2": f"{TRAIN} --target h100:8*2 --batch 64",
+    "24gb-int4": f"{TRAIN} --target rtx4090 --batch 4 --set model.quantize=int4",
+    "12gb-int4-decode": "--config chatpose_13b --length 1024 --target rtx3060 --decode --set model.quantize=int4",
+    "8gb-int4-decode": "--config chatpose_7b --length 1024 --target rtx4060 --decode --set model.quantize=int4",
+    "v5e-1-int4": f"{TRAIN} --target v5e:1x1 --batch 4 --set model.quantize=int4",
+    "v5e-1-int4-decode": "--config chatpose_13b --length 1024 --target v5e:1x1 --decode --set model.quantize=int4",
 }
 GiB = 2**30
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +52,13 @@ IN_README = {
     "v5e-64": "train, 32 rows, v5e-64",
     "h100-decode": "answer, 1024 tokens, one H100",
     "v5e-8-decode": "answer, 1024 tokens, v5e-8",
+}
+SMALL = {
+    "24gb-int4": "13B trains, 4 rows × 1024 tokens, a card of 24 GB",
+    "12gb-int4-decode": "13B answers, 1024 tokens, a card of 12 GB",
+    "8gb-int4-decode": "7B answers, 1024 tokens, a card of 8 GB",
+    "v5e-1-int4": "13B trains, 4 rows × 1024 tokens, one chip of v5e",
+    "v5e-1-int4-decode": "13B answers, 1024 tokens, one chip of v5e",
 }
 
 
@@ -135,9 +147,9 @@ def write(path: Path, marker: str, text: str) -> None:
     path.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.S))
 
 
-def readme(plans: dict[str, dict[str, Any]]) -> str:
-    lines = ["| `chatpose_13b`, the paper's recipe | peak per chip | made by |", "|---|---|---|"]
-    for name, words in IN_README.items():
+def readme(plans: dict[str, dict[str, Any]], rows: dict[str, str], title: str) -> str:
+    lines = [f"| {title} | peak per chip | made by |", "|---|---|---|"]
+    for name, words in rows.items():
         if name in plans and plans[name]["peak"] is not None:
             plan = plans[name]
             lines.append(
@@ -181,7 +193,8 @@ def main() -> None:
     plans = {name: json.loads(path.read_text()) for name in ROWS if (path := args.folder / f"{name}.json").exists()}
     write(ROOT / "docs/scaling.md", "plans", table(plans))
     write(ROOT / "docs/scaling.md", "slices", slices_table(plans))
-    write(ROOT / "README.md", "what fits", readme(plans))
+    write(ROOT / "README.md", "what fits", readme(plans, IN_README, "`chatpose_13b`, the paper's recipe"))
+    write(ROOT / "README.md", "small cards", readme(plans, SMALL, "an int4 base"))
     if len(over_chips(plans)) > 1:
         plot(plans, ROOT / "docs/images/scaling.png")
 

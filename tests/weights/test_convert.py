@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 import chatpose_jax  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
-from chatpose_jax.models.chatpose import abstract_params, init_params  # noqa: E402
+from chatpose_jax.models.chatpose import abstract_params, bind, init_params  # noqa: E402
 from chatpose_jax.models.config import preset  # noqa: E402
 from chatpose_jax.models.quantize import QUANTIZATIONS  # noqa: E402
 from chatpose_jax.weights import arrays, devices, stream  # noqa: E402
@@ -543,6 +543,34 @@ def test_load_spreads_a_source_over_a_mesh(llava: Path) -> None:
     kernel = model.params["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (64 // 4, 160 // 2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), model.params, single.params)
+
+
+def test_what_int8_and_int4_cost_in_logits_and_poses(llava: Path) -> None:
+    """Against the same weights in bfloat16, on a model of natural scale. Its weights are random: a trained model's errors are in docs/scaling.md."""
+    ids = np.arange(5, 45)[None]
+
+    def answers(kind: Any) -> tuple[np.ndarray, np.ndarray]:
+        plan, params = load_source(SourceSpec(llava, dtype="bfloat16", quantize=kind))
+        config = plan.config.replace(dtype="float32")
+
+        @jax.jit
+        def run(params: Any) -> Any:
+            model = bind(config, params)
+            hidden = model(ids).hidden
+            poses = model.poses(model.states(hidden, np.arange(40)[None]), jax.random.key(0))
+            return model.logits(hidden), poses.rotations
+
+        logits, rotations = map(np.asarray, run(params))
+        return logits - logits.mean(-1, keepdims=True), rotations
+
+    exact, errors = answers("none"), {}
+    for kind in ("int8", "int4"):
+        logits, rotations = answers(kind)
+        cosine = (np.einsum("bpjki,bpjki->bpj", rotations, exact[1]) - 1) / 2
+        turned = np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean()
+        errors[kind] = np.linalg.norm(logits - exact[0]) / np.linalg.norm(exact[0]), turned
+    assert errors["int8"][0] < 0.03 and errors["int8"][1] < 0.3, errors
+    assert errors["int8"][0] * 5 < errors["int4"][0] < 0.4 and errors["int4"][1] < 4, errors
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
