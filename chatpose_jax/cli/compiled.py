@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from chatpose_jax.storage import is_bucket
+
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 LIMIT = 2 << 30
 """Size limit in bytes, for all processors together. The least recently used programs are removed first."""
@@ -37,6 +39,14 @@ def keep_compiled() -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def no_other_caches() -> None:
+    """Turns off what XLA itself would write into the folder of compiled programs if that is on a bucket: XLA knows disks only, and would make a local
+    folder of the address.
+    """
+    if is_bucket(os.environ.get(VARIABLE, "")):
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def cache_home() -> Path:

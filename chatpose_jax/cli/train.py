@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from chatpose_jax.cli.compiled import keep_compiled
+from chatpose_jax.cli.compiled import keep_compiled, no_other_caches
 from chatpose_jax.cli.flags import add_config, address, head_flag
 from chatpose_jax.errors import UserError
 from chatpose_jax.train import hosts
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
+    no_other_caches()
     others = hosts.find_processes(args.coordinator, args.num_processes, args.process_id)
     if others is None:
         keep_compiled()

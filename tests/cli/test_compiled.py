@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from chatpose_jax.cli.compiled import VARIABLE, keep_compiled, processor, prune
+from chatpose_jax.cli.compiled import VARIABLE, keep_compiled, no_other_caches, processor, prune
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,12 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     prune(tmp_path, 250)
     assert {file.name for file in tmp_path.iterdir()} == {"new", "middle"}
+
+
+@pytest.mark.parametrize(("folder", "caches"), [("gs://mine/compiled", "none"), ("/tmp/compiled", "as before")])
+def test_xla_makes_no_folder_of_an_address(monkeypatch, folder, caches):
+    found = {"jax_persistent_cache_enable_xla_caches": "as before"}
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    no_other_caches()
+    assert found == {"jax_persistent_cache_enable_xla_caches": caches}

@@ -64,8 +64,9 @@ def test_a_broken_run_goes_on_to_the_same_bits(bucket, params, unbroken):
     )  # one for each save
 
 
+@pytest.mark.slow
 def test_requests_that_fail_lose_nothing(bucket, faults, params, unbroken):
-    faults(6)
+    faults(10)
     train(CONFIG, SETTINGS, params(), Batches(), bucket, progress=False)
     assert faults(0) > 5
     assert losses(bucket) == unbroken[1]
