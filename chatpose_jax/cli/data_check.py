@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from chatpose_jax import storage
 from chatpose_jax.data import check as checks
 from chatpose_jax.data import store
 from chatpose_jax.data.pool import cpus
 from chatpose_jax.errors import UserError
+from chatpose_jax.locks import only_writer
 from chatpose_jax.settings import whole
 from smpl_jax.pose import HANDS
 
@@ -23,9 +23,14 @@ _BAR = 40  # characters
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose data check``."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders that 'data prepare' wrote")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"folder for {REPORT} and {SHEET}; default: the first FOLDER"
+        "folders", nargs="+", type=storage.location, metavar="FOLDER", help="folders that 'data prepare' wrote"
+    )
+    parser.add_argument(
+        "--out",
+        type=storage.location,
+        metavar="FOLDER",
+        help=f"folder for {REPORT} and {SHEET}; default: the first FOLDER",
     )
     parser.add_argument(
         "--samples", type=int, default=3, metavar="N", help=f"rows of each kind and split in {SHEET}; 0: no sheet"
@@ -57,11 +62,10 @@ def run(args: argparse.Namespace) -> int:
     for folder in args.folders:
         store.read_description(folder)
     try:  # an error now is better than one after an hour
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        with only_writer(out, out / ".check"):
             pass
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); --out chooses another folder") from None
+    except UserError as error:
+        raise UserError(f"{error}; --out chooses another folder") from None
     report = checks.check_folders(args.folders, workers=args.workers, decode=args.decode, progress=not args.quiet)
     store.write_file(out / REPORT, store.to_json(report))
     findings = [checks.Finding(**found) for found in report["findings"]]

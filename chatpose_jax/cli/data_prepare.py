@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from chatpose_jax import storage
 from chatpose_jax.data import store
 from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.data.pool import cpus
@@ -14,14 +14,21 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import Processor, tiny_processor
 from chatpose_jax.settings import parse_value
+from chatpose_jax.storage import Location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose data prepare``."""
     parser.add_argument("name", help=f"{', '.join(sorted(DATA_SETS))}; or package.module:Class of a reader of your own")
-    parser.add_argument("--source", required=True, type=Path, metavar="FOLDER", help="folder of the original files")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FOLDER", help="folder to write; data/NAME is where training looks"
+        "--source", required=True, type=storage.location, metavar="FOLDER", help="folder of the original files"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=storage.location,
+        metavar="FOLDER",
+        help="folder to write, on a disk or gs://… or s3://…; data/NAME is where training looks",
     )
     add_options(parser, "the data set")
     parser.add_argument(
@@ -29,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        type=Path,
+        type=storage.location,
         metavar="FOLDER",
         help="folder of the model that will be trained: rows are counted in its tokens, so training need not do it",
     )
@@ -102,7 +109,7 @@ def options_of(given: list[str]) -> dict[str, object]:
     return options
 
 
-def _processor(model: Path | None) -> Processor:
+def _processor(model: Location | None) -> Processor:
     if model is None:
         return tiny_processor(preset("tiny"))
     from chatpose_jax.weights import folder as model_folder  # takes seconds

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
+from chatpose_jax import storage
 from chatpose_jax.cli.data_prepare import add_options, options_of
 from chatpose_jax.data.check import joint_name
 from chatpose_jax.data.config import DataConfig, SourceRow, Split
@@ -24,14 +24,16 @@ from smpl_jax.pose import HANDS, Pose, known
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose data show``."""
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="folder that 'data prepare' wrote")
+    parser.add_argument(
+        "folder", nargs="?", type=storage.location, metavar="FOLDER", help="folder that 'data prepare' wrote"
+    )
     parser.add_argument(
         "--source", metavar="NAME", help="instead of FOLDER, a source of data.sources: synthetic, module:function …"
     )
     add_options(parser, "--source")
     parser.add_argument("--row", type=int, default=0, metavar="N", help="number of the row, from 0 (default)")
     parser.add_argument("--split", choices=get_args(Split), default="train", help="default: train")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the row: images, body and text")
+    parser.add_argument("--out", type=storage.location, metavar="PNG", help="draw the row: images, body and text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,10 +62,8 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(describe_row(example)))
     if args.out is not None:
         from chatpose_jax.data import sheet  # loads the body
-        from smpl_jax.render import save_png
 
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_png(args.out, np.asarray(sheet.draw(example, f"row {args.row} · {example.id}", whole=True)))
+        sheet.write_png(args.out, sheet.draw(example, f"row {args.row} · {example.id}", whole=True))
         print(f"wrote {args.out}")
     return 0
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from chatpose_jax.data.collate import BETAS, Batch, collate, encode_example, pack, weightless
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, rows_at
 from chatpose_jax.data.order import Pattern, Pools, fit_buckets, fit_packs, key, shuffled, slices
 from chatpose_jax.data.sizes import demand_sight, measure
 from chatpose_jax.errors import UserError
@@ -165,8 +165,9 @@ class BatchLoader:
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0 in the first epoch: a pure function of the loader's arguments and ``step``."""
         shape, packs = self.rows_of(step)
+        rows = self._read(sorted({number if number >= 0 else ~number for pack in packs for number in pack}))
         return collate(
-            [self._packed(numbers) for numbers in packs],
+            [self._packed(rows, numbers) for numbers in packs],
             shape.length,
             max_images=shape.images,
             max_poses=self.max_poses,
@@ -329,22 +330,27 @@ class BatchLoader:
                 groups.append(_Group(shape, some, ends, -(-int(ends[-1]) // self.batch_size)))
         return groups
 
-    def _packed(self, numbers: list[int]) -> dict[str, Any]:
+    def _packed(self, found: Mapping[int, dict[str, Any]], numbers: list[int]) -> dict[str, Any]:
         """One row of a batch."""
-        rows = [self._row(number if number >= 0 else ~number) for number in numbers]
+        rows = [found[number if number >= 0 else ~number] for number in numbers]
         row = pack(rows) if self.packing else rows[0]
         return row if numbers[0] >= 0 else weightless(row)
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def _read(self, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Some rows, encoded. Those that are not in the cache are read together."""
+        absent = [number for number in numbers if number not in self._cache]
+        read = dict(zip(absent, rows_at(self.dataset, absent)))
+        return {number: self._row(number, read) for number in numbers}
+
+    def _row(self, index: int, read: Mapping[int, Example]) -> dict[str, Any]:
         if index >= self._cached:
-            return self._encode(index, normalise=True)
+            return self._encode(index, read[index], normalise=True)
         if (row := self._cache.get(index)) is None:
-            row = self._cache[index] = self._encode(index, normalise=False)
+            row = self._cache[index] = self._encode(index, read[index], normalise=False)
         settings = self.processor.images
         return {**row, "images": [settings.normalise(image) for image in row["images"]]} if settings else row
 
-    def _encode(self, index: int, normalise: bool) -> dict[str, Any]:
-        example = self.dataset[index]
+    def _encode(self, index: int, example: Example, normalise: bool) -> dict[str, Any]:
         row = encode_example(self.processor, example, self.max_length, family=self.family, normalise=normalise)
         found = [len(row[name]) for name in ("input_ids", "images", "pose_positions")]
         if found != (planned := self._types[self._type[index]].tolist()):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from chatpose_jax import __version__
+from chatpose_jax import __version__, storage
 from chatpose_jax.data import store
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.pool import share
 from chatpose_jax.data.record import Record, from_bytes
 from chatpose_jax.data.scan import AXES, UP, Facts, Joints, Scanner, ShardJob, Upright, differs
+from chatpose_jax.data.shards import local_copy, shards
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line, real, whole
+from chatpose_jax.storage import Location
 from smpl_jax.pose import family_of
 
 KINDS = {
@@ -61,7 +64,7 @@ class Part:
     starts: (shards + 1,) the number of the first record of each shard. Items of ``facts`` have numbers of records of the split.
     """
 
-    folder: Path
+    folder: Location
     split: Split
     name: str
     about: dict[str, Any]
@@ -76,15 +79,13 @@ class Part:
 
     def record(self, number: int) -> Record:
         """Record ``number`` of the split."""
-        from array_record.python.array_record_module import ArrayRecordReader
-
         shard = int(np.searchsorted(self.starts, number, "right")) - 1
-        file = self.folder / self.split / self.about["shards"][shard]["file"]
-        return from_bytes(ArrayRecordReader(str(file), store.READER).read([number - int(self.starts[shard])])[0])
+        wanted = [(shard, number - int(self.starts[shard]))]
+        return from_bytes(shards(self.folder / self.split, self.about["shards"]).read(wanted)[0])
 
 
 def check_folders(
-    folders: Sequence[str | Path], *, workers: int = 1, decode: float = 1.0, progress: bool = False
+    folders: Sequence[str | PathLike[str]], *, workers: int = 1, decode: float = 1.0, progress: bool = False
 ) -> dict[str, Any]:
     """Checks prepared folders, each alone and all against each other.
 
@@ -104,8 +105,8 @@ def check_folders(
     """
     whole("workers", workers, 1)
     real("decode", decode, lambda value: 0 <= value <= 1, "from 0 to 1")
-    paths = [Path(folder).expanduser() for folder in folders]
-    if len({path.resolve() for path in paths}) < len(paths):
+    paths = [storage.location(os.path.expanduser(folder)) for folder in folders]
+    if len({storage.absolute(path) for path in paths}) < len(paths):
         raise UserError("a folder is given twice; name each once")
     descriptions = {path: store.read_description(path) for path in paths}
     parts = _read(descriptions, Scanner(decode), workers, progress)
@@ -127,7 +128,7 @@ def check_folders(
     }
 
 
-def _read(descriptions: dict[Path, dict[str, Any]], scanner: Scanner, workers: int, progress: bool) -> list[Part]:
+def _read(descriptions: dict[Location, dict[str, Any]], scanner: Scanner, workers: int, progress: bool) -> list[Part]:
     from tqdm import tqdm
 
     jobs, splits = [], []
@@ -136,7 +137,7 @@ def _read(descriptions: dict[Path, dict[str, Any]], scanner: Scanner, workers: i
             if about := found["splits"].get(split):
                 splits.append((folder, split, found["name"], about))
                 jobs += [ShardJob(folder, split, number, shard) for number, shard in enumerate(about["shards"])]
-    done: dict[tuple[Path, str, int], Facts] = {}
+    done: dict[tuple[Location, str, int], Facts] = {}
     with (
         tqdm(
             total=sum(job.about["records"] for job in jobs),
@@ -157,7 +158,7 @@ def _read(descriptions: dict[Path, dict[str, Any]], scanner: Scanner, workers: i
     return parts
 
 
-def _joined(folder: Path, split: Split, name: str, about: dict[str, Any], shards: list[Facts]) -> Part:
+def _joined(folder: Location, split: Split, name: str, about: dict[str, Any], shards: list[Facts]) -> Part:
     total = Facts()
     starts = np.cumsum([0, *(len(facts.records) for facts in shards)])
     for facts in shards:
@@ -209,13 +210,15 @@ def _of_part(part: Part) -> Iterator[Finding]:
 def _index(part: Part) -> Iterator[Finding]:
     file = part.folder / part.split / store.INDEX
     try:
-        damage = differs(file, part.about["index"])
+        with local_copy(file) as copy:
+            damage = differs(copy, part.about["index"])
+            index = np.empty(0, store.ROW) if damage else np.load(copy, mmap_mode="r")
     except OSError as error:
         damage = error.strerror or "cannot be read"
     if damage:
         yield Finding("damaged", part.where, f"{file}: {damage}")
         return
-    index, records = np.load(file, mmap_mode="r"), part.facts.records
+    records = part.facts.records
     if part.facts.damage or "records" in part.facts.faults:
         return  # there are rows that cannot be compared
     counts = records["conversations"].astype(np.int64)
@@ -429,8 +432,8 @@ def _summary(part: Part) -> dict[str, Any]:
 def _tokens(part: Part) -> dict[str, Any]:
     """The histogram of lengths: bins from, below, rows."""
     try:
-        tokens = np.load(part.folder / part.split / store.INDEX, mmap_mode="r")["tokens"]
-    except (OSError, ValueError, EOFError, IndexError):  # it is damaged, which is another finding
+        tokens = store.open_index(part.folder / part.split / store.INDEX, part.about)["tokens"]
+    except (OSError, ValueError, EOFError):  # it is damaged, which is another finding
         return {"bins": []}
     counts, _ = np.histogram(tokens, [*_EDGES, np.inf])
     bins = [[low, high, int(count)] for low, high, count in zip(_EDGES, [*_EDGES[1:], None], counts)]

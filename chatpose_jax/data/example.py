@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -15,6 +17,8 @@ from smpl_jax.pose import Pose, check_shapes, unmeasured
 
 NO_POSES = unmeasured((0,))
 Kind = Literal["text", "image", "instruction"]
+AT_ONCE = 128
+"""Rows that ``rows_in_turn`` reads together, and has in memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,3 +88,45 @@ class Example:
             raise UserError(
                 f"poses: expected a Pose of batch shape (P,), one for each <POSE>, found {self.poses.shape}"
             )
+
+
+class ExampleRows(Sequence[Example]):
+    """A data set that can read several rows together, as from a bucket. A subclass has ``__len__`` and ``__getitems__``, as data sets of PyTorch
+    may have."""
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows, each given as its number from 0."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
+        if not 0 <= operator.index(index) < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.__getitems__([index])[0]
+
+    def __iter__(self) -> Iterator[Example]:
+        return rows_in_turn(self)
+
+
+def rows_at(dataset: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
+    """Some rows of any data set, read together where it can (``ExampleRows``)."""
+    together = getattr(dataset, "__getitems__", None)
+    return together(numbers) if together else [dataset[number] for number in numbers]
+
+
+def rows_in_turn(dataset: Sequence[Example], numbers: Iterable[int] | None = None) -> Iterator[Example]:
+    """These rows of a data set, or all, one after the other. ``AT_ONCE`` are read together."""
+    places = iter(range(len(dataset)) if numbers is None else numbers)
+    while some := list(itertools.islice(places, AT_ONCE)):
+        yield from rows_at(dataset, some)
+
+
+def rows_from(datasets: Sequence[Sequence[Example]], places: Sequence[tuple[int, int]]) -> list[Example]:
+    """Rows of several data sets, each given as (number of the data set, row); those of one are read together."""
+    found = {
+        number: iter(rows_at(datasets[number], [row for owner, row in places if owner == number]))
+        for number in {number for number, _ in places}
+    }
+    return [next(found[number]) for number, _ in places]

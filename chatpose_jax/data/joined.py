@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from chatpose_jax.data.config import Split, source_rows
-from chatpose_jax.data.example import NO_POSES, Example
+from chatpose_jax.data.example import NO_POSES, Example, ExampleRows, rows_from
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
 from smpl_jax.pose import concatenate, to_frame
@@ -54,7 +55,7 @@ def joined(
     )
 
 
-class Joined(Sequence[Example]):
+class Joined(ExampleRows):
     """Row i joins rows that are drawn for it alone, with replacement, so it is the same for any size.
 
     sources: (rows, weight). parts: the fewest and the most parts. size: number of conversations. entropy: seeds the draws.
@@ -77,14 +78,18 @@ class Joined(Sequence[Example]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: Any) -> Any:
-        """Row ``index``, or the rows of a slice; IndexError beyond the size. Raises UserError where poses cannot be joined."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        if not 0 <= index < self.size:
-            raise IndexError(f"row {index} of {self.size}")
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows, whose parts are read together. Raises UserError where poses cannot be joined."""
+        drawn = [self._draw_parts(index) for index in numbers]
+        parts = iter(rows_from(self.rows, [place for places in drawn for place in places]))
+        return [self._join(index, list(itertools.islice(parts, len(places)))) for index, places in zip(numbers, drawn)]
+
+    def _draw_parts(self, index: int) -> list[tuple[int, int]]:
+        """(source, row) of each part."""
         rng = np.random.default_rng([*self.entropy, index])
-        found = [self._draw(rng) for _ in range(rng.integers(self.parts[0], self.parts[1] + 1))]
+        return [self._draw(rng) for _ in range(rng.integers(self.parts[0], self.parts[1] + 1))]
+
+    def _join(self, index: int, found: list[Example]) -> Example:
         posed = [part for part in found if len(part.poses)]
         try:
             poses = concatenate([to_frame(_plain(part), "camera") for part in posed]) if posed else NO_POSES
@@ -98,9 +103,9 @@ class Joined(Sequence[Example]):
             poses,
         )
 
-    def _draw(self, rng: np.random.Generator) -> Example:
-        rows = self.rows[int(rng.choice(len(self.rows), p=self.shares))]
-        return rows[int(rng.integers(len(rows)))]
+    def _draw(self, rng: np.random.Generator) -> tuple[int, int]:
+        source = int(rng.choice(len(self.rows), p=self.shares))
+        return source, int(rng.integers(len(self.rows[source])))
 
 
 def _plain(part: Example) -> Any:

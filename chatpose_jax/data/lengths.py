@@ -7,17 +7,17 @@ import dataclasses
 import io
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from chatpose_jax.data.collate import count_example
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, rows_in_turn
 from chatpose_jax.data.pool import Tick, cpus, share
 from chatpose_jax.data.store import write_file
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.processing.processor import Processor
+from chatpose_jax.storage import Location
 
 LENGTHS = np.dtype([("tokens", "<i4"), ("tail", "<i4")])
 """As the fields of these names in the index (``data.store``)."""
@@ -25,12 +25,12 @@ _RANGE = 4096
 """Rows that a process counts at a time. For a few times as many, starting processes is not worth while."""
 
 
-def lengths_file(folder: Path, processor: Processor) -> Path:
+def lengths_file(folder: Location, processor: Processor) -> Location:
     """The file that keeps the lengths of a split for a tokenizer and template."""
     return folder / f"lengths-{processor.fingerprint}.npy"
 
 
-def lengths_of(rows: Sequence[Example], folder: Path, processor: Processor) -> np.ndarray:
+def lengths_of(rows: Sequence[Example], folder: Location, processor: Processor) -> np.ndarray:
     """(N,) ``LENGTHS`` of the rows of a split, whose folder is given: from its file, or else counted and kept there if the folder can be written.
 
     If several processes or machines need the same lengths, the others wait for the first.
@@ -53,7 +53,7 @@ def lengths_of(rows: Sequence[Example], folder: Path, processor: Processor) -> n
                 write_file(file, data.getvalue())
             return found
     try:
-        found = np.load(file)
+        found = np.load(io.BytesIO(file.read_bytes()))
     except (ValueError, EOFError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it") from None
     if found.dtype != LENGTHS or found.shape != (len(rows),):
@@ -78,8 +78,7 @@ class _Counter:
     processor: Processor
 
     def __call__(self, start: int, tick: Tick) -> tuple[int, np.ndarray]:
-        sizes = [
-            count_example(self.processor, self.rows[row]) for row in range(start, min(start + _RANGE, len(self.rows)))
-        ]
+        end = min(start + _RANGE, len(self.rows))
+        sizes = [count_example(self.processor, row) for row in rows_in_turn(self.rows, range(start, end))]
         patches = self.processor.ids.num_patches
         return start, np.array([(size.tokens - size.images * patches, size.tail) for size in sizes], LENGTHS)

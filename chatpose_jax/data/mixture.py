@@ -5,17 +5,16 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, ExampleRows, rows_from
 from chatpose_jax.data.sizes import known_sizes
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
 
 
-class Mixture(Sequence[Example]):
+class Mixture(ExampleRows):
     """The rows of all sources, one source after another; an epoch has rows of each by its weight.
 
     An epoch has as many rows as all sources together, up to rounding of the shares. A source that is smaller than its share is repeated, in a
@@ -39,14 +38,14 @@ class Mixture(Sequence[Example]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: Any) -> Any:
-        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows; those of one source are read together."""
+        return rows_from(self.sources, [self._place(number) for number in numbers])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The source of a row, and the row's number in there."""
         source = bisect.bisect_right(self._ends, index)
-        return self.sources[source][index - (self._ends[source] - len(self.sources[source]))]
+        return source, index - (self._ends[source] - len(self.sources[source]))
 
     def sizes(self, processor: Processor, max_length: int) -> np.ndarray:
         """The sizes that the sources know, one source after another; see ``data.sizes.known_sizes``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -12,16 +13,16 @@ import io
 import itertools
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import msgpack
 import numpy as np
 
-from chatpose_jax import __version__, named
+from chatpose_jax import __version__, named, storage
 from chatpose_jax.data import store
 from chatpose_jax.data.collate import as_trained, count_example
 from chatpose_jax.data.config import Split
@@ -29,10 +30,12 @@ from chatpose_jax.data.datasets import DATA_SETS
 from chatpose_jax.data.pool import Tick, share
 from chatpose_jax.data.reader import Reader, Skipped
 from chatpose_jax.data.record import SCHEMA, Record, to_bytes
+from chatpose_jax.data.shards import local_file
 from chatpose_jax.errors import UserError
-from chatpose_jax.locks import only_writer
+from chatpose_jax.locks import Held, only_writer
 from chatpose_jax.processing.processor import Processor
 from chatpose_jax.settings import one_line, whole
+from chatpose_jax.storage import Location
 
 MAX_SHARDS = 512
 """The most shards of a split. If it has more parts, neighbouring parts share a shard."""
@@ -70,18 +73,18 @@ class Job:
 
     __repr__ = one_line
 
-    def shard(self, out: Path) -> Path:
+    def shard(self, out: Location) -> Location:
         return out / self.split / store.shard_name(self.number, self.count)
 
-    def note(self, out: Path) -> Path:
+    def note(self, out: Location) -> Location:
         """The file that says what the shard holds. Where it is, the shard is complete."""
         return out / store.WORK / self.split / f"{self.number:05d}"
 
 
 def prepare(
     name: str,
-    source: str | Path,
-    out: str | Path,
+    source: str | PathLike[str],
+    out: str | PathLike[str],
     *,
     processor: Processor,
     options: Mapping[str, Any] | None = None,
@@ -93,8 +96,8 @@ def prepare(
 
     Args:
         name: an entry of ``DATA_SETS``, or ``package.module:Class`` of a reader of one's own.
-        source: folder of the original files.
-        out: folder to write. One that an earlier call with equal arguments has begun is completed.
+        source: folder of the original files, on a disk.
+        out: folder to write, or its address in a bucket. One that an earlier call with equal arguments has begun is completed.
         processor: counts the tokens of rows for the index. Training with another tokenizer counts them again.
         options: of the reader.
         workers: processes that read. The result does not depend on their number.
@@ -108,7 +111,11 @@ def prepare(
         UserError for options that do not fit, missing files, a folder that holds anything else, and too many broken items; OSError where
         writing fails. What is finished stays.
     """
-    out, source = Path(out), Path(source)
+    if storage.is_bucket(source):
+        raise UserError(
+            f"--source {source} is in a bucket; original files are read from a disk: copy them to one, or mount the bucket"
+        )
+    out, source = storage.location(out), Path(source)
     whole("workers", workers, 1)
     whole("max_broken", max_broken, 0)
     options = dict(options or {})
@@ -125,16 +132,16 @@ def prepare(
         "version": __version__,
         "lengths": processor.fingerprint,
     }
-    with only_writer(out, out / LOCK):
+    with only_writer(out, out / LOCK) as held:
         if (out / store.DESCRIPTION).exists():
             return _finished(out, plan, parts)
         _begin(out, plan, source, parts)
         jobs = [job for split, some in parts.items() for job in _jobs(split, some)]
-        _write_shards(ShardWriter(out, reader, processor, max_broken), jobs, workers, progress)
+        _write_shards(ShardWriter(out, reader, processor, max_broken), jobs, workers, progress, held)
         splits = {split: _complete(out, [job for job in jobs if job.split == split]) for split in parts}
         description = {**plan, "splits": splits}
         store.write_file(out / store.DESCRIPTION, store.to_json(description))
-        shutil.rmtree(out / store.WORK)
+        storage.remove_tree(out / store.WORK)
     return description
 
 
@@ -188,12 +195,12 @@ def _jobs(split: Split, parts: Sequence[Any]) -> Iterator[Job]:
         yield Job(split, number, count, tuple(parts[first:end]))
 
 
-def _finished(out: Path, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[Any]]) -> dict[str, Any]:
+def _finished(out: Location, plan: Mapping[str, Any], parts: Mapping[Split, Sequence[Any]]) -> dict[str, Any]:
     found = store.read_description(out)
     shards = {split: len(about["shards"]) for split, about in found["splits"].items()}
     wanted = {split: min(len(some), MAX_SHARDS) for split, some in parts.items()}
     _demand_same(f"{out} holds a data set with", {**found, "shards": shards}, {**plan, "shards": wanted})
-    shutil.rmtree(out / store.WORK, ignore_errors=True)  # a killed call left it: this is its last step
+    storage.remove_tree(out / store.WORK)  # a killed call left it: this is its last step
     return found
 
 
@@ -219,7 +226,7 @@ def _demand_same(holds: str, found: Mapping[str, Any], plan: Mapping[str, Any]) 
         raise UserError(f"{holds} {_NAMES.get(name, name)} {was!r:.200}, and this call has {value!r:.200}; {advice}")
 
 
-def _begin(out: Path, plan: Mapping[str, Any], source: Path, parts: Mapping[Split, Sequence[Any]]) -> None:
+def _begin(out: Location, plan: Mapping[str, Any], source: Path, parts: Mapping[Split, Sequence[Any]]) -> None:
     """Makes the folders, or checks that those of an earlier call are for the same result."""
     plan = {
         **plan,
@@ -239,13 +246,14 @@ def _begin(out: Path, plan: Mapping[str, Any], source: Path, parts: Mapping[Spli
             left.unlink()
 
 
-def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progress: bool) -> None:
+def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progress: bool, held: Held) -> None:
     """Writes all shards that are not there yet."""
     from tqdm import tqdm
 
-    done = [job for job in jobs if _is_done(writer.out, job)]
-    pending = [job for job in jobs if job not in done]
-    broken = [item for job in done for item in _read_note(job.note(writer.out)).broken]
+    notes = _notes(writer.out, jobs)
+    done = [note for note in notes if note]
+    pending = [job for job, note in zip(jobs, notes) if not note]
+    broken = [item for note in done for item in note.broken]
     _limit(broken, writer.max_broken)
     with (
         tqdm(
@@ -263,14 +271,8 @@ def _write_shards(writer: ShardWriter, jobs: Sequence[Job], workers: int, progre
         for some in found:
             broken += some
             bar.update()
+            held.check()
             _limit(broken, writer.max_broken)
-
-
-def _is_done(out: Path, job: Job) -> bool:
-    try:
-        return job.shard(out).stat().st_size == _read_note(job.note(out)).bytes
-    except FileNotFoundError:
-        return False
 
 
 def _limit(broken: Sequence[Broken], most: int) -> None:
@@ -293,9 +295,20 @@ class _Note(NamedTuple):
     sha256: str
 
 
-def _read_note(file: Path) -> _Note:
-    note = _Note(*msgpack.unpackb(file.read_bytes()))
-    return note._replace(broken=[Broken(*item) for item in note.broken])
+def _notes(out: Location, jobs: Sequence[Job]) -> list[_Note | None]:
+    """The notes of shards, None for one that is not finished. Several are read at a time, for a bucket answers slowly."""
+
+    def read(job: Job) -> _Note | None:
+        try:
+            note = _Note(*msgpack.unpackb(job.note(out).read_bytes()))
+            if job.shard(out).stat().st_size != note.bytes:
+                return None
+        except FileNotFoundError:
+            return None
+        return note._replace(broken=[Broken(*item) for item in note.broken])
+
+    with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
+        return list(pool.map(read, jobs))
 
 
 def _plain_words(text: str) -> str:
@@ -307,7 +320,7 @@ def _plain_words(text: str) -> str:
 class ShardWriter:
     """Writes shards, one at a time. It is pickled to other processes."""
 
-    out: Path
+    out: Location
     reader: Reader
     processor: Processor
     max_broken: int
@@ -315,28 +328,27 @@ class ShardWriter:
     def __call__(self, job: Job, tick: Tick) -> list[Broken]:
         """Writes one shard and its note, and returns its broken items."""
         shard, note = job.shard(self.out), job.note(self.out)
-        temporary = shard.with_name(f"{shard.name}.{os.getpid()}.tmp")
         rows: list[tuple[int, ...]] = []
         skipped: collections.Counter[str] = collections.Counter()
         broken: list[Broken] = []
         records = 0
-        file, items = _ShardFile(temporary), self._items(job)
-        # Several at a time: code that runs between the decoding of two images runs from cold caches, at a third of the speed.
-        while some := list(itertools.islice(items, _AT_A_TIME)):
-            for found in [self._packed(item) if isinstance(item, Record) else item for item in some]:
-                if isinstance(found, Skipped):
-                    skipped[found.reason] += 1
-                    if found.broken:
-                        broken.append(Broken(_plain_words(found.key), found.reason, _plain_words(found.detail)))
-                        _limit(broken, self.max_broken)
-                    continue
-                data, counts = found
-                file.write(data)
-                rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(counts)]
-                records += 1
-            tick(len(some))
-        size, digest = file.close()
-        temporary.replace(shard)
+        with local_file(shard) as temporary:
+            file, items = _ShardFile(temporary), self._items(job)
+            # Several at a time: code that runs between the decoding of two images runs from cold caches, at a third of the speed.
+            while some := list(itertools.islice(items, _AT_A_TIME)):
+                for found in [self._packed(item) if isinstance(item, Record) else item for item in some]:
+                    if isinstance(found, Skipped):
+                        skipped[found.reason] += 1
+                        if found.broken:
+                            broken.append(Broken(_plain_words(found.key), found.reason, _plain_words(found.detail)))
+                            _limit(broken, self.max_broken)
+                        continue
+                    data, counts = found
+                    file.write(data)
+                    rows += [(job.number, records, place, *numbers) for place, numbers in enumerate(counts)]
+                    records += 1
+                tick(len(some))
+            size, digest = file.close()
         entries = np.array(rows, store.ROW).tobytes()
         store.write_file(note, msgpack.packb(_Note(entries, records, dict(skipped), broken, size, digest)))
         return broken
@@ -398,9 +410,9 @@ class _ShardFile:
 _CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
 
 
-def _complete(out: Path, jobs: Sequence[Job]) -> dict[str, Any]:
+def _complete(out: Location, jobs: Sequence[Job]) -> dict[str, Any]:
     """Writes the index of a split, and returns what the description says of the split."""
-    notes = [_read_note(job.note(out)) for job in jobs]
+    notes = [note for note in _notes(out, jobs) if note]
     rows = np.concatenate([np.frombuffer(note.rows, store.ROW) for note in notes])
     index = io.BytesIO()
     np.save(index, rows)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import operator
-import threading
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from chatpose_jax import named
+from chatpose_jax import named, storage
 from chatpose_jax.data import store
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.datasets import DATA_SETS
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, ExampleRows
 from chatpose_jax.data.lengths import lengths_of
 from chatpose_jax.data.reader import where_to_get
 from chatpose_jax.data.record import Record, from_bytes
+from chatpose_jax.data.shards import changed, shards
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import Processor
-
-OPEN_SHARDS = 64
-"""The most shards of a split that are open at a time."""
+from chatpose_jax.storage import Location
 
 
 class NotPrepared(UserError):
-    """The folder of a data set is not there, or not complete. folder: its path."""
+    """The folder of a data set is not there, or not complete. folder: its path or address."""
 
     def __init__(self, words: str, folder: str) -> None:
         super().__init__(words)
@@ -46,8 +44,8 @@ def prepared(split: Split, *, folder: str) -> Prepared:
 def data_set(name: str, root: str) -> Any:
     """The source of a data set: as ``prepared``, with the folder ``root/name`` by default."""
 
-    def make(split: Split, *, folder: str = str(Path(root) / name)) -> Prepared:
-        path = Path(folder)
+    def make(split: Split, *, folder: str = str(storage.location(root) / name)) -> Prepared:
+        path = storage.location(os.path.expanduser(folder))
         if not (path / store.DESCRIPTION).exists():
             about = named.find(f"data set {name!r}", name, DATA_SETS).about
             begun = "is not complete" if path.exists() else "is not there"
@@ -64,22 +62,22 @@ def data_set(name: str, root: str) -> Any:
     return make
 
 
-class Prepared(Sequence[Example]):
+class Prepared(ExampleRows):
     """The rows of one split of a prepared folder. They may be read by several threads, and the object may be pickled.
 
-    A row is a conversation of a record (``record``). The index is memory-mapped, and a shard is opened when its first row is needed.
+    A row is a conversation of a record (``record``). On a disk the index is memory-mapped, and a shard is opened when its first row is needed. In a
+    bucket the index is read at once, and rows that are asked for together (a slice, ``__getitems__``) are read at the same time.
 
-    folder, split: what it reads. A split that the data set does not have is empty. description: ``dataset.json``.
+    folder, split: what it reads, a path or an address (``storage``). A split that the data set does not have is empty. description: ``dataset.json``.
     """
 
-    def __init__(self, folder: str | Path, split: Split) -> None:
-        self.folder, self.split = Path(folder).expanduser(), split
+    def __init__(self, folder: str | PathLike[str], split: Split) -> None:
+        self.folder, self.split = storage.location(os.path.expanduser(folder)), split
         self.description = store.read_description(self.folder)
         about = self.description["splits"].get(split)
-        self._shards: list[dict[str, Any]] = about["shards"] if about else []
+        self._about: list[dict[str, Any]] = about["shards"] if about else []
+        self._shards = shards(self.folder / split, self._about)
         self._index = self._map(about) if about else np.empty(0, store.ROW)
-        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "split": self.split}
@@ -96,30 +94,38 @@ class Prepared(Sequence[Example]):
 
     @property
     def entries(self) -> np.ndarray:
-        """(N,) ``store.ROW``, what the index says of each row, mapped from its file."""
+        """(N,) ``store.ROW``, what the index says of each row, mapped from its file on a disk."""
         return self._index
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.record(index).example(int(self._index[index]["conversation"]))
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows, read together."""
+        places = self._index["conversation"]
+        return [record.example(int(places[number])) for number, record in zip(numbers, self.records(numbers))]
 
     def record(self, index: int) -> Record:
         """The record that row ``index`` belongs to. Raises UserError where its shard is missing or damaged."""
+        return self.records([index])[0]
+
+    def records(self, numbers: Sequence[int]) -> list[Record]:
+        """The same of several rows, read together."""
+        rows = self._index[[self._number(index) for index in numbers]]
+        places = list(zip(rows["shard"].tolist(), rows["record"].tolist()))
+        found = []
+        for (shard, number), data in zip(places, self._shards.read(places)):
+            try:
+                found.append(from_bytes(data))
+            except UserError as error:
+                raise changed(self.shard(shard), f"record {number}: {error}") from None
+        return found
+
+    def _number(self, index: int) -> int:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row = self._index[index]
-        shard, number = int(row["shard"]), int(row["record"])
-        reader = self._reader(shard)
-        try:
-            return from_bytes(reader.read([number])[0])
-        except (RuntimeError, IndexError, UserError) as error:
-            raise self._changed(self.shard(shard), f"record {number}: {error}") from None
+        return index
 
     def sizes(self, processor: Processor, max_length: int) -> np.ndarray:
         """(N, 3) int32: tokens, images and poses of each row; see ``data.sizes.known_sizes``. -1 for rows of which an image or a pose is cut off.
@@ -145,46 +151,10 @@ class Prepared(Sequence[Example]):
     def _map(self, about: dict[str, Any]) -> np.ndarray:
         file = self.folder / self.split / store.INDEX
         try:
-            if (size := file.stat().st_size) != about["index"]["bytes"]:
-                raise ValueError(f"{size} bytes instead of {about['index']['bytes']}")
-            index = np.load(file, mmap_mode="r")
-            if index.dtype != store.ROW or index.shape != (about["rows"],):
-                raise ValueError(f"{index.dtype} {index.shape}")
+            return store.open_index(file, about)
         except (OSError, ValueError) as error:
-            raise self._changed(file, error) from None
-        return index
+            raise changed(file, error) from None
 
-    def _reader(self, shard: int) -> Any:
-        with self._lock:
-            reader = self._open.pop(shard, None)
-            if reader is None:
-                reader = self._open_shard(shard)
-                while len(self._open) >= OPEN_SHARDS:
-                    self._open.popitem(last=False)  # closed when no thread reads from it any more
-            self._open[shard] = reader
-        return reader
-
-    def _open_shard(self, shard: int) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        about, file = self._shards[shard], self.shard(shard)
-        try:
-            if (size := file.stat().st_size) != about["bytes"]:
-                raise ValueError(f"{size} bytes instead of {about['bytes']}")
-            reader = ArrayRecordReader(str(file), store.READER)
-            if (records := reader.num_records()) != about["records"]:
-                raise ValueError(f"{records} records instead of {about['records']}")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._changed(file, error) from None
-        return reader
-
-    def shard(self, number: int) -> Path:
+    def shard(self, number: int) -> Location:
         """The file of a shard."""
-        return self.folder / self.split / self._shards[number]["file"]
-
-    def _changed(self, file: Path, error: Exception | str) -> UserError:
-        what = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        return UserError(
-            f"{file} is not as it was prepared ({what}); 'chatpose data check {self.folder}' says what is damaged. "
-            "Copy the folder again, or prepare it again into a new one"
-        )
+        return self.folder / self.split / self._about[number]["file"]

@@ -16,11 +16,13 @@ from chatpose_jax.data.config import Split
 from chatpose_jax.data.pool import Tick
 from chatpose_jax.data.readers.untrusted import image_size
 from chatpose_jax.data.record import Record, from_bytes
+from chatpose_jax.data.shards import local_copy
 from chatpose_jax.data.synthetic.skeleton import INDEX, PARENTS, rest_joints
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import parse_messages
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location
 from smpl_jax.frames import Frame
 from smpl_jax.pose import SHARED, Pose, known, no_rotations
 
@@ -53,7 +55,7 @@ _SPINE = [INDEX[name] for name in ("spine1", "spine2", "spine3", "neck", "head")
 class ShardJob:
     """A shard to read. about: its entry in ``dataset.json``."""
 
-    folder: Path
+    folder: Location
     split: Split
     number: int
     about: Mapping[str, Any]
@@ -61,7 +63,7 @@ class ShardJob:
     __repr__ = one_line
 
     @property
-    def file(self) -> Path:
+    def file(self) -> Location:
         return self.folder / self.split / self.about["file"]
 
 
@@ -192,24 +194,22 @@ class Scanner:
     decode: float = 1.0
 
     def __call__(self, job: ShardJob, tick: Tick) -> tuple[ShardJob, Facts]:
-        damage = _damage(job)
-        if damage:
-            tick(job.about["records"])
-            return job, Facts(damage=[f"{job.file}: {damage}"])
+        try:
+            with local_copy(job.file) as file:
+                if not (damage := differs(file, job.about)):
+                    return job, self._facts(job, file, tick)
+        except FileNotFoundError:
+            damage = "not found"
+        tick(job.about["records"])
+        return job, Facts(damage=[f"{job.file}: {damage}"])
+
+    def _facts(self, job: ShardJob, file: Path, tick: Tick) -> Facts:
         facts, builder = Facts(), _Builder(self.decode)
-        for records in _chunks(job, facts):
+        for records in _chunks(job, file, facts):
             builder.add(facts, records)
             tick(len(records))
         builder.end(facts)
-        return job, facts
-
-
-def _damage(job: ShardJob) -> str:
-    """How a file differs from its description, or nothing."""
-    try:
-        return differs(job.file, job.about)
-    except FileNotFoundError:
-        return "not found"
+        return facts
 
 
 def differs(file: Path, about: Mapping[str, Any]) -> str:
@@ -221,11 +221,11 @@ def differs(file: Path, about: Mapping[str, Any]) -> str:
     return "" if same else "its SHA-256 differs: bytes were changed"
 
 
-def _chunks(job: ShardJob, facts: Facts) -> Iterator[list[Record | None]]:
-    """The records of a shard; None for one that training would refuse."""
+def _chunks(job: ShardJob, file: Path, facts: Facts) -> Iterator[list[Record | None]]:
+    """The records of a shard, which is in ``file``; None for one that training would refuse."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(job.file), store.READER)
+    reader = ArrayRecordReader(str(file), store.READER)
     for start in range(0, reader.num_records(), _CHUNK):
         numbers = list(range(start, min(start + _CHUNK, reader.num_records())))
         found: list[Record | None] = []

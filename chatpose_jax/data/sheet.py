@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from chatpose_jax import storage
 from chatpose_jax.data import store
 from chatpose_jax.data.config import Split
 from chatpose_jax.data.example import Example
@@ -19,6 +22,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import ImageSource, parse_messages
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location
 from smpl_jax import body as bodies
 from smpl_jax import render
 from smpl_jax.body import BodyModel
@@ -55,17 +59,24 @@ class View(NamedTuple):
         return one_line(self)
 
 
-def save_sheet(file: str | Path, folders: Sequence[str | Path], samples: int = 3) -> Path:
-    """Writes a PNG with some rows of each kind and split of prepared folders. Returns its path.
-
+def save_sheet(file: str | PathLike[str], folders: Sequence[str | PathLike[str]], samples: int = 3) -> Location:
+    """Writes a PNG with some rows of each kind and split of prepared folders. Returns its path or address.
     The rows are drawn at random, and are always the same. A row that cannot be read shows its error instead.
     """
-    rows = [row for folder in folders for row in _folder(Path(folder).expanduser(), samples)]
+    rows = [row for folder in folders for row in _folder(storage.location(os.path.expanduser(folder)), samples)]
     note = "violet: not measured · green: keypoints · over: the body with the row's camera, or fitted to the keypoints"
-    return render.save_png(file, np.asarray(_below([_band(note, _GREY), *rows])))
+    return write_png(storage.location(file), _below([_band(note, _GREY), *rows]))
 
 
-def _folder(folder: Path, samples: int) -> Iterator[Image.Image]:
+def write_png(file: Location, image: Image.Image) -> Location:
+    """Writes an image, whole or not at all, with its folder. Returns its path or address."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    storage.put(file, data.getvalue())
+    return file
+
+
+def _folder(folder: Location, samples: int) -> Iterator[Image.Image]:
     for split in get_args(Split):
         try:
             rows = Prepared(folder, split)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chatpose_jax.data.collate import measure_example
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, rows_in_turn
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import NO_TOWER, Processor
 
@@ -30,7 +30,7 @@ def measure_rows(
     dataset: Sequence[Example], processor: Processor, max_length: int, rows: Sequence[int] | np.ndarray
 ) -> np.ndarray:
     """(K, 3) int64: the same of the given rows, which are read."""
-    found = [measure_example(processor, dataset[int(row)], max_length) for row in rows]
+    found = [measure_example(processor, row, max_length) for row in rows_in_turn(dataset, map(int, rows))]
     return np.array(found, np.int64).reshape(-1, 3)
 
 

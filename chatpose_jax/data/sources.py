@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from chatpose_jax import named
+from chatpose_jax import named, storage
 from chatpose_jax.data.config import DataConfig, SourceRow, Split
 from chatpose_jax.data.datasets import DATA_SETS
-from chatpose_jax.data.example import Example
+from chatpose_jax.data.example import Example, ExampleRows
 from chatpose_jax.data.mixture import Mixture
 from chatpose_jax.data.moved import KINDS, PREPARED
 from chatpose_jax.data.prepared import NotPrepared, data_set
@@ -86,11 +85,10 @@ def _bind(
         raise UserError(f'{where} is now ("synthetic", {row.weight!r}, {{"kind": "{KINDS[row.name]}"}})')
     if row.name in PREPARED:
         raise UserError(f"{where}: {PREPARED[row.name]}")
-    folders = [path for path in (Path(config.root) / row.name, Path(row.name)) if (path / DESCRIPTION).is_file()]
-    if folders and row.name not in SOURCES | DATA_SETS:
+    if folder := "" if row.name in SOURCES | DATA_SETS else _prepared_folder(config.root, row.name):
         raise UserError(
-            f"{where}: {folders[0]} is a prepared folder. Name the source 'prepared' and give it as the option folder: "
-            f"--set data.sources=prepared --set data.sources.prepared.folder={folders[0]}"
+            f"{where}: {folder} is a prepared folder. Name the source 'prepared' and give it as the option folder: "
+            f"--set data.sources=prepared --set data.sources.prepared.folder={folder}"
         )
     make = (
         data_set(row.name, config.root) if row.name in DATA_SETS else named.find(where, row.name, SOURCES | DATA_SETS)
@@ -115,6 +113,12 @@ def _bind(
     return functools.partial(_open, where, functools.partial(make, **options))
 
 
+def _prepared_folder(root: str, name: str) -> str:
+    """The prepared folder that someone may have named in place of a source, or nothing."""
+    found = [path for path in (storage.location(root) / name, storage.location(name)) if (path / DESCRIPTION).is_file()]
+    return str(found[0]) if found else ""
+
+
 def _open_other(
     image_size: int, config: DataConfig, name: str, split: Split, options: Mapping[str, Any], wished: Mapping[str, Any]
 ) -> NamedRows:
@@ -136,7 +140,7 @@ def _open(where: str, make: Callable[[Split], Any], split: Split) -> NamedRows:
     return found
 
 
-class NamedRows(Sequence[Example]):
+class NamedRows(ExampleRows):
     """The rows of a source, each checked when it is taken (``Example.check``). An error of its code becomes one line that names the source and
     the row; so does a later error of a row, because each row knows its place.
 
@@ -149,17 +153,30 @@ class NamedRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        where = f"row {index} of {self.where}"
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows, read together if the source can."""
+        together = getattr(self.rows, "__getitems__", None)
+        try:
+            rows = together(numbers) if together else None
+        except Exception:
+            rows = None  # row by row, because the error must name the row
+        if rows is None:
+            return [self._row(number) for number in numbers]
+        if len(rows) != len(numbers):
+            raise UserError(
+                f"{self.where}: __getitems__ gave {len(rows)} rows of the {len(numbers)} that were asked for"
+            )
+        return [self._checked(number, row) for number, row in zip(numbers, rows)]
+
+    def _row(self, index: int) -> Example:
         try:
             row = self.rows[index]
         except Exception as error:
-            raise named.raised(where, error) from error
+            raise named.raised(f"row {index} of {self.where}", error) from error
+        return self._checked(index, row)
+
+    def _checked(self, index: int, row: Any) -> Example:
+        where = f"row {index} of {self.where}"
         if not isinstance(row, Example):
             raise UserError(f"{where}: expected an Example, found {type(row).__name__}")
         try:

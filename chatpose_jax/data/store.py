@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from chatpose_jax import storage
 from chatpose_jax.data.record import SCHEMA
 from chatpose_jax.errors import UserError
+from chatpose_jax.storage import Location
 
 DESCRIPTION, INDEX = "dataset.json", "index.npy"
 KINDS = ("text", "image", "instruction")
@@ -45,7 +48,7 @@ def shard_name(number: int, count: int) -> str:
     return f"{number:05d}-of-{count:05d}.array_record"
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Location) -> dict[str, Any]:
     """``dataset.json`` of a prepared folder.
 
     Raises UserError where it is missing or damaged, or was written by a version with another schema.
@@ -113,8 +116,26 @@ def _fault(found: Any) -> str:
     return ""
 
 
-def write_file(file: Path, data: bytes) -> None:
-    """Writes a file as a whole: after a kill it has its old content or all of the new."""
+def open_index(file: Location, about: Mapping[str, Any]) -> np.ndarray:
+    """(rows,) ``ROW``, mapped from a disk, or read from a bucket. about: the entry of the split in the description.
+
+    Raises OSError, and ValueError where the file is not the one that was written.
+    """
+    data = file.read_bytes() if storage.is_bucket(file) else None
+    size = file.stat().st_size if data is None else len(data)
+    if size != about["index"]["bytes"]:
+        raise ValueError(f"{size} bytes instead of {about['index']['bytes']}")
+    index = np.load(file, mmap_mode="r") if data is None else np.load(io.BytesIO(data))
+    if index.dtype != ROW or index.shape != (about["rows"],):
+        raise ValueError(f"{index.dtype} {index.shape}")
+    return index
+
+
+def write_file(file: Location, data: bytes) -> None:
+    """Writes a file as a whole: after a kill, or a failure of the machine, it has its old content or all of the new."""
+    if storage.is_bucket(file):
+        storage.put(file, data)
+        return
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
         stream.write(data)

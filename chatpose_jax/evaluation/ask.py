@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chatpose_jax import named
+from chatpose_jax.data.example import rows_at, rows_in_turn
 from chatpose_jax.errors import UserError
 from chatpose_jax.evaluation.results import SCORES, write_json
 from chatpose_jax.evaluation.scores import Scores
@@ -97,7 +98,7 @@ def ask(system: System, task: Task, folder: Path, *, part: tuple[int, int] = (0,
     with bar:
         for name, numbers in mine:
             if not _is_whole(folder / BATCHES / name, len(numbers)):
-                questions = [task.question(rows[i]) for i in numbers]
+                questions = [task.question(row) for row in rows_at(rows, numbers)]
                 lines = [_line(question, answer) for question, answer in zip(questions, _answers(system, questions))]
                 write_whole(folder / BATCHES / name, lambda out, lines=lines: out.writelines(lines))  # type: ignore[misc]
             bar.update(len(numbers))
@@ -210,8 +211,9 @@ def read_answers(task: Task, folder: Path) -> Kept:
                 raise
             answers += given
             first = len(answers) - len(chunk)
-            for number, (key, digest) in enumerate(asked[: len(rows) - first], first):
-                question = task.question(rows[number])
+            wanted = range(first, min(first + len(asked), len(rows)))
+            for number, row, (key, digest) in zip(wanted, rows_in_turn(rows, wanted), asked):
+                question = task.question(row)
                 keys.append(question.key)
                 groups.append(question.group)
                 if (key, digest) != (question.key, _digest(question)):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from chatpose_jax.data.example import Example, Kind
+from chatpose_jax.data.example import Example, Kind, ExampleRows, rows_at, rows_from, rows_in_turn
 from chatpose_jax.data.store import KINDS
 from chatpose_jax.errors import UserError
 
 
-class Selected(Sequence[Example]):
+class Selected(ExampleRows):
     """Some rows of a sequence, read when they are taken. numbers: their places in it."""
 
     def __init__(self, rows: Sequence[Example], numbers: Sequence[int]) -> None:
@@ -25,14 +25,12 @@ class Selected(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
-        if isinstance(index, slice):
-            return [self.rows[number] for number in self.numbers[index]]
-        return self.rows[self.numbers[index]]
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows, read together."""
+        return rows_at(self.rows, [self.numbers[number] for number in numbers])
 
 
-class Chained(Sequence[Example]):
+class Chained(ExampleRows):
     """The rows of several sequences, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
@@ -47,14 +45,13 @@ class Chained(Sequence[Example]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """Row ``index``, or the rows of a slice; IndexError beyond the size."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Some rows; those of one part are read together."""
+        return rows_from(self.parts, [self._place(number) for number in numbers])
+
+    def _place(self, index: int) -> tuple[int, int]:
         part = bisect.bisect_right(self.ends, index)
-        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+        return part, index - (self.ends[part - 1] if part else 0)
 
 
 def with_poses(rows: Sequence[Example], kind: Kind | None = None) -> Selected:
@@ -65,7 +62,9 @@ def with_poses(rows: Sequence[Example], kind: Kind | None = None) -> Selected:
         if kind is not None:
             chosen &= entries["kind"] == KINDS.index(kind)
         return Selected(rows, np.flatnonzero(chosen).tolist())
-    return Selected(rows, [i for i, row in enumerate(rows) if len(row.poses) and kind in (None, row.kind)])
+    return Selected(
+        rows, [i for i, row in enumerate(rows_in_turn(rows)) if len(row.poses) and kind in (None, row.kind)]
+    )
 
 
 def draw_rows(rows: Sequence[Example], count: int) -> Selected:
@@ -73,7 +72,9 @@ def draw_rows(rows: Sequence[Example], count: int) -> Selected:
 
     So the choice depends on the ids alone; a row more or less in the data set changes it by at most one row.
     """
-    hashes = [(hashlib.blake2b(rows[i].id.encode(), digest_size=16).digest(), i) for i in range(len(rows))]
+    hashes = [
+        (hashlib.blake2b(row.id.encode(), digest_size=16).digest(), i) for i, row in enumerate(rows_in_turn(rows))
+    ]
     return Selected(rows, sorted(i for _, i in sorted(hashes)[:count]))
 
 
@@ -86,7 +87,7 @@ def listed_rows(rows: Sequence[Example], file: Path) -> Selected:
     wanted = [line for line in lines if line.strip()]
     if twice := [line for line, count in collections.Counter(wanted).items() if count > 1]:
         raise UserError(f"--subset {file}: {twice[0]!r} is listed twice")
-    places = {rows[i].id: i for i in range(len(rows))}
+    places = {row.id: i for i, row in enumerate(rows_in_turn(rows))}
     if absent := [line for line in wanted if line not in places]:
         raise UserError(
             f"--subset {file}: {len(absent)} of {len(wanted)} ids are in no row, such as {absent[0]!r}; the {len(rows)} rows have ids "

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from chatpose_jax.cli.main import main
-from chatpose_jax.data import datasets, lengths, prepared, store
+from chatpose_jax.data import datasets, lengths, shards, store
 from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.config import DataConfig
 from chatpose_jax.data.prepare import TooManyBroken, find_reader, prepare
@@ -157,13 +157,13 @@ def test_lengths_are_counted_by_one_of_several(folder, tmp_path):
 
 
 def test_threads_and_pickles_read_the_same(folder, monkeypatch):
-    monkeypatch.setattr(prepared, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
     rows = Prepared(folder, "train")
     wanted = [row.id for row in rows]
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(rows)), 5)).tolist()
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda index: rows[index].id, order)) == [wanted[index] for index in order]
-    assert len(rows._open) <= 2
+    assert len(rows._shards._open) <= 2
     assert [row.id for row in pickle.loads(pickle.dumps(rows))] == wanted
 
 
