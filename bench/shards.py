@@ -35,6 +35,7 @@ import numpy as np
 from data import write as photographs
 from PIL import Image
 
+from chatpose_jax import storage
 from chatpose_jax.data import batches, collate, prepared, record, store
 from chatpose_jax.data.batches import BatchLoader
 from chatpose_jax.data.collate import encode_example
@@ -354,7 +355,7 @@ def make_index(folder: Path, rows: int, processor: Processor) -> None:
     about = store.read_description(folder / "set")
     about["splits"]["train"] |= {"rows": rows}
     about["splits"]["train"]["index"]["bytes"] = file.stat().st_size
-    store.write_file(folder / "set" / store.DESCRIPTION, store.to_json(about))
+    storage.write_bytes(folder / "set" / store.DESCRIPTION, store.to_json(about))
 
 
 def start_one(folder: Path, way: str) -> None:

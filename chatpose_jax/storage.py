@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -36,6 +37,8 @@ from smpl_jax._files import write_whole
 
 Location: TypeAlias = Path | epath.Path
 
+_AT_ONCE = 32
+"""Ranges that are read at the same time."""
 _PART = 32 << 20
 """Size in bytes of the parts in which a large object is sent: so much of it is in memory."""
 
@@ -136,6 +139,29 @@ def writing(path: Location) -> Iterator[IO[bytes]]:
             sent.discard()
         raise
     sent.close()
+
+
+def size(path: Location) -> int:
+    """Bytes of a file. Raises FileNotFoundError, which names it."""
+    found = path.stat()
+    return found.st_size if isinstance(found, os.stat_result) else found.length
+
+
+def read_ranges(ranges: Sequence[tuple[Location, int, int]]) -> list[bytes]:
+    """Bytes of objects of one store, each range given as (object, start, end), several read at the same time. Fewer where an object is shorter.
+
+    Raises FileNotFoundError, which names the object, and OSError where the store does not answer.
+    """
+    if not ranges:
+        return []
+    paths, starts, ends = (list(column) for column in zip(*ranges))
+    found = _files(paths[0]).cat_ranges(list(map(str, paths)), starts, ends, batch_size=_AT_ONCE, on_error="return")
+    for path, data in zip(paths, found):
+        if isinstance(data, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        if isinstance(data, BaseException):
+            raise OSError(errno.EIO, f"cannot be read: {data or type(data).__name__}", str(path)) from data
+    return found
 
 
 def remove_tree(path: Location) -> None:

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "tests"
@@ -162,6 +162,8 @@ def _serve_gs() -> Any:
         """Objects in memory."""
 
         lock = threading.RLock()
+        complete: ClassVar[dict[str, Any]] = {}
+        """Objects by the id of the upload that wrote them: its last request may be repeated, because the answer was lost."""
 
         def create_file(self, bucket: str, name: str, content: bytes, obj: Any, *rest: Any) -> None:
             with self.lock:
@@ -188,6 +190,10 @@ def _serve_gs() -> Any:
             with self.lock:
                 return super().get_file_list(*args, **options)
 
+        def delete_resumable_file_obj(self, upload: str) -> None:
+            self.complete[upload] = self.resumable[upload]
+            super().delete_resumable_file_obj(upload)
+
         def _write_config_to_file(self) -> None:
             pass  # with all objects, after each write
 
@@ -197,7 +203,15 @@ def _serve_gs() -> Any:
             asked.generation = parse_qs(parts.query).get("ifGenerationMatch", [None])[0]
             asked.bucket, _, asked.name = parts.path.partition("/b/")[2].partition("/o/")
             try:
-                if method == "DELETE" and parts.path.startswith("/upload/"):
+                upload = parse_qs(parts.query).get("upload_id", [""])[0]
+                if method != "DELETE" and upload in self.storage.complete:
+                    self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                    answer = json.dumps(self.storage.complete[upload]).encode()
+                    self.send_response(HTTPStatus.OK)
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
+                elif method == "DELETE" and parts.path.startswith("/upload/"):
                     self.send_error(499)  # an upload in parts was given up
                 else:
                     server.Router(self).handle(method)

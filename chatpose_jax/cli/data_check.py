@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"{error}; --out chooses another folder") from None
     report = checks.check_folders(args.folders, workers=args.workers, decode=args.decode, progress=not args.quiet)
-    store.write_file(out / REPORT, store.to_json(report))
+    storage.write_bytes(out / REPORT, store.to_json(report))
     findings = [checks.Finding(**found) for found in report["findings"]]
     bad = [finding for finding in findings if finding.kind not in args.allow]
     if not args.quiet:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from chatpose_jax import storage
 from chatpose_jax.data.collate import count_example
 from chatpose_jax.data.example import Example, rows_in_turn
 from chatpose_jax.data.pool import Tick, cpus, share
-from chatpose_jax.data.store import write_file
 from chatpose_jax.errors import UserError
 from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.processing.processor import Processor
@@ -50,7 +50,7 @@ def lengths_of(rows: Sequence[Example], folder: Location, processor: Processor) 
             found, data = count_lengths(rows, processor), io.BytesIO()
             np.save(data, found)
             with contextlib.suppress(OSError):
-                write_file(file, data.getvalue())
+                storage.write_bytes(file, data.getvalue())
             return found
     try:
         found = np.load(io.BytesIO(file.read_bytes()))

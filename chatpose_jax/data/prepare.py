@@ -140,7 +140,7 @@ def prepare(
         _write_shards(ShardWriter(out, reader, processor, max_broken), jobs, workers, progress, held)
         splits = {split: _complete(out, [job for job in jobs if job.split == split]) for split in parts}
         description = {**plan, "splits": splits}
-        store.write_file(out / store.DESCRIPTION, store.to_json(description))
+        storage.write_bytes(out / store.DESCRIPTION, store.to_json(description))
         storage.remove_tree(out / store.WORK)
     return description
 
@@ -239,7 +239,7 @@ def _begin(out: Location, plan: Mapping[str, Any], source: Path, parts: Mapping[
     elif others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, store.WORK)):
         raise UserError(f"{out} holds other files ({others[0]}); choose a new or an empty folder")
     (out / store.WORK).mkdir(exist_ok=True)
-    store.write_file(file, msgpack.packb(plan))  # the first file, by which a later call knows the folder
+    storage.write_bytes(file, msgpack.packb(plan))  # the first file, by which a later call knows the folder
     for folder in (out, out / store.WORK, *(parent / split for split in parts for parent in (out, out / store.WORK))):
         folder.mkdir(exist_ok=True)
         for left in folder.glob("*.tmp"):
@@ -301,7 +301,7 @@ def _notes(out: Location, jobs: Sequence[Job]) -> list[_Note | None]:
     def read(job: Job) -> _Note | None:
         try:
             note = _Note(*msgpack.unpackb(job.note(out).read_bytes()))
-            if job.shard(out).stat().st_size != note.bytes:
+            if storage.size(job.shard(out)) != note.bytes:
                 return None
         except FileNotFoundError:
             return None
@@ -350,7 +350,7 @@ class ShardWriter:
                 tick(len(some))
             size, digest = file.close()
         entries = np.array(rows, store.ROW).tobytes()
-        store.write_file(note, msgpack.packb(_Note(entries, records, dict(skipped), broken, size, digest)))
+        storage.write_bytes(note, msgpack.packb(_Note(entries, records, dict(skipped), broken, size, digest)))
         return broken
 
     def _items(self, job: Job) -> Iterator[Any]:
@@ -416,7 +416,7 @@ def _complete(out: Location, jobs: Sequence[Job]) -> dict[str, Any]:
     rows = np.concatenate([np.frombuffer(note.rows, store.ROW) for note in notes])
     index = io.BytesIO()
     np.save(index, rows)
-    store.write_file(out / jobs[0].split / store.INDEX, index.getvalue())
+    storage.write_bytes(out / jobs[0].split / store.INDEX, index.getvalue())
     skipped: collections.Counter[str] = collections.Counter()
     for note in notes:
         skipped.update(note.skipped)

@@ -199,7 +199,7 @@ class InBucket:
         try:
             found = storage.read_ranges([(self._file(shard), start, end) for shard, start, end in ranges])
         except FileNotFoundError as error:
-            raise changed(Path(error.filename), error) from None
+            raise changed(storage.location(error.filename), error) from None
         for some, data in zip(ranges, found):
             if len(data) != some.end - some.start:
                 size = some.start + len(data)
@@ -216,7 +216,7 @@ def local_copy(file: Location) -> Iterator[Path]:
     if not storage.is_bucket(file):
         yield Path(file)
         return
-    size = file.stat().st_size
+    size = storage.size(file)
     with tempfile.TemporaryDirectory(prefix="chatpose-") as folder:
         copy = Path(folder, file.name)
         with copy.open("wb") as target:

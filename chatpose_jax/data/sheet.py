@@ -72,7 +72,7 @@ def write_png(file: Location, image: Image.Image) -> Location:
     """Writes an image, whole or not at all, with its folder. Returns its path or address."""
     data = io.BytesIO()
     image.save(data, "PNG")
-    storage.put(file, data.getvalue())
+    storage.write_bytes(file, data.getvalue())
     return file
 
 

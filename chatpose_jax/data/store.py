@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,19 +128,6 @@ def open_index(file: Location, about: Mapping[str, Any]) -> np.ndarray:
     if index.dtype != ROW or index.shape != (about["rows"],):
         raise ValueError(f"{index.dtype} {index.shape}")
     return index
-
-
-def write_file(file: Location, data: bytes) -> None:
-    """Writes a file as a whole: after a kill, or a failure of the machine, it has its old content or all of the new."""
-    if storage.is_bucket(file):
-        storage.put(file, data)
-        return
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chatpose_jax.data.example import Example, Kind, ExampleRows, rows_at, rows_from, rows_in_turn
+from chatpose_jax.data.example import Example, ExampleRows, Kind, rows_at, rows_from, rows_in_turn
 from chatpose_jax.data.store import KINDS
 from chatpose_jax.errors import UserError
 

@@ -1,5 +1,7 @@
 """Parts of ArrayRecord files, as their own library reads them."""
 
+import itertools
+
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -30,7 +32,7 @@ def test_records_are_those_that_array_record_reads(tmp_path, most, seed):
     offsets = offsets_of(*tail_of(data, len(records)))
     assert len(offsets) == len(records) + 1
     reader = ArrayRecordReader(str(tmp_path / "file"), READER)
-    for number, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for number, (start, end) in enumerate(itertools.pairwise(offsets)):
         assert records_of(data[start:end], int(start)) == reader.read([number]) == [records[number]]
 
 
@@ -40,7 +42,7 @@ def test_records_that_end_near_the_end_of_a_block(tmp_path):
         records = [bytes(first), b"second", b"third"]
         data = write(tmp_path / "file", records)
         offsets = offsets_of(*tail_of(data, 3)).tolist()
-        assert [records_of(data[a:b], a)[0] for a, b in zip(offsets, offsets[1:])] == records, first
+        assert [records_of(data[a:b], a)[0] for a, b in itertools.pairwise(offsets)] == records, first
 
 
 @pytest.mark.parametrize(
@@ -59,12 +61,16 @@ def test_any_damage_is_an_error_or_changes_no_record(tmp_path):
     draw, records = np.random.default_rng(0), [bytes(range(50)), bytes(70_000), b"last"]
     data = write(tmp_path / "file", records)
     refused = 0
-    for place in [*draw.integers(len(data), size=2000), *range(65530, 65700), *range(len(data) - 65536, len(data) - 65400)]:
+    for place in [
+        *draw.integers(len(data), size=2000),
+        *range(65530, 65700),
+        *range(len(data) - 65536, len(data) - 65400),
+    ]:
         broken = bytearray(data)
         broken[place] ^= 1 << int(draw.integers(8))
         try:
             offsets = offsets_of(*tail_of(bytes(broken), 3)).tolist()
-            found = [records_of(bytes(broken[a:b]), a) for a, b in zip(offsets, offsets[1:])]
+            found = [records_of(bytes(broken[a:b]), a) for a, b in itertools.pairwise(offsets)]
             assert len(found) < 4
         except ValueError:
             refused += 1

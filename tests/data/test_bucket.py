@@ -4,12 +4,14 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -28,6 +30,7 @@ from chatpose_jax.processing.processor import tiny_processor
 
 HERE = Path(__file__).resolve().parent
 TOY = "toy_reader:Toy"
+ALLOWED = ["--allow", "leakage", "--allow", "frame"]
 WORDS = ["raise the left arm", "picture of a kneeling person", "empty", "bend both knees", "broken", "turn around"]
 
 
@@ -69,7 +72,7 @@ def copy(bucket, folder):
 def requests(monkeypatch):
     """The ranges of each call that reads some."""
     calls, read = [], storage.read_ranges
-    monkeypatch.setattr(storage, "read_ranges", lambda ranges: calls.append(ranges) or read(ranges))
+    monkeypatch.setattr(storage, "read_ranges", lambda ranges: calls.extend([ranges] * bool(ranges)) or read(ranges))
     return calls
 
 
@@ -84,15 +87,12 @@ def same_rows(found, wanted):
         np.testing.assert_array_equal(a.poses.rotations, b.poses.rotations)
 
 
-def same_batch(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        for one, other in zip(np.atleast_1d(vars(a[name]) if hasattr(a[name], "rotations") else a[name]), [b[name]]):
-            if not hasattr(other, "rotations"):
-                np.testing.assert_array_equal(one, other)
+def same_batch(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_writes_the_bytes_of_a_disk(bucket, source, processor, folder, workers):
     prepare(TOY, source, bucket / "toy", processor=processor, workers=workers)
     assert contents(bucket / "toy") == contents(folder)
@@ -101,7 +101,7 @@ def test_it_writes_the_bytes_of_a_disk(bucket, source, processor, folder, worker
     assert contents(bucket / "toy") == before
     with pytest.raises(UserError, match=f"{bucket}/toy holds a data set with options .'variants': 2.*choose another"):
         prepare(TOY, source, bucket / "toy", processor=processor, options={"variants": 3})
-    storage.put(bucket / "else" / "file", "x")
+    storage.write_bytes(bucket / "else" / "file", "x")
     with pytest.raises(UserError, match=r"else holds other files \(file\)"):
         prepare(TOY, source, bucket / "else", processor=processor)
 
@@ -113,6 +113,19 @@ def test_it_writes_while_requests_fail(bucket, faults, source, processor, folder
     assert contents(bucket / "toy") == contents(folder)
 
 
+def test_the_same_call_continues_what_an_error_ended(bucket, source, processor, folder):
+    with pytest.raises(TooManyBroken):
+        prepare(TOY, source, bucket / "toy", processor=processor, max_broken=2)
+    begun = contents(bucket / "toy")
+    assert any(name.startswith(f"{store.WORK}/train/0000") for name in begun) and "dataset.json" not in begun
+    with pytest.raises(UserError, match=r"holds the beginning of a data set with options .'seed': 0.*'seed': 1"):
+        prepare(TOY, source, bucket / "toy", processor=processor, options={"seed": 1})
+    assert contents(bucket / "toy") == begun
+    prepare(TOY, source, bucket / "toy", processor=processor)
+    assert contents(bucket / "toy") == contents(folder)
+
+
+@pytest.mark.slow
 def test_kills_lose_nothing(bucket, source, processor, folder):
     seed = random.randrange(1 << 30)
     draw, kills, done = random.Random(seed), 0, set()
@@ -159,11 +172,13 @@ def test_of_a_large_split_only_the_wanted_records_are_read(copy, folder, request
     requests.clear()
     order = [40, 3, 4, 3, 21]
     same_rows(rows.__getitems__(order), [wanted[number] for number in order])
-    assert len(requests) == 1 and len(requests[0]) == len({(row["shard"], row["record"]) for row in rows.entries[order]})
+    assert len(requests) == 1 and len(requests[0]) == len(
+        {(row["shard"], row["record"]) for row in rows.entries[order]}
+    )
 
 
 def test_pieces_of_a_shard(copy, folder, requests, monkeypatch):
-    monkeypatch.setattr(shards, "PIECE", 1000)  # records are in two or three of them
+    monkeypatch.setattr(shards, "PIECE", 3000)  # records are in two or three of them
     same_rows(Prepared(copy, "train"), Prepared(folder, "train"))
     monkeypatch.setattr(shards, "KEEP", 0)
     same_rows(Prepared(copy, "train"), Prepared(folder, "train"))
@@ -172,24 +187,30 @@ def test_pieces_of_a_shard(copy, folder, requests, monkeypatch):
 @pytest.mark.parametrize("keep", [0, 1 << 30])
 def test_batches_are_those_of_a_disk_while_requests_fail(copy, folder, faults, processor, monkeypatch, keep):
     monkeypatch.setattr(shards, "KEEP", keep)
-    loaders = [BatchLoader(Prepared(place, "train"), processor, 8, threads=threads) for place, threads in ((copy, 3), (folder, 1))]
-    faults(4)
-    for _, found, wanted in zip(range(12), *loaders):
+    loaders = [
+        BatchLoader(Prepared(place, "train"), processor, 8, threads=threads)
+        for place, threads in ((copy, 3), (folder, 1))
+    ]
+    faults(3)
+    for _, found, wanted in zip(range(3), *loaders):
         same_batch(found, wanted)
-    assert faults(0) > 2
+    assert faults(0)
 
 
+@pytest.mark.slow
 def test_grains_processes_read_from_it(copy, folder, processor):
     loader = BatchLoader(Prepared(copy, "train"), processor, 8, workers=1)
     wanted = BatchLoader(Prepared(folder, "train"), processor, 8)
     same_batch(next(iter(loader)), next(iter(wanted)))
 
 
-def test_lengths_for_another_tokenizer_are_kept_in_it(copy, folder, requests):
+def test_lengths_for_another_tokenizer_are_kept_in_it(copy, folder, requests, tmp_path):
     other = tiny_processor(preset("tiny"), "vicuna_v1")
     rows = Prepared(copy, "train")
     sizes = measure(rows, other, 4096)
-    np.testing.assert_array_equal(sizes, measure(Prepared(folder, "train"), other, 4096))
+    np.testing.assert_array_equal(
+        sizes, measure(Prepared(shutil.copytree(folder, tmp_path / "disk"), "train"), other, 4096)
+    )
     assert lengths.lengths_file(copy / "train", other).exists() and len(requests) == 1
     again = Prepared(copy, "train")
     np.testing.assert_array_equal(measure(again, other, 4096), sizes)
@@ -220,7 +241,7 @@ def test_the_root_of_the_data(copy, folder, source, processor, monkeypatch):
         prepare("toy", root, root / "new", processor=processor)
 
 
-SHARD = "train/00000-of-00005.array_record"
+SHARD = "train/00000-of-00004.array_record"
 
 
 @pytest.mark.parametrize("keep", [0, 1 << 30])
@@ -230,9 +251,9 @@ SHARD = "train/00000-of-00005.array_record"
         ("dataset.json", None, "is no prepared data set: dataset.json not found"),
         ("train/index.npy", None, "index.npy is not as it was prepared"),
         ("train/index.npy", lambda data: data + b"x", "index.npy is not as it was prepared .* bytes instead of"),
-        (SHARD, None, "00000-of-00005.array_record is not as it was prepared .No such file"),
-        (SHARD, lambda data: data[:-1], "00000-of-00005.array_record is not as it was prepared .131071 bytes instead of 131072"),
-        (SHARD, lambda data: data[:500], "00000-of-00005.array_record is not as it was prepared"),
+        (SHARD, None, "00000-of-00004.array_record is not as it was prepared .No such file"),
+        (SHARD, lambda data: data[:-1], "00000-of-00004.array_record is not as it was prepared .131071 bytes instead of 131072"),
+        (SHARD, lambda data: data[:500], "00000-of-00004.array_record is not as it was prepared"),
         (SHARD, lambda data: data.replace(b"left arm, said once", b"left leg, sa\xffd once"), "is not as it was prepared .record 0: .*data check"),
         (SHARD, lambda data: bytes(len(data)), "is not as it was prepared .* no ArrayRecord file|bytes are no chunk"),
     ],
@@ -243,29 +264,33 @@ def test_damage_is_one_clear_error(copy, monkeypatch, keep, name, edit, words):
     if edit is None:
         (copy / name).unlink()
     else:
-        storage.put(copy / name, edit(data))
+        storage.write_bytes(copy / name, edit(data))
     with pytest.raises(UserError, match=words) as raised:
         Prepared(copy, "train")[0]
     assert "\n" not in str(raised.value) and str(copy) in str(raised.value)
 
 
 def test_check_and_show(copy, folder, source, capsys, tmp_path):
-    assert main(["data", "check", str(copy), "--workers", "1", "--allow", "leakage", "--allow", "filler"]) == 0
+    words = ["--workers", "1", *ALLOWED]
+    assert main(["data", "check", str(copy), *words]) == 0
     said = capsys.readouterr().out
-    assert main(["data", "check", str(folder), "--workers", "1", "--allow", "leakage", "--allow", "filler", "--out", str(tmp_path)]) == 0
+    assert main(["data", "check", str(folder), *words, "--out", str(tmp_path)]) == 0
     assert said.replace(str(copy), "X") == re.sub(f"{tmp_path}|{folder}", "X", capsys.readouterr().out)
     assert set(storage.tree(copy)) - set(storage.tree(folder)) == {"check.json", "sheet.png"}
     assert (copy / "sheet.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
     assert main(["data", "show", str(copy), "--row", "2", "--out", str(copy / "row.png")]) == 0
     assert "key: line 1" in capsys.readouterr().out and (copy / "row.png").read_bytes()[:4] == b"\x89PNG"
-    storage.put(copy / SHARD, (copy / SHARD).read_bytes()[:-1])
+    storage.write_bytes(copy / SHARD, (copy / SHARD).read_bytes()[:-1])
     (copy / SHARD.replace("00000-", "00001-")).unlink()
-    assert main(["data", "check", str(copy), "--workers", "2", "--samples", "0"]) == 1
+    assert main(["data", "check", str(copy), "--workers", "1", "--samples", "0"]) == 1
     said = capsys.readouterr().out
-    assert "00000-of-00005.array_record: 131071 bytes instead of 131072" in said and "00001-of-00005.array_record: not found" in said
+    assert (
+        "00000-of-00004.array_record: 131071 bytes instead of 131072" in said
+        and "00001-of-00004.array_record: not found" in said
+    )
 
 
-def test_check_reads_while_requests_fail(copy, faults, capsys):
+def test_check_reads_while_requests_fail(copy, faults):
     faults(5)
-    assert main(["data", "check", str(copy), "--workers", "1", "--samples", "0", "--allow", "leakage", "--allow", "filler"]) == 0
+    assert main(["data", "check", str(copy), "--workers", "1", "--samples", "0", *ALLOWED]) == 0
     assert faults(0) > 1
