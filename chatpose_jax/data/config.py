@@ -35,7 +35,8 @@ class DataConfig:
 
     sources: rows of (name, weight, options), see ``SourceRow``; the last two are optional. One row is that data set. Several rows are a
         mixture by weight (``data.mixture``). A name alone is one row.
-    root: folder of the prepared data sets. The source of a data set reads ``root/NAME``, unless its option ``folder`` names another.
+    root: folder of the prepared data sets, or its address in an object store. The source of a data set reads ``root/NAME``, unless its option
+        ``folder`` names another.
     seed: passed to each source that has a parameter ``seed``.
     template: conversation template of ``processing.conversation``, for a model that starts from nothing. Others have one in their folder.
     buckets: number of padded lengths for batches with images, and for batches without. A step is compiled for each.

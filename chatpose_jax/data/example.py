@@ -91,8 +91,10 @@ class Example:
 
 
 class ExampleRows(Sequence[Example]):
-    """A data set that can read several rows together, as from a bucket. A subclass has ``__len__`` and ``__getitems__``, as data sets of PyTorch
-    may have."""
+    """A data set that can read several rows together, as from an object store.
+
+    A subclass has ``__len__`` and ``__getitems__``, as data sets of PyTorch may have.
+    """
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
         """Some rows, each given as its number from 0."""

@@ -97,7 +97,7 @@ def prepare(
     Args:
         name: an entry of ``DATA_SETS``, or ``package.module:Class`` of a reader of one's own.
         source: folder of the original files, on a disk.
-        out: folder to write, or its address in a bucket. One that an earlier call with equal arguments has begun is completed.
+        out: folder to write, or its address in an object store. One that an earlier call with equal arguments has begun is completed.
         processor: counts the tokens of rows for the index. Training with another tokenizer counts them again.
         options: of the reader.
         workers: processes that read. The result does not depend on their number.
@@ -113,7 +113,7 @@ def prepare(
     """
     if storage.is_bucket(source):
         raise UserError(
-            f"--source {source} is in a bucket; original files are read from a disk: copy them to one, or mount the bucket"
+            f"--source {source} is in an object store; original files are read from a disk: copy them to one, or mount the store"
         )
     out, source = storage.location(out), Path(source)
     whole("workers", workers, 1)
@@ -296,7 +296,7 @@ class _Note(NamedTuple):
 
 
 def _notes(out: Location, jobs: Sequence[Job]) -> list[_Note | None]:
-    """The notes of shards, None for one that is not finished. Several are read at a time, for a bucket answers slowly."""
+    """The notes of shards, None for one that is not finished. Several are read at a time, for a store answers slowly."""
 
     def read(job: Job) -> _Note | None:
         try:

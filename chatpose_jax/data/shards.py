@@ -1,4 +1,4 @@
-"""Reads records of a prepared split by number: from the files of its shards on a disk, or by byte ranges from a bucket."""
+"""Reads records of a prepared split by number: from the files of its shards on a disk, or by byte ranges from an object store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatpose_jax.storage import Location
 OPEN_SHARDS = 64
 """The most shards of a split that are open at a time."""
 KEEP = 1 << 30
-"""Bytes of a split in a bucket. One that has no more is kept in memory as it is read; of a larger one only the wanted records are read."""
+"""Bytes of a split in an object store. One that has no more is kept in memory as it is read; of a larger one only the wanted records are read."""
 PIECE = 8 << 20
 """Bytes that are read at a time of a split that is kept, and the most that are read at once of one that is not."""
 GAP = 1 << 17
@@ -42,7 +42,7 @@ class Shards(Protocol):
 
 def shards(folder: Location, about: Sequence[Mapping[str, Any]]) -> Shards:
     """The shards in the folder of a split. about: their entries in ``dataset.json``. None is opened yet."""
-    return InBucket(folder, about) if storage.is_bucket(folder) else OnDisk(folder, about)
+    return InStore(folder, about) if storage.is_bucket(folder) else OnDisk(folder, about)
 
 
 def changed(file: Location, error: Exception | str) -> UserError:
@@ -106,8 +106,8 @@ class _Range(NamedTuple):
     end: int
 
 
-class InBucket:
-    """Objects of a bucket, of which byte ranges are read, those of one call at the same time.
+class InStore:
+    """Objects of a store, of which byte ranges are read, those of one call at the same time.
 
     A split of at most ``KEEP`` bytes is read in pieces that are kept, so that there are few requests. Of a larger one the wanted records are
     read, neighbours together. The first record of a shard also reads the places of all, at its end.
@@ -212,7 +212,7 @@ class InBucket:
 
 @contextlib.contextmanager
 def local_copy(file: Location) -> Iterator[Path]:
-    """Context manager: a file of a disk itself, or a copy of an object of a bucket, which is removed at the end. Raises OSError."""
+    """Context manager: a file of a disk itself, or a copy of an object of a store, which is removed at the end. Raises OSError."""
     if not storage.is_bucket(file):
         yield Path(file)
         return
@@ -228,7 +228,7 @@ def local_copy(file: Location) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def local_file(file: Location) -> Iterator[Path]:
-    """Context manager: a path to write to. At the end ``file`` has what was written there, whole: on a disk by another name, in a bucket by an
+    """Context manager: a path to write to. At the end ``file`` has what was written there, whole: on a disk by another name, in an object store by an
     upload. After an exception it is as before. Raises OSError."""
     if not storage.is_bucket(file):
         temporary = Path(file).with_name(f"{file.name}.{os.getpid()}.tmp")

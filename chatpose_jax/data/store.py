@@ -116,7 +116,7 @@ def _fault(found: Any) -> str:
 
 
 def open_index(file: Location, about: Mapping[str, Any]) -> np.ndarray:
-    """(rows,) ``ROW``, mapped from a disk, or read from a bucket. about: the entry of the split in the description.
+    """(rows,) ``ROW``, mapped from a disk, or read from an object store. about: the entry of the split in the description.
 
     Raises OSError, and ValueError where the file is not the one that was written.
     """

@@ -237,7 +237,7 @@ def test_the_root_of_the_data(copy, folder, source, processor, monkeypatch):
         prepare("toy", source, root / "begun" / "toy", processor=processor, max_broken=0)
     with pytest.raises(UserError, match="begun/toy of Toy poses is not complete"):
         examples(DataConfig(sources="toy", root=f"{root}/begun"), "train", 64)
-    with pytest.raises(UserError, match=f"--source {root} is in a bucket; original files are read from a disk"):
+    with pytest.raises(UserError, match=f"--source {root} is in an object store; original files are read from a disk"):
         prepare("toy", root, root / "new", processor=processor)
 
 
