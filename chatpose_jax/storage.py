@@ -116,7 +116,13 @@ def write_bytes(path: Location, data: bytes | str) -> None:
     if is_bucket(path):
         _files(path).pipe_file(str(path), raw)
     else:
-        write_whole(path, lambda file: (file.write(raw), file.flush(), os.fsync(file.fileno())))
+
+        def fill(file: IO[bytes]) -> None:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+
+        write_whole(path, fill)
 
 
 @contextlib.contextmanager
