@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from llama import SIZES, cores, our_config, our_params, random_ids, torch_llama
+from decoder import SIZES, cores, our_config, random_ids
+from llama import our_params, torch_llama
 from pairs import paired
 
 from chatpose_jax.generate import generate
@@ -50,7 +51,7 @@ def contenders(
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=tuple(SIZES), default="full")
+    parser.add_argument("--preset", choices=("full", "small"), default="full")
     parser.add_argument("--want", type=int, default=5, help="pairs to keep for each case")
     parser.add_argument("--tries", type=int, default=20, help="pairs to time at most")
     parser.add_argument(

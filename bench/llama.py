@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatpose_jax.models.chatpose import Params, init_params
-from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
-
-SIZES = {
-    "full": TextConfig(
-        vocab_size=32000,
-        base_vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_layers=20,
-        num_heads=16,
-        num_kv_heads=16,
-        head_dim=64,
-        max_position_embeddings=2048,
-    ),
-    "small": TextConfig(
-        vocab_size=256,
-        base_vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=16,
-        max_position_embeddings=1024,
-    ),
-}
-"""``full`` has 322 M parameters; ``small`` only shows that a script runs."""
+from chatpose_jax.models.config import ModelConfig, TextConfig
 
 _LINEARS = {
     "self_attn": ("attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -47,30 +19,9 @@ _LINEARS = {
 }
 
 
-def cores() -> int:
-    """Cores that this process may use; torch is given as many threads, as XLA takes by itself."""
-    return len(os.sched_getaffinity(0))
-
-
-def our_config(text: TextConfig, dtype: str, *, scan: bool, lora: LoRAConfig | None = None) -> ModelConfig:
-    """A model of this decoder with a least vision tower and no end of sequence: every run decodes the same count."""
-    vision = VisionConfig(image_size=16, patch_size=8, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1)
-    return ModelConfig(
-        vision=vision,
-        text=text,
-        lora=lora,
-        head=HeadConfig(),
-        pose_token_id=text.vocab_size - 1,
-        eos_token_id=-1,
-        scan_layers=scan,
-        dtype=dtype,
-        param_dtype=dtype,
-    )
-
-
-def torch_llama(text: TextConfig, dtype: str, seed: int = 0) -> LlamaForCausalLM:
-    """transformers' LLaMA with weights of standard deviation 1/sqrt(fan_in), sdpa attention, eval mode."""
-    config = LlamaConfig(
+def llama_settings(text: TextConfig) -> LlamaConfig:
+    """transformers' configuration of this decoder, with sdpa attention and no end of sequence."""
+    return LlamaConfig(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,
@@ -87,13 +38,28 @@ def torch_llama(text: TextConfig, dtype: str, seed: int = 0) -> LlamaForCausalLM
         pad_token_id=0,
         attn_implementation="sdpa",
     )
+
+
+def torch_llama(text: TextConfig, dtype: str, seed: int = 0) -> LlamaForCausalLM:
+    """transformers' LLaMA with weights of standard deviation 1/sqrt(fan_in), eval mode."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(llama_settings(text))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 weight.normal_(0, 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5)
     return model.to(getattr(torch, dtype)).eval()
+
+
+def llama_on_card(text: TextConfig) -> LlamaForCausalLM:
+    """transformers' LLaMA in bfloat16 with its own random weights, made on the card where there is one."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return LlamaForCausalLM(llama_settings(text))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def to_jax(tensor: torch.Tensor, dtype: Any) -> jax.Array:
@@ -134,8 +100,3 @@ def our_params(model: Any, config: ModelConfig) -> Params:
     decoder["norm"]["scale"] = to_jax(state["model.norm.weight"], dtype)
     decoder["layers"] = jax.tree.map(lambda *xs: jnp.stack(xs), *layers.values()) if config.scan_layers else layers
     return params
-
-
-def random_ids(batch: int, length: int, vocabulary: int, seed: int = 0) -> np.ndarray:
-    """(batch, length) int32 ids above the special ones."""
-    return np.random.default_rng(seed).integers(3, vocabulary, (batch, length), dtype=np.int32)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from llama import SIZES, cores, our_config, our_params, random_ids, torch_llama
+from decoder import SIZES, cores, our_config, random_ids
+from llama import our_params, torch_llama
 from pairs import paired
 
 from chatpose_jax.models.config import LoRAConfig, ModelConfig
@@ -98,7 +99,7 @@ def jax_step(config: ModelConfig, ids: np.ndarray, model: Any, remat: bool = Fal
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=tuple(SIZES), default="full")
+    parser.add_argument("--preset", choices=("full", "small"), default="full")
     parser.add_argument("--tokens", type=int, help="tokens of each of the two rows; fewer where the peer takes minutes")
     parser.add_argument("--want", type=int, default=3, help="pairs to keep for each case")
     parser.add_argument("--tries", type=int, default=12, help="pairs to time at most")

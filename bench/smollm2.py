@@ -27,7 +27,8 @@ import jax
 import numpy as np
 import peft
 import torch
-from llama import cores, our_params, random_ids
+from decoder import cores, random_ids
+from llama import our_params
 from lora_step import CLIP, RATE, jax_step
 from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -58,7 +58,12 @@ DEVICE_KINDS = {
 """How a ``device_kind`` begins -> a chip of ``CHIPS``; the first that fits counts."""
 
 
+def chip_of(device_kind: str) -> str | None:
+    """The row of ``CHIPS`` of a device as JAX names it; None for one that is not known, as any CPU."""
+    return next((chip for kind, chip in DEVICE_KINDS.items() if device_kind.startswith(kind)), None)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Operations per second that the maker promises for a device as JAX names it; None for one that is not known, as any CPU."""
-    name = next((chip for kind, chip in DEVICE_KINDS.items() if device_kind.startswith(kind)), None)
+    name = chip_of(device_kind)
     return None if name is None else CHIPS[name].flops
