@@ -15,6 +15,7 @@ import numpy as np
 
 from chatpose_jax.models.chatpose import Params, abstract_params
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig, TextConfig, VisionConfig
+from chatpose_jax.models.quantize import QUANTIZATIONS
 from chatpose_jax.train.chips import CHIPS, Chip, chip_of
 
 SIZES = {
@@ -72,7 +73,8 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
     def part(key: jax.Array) -> jax.Array:
         if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape[1:], -100, 100, jnp.int32).astype(dtype)
+            most = jnp.iinfo(dtype).max
+            return jax.random.randint(key, shape[1:], -most, most + 1, jnp.int32).astype(dtype)
         return (jax.random.normal(key, shape[1:]) * shape[-2] ** -0.5).astype(dtype)
 
     return jax.lax.map(part, jax.random.split(key, shape[0]))
@@ -88,8 +90,12 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
         name = path[-1].key
         if name in ("scale", "lora_b", "bias") or leaf.size == 0:
             return jnp.full(leaf.shape, float(name == "scale"), leaf.dtype)
-        if name == "kernel_scale":  # of integers of standard deviation 58
-            return jnp.full(leaf.shape, config.text.hidden_size**-0.5 / 58, leaf.dtype)
+        if name in (
+            "kernel_scale",
+            "group_scale",
+        ):  # of even integers, whose standard deviation is this part of the largest
+            codes = QUANTIZATIONS[config.quantize].codes
+            return jnp.full(leaf.shape, 3**0.5 / jnp.iinfo(codes).max * config.text.hidden_size**-0.5, leaf.dtype)
         numbers[0] += 1
         shape = leaf.shape if leaf.ndim > 2 else (1, *leaf.shape)
         return _random(jax.random.key(seed + numbers[0]), shape, leaf.dtype).reshape(leaf.shape)

@@ -67,7 +67,9 @@ def parts(preset: str) -> list[Part]:
         Part("decoding, transformers", (*decode, "--only", "torch"), 90, PEERS[:2]),
         Part("body", ("body_gpu.py", "--batch", *bodies), 60),
         Part("plan", (*step, "--only", "plan", "--card", CARD), 90, on_cpu=True),
-        Part("decoding, int8", (*decode, "--only", "jax", "--quantize", "int8", "--batch", "1"), 90),
+        Part("decoding, int8", (*decode, "--only", "jax", "--quantize", "int8", "--batch", "1"), 75),
+        Part("decoding, int4", (*decode, "--only", "jax", "--quantize", "int4", "--batch", "1"), 75),
+        Part("step, kept", (*step, "--only", "jax", "--remat", "dots", "--batch", "2" if small else "8"), 90),
     ]
 
 
@@ -219,6 +221,16 @@ def _step(found: dict[str, Any]) -> Iterator[Cells]:
         f"{name}: peak memory, GiB (bound: plan)", *(_number(x and x / GiB, ".2f") for x in (most, torchs, planned)),
         _share(most, planned) or "–",
     )  # fmt: skip
+    kept = found.get("step, kept", {})
+    if "jax" in kept:
+        faster, share = kept["jax"]["tokens_per_second"], kept["jax"]["mfu"]
+        yield (
+            f"LoRA step, {kept['preset']}, {kept['batch']} × {kept['length']}, remat {kept['remat']}: tokens/s",
+            _number(faster, ",.0f"),
+            _number(other, ",.0f"),
+            "–",
+            _both(f"LoRA-MFU {100 * share:.1f} %" if share else "", f"{faster / other:.2f}" if other else ""),
+        )
     yield (
         f"{name}: first step, s",
         _number(ours.get("first_step"), ".0f"),
@@ -230,13 +242,13 @@ def _step(found: dict[str, Any]) -> Iterator[Cells]:
 
 def _decoding(found: dict[str, Any]) -> Iterator[Cells]:
     peers = {row["batch"]: row for row in found.get("decoding, transformers", {}).get("rows", [])}
-    for part in ("decoding", "decoding, int8"):
+    for part in ("decoding", "decoding, int8", "decoding, int4"):
         about = found.get(part)
         own = {row["batch"]: row for row in about["rows"]} if about else {}
         for batch in own if part != "decoding" else {**own, **peers}:
             row, peer = own.get(batch, {}), peers.get(batch, {})
             each, other, bound = row.get("token_seconds"), peer.get("token_seconds"), (row or peer).get("bound_seconds")
-            base = "" if part == "decoding" else ", int8 base"
+            base = "" if part == "decoding" else f", {about['quantize']} base"
             yield (
                 f"decoding{base}, batch {batch}: ms a token",
                 *(_number(x and 1e3 * x, ".2f") for x in (each, other, bound)),

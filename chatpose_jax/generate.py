@@ -230,7 +230,14 @@ def prefill(
         return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames="state")
+MERGES_NOTHING = {"xla_gpu_dot_merger_threshold_mb": 0}
+"""Compiler options of the decode loop. XLA for GPUs would merge the products of queries, keys and values of a single row into one, and for this
+put their weights side by side again in every step: three times the traffic of these weights. Other backends ignore it."""
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "greedy", "mesh"), donate_argnames="state", compiler_options=MERGES_NOTHING
+)
 def decode(
     config: ModelConfig,
     params: Params,
