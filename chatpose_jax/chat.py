@@ -36,6 +36,7 @@ from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.sharding import on_mesh, place
 from chatpose_jax.processing.processor import Encoded, Processor
 from chatpose_jax.settings import did_you_mean, flag, instance, whole
+from chatpose_jax.storage import Location
 from smpl_jax import io
 from smpl_jax.body import BodyModel
 from smpl_jax.pose import for_body
@@ -391,9 +392,9 @@ def load(
     """Load a model folder of ``chatpose train`` or ``chatpose convert``, or PyTorch weights without conversion.
 
     Args:
-        folder: a model folder (with ``config.json``, ``tokenizer/`` and ``params/``); or a folder of a training run or demo, which contains
-            one as ``model``; or a checkpoint that ``chatpose convert`` reads. A checkpoint is converted while it is read onto the devices, in
-            each call; nothing is written.
+        folder: a model folder (with ``config.json``, ``tokenizer/`` and ``params/``), on a disk or in a bucket ("gs://…", "s3://…"); or a folder of a
+            training run or demo, which contains one as ``model``; or a checkpoint that ``chatpose convert`` reads. A checkpoint is converted while
+            it is read onto the devices, in each call; nothing is written.
         dtype: "float32", "bfloat16" or "float16" for storage and compute; by default that of the folder. But on a CPU that cannot multiply bfloat16
             numbers, a bfloat16 model folder is loaded in float32, which is faster there and takes twice the memory, if that is at most half of what
             is available.
@@ -458,7 +459,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise UserError(f"load has no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
 
 
-def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -> tuple[ModelConfig, Params, Processor]:
+def _load_source(
+    folder: Location, mesh: jax.sharding.Mesh | None, **options: Any
+) -> tuple[ModelConfig, Params, Processor]:
     from chatpose_jax.weights.convert import load_source, write_processor
     from chatpose_jax.weights.folder import is_model_folder
     from chatpose_jax.weights.spec import SourceSpec
@@ -466,6 +469,6 @@ def _load_source(folder: Path, mesh: jax.sharding.Mesh | None, **options: Any) -
     if is_model_folder(folder):
         named = sorted(set(options) - {"dtype", "head"})
         raise UserError(f"{folder} is a complete model folder; {', '.join(named)} is only for PyTorch weights")
-    plan, params = load_source(SourceSpec(folder, **options), mesh=mesh)
+    plan, params = load_source(SourceSpec(str(folder), **options), mesh=mesh)
     with tempfile.TemporaryDirectory() as temporary:
         return plan.config, params, write_processor(plan, Path(temporary))

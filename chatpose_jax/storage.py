@@ -22,6 +22,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -39,6 +40,7 @@ Location: TypeAlias = Path | epath.Path
 
 _AT_ONCE = 32
 """Ranges that are read at the same time."""
+_CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests"}
 _PART = 32 << 20
 """Size in bytes of the parts in which a large object is sent: so much of it is in memory."""
 
@@ -115,22 +117,23 @@ def write_bytes(path: Location, data: bytes | str) -> None:
     raw = data.encode() if isinstance(data, str) else data
     if is_bucket(path):
         _files(path).pipe_file(str(path), raw)
-    else:
+        return
 
-        def fill(file: IO[bytes]) -> None:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+    def fill(file: IO[bytes]) -> None:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
 
-        write_whole(path, fill)
+    write_whole(path, fill)
 
 
 @contextlib.contextmanager
 def writing(path: Location) -> Iterator[IO[bytes]]:
-    """Context manager: opens a large file that is written once from front to back. In a store it is sent part by part and appears at the end of the
-    block, or not at all if the block raises. On a disk it is synced; a block that raises leaves a part of it.
+    """Context manager: opens a large file, with its folder, to write it once from front to back. In a store it is sent in parts and appears at
+    the end of the block, or not at all if the block raises. On a disk it is synced; a block that raises leaves a part of it.
     """
     if not is_bucket(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             yield file
             file.flush()
@@ -187,7 +190,8 @@ def remove_tree(path: Location) -> None:
 def copy_tree(source: Location, target: Location, last: str = "") -> None:
     """Copies a folder. last: the file, relative to the folder, that makes it complete; it is copied after all others."""
     if not is_bucket(source) and not is_bucket(target):
-        copy = shutil.copytree(source, target, ignore=shutil.ignore_patterns(last) if last else None)
+        ignore = shutil.ignore_patterns(last) if last else None
+        copy = Path(shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True))
         if last and (source / last).is_file():
             shutil.copyfile(source / last, copy / last)
         return
@@ -195,8 +199,6 @@ def copy_tree(source: Location, target: Location, last: str = "") -> None:
         if is_bucket(source) and is_bucket(target) and _scheme_of(source) == _scheme_of(target):
             _files(source).cp_file(str(source / name), str(target / name))
             continue
-        if not is_bucket(target):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
         with (source / name).open("rb") as file, writing(target / name) as out:
             shutil.copyfileobj(file, out, _PART)
 
@@ -207,6 +209,47 @@ def tree(path: Location) -> list[str]:
         return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     inside = str(path).split("://", 1)[1] + "/"
     return sorted(name.removeprefix(inside) for name in _files(path).find(str(path)) if not name.endswith("/"))
+
+
+@contextlib.contextmanager
+def local(path: Location) -> Iterator[Path]:
+    """Context manager around code that reads small files on a disk only: yields the folder itself, or a temporary copy of one in a store."""
+    if not is_bucket(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy_tree(path, Path(temporary))
+        yield Path(temporary)
+
+
+@contextlib.contextmanager
+def staged(path: Location) -> Iterator[Path]:
+    """Context manager around code that writes small files on a disk only: yields the folder itself, or a temporary one, whose files are copied into
+    the store at the end of the block.
+    """
+    if not is_bucket(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+        copy_tree(Path(temporary), path)
+
+
+@contextlib.contextmanager
+def reachable(path: Location) -> Iterator[None]:
+    """Context manager around the first request to a store: what its client raises, such as for missing credentials, becomes one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_bucket(path) or not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
+            raise
+        said = re.sub(r"\?\S+", "", " ".join(str(error).split()))
+        raise UserError(
+            f"{path}: the store cannot be reached or refuses this ({type(error).__name__}: {said:.300}); see to the name of the bucket, "
+            "its permissions, and the credentials in the environment"
+        ) from None
 
 
 def kvstore(path: Location) -> dict[str, Any]:

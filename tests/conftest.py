@@ -33,6 +33,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import fsspec  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -98,6 +99,8 @@ def enter_store(scheme: str, stores: dict[str, Emulator], monkeypatch: pytest.Mo
         pytest.skip(f"{scheme}:// needs {' and '.join(missing)}: pip install '.[dev]' in the checkout")
     for name, value in stores[scheme].environment.items():
         monkeypatch.setenv(name, value)
+    # fsspec reads its variables when it is imported.
+    monkeypatch.setitem(fsspec.config.conf, "gs", fsspec.config.conf["gs"] | {"token": "anon"})
     return storage.location(f"{scheme}://{BUCKET}/{uuid.uuid4().hex[:8]}")
 
 

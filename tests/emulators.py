@@ -42,11 +42,12 @@ class Emulator:
         assert process.stdout is not None
         self.scheme, self.process, self.address = scheme, process, process.stdout.readline().strip()
         if scheme == "gs":
-            # The last three spare waiting for Google's credentials, and for a service that the emulator does not have.
+            # The last four spare waiting for Google's credentials, and for a service that the emulator does not have.
             self.environment = {
                 "STORAGE_EMULATOR_HOST": self.address,
                 "TENSORSTORE_GCS_HTTP_URL": self.address,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+                "FSSPEC_GS_TOKEN": "anon",
                 "NO_GCE_CHECK": "true",
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             }
@@ -258,6 +259,7 @@ def _serve_s3() -> Any:
 def main(scheme: str) -> None:
     logging.disable(logging.CRITICAL)
     serving = {"gs": _serve_gs, "s3": _serve_s3}[scheme]()
+    serving.handle_error = lambda *_: None  # clients break connections too
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     print(f"http://127.0.0.1:{serving.server_address[1]}", flush=True)
     for line in sys.stdin:

@@ -16,6 +16,7 @@ from chatpose_jax.cli.terminal import can_draw, drawing
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.processing.processor import NO_TOWER
+from chatpose_jax.storage import location
 
 HELP = """Type a question. Commands:
   /image FILE   show an image with the next question
@@ -27,7 +28,9 @@ HELP = """Type a question. Commands:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose chat``."""
-    parser.add_argument("model", type=Path, help="model folder, or the folder of a training or demo")
+    parser.add_argument(
+        "model", type=location, help="model folder, or the folder of a training or demo; also gs://…, s3://…"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
     parser.add_argument(
         "--image", action="append", default=[], help="image file to show with the first prompt; may be repeated"

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="source",
         help="folder as downloaded (.safetensors or .bin, whole or in shards, config.json, tokenizer), or one such file, or a .gguf file",
     )
-    parser.add_argument("out", help="model folder to write, for chatpose chat, chatpose train and chatpose_jax.load")
+    parser.add_argument(
+        "out",
+        help="model folder to write, for chatpose chat, chatpose train and chatpose_jax.load; also gs://…, s3://…",
+    )
     add_source_options(parser)
     result = parser.add_argument_group("output")
     result.add_argument(

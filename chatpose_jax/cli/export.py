@@ -24,8 +24,10 @@ docs/weights.md has the table of all layouts."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose export``."""
     parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", help="model folder, as chatpose convert and chatpose train write it")
-    parser.add_argument("out", help="folder to write; must not exist")
+    parser.add_argument(
+        "folder", help="model folder, as chatpose convert and chatpose train write it; also gs://…, s3://…"
+    )
+    parser.add_argument("out", help="folder to write; must not exist; also gs://…, s3://…")
     parser.add_argument(
         "--format",
         required=True,

@@ -7,12 +7,12 @@ import collections
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.storage import Location, location
 from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, read_config, read_folder
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``chatpose inspect``. Returns 0 if nothing is missing, else 1. Raises UserError if files cannot be read."""
-    spec, folder = source_of(args), Path(args.path)
+    spec, folder = source_of(args), location(args.path)
     if is_model_folder(folder):
         print("\n".join(_describe_model_folder(folder, args.tensors)))
         return 0
@@ -128,7 +128,7 @@ def _describe_source(source: Source, every: bool) -> list[str]:
     return lines + _tensor_lines(checkpoint.tensors, every)
 
 
-def _describe_model_folder(folder: Path, every: bool) -> list[str]:
+def _describe_model_folder(folder: Location, every: bool) -> list[str]:
     data, config, stored = read_folder(folder), read_config(folder), read_metadata(folder / PARAMS)
     lines = [
         f"{folder}: model folder",
@@ -140,7 +140,7 @@ def _describe_model_folder(folder: Path, every: bool) -> list[str]:
     return lines + _tensor_lines(stored, every)
 
 
-def _provenance_lines(folder: Path, provenance: Any) -> list[str]:
+def _provenance_lines(folder: Location, provenance: Any) -> list[str]:
     try:
         lines = [line for source in provenance.get("sources", []) for line in _origin_lines(source)]
         if seen := provenance.get("images") or provenance.get("pictures"):  # earlier folders have the second key

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from chatpose_jax import __version__
 from chatpose_jax.cli.flags import as_overrides
@@ -64,6 +65,15 @@ class Parser(argparse.ArgumentParser):
                 if word != "-" and flag not in options and not begins:
                     self.error(f"no option {flag}{did_you_mean(flag, options)}")
         return super().parse_known_args(words, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """argparse would put a text of its own in the place of a UserError, which is a ValueError."""
+        try:
+            return self._registry_get("type", action.type, action.type)(arg_string)  # type: ignore[attr-defined]
+        except UserError as error:
+            raise argparse.ArgumentError(action, str(error)) from None
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
 
 
 def _is_number(word: str) -> bool:

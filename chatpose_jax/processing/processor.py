@@ -15,9 +15,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from chatpose_jax.processing.tokenizer import (
     TextTokenizer,
 )
 from chatpose_jax.settings import one_line, whole
+from chatpose_jax.storage import location, write_bytes
 
 IGNORE = -100
 """Label of a position that does not count in the loss."""
@@ -142,13 +143,13 @@ class Processor:
         self._control = self._check()
 
     @classmethod
-    def load(cls, folder: str | Path, config: Any) -> Processor:
+    def load(cls, folder: str | os.PathLike[str], config: Any) -> Processor:
         """Reads the processor of a checkpoint folder: its tokenizer, and ``processor.json`` where there is one.
 
         Without that file: centre crop, and LLaVA-1.5's template. If the pose token is ``[SEG]``, the template is that of CHATPOSE-V0's
         released chat program (``llava_v1``, with markers).
         """
-        folder = Path(folder)
+        folder = location(folder)
         tokenizer, ids = TextTokenizer.read(folder), ModelIds.of(config)
         file = folder / SETTINGS_FILE
         released = tokenizer.pose_token == RELEASED_POSE
@@ -167,17 +168,16 @@ class Processor:
                 f"{str(file)!r} is no processor file ({type(error).__name__}: {error}); convert the checkpoint again"
             ) from None
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes what ``load`` reads: the tokenizer's files, unchanged, and ``processor.json``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = location(folder)
         self.tokenizer.save(folder)
         settings = {
             "template": dataclasses.asdict(self.template),
             "images": self.images and dataclasses.asdict(self.images),
             "markers": self.markers,
         }
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_bytes(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     @property
     def pose_token(self) -> str:

@@ -19,6 +19,7 @@ import tokenizers
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.conversation import POSE
+from chatpose_jax.storage import local, location, write_bytes
 
 RELEASED_POSE = "[SEG]"
 POSE_LITERALS = (POSE, RELEASED_POSE)
@@ -117,18 +118,22 @@ class TextTokenizer:
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(data))
 
     @classmethod
-    def read(cls, folder: str | Path) -> TextTokenizer:
+    def read(cls, folder: str | os.PathLike[str]) -> TextTokenizer:
         """Reads a folder with ``tokenizer.json``, or with ``tokenizer.model`` and ``added_tokens.json``. Nothing is downloaded.
 
         Raises UserError for a folder without either, a damaged file, or another kind of tokenizer.
         """
-        folder = Path(folder)
+        folder = location(folder)
+        with local(folder) as here:
+            return cls._read(here, str(folder))
+
+    @classmethod
+    def _read(cls, folder: Path, name: str) -> TextTokenizer:
         files = read_files(folder)
         found = [name for name in (FAST, SLOW) if name in files]
         if not found:
             raise UserError(
-                f"no tokenizer in {str(folder)!r}: expected {FAST} or {SLOW}; "
-                "copy it from the checkpoint's original folder"
+                f"no tokenizer in {name!r}: expected {FAST} or {SLOW}; copy it from the checkpoint's original folder"
             )
         import_transformers()
         from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -140,15 +145,14 @@ class TextTokenizer:
                 backend = _with_exact_merges(backend, folder / SLOW)
         except Exception as error:  # its parsers may raise anything
             raise UserError(
-                f"{found[0]} in {str(folder)!r} is damaged or no tokenizer ({type(error).__name__}: {error!s:.200})"
+                f"{found[0]} in {name!r} is damaged or no tokenizer ({type(error).__name__}: {error!s:.200})"
             ) from error
-        return cls(backend, f"the tokenizer in {str(folder)!r}", files)
+        return cls(backend, f"the tokenizer in {name!r}", files)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``files``, which ``read`` and transformers can read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (Path(folder) / name).write_bytes(content)
+            write_bytes(location(folder) / name, content)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a stretch of text, without BOS; in LLaMA's layout with SentencePiece's leading space. Names of control tokens in it are ordinary
@@ -243,9 +247,9 @@ def import_transformers() -> None:
             os.environ[name] = before
 
 
-def read_files(folder: str | Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in a folder: name -> content."""
-    return {name: (Path(folder) / name).read_bytes() for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def complete_vocabulary(files: Mapping[str, bytes]) -> dict[str, bytes]:

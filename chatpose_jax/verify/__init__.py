@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from chatpose_jax.processing.images import load_image
 from chatpose_jax.processing.processor import Encoded
 from chatpose_jax.processing.tokenizer import TOKENIZER_FILES
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location, location
 from chatpose_jax.verify.jax_model import JaxModel
 from chatpose_jax.verify.torch_model import TorchModel
 from chatpose_jax.verify.torch_tokens import CONVERSATIONS, TEXTS, TorchTokens
@@ -107,7 +109,7 @@ class Comparison(NamedTuple):
 
 def verify(
     source: SourceSpec | str | Path,
-    converted: str | Path,
+    converted: str | os.PathLike[str],
     *,
     layers: int | None = None,
     prompts: Sequence[str] = (),
@@ -130,7 +132,7 @@ def verify(
         UserError: torch or transformers' torch modules are not installed, files cannot be read, or the two models have
             different shapes.
     """
-    spec, folder = SourceSpec.of(source), Path(converted)
+    spec, folder = SourceSpec.of(source), location(converted)
     sources, config = open_sources(spec), load_model_config(folder, spec.head)
     peer, ours = TorchModel(sources, config, spec), JaxModel(folder, config)
     left_out = _uncompared(sources, folder, config)
@@ -221,7 +223,7 @@ def _sample(config: ModelConfig, layers: int | None) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, layers)})
 
 
-def _uncompared(sources: Sequence[Source], converted: Path, config: ModelConfig) -> list[str]:
+def _uncompared(sources: Sequence[Source], converted: Location, config: ModelConfig) -> list[str]:
     """Parts of the conversion that neither come from these sources nor were initialised."""
     made_up = read_folder(converted).get("provenance", {}).get("initialised", [])
     here = {part for source in sources for part in source.layout.parts}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import rotary
 from chatpose_jax.models.heads.base import States
 from chatpose_jax.processing.processor import Processor
+from chatpose_jax.storage import Location
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS, TOKENIZER
 from chatpose_jax.weights.paths import nested
@@ -26,7 +26,7 @@ from chatpose_jax.weights.paths import nested
 class JaxModel:
     """The converted folder, run by the model's own modules in float32. Inputs and outputs are NumPy arrays."""
 
-    def __init__(self, folder: Path, config: ModelConfig):
+    def __init__(self, folder: Location, config: ModelConfig):
         self.processor = Processor.load(folder / TOKENIZER, config)
         self.config = config.replace(dtype="float32", param_dtype="float32", scan_layers=True)
         text = dataclasses.replace(config.text, num_layers=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.orbax_s3 import orbax_options
+from chatpose_jax.storage import Location, absolute, kvstore
 from chatpose_jax.weights.paths import by_path
 
 Params = dict[str, Any]
@@ -23,24 +24,25 @@ Params = dict[str, Any]
 _SHOWN = 8
 
 
-def write_arrays(folder: Path, params: Params) -> None:
+def write_arrays(folder: Location, params: Params) -> None:
     """Writes arrays (numpy or jax, on any mesh, one process or many) as a new Orbax checkpoint ``folder``."""
     flat = {path: array for path, array in by_path(params).items() if array.size}
     save(folder, unflatten_dict(flat, sep="/"), None)
 
 
-def save(folder: Path, tree: Params, registry: Any) -> None:
+def save(folder: Location, tree: Params, registry: Any) -> None:
     options = {} if registry is None else {"type_handler_registry": registry}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, **options)) as checkpointer:
-        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, **options)
+    with ocp.Checkpointer(handler, **orbax_options(folder)) as checkpointer:
+        checkpointer.save(absolute(folder), args=ocp.args.PyTreeSave(tree))
 
 
-def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def read_metadata(folder: Location) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of each stored array. Raises UserError if the folder is not a complete Orbax checkpoint."""
     try:
-        _check(folder.resolve())
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(folder.resolve()).item_metadata.tree
+        _check(folder)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), **orbax_options(folder)) as checkpointer:
+            tree = checkpointer.metadata(absolute(folder)).item_metadata.tree
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in by_path(tree).items()}
     except Exception as error:  # Orbax and TensorStore raise many types
         raise UserError(
@@ -48,11 +50,11 @@ def read_metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         ) from None
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Location) -> None:
     """Raises if the arrays of a folder cannot be listed. Without this check Orbax fails in a thread and writes pages of log."""
     if not (folder / "_METADATA").is_file():
         raise FileNotFoundError("the file _METADATA is missing")
-    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore(folder)}).result()
     headers = [key for key in store.list().result() if key.endswith(b"/.zarray")]
     if not headers:
         raise FileNotFoundError("no arrays are listed; manifest.ocdbt is missing or belongs to another checkpoint")
@@ -63,10 +65,10 @@ def _check(folder: Path) -> None:
 class Stored:
     """Reads the arrays of a parameter folder box by box, and caches nothing."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Location):
         """Raises UserError if the folder is not a complete Orbax checkpoint."""
         self.shapes = read_metadata(folder)
-        self.folder = folder.resolve()
+        self.folder = absolute(folder)
         self._opened: dict[str, Any] = {}
 
     def under(self, prefix: str) -> list[str]:
@@ -88,10 +90,9 @@ class Stored:
 
     def _open(self, path: str) -> Any:
         if path not in self._opened:
-            base = {"driver": "file", "path": f"{self.folder}/"}
-            kvstore = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+            arrays = {"driver": "ocdbt", "base": kvstore(self.folder), "path": path.replace("/", ".") + "/"}
             try:
-                self._opened[path] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+                self._opened[path] = ts.open({"driver": "zarr", "kvstore": arrays}, open=True).result()
             except ValueError as error:
                 raise UserError(
                     f"{self.folder}: {path} is damaged ({_first_line(error)}); convert or copy it again"
@@ -113,7 +114,7 @@ class _ArrayReader(ocp.type_handlers.ArrayHandler):
             raise
 
 
-def read_arrays(folder: Path, abstract: Params) -> Params:
+def read_arrays(folder: Location, abstract: Params) -> Params:
     """Reads the leaves of ``abstract`` as a nested dict of JAX arrays.
 
     abstract: nested ``jax.ShapeDtypeStruct``s; arrays are cast to their dtypes. A leaf without a sharding goes to the first local device.
@@ -152,9 +153,10 @@ def read_arrays(folder: Path, abstract: Params) -> Params:
     }
     try:
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayReader(array_metadata_store=None)))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(handler, **orbax_options(folder)) as checkpointer:
             restored = checkpointer.restore(
-                folder.resolve(),
+                absolute(folder),
                 args=ocp.args.PyTreeRestore(
                     item=unflatten_dict({path: targets[path] for path in args}, sep="/"),
                     restore_args=unflatten_dict(args, sep="/"),

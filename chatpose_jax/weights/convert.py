@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from chatpose_jax.models import sharding
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.processing.processor import Processor
+from chatpose_jax.storage import Location, is_bucket, location, staged
 from chatpose_jax.weights.arrays import Params
 from chatpose_jax.weights.devices import Shardings, onto_devices
 from chatpose_jax.weights.folder import PARAMS, PASSENGERS, TOKENIZER, is_model_folder
@@ -33,7 +35,7 @@ from chatpose_jax.weights.tokenizer_writer import write_tokenizer
 
 def convert(
     source: SourceSpec | str | Path,
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     hashes: bool | str | Path = True,
     compress: bool = False,
@@ -42,16 +44,17 @@ def convert(
 ) -> Conversion:
     """Converts a checkpoint to a model folder, block by block: memory does not grow with the model.
 
-    In a run of several processes every process calls it with the same arguments, with ``out`` on a shared file system, and writes its share. An
-    error in one of them, while it reads or writes tensors, ends the conversion in all.
+    In a run of several processes every process calls it with the same arguments, with ``out`` on a shared file system or in an object store, and
+    writes its share. An error in one of them, while it reads or writes tensors, ends the conversion in all.
 
     Args:
         source: what to read; a path means ``SourceSpec(path)``.
-        out: the model folder to write.
+        out: the model folder to write, on a disk or in an object store ("gs://…", "s3://…"). ``source`` is on a disk.
         hashes: store the SHA-256 of each source file in the provenance, and compare it with ``SHA256SUMS`` beside the source, if that exists. A path:
             compare also with that list, in the format of ``sha256sum``; it must name every file of the main checkpoint. ``False``: neither.
         compress: compress with zstd; smaller for bfloat16, and slower. int4 always is compressed.
-        overwrite: replace a model folder at ``out``.
+        overwrite: replace a model folder at ``out``. On a disk the old one stays until the new one is complete; a store has no renames, so there it
+            is removed first.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -61,6 +64,7 @@ def convert(
         UserError: one error for everything that is wrong with the sources, before anything is written; a file whose hash differs from the list,
             weights that are not finite, or a full disk: then the partial output is removed.
     """
+    out = location(out)
     with all_or_none():
         spec = SourceSpec.of(source)
         if is_model_folder(spec.path):
@@ -68,7 +72,7 @@ def convert(
                 f"{spec.path} is already a model folder; chatpose chat reads it, and chatpose export writes it for PyTorch"
             )
         plan = plan_conversion(spec)
-        _check_outside(Path(out), plan)
+        _check_outside(out, plan)
         expected = expected_hashes(plan.sources, None if hashes is True else hashes) if hashes else {}
     primary = jax.process_index() == 0
     files = sorted({file for source in plan.sources for file in source.checkpoint.files}, key=str)
@@ -90,7 +94,8 @@ def convert(
     ):
         with all_or_none():
             if primary:
-                write_processor(plan, partial / TOKENIZER)
+                with staged(partial / TOKENIZER) as tokenizer:
+                    write_processor(plan, tokenizer)
         bar.set_description("converting")
         bar.reset()  # restarts the clock: the time so far says nothing about bytes per second
         # A wrong hash ends the conversion at once.
@@ -132,8 +137,10 @@ def write_processor(plan: Conversion, folder: Path) -> Processor:
     return processor
 
 
-def _check_outside(out: Path, plan: Conversion) -> None:
+def _check_outside(out: Location, plan: Conversion) -> None:
     """Raises UserError if replacing ``out`` would delete a source."""
+    if is_bucket(out):
+        return
     read = [plan.vocabulary.tokens.folder]
     for source in plan.sources:
         read += [source.checkpoint.folder, *source.checkpoint.files]

@@ -5,9 +5,10 @@ Values are read, changed and written block by block, so memory does not grow wit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from pathlib import Path
+import os
 from typing import cast, get_args
 
 from tqdm import tqdm
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType
 from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.storage import local, location, staged, write_bytes
 from chatpose_jax.weights.export_model import StoredModel
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
 from chatpose_jax.weights.export_whole import WHOLE_FORMATS, WholeFormat, whole_plan
-from chatpose_jax.weights.folder import TOKENIZER, load_model_config
+from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER, load_model_config
 from chatpose_jax.weights.save import explained, new_folder
 from chatpose_jax.weights.tokenizer_writer import write_tokenizer
 from chatpose_jax.weights.tokens import read_tokens
@@ -37,8 +39,8 @@ class Exported:
 
 
 def export(
-    folder: str | Path,
-    out: str | Path,
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     format: str,
     *,
     merge: bool = True,
@@ -53,8 +55,9 @@ def export(
     """Writes a model folder in a format of PyTorch programs.
 
     Args:
-        folder: model folder.
-        out: folder to write; must not exist.
+        folder: model folder, on a disk or in an object store.
+        out: folder to write, on a disk or in an object store; must not exist. A store gets each file while it is computed; nothing but its tokenizer
+            is written on this machine.
         format: ``transformers`` (``LlavaForConditionalGeneration``), ``llava`` (LLaVA-1.5's own names), ``chatpose``
             (CHATPOSE-V0's names, with the pose head), or ``peft`` (adapters, added token rows and pose head, without
             the base). A model without a vision tower becomes the class of its language model, such as ``Qwen2ForCausalLM``, in ``transformers``.
@@ -83,24 +86,27 @@ def export(
         raise UserError(
             f"--with-projector is only for --format peft; the format {format} always contains the projector; leave the option out"
         )
-    folder, out, limit = Path(folder), Path(out), parse_bytes(max_shard_size)
-    config = load_model_config(folder, head)
-    model = StoredModel(folder, config, read_tokens(folder / TOKENIZER), merge and format != "peft")
-    if format == "peft":
-        plan = adapter_plan(model, dtype or "float32", base_name, base_class, with_projector)
-    else:
-        plan = whole_plan(model, cast(WholeFormat, format), cast(DType, dtype or config.param_dtype))
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another folder")
-    nbytes = sum(tensor.nbytes for tensors in plan.weights.values() for tensor in tensors)
-    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="exporting", disable=not progress)
-    files: list[str] = []
-    needs = f"the export needs {nbytes / 1e9:.2g} GB"
-    with explained(out, needs, too_large="--max-shard-size makes smaller files"), new_folder(out) as partial, bar:
-        for stem, tensors in plan.weights.items():
-            # peft and the reader of a pose head expect one file.
-            files += write_sharded(partial, tensors, limit if stem == "model" else nbytes, bar.update, stem)
-        write_tokenizer(model.tokens, partial, plan.new_tokens)
-        for name, data in plan.json_files.items():  # config.json is last, because nothing loads without it
-            (partial / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Exported(tuple(files), nbytes, tuple(plan.notes))
+    with contextlib.ExitStack() as held:
+        folder, out, limit = location(folder), location(out), parse_bytes(max_shard_size)
+        config = load_model_config(folder, head)
+        passengers = held.enter_context(local(folder / PASSENGERS))
+        model = StoredModel(folder, config, read_tokens(folder / TOKENIZER), passengers, merge and format != "peft")
+        if format == "peft":
+            plan = adapter_plan(model, dtype or "float32", base_name, base_class, with_projector)
+        else:
+            plan = whole_plan(model, cast(WholeFormat, format), cast(DType, dtype or config.param_dtype))
+        if out.exists():
+            raise UserError(f"{out} exists already; choose another folder")
+        nbytes = sum(tensor.nbytes for tensors in plan.weights.values() for tensor in tensors)
+        bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="exporting", disable=not progress)
+        files: list[str] = []
+        needs = f"the export needs {nbytes / 1e9:.2g} GB"
+        with explained(out, needs, too_large="--max-shard-size makes smaller files"), new_folder(out) as partial, bar:
+            for stem, tensors in plan.weights.items():
+                # peft and the reader of a pose head expect one file.
+                files += write_sharded(partial, tensors, limit if stem == "model" else nbytes, bar.update, stem)
+            with staged(partial) as place:
+                write_tokenizer(model.tokens, place, plan.new_tokens)
+            for name, data in plan.json_files.items():  # config.json is last, because nothing loads without it
+                write_bytes(partial / name, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        return Exported(tuple(files), nbytes, tuple(plan.notes))

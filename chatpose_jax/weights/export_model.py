@@ -13,6 +13,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.arrays import Stored
 from chatpose_jax.weights.folder import PARAMS
@@ -42,8 +43,9 @@ class ExportPlan:
 class StoredModel:
     """Reads the parameters of a model folder box by box, as weights of the base with the adapters merged or left out."""
 
-    def __init__(self, folder: Path, config: ModelConfig, tokens: Tokens, merge: bool):
-        self.folder, self.config, self.tokens = folder, config, tokens
+    def __init__(self, folder: Location, config: ModelConfig, tokens: Tokens, passengers: Path, merge: bool):
+        """passengers: the folder of that name on a disk; see ``storage.local``."""
+        self.folder, self.config, self.tokens, self.passengers = folder, config, tokens, passengers
         self.stored = Stored(folder / PARAMS)
         self.shapes = {
             path: leaf.shape for path, leaf in by_path(abstract_params(config.replace(scan_layers=True))).items()

@@ -15,7 +15,6 @@ from chatpose_jax.weights import adapters, pose_head
 from chatpose_jax.weights.adapter_config import ADAPTER_CONFIG
 from chatpose_jax.weights.backbones import language
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
-from chatpose_jax.weights.folder import PASSENGERS
 from chatpose_jax.weights.layouts import layout_of
 from chatpose_jax.weights.passengers import Changes, read_changes
 from chatpose_jax.weights.readers import TensorEntry
@@ -50,7 +49,7 @@ def adapter_plan(
             f"{model.folder}: the model has no adapters to write for peft; choose --format transformers, llava or "
             "chatpose (adapters come from training with model.lora, or from convert --adapter)"
         )
-    changed = read_changes(model.folder / PASSENGERS)
+    changed = read_changes(model.passengers)
     if with_projector and "projector" not in layout.parts:
         raise UserError(
             f"a {language(config.text.backbone).architecture} has no projector; leave --with-projector out, or choose --base-class llava"

@@ -18,7 +18,7 @@ from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.backbones import LANGUAGES, language, tower
 from chatpose_jax.weights.export_model import ExportPlan, StoredModel, head_weights
 from chatpose_jax.weights.export_processor import grid_pinpoints, processor_files
-from chatpose_jax.weights.folder import PASSENGERS, TOKENIZER
+from chatpose_jax.weights.folder import TOKENIZER
 from chatpose_jax.weights.layouts import decoder, layout_of
 from chatpose_jax.weights.passengers import read_passengers, with_kept_settings
 from chatpose_jax.weights.table import Layout, Shape
@@ -57,7 +57,7 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     if model.merged and dtype != "float32":
         notes.append(f"merged weights are rounded to {dtype}; --dtype float32 keeps them exact")
 
-    passengers, lost = read_passengers(model.folder / PASSENGERS, layout, np.dtype(dtype))
+    passengers, lost = read_passengers(model.passengers, layout, np.dtype(dtype))
     vision, unused = config.vision, list[Tensor]()
     if vision is not None:
         vision, unused, tower_note = _tower(layout, vision, passengers, dtype)
@@ -98,7 +98,7 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
     if any(place and place[0].target.startswith("vision/pooling/") for place in map(layout.locate, passengers)):
         files["config.json"]["vision_config"]["vision_use_head"] = True
     if vision is None or config.image_newline:
-        files |= with_kept_settings(files, model.folder / PASSENGERS, config.eos_token_id)
+        files |= with_kept_settings(files, model.passengers, config.eos_token_id)
     if format == "transformers" and vision is not None:
         if config.image_newline:
             # The model and its image processor must choose the same views: transformers counts them in both.

@@ -6,6 +6,8 @@
     tokenizer/     a complete tokenizer, the pose token in its vocabulary, and the processor's settings
     params/        Orbax checkpoint (OCDBT) of the parameter tree
     passengers/    tensors of the sources that the model does not use, kept for export: one safetensors file per layout, and the adapter's; optional
+
+In an object store, ``.unfinished`` is there until all of them are.
 """
 
 from __future__ import annotations
@@ -13,32 +15,43 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.heads import trusted_head
 from chatpose_jax.models.heads.base import PoseHead
+from chatpose_jax.storage import Location, is_bucket, location, reachable
 from chatpose_jax.weights.arrays import Params, read_arrays
 from chatpose_jax.weights.readers import describe_folder, fetch_hint, read_json_object
 
 FORMAT = "chatpose-jax"
 VERSION = 1
 CONFIG, PARAMS, TOKENIZER, PASSENGERS = "config.json", "params", "tokenizer", "passengers"
+UNFINISHED = ".unfinished"
+"""The first object of a folder that is written into an object store, and the last that goes."""
 MODEL = "model"
 """Name of the model folder inside the folder of a training run or a demo."""
 
 
-def read_folder(path: str | Path) -> dict[str, Any]:
+def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks ``config.json`` of a model folder. Raises UserError for an incomplete folder, another program's folder (with the command that
     converts it), or a newer version of the format.
     """
-    path = Path(path)
+    path = location(path)
+    with reachable(path):
+        return _read_folder(path)
+
+
+def _read_folder(path: Location) -> dict[str, Any]:
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
-        hint = "" if path.exists() else fetch_hint(path)
+        hint = "" if path.exists() or is_bucket(path) else fetch_hint(path)
         raise UserError(f"{path}: {what}; expected a model folder (config.json, tokenizer/, params/){hint}")
+    if is_unfinished(path):
+        raise UserError(
+            f"{path}: incomplete model folder: it is still being written, or its writer died; wait, or write it again"
+        )
     if (path / CONFIG).is_file():
         data = read_json_object(path / CONFIG)
         if data.get("format") == FORMAT:
@@ -52,8 +65,9 @@ def read_folder(path: str | Path) -> dict[str, Any]:
                 )
             return data
     if is_source(path):
+        first = "copy it to a disk and convert it" if is_bucket(path) else "convert it first"
         raise UserError(
-            f"{path}: a PyTorch checkpoint, not a model folder; convert it first: chatpose convert {path} OUT"
+            f"{path}: a PyTorch checkpoint, not a model folder; {first}: chatpose convert {'COPY' if is_bucket(path) else path} OUT"
         )
     if is_model_folder(path / MODEL):
         raise UserError(f"{path}: not a model folder; give {path / MODEL} instead")
@@ -62,28 +76,34 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     raise UserError(f"{path}: not a model folder; expected config.json with format {FORMAT!r}, tokenizer/ and params/")
 
 
-def is_model_folder(path: str | Path) -> bool:
+def is_unfinished(path: Location) -> bool:
+    """Whether a folder in an object store is not complete, or never will be. On a disk a model folder gets its name when it is complete."""
+    return is_bucket(path) and (path / UNFINISHED).exists()
+
+
+def is_model_folder(path: str | os.PathLike[str]) -> bool:
     """Whether ``config.json`` says that this program wrote the folder; other programs write a ``config.json`` too."""
-    config = Path(path) / CONFIG
+    config = location(path) / CONFIG
     return config.is_file() and read_json_object(config).get("format") == FORMAT
 
 
-def find_model(path: str | os.PathLike[str]) -> Path:
+def find_model(path: str | os.PathLike[str]) -> Location:
     """The folder itself, or ``path/model``, where a training run or a demo writes its model, if only that is a model folder."""
-    path = Path(path)
+    path = location(path)
     inner = path / MODEL
-    return inner if not is_model_folder(path) and not is_source(path) and is_model_folder(inner) else path
+    with reachable(path):
+        return inner if not is_model_folder(path) and not is_source(path) and is_model_folder(inner) else path
 
 
-def is_source(path: str | Path) -> bool:
+def is_source(path: str | os.PathLike[str]) -> bool:
     """Whether a folder contains weights that ``convert`` reads, or a file is one of them."""
-    path = Path(path)
+    path = location(path)
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
     return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
 
 
 @contextlib.contextmanager
-def another_head(path: str | Path, config: ModelConfig) -> Iterator[None]:
+def another_head(path: str | os.PathLike[str], config: ModelConfig) -> Iterator[None]:
     """Context manager around loading a folder: if it fails and ``config`` has another pose head than the folder, the error says so."""
     try:
         yield
@@ -95,7 +115,7 @@ def another_head(path: str | Path, config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def load_model_config(path: str | Path, head: str | type[PoseHead] | None = None) -> ModelConfig:
+def load_model_config(path: str | os.PathLike[str], head: str | type[PoseHead] | None = None) -> ModelConfig:
     """The model configuration of a folder, with its pose head resolved.
 
     head: the pose head, as "package.module:Class" or the class, if this program does not find it by itself. The folder may be a stranger's, so
@@ -107,7 +127,7 @@ def load_model_config(path: str | Path, head: str | type[PoseHead] | None = None
     return config.replace(head=trusted_head(str(path), config.head, head))
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """The model configuration of a folder, for inspection only: nothing is imported, so the pose head may be unknown. Raises what ``read_folder``
     raises.
     """
@@ -117,7 +137,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{path}: config.json has no table 'model'; convert or copy it again") from None
 
 
-def load_params(path: str | Path, abstract: Params) -> Params:
+def load_params(path: str | os.PathLike[str], abstract: Params) -> Params:
     """The parameters of a folder as a nested dict, cast and sharded as ``abstract`` says.
 
     abstract: nested ``jax.ShapeDtypeStruct``s. With a ``sharding``, each process reads only what its devices need.
@@ -125,4 +145,4 @@ def load_params(path: str | Path, abstract: Params) -> Params:
     Raises UserError: what ``read_folder`` raises; one error for all leaves that are missing, extra or of another shape; damaged data.
     """
     read_folder(path)
-    return read_arrays(Path(path) / PARAMS, abstract)
+    return read_arrays(location(path) / PARAMS, abstract)

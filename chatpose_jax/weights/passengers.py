@@ -21,6 +21,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location, write_bytes
 from chatpose_jax.weights.adapters import TOKEN_ROWS, row_module
 from chatpose_jax.weights.backbones.decoder import SPECIAL
 from chatpose_jax.weights.layouts import WRAPPERS, layout_of
@@ -33,7 +34,7 @@ CHANGES, ORIGINALS = "adapter.json", "adapter.safetensors"
 SETTINGS, GENERATION = "config.json", "generation_config.json"
 
 
-def write_passengers(plan: Conversion, folder: Path) -> None:
+def write_passengers(plan: Conversion, folder: Location) -> None:
     """Copies the tensors that the model does not use, bit by bit."""
     files = {name: [copied(entry, name) for name, entry in held.items()] for name, held in plan.passengers.items()}
     changed = _changed(plan)
@@ -41,7 +42,6 @@ def write_passengers(plan: Conversion, folder: Path) -> None:
         files[Path(ORIGINALS).stem] = _originals(plan)
     for stem, tensors in files.items():
         if tensors:
-            folder.mkdir(exist_ok=True)
             write_safetensors(folder / f"{stem}.safetensors", tensors)
     if plan.config.vision is None or plan.config.image_newline:
         main = plan.sources[0].checkpoint
@@ -49,12 +49,10 @@ def write_passengers(plan: Conversion, folder: Path) -> None:
         kept = {SETTINGS: main.config(), GENERATION: read_json_object(generation) if generation.is_file() else {}}
         for name, data in kept.items():
             if data:
-                folder.mkdir(exist_ok=True)
-                (folder / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_bytes(folder / name, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     if changed:
-        folder.mkdir(exist_ok=True)
         text = json.dumps(changed | {"dtype": plan.config.param_dtype}) + "\n"
-        (folder / CHANGES).write_text(text, encoding="utf-8")
+        write_bytes(folder / CHANGES, text)
 
 
 def _changed(plan: Conversion) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def read_changes(folder: Path) -> Changes:
     whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
     if lost := [path for path, module in whole.items() if module is None]:
         raise UserError(
-            f"{folder.parent}: the source's adapter also replaced {', '.join(lost[:3])}, which the format peft cannot express; "
+            f"the source's adapter also replaced {', '.join(lost[:3])}, which the format peft cannot express; "
             "choose --format transformers, llava or chatpose"
         )
     return Changes(

@@ -11,6 +11,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType
 from chatpose_jax.processing.images import Fit
 from chatpose_jax.settings import check_types
+from chatpose_jax.storage import is_bucket
 from chatpose_jax.weights.readers import fetch_hint
 
 Quantize = Literal["none", "int8", "int4"]
@@ -79,7 +80,14 @@ class SourceSpec:
         return {what: Path(path) for what, path in named.items() if path is not None}
 
     def demand_paths(self) -> None:
-        """Raises one UserError for all paths that do not exist. For a name on the Hugging Face Hub it gives the command that fetches it."""
+        """Raises one UserError for all paths that do not exist, or that are not on a disk. For a name on the Hugging Face Hub it gives the command
+        that fetches it.
+        """
+        named = (self.path, self.vision, self.projector, self.adapter, self.tokenizer)
+        if stored := [path for path in map(str, filter(None, named)) if is_bucket(path)]:
+            raise UserError(
+                f"{', '.join(stored)}: PyTorch weights are read from a disk; copy them there first (gcloud storage cp -r, aws s3 cp --recursive)"
+            )
         if missing := [
             f"{path}: no such file or folder ({what}){fetch_hint(path)}"
             for what, path in self.given.items()

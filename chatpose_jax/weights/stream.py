@@ -26,6 +26,7 @@ from flax.traverse_util import unflatten_dict
 
 from chatpose_jax.models.quantize import INT4, nbytes
 from chatpose_jax.processes import all_or_none
+from chatpose_jax.storage import Location
 from chatpose_jax.weights.arrays import save
 from chatpose_jax.weights.leaves import BLOCK, Leaf, read_ahead
 
@@ -54,7 +55,7 @@ def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
 
 
 def write_leaves(
-    folder: Path,
+    folder: Location,
     leaves: Mapping[str, Leaf],
     *,
     on_bytes: OnBytes = lambda count: None,
@@ -94,7 +95,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
     async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> list[Any]:
         # If one process fails, all leave Orbax's save here: later in it they would wait for each other.
         with all_or_none():
-            boxes = []
+            boxes, folder = [], None
             for leaf, info in zip(values, infos, strict=True):
                 store, folder = await self._create(leaf, info)
                 boxes += [(leaf.origin(index), store, leaf, index) for index in leaf.blocks(BLOCK, chunk_shape(leaf))]
@@ -102,8 +103,8 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             self._write(_share(boxes, jax.process_index(), jax.process_count()), _Settler(folder))
         return []
 
-    async def _create(self, leaf: Leaf, info: Any) -> tuple[Any, Path]:
-        """Creates the array of a leaf; returns it and the folder of all arrays."""
+    async def _create(self, leaf: Leaf, info: Any) -> tuple[Any, Path | None]:
+        """Creates the array of a leaf; returns it and the folder of all arrays, if that is on a disk."""
         await info.await_path_creation()
         info.use_compression = self.compress or leaf.dtype == INT4  # TensorStore stores a whole byte for each int4
         spec = ocp.type_handlers.get_json_tspec_write(
@@ -116,8 +117,11 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             arg=ocp.SaveArgs(),
         )
         base = spec["kvstore"]["base"]
-        base["file_io_sync"] = False  # all files are synced together at the end
-        return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context), Path(base["path"])
+        on_disk = base["driver"] == "file"
+        if on_disk:
+            base["file_io_sync"] = False  # all files are synced together at the end
+        array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+        return array, Path(base["path"]) if on_disk else None
 
     def _write(self, boxes: Sequence[Any], settler: _Settler) -> None:
         writing: collections.deque[Any] = collections.deque()
@@ -163,7 +167,8 @@ class _Settler:
     memory. That is slow on virtual machines, and evicts what other programs have cached.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | None):
+        """folder: None if the files are in an object store: then nothing is done."""
         self.folder, self.unsettled = folder, 0
         self.settled: set[Path] = set()
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -182,7 +187,7 @@ class _Settler:
         self._settle()
 
     def _settle(self) -> None:
-        for path in self.folder.rglob("*"):
+        for path in self.folder.rglob("*") if self.folder else ():
             if path not in self.settled:
                 self.settled.add(path)
                 with contextlib.suppress(FileNotFoundError):  # lock files come and go

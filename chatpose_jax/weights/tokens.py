@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.processor import SETTINGS_FILE
@@ -19,6 +19,7 @@ from chatpose_jax.processing.tokenizer import (
     read_files,
 )
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location, local, location
 from chatpose_jax.weights.readers import Checkpoint, demand_native_start, describe_folder, parse_json_object
 
 
@@ -35,7 +36,7 @@ class Tokens:
     byte_level: whether it is a byte-level tokenizer, and not in LLaMA's layout.
     """
 
-    folder: Path
+    folder: Location
     files: Mapping[str, bytes]
     base_size: int
     added: Mapping[str, int]
@@ -55,18 +56,19 @@ class Tokens:
         return next((self.added[literal] for literal in POSE_LITERALS if literal in self.added), None)
 
 
-def read_tokens(folder: str | Path) -> Tokens:
+def read_tokens(folder: str | os.PathLike[str]) -> Tokens:
     """``tokens_of`` the files of a folder. Raises UserError if there is no tokenizer."""
-    folder = Path(folder)
-    files = read_files(folder)
-    if (folder / SETTINGS_FILE).is_file():
-        files[SETTINGS_FILE] = (folder / SETTINGS_FILE).read_bytes()
+    folder = location(folder)
+    with local(folder) as here:
+        files = read_files(here)
+        if (here / SETTINGS_FILE).is_file():
+            files[SETTINGS_FILE] = (here / SETTINGS_FILE).read_bytes()
     if SLOW not in files and FAST not in files and (what := describe_folder(folder)):
         raise UserError(f"{folder}: no tokenizer, but {what}")
     return tokens_of(files, folder)
 
 
-def tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
+def tokens_of(files: Mapping[str, bytes], where: Location) -> Tokens:
     """Reads ``tokenizer.model`` (SentencePiece) or ``tokenizer.json``, and the lists of added tokens. The base vocabulary of LLaMA, LLaMA-2 and
     Vicuna is SentencePiece's: 32 000 pieces.
 
@@ -88,7 +90,7 @@ def tokens_in(checkpoint: Checkpoint) -> Tokens:
     return read_tokens(checkpoint.folder) if files is None else tokens_of(files, checkpoint.folder)
 
 
-def control_tokens(checkpoint: Checkpoint, folder: str | Path | None = None) -> set[str]:
+def control_tokens(checkpoint: Checkpoint, folder: str | os.PathLike[str] | None = None) -> set[str]:
     """The literals of the control tokens of a checkpoint's tokenizer, or of the one in ``folder``; empty if it has none that can be read, which
     ``infer_config`` reports.
     """
@@ -98,7 +100,7 @@ def control_tokens(checkpoint: Checkpoint, folder: str | Path | None = None) -> 
         return set()
 
 
-def _tokens_of(files: Mapping[str, bytes], where: Path) -> Tokens:
+def _tokens_of(files: Mapping[str, bytes], where: Location) -> Tokens:
     def json_file(name: str) -> dict:
         return parse_json_object(files[name], where / name) if name in files else {}
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.storage import Location, write_bytes, writing
 from chatpose_jax.weights.readers import SAFETENSORS_DTYPES, Index, TensorEntry
 
 BLOCK = 32 << 20
@@ -66,7 +65,7 @@ def row_blocks(shape: Sequence[int], itemsize: int, multiple: int = 1) -> Iterat
 
 
 def write_safetensors(
-    file: Path, tensors: Sequence[Tensor], on_bytes: Callable[[int], Any] = lambda count: None
+    file: Location, tensors: Sequence[Tensor], on_bytes: Callable[[int], Any] = lambda count: None
 ) -> None:
     """Writes one file and syncs it to disk. Raises ValueError if the blocks of a tensor do not have its dtype or its size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -77,7 +76,7 @@ def write_safetensors(
         offset = offsets[1]
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    with file.open("wb") as out:
+    with writing(file) as out:
         out.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in tensors:
             written = 0
@@ -90,12 +89,10 @@ def write_safetensors(
                 on_bytes(block.nbytes)
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes were written, expected {tensor.nbytes}")
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def write_sharded(
-    folder: Path,
+    folder: Location,
     tensors: Sequence[Tensor],
     max_shard: int,
     on_bytes: Callable[[int], Any] = lambda count: None,
@@ -120,7 +117,7 @@ def write_sharded(
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
         "weight_map": {tensor.name: file for file, shard in zip(files, shards) for tensor in shard},
     }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_bytes(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return files
 
 

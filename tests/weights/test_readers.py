@@ -409,7 +409,7 @@ def test_json_that_is_too_deep_or_too_large(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=r"deep\.json: not readable as JSON"):
         read_json_object(tmp_path / "deep.json")
     monkeypatch.setattr(checkpoint, "_MAX_SETTINGS", 1000)
-    with pytest.raises(UserError, match="1000000 bytes are too many"):
+    with pytest.raises(UserError, match="too large for a settings file; expected at most 1000 bytes"):
         read_json_object(tmp_path / "deep.json")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import one_line
+from chatpose_jax.storage import Location
 from chatpose_jax.weights.readers.entry import TensorEntry
 from chatpose_jax.weights.readers.foreign import demand_native, demand_native_start, describe_folder
 from chatpose_jax.weights.readers.safetensors import read_safetensors_header
@@ -86,16 +87,17 @@ class Checkpoint:
         return None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Location) -> dict[str, Any]:
     """Reads a JSON object from a file of at most 100 MB. Raises UserError if the file is not one."""
     try:
-        if (size := path.stat().st_size) > _MAX_SETTINGS:
-            raise UserError(
-                f"{path}: {size} bytes are too many for a settings file; expected at most {_MAX_SETTINGS}; fetch it again"
-            )
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_MAX_SETTINGS + 1)
     except OSError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if len(content) > _MAX_SETTINGS:
+        raise UserError(
+            f"{path}: too large for a settings file; expected at most {_MAX_SETTINGS} bytes; fetch it again"
+        )
     return parse_json_object(content, path)
 
 
