@@ -18,7 +18,7 @@ def get_config():
     # The final states of the untouched base, for 4800 descriptions, gave a PA-MPJPE of 0.91 of the mean pose's with "mlp", which reads one state,
     # and 0.65 with "queries", which reads those of all words (each head trained alone, by Muon).
     config.model.head.name = "queries"
-    config.model.head.options = (("hidden", 256), ("heads", 4))
+    config.model.head.options = (("hidden", 256), ("heads", 8), ("standardise", True), ("recency", True))
 
     # Descriptions alone would teach it to answer everything with a pose, and one turn alone to forget that there are more.
     poses = {"text": 8, "asked": 5, "text_short": 1, "situation": 1, "figure": 2, "text_turns": 2, "words": 1}
@@ -35,7 +35,7 @@ def get_config():
     )
     config.data.packing = True  # all rows of one shape: nothing is padded, and one program is compiled
 
-    config.train.steps = 1500
+    config.train.steps = 500
     config.train.batch_size = 3
     config.train.accumulate = 1
     config.train.max_length = 256
@@ -48,10 +48,13 @@ def get_config():
     config.train.optimizer = "muon"
     config.train.trainable = (
         ("decoder/layers/.*/lora_[ab]", 1.0),
-        ("pose_head/.*", 15.0),
+        ("pose_head/.*", 3.0),
         ("decoder/(embed_tokens|lm_head)/added", 3.0, 0.0, "pose"),
         (".*", None),
     )
+    config.train.head_start.batches = 700
+    config.train.head_start.steps = 1500
+    config.train.head_start.rate = 5.0
     config.train.mesh.fsdp = 1
     config.train.remat = "none"
     config.train.save_every = 100

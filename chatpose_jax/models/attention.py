@@ -24,7 +24,9 @@ LEAST_LENGTH_OF_HALVES = 256
 """Shorter sequences are not split in halves: that would save less time than it costs to compile."""
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32.
 
     Args:
@@ -32,6 +34,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
         k, v: (B, G, S, K), G dividing H: query head h reads key/value head h // (H/G).
         mask: bool, broadcastable to (B, T, S), True where a query may attend to a key; None means everywhere. Masked scores are the dtype's
             minimum rather than -inf, so that the output stays finite for queries with no key.
+        bias: (B, H, T, S) float32, added to the scores.
 
     Returns:
         (B, T, H*K) in q's dtype.
@@ -43,6 +46,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     # This order of axes avoids a transposed copy of the output, which XLA's CPU backend makes otherwise.
     q = q.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     scores = contract("bgrtk,bgsk->bgrts", q * jnp.asarray(width**-0.5, q.dtype), k)
+    if bias is not None:
+        scores += bias.reshape(scores.shape)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -36,6 +36,25 @@ class MeshConfig:
             raise UserError(f"train.mesh: at most one of data, fsdp and tensor may be -1, found {self}")
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadStart:
+    """The pose head's time alone before the run (``train.head_start``).
+
+    batches: micro-batches whose states are computed once, and stay in the devices' memory. steps: updates of the head alone; 0 for no head start.
+    rate: multiplies the head's rate.
+    """
+
+    batches: int = 100
+    steps: int = 0
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "train.head_start")
+        require(self, "train.head_start", "at least 1", lambda value: value >= 1, "batches")
+        require(self, "train.head_start", "at least 0", lambda value: value >= 0, "steps")
+        require(self, "train.head_start", "positive", lambda value: value > 0, "rate")
+
+
 Layers = Literal["auto", "scanned", "unrolled"]
 """See ``TrainConfig.layers``."""
 
@@ -83,6 +102,7 @@ class TrainConfig:
         multiply bfloat16 numbers. The base is stored, in memory and in the model folder, in ``model.param_dtype``; the folder says ``model.dtype``.
     remat: which activations of a layer are saved for the backward pass; it recomputes the others ("none" recomputes nothing,
         "full" everything). See ``models.remat``.
+    head_start: lets the pose head learn alone first, see ``HeadStart`` and ``train.head_start``.
     max_skipped: how many updates in a row may be dropped because loss or gradient is not finite, before the run stops.
     seed: seed of fresh weights, the order of rows, and dropout.
     log_every, save_every: updates between two lines of metrics, or two checkpoints.
@@ -116,6 +136,7 @@ class TrainConfig:
     keep_states_mib: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     remat: Literal["none", "dots", "save_qkv", "save_attention", "full"] = "full"
+    head_start: HeadStart = HeadStart()
     max_skipped: int = 10
     seed: int = 0
     log_every: int = 10

@@ -15,7 +15,7 @@ from chatpose_jax.data.config import DataConfig, SourceRow
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import PRESETS, ModelConfig, preset
 from chatpose_jax.settings import did_you_mean, parse_value
-from chatpose_jax.train.config import EvaluatorRow, MeshConfig, TrainConfig
+from chatpose_jax.train.config import EvaluatorRow, HeadStart, MeshConfig, TrainConfig
 from chatpose_jax.train.trainable import Rule
 from chatpose_jax.weights.backbones import published
 
@@ -230,8 +230,9 @@ def freeze(config: Any) -> RunConfig:
         raise UserError(moved.in_a_file(table["data"]))
     rules = tuple(Rule(*row) for row in rows["train.trainable"])
     data = _typed(DataConfig, table["data"], "data")
-    mesh = _typed(MeshConfig, table["train"].pop("mesh", {}), "train.mesh")
-    train = _typed(TrainConfig, {**table["train"], "mesh": mesh}, "train")
+    tables = {"mesh": MeshConfig, "head_start": HeadStart}
+    inner = {name: _typed(kind, table["train"].pop(name, {}), f"train.{name}") for name, kind in tables.items()}
+    train = _typed(TrainConfig, {**table["train"], **inner}, "train")
     return RunConfig(
         ModelConfig.from_json(table["model"]),
         data,

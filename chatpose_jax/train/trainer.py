@@ -32,6 +32,7 @@ from chatpose_jax.train import trainable as table
 from chatpose_jax.train.checkpoints import Checkpoints
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.fingerprint import fingerprint
+from chatpose_jax.train.head_start import head_start
 from chatpose_jax.train.kept import KeptStates
 from chatpose_jax.train.layout import lay_out, stacked
 from chatpose_jax.train.log import Log
@@ -168,8 +169,13 @@ def train(
             )
         batches.restore(position)
         say(f"resuming from step {int(state.step)} in {out}")
-    first = int(state.step)
+    first, begun = int(state.step), checkpoints.latest() is not None
     frozen = lay_out(frozen, model_config, consume=True)
+    if config.head_start.steps and not begun:
+        position = batches.state()
+        start = head_start(model_config, config, state.trainable, frozen, batches, mesh, progress=progress)
+        state = dataclasses.replace(state, trainable=start)
+        batches.restore(position)
     log = Log(out, first, config.wandb, settings, say)
     bar = tqdm(
         total=config.steps,

@@ -29,12 +29,23 @@ class Attention(nnx.Module):
         self.v_proj = Linear(width, width, axes=("embed", "heads"), rngs=rngs)
         self.o_proj = Linear(width, width, axes=("heads", "embed"), rngs=rngs)
 
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """x (B, Q, W), memory (B, S, W), mask (B, Q, S) or None -> (B, Q, W)."""
+    def __call__(
+        self, x: jax.Array, memory: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """x (B, Q, W), memory (B, S, W), mask (B, Q, S) or None, bias (B, H, Q, S) or None -> (B, Q, W)."""
         q, k, v = (
             y.reshape(*y.shape[:-1], self.heads, -1) for y in (self.q_proj(x), self.k_proj(memory), self.v_proj(memory))
         )
-        return self.o_proj(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
+        return self.o_proj(attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, bias))
+
+
+def distance_bias(before: jax.Array, heads: int) -> jax.Array:
+    """ALiBi (Press et al. 2022, section 3): (B, P, T) bool -> (B, H, P, T), minus the slope of a head by the number of visible tokens from each
+    token to the last one. The slopes of H heads are 2^(-8/H), 2^(-16/H), …, 2^-8.
+    """
+    after = jnp.cumsum(before[..., ::-1], axis=-1)[..., ::-1] - 1.0
+    slopes = 2.0 ** (-8.0 * jnp.arange(1, heads + 1) / heads)
+    return -slopes[:, None, None] * jnp.maximum(after, 0)[:, None]
 
 
 class JointLayer(nnx.Module):
@@ -47,14 +58,15 @@ class JointLayer(nnx.Module):
         self.fc1 = Linear(width, 4 * width, bias=True, rngs=rngs)
         self.fc2 = Linear(4 * width, width, bias=True, axes=("mlp", "embed"), rngs=rngs)
 
-    def __call__(self, x: jax.Array, memory: jax.Array, before: jax.Array) -> jax.Array:
-        """x (B, P, J, W), memory (B, T, W), before (B, P, T) -> (B, P, J, W)."""
+    def __call__(self, x: jax.Array, memory: jax.Array, before: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """x (B, P, J, W), memory (B, T, W), before (B, P, T), bias (B, H, P, T) or None -> (B, P, J, W)."""
         batch, poses, joints, width = x.shape
         y = self.self_norm(x).reshape(batch * poses, joints, width)
         x = x + self.self_attn(y, y, None).reshape(x.shape)
         # The joints of all poses attend in one call, so that keys and values exist only once for each conversation.
         y = self.cross_norm(x).reshape(batch, poses * joints, width)
-        x = x + self.cross_attn(y, memory, jnp.repeat(before, joints, axis=1)).reshape(x.shape)
+        before, bias = jnp.repeat(before, joints, axis=1), None if bias is None else jnp.repeat(bias, joints, axis=2)
+        x = x + self.cross_attn(y, memory, before, bias).reshape(x.shape)
         return x + self.fc2(jax.nn.gelu(self.fc1(self.mlp_norm(x))))
 
 
@@ -65,14 +77,31 @@ class QueriesHead(PoseHead):
     float32, except for the projection of the conversation, which has the dtype of its states.
 
     layers, heads: layers and attention heads of the transformer. hidden: its width, a multiple of ``heads``.
+    standardise: ``shift`` (D,) is added to the states, and ``scale`` (D,) multiplies the sum. ``train.head_start`` sets them from the mean and the
+        standard deviation of states: all states of a language model have much in common, which hides what differs.
+    recency: scores of the conversation fall with the distance from the pose token, by another slope in each attention head (ALiBi, Press et al.
+        2022). So a fresh head reads the last words more than an earlier turn.
     """
 
     reads = "conversation"
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, layers: int = 2, heads: int = 8, hidden: int = 512):
+    def __init__(
+        self,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        layers: int = 2,
+        heads: int = 8,
+        hidden: int = 512,
+        standardise: bool = False,
+        recency: bool = False,
+    ):
         sizes(layers=layers, heads=heads, hidden=hidden)
         if hidden % heads:
             raise UserError(f"model.head.options: hidden={hidden} must be a multiple of heads={heads}")
+        self.recency = recency
+        self.shift = nnx.Param(jnp.zeros(width)) if standardise else None
+        self.scale = nnx.Param(jnp.ones(width)) if standardise else None
         self.queries = nnx.Param(jax.random.normal(rngs.params(), (self.num_joints, hidden)))
         self.token = Linear(width, hidden, axes=(None, None), rngs=rngs)
         self.memory = Linear(width, hidden, axes=(None, None), rngs=rngs)
@@ -88,9 +117,15 @@ class QueriesHead(PoseHead):
 
     def __call__(self, states: States, key: jax.Array) -> Pose:
         assert states.conversation is not None and states.before is not None
-        read = states.conversation
+        read, token = self._standard(states.conversation), self._standard(states.token)
         memory = self.memory_norm(contract("btd,dw->btw", read, self.memory.kernel[...].astype(read.dtype)))
-        x = self.queries[...] + self.token(states.token)[..., None, :]
+        x = self.queries[...] + self.token(token)[..., None, :]
+        bias = distance_bias(states.before, self.layers[0].cross_attn.heads) if self.recency else None
         for layer in self.layers:
-            x = layer(x, memory, states.before)
+            x = layer(x, memory, states.before, bias)
         return Pose(ROTATIONS["6d"].to_matrix(self.start[...] + self.rotation(self.norm(x))), "camera")
+
+    def _standard(self, states: jax.Array) -> jax.Array:
+        if self.shift is None or self.scale is None:
+            return states
+        return ((states.astype(jnp.float32) + self.shift[...]) * self.scale[...]).astype(states.dtype)

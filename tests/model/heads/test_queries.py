@@ -14,12 +14,14 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from chatpose_jax.errors import UserError
+from chatpose_jax.models.attention import attention
 from chatpose_jax.models.config import HeadConfig
 from chatpose_jax.models.heads import create_head
 from chatpose_jax.models.heads.base import States
+from chatpose_jax.models.heads.queries import distance_bias
 from smpl_jax.pose import Pose
 
-from .common import WIDTH, l1, make, states
+from .common import HEADS, WIDTH, l1, make, states
 
 KEY = jax.random.key(0)
 
@@ -32,6 +34,39 @@ def test_a_pose_depends_on_what_came_before_it_alone() -> None:
         changed = dataclasses.replace(given, conversation=given.conversation.at[:, t].add(1))
         differs = (run(head, changed) != rotations).any(axis=(-3, -2, -1))
         np.testing.assert_array_equal(differs, given.before[:, :, t], err_msg=f"state {t}")
+
+
+def test_states_are_standardised_by_the_head() -> None:
+    plain = make("queries")
+    options = (*HEADS["queries"].options, ("standardise", True))
+    head = create_head(HeadConfig("queries", options), WIDTH, rngs=nnx.Rngs(0))
+    nnx.update(head, nnx.state(plain))
+    given = states()
+    mean, deviation = jnp.arange(WIDTH) - 3.0, 1 + jnp.arange(WIDTH) / 4.0
+    head.shift[...], head.scale[...] = -mean, 1 / deviation
+    assert given.conversation is not None
+    moved = dataclasses.replace(
+        given, token=given.token * deviation + mean, conversation=given.conversation * deviation + mean
+    )
+    np.testing.assert_allclose(head(moved, KEY).rotations, plain(given, KEY).rotations, atol=2e-5)
+
+
+def test_a_head_with_recency_weighs_states_by_their_distance() -> None:
+    """The bias by hand, and a uniform attention with it."""
+    before = jnp.array([[[True, True, True, False], [False, True, True, True]]])
+    bias = distance_bias(before, 2)
+    assert bias.shape == (1, 2, 2, 4)
+    np.testing.assert_allclose(bias[0, :, 0, :3], [[-2 / 16, -1 / 16, 0], [-2 / 256, -1 / 256, 0]])
+    np.testing.assert_allclose(bias[0, 0, 1, 1:], [-2 / 16, -1 / 16, 0])
+    q, k = jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 4, 1))
+    v = jnp.broadcast_to(jnp.array([1.0, 2, 4, 8])[None, None, :, None], k.shape)
+    weights = np.exp([-2 / 16, -1 / 16, 0])
+    y = attention(q, k, v, before, bias)
+    assert float(y[0, 0, 0]) == pytest.approx(float((weights * [1, 2, 4]).sum() / weights.sum()))
+    options = (*HEADS["queries"].options, ("recency", True))
+    head = create_head(HeadConfig("queries", options), WIDTH, rngs=nnx.Rngs(0))
+    nnx.update(head, nnx.state(make("queries")))
+    assert not np.allclose(head(states(), KEY).rotations, make("queries")(states(), KEY).rotations, atol=1e-6)
 
 
 def test_every_joint_depends_on_every_query() -> None:
