@@ -49,7 +49,7 @@ def adapter_plan(
             f"{model.folder}: the model has no adapters to write for peft; choose --format transformers, llava or "
             "chatpose (adapters come from training with model.lora, or from convert --adapter)"
         )
-    changed = read_changes(model.passengers)
+    changed = read_changes(model.passengers, model.folder)
     if with_projector and "projector" not in layout.parts:
         raise UserError(
             f"a {language(config.text.backbone).architecture} has no projector; leave --with-projector out, or choose --base-class llava"

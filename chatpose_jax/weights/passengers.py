@@ -145,8 +145,8 @@ class Changes:
     __repr__ = one_line
 
 
-def read_changes(folder: Path) -> Changes:
-    """Raises UserError for a change that PEFT cannot express."""
+def read_changes(folder: Path, model: Location) -> Changes:
+    """Raises UserError, which names ``model``, for a change that PEFT cannot express."""
     if not (folder / CHANGES).is_file():
         return Changes()
     data, originals = read_json_object(folder / CHANGES), folder / ORIGINALS
@@ -154,7 +154,7 @@ def read_changes(folder: Path) -> Changes:
     whole = {path: "projector" if path.startswith("projector/") else places.get(path) for path in data["replaced"]}
     if lost := [path for path, module in whole.items() if module is None]:
         raise UserError(
-            f"the source's adapter also replaced {', '.join(lost[:3])}, which the format peft cannot express; "
+            f"{model}: the source's adapter also replaced {', '.join(lost[:3])}, which the format peft cannot express; "
             "choose --format transformers, llava or chatpose"
         )
     return Changes(
