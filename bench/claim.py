@@ -52,7 +52,8 @@ CAPTIONS = {"train": 2000, "test": 128}
 MOST_WORDS = 22
 """Captions are short, because a step costs what its longest row costs."""
 SEEDS, FOLDS = 3, 2
-DTYPE = "float32"
+DTYPE = "bfloat16"
+"""What a base that trains is computed in. Its trained parameters, frozen bases and heads are float32."""
 CHECKPOINT_SECONDS = 300
 TARGETS = 16
 """Poses that are drawn for each way to order a situation's arms, and for each posture."""
@@ -277,8 +278,8 @@ def arm_config(base: ModelConfig, rows: Rows, arm: Arm) -> ModelConfig:
     text = dataclasses.replace(base.text, vocab_size=size + 1, base_vocab_size=size)
     return dataclasses.replace(
         base, vision=None, image_newline=False, text=text, lora=LORA if arm.trains == "adapters" else None, head=HeadConfig("mlp"),
-        pose_token_id=size, image_token_id=-200, bos_token_id=0, eos_token_id=-1, pad_token_id=0, scan_layers=False, dtype=DTYPE,
-        param_dtype=DTYPE if arm.trains == "adapters" else "float32",
+        pose_token_id=size, image_token_id=-200, bos_token_id=0, eos_token_id=-1, pad_token_id=0, scan_layers=False,
+        dtype=DTYPE if arm.trains else "float32", param_dtype=DTYPE if arm.trains == "adapters" else "float32",
     )  # fmt: skip
 
 
@@ -532,6 +533,7 @@ def make(run: Run, base: Base, rows: Rows, out: Path) -> None:
             "rows": rows.name,
             "batch": [SITUATION_ROWS, CAPTION_ROWS],
             "rate": ARMS[run.arm].rate,
+            "dtype": DTYPE if ARMS[run.arm].trains else "float32",
         },
         "cpu_seconds": round(time.process_time() - began),
         "questions": [[int(i), q] for i in fold.tested for q in range(len(QUESTIONS))],
@@ -615,7 +617,7 @@ def read(out: Path) -> Table:
         if not run.file(out).is_file():
             continue
         data = json.loads(run.file(out).read_text())
-        same = {key: value for key, value in data["settings"].items() if key != "rate"}
+        same = {key: value for key, value in data["settings"].items() if key not in ("rate", "dtype")}
         if settings and same != settings:
             raise SystemExit(f"{run.file(out)}: made with {same}, others with {settings}; choose another --out")
         settings = same
