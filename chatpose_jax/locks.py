@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.storage import Location, is_bucket, kvstore
+from chatpose_jax.storage import Location, is_bucket, kvstore, location, reachable
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -138,7 +138,8 @@ class _Lease(Held):
         import tensorstore as ts
 
         try:
-            self.store = ts.KvStore.open(kvstore(self.lock.parent)).result()
+            with reachable(location(self.path)):
+                self.store = ts.KvStore.open(kvstore(self.lock.parent)).result()
             self._take()
         except (ValueError, OSError) as error:
             if isinstance(error, UserError):

@@ -9,8 +9,8 @@ nor folders. What takes their place:
   first.
 - ``locks.only_writer`` writes an object under the condition that there is none.
 
-All clients repeat requests that fail on the way (503, connections that break), for about half a minute or more: fsspec's file systems, which
-``epath`` uses, and TensorStore.
+All clients repeat requests that fail on the way (503, connections that break), for half a minute up to a quarter of an hour: fsspec's file systems,
+which ``epath`` uses, and TensorStore. That is right in the middle of a run, and too long for an address that is wrong. So ``reachable`` asks first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import contextlib
 import dataclasses
 import errno
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -43,32 +46,48 @@ _AT_ONCE = 32
 _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests"}
 _PART = 32 << 20
 """Size in bytes of the parts in which a large object is sent: so much of it is in memory."""
+_PATIENCE = 30.0
+"""Seconds that a store has for the first answer to this process."""
+_SILENCE = 5.0
+"""Seconds after which a warning says that this is waited for."""
+_ANSWERED: set[str] = set()
+"""The buckets that have answered this process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Store:
-    """A kind of object store. driver: TensorStore's name of it. options: defaults of its file system in fsspec."""
+    """A kind of object store. driver: TensorStore's name of it. endpoints: variables that name another server than the maker's. options: defaults of
+    its file system in fsspec.
+    """
 
     title: str
     driver: str
     package: str
     extra: str
+    endpoints: tuple[str, ...]
     options: dict[str, Any]
 
 
 # Listings are never kept: other processes, Orbax and TensorStore write to the same folders.
 _STORES = {
-    "gs": _Store("Google Cloud Storage", "gcs", "gcsfs", "gcs", {"use_listings_cache": False}),
+    "gs": _Store(
+        "Google Cloud Storage", "gcs", "gcsfs", "gcs", ("STORAGE_EMULATOR_HOST",), {"use_listings_cache": False}
+    ),
     "s3": _Store(
         "S3",
         "s3",
         "s3fs",
         "s3",
+        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
         {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 10}}},
     ),
 }
 for _scheme, _store in _STORES.items():
     fsspec.config.conf[_scheme] = _store.options | fsspec.config.conf.get(_scheme, {})
+
+
+# It would print a traceback for every request that a bucket refuses, besides the error that is raised.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def location(text: str | os.PathLike[str]) -> Location:
@@ -237,19 +256,53 @@ def staged(path: Location) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reachable(path: Location) -> Iterator[None]:
-    """Context manager around the first request to a store: what its client raises, such as for missing credentials, becomes one UserError."""
+    """Context manager around the first requests to a store. What its client raises, such as for missing credentials, becomes one UserError. So does a
+    bucket that gives this process no first answer within ``_PATIENCE`` seconds. FileNotFoundError passes unchanged, as from a disk.
+    """
     try:
+        if is_bucket(path):
+            _demand_answer(path)
         yield
-    except UserError:
+    except (UserError, FileNotFoundError):
         raise
     except Exception as error:
         if not is_bucket(path) or not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
             raise
-        said = re.sub(r"\?\S+", "", " ".join(str(error).split()))
+        said = re.sub(r"\?\S+", "", " ".join(str(getattr(error, "strerror", None) or error).split()))
         raise UserError(
-            f"{path}: the store cannot be reached or refuses this ({type(error).__name__}: {said:.300}); see to the name of the bucket, "
-            "its permissions, and the credentials in the environment"
+            f"{path}: the store cannot be reached or refuses this ({type(error).__name__}: {said:.300}); see to the network, the name of the "
+            "bucket, its permissions, and the credentials in the environment"
         ) from None
+
+
+def _demand_answer(path: Location) -> None:
+    """Raises TimeoutError if a bucket does not answer; what else its client raises, except that there is no such object."""
+    bucket = "/".join(str(path).split("/")[:3])
+    if bucket in _ANSWERED:
+        return
+    raised: list[Exception] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        try:
+            _files(path).info(str(path))
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raised.append(error)
+        done.set()
+
+    # In a thread, because looking for credentials may also wait for a network, and has no limit of its own.
+    threading.Thread(target=ask, daemon=True).start()
+    if not done.wait(_SILENCE):
+        warnings.warn(f"{path}: the store does not answer; waiting up to {_PATIENCE:g} seconds", stacklevel=5)
+        if not done.wait(_PATIENCE - _SILENCE):
+            endpoint = next((name for name in _STORES[_scheme_of(path)].endpoints if os.environ.get(name)), "")
+            where = f" from the server that {endpoint} names" if endpoint else ""
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer{where} within {_PATIENCE:g} seconds", str(path))
+    if raised:
+        raise raised[0]
+    _ANSWERED.add(bucket)
 
 
 def kvstore(path: Location) -> dict[str, Any]:
@@ -260,7 +313,7 @@ def kvstore(path: Location) -> dict[str, Any]:
     bucket, _, key = rest.partition("/")
     spec: dict[str, Any] = {"driver": _STORES[scheme].driver, "bucket": bucket, "path": f"{key}/" if key else ""}
     if scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = next(filter(None, map(os.environ.get, _STORES[scheme].endpoints)), None)
         if endpoint:
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
             spec |= {"endpoint": endpoint, "aws_region": region}

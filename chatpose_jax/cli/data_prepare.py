@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares a data set and reports what it holds. After an interrupt or an error the same command continues. Raises UserError."""
-    complete = (args.out / store.DESCRIPTION).exists()
+    with storage.reachable(args.out):
+        complete = (args.out / store.DESCRIPTION).exists()
     try:
         found = prepare(
             args.name,

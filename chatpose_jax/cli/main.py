@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from chatpose_jax import __version__
@@ -67,7 +68,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """argparse would put a text of its own in the place of a UserError, which is a ValueError."""
+        """An address where only a path on a disk is read or written is an error. argparse would put a text of its own in the place of a UserError,
+        which is a ValueError.
+        """
+        if action.type is Path and "://" in arg_string:
+            raise argparse.ArgumentError(action, f"expected a path on a disk, found {arg_string.split('://')[0]}://…")
         try:
             return self._registry_get("type", action.type, action.type)(arg_string)  # type: ignore[attr-defined]
         except UserError as error:

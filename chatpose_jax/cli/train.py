@@ -8,6 +8,7 @@ import sys
 from chatpose_jax.cli.compiled import keep_compiled, no_other_caches
 from chatpose_jax.cli.flags import add_config, address, head_flag
 from chatpose_jax.errors import UserError
+from chatpose_jax.storage import reachable
 from chatpose_jax.train import hosts
 from chatpose_jax.train.allocator import cpu_only, keep_freed_memory
 from chatpose_jax.train.run import run_training
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     if cpu_only():
         keep_freed_memory()
     config = load_config(args.config, args.overrides)
-    if args.out.exists() and not args.out.is_dir():
+    with hosts.restartable(args.out, starting=True), reachable(args.out):
+        a_file = args.out.exists() and not args.out.is_dir()
+    if a_file:
         raise UserError(f"--out {args.out} is a file: expected a folder, which is made where there is none")
     no_other_caches()
     others = hosts.find_processes(args.coordinator, args.num_processes, args.process_id)

@@ -46,7 +46,9 @@ def data_set(name: str, root: str) -> Any:
 
     def make(split: Split, *, folder: str = str(storage.location(root) / name)) -> Prepared:
         path = storage.location(os.path.expanduser(folder))
-        if not (path / store.DESCRIPTION).exists():
+        with storage.reachable(path):
+            complete = (path / store.DESCRIPTION).exists()
+        if not complete:
             about = named.find(f"data set {name!r}", name, DATA_SETS).about
             begun = "is not complete" if path.exists() else "is not there"
             raise NotPrepared(

@@ -115,8 +115,11 @@ def _bind(
 
 def _prepared_folder(root: str, name: str) -> str:
     """The prepared folder that someone may have named in place of a source, or nothing."""
-    found = [path for path in (storage.location(root) / name, storage.location(name)) if (path / DESCRIPTION).is_file()]
-    return str(found[0]) if found else ""
+    for path in (storage.location(root) / name, storage.location(name)):
+        with storage.reachable(path):
+            if (path / DESCRIPTION).is_file():
+                return str(path)
+    return ""
 
 
 def _open_other(

@@ -54,7 +54,8 @@ def read_description(folder: Location) -> dict[str, Any]:
     """
     file = folder / DESCRIPTION
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        with storage.reachable(file):
+            found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not folder.is_dir():
             raise UserError(f"{folder} is no prepared data set: there is no such folder") from None

@@ -40,9 +40,8 @@ class Checkpoints:
         frozen: ``fingerprint`` of the arrays that are not in the checkpoint.
         result: the model folder of the run, for error messages.
         """
-        # On a full disk these loggers write a line for every array and thread, in addition to the one error that is raised; the last one for
-        # every request that a bucket refuses.
-        for name in ("absl", "asyncio", "gcsfs"):
+        # On a full disk these loggers write a line for every array and thread, in addition to the one error that is raised.
+        for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.folder, self.identity, self.frozen, self.result = folder, identity, dict(frozen), result
         best = policies.BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import DType
 from chatpose_jax.models.heads.base import PoseHead
-from chatpose_jax.storage import local, location, staged, write_bytes
+from chatpose_jax.storage import local, location, reachable, staged, write_bytes
 from chatpose_jax.weights.export_model import StoredModel
 from chatpose_jax.weights.export_peft import BASE_CLASSES, adapter_plan
 from chatpose_jax.weights.export_whole import WHOLE_FORMATS, WholeFormat, whole_plan
@@ -95,7 +95,9 @@ def export(
             plan = adapter_plan(model, dtype or "float32", base_name, base_class, with_projector)
         else:
             plan = whole_plan(model, cast(WholeFormat, format), cast(DType, dtype or config.param_dtype))
-        if out.exists():
+        with reachable(out):
+            there = out.exists()
+        if there:
             raise UserError(f"{out} exists already; choose another folder")
         nbytes = sum(tensor.nbytes for tensors in plan.weights.values() for tensor in tensors)
         bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="exporting", disable=not progress)

@@ -83,8 +83,10 @@ def is_unfinished(path: Location) -> bool:
 
 def is_model_folder(path: str | os.PathLike[str]) -> bool:
     """Whether ``config.json`` says that this program wrote the folder; other programs write a ``config.json`` too."""
-    config = location(path) / CONFIG
-    return config.is_file() and read_json_object(config).get("format") == FORMAT
+    path = location(path)
+    config = path / CONFIG
+    with reachable(path):
+        return config.is_file() and read_json_object(config).get("format") == FORMAT
 
 
 def find_model(path: str | os.PathLike[str]) -> Location:

@@ -86,3 +86,16 @@ def test_help_names_both(name, capsys):
         parsed(name, "--help")
     said = " ".join(capsys.readouterr().out.split())
     assert "--set train." in said and "--config.train." in said
+
+
+@pytest.mark.parametrize(
+    "words", ["eval poses --out gs://bucket/x", "chat model --out s3://bucket/x", "demo --out file:///x"]
+)
+def test_an_address_is_no_path_on_a_disk(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert stop.value.code == 2
+    assert (
+        f"argument --out: expected a path on a disk, found {words.split()[-1].split('/')[0]}//…"
+        in capsys.readouterr().err
+    )
