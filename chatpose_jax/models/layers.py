@@ -103,19 +103,26 @@ def int4_matmul(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
 
     Few rows, as when a token is decoded, are multiplied with the codes, and then each group's sums with its scale: XLA reads int4 straight into the
     product, on TPU and (by Triton) on GPU, so a step reads a quarter of what it reads in bfloat16. For many rows these sums would be larger than the
-    kernel, which therefore becomes an array in x's dtype first, one layer at a time. The backward pass makes it again.
+    kernel, which therefore becomes an array in x's dtype first, one layer at a time. The backward pass makes it again. On CPU that is faster for few
+    rows too.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW:
+    if len(rows) > FEW or platform() == "cpu":
         return matmul(x, _whole(codes, scale, x.dtype))
-    groups = len(scale)
+    return by_groups(rows, codes, scale).reshape(*x.shape[:-1], codes.shape[-1])
+
+
+def by_groups(rows: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """(N, in) @ dequantised (in, out) -> (N, out) in the dtype of ``rows``: the products of each group of inputs, then their sum by the scales.
+
+    XLA's CPU backend has no such product in bfloat16.
+    """
     # XLA makes a product of a single row elementwise, and then does not fuse what it takes: the row is doubled.
     parts = jnp.concatenate([rows, rows]) if len(rows) == 1 else rows
-    parts = parts.reshape(len(parts), groups, -1)
-    grouped = codes.reshape(groups, -1, codes.shape[-1]).astype(x.dtype)
+    parts = parts.reshape(len(parts), len(scale), -1)
+    grouped = codes.reshape(len(scale), -1, codes.shape[-1]).astype(rows.dtype)
     sums = jnp.einsum("ngi,gio->ngo", parts, grouped, preferred_element_type=jnp.float32)
-    y = jnp.sum(sums * scale.astype(jnp.float32), axis=1)[: len(rows)]
-    return y.astype(x.dtype).reshape(*x.shape[:-1], codes.shape[-1])
+    return jnp.sum(sums * scale.astype(jnp.float32), axis=1)[: len(rows)].astype(rows.dtype)
 
 
 def _int4_forward(x: jax.Array, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, Any]:

@@ -10,9 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from chatpose_jax.models import layers
 from chatpose_jax.models.chatpose import abstract_params, attend_evenly, bind, init_params
 from chatpose_jax.models.config import preset
-from chatpose_jax.models.layers import FEW, int4_matmul
+from chatpose_jax.models.layers import FEW
 from chatpose_jax.models.quantize import QUANTIZATIONS, dequantize, group_size, nbytes, unpacked
 
 from ..numerics import agree, rounded
@@ -92,14 +93,24 @@ def test_numpy_and_xla_round_alike(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, FEW, FEW + 1])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_product_with_int4_and_its_gradient(rows: int, dtype: Any) -> None:
-    """Group by group for few rows, and with the whole kernel for many: the product with the numbers that the codes stand for."""
+@pytest.mark.parametrize(("where", "dtype"), [("cpu", jnp.float32), ("cpu", jnp.bfloat16), ("tpu", jnp.float32)])
+def test_the_product_with_int4_and_its_gradient(
+    rows: int, where: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product with the numbers that the codes stand for: with the whole kernel, and on accelerators group by group for few rows."""
+    monkeypatch.setattr(layers, "platform", lambda: where)
     codes, scale = QUANTIZATIONS["int4"](jnp.asarray(normal(384, 96) / 20))
     kernel, x = np.asarray(dequantize(codes, scale), np.float64), jnp.asarray(normal(1, rows, 384), dtype)
     weights = jnp.asarray(normal(1, rows, 96), dtype)
-    y, pull = jax.jit(lambda x: jax.vjp(lambda x: int4_matmul(x, codes, scale), x))(x)
-    (gradient,) = pull(weights)
+
+    @jax.jit
+    def run(
+        x: jax.Array, codes: jax.Array, scale: jax.Array
+    ) -> Any:  # as constants, XLA would compute the kernel when it compiles
+        y, pull = jax.vjp(lambda x: layers.int4_matmul(x, codes, scale), x)
+        return y, pull(weights)[0]
+
+    y, gradient = run(x, codes, scale)
     assert y.dtype == gradient.dtype == dtype and y.shape == (1, rows, 96) and gradient.shape == x.shape
     bound = 1e-6 if dtype == jnp.float32 else 4e-3
     assert relative(y, np.asarray(x, np.float64) @ kernel) < bound
