@@ -36,8 +36,8 @@ class Held:
     """A lock that is held."""
 
     def check(self) -> None:
-        """Raises Locked if another process has taken the lock over, as it may in an object store after ``_ABANDONED`` seconds without an answer of
-        the store. Long runs call it before they write.
+        """Raises Locked if another process may have taken the lock over: in an object store, after ``_ABANDONED`` seconds in which this one did not
+        reach it. Long runs call it before they write.
         """
 
 
@@ -130,7 +130,8 @@ class _Lease(Held):
             "process": os.getpid(),
             "born": _born(os.getpid()),
         }
-        self.generation, self.written, self.taken_by = b"", 0.0, ""
+        self.generation, self.taken_by = b"", ""
+        self.written = 0.0  # when the last write of the lock that succeeded was sent
         self.mutex, self.ended = threading.Lock(), threading.Event()
 
     @contextlib.contextmanager
@@ -158,12 +159,18 @@ class _Lease(Held):
 
     def check(self) -> None:
         with self.mutex:
-            if time.monotonic() - self.written > _ABANDONED / 2:
-                self._write()
+            # A write that was long under way says little of now, so it is followed by another.
+            while not self.taken_by and _now() - self.written > _ABANDONED / 2 and self._write():
+                pass
             if self.taken_by:
                 raise Locked(
                     f"{self.path}: {self.taken_by} has begun to write it, because this process did not reach its lock for "
                     f"{_ABANDONED:g} seconds; end one of the two"
+                )
+            if (since := _now() - self.written) > _ABANDONED:
+                raise Locked(
+                    f"{self.path}: this process has not reached its lock, {self.lock}, for {since:.0f} seconds, so another one may have begun to "
+                    "write it; see to the network and the store"
                 )
 
     def _take(self) -> None:
@@ -173,7 +180,7 @@ class _Lease(Held):
             generation = found.stamp.generation
             holder = {} if found.state == "missing" else _holder(found.value)
             if holder.get("token") == self.holder["token"]:  # written, but the answer was lost
-                self.generation, self.written = generation, time.monotonic()
+                self.generation = generation
                 return
             here = bool(holder) and holder.get("machine") == self.holder["machine"] != ""
             alive = here and holder.get("born") == _born(holder.get("process"))
@@ -181,18 +188,19 @@ class _Lease(Held):
                 raise Locked(
                     f"{self.path}: {holder.get('who', 'another process')} is writing it; wait for its end, end it, or choose another folder"
                 )
-            abandoned = seen == generation and time.monotonic() - since > _ABANDONED
+            abandoned = seen == generation and _now() - since > _ABANDONED
             if found.state == "missing" or here or abandoned:
+                self.written = _now()
                 written = self.store.write(self.key, self._text(), if_equal=generation).result()
                 if written.generation:
-                    self.generation, self.written = written.generation, time.monotonic()
+                    self.generation = written.generation
                     return
                 seen, refused = None, refused + 1  # another process was faster, or the answer was lost
                 if refused == 20:  # S3 says the same of a bucket that does not exist
                     raise OSError("the store takes no object there; is there such a bucket?")
             else:
                 if seen is None:
-                    seen, since = generation, time.monotonic()
+                    seen, since = generation, _now()
                     warnings.warn(
                         f"{self.path}: waiting up to {_ABANDONED:g} seconds to see whether {holder.get('who', 'another process')} still writes it",
                         stacklevel=6,
@@ -208,20 +216,26 @@ class _Lease(Held):
             with self.mutex:
                 self._write()
 
-    def _write(self) -> None:
-        """Writes the lock again. What fails is tried again later; another holder is noted."""
-        if self.taken_by:
-            return
+    def _write(self) -> bool:
+        """Writes the lock again, and returns whether that succeeded. What fails is tried again later; another holder is noted."""
         with contextlib.suppress(ValueError, OSError):
+            begun = _now()  # others count from when the store has it, which is later
             written = self.store.write(self.key, self._text(), if_equal=self.generation).result()
             if not written.generation:
                 found = self.store.read(self.key).result()
                 holder = {} if found.state == "missing" else _holder(found.value)
                 if holder.get("token") != self.holder["token"]:
                     self.taken_by = holder.get("who", "another process")
-                    return
+                    return False
                 written = found.stamp
-            self.generation, self.written = written.generation, time.monotonic()
+            self.generation, self.written = written.generation, begun
+            return True
+        return False
+
+
+def _now() -> float:
+    """Seconds, also those in which the machine slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _holder(raw: bytes) -> dict[str, Any]:

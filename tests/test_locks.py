@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,7 @@ def test_never_two_inside(tmp_path: Path) -> None:
                 with only_writer("out", lock):
                     inside[0] += 1
                     entered += 1
+                    time.sleep(0.05)
                     most[0] = max(most[0], inside[0])
                     inside[0] -= 1
             except UserError:
@@ -208,6 +210,49 @@ def test_in_a_bucket_a_holder_that_was_stopped_learns_who_took_over(
     assert tree(bucket) == []
 
 
+class Away:
+    """A store that does not answer."""
+
+    def write(self, *_: object, **__: object) -> None:
+        raise ValueError("ABORTED: All 32 retry attempts failed")
+
+
+class Slow:
+    """A store whose first answer comes after the time in which the lock counts as held."""
+
+    def __init__(self, store: Any):
+        self.store, self.writes = store, 0
+
+    def write(self, *words: Any, **options: Any) -> Any:
+        self.writes += 1
+        time.sleep(0.3 if self.writes == 1 else 0)
+        return self.store.write(*words, **options)
+
+
+def test_in_a_bucket_a_holder_that_cannot_reach_its_lock_writes_no_more(
+    bucket: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_writer("out", bucket / ".lock") as held:
+        assert isinstance(held, locks._Lease)
+        held.written -= 2 * locks._ABANDONED
+        monkeypatch.setattr(locks, "_ABANDONED", 0.2)
+        slow = Slow(held.store)
+        with monkeypatch.context() as patch:
+            patch.setattr(held, "store", slow)
+            held.check()
+        assert slow.writes == 2
+        monkeypatch.setattr(locks, "_ABANDONED", 45.0)
+        held.written -= 90
+        with monkeypatch.context() as patch:
+            patch.setattr(held, "store", Away())
+            with pytest.raises(
+                Locked, match=r"^out: this process has not reached its lock, \w+://.*/\.lock, for 9\d seconds"
+            ):
+                held.check()
+        held.check()  # it is there again, and nobody has taken the lock
+    assert tree(bucket) == []
+
+
 def test_in_a_bucket_never_two_inside_though_requests_fail(bucket: Location, faults: Callable[..., int]) -> None:
     lock, inside, most = bucket / ".lock", [0], [0]
     faults(9, ("503", "lost", "reset"))
@@ -219,6 +264,7 @@ def test_in_a_bucket_never_two_inside_though_requests_fail(bucket: Location, fau
                 with only_writer("out", lock):
                     inside[0] += 1
                     entered += 1
+                    time.sleep(0.05)
                     most[0] = max(most[0], inside[0])
                     inside[0] -= 1
             except Locked:

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.locks import only_writer
+from chatpose_jax.locks import Locked, only_writer
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.processes import all_or_none
 from chatpose_jax.storage import Location, copy_tree, is_bucket, location, reachable, remove_tree, write_bytes
@@ -105,7 +105,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
                     place.publish(overwrite)
         except BaseException:
             if primary:
-                place.give_up()
+                with contextlib.suppress(Locked):
+                    lock.check()  # what another process has begun to write there is its own
+                    place.give_up()
             raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import chatpose_jax  # noqa: E402
+from chatpose_jax import locks  # noqa: E402
 from chatpose_jax.cli.main import main  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params, init_params  # noqa: E402
@@ -211,6 +213,20 @@ def test_a_reader_meanwhile_sees_an_unfinished_folder(bucket: Location) -> None:
         with pytest.raises(UserError, match="is writing it"), new_folder(bucket / "m", overwrite=True):
             pass
     assert tree(bucket) == ["m/config.json"]
+
+
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt])
+def test_a_writer_whose_lock_another_one_has_leaves_that_ones_files(
+    bucket: Location, monkeypatch: pytest.MonkeyPatch, ends: type[BaseException] | None
+) -> None:
+    monkeypatch.setattr(locks, "_REFRESH", 0.01)
+    with pytest.raises(ends or locks.Locked), new_folder(bucket / "m") as folder:
+        write_bytes(bucket / ".m.lock", json.dumps({"who": "another", "token": "x"}))
+        write_bytes(folder / "params" / "0", "of the other one")
+        time.sleep(0.5)
+        if ends is not None:
+            raise ends
+    assert tree(bucket) == [".m.lock", f"m/{UNFINISHED}", "m/params/0"]
 
 
 def test_blocks_are_written_as_they_are_read(bucket: Location, llava: Path, converted: Path, monkeypatch: Any) -> None:
