@@ -11,6 +11,7 @@ when its files are on the disk (fsync).
     hash      convert, with SHA-256 of the source (the default of ``chatpose convert``)
     zstd      convert, compressed
     int8      convert with ``quantize="int8"``, without hashes
+    int4      the same with ``quantize="int4"``
     shards    every device's part of every block onto its device, and dropped: what ``load`` does, without the memory of
               the devices, which on a CPU is the host's
     load      ``load_source``: the whole model onto the devices
@@ -64,12 +65,12 @@ elif task == "verify":
     if main(["verify", source, out]):
         sys.exit("verify: the two sides differ")
 else:
-    spec = SourceSpec(source, quantize="int8" if task == "int8" else "none", dtype=dtype)
+    spec = SourceSpec(source, quantize=task if task in ("int8", "int4") else "none", dtype=dtype)
     convert(spec, out, hashes=task == "hash", compress=task == "zstd")
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps(dict(seconds=seconds, cpu=cpu, start_mb=before, peak_mb=status("VmHWM"), arrays_mb=arrays / 1e6)))
 """
-TASKS = ("plain", "hash", "zstd", "int8", "shards", "load", "verify")
+TASKS = ("plain", "hash", "zstd", "int8", "int4", "shards", "load", "verify")
 SIZES = {"7b": "chatpose_7b", "13b": "chatpose_13b"}
 
 

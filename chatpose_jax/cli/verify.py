@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=TOLERANCE,
         help="limit of the largest difference, relative to the stage's largest value if that exceeds 1; ten times as much for "
-        f"poses (default {TOLERANCE:g}; cast or quantised weights need more)",
+        f"poses (default {TOLERANCE:g}; cast weights need more)",
     )
 
 
@@ -53,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
             f"{stage.prompt:<9} {stage.stage:<15} {stage.largest:>10.4g} {stage.maximum:>10.2e} {stage.mean:>10.2e} "
             f"{stage.relative:>10.2e}{'' if good else '  above tolerance'}",
             flush=True,
+        )
+    if comparison.quantize != "none":
+        print(
+            f"the folder holds its decoder's projections in {comparison.quantize}, and those of the source were rounded alike: what that costs in "
+            "answers is not in these figures"
         )
     if failed:
         print(f"differs: {failed} stages above {args.tolerance:g}")

@@ -101,10 +101,13 @@ class Comparison(NamedTuple):
 
     stages: in the order of the model; each is computed when it is taken.
     left_out: parts of the converted folder that are not compared, because no given source has them or torch cannot run them.
+    quantize: ``model.quantize`` of the folder. Unless "none", the projections of the source's layers are rounded to the same codes, and what that
+        costs does not show.
     """
 
     stages: Iterator[Difference]
     left_out: tuple[str, ...]
+    quantize: str = "none"
 
 
 def verify(
@@ -145,7 +148,8 @@ def verify(
     if peer.sees:
         batch += [_encode(peer, ours, f"image {i + 1}", IMAGE_PROMPT, image) for i, image in enumerate(shown)]
     tokens = _tokens(ours, sources, spec)
-    return Comparison(itertools.chain(tokens, _stages(peer, ours, batch, _sample(config, layers))), tuple(left_out))
+    stages = itertools.chain(tokens, _stages(peer, ours, batch, _sample(config, layers)))
+    return Comparison(stages, tuple(left_out), config.quantize)
 
 
 def _tokens(ours: JaxModel, sources: Sequence[Source], spec: SourceSpec) -> list[Difference]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
+from chatpose_jax.models.quantize import QUANTIZATIONS, dequantize
 from chatpose_jax.weights import pose_head
 from chatpose_jax.weights.adapters import TOKEN_ROWS
 from chatpose_jax.weights.readers import TensorEntry
@@ -214,6 +215,7 @@ class TorchModel:
         """A function (T, D) -> (T, D)."""
         torch = self.torch
         module = self._load(copy.deepcopy(self.block), self.sources[0], f"{self.decoder}layers.{number}.")
+        self._quantize(module)
         self._adapt(module, number)
 
         @torch.no_grad()
@@ -226,6 +228,18 @@ class TorchModel:
             return (y[0] if isinstance(y, tuple) else y).reshape(x.shape).numpy()
 
         return run
+
+    def _quantize(self, module: Any) -> None:
+        """Replaces the weights of the projections by the values that codes for them stand for, if the folder holds codes. They are computed as by the
+        conversion from values in the dtype of its base, so that what is left is what it did wrong.
+        """
+        if (quantization := QUANTIZATIONS.get(self.config.quantize)) is None:
+            return
+        dtype = getattr(self.torch, self.config.param_dtype)
+        for linear in module.modules():
+            if isinstance(linear, self.torch.nn.Linear):
+                kernel = linear.weight.data.T.to(dtype).float().numpy()
+                linear.weight.data = self.torch.from_numpy(dequantize(*quantization(kernel)).T.copy())
 
     def _adapt(self, module: Any, number: int) -> None:
         """Adds alpha / rank · B A to every adapted weight (Hu et al. 2021), or alpha / √rank · B A if peft's settings ask for rsLoRA (Kalajdzievski

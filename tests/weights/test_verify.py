@@ -175,6 +175,25 @@ def test_a_cast_needs_its_tolerance(chatpose: tuple[Path, Path, Path], tmp_path:
     assert cli.TOLERANCE < worst < 0.2
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_folder_is_compared_with_weights_rounded_alike(
+    kind: Any, chatpose: tuple[Path, Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    """By the tolerance of weights that are not rounded. A fault in the codes of one input shows."""
+    source, clip, _ = chatpose
+    folder = converted(source, tmp_path / "out", vision=clip, quantize=kind)
+    assert run(source, folder, "--vision", clip, "--layers", "1") == 0
+    said = capsys.readouterr().out
+    assert f"the folder holds its decoder's projections in {kind}, and those of the source were rounded alike" in said
+    config = load_model_config(folder)
+    params = load_params(folder, abstract_params(config))
+    kernel = params["decoder"]["layers"]["mlp"]["down_proj"]["kernel"]
+    params["decoder"]["layers"]["mlp"]["down_proj"]["kernel"] = kernel.at[0, 3].set(-kernel[0, 3])
+    save_folder(tmp_path / "wrong", config, params, processor=Processor.load(folder / "tokenizer", config))
+    assert run(source, tmp_path / "wrong", "--vision", clip, "--layers", "1") == 1
+    assert re.search("layer 0 .*above tolerance", capsys.readouterr().out)
+
+
 def test_a_tower_in_another_dtype_than_the_decoder(tmp_path: Path, capsys: Any) -> None:
     """As the released files are: LLaVA and ChatPose in half precision, CLIP in float32, which all of them load in half."""
     models = make_chatpose(tmp_path / "src", tmp_path / "clip", dtype=torch.bfloat16)
