@@ -23,11 +23,12 @@ import numpy as np
 from body import random_smpl
 from decoder import card, write
 
+from chatpose_jax.train.chips import chip_of
 from smpl_jax import axis_angle_to_matrix, load_body, vertices
 from smpl_jax.body import BodyModel
 
-FLOAT32 = {"gpu": 67e12}
-"""Float32 operations a second outside the tensor cores: NVIDIA's data sheets of H100 SXM and H200."""
+FLOAT32 = {"h100": 67e12, "h200": 67e12, "a100": 19.5e12, "a100-40": 19.5e12}
+"""Float32 operations a second outside the tensor cores: NVIDIA's data sheets of H100 SXM, H200 and A100. Other cards have no bound here."""
 SECONDS = 0.2
 """Time of one block of calls; five blocks are timed."""
 
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             jnp.asarray(rng.standard_normal((batch, *shape), np.float32) * scale)
             for scale, shape in ((0.3, (24, 3)), (1, (10,)), (1, (body.num_vertices, 3)))
         )
-        least = {} if chip is None else bound(body, batch, chip.bandwidth, FLOAT32[chip.platform])
+        flops = FLOAT32.get(chip_of(device) or "")
+        least = {} if chip is None or flops is None else bound(body, batch, chip.bandwidth, flops)
         for what, seconds in (
             ("forward", timed(posed, pose, betas)),
             ("forward + backward", timed(slope, pose, betas, weight)),

@@ -3,7 +3,8 @@
 torch runs SDPA attention with gradient checkpointing and fused AdamW; JAX is ``chatpose_jax.train.step`` with the remat
 policy given. Both see the same ids; weights are random, so the losses say only that both train. The two take turns in one
 process and never stand in memory together; ``--only`` runs one of them. Model FLOPs count what LoRA needs: 4 for each parameter
-and token, and attention (``chatpose_jax.train.flops``); recomputation is not useful work.
+and token, and attention (``chatpose_jax.train.flops``); recomputation is not useful work. ``bound_seconds`` is the time of all
+products of the JAX step, recomputed ones too, at the maker's peak.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python bench/train_gpu.py --batch 16 --remat full [--json gpu.json]
     python bench/train_gpu.py --preset small --steps 2        # on any machine: shows that it works
@@ -156,9 +157,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     chip = args.card or chip_of(jax.devices()[0].device_kind)
     cost = train_cost(our_config(text, "bfloat16", scan=True, lora=lora), settings, args.batch, args.length, images=0)
+    peak = None if chip in (None, "cpu") else CHIPS[chip].flops
     result: dict[str, Any] = {
         "device": card()[0], "card": chip, "preset": args.preset, "batch": args.batch, "length": args.length,
         "remat": args.remat, "quantize": args.quantize, "flops": dataclasses.asdict(cost),
+        "bound_seconds": peak and cost.hardware / peak,
     }  # fmt: skip
     if args.only == "plan":
         jax.config.update("jax_enable_compilation_cache", False)  # another machine's program cannot be loaded from it
@@ -176,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         memory = torch_memory() if name == "torch" else peak_memory()
         gc.collect()
         median = statistics.median(seconds)
-        rate, peak = args.batch * args.length / median, None if chip in (None, "cpu") else CHIPS[chip].flops
-        mfu = None if peak is None else cost.useful / median / peak
+        rate, mfu = args.batch * args.length / median, None if peak is None else cost.useful / median / peak
         result[name] = {
             "first_step": first, "seconds": seconds, "losses": losses, "tokens_per_second": rate, "mfu": mfu,
             "peak_bytes": memory,

@@ -14,6 +14,7 @@ import optax
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.config import preset
+from chatpose_jax.models.quantize import QUANTIZATIONS
 
 Flat = dict[str, Any]
 """Arrays by path, such as ``decoder/norm/scale``."""
@@ -89,10 +90,11 @@ def assign(params: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Rule]:
             raise UserError(
                 f"train.trainable: no row matches {path!r}; end the table with ('.*', None) to freeze the rest"
             )
-        if found.lr is not None and jnp.issubdtype(leaf.dtype, jnp.integer):
+        of_codes = path.endswith(tuple(f"/{quantization.scale}" for quantization in QUANTIZATIONS.values()))
+        if found.lr is not None and (of_codes or jnp.issubdtype(leaf.dtype, jnp.integer)):
             raise UserError(
-                f"train.trainable: {path} is {leaf.dtype} and cannot train: freeze it in a row before {found.pattern!r}, "
-                "or set model.quantize=none"
+                f"train.trainable: {path} is {'a scale of codes' if of_codes else leaf.dtype} and cannot train: freeze it in a row before "
+                f"{found.pattern!r}, or set model.quantize=none"
             )
         if found.tokens != "all" and path not in TOKEN_AXIS:
             raise UserError(

@@ -31,7 +31,10 @@ path = pathlib.Path(sys.argv[sys.argv.index("--json") + 1])
 row = {"batch": 8, "what": "forward", "seconds": 0.002, "bound_seconds": 0.001}
 path.write_text(json.dumps({"rows": [row]}))
 if sys.argv[1] == "raise": raise RuntimeError("the card is gone")
-if sys.argv[1] == "hang": time.sleep(600)
+if sys.argv[1] == "odd": path.write_text(json.dumps({"rows": [{"batch": 8}]}))
+if sys.argv[1] == "hang":
+    try: time.sleep(600)
+    finally: print("ended in order", flush=True)
 """
 
 
@@ -40,8 +43,9 @@ def test_a_part_that_fails_costs_only_itself(
 ) -> None:
     (tmp_path / "part.py").write_text(BODY)
     monkeypatch.setattr(script, "BENCH", tmp_path)
-    words = {name: ("part.py", name) for name in ("raise", "hang", "fine")}
+    words = {name: ("part.py", name) for name in ("raise", "hang", "odd", "fine")}
     todo = [
+        script.Part("decoding", words["odd"], 60),
         script.Part("raises", words["raise"], 60),
         script.Part("hangs", words["hang"], 3),
         script.Part("lacks", words["fine"], 60, ("no_such_package",)),
@@ -57,8 +61,71 @@ def test_a_part_that_fails_costs_only_itself(
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| body, forward, 8 at a time: ms | 2.000 | – | 1.000 | 50 % |" in table
     assert "the card is gone" in table and "not installed here: no_such_package" in table
-    assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
+    assert "| rows of body | cannot be made" not in table and "| decoding, batch 8: ms a token | – |" in table
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Traceback" in log and "ended in order" in log
     assert "body, forward" in capsys.readouterr().out
+
+
+STEP = {"preset": "13b", "batch": 16, "length": 1024, "remat": "full", "bound_seconds": 1.6}
+KEPT = {**STEP, "batch": 8, "remat": "dots", "bound_seconds": 0.5}
+
+
+def measured(rate: float) -> dict[str, Any]:
+    return {"tokens_per_second": rate, "mfu": rate / 2e4, "peak_bytes": 40 * 2**30, "first_step": 60.2}
+
+
+def decoded(batch: int, seconds: float) -> dict[str, Any]:
+    return {"batch": batch, "token_seconds": seconds, "bound_seconds": 0.008, "prefill_seconds": 0.1}
+
+
+FOUND = {
+    "card": {"bandwidth": 3e12, "makers_bandwidth": 3.35e12, "flops": 8e14, "makers_flops": 9.89e14, "flops_float32": 5e13},
+    "tests": {"passed": 9, "failed": ["a"], "skipped": []},
+    "step": {**STEP, "jax": measured(8000)},
+    "step, torch": {**STEP, "torch": measured(5000)},
+    "step, kept": {**KEPT, "jax": measured(9000)},
+    "plan": {"plan": {"peak": 44 * 2**30}},
+    "decoding": {"rows": [decoded(1, 0.01)]},
+    "decoding, transformers": {"rows": [decoded(1, 0.03), decoded(16, 0.04)]},
+    "decoding, int4": {"quantize": "int4", "rows": [decoded(1, 0.016)]},
+    "body": {"rows": [{"what": "forward", "batch": 1024, "seconds": 4e-4, "bound_seconds": 2e-4}]},
+}  # fmt: skip
+TABLE = """
+copies, TB/s | 3.00 | – | 3.35 | 90 %
+bfloat16 products, TFLOP/s | 800.00 | – | 989.00 | 81 %
+float32 products, TFLOP/s | 50.00 | – | – | –
+tests | 9 passed, 1 failed, 0 skipped | – | – | a
+LoRA step, 13b, 16 × 1024, remat full: tokens/s | 8,000 | 5,000 | 10,240 | 78 % · 1.60
+LoRA step, 13b, 16 × 1024, remat full: LoRA-MFU, % | 40.0 | 25.0 | – | –
+LoRA step, 13b, 16 × 1024, remat full: peak memory, GiB (bound: plan) | 40.00 | 40.00 | 44.00 | 91 %
+LoRA step, 13b, 16 × 1024, remat full: first step, s | 60 | 60 | – | –
+LoRA step, 13b, 8 × 1024, remat dots: tokens/s | 9,000 | 5,000 | 16,384 | 55 % · 1.80
+LoRA step, 13b, 8 × 1024, remat dots: LoRA-MFU, % | 45.0 | 25.0 | – | –
+LoRA step, 13b, 8 × 1024, remat dots: peak memory, GiB (bound: plan) | 40.00 | 40.00 | – | –
+LoRA step, 13b, 8 × 1024, remat dots: first step, s | 60 | 60 | – | –
+decoding, batch 1: ms a token | 10.00 | 30.00 | 8.00 | 80 % · 3.00
+decoding, batch 1: prefill, ms | 100 | 100 | – | –
+decoding, batch 16: ms a token | – | 40.00 | 8.00 | –
+decoding, batch 16: prefill, ms | – | 100 | – | –
+decoding, int4 base, batch 1: ms a token | 16.00 | 30.00 | 8.00 | 50 % · 1.88
+decoding, int4 base, batch 1: prefill, ms | 100 | 100 | – | –
+body, forward, 1024 at a time: ms | 0.400 | – | 0.200 | 50 %
+"""
+
+
+def test_the_table_of_a_card(script: Any) -> None:
+    """What CPUs cannot show: shares of bounds, ratios, peaks of memory; and that rows stay where other parts gave nothing."""
+    parts = {name: {"status": "ok", "result": result} for name, result in FOUND.items()}
+    assert [" | ".join(row) for row in script.table(parts)] == TABLE.strip().splitlines()
+    for name in FOUND:
+        fewer = {**parts, name: {"status": "left out", "result": None, "error": "no time was left"}}
+        rows = script.table(fewer)
+        assert rows[-1] == (name, "left out", "–", "–", "no time was left")
+        assert not any("cannot be made" in row for row in rows)
+    assert any("remat dots: tokens/s" in row[0] for row in script.table({"step, kept": parts["step, kept"]}))
+    odd = {**parts, "body": {"status": "ok", "result": {"rows": [{}]}}}
+    assert script.table(odd)[-1][:2] == ("rows of body", "cannot be made")
 
 
 @pytest.mark.slow

@@ -82,8 +82,12 @@ def test_a_tied_model_has_one_mask():
 def test_quantised_kernels_must_be_frozen(kind):
     config = preset("tiny").replace(quantize=kind)
     assert not any(path.endswith("kernel") for path in split(abstract_params(config), PAPER)[0] if "layers" in path)
-    with pytest.raises(UserError, match=rf"decoder/layers/attn/\w+/kernel is {kind} and cannot train"):
+    with pytest.raises(
+        UserError, match=rf"attn/\w+/(kernel is {kind}|group_scale is a scale of codes) and cannot train"
+    ):
         assign(abstract_params(config), EVERYTHING)
+    with pytest.raises(UserError, match=r"decoder/layers/attn/\w+/(kernel|group)_scale is a scale of codes and cannot"):
+        assign(abstract_params(config), (Rule(".*scale", 1.0), Rule(".*", None)))
 
 
 def test_split_and_merge_are_inverse():
