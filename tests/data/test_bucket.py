@@ -27,11 +27,10 @@ from chatpose_jax.data.sources import check_sources, examples
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
+from tests.data.toy_reader import TOY, write_words
 
 HERE = Path(__file__).resolve().parent
-TOY = "toy_reader:Toy"
 ALLOWED = ["--allow", "leakage", "--allow", "frame"]
-WORDS = ["raise the left arm", "picture of a kneeling person", "empty", "bend both knees", "broken", "turn around"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +45,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("original")
-    (folder / "words.txt").write_text("\n".join(WORDS * 6) + "\n")
-    return folder
+    return write_words(tmp_path_factory.mktemp("original"), 6)
 
 
 @pytest.fixture(scope="module")

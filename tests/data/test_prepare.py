@@ -34,10 +34,9 @@ from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.run import run_training
 from chatpose_jax.train.run_config import load_config
+from tests.data.toy_reader import TOY, WORDS, write_words
 
 HERE = Path(__file__).resolve().parent
-TOY = "toy_reader:Toy"
-WORDS = ["raise the left arm", "picture of a kneeling person", "empty", "bend both knees", "broken", "turn around"]
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +51,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("original")
-    (folder / "words.txt").write_text("\n".join(f"{word}" for word in WORDS * 12) + "\n")
-    return folder
+    return write_words(tmp_path_factory.mktemp("original"), 12)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""A reader whose records are made up, for the tests of ``chatpose data``. The environment variable TOY_PAUSE slows it down (seconds a record)."""
+"""A reader whose records are made up, and its files, for the tests of ``chatpose data``.
+
+The environment variable TOY_PAUSE slows it down (seconds a record).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,16 @@ from chatpose_jax.data.reader import About, Skipped, missing
 from chatpose_jax.data.record import Record, seeded
 from chatpose_jax.errors import UserError
 from smpl_jax.pose import Pose
+
+TOY = "toy_reader:Toy"
+"""Its name, where this folder is on the path of modules."""
+WORDS = ["raise the left arm", "picture of a kneeling person", "empty", "bend both knees", "broken", "turn around"]
+
+
+def write_words(folder: Path, times: int) -> Path:
+    """Writes ``words.txt``, of so many times ``WORDS``. Returns the folder."""
+    (folder / "words.txt").write_text("\n".join(WORDS * times) + "\n")
+    return folder
 
 
 class Toy:
