@@ -206,15 +206,12 @@ def remove_tree(path: Location) -> None:
     raise OSError(f"{path}: cannot be removed while others write into it")
 
 
-def copy_tree(source: Location, target: Location, last: str = "") -> None:
-    """Copies a folder. last: the file, relative to the folder, that makes it complete; it is copied after all others."""
+def copy_tree(source: Location, target: Location) -> None:
+    """Copies a folder, file by file in the order of ``tree``."""
     if not is_bucket(source) and not is_bucket(target):
-        ignore = shutil.ignore_patterns(last) if last else None
-        copy = Path(shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True))
-        if last and (source / last).is_file():
-            shutil.copyfile(source / last, copy / last)
+        shutil.copytree(source, target, dirs_exist_ok=True)
         return
-    for name in sorted(tree(source), key=lambda name: (name == last, name)):
+    for name in tree(source):
         if is_bucket(source) and is_bucket(target) and _scheme_of(source) == _scheme_of(target):
             _files(source).cp_file(str(source / name), str(target / name))
             continue

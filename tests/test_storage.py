@@ -69,7 +69,7 @@ def test_files_and_folders(folder: storage.Location, tmp_path: Path) -> None:
     storage.write_bytes(folder / "a" / "two", b"newer")
     assert (folder / "a" / "two").read_bytes() == b"newer"
 
-    storage.copy_tree(folder / "a", folder / "copy", last="one.txt")
+    storage.copy_tree(folder / "a", folder / "copy")
     storage.copy_tree(folder / "a", tmp_path / "local")
     storage.copy_tree(tmp_path / "local", folder / "back")
     for copy in (folder / "copy", tmp_path / "local", folder / "back"):

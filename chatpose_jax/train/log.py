@@ -44,9 +44,12 @@ class Log:
         wandb: str = "",
         settings: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = hosts.say,
+        check: Callable[[], None] = lambda: None,
     ):
-        """step: that of the checkpoint from which the run goes on, or 0."""
-        self.folder, self.first = folder, step
+        """step: that of the checkpoint from which the run goes on, or 0. check: called before a store is written; raises if the folder belongs to
+        another run meanwhile.
+        """
+        self.folder, self.first, self.check = folder, step, check
         self.lines: _File | _Parts | None = None
         self.charts: Charts | None = None
         self.run: Any = None
@@ -75,11 +78,13 @@ class Log:
 
     def flush(self) -> None:
         """Writes all lines to the disk or the store, so that a checkpoint never has a step that the log lacks."""
+        self.check()
         for part in (self.lines, self.charts):
             if part is not None:
                 part.flush()
 
     def close(self) -> None:
+        self.check()
         for part in (self.lines, self.charts):
             if part is not None:
                 part.close()

@@ -176,7 +176,7 @@ def train(
         start = head_start(model_config, config, state.trainable, frozen, batches, mesh, progress=progress)
         state = dataclasses.replace(state, trainable=start)
         batches.restore(position)
-    log = Log(out, first, config.wandb, settings, say)
+    log = Log(out, first, config.wandb, settings, say, check)
     bar = tqdm(
         total=config.steps,
         initial=first,
@@ -189,7 +189,7 @@ def train(
     step_fn = make_step(model_config, config, params, mesh)
     loop = _Loop(
         model_config, config, mesh, kept, frozen, step_fn, batches, checkpoints, log, bar,
-        evaluate, flops, peak, profile, out, callback, say, check,
+        evaluate, flops, peak, profile, out, callback, say,
     )  # fmt: skip
     with hosts.restartable(out), contextlib.ExitStack() as closing:
         for thing in (checkpoints, log, bar):
@@ -233,7 +233,6 @@ class _Loop:
     out: Location
     callback: Callback | None
     say: Callable[[str], None]
-    check: Callable[[], None]
     traces: str = ""
 
     @functools.cached_property
@@ -268,7 +267,6 @@ class _Loop:
                 metric = best_metric(values, config.best)
             lost = values and config.best and metric is None
             if saves or lost:
-                self.check()
                 self.log.flush()
                 self.checkpoints.save(state, self.batches.state(), metric)
             if lost:

@@ -61,7 +61,7 @@ def folder(source, processor, tmp_path_factory):
 @pytest.fixture
 def copy(bucket, folder):
     """The same, in a bucket."""
-    storage.copy_tree(folder, bucket / "toy", store.DESCRIPTION)
+    storage.copy_tree(folder, bucket / "toy")
     return bucket / "toy"
 
 

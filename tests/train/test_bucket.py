@@ -11,6 +11,7 @@ import pytest
 from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.orbax_s3 import COMMIT
 from chatpose_jax.storage import tree, write_bytes
+from chatpose_jax.train.hosts import Fault
 from chatpose_jax.train.log import Log, read_metrics
 from chatpose_jax.train.trainer import Interrupted, train
 from tests.train.test_trainer import CONFIG, SETTINGS, Batches
@@ -62,6 +63,21 @@ def test_a_broken_run_goes_on_to_the_same_bits(bucket, params, unbroken):
     assert (
         len([name for name in files if name.startswith("tensorboard/events.out.tfevents.")]) == 4
     )  # one for each save
+
+
+def test_a_run_whose_folder_another_one_has_writes_no_more(bucket, params):
+    """Neither a checkpoint, nor the lines since the last one: the other run has written its own under the same name."""
+    checks = iter([None])
+
+    def check():
+        if next(checks, "lost") == "lost":
+            raise Fault("another run has begun to write it")
+
+    with pytest.raises(Fault, match="another run"):
+        train(CONFIG, SETTINGS, params(), Batches(), bucket, progress=False, check=check)
+    files = tree(bucket)
+    assert [name for name in files if name.startswith("metrics")] == ["metrics-00000001.jsonl"]
+    assert len({name.split("/")[1] for name in files if name.startswith("checkpoints/")}) == 1
 
 
 @pytest.mark.slow
