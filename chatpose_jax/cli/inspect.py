@@ -81,7 +81,12 @@ def describe_config(config: ModelConfig) -> list[str]:
         ),
         *([("adapters", in_words(lora))] if lora else []),
         ("pose head", ", ".join([config.head.name, *(f"{name}={value!r}" for name, value in config.head.options)])),
-        ("storage", f"{config.param_dtype}; computes in {config.dtype}"),
+        (
+            "storage",
+            config.param_dtype
+            + (f", the decoder's projections {config.quantize}" if config.quantize != "none" else "")
+            + f"; computes in {config.dtype}",
+        ),
     ]
     return [f"  {name:<11} {value}" for name, value in rows]
 

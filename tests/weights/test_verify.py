@@ -182,6 +182,8 @@ def test_a_quantised_folder_is_compared_with_weights_rounded_alike(
     """By the tolerance of weights that are not rounded. A fault in the codes of one input shows."""
     source, clip, _ = chatpose
     folder = converted(source, tmp_path / "out", vision=clip, quantize=kind)
+    assert main(["inspect", str(folder)]) == 0
+    assert f"float32, the decoder's projections {kind}; computes in float32" in capsys.readouterr().out
     assert run(source, folder, "--vision", clip, "--layers", "1") == 0
     said = capsys.readouterr().out
     assert f"the folder holds its decoder's projections in {kind}, and those of the source were rounded alike" in said
