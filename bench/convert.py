@@ -37,7 +37,7 @@ import numpy as np
 CHILD = """
 import json, re, sys, time
 from pathlib import Path
-task, source, out, devices, dtype = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5] or None
+task, source, out, devices = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 import jax
 from chatpose_jax.models.chatpose import abstract_params
 from chatpose_jax.models.sharding import make_mesh, shardings
@@ -65,7 +65,7 @@ elif task == "verify":
     if main(["verify", source, out]):
         sys.exit("verify: the two sides differ")
 else:
-    spec = SourceSpec(source, quantize=task if task in ("int8", "int4") else "none", dtype=dtype)
+    spec = SourceSpec(source, quantize=task if task in ("int8", "int4") else "none")
     convert(spec, out, hashes=task == "hash", compress=task == "zstd")
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps(dict(seconds=seconds, cpu=cpu, start_mb=before, peak_mb=status("VmHWM"), arrays_mb=arrays / 1e6)))
@@ -75,8 +75,8 @@ SIZES = {"7b": "chatpose_7b", "13b": "chatpose_13b"}
 
 
 def drop_from_cache(folder: Path) -> None:
-    """What is on the disk leaves the page cache, so that every task reads the disk."""
-    for file in folder.rglob("*"):
+    """A folder, or a file, leaves the page cache, so that every task reads the disk."""
+    for file in [folder, *folder.rglob("*")]:
         if file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -175,10 +175,10 @@ def write_source(
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def child(task: str, source: Path, out: Path, devices: int, dtype: str | None = None) -> dict[str, float]:
-    """Runs one task in a fresh process, so that its peak memory is its own. dtype: of a conversion's result; default: as stored."""
+def child(task: str, source: Path, out: Path, devices: int) -> dict[str, float]:
+    """Runs one task in a fresh process, so that its peak memory is its own."""
     run = subprocess.run(
-        [sys.executable, "-c", CHILD, task, str(source), str(out), str(devices), dtype or ""],
+        [sys.executable, "-c", CHILD, task, str(source), str(out), str(devices)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,

@@ -100,10 +100,15 @@ def source_leaf(
             rows = slice(box[0].start + row_start, box[0].stop + row_start) if row_start else box[0]
             return entry.read((rows, *box[1:]), borrowed=True)
 
-        values = rule.transform.read(read, shape, index)
-        with np.errstate(over="ignore"):  # the next line raises an error for an overflow
-            copy_array(out, values)
-        demand_finite_cast(entry.name, out, values)
+        along = rule.transform.row_axis % len(shape)
+        start = index[along].start
+        for part in _pieces(index[along], entry.rows_at_once()):
+            here = tuple(part if axis == along else each for axis, each in enumerate(index))
+            values = rule.transform.read(read, shape, here)
+            piece = out[(slice(None),) * along + (slice(part.start - start, part.stop - start),)]
+            with np.errstate(over="ignore"):  # the next line raises an error for an overflow
+                copy_array(piece, values)
+            demand_finite_cast(entry.name, piece, values)
 
     def read(index: Index) -> np.ndarray:
         index = bounded(index, target.shape)
@@ -147,21 +152,37 @@ def array_leaf(path: str, array: np.ndarray) -> Leaf:
     return Leaf(path, array.shape, array.dtype, lambda index: array[index])
 
 
+_TILE = 128, 4096
+"""Rows and columns of the source that ``copy_array`` transposes at once, so that they are in the cache when they are read the other way."""
+
+
 def copy_array(out: np.ndarray, source: np.ndarray) -> None:
-    """``out[...] = source``. A transposed matrix is copied in blocks that fit into the cache, which is up to nine times as fast. Equal dtypes
-    are copied as integers, because NumPy's loops for custom float types are slow. Others are cast first, in the order of their memory.
+    """``out[...] = source``, cast to the dtype of ``out``. A transposed matrix is copied in tiles, which takes half the time or
+    less. Equal dtypes are copied as integers, because NumPy's loops for custom float types are slow.
     """
-    if out.dtype != source.dtype and source.ndim == 2 and source.flags.f_contiguous:
-        source = source.astype(out.dtype)
-    if out.dtype == source.dtype:
-        word = np.dtype(f"u{out.dtype.itemsize}")
-        out, source = out.view(word), source.T.view(word).T if source.flags.f_contiguous else source.view(word)
-    if source.ndim != 2 or source.flags.c_contiguous:
-        out[...] = source
+    unit = np.dtype(f"u{out.dtype.itemsize}")
+    words = out.view(unit)
+    if source.ndim != 2 or source.flags.c_contiguous or not source.flags.f_contiguous:
+        _cast(words, out.dtype, source)
         return
-    for column in range(0, source.shape[1], 16):
-        for row in range(0, source.shape[0], 4096):
-            out[row : row + 4096, column : column + 16] = source[row : row + 4096, column : column + 16]
+    rows, columns = _TILE
+    tile = np.empty(
+        (rows, columns + 64 // unit.itemsize), unit
+    )  # the ends of rows keep them from the same places in the cache
+    for column in range(0, source.shape[1], rows):
+        for row in range(0, source.shape[0], columns):
+            part = source[row : row + columns, column : column + rows]
+            held = tile[: part.shape[1], : part.shape[0]]
+            _cast(held, out.dtype, part.T)
+            words[row : row + columns, column : column + rows] = held.T
+
+
+def _cast(words: np.ndarray, dtype: np.dtype, source: np.ndarray) -> None:
+    """Copies to an array of ``dtype`` that is seen as unsigned integers."""
+    if source.dtype == dtype:
+        words[...] = source.view(words.dtype)
+    else:
+        words.view(dtype)[...] = source
 
 
 _PIECE = 1 << 19

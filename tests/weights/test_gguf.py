@@ -29,6 +29,7 @@ from chatpose_jax.models.chatpose import bind
 from chatpose_jax.weights.convert import convert
 from chatpose_jax.weights.folder import read_folder
 from chatpose_jax.weights.readers import open_checkpoint
+from chatpose_jax.weights.readers.gguf_file import KINDS
 from chatpose_jax.weights.spec import SourceSpec
 
 gguf = pytest.importorskip("gguf")
@@ -146,6 +147,24 @@ def test_boxes_of_k_quants(tmp_path: Path, kind: str, heads: int) -> None:
         for borrowed in (False, True):
             found = entry.read((slice(a, b), slice(c, d)), borrowed=borrowed)
             np.testing.assert_array_equal(found, expected[a:b, c:d])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("F32", "F16", "BF16")])
+def test_values_are_those_of_the_package_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    """Of blocks of random bytes: with scales of any size, subnormal, infinite and NaN ones among them."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[files.Types[kind]]
+    raw = np.random.default_rng(0).integers(0, 256, (600, 2048 // size * nbytes), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "blocks.gguf", "llama")
+    writer.add_uint32("llama.attention.head_count", 4)
+    files.add(writer, "blk.0.attn_v.weight", raw, kind)
+    files.finish(writer)
+    (entry,) = open_checkpoint(tmp_path / "blocks.gguf").tensors.values()
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(raw, files.Types[kind])
+    found, real = entry.read(), ~np.isnan(expected)
+    assert real.mean() > 0.9 and not np.isfinite(expected).all()
+    np.testing.assert_array_equal(np.isnan(found), ~real)
+    np.testing.assert_array_equal(found[real].view(np.uint32), expected[real].view(np.uint32))
 
 
 def test_large_tensors_are_read_a_few_rows_at_a_time(tmp_path: Path) -> None:

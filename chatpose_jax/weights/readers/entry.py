@@ -56,6 +56,10 @@ class TensorEntry:
         """The byte offset in the file at which a row, or what is read with it, begins."""
         return self.offset + row * (self.nbytes // self.shape[0])
 
+    def rows_at_once(self) -> int:
+        """The number of rows that are best read with one call."""
+        return max((1, *self.shape[:1]))
+
     def extent(self) -> int:
         """Number of bytes from ``offset`` to the end of the last element."""
         if math.prod(self.shape) == 0:

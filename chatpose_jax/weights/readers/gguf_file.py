@@ -29,6 +29,7 @@ from chatpose_jax.weights.readers.entry import (
     demand_name,
     word,
 )
+from chatpose_jax.weights.readers.gguf_blocks import dequantise
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -45,7 +46,7 @@ _MAX_TEXTS = 1 << 21
 """Largest number of texts in an array of them."""
 _MAX_AXES = 4
 _MAX_ALIGNMENT = 1 << 16
-_GROUP = 1 << 18
+_GROUP = 1 << 20
 """Number of values that are dequantised at once, so that they are still in the cache when they are copied."""
 
 Value = bool | int | float | str | list[str] | np.ndarray
@@ -74,44 +75,52 @@ class GGUFTensor(TensorEntry):
         return self.nbytes
 
     def position(self, row: int) -> int:
-        unit = self.shape[0] // self.heads if self.heads else 1
-        return self.offset + row // unit * unit * (self.nbytes // self.shape[0])
+        return self.offset + row // self._unit * self._unit * (self.nbytes // self.shape[0])
+
+    def rows_at_once(self) -> int:
+        return max(_GROUP // math.prod(self.shape[1:]) // self._unit, 1) * self._unit
 
     def read(self, index: Index | None = None, *, borrowed: bool = False) -> np.ndarray:
-        if self.kind in _PLAIN and not self.heads:
-            return super().read(index, borrowed=borrowed)
+        """As ``TensorEntry.read``. Dequantised values lie column after column in memory, as in a kernel, to which most are transposed."""
         box = bounded(index if index is not None else (slice(None),) * len(self.shape), self.shape)
         shape = tuple(max(0, part.stop - part.start) for part in box)
         if math.prod(shape) == 0:
             return np.empty(shape, self.dtype)
-        out = borrow(shape, word(self.dtype)) if borrowed else np.empty(shape, word(self.dtype))
-        rows, columns = box[0], box[1:]
-        unit = self.shape[0] // self.heads if self.heads else 1
-        step = max(_GROUP // math.prod(shape[1:]) // unit, 1) * unit
-        for start in range(rows.start // unit * unit, rows.stop, step):
-            stop = min(start + step, -(-rows.stop // unit) * unit)
-            values = self._stored_rows(slice(start, stop), columns).view(word(self.dtype))
-            if self.heads:  # pairs (j, j + D/2) of a head lie side by side in the file
-                pairs = values.reshape(-1, unit // 2, 2, *values.shape[1:])
-                values = pairs.swapaxes(1, 2).reshape(values.shape)
-            first, last = max(start, rows.start), min(stop, rows.stop)
-            out[first - rows.start : last - rows.start] = values[first - start : last - start]
-        return out.view(self.dtype)
-
-    def _stored_rows(self, rows: slice, columns: Index) -> np.ndarray:
-        """Rows in the file's order, dequantised."""
+        rows, unit = box[0], self._unit
+        whole = slice(rows.start // unit * unit, -(-rows.stop // unit) * unit)
+        inside = slice(rows.start - whole.start, rows.stop - whole.start)
         if self.kind in _PLAIN:
-            return super().read((rows, *columns))
-        gguf, width = _package(self.file), self.shape[-1]
+            if not self.heads:
+                return super().read(index, borrowed=borrowed)
+            return self._in_order(super().read((whole, *box[1:])))[inside]
+        gguf, (columns,) = _package(self.file), box[1:]
         size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
-        first, last = columns[0].start // size, -(-columns[0].stop // size)
-        raw = TensorEntry(
-            self.name, self.file, self.offset, np.dtype(np.uint8), (self.shape[0], width // size * nbytes)
+        first, last = columns.start // size, -(-columns.stop // size)
+        stored = TensorEntry(
+            self.name, self.file, self.offset, np.dtype(np.uint8), (self.shape[0], self.shape[1] // size * nbytes)
         )
-        blocks = raw.read((rows, slice(first * nbytes, last * nbytes)))
-        with np.errstate(all="ignore"):  # a scale may be infinite; whoever reads checks that values are finite
-            values = gguf.dequantize(blocks, gguf.GGMLQuantizationType[self.kind])
-        return values[:, columns[0].start - first * size : columns[0].stop - first * size]
+        width = (last - first) * size
+        values_shape = (width, whole.stop - whole.start)
+        out = borrow(values_shape, self.dtype) if borrowed else np.empty(values_shape, self.dtype)
+        step = max(_GROUP // width // unit, 1) * unit
+        for start in range(whole.start, whole.stop, step):
+            part = slice(start, min(start + step, whole.stop))
+            raw = self._in_order(stored.read((part, slice(first * nbytes, last * nbytes))))
+            dequantise(gguf, self.kind, raw, out[:, part.start - whole.start : part.stop - whole.start])
+        return out[columns.start - first * size : columns.stop - first * size, inside].T
+
+    @property
+    def _unit(self) -> int:
+        """The number of rows among which llama.cpp has changed the order."""
+        return self.shape[0] // self.heads if self.heads else 1
+
+    def _in_order(self, rows: np.ndarray) -> np.ndarray:
+        """Whole units of rows of the file in the order of transformers: pairs (j, j + D/2) of a head lie side by side in the file."""
+        if not self.heads:
+            return rows
+        words = rows.view(word(rows.dtype))
+        pairs = words.reshape(-1, self._unit // 2, 2, *words.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(words.shape).view(rows.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
