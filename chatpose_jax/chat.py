@@ -257,7 +257,7 @@ class ChatPose:
             decoder, begun = self.processor.stream(), False
             steps = Returning(self._answer([encoded], **settings))
             for [ids], _ in steps:
-                piece = "".join(decoder.push(int(i)) for i in ids if i != self.config.eos_token_id)
+                piece = "".join(decoder.push(int(i)) for i in ids if i not in self.config.end_token_ids)
                 if piece := piece if begun else piece.lstrip(" "):
                     begun = True
                     yield piece
@@ -324,7 +324,7 @@ class ChatPose:
     def _replies(self, generated: Generated, sampling: Sampling, samples: int) -> list[Reply]:
         replies = []
         for tokens, drawn in zip(generated.tokens, self._draw(generated, sampling, samples)):
-            stopped = len(tokens) > 0 and tokens[-1] == self.config.eos_token_id
+            stopped = len(tokens) > 0 and int(tokens[-1]) in self.config.end_token_ids
             ids = tokens[:-1] if stopped else tokens
             finish = "stop" if stopped else "length"
             text = self.processor.decode(ids).lstrip(" ")  # a forced answer may stand alone

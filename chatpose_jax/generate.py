@@ -160,7 +160,7 @@ def _emit(
     token = _choose(
         logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy
     )
-    late = (token == config.eos_token_id) | (state.step >= limit - tail.shape[0])
+    late = _ends(config, token) | (state.step >= limit - tail.shape[0])
     begin = settings["force_pose"] & ~state.has_pose & (state.forced < 0) & late
     forced = jnp.where(begin, 0, state.forced)
     token = jnp.where(forced >= 0, tail[jnp.clip(forced, 0, tail.shape[0] - 1)], token)
@@ -174,12 +174,17 @@ def _emit(
         ),
         step=state.step + 1,
         lengths=state.lengths + ~state.done,
-        done=state.done | (token == config.eos_token_id) | ~finite,
+        done=state.done | _ends(config, token) | ~finite,
         has_pose=state.has_pose | ((token == config.pose_token_id) & ~state.done),
         forced=jnp.where(forced >= 0, forced + 1, forced),
         finite=finite,
     )
     return _spread(emitted)
+
+
+def _ends(config: ModelConfig, token: jax.Array) -> jax.Array:
+    """Which of (B,) tokens end an answer."""
+    return (token[:, None] == jnp.asarray(config.end_token_ids)).any(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "greedy", "mesh"), donate_argnames="cache")

@@ -84,6 +84,26 @@ def test_force_pose_gives_one_pose_where_none_is_offered(params):
     assert reply.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("force_pose", [False, True])
+def test_an_answer_ends_at_any_of_its_ends(model, force_pose):
+    """Here another end is a token of the answer that the model gives without it."""
+    question = [user("Tell me more")]
+    whole = model.chat(question, max_new_tokens=20)
+    place = next(n for n, id in enumerate(whole.ids) if n > 1 and id not in [*whole.ids[:n], CONFIG.pose_token_id])
+    ending = ChatPose(
+        CONFIG.replace(other_eos_token_ids=(3, int(whole.ids[place]))), model.params, model.processor, model.body
+    )
+    reply = ending.chat(question, max_new_tokens=20, force_pose=force_pose)
+    forced = ending._forced_tail[:-1] if force_pose and CONFIG.pose_token_id not in whole.ids[:place] else []
+    assert reply.ids.tolist() == [*whole.ids[:place], *forced]
+    assert reply.finish_reason == "stop"
+    stream = fresh(ending).stream(question, max_new_tokens=20, force_pose=force_pose)
+    assert "".join(stream) == reply.text
+    assert [*reply.message["ids"]] == reply.ids.tolist()
+    with pytest.raises(UserError, match="other_eos_token_ids must be ids of the vocabulary of 1026 rows"):
+        CONFIG.replace(other_eos_token_ids=(1026,))
+
+
 def test_later_turns_reuse_the_cache_and_change_nothing(model, monkeypatch):
     import chatpose_jax.chat as chat
 

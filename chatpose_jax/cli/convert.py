@@ -8,7 +8,6 @@ from typing import get_args
 from chatpose_jax.cli.inspect import describe_conversion
 from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.models.config import DType
-from chatpose_jax.train.allocator import keep_freed_memory
 from chatpose_jax.weights.convert import convert
 from chatpose_jax.weights.spec import Quantize
 
@@ -85,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``chatpose convert`` and returns the exit status. Raises UserError."""
-    keep_freed_memory()  # blocks of the same few sizes come and go
     plan = convert(
         source_of(args),
         args.out,

@@ -16,6 +16,7 @@ from chatpose_jax.storage import Location, location
 from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, read_config, read_folder
+from chatpose_jax.weights.layouts.decoder import NAME as LANGUAGE_MODEL
 from chatpose_jax.weights.nonfinite import describe_nonfinite
 from chatpose_jax.weights.plan import PARTS, Conversion, plan_conversion, rounded
 from chatpose_jax.weights.sources import Source, describe_adapters, is_adapter, open_adapter, open_sources
@@ -162,7 +163,8 @@ def _provenance_lines(folder: Location, provenance: Any) -> list[str]:
 
 def _origin_lines(source: Mapping[str, Any]) -> list[str]:
     stored = f", {_formats(source['formats'])}" if source.get("formats") else ""
-    lines = [f"  {'from':<11} {source['name']} ({source['layout']}, {len(source['files'])} files{stored})"]
+    kind = "language model" if source["layout"] == LANGUAGE_MODEL else source["layout"]
+    lines = [f"  {'from':<11} {source['name']} ({kind}, {len(source['files'])} files{stored})"]
     for file in source["files"]:
         lines.append(f"  {'':<11} {file.get('sha256', 'not hashed')}  {file['name']}  {file['bytes'] / 1e9:.2f} GB")
     return lines

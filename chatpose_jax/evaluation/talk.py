@@ -57,7 +57,7 @@ def answer_perplexity(model: ChatPose, questions: Sequence[str], replies: Sequen
     rows, labels = [], []
     config = model.config
     for question, reply in zip(questions, replies):
-        words = reply.ids[(reply.ids != config.pose_token_id) & (reply.ids != config.eos_token_id)]
+        words = reply.ids[(reply.ids != config.pose_token_id) & ~np.isin(reply.ids, config.end_token_ids)]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "ids": words.tolist()}]
         if not len(words):
             continue

@@ -224,6 +224,7 @@ class ModelConfig:
     of each image, as in LLaVA-1.6 and LLaVA-OneVision.
     ``image_token_id`` may be negative, because some vocabularies (CHATPOSE-V0) have no row for the image placeholder; so may ``bos_token_id``, where
     the tokenizer has no such token (Qwen), and ``eos_token_id``: answers then end only at their maximum length.
+    ``other_eos_token_ids``: ids that end an answer as well. The model's template never writes them, but its base may (Llama 3, Qwen).
     ``scan_layers`` stacks the layers of vision tower and decoder and scans over them (for training). Unrolled layers decode faster.
     """
 
@@ -237,6 +238,7 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
+    other_eos_token_ids: tuple[int, ...] = ()
     scan_layers: bool = True
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; norms, softmax, RoPE and the pose head run in float32."""
@@ -254,6 +256,10 @@ class ModelConfig:
         known, any_or_none = ("pose_token_id", "pad_token_id"), ("image_token_id", "bos_token_id", "eos_token_id")
         require(self, "model", f"an id of the vocabulary of {rows} rows", lambda value: 0 <= value < rows, *known)
         require(self, "model", f"negative or less than {rows}", lambda value: value < rows, *any_or_none)
+        if not all(0 <= id < rows for id in self.other_eos_token_ids):
+            raise UserError(
+                f"model.other_eos_token_ids must be ids of the vocabulary of {rows} rows, found {self.other_eos_token_ids}"
+            )
         layers = self.text.num_layers
         if self.lora is not None and (self.lora.last_layers or 0) > layers:
             raise UserError(
@@ -263,6 +269,11 @@ class ModelConfig:
             raise UserError(
                 "model.image_newline needs images, and model.vision is none: set model.image_newline to False"
             )
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All ids that end an answer. One that is negative never occurs."""
+        return (self.eos_token_id, *self.other_eos_token_ids)
 
     @property
     def leading_layers(self) -> int:

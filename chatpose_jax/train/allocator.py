@@ -14,8 +14,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Makes glibc's malloc keep freed memory for the next allocation. Returns False, and does nothing, with another C library.
 
-    XLA's CPU backend allocates the temporaries of a step at every step, and a conversion its blocks. If freed memory goes back to the kernel in
-    between, each page is faulted in and zeroed again (``bench/page_faults.py``). The process keeps the memory of its peak.
+    XLA's CPU backend allocates the temporaries of a step at every step. If freed memory goes back to the kernel in between, each page is faulted
+    in and zeroed again (``bench/page_faults.py``). The process keeps the memory of its peak.
 
     Call it before JAX starts a backend. The backend's threads would otherwise have arenas of their own, which return blocks above 64 MB.
     """

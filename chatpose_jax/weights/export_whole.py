@@ -94,6 +94,8 @@ def whole_plan(model: StoredModel, format: WholeFormat, dtype: DType) -> ExportP
         files[pose_head.DESCRIPTION] = pose_head.describe_head(config, model.pose_token)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["generation_config.json"] = {name: id for name, id in ids.items() if id >= 0}
+    if config.other_eos_token_ids:
+        files["generation_config.json"]["eos_token_id"] = list(config.end_token_ids)
     files["config.json"] = layout.config_json(result)
     if any(place and place[0].target.startswith("vision/pooling/") for place in map(layout.locate, passengers)):
         files["config.json"]["vision_config"]["vision_use_head"] = True

@@ -113,7 +113,8 @@ def infer_config(sources: Sequence[Source], spec: SourceSpec) -> tuple[ModelConf
     )
     ids["eos_token_id"] = tokens.control[template.template.end]
     if others := _other_ends(main, flat, tokens, template):
-        note = f"answers end at {template.template.end} alone; in transformers also at {', '.join(others)} (eos_token_id of the source)"
+        ids["other_eos_token_ids"] = tuple(tokens.control[name] for name in others)
+        note = f"answers end at {template.template.end}, and as in transformers at {', '.join(others)} (eos_token_id of the source)"
         template = dataclasses.replace(template, notes=(*template.notes, note))
     if tokens.byte_level:
         bos, pad = (named_token(tokens.files, name) or "" for name in ("bos_token", "pad_token"))

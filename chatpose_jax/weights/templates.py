@@ -113,10 +113,14 @@ def _choose(
             return found
         differences[name] = found
     name, difference = next(iter(differences.items()))
-    raise UserError(
-        f"{where}: the checkpoint's chat_template and the template {name!r} differ: {difference}. Choose another with --template "
-        f"({', '.join(TEMPLATES)}), or go on without the comparison: --ignore-chat-template"
-    )
+    if named:
+        advice = "Leave --template out, or go on without the comparison: --ignore-chat-template"
+    else:
+        advice = (
+            f"So do all others whose tokens it has. Choose one with --template ({', '.join(fitting)}), and go on without the comparison: "
+            "--ignore-chat-template"
+        )
+    raise UserError(f"{where}: the checkpoint's chat_template and the template {name!r} differ: {difference}. {advice}")
 
 
 def write_template(folder: Path, template: Template) -> None:

@@ -130,8 +130,8 @@ def _tokens_of(files: Mapping[str, bytes], where: Location) -> Tokens:
         base = len(pieces)
     else:
         raise UserError(
-            f"{where}: no tokenizer: expected {SLOW} or {FAST}; "
-            "name the folder that has it with --tokenizer (for LLaVA-1.5, Vicuna's or LLaMA-2's fits)"
+            f"{where}: no tokenizer: expected {FAST} or {SLOW}; fetch it from where the weights came from, or name a folder that has it with "
+            "--tokenizer: that of the same model, or of the language model in it (of LLaVA-1.5: Vicuna or LLaMA-2)"
         )
     behind = {literal: id for literal, id in added.items() if id >= base}
     return Tokens(where, files, base, behind, control, byte_level)

@@ -256,15 +256,19 @@ def test_logits_and_greedy_answers_are_those_of_transformers(tmp_path: Path, fam
     np.testing.assert_array_equal(reply.ids, steps.argmax(-1))
 
 
-def test_other_ends_of_answers_are_told(sources: Mapping[str, Path], tmp_path: Path) -> None:
+def test_other_ends_of_answers(sources: Mapping[str, Path], tmp_path: Path) -> None:
     """Llama 3 lists several. generation_config.json comes before config.json, as in transformers."""
     shutil.copytree(sources["llama3"], tmp_path / "src")
     held = plan_conversion(SourceSpec(tmp_path / "src")).vocabulary.tokens.control
     for said, told in (([held["<|end_of_text|>"], held["<|eot_id|>"]], True), (held["<|eot_id|>"], False)):
         (tmp_path / "src/generation_config.json").write_text(json.dumps({"eos_token_id": said}))
-        notes = plan_conversion(SourceSpec(tmp_path / "src")).vocabulary.template.notes
-        expected = "answers end at <|eot_id|> alone; in transformers also at <|end_of_text|> (eos_token_id"
+        plan = plan_conversion(SourceSpec(tmp_path / "src"))
+        notes = plan.vocabulary.template.notes
+        expected = "answers end at <|eot_id|>, and as in transformers at <|end_of_text|> (eos_token_id"
         assert [note.startswith(expected) for note in notes] == [True] * told
+        assert plan.config.eos_token_id == held["<|eot_id|>"]
+        assert plan.config.other_eos_token_ids == (held["<|end_of_text|>"],) * told
+        assert ModelConfig.from_json(json.loads(json.dumps(plan.config.to_json()))) == plan.config
 
 
 def test_padding_is_no_text(sources: Mapping[str, Path]) -> None:
@@ -333,8 +337,13 @@ def plan_end(folder: Path) -> int:
         ("llama3_1", {"rope_parameters": LLAMA3 | {"truncate": True}}, "truncate=True is not supported with type 'll"),
         ("smollm2", {"model_type": "smollm3"}, "model_type='smollm3' is not supported"),
         ("smollm2", {"tie_word_embeddings": False}, r"missing \(1\): lm_head.weight"),
-        ("qwen2", {"model_type": "llama"}, r"not in the model \(6\): model.layers.0.self_attn.q_proj.bias"),
-        ("qwen3", {"model_type": "qwen2"}, r"missing \(6\): model.layers.0.self_attn.q_proj.bias"),
+        (
+            "qwen2",
+            {"model_type": "llama"},
+            r"model_type='llama' has no biases of q, k and v, but the tensors have them \(model.layers.0.self_attn.q_proj.bias\)",
+        ),
+        ("qwen3", {"model_type": "qwen2"}, r"model_type='qwen2' has biases of q, k and v, but the tensors have none"),
+        ("smollm2", {"model_type": "qwen3"}, r"model_type='qwen3' has norms of q and k, but the tensors have none"),
     ],
 )
 def test_settings_that_the_decoder_does_not_follow(

@@ -193,7 +193,7 @@ def test_tokenizers_that_do_not_fit(llava: Path, tmp_path: Path) -> None:
     shutil.copytree(llava, tmp_path / "src")
     (tmp_path / "src/tokenizer.json").unlink()
     (tmp_path / "src/tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"no tokenizer: expected tokenizer.model or tokenizer.json"):
+    with pytest.raises(UserError, match=r"no tokenizer: expected tokenizer.json or tokenizer.model"):
         convert(tmp_path / "src", tmp_path / "out")
     (tmp_path / "large").mkdir()
     write_tokenizer(tmp_path / "large")

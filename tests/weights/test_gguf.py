@@ -609,7 +609,7 @@ def test_reports_name_the_file_and_its_formats(
     assert read_folder(out)["model"]["param_dtype"] == "bfloat16"
     capsys.readouterr()
     assert main(["inspect", str(out)]) == 0
-    assert "from        model.gguf (vicuna, 1 files, 15 Q4_1, 5 float32)" in capsys.readouterr().out
+    assert "from        model.gguf (language model, 1 files, 15 Q4_1, 5 float32)" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -151,13 +151,14 @@ def test_a_difference_shows_both_texts():
     )
     assert "squat?<|im_end|><|im_start|>assistant" in str(raised.value)
     assert r"squat?<|im_end|>\n<|im_start|>assistant" in str(raised.value)
-    assert "--template (vicuna_v1" in str(raised.value) and "--ignore-chat-template" in str(raised.value)
+    assert "--template (chatml" in str(raised.value) and "--ignore-chat-template" in str(raised.value)
+    assert "vicuna_v1" not in str(raised.value) and "llama3" not in str(raised.value)  # it lacks their tokens
     assert chosen("smollm2", wrong, "chatml", check=False).name == "chatml"
     with pytest.raises(UserError, match="for three questions"):
         chosen(
             "smollm2", TURNS.replace("m.content", "m.content + (' ' if m.role == 'assistant' else '')") + ASK, "chatml"
         )
-    with pytest.raises(UserError, match="'llama3' differ"):  # what the user names is compared too
+    with pytest.raises(UserError, match=r"'llama3' differ.* Leave --template out, or"):  # compared too
         chosen("llama3", LLAMA3_1, "llama3_1", named="llama3")
 
 

@@ -85,7 +85,7 @@ def test_a_tokenizer_may_lie_in_no_folder(tmp_path: Path) -> None:
     tokens = tokens_of(files("llama3", pose=False), tmp_path / "model.gguf")
     write_tokenizer(tokens, tmp_path / "out", ["<POSE>"])
     assert TextTokenizer.read(tmp_path / "out").pose_token_id == tokens.size
-    with pytest.raises(UserError, match=r"model\.gguf: no tokenizer: expected tokenizer\.model or tokenizer\.json"):
+    with pytest.raises(UserError, match=r"model\.gguf: no tokenizer: expected tokenizer\.json or tokenizer\.model"):
         tokens_of({}, tmp_path / "model.gguf")
     with pytest.raises(UserError, match=r"model\.gguf/tokenizer\.json: not readable as JSON"):
         tokens_of({"tokenizer.json": b"{"}, tmp_path / "model.gguf")

@@ -99,6 +99,16 @@ def _settings(
         kv_out = shapes[f"{model}layers.0.self_attn.k_proj.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"no decoder under {model!r}: tensor {error} is missing or misshaped") from None
+    for field, suffix, what in (
+        ("qkv_bias", "self_attn.q_proj.bias", "biases of q, k and v"),
+        ("qk_norm", "self_attn.q_norm.weight", "norms of q and k"),
+    ):
+        found = next((name for name in shapes if name.startswith(f"{model}layers.") and name.endswith(suffix)), None)
+        if (found is not None) != fields.get(field, False):
+            raise UserError(
+                f"config.json: {where}model_type={config.get('model_type')!r} has {'no ' if found else ''}{what}, but the tensors have "
+                f"{'them' if found else 'none'} ({found or f'no {suffix}'}); the files belong to different models: fetch both from the same place"
+            )
     layers = count_layers(config, where, shapes, f"{model}layers.")
     agree(config, where, {"hidden_size": width, "intermediate_size": mlp, "vocab_size": rows})
     said = {**_DEFAULTS, **defaults, **{key: value for key, value in config.items() if value is not None}}
