@@ -46,8 +46,8 @@ _AT_ONCE = 32
 _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests"}
 _PART = 32 << 20
 """Size in bytes of the parts in which a large object is sent: so much of it is in memory."""
-_PATIENCE = 30.0
-"""Seconds that a store has for the first answer to this process."""
+_PATIENCE = 45.0
+"""Seconds that a store has for the first answer to this process. gcsfs repeats a request for 31 to 37, and then says what is wrong."""
 _SILENCE = 5.0
 """Seconds after which a warning says that this is waited for."""
 _ANSWERED: set[str] = set()
@@ -282,7 +282,7 @@ def _demand_answer(path: Location) -> None:
 
     def ask() -> None:
         try:
-            _files(path).info(str(path))
+            _files(path, first=True).info(str(path))
         except FileNotFoundError:
             pass
         except Exception as error:
@@ -324,5 +324,10 @@ def _scheme_of(path: Location) -> str:
     return str(path).split("://", 1)[0]
 
 
-def _files(path: Location) -> Any:
-    return fsspec.filesystem(_scheme_of(path))
+def _files(path: Location, first: bool = False) -> Any:
+    """The file system of a store. first: one that gives up in time to say why."""
+    scheme = _scheme_of(path)
+    if scheme == "s3" and first:
+        settings = fsspec.config.conf[scheme].get("config_kwargs", {})
+        return fsspec.filesystem(scheme, config_kwargs={**settings, "retries": {"max_attempts": 5}})
+    return fsspec.filesystem(scheme)

@@ -1,7 +1,7 @@
 """Emulators of the two object stores, each in a process of its own, and faults on the way to them.
 
 ``python tests/emulators.py gs`` prints its address and serves until its standard input ends. Each line that it reads there is a JSON object that says
-which requests fail from now on: ``{"every": 7, "kinds": ["503", "reset"]}``; see ``KINDS``.
+which requests fail from now on: ``{"every": 7, "kinds": ["503", "reset"], "pause": 0.05}``; see ``KINDS``.
 
 ``gcp-storage-emulator`` for ``gs://``, ``moto`` for ``s3://``. The former serves one connection at a time, ignores preconditions, does not name the
 generation of what it sends, and keeps uploads in parts that are given up. ``_serve_gs`` mends this: TensorStore, gcsfs and the lock depend on it.
@@ -32,33 +32,37 @@ BUCKET = "tests"
 PACKAGES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto")}
 KINDS = ("503", "reset", "lost", "slow")
 """503: the answer of a busy store. reset: the connection breaks before anything is done; lost: after it was done, so that nobody hears of it. slow:
-the answer comes in pieces of 64 KiB, 20 in a second."""
+the answer comes in pieces of at most 64 KiB, with a pause before each."""
+
+
+def environment(scheme: str, address: str) -> dict[str, str]:
+    """The variables that lead all clients to a server: gcsfs, s3fs and TensorStore. Some are read only once, when the client is imported."""
+    if scheme == "gs":
+        # The last four spare waiting for Google's credentials, and for a service that the emulator does not have.
+        return {
+            "STORAGE_EMULATOR_HOST": address,
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "FSSPEC_GS_TOKEN": "anon",
+            "NO_GCE_CHECK": "true",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+    keys = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REGION": "us-east-1"}
+    return {"AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true", **keys}
 
 
 class Emulator:
-    """A running emulator. ``environment`` leads all clients to it: gcsfs, s3fs and TensorStore."""
+    """A running emulator, with the ``environment`` of its clients."""
 
     def __init__(self, scheme: str, process: subprocess.Popen[str]):
         assert process.stdout is not None
         self.scheme, self.process, self.address = scheme, process, process.stdout.readline().strip()
-        if scheme == "gs":
-            # The last four spare waiting for Google's credentials, and for a service that the emulator does not have.
-            self.environment = {
-                "STORAGE_EMULATOR_HOST": self.address,
-                "TENSORSTORE_GCS_HTTP_URL": self.address,
-                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-                "FSSPEC_GS_TOKEN": "anon",
-                "NO_GCE_CHECK": "true",
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            }
-        else:
-            keys = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REGION": "us-east-1"}
-            self.environment = {"AWS_ENDPOINT_URL": self.address, "AWS_EC2_METADATA_DISABLED": "true", **keys}
+        self.environment = environment(scheme, self.address)
 
-    def fail(self, every: int, kinds: Sequence[str] = KINDS) -> None:
+    def fail(self, every: int, kinds: Sequence[str] = KINDS, pause: float = 0.05) -> None:
         """From now on every n-th request fails, in one of ``kinds`` after the other; ``every=0``: none. Returns when that holds."""
         assert set(kinds) <= set(KINDS) and self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"every": every, "kinds": list(kinds)}) + "\n")
+        self.process.stdin.write(json.dumps({"every": every, "kinds": list(kinds), "pause": pause}) + "\n")
         self.process.stdin.flush()
         self.failed = int(self.process.stdout.readline())
 
@@ -79,11 +83,11 @@ class Faults:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.set({"every": 0, "kinds": KINDS})
+        self.set({"every": 0, "kinds": KINDS, "pause": 0.0})
 
     def set(self, wanted: dict[str, Any]) -> None:
         with self.lock:
-            self.every, self.kinds = wanted["every"], itertools.cycle(wanted["kinds"])
+            self.every, self.kinds, self.pause = wanted["every"], itertools.cycle(wanted["kinds"]), wanted["pause"]
             self.requests = self.failed = 0
 
     def next(self) -> str | None:
@@ -140,7 +144,7 @@ class Slow:
 
     def write(self, data: bytes) -> int:
         for start in range(0, len(data), 1 << 16):
-            time.sleep(0.05)
+            time.sleep(FAULTS.pause)
             self.out.write(data[start : start + (1 << 16)])
         return len(data)
 

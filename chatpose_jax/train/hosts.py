@@ -296,12 +296,12 @@ def restartable(folder: Location, *, starting: bool = False) -> Iterator[None]:
 def _os_error(error: BaseException | None) -> tuple[BaseException | None, OSError | None]:
     """The first exception among an exception and its causes that means that a disk or a bucket failed, as it is and as an OSError."""
     while error is not None:
-        if isinstance(error, OSError):
-            return error, error
         if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore has the number in its message only
             return error, OSError(int(found[1]), os.strerror(int(found[1])))
-        if (number := _of_a_store(error)) is not None:
+        if (number := _of_a_store(error)) is not None:  # some of these are OSErrors with numbers of their own
             return error, OSError(number, f"{' '.join(str(error).split(' [tensorstore_spec=')[0].split()):.300}")
+        if isinstance(error, OSError):
+            return error, error
         error = error.__cause__ or error.__context__
     return None, None
 
@@ -312,7 +312,7 @@ def _of_a_store(error: BaseException) -> int | None:
     if isinstance(error, ValueError):  # TensorStore's
         words = re.search(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND)\b|retry attempts failed", text)
         return None if words is None else _DENIED.get(words[1], errno.ETIMEDOUT)
-    if not kind.startswith(("gcsfs.", "aiohttp.", "botocore.", "aiobotocore.", "google.", "urllib3.")):
+    if not kind.startswith(("gcsfs.", "aiohttp.", "botocore.", "aiobotocore.", "google.", "requests.", "urllib3.")):
         return None
     if getattr(error, "code", None) in (401, 403) or re.search("Credential|Auth|Refresh|Forbidden", kind):
         return errno.EACCES

@@ -45,8 +45,9 @@ def read_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read_folder(path: Location) -> dict[str, Any]:
     if not path.is_dir():
-        what = "a file" if path.exists() else "no such folder"
-        hint = "" if path.exists() or is_bucket(path) else fetch_hint(path)
+        a_file = path.is_file()  # in a store another process may begin the folder meanwhile
+        what = "a file" if a_file else "no such folder"
+        hint = "" if a_file or is_bucket(path) else fetch_hint(path)
         raise UserError(f"{path}: {what}; expected a model folder (config.json, tokenizer/, params/){hint}")
     if is_unfinished(path):
         raise UserError(

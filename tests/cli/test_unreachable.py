@@ -20,6 +20,7 @@ from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.weights.save import save_folder
+from tests.emulators import PACKAGES, environment
 from tests.weights.sources import make_llava_transformers
 
 COMMANDS = {
@@ -67,14 +68,10 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def store(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a folder there. Nothing of it stays with the clients."""
-    package, variables = {
-        "gs": ("gcsfs", ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")),
-        "s3": ("s3fs", ("AWS_ENDPOINT_URL",)),
-    }[request.param]
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package := PACKAGES[request.param][0]) is None:
         pytest.skip(f"needs {package}: pip install '.[dev]' in the checkout")
-    for name in variables:
-        monkeypatch.setenv(name, server)
+    for name, value in environment(request.param, server).items():
+        monkeypatch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setitem(fsspec.config.conf, "gs", fsspec.config.conf["gs"] | {"token": "anon"})
