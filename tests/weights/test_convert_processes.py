@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
 torch = pytest.importorskip("torch")
 
+from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.models.chatpose import abstract_params  # noqa: E402
+from chatpose_jax.storage import Location, kvstore, tree  # noqa: E402
 from chatpose_jax.weights.convert import load_source  # noqa: E402
-from chatpose_jax.weights.folder import load_params, read_folder  # noqa: E402
+from chatpose_jax.weights.folder import load_params, read_config, read_folder  # noqa: E402
 from chatpose_jax.weights.paths import by_path  # noqa: E402
 
+from ..conftest import enter_store  # noqa: E402
 from .sources import make_llava_transformers, sha256  # noqa: E402
 
 CHILD = """
 import json, sys
 from pathlib import Path
 import jax
-rank, address, source, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
+rank, address, source, folder, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5]
 jax.distributed.initialize(address, num_processes=2, process_id=rank)
 import numpy as np
 from chatpose_jax.weights import stream
@@ -39,7 +45,7 @@ def counting(self, index=None, **options):
     read[0] += values.nbytes
     return values
 TensorEntry.read = counting
-plan = convert(source, folder / "out")
+plan = convert(source, out)
 written, read[0] = read[0], 0
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 _, params = load_source(source, mesh=mesh)
@@ -59,8 +65,31 @@ def free_address() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.fixture(params=["disk", "gs", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path, stores: dict, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """Where a model folder is written, alone in its own folder."""
+    if request.param == "disk":
+        return tmp_path / "made" / "out"
+    return enter_store(request.param, stores, monkeypatch) / "out"
+
+
+def first_complete(out: Location, children: list[subprocess.Popen[str]]) -> dict[str, np.ndarray]:
+    """The parameters at the first moment at which a reader takes the folder for complete; none if all end before."""
+    while True:
+        ended = all(child.poll() is not None for child in children)
+        try:
+            config = read_config(out)
+        except UserError as error:
+            assert re.search("no such folder|still being written", str(error))
+            if ended:
+                return {}
+            time.sleep(0.05)
+            continue
+        return {path: np.asarray(array) for path, array in by_path(load_params(out, abstract_params(config))).items()}
+
+
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(tmp_path: Path, out: Location) -> None:
     make_llava_transformers(tmp_path / "src", shards=3)
     address = free_address()
     environment = os.environ | {
@@ -69,22 +98,31 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     }
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(rank), address, str(tmp_path / "src"), str(tmp_path)],
+            [sys.executable, "-c", CHILD, str(rank), address, str(tmp_path / "src"), str(tmp_path), str(out)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    errors = [child.communicate()[1] for child in children]
+    try:
+        found = first_complete(out, children)
+        errors = [child.communicate()[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(errors)[-4000:]
 
-    plan, single = load_source(tmp_path / "src")
+    _, single = load_source(tmp_path / "src")
     expected = {path: np.asarray(array) for path, array in by_path(single).items()}
-    found = by_path(load_params(tmp_path / "out", abstract_params(plan.config)))
+    assert found.keys() == expected.keys()
     for path, array in expected.items():
-        np.testing.assert_array_equal(np.asarray(found[path]), array, err_msg=path)
-    record = read_folder(tmp_path / "out")["provenance"]["sources"][0]["files"]
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+    arrays = ts.KvStore.open({"driver": "ocdbt", "base": kvstore(out / "params")}).result()
+    assert sum(key.endswith(b"/.zarray") for key in arrays.list().result()) == len(expected)
+    assert {name.split("/")[0] for name in tree(out)} == {"config.json", "params", "passengers", "tokenizer"}
+    assert tree(out.parent) == [f"out/{name}" for name in tree(out)]
+    record = read_folder(out)["provenance"]["sources"][0]["files"]
     assert [file["sha256"] for file in record] == [sha256(tmp_path / "src" / file["name"]) for file in record]
 
     covered = dict.fromkeys(expected, 0)
@@ -139,20 +177,23 @@ except (UserError, OSError) as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "at", "cause"),
+    ("where", "at", "cause", "out"),
     [
-        ("opening", 1, "no such file or folder"),
-        ("finishing", 0, "process 0 wants another tokenizer"),
-        ("reading", 1, "the disk of process 1 broke"),
+        ("opening", 1, "no such file or folder", "disk"),
+        ("finishing", 0, "process 0 wants another tokenizer", "disk"),
+        ("reading", 1, "the disk of process 1 broke", "disk"),
+        ("reading", 1, "the disk of process 1 broke", "gs"),
+        ("reading", 1, "the disk of process 1 broke", "s3"),
     ],
+    indirect=["out"],
 )
-def test_what_fails_in_one_process_ends_both(tmp_path: Path, where: str, at: int, cause: str) -> None:
+def test_what_fails_in_one_process_ends_both(tmp_path: Path, where: str, at: int, cause: str, out: Location) -> None:
     """Neither waits for the other, both say why, nothing is left behind."""
     make_llava_transformers(tmp_path / "src")
     address = free_address()
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", FAILING, str(rank), address, str(tmp_path / "src"), str(tmp_path / "out"), where],
+            [sys.executable, "-c", FAILING, str(rank), address, str(tmp_path / "src"), str(out), where],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,
@@ -168,4 +209,5 @@ def test_what_fails_in_one_process_ends_both(tmp_path: Path, where: str, at: int
     assert cause in errors[at]
     assert f"one error: process {at} of 2 failed, so all end: " in errors[1 - at]
     assert cause in errors[1 - at]
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert tree(out.parent) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"src", "made"}
