@@ -222,6 +222,9 @@ class Linear(nnx.Module):
             if dropout_key is not None and self.lora_dropout > 0:
                 keep = 1.0 - self.lora_dropout
                 x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
+                if platform() == "tpu":
+                    # Otherwise the compiler draws the random bits inside the products, in kernels that take very long to compile (docs/scaling.md).
+                    x = jax.lax.optimization_barrier(x)
             rows, columns = adapter_axes(*self.axes)
             inner = checkpoint_name(matmul(x, gather_weight(self.lora_a[...], rows, None)), "lora")
             y = y + matmul(inner, gather_weight(self.lora_b[...], None, columns)) * self.lora_scale

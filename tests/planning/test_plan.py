@@ -11,13 +11,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from chatpose_jax.cli.main import main
 from chatpose_jax.cli.plan import fitting
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import preset
-from chatpose_jax.models.sharding import make_mesh
+from chatpose_jax.models.layers import matmul
+from chatpose_jax.models.sharding import batch_sharding, gather_weight, make_mesh, on_mesh
 from chatpose_jax.planning import collectives, targets
 from chatpose_jax.planning.plan import StepPlan, _roofline, describe_plan, mesh_sizes
 from chatpose_jax.train.config import MeshConfig, TrainConfig
@@ -439,6 +442,22 @@ def test_a_plan_for_a_tpu_by_the_compiler_that_is_here(effort, tmp_path, capsys)
     assert "not followed" not in printed  # else a compiler takes a name that we do not know
     data = json.loads(out.read_text())
     assert data["seconds"] < data["forecast"] < 0.1 and data["sent"]["all-reduce"] > 0
+
+
+@LIBTPU
+def test_the_gradient_of_a_gathered_weight_is_one_reduce_scatter() -> None:
+    """Left to itself, a TPU's compiler makes a loop of this product, with 17 collectives on eight chips."""
+    on = make_mesh(1, 8, 1, devices=targets.devices(targets.parse("v5e:2x4")))
+    rows = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.bfloat16, sharding=batch_sharding(on))
+    weight = jax.ShapeDtypeStruct((1024, 128), jnp.float32, sharding=NamedSharding(on, PartitionSpec("fsdp")))
+
+    def gradient(weight: jax.Array, rows: jax.Array) -> jax.Array:
+        with on_mesh(on):
+            return jax.grad(lambda weight: matmul(rows, gather_weight(weight, "embed", None)).sum())(weight)
+
+    lowered = jax.jit(gradient, out_shardings=weight.sharding).trace(weight, rows).lower(lowering_platforms=("tpu",))
+    text = lowered.compile(compiler_options=targets.compiler_options(targets.parse("v5e:2x4"))[0]).as_text()
+    assert collectives.count(text) == {"reduce-scatter": 1024 * 128 * 2 * 7 / 8}
 
 
 @LIBTPU
