@@ -108,6 +108,8 @@ def run(words: Sequence[str], env: dict[str, str], log: Path, seconds: float) ->
             stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A job in the background inherits that SIGINT is ignored; a part must hear it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             status: int | None = process.wait(timeout=max(seconds, 1))

@@ -55,6 +55,8 @@ def test_workers_end_with_their_starter(tmp_path, number):
         [sys.executable, HERE / "pool_work.py", tmp_path],
         env={**os.environ, "PYTHONPATH": path},
         stderr=subprocess.DEVNULL,
+        # A job in the background inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(workers := [int(file.name) for file in tmp_path.iterdir()]) < 2:
