@@ -279,9 +279,10 @@ def _gather_forward(x: jax.Array, logical: tuple[Logical, ...]) -> tuple[jax.Arr
 
 
 def _gather_backward(logical: tuple[Logical, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    if platform() == "tpu":
-        # Asked for the whole sum first, the compiler reduces it and keeps a part: one reduce-scatter. Otherwise it may turn the matmul into a loop
-        # that sends parts of its result from chip to chip, which takes many more collectives and much longer to compile.
+    if platform() == "tpu" and None in logical:
+        # Of an adapter, whose rank is not split. Asked for the whole sum first, the compiler reduces it and keeps a part: one reduce-scatter.
+        # Otherwise it may turn the matmul into a loop that sends parts of its result from chip to chip, which takes many more collectives and much
+        # longer to compile. The whole gradient of a kernel would take too much memory.
         gradient = _gather(gradient, logical)
     return (constrain(gradient, *logical),)
 
