@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chatpose_jax.errors import UserError
-from chatpose_jax.generate import Generated, Returning, Sampling, generate_stream, pose_key, pose_states, rewind
+from chatpose_jax.generate import Generated, Returning, Sampling, generate_stream, pose_key, pose_states
 from chatpose_jax.models.arithmetic import available_memory, fast_dtype
 from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
 from chatpose_jax.models.config import ModelConfig
@@ -363,7 +363,7 @@ class ChatPose:
         return keys
 
     def _reuse(self, keys: list[np.ndarray]) -> tuple[KVCache | None, list[int]]:
-        """The cache of the last call, rewound to the prefix that these conversations share with it, and the length of this prefix for each row."""
+        """The cache of the last call, cut back to the prefix that these conversations share with it, and the length of this prefix for each row."""
         held, self._held = self._held, None
         if held is None or len(held.keys) != len(keys):
             return None, [0] * len(keys)
@@ -377,7 +377,7 @@ class ChatPose:
             keep.append(shared)
         if not any(keep):
             return None, keep
-        return rewind(held.cache, jnp.asarray(keep, jnp.int32)), keep
+        return dataclasses.replace(held.cache, lengths=jnp.asarray(keep, jnp.int32)), keep
 
 
 def load(

@@ -88,15 +88,14 @@ class DecodeState:
 class Generated:
     """tokens: for each row, its new ids, including the end of sequence if there is one. hidden: (len, D) float32, a state for each token.
 
-    cache: contains the prompt and every token except the last one of the longest row. To continue, pass it back with the ids that it contains.
-    slots: (len,) int32, for each token the slot of its ``hidden`` state in the cache. The state has attended to the row's valid slots up to
-        this one.
+    cache: contains the prompt and every token of the answer except the last one. To continue, pass it back with the ids that it lacks.
+    starts: (B,) int32, the slot in the cache of the state that predicted the first token of each row; the next tokens' follow.
     """
 
     tokens: list[np.ndarray]
     hidden: list[np.ndarray]
     cache: KVCache
-    slots: list[np.ndarray]
+    starts: np.ndarray
 
     __repr__ = one_line
 
@@ -280,15 +279,7 @@ def _grow(cache: KVCache, capacity: int) -> KVCache:
     keys, values, states = (
         jax.tree.map(lambda x: pad(x, x.ndim - 2), part) for part in (cache.keys, cache.values, cache.states)
     )
-    return dataclasses.replace(cache, keys=keys, values=values, valid=pad(cache.valid, 1), states=states)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def rewind(cache: KVCache, keep: jax.Array) -> KVCache:
-    """Drop all but the first ``keep`` (B,) tokens of each row."""
-    valid = cache.valid & (jnp.cumsum(cache.valid, axis=1) <= keep[:, None])
-    cursor = jnp.max(jnp.where(valid, jnp.arange(cache.capacity) + 1, 0)).astype(jnp.int32)
-    return dataclasses.replace(cache, valid=valid, cursor=cursor)
+    return dataclasses.replace(cache, keys=keys, values=values, states=states)
 
 
 def generate_stream(
@@ -340,8 +331,7 @@ def generate_stream(
             f"but the context is {context}: shorten the conversation or lower max_new_tokens"
         )
     padded = bucket(int(lengths.max()))
-    start = 0 if cache is None else int(cache.cursor)
-    capacity = -(-(start + max(padded, int(lengths.max()) + max_new_tokens)) // CAPACITY_STEP) * CAPACITY_STEP
+    capacity = -(-max(int(held.max()) + padded, longest + max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP
     mesh = mesh_of(params)
     if cache is None:
         cache = init_cache(config, batch, capacity, mesh)
@@ -386,14 +376,11 @@ def generate_stream(
             mesh=mesh,
         )
     tokens, hidden = np.asarray(state.tokens), np.asarray(state.hidden)
-    # The last token of each prompt predicts the first token of its answer. From the second token on, all rows write to the same slot.
-    later = start + lengths.max() + np.arange(max_new_tokens - 1)
-    slots = [np.append(start + n - 1, later).astype(np.int32) for n in lengths]
     return Generated(
         [t[:n] for t, n in zip(tokens, counts)],
         [h[:n] for h, n in zip(hidden, counts)],
         state.cache,
-        [s[:n] for s, n in zip(slots, counts)],
+        held + lengths - 1,  # the last token of each prompt predicts the first token of its answer
     )
 
 
@@ -435,20 +422,17 @@ def generate(
 def pose_states(config: ModelConfig, generated: Generated) -> tuple[States, np.ndarray]:
     """The input of the pose head for an answer: States of P pose tokens in each row, where P is the largest number in a row.
 
-    Also returns the (B, P) mask of the entries that are pose tokens. The other entries are padding, and may attend to their whole row.
+    Also returns the (B, P) mask of the entries that are pose tokens. The other entries are padding.
     """
     places = [np.flatnonzero(tokens == config.pose_token_id) for tokens in generated.tokens]
     mask = np.arange(max(map(len, places))) < np.array([[len(place)] for place in places])
-    token, slots = (
-        np.zeros((*mask.shape, config.text.hidden_size), np.float32),
-        np.full(mask.shape, generated.cache.capacity),
-    )
+    token, slots = np.zeros((*mask.shape, config.text.hidden_size), np.float32), np.zeros(mask.shape, np.int32)
     token[mask] = np.concatenate([hidden[place] for hidden, place in zip(generated.hidden, places)])
-    slots[mask] = np.concatenate([slot[place] for slot, place in zip(generated.slots, places)])
-    conversation, valid = generated.cache.states, generated.cache.valid
+    slots[mask] = np.concatenate([start + place for start, place in zip(generated.starts, places)])
+    conversation = generated.cache.states
     if conversation is None:
         return States(jnp.asarray(token)), mask
-    before = valid[:, None] & (jnp.arange(generated.cache.capacity) <= jnp.asarray(slots)[..., None])
+    before = jnp.arange(generated.cache.capacity) <= jnp.asarray(slots)[..., None]
     return States(jnp.asarray(token), conversation, before), mask
 
 

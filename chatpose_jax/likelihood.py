@@ -113,7 +113,7 @@ def _weigh(
         cache,
         keys=jax.tree.map(lambda x: _copies(x, count, config), cache.keys),
         values=jax.tree.map(lambda x: _copies(x, count, config), cache.values),
-        valid=jnp.broadcast_to(cache.valid, (count, cache.capacity)),
+        lengths=jnp.repeat(cache.lengths, count),
         states=None if cache.states is None else jnp.broadcast_to(cache.states, (count, *cache.states.shape[1:])),
     )
     present = jnp.arange(width) < lengths[:, None]

@@ -98,13 +98,13 @@ class ChatPoseModel(nnx.Module):
             segment_ids: (B, T) int32, for packed rows that contain several conversations: 1, 2, … in order, 0 for padding. Conversations do not
                 attend to each other, and positions start at 0 in each. Replaces ``attention_mask``; not allowed with a cache.
             pixel_values: (B, I, S, S, 3), images in order of appearance; in rows with fewer than I images the rest is ignored. May be None.
-            cache: new tokens are written from ``cache.cursor`` on. ``cursor + T`` must not exceed the capacity.
+            cache: each row's new tokens are written from its ``cache.lengths`` on. ``lengths + T`` must not exceed the capacity.
             led: (B, T, D), the result of ``lead`` for these rows. Images, embedding and leading layers then do not run. Not with a cache.
             dropout_key: turns adapter dropout on.
             remat: name of the rematerialisation policy, see ``models.remat``.
 
         Returns:
-            Output. With a cache, the ``cursor`` of ``output.cache`` is after the longest row.
+            Output. With a cache, the ``lengths`` of ``output.cache`` count the new tokens too.
         """
         x = self._embedded(input_ids, pixel_values, remat) if led is None else led.astype(self.decoder.dtype)
         if cache is None:
@@ -112,15 +112,13 @@ class ChatPoseModel(nnx.Module):
             hidden, _ = self.decoder(x, positions, attend, dropout_key=dropout_key, remat=remat, led=led is not None)
             return Output(hidden)
         present = _present(input_ids, attention_mask)
-        positions = _counted(present) + cache.lengths[:, None]
-        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, present, cache.cursor, axis=1)
-        slots = cache.cursor + jnp.arange(input_ids.shape[1])
-        mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= slots[:, None])
+        positions = cache.lengths[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        mask = jnp.arange(cache.capacity) <= positions[..., None]
         attend = functools.partial(attention, mask=mask)
         hidden, new_cache = self.decoder(x, positions, attend, cache, dropout_key=dropout_key, remat=remat)
         assert new_cache is not None
-        cursor = cache.cursor + jnp.max(jnp.sum(present, axis=1, dtype=jnp.int32))
-        return Output(hidden, dataclasses.replace(new_cache, valid=valid, cursor=cursor))
+        lengths = cache.lengths + jnp.sum(present, axis=1, dtype=jnp.int32)
+        return Output(hidden, dataclasses.replace(new_cache, lengths=lengths))
 
     def lead(
         self,

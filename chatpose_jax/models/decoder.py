@@ -33,31 +33,24 @@ STATE_AXES = ("batch", None, None)
 class KVCache:
     """Keys and values of all tokens so far, and their final states where the pose head reads the conversation.
 
-    All rows write at the same slot (``cursor``). Rows of different lengths therefore have unused slots between their tokens; ``valid`` marks
-    the used ones.
+    Token n of a row is in slot n. What a row holds from slot ``lengths`` on is never read: to forget the end of a conversation, lower its length.
 
     keys, values: one (B, G, S, K) array for each layer; with scanned layers one (L, B, G, S, K) array.
-    valid: (B, S) bool, True where a slot holds a token.
-    cursor: () int32, the next slot to write.
+    lengths: (B,) int32, number of tokens of each row, which is also the slot and the position of its next token.
     states: (B, S, D) after the final norm, in the compute dtype, for a pose head that reads the conversation; None for others.
     """
 
     keys: Any
     values: Any
-    valid: jax.Array
-    cursor: jax.Array
+    lengths: jax.Array
     states: jax.Array | None = None
 
     __repr__ = one_line
 
     @property
     def capacity(self) -> int:
-        return self.valid.shape[1]
-
-    @property
-    def lengths(self) -> jax.Array:
-        """(B,) int32, number of tokens of each row, which is also the position of its next token."""
-        return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
+        """S."""
+        return int(jax.tree.leaves(self.keys)[0].shape[-2])
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
@@ -79,7 +72,14 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None
 
     reads = head_class(config.head.name).reads
     states = zeros((batch, capacity, text.hidden_size), config.dtype, *STATE_AXES) if reads == "conversation" else None
-    return KVCache(layers(), layers(), zeros((batch, capacity), bool, "batch", None), zeros((), jnp.int32), states)
+    return KVCache(layers(), layers(), zeros((batch,), jnp.int32, "batch"), states)
+
+
+def write(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """cache (B, …, S, K) with each row's new (B, …, T, K) from slot ``lengths`` (B,) on. ``lengths + T`` must not exceed S."""
+    return jax.vmap(lambda old, new, n: jax.lax.dynamic_update_slice_in_dim(old, new, n, axis=old.ndim - 2))(
+        cache, new, lengths
+    )
 
 
 def frequencies(text: TextConfig) -> jax.Array:
@@ -127,7 +127,7 @@ class DecoderAttention(nnx.Module):
         self.k_norm = RMSNorm(text.head_dim, **norm) if text.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, angles: Any, attend: Attend, cache: Any, cursor: Any, keys: Any
+        self, x: jax.Array, angles: Any, attend: Attend, cache: Any, lengths: Any, keys: Any
     ) -> tuple[jax.Array, Any]:
         def project(linear: Linear, key: int, norm: RMSNorm | None = None) -> jax.Array:
             y = linear(x, None if keys is None else keys[key])
@@ -141,7 +141,7 @@ class DecoderAttention(nnx.Module):
         if cache is not None:
             # Shard the new keys and values like the cache; otherwise the compiler may reshard the cache, which is far larger.
             k, v = (constrain(part, *CACHE_AXES) for part in (k, v))
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis=2) for old, new in zip(cache, (k, v)))
+            k, v = (write(old, new, lengths) for old, new in zip(cache, (k, v)))
             cache = (k, v)
         y = checkpoint_name(attend(q, k, v), "attention")
         return checkpoint_name(self.o_proj(y, None if keys is None else keys[3]), "out"), cache
@@ -177,10 +177,10 @@ class DecoderLayer(nnx.Module):
         self.mlp = DecoderMLP(text, projections, **kwargs)
 
     def __call__(
-        self, x: jax.Array, angles: Any, attend: Attend, cache: Any = None, cursor: Any = None, dropout_key: Any = None
+        self, x: jax.Array, angles: Any, attend: Attend, cache: Any = None, lengths: Any = None, dropout_key: Any = None
     ) -> tuple[jax.Array, Any]:
         keys = None if dropout_key is None else jax.random.split(dropout_key, 7)
-        y, cache = self.attn(self.input_norm(x), angles, attend, cache, cursor, keys)
+        y, cache = self.attn(self.input_norm(x), angles, attend, cache, lengths, keys)
         x = x + y
         return constrain(x + self.mlp(self.post_attention_norm(x), keys), "batch", None, None), cache
 
@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
             x: (B, T, D) embeddings.
             positions: (B, T) rotary positions.
             attend: attention of T queries to S keys; S = T without a cache, the cache's capacity with one.
-            cache: new keys and values are written at ``cache.cursor``; the caller updates ``valid`` and ``cursor``.
+            cache: new keys and values are written from ``cache.lengths`` on; the caller updates ``lengths``.
             dropout_key: turns adapter dropout on.
             remat: which activations are saved for the backward pass, see ``models.remat``.
             led: ``x`` is the result of ``lead``, after which the other layers run. Not with a cache.
@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
             states = cache.states
             if states is not None:
                 new = constrain(hidden, *STATE_AXES).astype(states.dtype)
-                states = jax.lax.dynamic_update_slice_in_dim(states, new, cache.cursor, axis=1)
+                states = write(states, new, cache.lengths)
             cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1], states=states)
         return hidden, cache
 
@@ -307,12 +307,12 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """The layers from ``first`` up to ``last``, each of them 0, the number of leading layers, or that of all. Also returns keys and values."""
         angles = rotary(positions, self.config)
-        cursor = None if cache is None else cache.cursor
+        lengths = None if cache is None else cache.lengths
         kv = None if cache is None else (cache.keys, cache.values)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def run(layer: DecoderLayer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
-            return layer(x, angles, attend, kv, cursor, key)
+            return layer(x, angles, attend, kv, lengths, key)
 
         if not self.scan:
             outputs, body = [], checkpoint(run, remat, scanned=False)

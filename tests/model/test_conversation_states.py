@@ -20,7 +20,6 @@ from chatpose_jax.generate import (
     init_cache,
     pose_key,
     pose_states,
-    rewind,
 )
 from chatpose_jax.models.chatpose import Params, bind, init_params, unstack_layers
 from chatpose_jax.models.config import HeadConfig, ModelConfig
@@ -120,7 +119,7 @@ def test_a_conversation_that_is_cut_back_or_grows_is_seen_as_it_is() -> None:
     first = [prompt(6, last=10), prompt(3, last=20, seed=1)]
     answer = run(params, first)
     again = [prompt(5, last=20, seed=7), prompt(2, last=10, seed=8)]
-    kept = rewind(answer.cache, jnp.array([4, 3]))
+    kept = dataclasses.replace(answer.cache, lengths=jnp.array([4, 3]))
     second = run(params, again, cache=kept, max_new_tokens=CAPACITY_STEP)
     assert second.cache.capacity > CAPACITY_STEP
     check(params, second, [row[:keep] + more for row, keep, more in zip(first, (4, 3), again)], [None, None])

@@ -24,7 +24,6 @@ from chatpose_jax.generate import (
     generate,
     init_cache,
     prefill,
-    rewind,
 )
 from chatpose_jax.models.chatpose import Params, bind, init_params, unstack_layers
 from chatpose_jax.models.config import ModelConfig
@@ -199,13 +198,11 @@ def test_later_turns_reuse_the_cache(scan: bool) -> None:
             histories[b] = before + answer.tokens[b].tolist()
 
 
-def test_rewind_forgets_the_end_of_a_conversation() -> None:
+def test_a_lower_length_forgets_the_end_of_a_conversation() -> None:
     params = script([10, 11, POSE, END], [20, POSE, 21, END])
     first = [prompt(6, last=10), prompt(3, last=20, seed=1)]
     answer = run(params, first)
-    kept = rewind(answer.cache, jnp.array([4, 3]))
-    np.testing.assert_array_equal(kept.lengths, [4, 3])
-    assert int(kept.cursor) == 4
+    kept = dataclasses.replace(answer.cache, lengths=jnp.array([4, 3]))
     again = [prompt(5, last=20, seed=7), prompt(2, last=10, seed=8)]
     second = run(params, again, cache=kept)
     for b, keep in enumerate((4, 3)):
@@ -316,7 +313,7 @@ def test_impossible_lengths_are_refused(settings: dict[str, Any], message: str) 
 
 
 def test_a_conversation_longer_than_the_context_is_refused_in_a_later_turn() -> None:
-    full = dataclasses.replace(init_cache(small.config(2, scan=False), 1, 512), valid=jnp.arange(512)[None] < 500)
+    full = dataclasses.replace(init_cache(small.config(2, scan=False), 1, 512), lengths=jnp.array([500]))
     with pytest.raises(UserError, match="has 507 tokens"):
         run(_base(), [prompt(6, last=10)], cache=full)
 
