@@ -10,27 +10,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import tempfile
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from chatpose_jax.engine import Answer, Engine, Question
 from chatpose_jax.errors import UserError
-from chatpose_jax.generate import Generated, Returning, Sampling, generate_stream, pose_key, pose_states
+from chatpose_jax.generate import STEPS, Returning, Sampling
 from chatpose_jax.models.arithmetic import available_memory, fast_dtype
-from chatpose_jax.models.chatpose import Params, abstract_params, bind, unstack_layers
+from chatpose_jax.models.chatpose import Params, abstract_params, unstack_layers
 from chatpose_jax.models.config import ModelConfig
-from chatpose_jax.models.decoder import KVCache
 from chatpose_jax.models.heads import head_class, head_output
 from chatpose_jax.models.heads.base import PoseHead
 from chatpose_jax.models.sharding import on_mesh, place
@@ -77,8 +73,8 @@ class Reply:
 class Stream(Iterator[str]):
     """An answer that is generated piece by piece: an iterator over pieces of text. After the last one, ``reply`` is the complete answer.
 
-    From the first piece on, the model cannot give another answer: until the last piece, ``close()``, the end of a ``with`` block, or until the
-    stream is garbage collected. ``yield from`` returns the ``Reply`` too.
+    From the first piece on, the answer takes one of the model's rows: until the last piece, ``close()``, the end of a ``with`` block, or until the
+    stream is garbage collected. Other questions wait if there is no other row. ``yield from`` returns the ``Reply`` too.
     """
 
     def __init__(self, pieces: Generator[str, None, Reply]):
@@ -124,18 +120,11 @@ def check_settings(
     }
 
 
-@dataclasses.dataclass
-class _Held:
-    """The KV cache of the last answers, and for each row the keys (see ``_keys``) of its tokens."""
-
-    keys: list[np.ndarray]
-    cache: KVCache
-
-
 class ChatPose:
     """A loaded model. ``chat`` answers questions. Configuration, parameters, processor and body are attributes.
 
-    Only one call runs at a time. The model keeps the KV cache of the last conversation, and a call that continues it computes only the new tokens.
+    Calls may come from several threads. Each conversation takes a row of one KV cache, and a call that continues one computes only its new tokens.
+    ``engine`` holds the rows: one at first, and as many as the conversations of a batch.
     """
 
     def __init__(self, config: ModelConfig, params: Params, processor: Processor, body: BodyModel | None = None):
@@ -146,12 +135,8 @@ class ChatPose:
         instance("body", body, (BodyModel, type(None)), "a smpl_jax.BodyModel, as smpl_jax.load_body gives it")
         self.config, self.params, self.processor = config, params, processor
         self.body = io.load_body() if body is None else body
-        self._held: _Held | None = None
-        self._lock = threading.Lock()
-        self._sample = jax.jit(
-            lambda params, states, key, count: bind(config, params).pose_head.sample(states, key, count),
-            static_argnums=3,
-        )
+        # A forced answer follows other words. LLaMA's tokenizer writes the space before it in any case.
+        self.engine = Engine(config, params, [*processor.answer_ids(f" {FORCED_ANSWER}"), config.eos_token_id])
         self._check_body()
 
     def _check_body(self) -> None:
@@ -203,12 +188,15 @@ class ChatPose:
             force_pose=force_pose,
             samples=samples,
         )
-        encoded = [self.processor.encode(each) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
-        with self._exclusive():
-            steps = Returning(self._answer(encoded, stream_every=settings["max_new_tokens"], **settings))
-            for _ in steps:
-                pass
-        return steps.value if batched else steps.value[0]
+        questions = [self.question(each, **settings) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
+        for question in questions:
+            self.engine.check(question)
+        with self.engine.lock:
+            self.engine.resize(len(questions))
+            answers = [self.engine.submit(question) for question in questions]
+        self.engine.finish(answers)
+        replies = [self.reply(answer) for answer in answers]
+        return replies if batched else replies[0]
 
     def stream(
         self,
@@ -236,8 +224,7 @@ class ChatPose:
             messages, max_new_tokens, temperature, top_p, seed, force_pose, samples: see ``chat``.
 
         Raises:
-            UserError immediately for everything that ``chat`` refuses. Only at the first piece for a conversation that exceeds the context, and if
-            the model is still giving another answer.
+            UserError immediately for everything that ``chat`` refuses.
         """
         every = whole("every", every, 1)
         settings = self._settings(
@@ -250,20 +237,32 @@ class ChatPose:
         )
         if isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple):
             raise UserError("messages: stream answers one conversation, found a batch of them; chat answers a batch")
-        return Stream(self._pieces(self.processor.encode(messages), stream_every=every, **settings))
+        question = self.question(messages, every=every, **settings)
+        self.engine.check(question)
+        return Stream(self._pieces(question))
 
-    def _pieces(self, encoded: Encoded, **settings: Any) -> Generator[str, None, Reply]:
-        with self._exclusive():
-            decoder, begun = self.processor.stream(), False
-            steps = Returning(self._answer([encoded], **settings))
-            for [ids], _ in steps:
-                piece = "".join(decoder.push(int(i)) for i in ids if i not in self.config.end_token_ids)
+    def _pieces(self, question: Question) -> Generator[str, None, Reply]:
+        decoder, begun, told = self.processor.stream(), False, 0
+        with self.engine.lock:
+            self.engine.resize(1)
+            answer = self.engine.submit(question)
+        try:
+            while not answer.done or told < len(answer.tokens):
+                if told == len(answer.tokens):
+                    self.engine.work(answer)
+                new, told = answer.tokens[told:], len(answer.tokens)
+                piece = "".join(decoder.push(i) for i in new if i not in self.config.end_token_ids)
                 if piece := piece if begun else piece.lstrip(" "):
                     begun = True
                     yield piece
+            if answer.error is not None:
+                raise answer.error
             if rest := decoder.flush():
                 yield rest
-            return steps.value[0]
+            return self.reply(answer)
+        finally:
+            if not answer.done:
+                self.engine.cancel(answer)
 
     def _settings(self, **settings: Any) -> dict[str, Any]:
         checked = check_settings(**settings)
@@ -273,83 +272,34 @@ class ChatPose:
             )
         return checked
 
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise UserError(
-                "this model is still answering: finish or close the stream (or the other thread's call) first"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def forget(self) -> None:
-        """Drops the KV cache of the last conversation."""
-        self._held = None
+        """Drops the KV cache of the last conversations."""
+        self.engine.forget()
 
-    def _answer(
+    def question(
         self,
-        encoded: Sequence[Encoded],
+        messages: Messages,
         *,
         sampling: Sampling,
-        samples: int,
-        force_pose: bool,
-        stream_every: int,
-        max_new_tokens: int,
-    ) -> Generator[tuple[np.ndarray, np.ndarray], None, list[Reply]]:
-        """Yields what ``generate_stream`` yields."""
-        keys = [self._keys(row) for row in encoded]
-        cache, keep = self._reuse(keys)
-        patches = max(self.config.image_tokens, 1)
-        skip = [
-            int((row.input_ids[:n] == self.config.image_token_id).sum()) // patches for row, n in zip(encoded, keep)
-        ]
-        generated = yield from generate_stream(
-            self.config,
-            self.params,
-            [row.input_ids[n:] for row, n in zip(encoded, keep)],
-            [row.images[n:] for row, n in zip(encoded, skip)],
-            force_tail=self._forced_tail if force_pose else None,
-            cache=cache,
-            stream_every=stream_every,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
+        max_new_tokens: int = 128,
+        force_pose: bool = False,
+        samples: int = 1,
+        every: int = STEPS,
+    ) -> Question:
+        """What the engine is asked for an answer to a conversation; settings as ``check_settings`` gives them."""
+        row = self.processor.encode(messages)
+        return Question(
+            row.input_ids, self._keys(row), sampling, row.images, max_new_tokens, force_pose, samples, every
         )
-        held = np.asarray(generated.cache.lengths)
-        rows = [np.concatenate([key, tokens])[:n] for key, tokens, n in zip(keys, generated.tokens, held)]
-        self._held = _Held(rows, generated.cache)
-        return self._replies(generated, sampling, samples)
 
-    def _replies(self, generated: Generated, sampling: Sampling, samples: int) -> list[Reply]:
-        replies = []
-        for tokens, drawn in zip(generated.tokens, self._draw(generated, sampling, samples)):
-            stopped = len(tokens) > 0 and int(tokens[-1]) in self.config.end_token_ids
-            ids = tokens[:-1] if stopped else tokens
-            finish = "stop" if stopped else "length"
-            text = self.processor.decode(ids).lstrip(" ")  # a forced answer may stand alone
-            replies.append(Reply(text, [first for first, *_ in drawn], ids, finish, drawn))
-        return replies
-
-    def _draw(self, generated: Generated, sampling: Sampling, samples: int) -> list[list[list[PosedBody]]]:
-        """The samples of each pose token of each row."""
-        states, mask = pose_states(self.config, generated)
-        if not mask.any():
-            return [[] for _ in mask]
-        drawn = jax.device_get(self._sample(self.params, states, pose_key(sampling), samples))
-        if not all(np.isfinite(leaf[:, mask]).all() for leaf in jax.tree.leaves(drawn)):
-            raise UserError(
-                "a pose of the answer is not finite: the weights of the pose head contain NaN or infinities"
-            )
-        return [
-            [[PosedBody(drawn[s, b, p], self.body) for s in range(samples)] for p in np.flatnonzero(row)]
-            for b, row in enumerate(mask)
-        ]
-
-    @functools.cached_property
-    def _forced_tail(self) -> list[int]:
-        # It follows other words. LLaMA's tokenizer writes the space before it in any case.
-        return [*self.processor.answer_ids(f" {FORCED_ANSWER}"), self.config.eos_token_id]
+    def reply(self, answer: Answer) -> Reply:
+        """A complete answer."""
+        tokens = np.asarray(answer.tokens, np.int32)
+        stopped = len(tokens) > 0 and int(tokens[-1]) in self.config.end_token_ids
+        ids = tokens[:-1] if stopped else tokens
+        samples = [[PosedBody(pose[i], self.body) for i in range(answer.question.samples)] for pose in answer.poses]
+        text = self.processor.decode(ids).lstrip(" ")  # a forced answer may stand alone
+        return Reply(text, [first for first, *_ in samples], ids, "stop" if stopped else "length", samples)
 
     def _keys(self, row: Encoded) -> np.ndarray:
         """(T,) int64 prefix-cache keys: the token id, or, at image tokens, a hash of the image."""
@@ -361,23 +311,6 @@ class ChatPose:
             digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7).digest()
             keys[spots] = -(1 << 32) - int.from_bytes(digest, "little")
         return keys
-
-    def _reuse(self, keys: list[np.ndarray]) -> tuple[KVCache | None, list[int]]:
-        """The cache of the last call, cut back to the prefix that these conversations share with it, and the length of this prefix for each row."""
-        held, self._held = self._held, None
-        if held is None or len(held.keys) != len(keys):
-            return None, [0] * len(keys)
-        keep = []
-        for new, old in zip(keys, held.keys):
-            size = min(len(new) - 1, len(old))
-            differs = np.flatnonzero(new[:size] != old[:size])
-            shared = int(differs[0]) if len(differs) else size
-            while 0 < shared < len(new) and new[shared] < -(1 << 32) and new[shared - 1] == new[shared]:
-                shared -= 1  # never split an image
-            keep.append(shared)
-        if not any(keep):
-            return None, keep
-        return dataclasses.replace(held.cache, lengths=jnp.asarray(keep, jnp.int32)), keep
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Decoding: one jitted prefill, one jitted decode loop, a preallocated cache.
+"""Decoding: one compiled program that reads prompts, one that writes answers, a preallocated cache.
 
 For each token the loop keeps the hidden state that **predicted** it. So the pose of each pose token, even of the first token, needs no further
 forward pass. For streaming, the caller runs the same loop a few steps at a time.
@@ -57,29 +57,54 @@ def _is_temperature(value: float) -> bool:
     return value == 0 or 1e-6 <= value <= 1e6  # outside this range, logits / temperature may overflow float32
 
 
+STEPS = 16
+"""Tokens that one call of ``decode`` writes for each row, at most."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The carry of the decode loop. B rows, at most N new tokens.
+class Rows:
+    """An answer under way in each of B rows of a cache, or none.
 
-    token: (B,) the newest token, not yet in the cache.
-    tokens: (B, N) emitted ids, pad after the end. hidden: (B, N, D) float32, the state that predicted each token.
-    step: () tokens emitted so far by the longest row. done: (B,) bool, whether the row has ended. lengths: (B,) tokens emitted, including the
-    end of sequence. has_pose: (B,) bool. forced: (B,) index into the forced tail that is being written, or -1. finite: (B,) bool, whether all
-    logits so far were finite; a row ends if they are not.
+    token: (B,) int32, the newest token of prompt or answer, not yet in the cache.
+    key: (B,) random keys; token n is drawn with ``fold_in(key, n)``. temperature, top_p: (B,) float32, as in ``Sampling``.
+    limit: (B,) int32, tokens of the answer at most. force_pose: (B,) bool, whether an answer without a pose ends with the tail.
+    step: (B,) int32, tokens emitted so far, including the end of sequence. done: (B,) bool, whether the answer has ended; also of a row that has
+        none. has_pose: (B,) bool. forced: (B,) index into the tail that is being written, or -1.
+    finite: (B,) bool, whether all logits so far were finite; an answer ends if they are not.
     """
 
-    cache: KVCache
-    key: jax.Array
     token: jax.Array
-    tokens: jax.Array
-    hidden: jax.Array
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    limit: jax.Array
+    force_pose: jax.Array
     step: jax.Array
     done: jax.Array
-    lengths: jax.Array
     has_pose: jax.Array
     forced: jax.Array
     finite: jax.Array
+
+    __repr__ = one_line
+
+
+def begin(token: int, sampling: Sampling, limit: int, force_pose: bool) -> Rows:
+    """One row (arrays of shape ()) whose prompt is in the cache but for its last token."""
+    return Rows(
+        token=jnp.int32(token), key=jax.random.key(sampling.seed), temperature=jnp.float32(sampling.temperature),
+        top_p=jnp.float32(sampling.top_p), limit=jnp.int32(limit), force_pose=jnp.asarray(force_pose), step=jnp.int32(0),
+        done=jnp.asarray(False), has_pose=jnp.asarray(False), forced=jnp.int32(-1), finite=jnp.asarray(True),
+    )  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A cache of B rows, and their answers."""
+
+    cache: KVCache
+    rows: Rows
 
     __repr__ = one_line
 
@@ -106,7 +131,7 @@ def decode_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     def put(x: Any, *logical: Any) -> NamedSharding:
         return NamedSharding(mesh, RULES.spec(logical, x.shape, mesh))
 
-    spread = jax.tree.map(lambda x: put(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else put(x), state)
+    spread = jax.tree.map(lambda x: put(x, "batch", *(None,) * (x.ndim - 1)), state)
     keys, values = jax.tree.map(lambda x: put(x, *CACHE_AXES), (state.cache.keys, state.cache.values))
     return dataclasses.replace(spread, cache=dataclasses.replace(spread.cache, keys=keys, values=values))
 
@@ -122,63 +147,48 @@ def _spread(state: DecodeState) -> DecodeState:
     return state if mesh is None else jax.lax.with_sharding_constraint(state, decode_shardings(state, mesh))
 
 
-def _choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
-    """(B, V) -> (B,). Nucleus sampling: Holtzman et al. 2019, section 3.1."""
+def _choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, greedy: bool) -> jax.Array:
+    """(B, V) logits, (B,) of all else -> (B,) tokens. Nucleus sampling: Holtzman et al. 2019, section 3.1."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+        return best
+    draw = jax.vmap(jax.random.categorical)
+    logits = logits / jnp.where(temperature == 0, 1, temperature)[:, None]
 
     def nucleus() -> jax.Array:
         order = jnp.argsort(-logits, axis=-1)
         probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-        outside = jnp.cumsum(probabilities, axis=-1) - probabilities >= top_p
-        ranked = jnp.where(outside, -jnp.inf, jnp.log(probabilities))
-        rank = jax.random.categorical(key, ranked, axis=-1)
+        outside = jnp.cumsum(probabilities, axis=-1) - probabilities >= top_p[:, None]
+        rank = draw(keys, jnp.where(outside, -jnp.inf, jnp.log(probabilities)))
         return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
     def everything() -> jax.Array:  # without the sort, which takes longer than a small model's step on CPU
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        return draw(keys, logits).astype(jnp.int32)
 
-    return jax.lax.cond(top_p < 1, nucleus, everything)
+    return jnp.where(temperature == 0, best, jax.lax.cond(jnp.any(top_p < 1), nucleus, everything))
 
 
-def _emit(
-    config: ModelConfig,
-    state: DecodeState,
-    hidden: jax.Array,
-    logits: jax.Array,
-    settings: dict[str, jax.Array],
-    greedy: bool,
-) -> DecodeState:
-    """Choose the next token from the states (B, D) that predict it, and record both."""
-    tail, limit = settings["tail"], state.tokens.shape[1]
-    hidden = constrain(hidden, "batch", None)
-    finite = state.finite & (state.done | jnp.isfinite(logits).all(axis=-1))
+def _emit(config: ModelConfig, rows: Rows, logits: jax.Array, tail: jax.Array, greedy: bool) -> Rows:
+    """Chooses the next token of each row from its logits (B, V)."""
+    finite = rows.finite & (rows.done | jnp.isfinite(logits).all(axis=-1))
     if config.image_token_id >= 0:  # the image placeholder is never generated
         logits = logits.at[:, config.image_token_id].set(-jnp.inf)
-    token = _choose(
-        logits, jax.random.fold_in(state.key, state.step), settings["temperature"], settings["top_p"], greedy
-    )
-    late = _ends(config, token) | (state.step >= limit - tail.shape[0])
-    begin = settings["force_pose"] & ~state.has_pose & (state.forced < 0) & late
-    forced = jnp.where(begin, 0, state.forced)
-    token = jnp.where(forced >= 0, tail[jnp.clip(forced, 0, tail.shape[0] - 1)], token)
-    token = jnp.where(state.done, config.pad_token_id, token)
-    emitted = dataclasses.replace(
-        state,
+    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.step)
+    token = _choose(logits, keys, rows.temperature, rows.top_p, greedy)
+    late = _ends(config, token) | (rows.step >= rows.limit - len(tail))
+    forced = jnp.where(rows.force_pose & ~rows.has_pose & (rows.forced < 0) & late, 0, rows.forced)
+    token = jnp.where(forced >= 0, tail[jnp.clip(forced, 0, len(tail) - 1)], token)
+    token = jnp.where(rows.done, config.pad_token_id, token)
+    step = rows.step + ~rows.done
+    return dataclasses.replace(
+        rows,
         token=token,
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-        hidden=jax.lax.dynamic_update_slice_in_dim(
-            state.hidden, hidden[:, None].astype(jnp.float32), state.step, axis=1
-        ),
-        step=state.step + 1,
-        lengths=state.lengths + ~state.done,
-        done=state.done | _ends(config, token) | ~finite,
-        has_pose=state.has_pose | ((token == config.pose_token_id) & ~state.done),
+        step=step,
+        done=rows.done | _ends(config, token) | ~finite | (step >= rows.limit),
+        has_pose=rows.has_pose | ((token == config.pose_token_id) & ~rows.done),
         forced=jnp.where(forced >= 0, forced + 1, forced),
         finite=finite,
     )
-    return _spread(emitted)
 
 
 def _ends(config: ModelConfig, token: jax.Array) -> jax.Array:
@@ -186,52 +196,66 @@ def _ends(config: ModelConfig, token: jax.Array) -> jax.Array:
     return (token[:, None] == jnp.asarray(config.end_token_ids)).any(axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "greedy", "mesh"), donate_argnames="cache")
-def prefill(
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def see(config: ModelConfig, params: Params, pixel_values: jax.Array, *, mesh: Mesh | None = None) -> jax.Array:
+    """(B, I, S, S, 3) pixels -> (B, I * N, D) features of images. mesh: that of the parameters; None for one device."""
+    with on_mesh(mesh, gathers=_splits(len(pixel_values), mesh)):
+        return bind(config, params).encode_images(constrain(pixel_values, "batch", None, None, None, None))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
+def read(
     config: ModelConfig,
     params: Params,
     cache: KVCache,
     input_ids: jax.Array,
-    lengths: jax.Array,
-    pixel_values: jax.Array | None,
-    key: jax.Array,
-    settings: dict[str, jax.Array],
+    counts: jax.Array,
+    features: jax.Array | None = None,
+    slot: jax.Array | None = None,
     *,
-    max_new_tokens: int,
-    greedy: bool,
     mesh: Mesh | None = None,
-) -> DecodeState:
-    """Run the (right-padded) prompt once and emit the first token.
+) -> KVCache:
+    """The cache with the next tokens of all rows, or of one.
 
     Args:
-        input_ids: (B, T), right-padded; ``lengths`` (B,) is the number of tokens in each row, at least one.
-        pixel_values: (B, I, S, S, 3) or None.
-        settings: ``temperature``, ``top_p`` () float32, ``force_pose`` () bool, ``tail`` (F,) int32, the ids that end a forced answer.
+        input_ids: (R, T), right-padded; ``counts`` (R,) is the number of tokens in each row. ``lengths + T`` must not exceed the capacity.
+        features: (R, M, D), of the image tokens of ``input_ids`` in their order; None without any. M may be more than there are.
+        slot: () int32, the row of the cache that the only row of ``input_ids`` continues; None for all rows in order.
         mesh: the mesh of the parameters; None for one device.
     """
-    batch, length = input_ids.shape
-    with on_mesh(mesh, gathers=_splits(batch, mesh)):
-        model = bind(config, params)
-        if pixel_values is not None:
-            pixel_values = constrain(pixel_values, "batch", None, None, None, None)
-        present = jnp.arange(length) < lengths[:, None]
-        output = model(input_ids, attention_mask=present, pixel_values=pixel_values, cache=cache)
-        hidden = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    length = input_ids.shape[1]
+    with on_mesh(mesh, gathers=_splits(len(input_ids), mesh)):
+        part = cache if slot is None else _row(cache, slot)
+        present = jnp.arange(length) < counts[:, None]
+        output = bind(config, params)(input_ids, attention_mask=present, image_features=features, cache=part)
         assert output.cache is not None
-        state = DecodeState(
-            cache=output.cache,
-            key=key,
-            token=jnp.zeros(batch, jnp.int32),
-            tokens=jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32),
-            hidden=jnp.zeros((batch, max_new_tokens, hidden.shape[-1]), jnp.float32),
-            step=jnp.zeros((), jnp.int32),
-            done=jnp.zeros(batch, bool),
-            lengths=jnp.zeros(batch, jnp.int32),
-            has_pose=jnp.zeros(batch, bool),
-            forced=jnp.full(batch, -1, jnp.int32),
-            finite=jnp.ones(batch, bool),
-        )
-        return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
+        return output.cache if slot is None else _with_row(cache, output.cache, slot, part.lengths[0], length)
+
+
+def _row(cache: KVCache, slot: jax.Array) -> KVCache:
+    """One row of a cache, as a cache."""
+
+    def take(x: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
+
+    keys, values = jax.tree.map(lambda x: take(x, x.ndim - 4), (cache.keys, cache.values))
+    return KVCache(keys, values, take(cache.lengths, 0), None if cache.states is None else take(cache.states, 0))
+
+
+def _with_row(cache: KVCache, row: KVCache, slot: jax.Array, start: jax.Array, count: int) -> KVCache:
+    """The cache with ``count`` new tokens of one row, from ``start`` on."""
+
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        new = jax.lax.dynamic_slice_in_dim(new, start, count, new.ndim - 2)
+        at = [jnp.int32(0)] * old.ndim
+        at[axis], at[-2] = slot, start
+        return jax.lax.dynamic_update_slice(old, new, tuple(at))
+
+    keys, values = jax.tree.map(
+        lambda old, new: put(old, new, old.ndim - 4), (cache.keys, cache.values), (row.keys, row.values)
+    )
+    states = None if cache.states is None or row.states is None else put(cache.states, row.states, 0)
+    return KVCache(keys, values, jax.lax.dynamic_update_slice(cache.lengths, row.lengths, (slot,)), states)
 
 
 MERGES_NOTHING = {"xla_gpu_dot_merger_threshold_mb": 0}
@@ -246,24 +270,44 @@ def decode(
     config: ModelConfig,
     params: Params,
     state: DecodeState,
-    until: jax.Array,
-    settings: dict[str, jax.Array],
+    count: jax.Array,
+    tail: jax.Array,
     *,
     greedy: bool,
     mesh: Mesh | None = None,
-) -> DecodeState:
-    """Emit tokens until every row is done or there are ``until`` tokens. mesh: as for ``prefill``."""
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """The next tokens of each answer: ``count`` of them, at most ``STEPS``; fewer where it ends.
 
-    def body(state: DecodeState) -> DecodeState:
-        output = model(state.token[:, None], attention_mask=~state.done[:, None], cache=state.cache)
-        hidden = output.hidden[:, 0]
+    Args:
+        tail: (F,) int32, the ids that end a forced answer.
+        greedy: whether the temperature of all rows is 0, which saves the draw.
+        mesh: the mesh of the parameters; None for one device.
+
+    Returns:
+        The state, the tokens (B, STEPS), pad where there is none, and the states that predicted them, (B, STEPS, D) float32.
+    """
+    batch = len(state.rows.token)
+
+    def going(carry: Any) -> jax.Array:
+        index, state, *_ = carry
+        return (index < jnp.minimum(count, STEPS)) & ~jnp.all(state.rows.done)
+
+    def body(carry: Any) -> Any:
+        index, state, tokens, states = carry
+        output = model(state.rows.token[:, None], attention_mask=~state.rows.done[:, None], cache=state.cache)
         assert output.cache is not None
-        state = dataclasses.replace(state, cache=output.cache)
-        return _emit(config, state, hidden, model.logits(hidden), settings, greedy)
+        hidden = constrain(output.hidden[:, 0], "batch", None)
+        rows = _emit(config, state.rows, model.logits(hidden), tail, greedy)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, rows.token[:, None], index, axis=1)
+        states = jax.lax.dynamic_update_slice_in_dim(states, hidden[:, None].astype(jnp.float32), index, axis=1)
+        return index + 1, _spread(DecodeState(output.cache, rows)), tokens, states
 
     with on_mesh(mesh, gathers=False):
         model = bind(config, params)
-        return jax.lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.done), body, state)
+        tokens = jnp.full((batch, STEPS), config.pad_token_id, jnp.int32)
+        states = constrain(jnp.zeros((batch, STEPS, config.text.hidden_size), jnp.float32), "batch", None, None)
+        _, state, tokens, states = jax.lax.while_loop(going, body, (jnp.int32(0), state, tokens, states))
+        return state, tokens, states
 
 
 def bucket(length: int) -> int:
@@ -272,7 +316,7 @@ def bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _grow(cache: KVCache, capacity: int) -> KVCache:
+def grow(cache: KVCache, capacity: int) -> KVCache:
     def pad(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
@@ -289,7 +333,7 @@ def generate_stream(
     images: Sequence[Sequence[np.ndarray]] | None = None,
     *,
     max_new_tokens: int = 128,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     force_tail: Sequence[int] | None = None,
     cache: KVCache | None = None,
     stream_every: int = 1,
@@ -304,6 +348,7 @@ def generate_stream(
         params: on one device, or on a mesh. Decoding runs there.
         prompts: B arrays of ids, of any lengths, with expanded image placeholders.
         images: for each row, its (S, S, 3) arrays in order of appearance.
+        sampling: one for all prompts, or one for each. An answer does not depend on the others of its batch.
         force_tail: ids that replace the end of an answer without a pose. They contain a pose token, and the end of sequence is the last one.
         cache: the cache of earlier turns, B rows; ``prompts`` then contains only the new tokens. It is donated.
 
@@ -312,13 +357,17 @@ def generate_stream(
         context, the answer is too short for the forced tail, or the model's logits are not finite.
     """
     max_new_tokens, stream_every = whole("max_new_tokens", max_new_tokens, 1), whole("stream_every", stream_every, 1)
-    instance("sampling", sampling, Sampling, "a chatpose_jax.generate.Sampling")
     batch, lengths = len(prompts), np.array([len(ids) for ids in prompts], np.int32)
     if batch == 0 or lengths.min() == 0:
         raise UserError(
             f"prompts must be at least one array of ids, and none may be empty; found lengths {lengths.tolist()}"
         )
     _check_images(config, prompts, images)
+    draws = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    for draw in draws:
+        instance("sampling", draw, Sampling, "a chatpose_jax.generate.Sampling, or one for each prompt")
+    if len(draws) != batch:
+        raise UserError(f"sampling: {len(draws)} for {batch} prompts; give one, or one for each prompt")
     if force_tail is not None and max_new_tokens < len(force_tail):
         raise UserError(
             f"max_new_tokens={max_new_tokens} leaves no room for a pose: at least {len(force_tail)} are needed"
@@ -330,57 +379,56 @@ def generate_stream(
             f"the prompt has {longest} tokens (an image counts {config.image_tokens}) and the answer may have {max_new_tokens}, "
             f"but the context is {context}: shorten the conversation or lower max_new_tokens"
         )
-    padded = bucket(int(lengths.max()))
+    padded = bucket(int(lengths.max()) - 1) if lengths.max() > 1 else 0
     capacity = -(-max(int(held.max()) + padded, longest + max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP
     mesh = mesh_of(params)
     if cache is None:
         cache = init_cache(config, batch, capacity, mesh)
     elif cache.capacity < capacity:
-        cache = _grow(cache, capacity)
-
-    input_ids = np.full((batch, padded), config.pad_token_id, np.int32)
-    for row, ids in zip(input_ids, prompts):
-        row[: len(ids)] = ids
-    greedy = sampling.temperature == 0
-    settings = {
-        "temperature": jnp.float32(sampling.temperature),
-        "top_p": jnp.float32(sampling.top_p),
-        "force_pose": jnp.asarray(force_tail is not None),
-        "tail": jnp.asarray([config.eos_token_id] if force_tail is None else list(force_tail), jnp.int32),
-    }
-    state = prefill(
-        config, params, cache, jnp.asarray(input_ids), jnp.asarray(lengths), _pixels(config, images, batch),
-        jax.random.key(sampling.seed), settings, max_new_tokens=max_new_tokens, greedy=greedy, mesh=mesh,
-    )  # fmt: skip
-    seen = 0
-    while True:
-        # One transfer for all, because each transfer waits for the device.
-        emitted, finite, done, counts = jax.device_get((state.step, state.finite, state.done, state.lengths))
-        step = int(emitted)
-        if not finite.all():
-            raise UserError(
-                f"the model's logits for a token of the answer are not finite. Either its weights contain NaN or infinities (chatpose convert counts "
-                f"them), or the range of {config.dtype} is too small: load the model with dtype='float32'"
-            )
-        yield np.asarray(state.tokens[:, seen:step]), counts
-        seen = step
-        if step >= max_new_tokens or done.all():
-            break
-        state = decode(
-            config,
-            params,
-            state,
-            jnp.int32(min(step + stream_every, max_new_tokens)),
-            settings,
-            greedy=greedy,
-            mesh=mesh,
-        )
-    tokens, hidden = np.asarray(state.tokens), np.asarray(state.hidden)
+        cache = grow(cache, capacity)
+    if padded:  # all but the last token of each prompt, from which decoding begins
+        input_ids = np.full((batch, padded), config.pad_token_id, np.int32)
+        for row, ids in zip(input_ids, prompts):
+            row[: len(ids) - 1] = ids[:-1]
+        pixels = _pixels(config, images, batch)
+        features = None if pixels is None else see(config, params, pixels, mesh=mesh)
+        cache = read(config, params, cache, jnp.asarray(input_ids), jnp.asarray(lengths - 1), features, mesh=mesh)
+    each = [
+        begin(int(ids[-1]), draw, max_new_tokens, force_tail is not None)
+        for ids, draw in zip(prompts, draws, strict=True)
+    ]
+    state = DecodeState(cache, jax.tree.map(lambda *parts: jnp.stack(parts), *each))
+    if mesh is not None:  # as decode returns it, so that it is compiled once
+        state = jax.device_put(state, decode_shardings(state, mesh))
+    tail = jnp.asarray([config.eos_token_id] if force_tail is None else list(force_tail), jnp.int32)
+    greedy = all(draw.temperature == 0 for draw in draws)
+    tokens, hidden = list[np.ndarray](), list[np.ndarray]()
+    emitted, done, counts = 0, np.zeros(batch, bool), np.zeros(batch, np.int32)
+    while not done.all():
+        begun, until = len(tokens), 1 if emitted == 0 else emitted + stream_every
+        while emitted < until and not done.all():
+            state, *new = decode(config, params, state, jnp.int32(until - emitted), tail, greedy=greedy, mesh=mesh)
+            # One transfer for all, because each transfer waits for the device.
+            new, finite, done, counts = jax.device_get((new, state.rows.finite, state.rows.done, state.rows.step))
+            if not finite.all():
+                raise not_finite(config)
+            count, emitted = int(counts.max()) - emitted, int(counts.max())
+            tokens.append(new[0][:, :count])
+            hidden.append(new[1][:, :count])
+        yield np.concatenate(tokens[begun:], axis=1), counts
     return Generated(
-        [t[:n] for t, n in zip(tokens, counts)],
-        [h[:n] for h, n in zip(hidden, counts)],
+        [row[:n] for row, n in zip(np.concatenate(tokens, axis=1), counts)],
+        [row[:n] for row, n in zip(np.concatenate(hidden, axis=1), counts)],
         state.cache,
         held + lengths - 1,  # the last token of each prompt predicts the first token of its answer
+    )
+
+
+def not_finite(config: ModelConfig) -> UserError:
+    """The error about logits that are not finite."""
+    return UserError(
+        f"the model's logits for a token of the answer are not finite. Either its weights contain NaN or infinities (chatpose convert counts them), "
+        f"or the range of {config.dtype} is too small: load the model with dtype='float32'"
     )
 
 
@@ -452,6 +500,8 @@ def _check_images(
         given = [] if images is None else images[row]
         if given and config.vision is None:
             raise UserError(f"prompt {row} has {len(given)} images, and this model has no vision tower; give it none")
+        if len(ids) and ids[-1] == config.image_token_id >= 0:
+            raise UserError(f"prompt {row} ends with an image: an answer begins after a token of text")
         places = int((np.asarray(ids) == config.image_token_id).sum())
         if places != patches * len(given):
             raise UserError(

@@ -13,6 +13,7 @@ from PIL import Image
 
 import chatpose_jax
 from chatpose_jax.chat import ChatPose, Stream
+from chatpose_jax.engine import Engine
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling, generate
 from chatpose_jax.models.chatpose import abstract_params, bind, init_params, stack_layers, unstack_layers
@@ -105,16 +106,13 @@ def test_an_answer_ends_at_any_of_its_ends(model, force_pose):
 
 
 def test_later_turns_reuse_the_cache_and_change_nothing(model, monkeypatch):
-    import chatpose_jax.chat as chat
+    answers, submit = [], Engine.submit
 
-    lengths = []
-    original = chat.generate_stream
+    def spy(engine, question, *args):
+        answers.append(submit(engine, question, *args))
+        return answers[-1]
 
-    def spy(config, params, prompts, *args, **kwargs):
-        lengths.append([len(prompt) for prompt in prompts])
-        return (yield from original(config, params, prompts, *args, **kwargs))
-
-    monkeypatch.setattr(chat, "generate_stream", spy)
+    monkeypatch.setattr(Engine, "submit", spy)
     messages = []
     for turn, question in enumerate(
         [user("Who is this?", make_image(0)), user("And this?", make_image(1)), user("Why?")]
@@ -123,10 +121,10 @@ def test_later_turns_reuse_the_cache_and_change_nothing(model, monkeypatch):
         reply = model.chat(messages, max_new_tokens=12, force_pose=turn == 1)
         assert_same(reply, fresh(model).chat(messages, max_new_tokens=12, force_pose=turn == 1))
         messages.append(reply.message)
-    kept, whole = lengths[0::2], lengths[1::2]
-    assert kept[0] == whole[0]
-    assert kept[1][0] < whole[1][0] - CONFIG.vision.num_patches, "the first image was computed again"
-    assert kept[2][0] < 20
+    assert not any(answer.reused for answer in answers[1::2])
+    kept = answers[0::2]
+    assert kept[1].reused > CONFIG.vision.num_patches, "the first image was computed again"
+    assert len(kept[2].question.ids) - kept[2].reused < 20
 
 
 def test_another_image_is_not_taken_for_the_first(model):
@@ -172,16 +170,19 @@ def test_stream_yields_the_text(model):
     assert "".join(seen) == text
 
 
-def test_a_stream_that_nobody_reads_on_gives_the_model_back(model):
+def test_a_stream_that_nobody_reads_on_keeps_nobody_from_an_answer(model):
     question = [user("Tell me more")]
     stream = model.stream(question, max_new_tokens=20)
+    begun = next(stream)
+    other = [user("And another one?")]
+    assert_same(model.chat(other, max_new_tokens=8), fresh(model).chat(other, max_new_tokens=8))
+    assert "".join(model.stream(other, max_new_tokens=8)).strip() == model.chat(other, max_new_tokens=8).text.strip()
+    assert begun + "".join(stream) == stream.reply.text
+    assert_same(stream.reply, fresh(model).chat(question, max_new_tokens=20))
+    stream = model.stream(question, max_new_tokens=20)
     next(stream)
-    with pytest.raises(UserError, match="still answering"):
-        model.chat(question)
-    with pytest.raises(UserError, match="still answering"):
-        next(model.stream(question))
     stream.close()
-    model.chat(question, max_new_tokens=2)
+    assert model.engine.active == 1 and model.chat(question, max_new_tokens=2) and model.engine.idle
     assert list(stream) == []
     with pytest.raises(UserError, match="the answer is not complete"):
         _ = stream.reply

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from chatpose_jax import chat
 from chatpose_jax.chat import ChatPose
+from chatpose_jax.engine import Engine
 from chatpose_jax.models.chatpose import init_params, unstack_layers
 from chatpose_jax.models.config import preset
 from chatpose_jax.processing.conversation import TEMPLATES
@@ -27,33 +27,31 @@ def random_model(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), [("smollm2", "chatml"), ("qwen", "qwen3")])
 def test_later_turns_reuse_the_cache_and_change_nothing(kind, name, monkeypatch):
-    model, seen = random_model(kind, name), []
-    generate_stream = chat.generate_stream
+    model, answers, submit = random_model(kind, name), [], Engine.submit
 
-    def watched(config, params, prompts, *args, **options):
-        seen.append(len(prompts[0]))
-        return generate_stream(config, params, prompts, *args, **options)
+    def watched(engine, question, *args):
+        answers.append(submit(engine, question, *args))
+        return answers[-1]
 
-    monkeypatch.setattr(chat, "generate_stream", watched)
-    messages = []
+    monkeypatch.setattr(Engine, "submit", watched)
+    messages, kept = [], 0
     for turn in range(2):
         messages.append({"role": "user", "content": f"Question {turn}: isn't it <|im_end|>?"})
-        prompt = model.processor.encode(messages).input_ids
-        kept = model._held.keys[0] if model._held else np.zeros(0, np.int64)
         reply = model.chat(messages, max_new_tokens=12, force_pose=True)
-        shared = len(prompt) - seen.pop()
+        answer = answers.pop()
         fresh = ChatPose(model.config, model.params, model.processor, model.body).chat(
             messages, max_new_tokens=12, force_pose=True
         )
-        seen.clear()
+        assert not answers.pop().reused
         assert reply.text == fresh.text and reply.text.endswith(" It is <POSE>.")
         np.testing.assert_array_equal(reply.ids, fresh.ids)
         np.testing.assert_allclose(reply.poses[0].matrices, fresh.poses[0].matrices, atol=1e-5)
         if turn:  # all of the past, or all before the last answer
             past = TEMPLATES[name].past
             lost = 12 if past is None else 12 + len(model.processor.tokenizer.encode("\n\n")) + 2
-            assert len(kept) - lost <= shared <= len(kept)
-            assert (shared == len(kept)) == (past is None)
+            assert kept - lost <= answer.reused <= kept
+            assert (answer.reused == kept) == (past is None)
+        kept = len(answer.question.ids) + len(answer.tokens) - 1
         messages.append(reply.message)
 
 

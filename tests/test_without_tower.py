@@ -48,10 +48,10 @@ def test_there_are_no_arrays_of_a_tower(trained):
 def test_a_trained_one_answers_words_and_refuses_images(trained, tmp_path, capsys):
     model = chatpose_jax.load(trained)
     assert len(model.chat([{"role": "user", "content": "Someone kneels."}], max_new_tokens=4).ids) <= 4
-    before = model._held
+    before = model.engine._state
     with pytest.raises(UserError, match=r"messages\[0\]\.content\[0\]: this model has no vision tower"):
         model.chat(SHOWN)
-    assert model._held is before  # nothing ran
+    assert model.engine._state is before  # nothing ran
     with pytest.raises(UserError, match="no vision tower"):
         model.stream(SHOWN)
     from PIL import Image

@@ -84,6 +84,7 @@ class ChatPoseModel(nnx.Module):
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         pixel_values: jax.Array | None = None,
+        image_features: jax.Array | None = None,
         cache: KVCache | None = None,
         led: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
@@ -98,6 +99,7 @@ class ChatPoseModel(nnx.Module):
             segment_ids: (B, T) int32, for packed rows that contain several conversations: 1, 2, … in order, 0 for padding. Conversations do not
                 attend to each other, and positions start at 0 in each. Replaces ``attention_mask``; not allowed with a cache.
             pixel_values: (B, I, S, S, 3), images in order of appearance; in rows with fewer than I images the rest is ignored. May be None.
+            image_features: (B, M, D), what ``encode_images`` gives for the image tokens, in order of appearance, instead of ``pixel_values``.
             cache: each row's new tokens are written from its ``cache.lengths`` on. ``lengths + T`` must not exceed the capacity.
             led: (B, T, D), the result of ``lead`` for these rows. Images, embedding and leading layers then do not run. Not with a cache.
             dropout_key: turns adapter dropout on.
@@ -106,7 +108,12 @@ class ChatPoseModel(nnx.Module):
         Returns:
             Output. With a cache, the ``lengths`` of ``output.cache`` count the new tokens too.
         """
-        x = self._embedded(input_ids, pixel_values, remat) if led is None else led.astype(self.decoder.dtype)
+        if led is not None:
+            x = led.astype(self.decoder.dtype)
+        elif image_features is not None:
+            x = self.embed(input_ids, image_features)
+        else:
+            x = self._embedded(input_ids, pixel_values, remat)
         if cache is None:
             positions, attend = self._rows(input_ids, attention_mask, segment_ids, x.dtype)
             hidden, _ = self.decoder(x, positions, attend, dropout_key=dropout_key, remat=remat, led=led is not None)

@@ -148,32 +148,24 @@ def plan_decoding(
     )
 
 
-def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, new: int = 128) -> Any:
-    """``generate.decode`` of a model that was loaded over ``mesh``, traced as ``ChatPose.chat`` calls it: layers unrolled, the cache sharded.
-
-    new: length of the answer's buffers of token ids and hidden states.
-    """
+def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int) -> Any:
+    """``generate.decode`` of a model that was loaded over ``mesh``, traced as answers call it: layers unrolled, the cache sharded."""
     model = model.replace(scan_layers=False)
     params = place(abstract_params(model), mesh)
-    cache = jax.eval_shape(lambda: init_cache(model, batch, length))
-    one, rows = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    settings = {
-        "temperature": number,
-        "top_p": number,
-        "force_pose": jax.ShapeDtypeStruct((), bool),
-        "tail": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    ids, key = jax.ShapeDtypeStruct((batch, 1), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
-    state = generate.prefill.eval_shape(
-        model, params, cache, ids, rows, None, key, settings, max_new_tokens=new, greedy=True, mesh=mesh
-    )
+
+    def start() -> generate.DecodeState:
+        row = generate.begin(0, generate.Sampling(), 1, False)
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), row)
+        return generate.DecodeState(init_cache(model, batch, length), rows)
+
+    state = jax.eval_shape(start)
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
         generate.decode_shardings(state, mesh),
     )
-    return generate.decode.trace(model, params, state, one, settings, greedy=True, mesh=mesh)
+    one, tail = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return generate.decode.trace(model, params, state, one, tail, greedy=True, mesh=mesh)
 
 
 def _without_cudnn(model: ModelConfig, target: Target) -> ModelConfig:

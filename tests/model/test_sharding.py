@@ -126,7 +126,7 @@ def test_what_is_planned_is_what_answers_over_a_mesh(sizes, head, monkeypatch):
     for new, old in zip(found.hidden, expected.hidden):
         np.testing.assert_allclose(new, old, atol=1e-4)  # up to 384 products of about 1, summed in another order
     monkeypatch.undo()
-    planned = trace_decoding(stacked, on, 2, generate.CAPACITY_STEP, 16).lower()
+    planned = trace_decoding(stacked, on, 2, generate.CAPACITY_STEP).lower()
     assert planned.as_text() == lowered[0].as_text()
     sent = collectives.count(lowered[0].compile().as_text())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(whole["decoder"]["layers"]))
