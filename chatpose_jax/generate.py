@@ -152,20 +152,19 @@ def _choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: j
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if greedy:
         return best
-    draw = jax.vmap(jax.random.categorical)
     logits = logits / jnp.where(temperature == 0, 1, temperature)[:, None]
 
     def nucleus() -> jax.Array:
-        order = jnp.argsort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-        outside = jnp.cumsum(probabilities, axis=-1) - probabilities >= top_p[:, None]
-        rank = draw(keys, jnp.where(outside, -jnp.inf, jnp.log(probabilities)))
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        ranked = -jnp.sort(-probabilities, axis=-1)
+        inside = jnp.cumsum(ranked, axis=-1) - ranked < top_p[:, None]
+        least = jnp.min(jnp.where(inside, ranked, 1), axis=-1)
+        return jnp.where((probabilities < least[:, None]) & (top_p < 1)[:, None], -jnp.inf, logits)
 
-    def everything() -> jax.Array:  # without the sort, which takes longer than a small model's step on CPU
-        return draw(keys, logits).astype(jnp.int32)
-
-    return jnp.where(temperature == 0, best, jax.lax.cond(jnp.any(top_p < 1), nucleus, everything))
+    # Without a nucleus nothing is sorted, which takes longer than a small model's step on CPU. A row draws the same beside rows that have one.
+    within = jax.lax.cond(jnp.any(top_p < 1), nucleus, lambda: logits)
+    drawn = jax.vmap(jax.random.categorical)(keys, within).astype(jnp.int32)
+    return jnp.where(temperature == 0, best, drawn)
 
 
 def _emit(config: ModelConfig, rows: Rows, logits: jax.Array, tail: jax.Array, greedy: bool) -> Rows:
@@ -363,9 +362,9 @@ def generate_stream(
             f"prompts must be at least one array of ids, and none may be empty; found lengths {lengths.tolist()}"
         )
     _check_images(config, prompts, images)
-    draws = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    draws = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * batch
     for draw in draws:
-        instance("sampling", draw, Sampling, "a chatpose_jax.generate.Sampling, or one for each prompt")
+        instance("sampling", draw, Sampling, "a chatpose_jax.generate.Sampling")
     if len(draws) != batch:
         raise UserError(f"sampling: {len(draws)} for {batch} prompts; give one, or one for each prompt")
     if force_tail is not None and max_new_tokens < len(force_tail):
@@ -500,8 +499,6 @@ def _check_images(
         given = [] if images is None else images[row]
         if given and config.vision is None:
             raise UserError(f"prompt {row} has {len(given)} images, and this model has no vision tower; give it none")
-        if len(ids) and ids[-1] == config.image_token_id >= 0:
-            raise UserError(f"prompt {row} ends with an image: an answer begins after a token of text")
         places = int((np.asarray(ids) == config.image_token_id).sum())
         if places != patches * len(given):
             raise UserError(
@@ -510,6 +507,8 @@ def _check_images(
         for image in given:
             if np.shape(image) != (size, size, 3):
                 raise UserError(f"images must be ({size}, {size}, 3), found {np.shape(image)} in row {row}")
+        if given and ids[-1] == config.image_token_id:
+            raise UserError(f"prompt {row} ends with an image: an answer begins after a token of text")
 
 
 def _pixels(config: ModelConfig, images: Sequence[Sequence[np.ndarray]] | None, batch: int) -> jax.Array | None:

@@ -57,7 +57,7 @@ def test_later_turns_reuse_the_cache_and_change_nothing(kind, name, monkeypatch)
 
 def test_a_forced_answer_follows_a_space_or_stands_alone():
     model = random_model("smollm2", "chatml")
-    room = len(model._forced_tail)
+    room = len(model.engine.tail)
     for tokens in (room, room + 6):
         question = [{"role": "user", "content": "Hi"}]
         reply = model.chat(question, max_new_tokens=tokens, force_pose=True)
