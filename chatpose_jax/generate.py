@@ -362,7 +362,7 @@ def generate_stream(
             f"prompts must be at least one array of ids, and none may be empty; found lengths {lengths.tolist()}"
         )
     _check_images(config, prompts, images)
-    draws = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * batch
+    draws: list[Any] = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * batch
     for draw in draws:
         instance("sampling", draw, Sampling, "a chatpose_jax.generate.Sampling")
     if len(draws) != batch:
