@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from chatpose_jax.engine import Answer, Engine, Question
+from chatpose_jax.engine import Completion, Engine, Request
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import STEPS, Returning, Sampling
 from chatpose_jax.models.arithmetic import available_memory, fast_dtype
@@ -162,7 +162,7 @@ class ChatPose:
         force_pose: bool = False,
         samples: int = 1,
     ) -> Any:
-        """Answer a conversation, or a batch of them.
+        """Completion a conversation, or a batch of them.
 
         Args:
             messages: dicts with ``role`` ("system", "user", "assistant") and ``content``: a string, or a list of ``{"type": "text", "text": …}`` and
@@ -188,12 +188,12 @@ class ChatPose:
             force_pose=force_pose,
             samples=samples,
         )
-        questions = [self.question(each, **settings) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
-        for question in questions:
-            self.engine.check(question)
+        requests = [self.request(each, **settings) for each in (messages if batched else [messages])]  # type: ignore[arg-type]
+        for request in requests:
+            self.engine.check(request)
         with self.engine.lock:
-            self.engine.resize(len(questions))
-            answers = [self.engine.submit(question) for question in questions]
+            self.engine.resize(len(requests))
+            answers = [self.engine.submit(request) for request in requests]
         self.engine.finish(answers)
         replies = [self.reply(answer) for answer in answers]
         return replies if batched else replies[0]
@@ -237,15 +237,15 @@ class ChatPose:
         )
         if isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple):
             raise UserError("messages: stream answers one conversation, found a batch of them; chat answers a batch")
-        question = self.question(messages, every=every, **settings)
-        self.engine.check(question)
-        return Stream(self._pieces(question))
+        request = self.request(messages, every=every, **settings)
+        self.engine.check(request)
+        return Stream(self._pieces(request))
 
-    def _pieces(self, question: Question) -> Generator[str, None, Reply]:
+    def _pieces(self, request: Request) -> Generator[str, None, Reply]:
         decoder, begun, told = self.processor.stream(), False, 0
         with self.engine.lock:
             self.engine.resize(1)
-            answer = self.engine.submit(question)
+            answer = self.engine.submit(request)
         try:
             while not answer.done or told < len(answer.tokens):
                 if told == len(answer.tokens):
@@ -276,7 +276,7 @@ class ChatPose:
         """Drops the KV cache of the last conversations."""
         self.engine.forget()
 
-    def question(
+    def request(
         self,
         messages: Messages,
         *,
@@ -285,19 +285,17 @@ class ChatPose:
         force_pose: bool = False,
         samples: int = 1,
         every: int = STEPS,
-    ) -> Question:
+    ) -> Request:
         """What the engine is asked for an answer to a conversation; settings as ``check_settings`` gives them."""
         row = self.processor.encode(messages)
-        return Question(
-            row.input_ids, self._keys(row), sampling, row.images, max_new_tokens, force_pose, samples, every
-        )
+        return Request(row.input_ids, self._keys(row), sampling, row.images, max_new_tokens, force_pose, samples, every)
 
-    def reply(self, answer: Answer) -> Reply:
+    def reply(self, answer: Completion) -> Reply:
         """A complete answer."""
         tokens = np.asarray(answer.tokens, np.int32)
         stopped = len(tokens) > 0 and int(tokens[-1]) in self.config.end_token_ids
         ids = tokens[:-1] if stopped else tokens
-        samples = [[PosedBody(pose[i], self.body) for i in range(answer.question.samples)] for pose in answer.poses]
+        samples = [[PosedBody(pose[i], self.body) for i in range(answer.request.samples)] for pose in answer.poses]
         text = self.processor.decode(ids).lstrip(" ")  # a forced answer may stand alone
         return Reply(text, [first for first, *_ in samples], ids, "stop" if stopped else "length", samples)
 

@@ -21,7 +21,7 @@ from chatpose_jax.generate import (
     CAPACITY_STEP,
     STEPS,
     DecodeState,
-    Rows,
+    AnswerRows,
     Sampling,
     begin,
     decode,
@@ -37,6 +37,7 @@ from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache, init_cache
 from chatpose_jax.models.heads.base import States
 from chatpose_jax.models.sharding import mesh_of
+from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
 
 CHUNKS = (16, 64, 256)
@@ -44,7 +45,7 @@ CHUNKS = (16, 64, 256)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Question:
+class Request:
     """ids: (T,) of the prompt, with expanded image placeholders; the last one is no image. keys: (T,) int64, equal where a token of another prompt
     is the same, images included. images: (S, S, 3) each, in order of appearance. every: tokens after which the answer wants to be told.
     """
@@ -58,17 +59,19 @@ class Question:
     samples: int = 1
     every: int = STEPS
 
+    __repr__ = one_line
+
 
 @dataclasses.dataclass(eq=False)
-class Answer:
+class Completion:
     """An answer under way. tokens: ids so far, including the end of sequence. poses: of each pose token, its samples as a pose of batch shape
     (samples,). done: nothing comes any more. error: why it ended early.
 
     tell: called after each piece, under the engine's lock; it must not block.
     """
 
-    question: Question
-    tell: Callable[[Answer], None] | None = None
+    request: Request
+    tell: Callable[[Completion], None] | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     poses: list[Pose] = dataclasses.field(default_factory=list)
     done: bool = False
@@ -76,6 +79,8 @@ class Answer:
     cancelled: bool = False
     reused: int = 0
     """Tokens of the prompt that were in the cache already."""
+
+    __repr__ = one_line
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,7 +91,7 @@ class _Row:
 
     keys: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     used: int = 0
-    answer: Answer | None = None
+    answer: Completion | None = None
     read: int = 0
     reading: bool = False
     features: jax.Array | None = None
@@ -107,7 +112,7 @@ class Engine:
         self.lock = threading.RLock()
         self.context = config.text.max_position_embeddings if capacity is None else capacity
         self._least = 0 if capacity is None else capacity
-        self._waiting: collections.deque[Answer] = collections.deque()
+        self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
         self._clock = 0
         self._rows = [_Row() for _ in range(slots)]
@@ -143,36 +148,36 @@ class Engine:
             if self.idle:
                 self._state, self._rows = None, [_Row() for _ in self._rows]
 
-    def check(self, question: Question) -> None:
-        """Raises UserError for a question that can have no answer."""
-        length, new = len(question.ids), question.max_new_tokens
-        if question.force_pose and new < len(self.tail):
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request that can have no answer."""
+        length, new = len(request.ids), request.max_new_tokens
+        if request.force_pose and new < len(self.tail):
             raise UserError(f"max_new_tokens={new} leaves no room for a pose: at least {len(self.tail)} are needed")
         if length + new > self.context:
             raise UserError(
                 f"the prompt has {length} tokens (an image counts {self.config.image_tokens}) and the answer may have {new}, "
                 f"but the context is {self.context}: shorten the conversation or lower max_new_tokens"
             )
-        if question.images and self.config.vision is None:
-            raise UserError(f"the prompt has {len(question.images)} images, and this model has no vision tower")
-        places = int((question.ids == self.config.image_token_id).sum())
-        if places != self.config.image_tokens * len(question.images):
+        if request.images and self.config.vision is None:
+            raise UserError(f"the prompt has {len(request.images)} images, and this model has no vision tower")
+        places = int((request.ids == self.config.image_token_id).sum())
+        if places != self.config.image_tokens * len(request.images):
             raise UserError(
-                f"the prompt has {places} image placeholders and {len(question.images)} images, which need {self.config.image_tokens} "
+                f"the prompt has {places} image placeholders and {len(request.images)} images, which need {self.config.image_tokens} "
                 "placeholders each"
             )
-        if not length or question.ids[-1] == self.config.image_token_id:
+        if not length or request.ids[-1] == self.config.image_token_id:
             raise UserError("a prompt must end with a token of text, from which the answer goes on")
 
-    def submit(self, question: Question, tell: Callable[[Answer], None] | None = None) -> Answer:
-        """Puts a question into the queue. Raises UserError as ``check`` does."""
-        self.check(question)
-        answer = Answer(question, tell)
+    def submit(self, request: Request, tell: Callable[[Completion], None] | None = None) -> Completion:
+        """Puts a request into the queue. Raises UserError as ``check`` does."""
+        self.check(request)
+        answer = Completion(request, tell)
         with self.lock:
             self._waiting.append(answer)
         return answer
 
-    def cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: Completion) -> None:
         """Nobody waits for the answer any more: its row is free at the next step."""
         with self.lock:
             answer.cancelled = True
@@ -180,7 +185,7 @@ class Engine:
                 self._waiting.remove(answer)
                 answer.done = True
 
-    def finish(self, answers: Iterable[Answer]) -> None:
+    def finish(self, answers: Iterable[Completion]) -> None:
         """Works until these answers are done, whoever else works too. Raises the error of the first that has one."""
         answers = list(answers)
         try:
@@ -194,7 +199,7 @@ class Engine:
                 if not answer.done:
                     self.cancel(answer)
 
-    def work(self, answer: Answer) -> None:
+    def work(self, answer: Completion) -> None:
         """One step, unless the answer has come further meanwhile."""
         before = len(answer.tokens)
         with self.lock:
@@ -228,19 +233,19 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and (free := [row for row in self._rows if row.answer is None]):
             answer = self._waiting.popleft()
-            question = answer.question
-            row, keep = self._choose(free, question.keys)
-            self._reserve(len(question.ids) + question.max_new_tokens)
+            request = answer.request
+            row, keep = self._choose(free, request.keys)
+            self._reserve(len(request.ids) + request.max_new_tokens)
             assert self._state is not None
             slot = self._rows.index(row)
             self._state = _cut(self._state, jnp.int32(slot), jnp.int32(keep))
             self._clock += 1
-            row.answer, row.keys, row.used, row.read, row.reading = answer, question.keys, self._clock, keep, True
+            row.answer, row.keys, row.used, row.read, row.reading = answer, request.keys, self._clock, keep, True
             answer.reused = keep
-            seen = int((question.ids[:keep] == self.config.image_token_id).sum()) // max(self.config.image_tokens, 1)
+            seen = int((request.ids[:keep] == self.config.image_token_id).sum()) // max(self.config.image_tokens, 1)
             new = [
                 see(self.config, self.params, jnp.asarray(image, jnp.float32)[None, None], mesh=self.mesh)[0]
-                for image in question.images[seen:]
+                for image in request.images[seen:]
             ]
             row.features = jnp.concatenate(new) if new else None
 
@@ -274,12 +279,12 @@ class Engine:
             return
         row = min(reading, key=lambda row: row.used)
         assert row.answer is not None and self._state is not None
-        slot, question = self._rows.index(row), row.answer.question
-        if left := len(question.ids) - 1 - row.read:
+        slot, request = self._rows.index(row), row.answer.request
+        if left := len(request.ids) - 1 - row.read:
             room = self._state.cache.capacity - row.read
             size = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
             size = max(each for each in CHUNKS if each <= min(size, max(room, CHUNKS[0])))
-            ids = question.ids[row.read : row.read + min(size, left)]
+            ids = request.ids[row.read : row.read + min(size, left)]
             features = None
             if (images := int((ids == self.config.image_token_id).sum())) and row.features is not None:
                 part, row.features = row.features[:images], row.features[images:]
@@ -291,8 +296,8 @@ class Engine:
             )  # fmt: skip
             self._state = dataclasses.replace(self._state, cache=cache)
             row.read += len(ids)
-        if row.read == len(question.ids) - 1:
-            start = begin(int(question.ids[-1]), question.sampling, question.max_new_tokens, question.force_pose)
+        if row.read == len(request.ids) - 1:
+            start = begin(int(request.ids[-1]), request.sampling, request.max_new_tokens, request.force_pose)
             self._state = _start(self._state, jnp.int32(slot), start)
             row.reading, row.features = False, None
 
@@ -304,8 +309,8 @@ class Engine:
         assert self._state is not None
         answers = [row.answer for _, row in writing if row.answer is not None]
         others = bool(self._waiting) or any(row.reading for row in self._rows)
-        count = 1 if others else min(answer.question.every for answer in answers)
-        greedy = all(answer.question.sampling.temperature == 0 for answer in answers)
+        count = 1 if others else min(answer.request.every for answer in answers)
+        greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
         self._state, tokens, states = decode(
             self.config, self.params, self._state, jnp.int32(count), self.tail, greedy=greedy, mesh=self.mesh
         )
@@ -319,26 +324,26 @@ class Engine:
                 continue
             try:
                 for place in np.flatnonzero(new == self.config.pose_token_id):
-                    position = len(answer.question.ids) - 1 + len(answer.tokens) + int(place)
+                    position = len(answer.request.ids) - 1 + len(answer.tokens) + int(place)
                     answer.poses.append(self._pose(answer, slot, states[slot, int(place)], position))
             except UserError as error:
                 self._state = _stop(self._state, jnp.int32(slot))
                 self._end(row, error)
                 continue
             answer.tokens += new.tolist()
-            row.keys = np.concatenate([answer.question.keys, np.asarray(answer.tokens, np.int64)])
+            row.keys = np.concatenate([answer.request.keys, np.asarray(answer.tokens, np.int64)])
             if done[slot]:
                 self._end(row)
             elif answer.tell is not None:
                 answer.tell(answer)
 
-    def _pose(self, answer: Answer, slot: int, state: jax.Array, position: int) -> Pose:
-        question = answer.question
-        key = jax.random.fold_in(pose_key(question.sampling), len(answer.poses))
+    def _pose(self, answer: Completion, slot: int, state: jax.Array, position: int) -> Pose:
+        request = answer.request
+        key = jax.random.fold_in(pose_key(request.sampling), len(answer.poses))
         assert self._state is not None
         drawn = _draw(
             self.config, self.params, self._state.cache.states, state, jnp.int32(slot), jnp.int32(position), key,
-            samples=question.samples,
+            samples=request.samples,
         )  # fmt: skip
         drawn = jax.device_get(drawn)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drawn)):
@@ -352,7 +357,7 @@ class Engine:
         if answer is None:
             return
         if answer.tokens:  # the last token is not in the cache
-            row.keys = row.keys[: len(answer.question.ids) + len(answer.tokens) - 1]
+            row.keys = row.keys[: len(answer.request.ids) + len(answer.tokens) - 1]
         answer.error, answer.done = error, True
         if answer.tell is not None:
             answer.tell(answer)
@@ -376,7 +381,7 @@ def _cut(state: DecodeState, slot: jax.Array, keep: jax.Array) -> DecodeState:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _start(state: DecodeState, slot: jax.Array, row: Rows) -> DecodeState:
+def _start(state: DecodeState, slot: jax.Array, row: AnswerRows) -> DecodeState:
     return dataclasses.replace(state, rows=jax.tree.map(lambda all, one: all.at[slot].set(one), state.rows, row))
 
 

@@ -63,7 +63,7 @@ STEPS = 16
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class AnswerRows:
     """An answer under way in each of B rows of a cache, or none.
 
     token: (B,) int32, the newest token of prompt or answer, not yet in the cache.
@@ -89,9 +89,9 @@ class Rows:
     __repr__ = one_line
 
 
-def begin(token: int, sampling: Sampling, limit: int, force_pose: bool) -> Rows:
+def begin(token: int, sampling: Sampling, limit: int, force_pose: bool) -> AnswerRows:
     """One row (arrays of shape ()) whose prompt is in the cache but for its last token."""
-    return Rows(
+    return AnswerRows(
         token=jnp.int32(token), key=jax.random.key(sampling.seed), temperature=jnp.float32(sampling.temperature),
         top_p=jnp.float32(sampling.top_p), limit=jnp.int32(limit), force_pose=jnp.asarray(force_pose), step=jnp.int32(0),
         done=jnp.asarray(False), has_pose=jnp.asarray(False), forced=jnp.int32(-1), finite=jnp.asarray(True),
@@ -104,7 +104,7 @@ class DecodeState:
     """A cache of B rows, and their answers."""
 
     cache: KVCache
-    rows: Rows
+    rows: AnswerRows
 
     __repr__ = one_line
 
@@ -167,7 +167,7 @@ def _choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: j
     return jnp.where(temperature == 0, best, drawn)
 
 
-def _emit(config: ModelConfig, rows: Rows, logits: jax.Array, tail: jax.Array, greedy: bool) -> Rows:
+def _emit(config: ModelConfig, rows: AnswerRows, logits: jax.Array, tail: jax.Array, greedy: bool) -> AnswerRows:
     """Chooses the next token of each row from its logits (B, V)."""
     finite = rows.finite & (rows.done | jnp.isfinite(logits).all(axis=-1))
     if config.image_token_id >= 0:  # the image placeholder is never generated

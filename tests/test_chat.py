@@ -108,8 +108,8 @@ def test_an_answer_ends_at_any_of_its_ends(model, force_pose):
 def test_later_turns_reuse_the_cache_and_change_nothing(model, monkeypatch):
     answers, submit = [], Engine.submit
 
-    def spy(engine, question, *args):
-        answers.append(submit(engine, question, *args))
+    def spy(engine, request, *args):
+        answers.append(submit(engine, request, *args))
         return answers[-1]
 
     monkeypatch.setattr(Engine, "submit", spy)
@@ -124,7 +124,7 @@ def test_later_turns_reuse_the_cache_and_change_nothing(model, monkeypatch):
     assert not any(answer.reused for answer in answers[1::2])
     kept = answers[0::2]
     assert kept[1].reused > CONFIG.vision.num_patches, "the first image was computed again"
-    assert len(kept[2].question.ids) - kept[2].reused < 20
+    assert len(kept[2].request.ids) - kept[2].reused < 20
 
 
 def test_another_image_is_not_taken_for_the_first(model):

@@ -29,8 +29,8 @@ def random_model(kind, name):
 def test_later_turns_reuse_the_cache_and_change_nothing(kind, name, monkeypatch):
     model, answers, submit = random_model(kind, name), [], Engine.submit
 
-    def watched(engine, question, *args):
-        answers.append(submit(engine, question, *args))
+    def watched(engine, request, *args):
+        answers.append(submit(engine, request, *args))
         return answers[-1]
 
     monkeypatch.setattr(Engine, "submit", watched)
@@ -51,7 +51,7 @@ def test_later_turns_reuse_the_cache_and_change_nothing(kind, name, monkeypatch)
             lost = 12 if past is None else 12 + len(model.processor.tokenizer.encode("\n\n")) + 2
             assert kept - lost <= answer.reused <= kept
             assert (answer.reused == kept) == (past is None)
-        kept = len(answer.question.ids) + len(answer.tokens) - 1
+        kept = len(answer.request.ids) + len(answer.tokens) - 1
         messages.append(reply.message)
 
 

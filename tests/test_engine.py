@@ -50,7 +50,7 @@ def user(text, image=None):
 
 
 def ask(model, messages, tell=None, **settings):
-    return model.engine.submit(model.question(messages, **check_settings(**settings)), tell)
+    return model.engine.submit(model.request(messages, **check_settings(**settings)), tell)
 
 
 def assert_same(found, expected):
@@ -105,7 +105,7 @@ def test_several_conversations_go_on_where_they_were(params):
             answer = ask(model, messages, max_new_tokens=4)
             model.engine.finish([answer])
             assert answer.reused > lengths[place] - 4 if turn else answer.reused < 40
-            lengths[place] = len(answer.question.ids) + len(answer.tokens)
+            lengths[place] = len(answer.request.ids) + len(answer.tokens)
             histories[place] = [*messages, model.reply(answer).message, user("More?")]
 
 
@@ -113,7 +113,7 @@ def test_a_long_prompt_does_not_stop_the_others(params, monkeypatch):
     monkeypatch.setattr(engines, "CHUNKS", (16,))
     model = make(params, slots=2)
     first = model.engine.submit(
-        model.question([user("Short?")], every=1, **check_settings(max_new_tokens=40, temperature=1.0, seed=1))
+        model.request([user("Short?")], every=1, **check_settings(max_new_tokens=40, temperature=1.0, seed=1))
     )
     while not first.tokens:
         model.engine.step()

@@ -75,7 +75,7 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None
     return KVCache(layers(), layers(), zeros((batch,), jnp.int32, "batch"), states)
 
 
-def write(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+def extend(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
     """cache (B, …, S, K) with each row's new (B, …, T, K) from slot ``lengths`` (B,) on. ``lengths + T`` must not exceed S."""
     return jax.vmap(lambda old, new, n: jax.lax.dynamic_update_slice_in_dim(old, new, n, axis=old.ndim - 2))(
         cache, new, lengths
@@ -141,7 +141,7 @@ class DecoderAttention(nnx.Module):
         if cache is not None:
             # Shard the new keys and values like the cache; otherwise the compiler may reshard the cache, which is far larger.
             k, v = (constrain(part, *CACHE_AXES) for part in (k, v))
-            k, v = (write(old, new, lengths) for old, new in zip(cache, (k, v)))
+            k, v = (extend(old, new, lengths) for old, new in zip(cache, (k, v)))
             cache = (k, v)
         y = checkpoint_name(attend(q, k, v), "attention")
         return checkpoint_name(self.o_proj(y, None if keys is None else keys[3]), "out"), cache
@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
             states = cache.states
             if states is not None:
                 new = constrain(hidden, *STATE_AXES).astype(states.dtype)
-                states = write(states, new, cache.lengths)
+                states = extend(states, new, cache.lengths)
             cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1], states=states)
         return hidden, cache
 
