@@ -20,8 +20,8 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.generate import (
     CAPACITY_STEP,
     STEPS,
-    DecodeState,
     AnswerRows,
+    DecodeState,
     Sampling,
     begin,
     decode,
