@@ -313,7 +313,7 @@ def plain_texts(model: ChatPose, openings: Sequence[str], folder: Path) -> None:
             model.params,
             [prompts[i] for i in filled],
             max_new_tokens=CONTINUATION,
-            sampling=Sampling(temperature=1.0, seed=seed),
+            sampling=[Sampling(temperature=1.0, seed=seed * len(order) + i) for i in filled],
         )
         for i, tokens in zip(batch, drawn.tokens):
             text = openings[i] + processor.decode(tokens)
