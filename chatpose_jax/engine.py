@@ -132,6 +132,12 @@ class Engine:
         return sum(row.answer is not None for row in self._rows)
 
     @property
+    def use(self) -> float:
+        """The share of the cache's slots that hold tokens."""
+        capacity = 0 if self._state is None else self._state.cache.capacity * self.slots
+        return sum(len(row.keys) for row in self._rows) / capacity if capacity else 0.0
+
+    @property
     def idle(self) -> bool:
         return not self._waiting and not self.active
 
