@@ -8,7 +8,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -187,15 +187,9 @@ class Server:
         name, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         if asked.stream:
             return await streamed(self, answers, asked, name, created)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer.whole()) for answer in answers]
-                gone = asyncio.create_task(_gone(request))
-                gone.add_done_callback(lambda task: None if task.cancelled() else [each.cancel() for each in tasks])
-                group.create_task(_then(tasks, gone))
-        except* ApiError as errors:
-            raise errors.exceptions[0] from None
-        choices = [task.result() for task in tasks]
+        choices = await _unless_gone(request, _all([answer.whole() for answer in answers]))
+        if choices is None:
+            return Response(status_code=499)  # nobody reads it
         usage = usage_of(answers)
         return JSONResponse(
             {
@@ -243,10 +237,11 @@ class Answering:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         try:
-            async for piece in self.worker.answer(self.request, self.asked.stop):
-                self.tokens += piece.tokens
-                self.server.metrics.tokens.inc(piece.tokens)
-                yield piece
+            async with contextlib.aclosing(self.worker.answer(self.request, self.asked.stop)) as pieces:
+                async for piece in pieces:
+                    self.tokens += piece.tokens
+                    self.server.metrics.tokens.inc(piece.tokens)
+                    yield piece
         except Full as error:
             raise ApiError(
                 429, str(error), "queue_full", kind="rate_limit_error", **{"Retry-After": f"{error.seconds:.0f}"}
@@ -263,10 +258,11 @@ class Answering:
 
     async def whole(self) -> dict[str, Any]:
         text, poses, finish = "", list[dict[str, Any]](), "stop"
-        async for piece in self.pieces():
-            text += piece.text
-            poses += await asyncio.to_thread(self.named, piece.poses) if piece.poses else []
-            finish = piece.finish or finish
+        async with contextlib.aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                text += piece.text
+                poses += await asyncio.to_thread(self.named, piece.poses) if piece.poses else []
+                finish = piece.finish or finish
         message = {"role": "assistant", "content": text, "refusal": None, "poses": poses}
         return {"index": self.index, "message": message, "logprobs": None, "finish_reason": finish}
 
@@ -277,15 +273,30 @@ def usage_of(answers: list[Answering]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone away."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+async def _all(work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """The results of coroutines that run together. The first error ends all of them."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
-async def _then(tasks: list[asyncio.Task[Any]], last: asyncio.Task[Any]) -> None:
-    await asyncio.wait(tasks)
-    last.cancel()
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Any]]) -> list[Any] | None:
+    """The result of ``work``; None, and its end, if the client goes away before."""
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.2)
+
+    task, watching = asyncio.create_task(work), asyncio.create_task(watch())
+    try:
+        await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        watching.cancel()
+        task.cancel()
 
 
 async def streamed(server: Server, answers: list[Answering], asked: Completions, name: str, created: int) -> Response:
@@ -294,8 +305,9 @@ async def streamed(server: Server, answers: list[Answering], asked: Completions,
 
     async def run(answer: Answering) -> None:
         try:
-            async for piece in answer.pieces():
-                await events.put((answer, piece))
+            async with contextlib.aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    await events.put((answer, piece))
         except Exception as error:
             await events.put((answer, error))
 
