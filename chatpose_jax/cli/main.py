@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train PoseScript's retriever or text-to-pose model, or convert its released checkpoints",
     ),
     "chat": ("chatpose_jax.cli.chat", "ask a model: interactively, or with --prompt and --image"),
+    "serve": ("chatpose_jax.cli.serve", "serve a model over HTTP, by OpenAI's API, with poses in the answers"),
     "convert": (
         "chatpose_jax.cli.convert",
         "PyTorch weights (LLaVA, ChatPose, a language model) or a GGUF file to a model folder",
