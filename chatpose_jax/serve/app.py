@@ -163,7 +163,10 @@ class Server:
         if found is None:
             raise ApiError(404, "there is no such pose, or no more", "pose_not_found", "id")
         if kind in ("glb", "obj") and not self.may_share(found):
-            raise ApiError(403, f"the mesh of {found.body.name} is licensed: start the server with --share-body if you may pass it on", "licensed_body", "id", kind="permission_error")  # fmt: skip
+            message = (
+                f"the mesh of {found.body.name} is licensed: start the server with --share-body if you may pass it on"
+            )
+            raise ApiError(403, message, "licensed_body", "id", kind="permission_error")
         data = await asyncio.to_thread(pose_files.file_of, found, kind)
         return Response(data, media_type=KINDS[kind], headers={"Cache-Control": "private, max-age=3600"})
 
@@ -214,7 +217,8 @@ class Server:
 
     async def no_method(self, request: Request, error: Exception) -> Response:
         headers = dict(getattr(error, "headers", None) or {})
-        return JSONResponse(ApiError(405, f"{request.method} is not a method of this route", "method_not_allowed").to_json(), 405, headers=headers)  # fmt: skip
+        wrong = ApiError(405, f"{request.method} is not a method of this route", "method_not_allowed")
+        return JSONResponse(wrong.to_json(), 405, headers=headers)
 
     async def failure(self, request: Request, error: Exception) -> Response:
         self.metrics.errors.labels("internal").inc()

@@ -29,6 +29,10 @@ ONLY = {
 """Fields that this server knows, but follows only at these values."""
 
 
+REFUSED = ("refusal", "audio", "tool_calls", "function_call")
+"""Fields of a message that are known, but may hold nothing."""
+
+
 class ApiError(Exception):
     """An error as OpenAI's API reports it. code: a word for programs. param: the field that is wrong."""
 
@@ -210,7 +214,10 @@ def picture(url: Any, where: str, limits: Limits, fetch: Any = None) -> np.ndarr
     elif fetch is not None and url.startswith("https://"):
         data = fetch(url, where)
     else:
-        raise invalid(where, f"{where} must be a data: address; this server reads no file and fetches no address, found {url[:40]!r}", "invalid_image_url")  # fmt: skip
+        message = (
+            f"{where} must be a data: address; this server reads no file and fetches no address, found {url[:40]!r}"
+        )
+        raise invalid(where, message, "invalid_image_url")
     return decode_picture(data, where, limits)
 
 
@@ -230,7 +237,8 @@ def decode_picture(data: bytes, where: str, limits: Limits) -> np.ndarray:
     except ApiError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise invalid(where, f"{where} is no picture that can be read ({', '.join(FORMATS)}): {error!s:.100}", "invalid_image") from None  # fmt: skip
+        message = f"{where} is no picture that can be read ({', '.join(FORMATS)}): {error!s:.100}"
+        raise invalid(where, message, "invalid_image") from None
 
 
 def pose_in_words(value: Any, where: str) -> str:
