@@ -24,7 +24,9 @@ class Metrics:
         self.waiting = Gauge("chatpose_waiting_requests", "requests that have no row yet", registry=self.registry)
         self.active = Gauge("chatpose_active_requests", "requests that have a row", registry=self.registry)
         self.cache = Gauge("chatpose_cache_use", "share of the cache's slots that hold tokens", registry=self.registry)
-        self.first_token = Histogram("chatpose_first_token_seconds", "from a request to its first token", buckets=SECONDS, registry=self.registry)  # fmt: skip
+        self.first_token = Histogram(
+            "chatpose_first_token_seconds", "from a request to its first token", buckets=SECONDS, registry=self.registry
+        )
         self.whole = Histogram(
             "chatpose_answer_seconds",
             "from a request to the end of its answer",

@@ -152,20 +152,10 @@ def _message(value: Any, where: str, limits: Limits, fetch: Any, counted: list[i
         raise invalid(
             f"{where}.role", f"{where}.role must be system, developer, user or assistant, found {role!r:.100}"
         )
-    if unknown := set(value) - {
-        "role",
-        "content",
-        "name",
-        "refusal",
-        "poses",
-        "ids",
-        "annotations",
-        "audio",
-        "tool_calls",
-        "function_call",
-    }:
-        raise invalid(f"{where}.{min(unknown, key=str)!s:.100}", f"{where} has no field {min(unknown, key=str)!r:.100}", "unknown_parameter")  # fmt: skip
-    for name in ("refusal", "audio", "tool_calls", "function_call"):
+    if unknown := set(value) - {"role", "content", "name", "poses", "annotations", *REFUSED}:
+        name = min(unknown, key=str)
+        raise invalid(f"{where}.{name!s:.100}", f"{where} has no field {name!r:.100}", "unknown_parameter")
+    for name in REFUSED:
         if value.get(name):
             raise invalid(f"{where}.{name}", f"{where}.{name} is not supported here", "unsupported_value")
     content = value.get("content")
@@ -247,6 +237,7 @@ def pose_in_words(value: Any, where: str) -> str:
     value: {"axis_angle": 24 × 3 radians, "frame": "camera"}, as an answer has them.
     """
     from chatpose_jax.data.synthetic.captions import describe
+    from smpl_jax.pose import Pose, to_frame
     from smpl_jax.rotations import axis_angle_to_matrix
 
     if not isinstance(value, Mapping) or not isinstance(value.get("axis_angle"), list):
@@ -259,7 +250,7 @@ def pose_in_words(value: Any, where: str) -> str:
         raise invalid(f"{where}.axis_angle", f"{where}.axis_angle must be 24 × 3 numbers") from None
     if not np.isfinite(angles).all() or np.abs(angles).max() > 100:
         raise invalid(f"{where}.axis_angle", f"{where}.axis_angle must be finite, in radians")
-    return describe(np.asarray(axis_angle_to_matrix(angles)))
+    return describe(to_frame(Pose(np.asarray(axis_angle_to_matrix(angles)), "camera"), "model").rotations)
 
 
 def _stops(value: Any, limits: Limits) -> tuple[str, ...]:

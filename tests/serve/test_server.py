@@ -207,7 +207,10 @@ def test_what_is_wrong_is_named(running, body, status, param):
 
 @pytest.mark.parametrize(
     "url",
-    ["/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x.png", "https://example.org/x.png", "data:text/html;base64,eA==", "data:image/png;base64,eA==", "data:image/png;base64,%%", 5, None],
+    [
+        "/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x.png", "https://example.org/x.png", "data:text/html;base64,eA==",
+        "data:image/png;base64,eA==", "data:image/png;base64,%%", 5, None,
+    ],
 )  # fmt: skip
 def test_pictures_come_in_the_request_only(running, url):
     answer = running.ask(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
