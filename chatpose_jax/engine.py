@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class Completion:
     """
 
     request: Request
-    tell: Callable[[Completion], None] | None = None
+    tell: Callable[[Completion], Any] | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     poses: list[Pose] = dataclasses.field(default_factory=list)
     done: bool = False
@@ -175,7 +176,7 @@ class Engine:
         if not length or request.ids[-1] == self.config.image_token_id:
             raise UserError("a prompt must end with a token of text, from which the answer goes on")
 
-    def submit(self, request: Request, tell: Callable[[Completion], None] | None = None) -> Completion:
+    def submit(self, request: Request, tell: Callable[[Completion], Any] | None = None) -> Completion:
         """Puts a request into the queue. Raises UserError as ``check`` does."""
         self.check(request)
         answer = Completion(request, tell)

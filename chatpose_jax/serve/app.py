@@ -8,7 +8,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -178,7 +178,7 @@ class Server:
         worker = self.ready()
         body = await self.body_of(request)
         asked = await asyncio.to_thread(parse, body, self.name, self.limits)
-        answers = [Answering(self, worker, asked, index) for index in range(asked.count)]
+        answers = [Answering(self, worker, asked, index) for index in range(asked.choices)]
         try:
             for answer in answers:
                 answer.request = await asyncio.to_thread(answer.encode)
@@ -239,7 +239,7 @@ class Answering:
         sampling = Sampling(first.temperature, first.top_p, (first.seed + self.index) % 2**32)
         return self.worker.model.request(self.asked.messages, sampling=sampling, every=1, **settings)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         try:
             async with contextlib.aclosing(self.worker.answer(self.request, self.asked.stop)) as pieces:
                 async for piece in pieces:

@@ -70,7 +70,7 @@ class Completions(NamedTuple):
 
     messages: list[dict[str, Any]]
     settings: dict[str, Any]
-    count: int
+    choices: int
     stop: tuple[str, ...]
     stream: bool
     usage: bool
@@ -108,7 +108,7 @@ def parse(body: Any, model: str, limits: Limits, fetch: Any = None) -> Completio
     return Completions(
         messages=_messages(given.get("messages"), limits, fetch),
         settings=_settings(given, limits),
-        count=_whole(given, "n", 1, 1, limits.answers),
+        choices=_whole(given, "n", 1, 1, limits.answers),
         stop=_stops(given.get("stop", ()), limits),
         stream=stream,
         usage=_usage(given, stream),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 from chatpose_jax.chat import ChatPose, Reply
@@ -71,7 +71,7 @@ class Worker:
             engine.step()
             self.metrics.step(engine, time.perf_counter() - before)
 
-    async def answer(self, request: Request, stop: tuple[str, ...] = ()) -> AsyncIterator[Piece]:
+    async def answer(self, request: Request, stop: tuple[str, ...] = ()) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer. It ends early at a string of ``stop``, which is left out; and its row is free when nobody listens any more.
 
         Raises Full, TimeoutError, and the UserError of a request that can have no answer.
