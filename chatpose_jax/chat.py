@@ -162,7 +162,7 @@ class ChatPose:
         force_pose: bool = False,
         samples: int = 1,
     ) -> Any:
-        """Completion a conversation, or a batch of them.
+        """Answer a conversation, or a batch of them.
 
         Args:
             messages: dicts with ``role`` ("system", "user", "assistant") and ``content``: a string, or a list of ``{"type": "text", "text": …}`` and
