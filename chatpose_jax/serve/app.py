@@ -20,6 +20,7 @@ from chatpose_jax import __version__
 from chatpose_jax.chat import ChatPose
 from chatpose_jax.errors import UserError
 from chatpose_jax.generate import Sampling
+from chatpose_jax.serve import page
 from chatpose_jax.serve import poses as pose_files
 from chatpose_jax.serve.metrics import Metrics
 from chatpose_jax.serve.openai import ApiError, Completions, Limits, invalid, parse
@@ -58,6 +59,7 @@ class Server:
                 Route("/health", self.health),
                 Route("/metrics", self.show_metrics),
                 Route("/version", self.version),
+                *page.routes(),
             ],
             lifespan=self.lifespan,
             exception_handlers={
@@ -258,7 +260,7 @@ class Answering:
     def named(self, poses: list[list[PosedBody]]) -> list[dict[str, Any]]:
         """Poses as JSON; from now on the server has their files."""
         self.server.metrics.poses.inc(len(poses))
-        return [pose_files.to_json(self.server.poses.put(samples[0]), samples[0], samples) for samples in poses]
+        return [pose_files.to_json([self.server.poses.put(each) for each in samples], samples) for samples in poses]
 
     async def whole(self) -> dict[str, Any]:
         text, poses, finish = "", list[dict[str, Any]](), "stop"

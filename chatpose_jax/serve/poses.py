@@ -58,24 +58,21 @@ def file_of(pose: PosedBody, kind: str) -> bytes:
         return path.read_bytes()
 
 
-def to_json(name: str, pose: PosedBody, samples: list[PosedBody]) -> dict[str, Any]:
-    """A pose as an answer shows it: angles in radians, joints in metres relative to nothing but the frame."""
-    betas = pose.pose.betas
-    shown: dict[str, Any] = {
-        "id": name,
-        "object": "pose",
-        "frame": pose.pose.frame,
-        "body": pose.body.name,
-        "axis_angle": _rounded(pose.axis_angle),
-        "joints": _rounded(pose.joints),
-    }
-    if betas is not None:
-        shown["betas"] = _rounded(betas)
+def to_json(names: list[str], samples: list[PosedBody]) -> dict[str, Any]:
+    """A pose as an answer shows it: angles in radians, joints in metres relative to nothing but the frame; the first of its samples, and all of
+    them if there are several, each with the id of its files. parents: of each joint, -1 for the root.
+    """
+    pose, body = samples[0].pose, samples[0].body
+    shown: dict[str, Any] = {"id": names[0], "object": "pose", "frame": pose.frame, "body": body.name}
+    shown |= _arrays(samples[0]) | {"joint_names": list(body.joint_names), "parents": list(body.parents)}
     if len(samples) > 1:
-        shown["samples"] = [
-            {"axis_angle": _rounded(each.axis_angle), "joints": _rounded(each.joints)} for each in samples
-        ]
+        shown["samples"] = [{"id": name, **_arrays(each)} for name, each in zip(names, samples, strict=True)]
     return shown
+
+
+def _arrays(posed: PosedBody) -> dict[str, Any]:
+    betas = {} if posed.pose.betas is None else {"betas": _rounded(posed.pose.betas)}
+    return {"axis_angle": _rounded(posed.axis_angle), "joints": _rounded(posed.joints), **betas}
 
 
 def _rounded(array: Any) -> Any:
