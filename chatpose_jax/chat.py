@@ -180,7 +180,7 @@ class ChatPose:
             UserError for malformed messages, files that are not images, settings that are out of range, and conversations that exceed the context.
         """
         batched = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], Mapping)
-        settings = self._settings(
+        settings = self.settings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -227,7 +227,7 @@ class ChatPose:
             UserError immediately for everything that ``chat`` refuses.
         """
         every = whole("every", every, 1)
-        settings = self._settings(
+        settings = self.settings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -264,9 +264,15 @@ class ChatPose:
             if not answer.done:
                 self.engine.cancel(answer)
 
-    def _settings(self, **settings: Any) -> dict[str, Any]:
+    @property
+    def draws(self) -> bool:
+        """Whether samples of a pose differ."""
+        return head_class(self.config.head.name).draws
+
+    def settings(self, **settings: Any) -> dict[str, Any]:
+        """The settings of ``request``, from those of ``chat``. Raises UserError for the first invalid one."""
         checked = check_settings(**settings)
-        if checked["samples"] > 1 and not head_class(self.config.head.name).draws:
+        if checked["samples"] > 1 and not self.draws:
             raise UserError(
                 f"samples={checked['samples']}: the pose head {self.config.head.name!r} does not draw samples, so only samples=1 is possible"
             )

@@ -1,6 +1,7 @@
 """Answers many conversations at once. Each takes a row of one cache; it joins at the next step and leaves when it is done.
 
-What a row holds stays there until another conversation needs the row, so the next turn of a conversation reads only what is new.
+What a row holds stays there until another conversation needs the row, so the next turn of a conversation reads only what is new. A prompt that
+begins as another row does (the same system text, a second answer to one question) copies that row.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -86,8 +88,9 @@ class Completion:
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-    """keys: of the tokens that the cache holds in this row, or will once its prompt is read. read: tokens of the prompt that it holds so far.
-    features: (N, D) of each image of the prompt that is not read yet, by its number.
+    """keys: of the prompt, and of the answer so far. read: tokens of the prompt that the cache holds, while it is read.
+    features: (M, D) of image tokens that come next in the prompt, as far as their images were seen; on the host, because a program for each number
+    of them would be compiled.
     """
 
     keys: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
@@ -95,7 +98,14 @@ class _Row:
     answer: Completion | None = None
     read: int = 0
     reading: bool = False
-    features: jax.Array | None = None
+    features: np.ndarray | None = None
+
+    @property
+    def held(self) -> np.ndarray:
+        """The keys of the tokens that the cache holds. The newest token of an answer, or of a prompt, is not in it yet."""
+        if self.answer is None:
+            return self.keys
+        return self.keys[: self.read] if self.reading else self.keys[:-1]
 
 
 class Engine:
@@ -111,6 +121,7 @@ class Engine:
         self.config, self.params, self.tail = config, params, jnp.asarray(tail, jnp.int32)
         self.mesh: Mesh | None = mesh_of(params)
         self.lock = threading.RLock()
+        self._door = threading.Lock()  # of the waiting questions alone: who asks or leaves waits for no step
         self.context = config.text.max_position_embeddings if capacity is None else capacity
         self._least = 0 if capacity is None else capacity
         self._waiting: collections.deque[Completion] = collections.deque()
@@ -155,6 +166,37 @@ class Engine:
             if self.idle:
                 self._state, self._rows = None, [_Row() for _ in self._rows]
 
+    def warm(self, samples: int = 1) -> Pose:
+        """Compiles and runs every program that an answer may need, and makes the cache. Needs an idle engine, and a capacity.
+
+        samples: of a pose, at most. Returns a pose of batch shape (samples,) that it drew.
+        """
+        config, count = self.config, itertools.count(1 << 40)
+        token, tail = config.eos_token_id, len(self.tail)
+
+        def ask(ids: Sequence[int], **settings: Any) -> Completion:
+            keys = np.fromiter(itertools.islice(count, len(ids)), np.int64)  # of no other prompt
+            images = [np.zeros((config.image_size,) * 2 + (3,), np.float32)] * (config.image_token_id in ids)
+            settings = {"sampling": Sampling(), "max_new_tokens": tail, **settings}
+            answer = self.submit(Request(np.asarray(ids, np.int32), keys, images=images, **settings))
+            self.finish([answer])
+            return answer
+
+        with self.lock:
+            for size in CHUNKS:
+                if size + 1 + tail <= self.context:
+                    ask([token] * (size + 1))
+            if config.vision is not None and config.image_tokens + 1 + tail <= self.context:
+                ask([config.image_token_id] * config.image_tokens + [token])
+            for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.5)):
+                for drawn in sorted({_draws(each) for each in range(1, samples + 1)}):
+                    answer = ask([token], sampling=sampling, force_pose=True, samples=drawn)
+            assert self._state is not None
+            self._state = _copy(self._state, np.int32(0), np.int32(0), np.int32(0))
+            self._state = _stop(self._state, np.int32(0))
+            self._rows = [_Row() for _ in self._rows]
+            return answer.poses[0]
+
     def check(self, request: Request) -> None:
         """Raises UserError for a request that can have no answer."""
         length, new = len(request.ids), request.max_new_tokens
@@ -180,13 +222,13 @@ class Engine:
         """Puts a request into the queue. Raises UserError as ``check`` does."""
         self.check(request)
         answer = Completion(request, tell)
-        with self.lock:
+        with self._door:
             self._waiting.append(answer)
         return answer
 
     def cancel(self, answer: Completion) -> None:
         """Nobody waits for the answer any more: its row is free at the next step."""
-        with self.lock:
+        with self._door:
             answer.cancelled = True
             if answer in self._waiting:
                 self._waiting.remove(answer)
@@ -224,37 +266,30 @@ class Engine:
             except Exception as error:  # the cache was given away to a program that failed
                 self._state = None
                 for row in self._rows:
-                    if row.answer is not None:
-                        self._end(row, error)
+                    self._end(row, error)
                     row.keys = np.zeros(0, np.int64)
 
     def _leave(self) -> None:
         for slot, row in enumerate(self._rows):
             if row.answer is not None and row.answer.cancelled:
                 if self._state is not None:
-                    self._state = _stop(self._state, jnp.int32(slot))
-                if row.reading:
-                    row.keys = row.keys[: row.read]
+                    self._state = _stop(self._state, np.int32(slot))
                 self._end(row)
 
     def _admit(self) -> None:
-        while self._waiting and (free := [row for row in self._rows if row.answer is None]):
-            answer = self._waiting.popleft()
+        while free := [row for row in self._rows if row.answer is None]:
+            with self._door:
+                if not self._waiting:
+                    return
+                answer = self._waiting.popleft()
             request = answer.request
             row, keep = self._choose(free, request.keys)
-            self._reserve(len(request.ids) + request.max_new_tokens)
-            assert self._state is not None
-            slot = self._rows.index(row)
-            self._state = _cut(self._state, jnp.int32(slot), jnp.int32(keep))
             self._clock += 1
             row.answer, row.keys, row.used, row.read, row.reading = answer, request.keys, self._clock, keep, True
             answer.reused = keep
-            seen = int((request.ids[:keep] == self.config.image_token_id).sum()) // max(self.config.image_tokens, 1)
-            new = [
-                see(self.config, self.params, jnp.asarray(image, jnp.float32)[None, None], mesh=self.mesh)[0]
-                for image in request.images[seen:]
-            ]
-            row.features = jnp.concatenate(new) if new else None
+            self._reserve(len(request.ids) + request.max_new_tokens)
+            assert self._state is not None
+            self._state = _cut(self._state, np.int32(self._rows.index(row)), np.int32(keep))
 
     def _choose(self, free: list[_Row], keys: np.ndarray) -> tuple[_Row, int]:
         """A free row, and how many of its tokens the prompt begins with. A row whose conversation goes on; else the one that rested longest."""
@@ -287,26 +322,62 @@ class Engine:
         row = min(reading, key=lambda row: row.used)
         assert row.answer is not None and self._state is not None
         slot, request = self._rows.index(row), row.answer.request
+        self._borrow(row, slot)
         if left := len(request.ids) - 1 - row.read:
             room = self._state.cache.capacity - row.read
             size = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
             size = max(each for each in CHUNKS if each <= min(size, max(room, CHUNKS[0])))
             ids = request.ids[row.read : row.read + min(size, left)]
             features = None
-            if (images := int((ids == self.config.image_token_id).sum())) and row.features is not None:
-                part, row.features = row.features[:images], row.features[images:]
-                features = jnp.pad(part, ((0, size - images), (0, 0)))[None]
+            if self.config.vision is not None:  # always, so that reading with images and without is one program
+                images = int((ids == self.config.image_token_id).sum())
+                if self._see(row, images):
+                    return
+                features = self._features(row, images, size)
             padded = np.pad(ids, (0, size - len(ids)), constant_values=self.config.pad_token_id).astype(np.int32)
             cache = read(
-                self.config, self.params, self._state.cache, jnp.asarray(padded[None]), jnp.asarray([len(ids)], jnp.int32),
-                features, jnp.int32(slot), mesh=self.mesh,
+                self.config, self.params, self._state.cache, padded[None], np.asarray([len(ids)], np.int32),
+                features, np.int32(slot), mesh=self.mesh,
             )  # fmt: skip
             self._state = dataclasses.replace(self._state, cache=cache)
             row.read += len(ids)
         if row.read == len(request.ids) - 1:
             start = begin(int(request.ids[-1]), request.sampling, request.max_new_tokens, request.force_pose)
-            self._state = _start(self._state, jnp.int32(slot), start)
+            self._state = _start(self._state, np.int32(slot), start)
             row.reading, row.features = False, None
+
+    def _borrow(self, row: _Row, slot: int) -> None:
+        """Copies what another row holds of this row's prompt, if that saves a piece of reading."""
+        shared = [_shared(other.held, row.keys) if other is not row else 0 for other in self._rows]
+        best = int(np.argmax(shared))
+        if shared[best] - row.read < CHUNKS[0]:
+            return
+        assert row.answer is not None and self._state is not None
+        self._state = _copy(self._state, np.int32(best), np.int32(slot), np.int32(shared[best]))
+        row.answer.reused += shared[best] - row.read
+        row.read, row.features = shared[best], None
+
+    def _see(self, row: _Row, images: int) -> bool:
+        """Sees the next image of a prompt, if the next ``images`` image tokens need it. One at a time: meanwhile others go on."""
+        ready = 0 if row.features is None else len(row.features)
+        if images <= ready:
+            return False
+        assert row.answer is not None
+        request = row.answer.request
+        past = int((request.ids[: row.read] == self.config.image_token_id).sum())
+        image = np.asarray(request.images[(past + ready) // self.config.image_tokens], np.float32)
+        new = np.asarray(see(self.config, self.params, image[None, None], mesh=self.mesh)[0])
+        row.features = new if row.features is None else np.concatenate([row.features, new])
+        return True
+
+    def _features(self, row: _Row, images: int, size: int) -> np.ndarray:
+        """(1, size, D), of the next ``images`` image tokens and zeros."""
+        shape = (size, self.config.text.hidden_size)
+        if row.features is None:
+            return np.zeros((1, *shape), jnp.dtype(self.config.dtype))
+        padded = np.zeros(shape, row.features.dtype)
+        padded[:images], row.features = row.features[:images], row.features[images:]
+        return padded[None]
 
     def _write(self) -> None:
         """The next tokens of all answers that are being written."""
@@ -319,7 +390,7 @@ class Engine:
         count = 1 if others else min(answer.request.every for answer in answers)
         greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
         self._state, tokens, states = decode(
-            self.config, self.params, self._state, jnp.int32(count), self.tail, greedy=greedy, mesh=self.mesh
+            self.config, self.params, self._state, np.int32(count), self.tail, greedy=greedy, mesh=self.mesh
         )
         # One transfer for all, because each transfer waits for the device.
         rows = self._state.rows
@@ -332,9 +403,9 @@ class Engine:
             try:
                 for place in np.flatnonzero(new == self.config.pose_token_id):
                     position = len(answer.request.ids) - 1 + len(answer.tokens) + int(place)
-                    answer.poses.append(self._pose(answer, slot, states[slot, int(place)], position))
+                    answer.poses.append(self._pose(answer, slot, states, int(place), position))
             except UserError as error:
-                self._state = _stop(self._state, jnp.int32(slot))
+                self._state = _stop(self._state, np.int32(slot))
                 self._end(row, error)
                 continue
             answer.tokens += new.tolist()
@@ -344,15 +415,15 @@ class Engine:
             elif answer.tell is not None:
                 answer.tell(answer)
 
-    def _pose(self, answer: Completion, slot: int, state: jax.Array, position: int) -> Pose:
+    def _pose(self, answer: Completion, slot: int, states: jax.Array, place: int, position: int) -> Pose:
         request = answer.request
         key = jax.random.fold_in(pose_key(request.sampling), len(answer.poses))
         assert self._state is not None
         drawn = _draw(
-            self.config, self.params, self._state.cache.states, state, jnp.int32(slot), jnp.int32(position), key,
-            samples=request.samples,
+            self.config, self.params, self._state.cache.states, states, np.int32(slot), np.int32(place), np.int32(position),
+            key, samples=_draws(request.samples),
         )  # fmt: skip
-        drawn = jax.device_get(drawn)
+        drawn = jax.tree.map(lambda x: np.asarray(x)[: request.samples], drawn)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drawn)):
             raise UserError(
                 "a pose of the answer is not finite: the weights of the pose head contain NaN or infinities"
@@ -360,14 +431,19 @@ class Engine:
         return drawn
 
     def _end(self, row: _Row, error: Exception | None = None) -> None:
-        answer, row.answer, row.reading, row.features = row.answer, None, False, None
+        answer = row.answer
         if answer is None:
             return
-        if answer.tokens:  # the last token is not in the cache
-            row.keys = row.keys[: len(answer.request.ids) + len(answer.tokens) - 1]
+        row.keys = row.held if error is None else np.zeros(0, np.int64)
+        row.answer, row.reading, row.features = None, False, None
         answer.error, answer.done = error, True
         if answer.tell is not None:
             answer.tell(answer)
+
+
+def _draws(samples: int) -> int:
+    """Samples that are drawn where ``samples`` are wanted: a power of two, so that few programs are compiled."""
+    return 1 << (samples - 1).bit_length()
 
 
 def _shared(held: np.ndarray, new: np.ndarray) -> int:
@@ -388,6 +464,21 @@ def _cut(state: DecodeState, slot: jax.Array, keep: jax.Array) -> DecodeState:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
+def _copy(state: DecodeState, source: jax.Array, target: jax.Array, keep: jax.Array) -> DecodeState:
+    """The row ``target`` holds the first ``keep`` tokens of the row ``source``."""
+
+    def put(x: jax.Array, axis: int) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, row, target, axis)
+
+    cache = state.cache
+    keys, values = jax.tree.map(lambda x: put(x, x.ndim - 4), (cache.keys, cache.values))
+    states = None if cache.states is None else put(cache.states, 0)
+    cache = KVCache(keys, values, cache.lengths.at[target].set(keep), states)
+    return dataclasses.replace(state, cache=cache)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
 def _start(state: DecodeState, slot: jax.Array, row: AnswerRows) -> DecodeState:
     return dataclasses.replace(state, rows=jax.tree.map(lambda all, one: all.at[slot].set(one), state.rows, row))
 
@@ -403,15 +494,18 @@ def _draw(
     config: ModelConfig,
     params: Params,
     conversations: jax.Array | None,
-    state: jax.Array,
+    newest: jax.Array,
     slot: jax.Array,
+    place: jax.Array,
     position: jax.Array,
     key: jax.Array,
     *,
     samples: int,
 ) -> Pose:
-    """Samples of one pose, of batch shape (samples,). state: (D,), which predicted its token at ``position``; conversations: (B, S, D) or None."""
-    token = state[None, None]
+    """Samples of one pose, of batch shape (samples,). newest: (B, STEPS, D); that of (slot, place) predicted its token at ``position``.
+    conversations: (B, S, D) or None.
+    """
+    token = newest[slot, place][None, None]
     if conversations is None:
         states = States(token)
     else:

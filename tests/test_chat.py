@@ -95,7 +95,7 @@ def test_an_answer_ends_at_any_of_its_ends(model, force_pose):
         CONFIG.replace(other_eos_token_ids=(3, int(whole.ids[place]))), model.params, model.processor, model.body
     )
     reply = ending.chat(question, max_new_tokens=20, force_pose=force_pose)
-    forced = ending._forced_tail[:-1] if force_pose and CONFIG.pose_token_id not in whole.ids[:place] else []
+    forced = ending.engine.tail.tolist()[:-1] if force_pose and CONFIG.pose_token_id not in whole.ids[:place] else []
     assert reply.ids.tolist() == [*whole.ids[:place], *forced]
     assert reply.finish_reason == "stop"
     stream = fresh(ending).stream(question, max_new_tokens=20, force_pose=force_pose)

@@ -96,6 +96,45 @@ def test_answers_that_come_and_go_are_what_each_gets_alone(params, monkeypatch):
         histories = following
 
 
+def test_a_prompt_that_begins_as_another_copies_its_row(params, monkeypatch):
+    """Several answers to one question read it once, and look at its image once; a question after the same words reads only its own."""
+    model, alone = make(params, slots=3), make(params, slots=1)
+    question, seen, see = user("A long question about this image, please?", 7), [], engines.see
+    monkeypatch.setattr(engines, "see", lambda *args, **settings: seen.append(1) or see(*args, **settings))
+    settings = [{"max_new_tokens": 6, "temperature": 1.0, "seed": seed, "force_pose": True} for seed in range(3)]
+    answers = [ask(model, [question], **each) for each in settings]
+    model.engine.finish(answers)
+    whole = len(answers[0].request.ids) - 1
+    assert [answer.reused for answer in answers] == [0, whole, whole] and len(seen) == 1
+    for answer, each in zip(answers, settings):
+        alone.forget()
+        assert_same(model.reply(answer), alone.chat([question], **each))
+    other = [{"role": "user", "content": [*question["content"][:1], {"type": "text", "text": "Something else"}]}]
+    beside = [ask(model, [question], max_new_tokens=6), ask(model, other, max_new_tokens=6)]
+    model.engine.finish(beside)
+    assert beside[1].reused >= CONFIG.image_tokens
+    alone.forget()
+    assert_same(model.reply(beside[1]), alone.chat(other, max_new_tokens=6))
+
+
+def test_once_warm_nothing_is_compiled(params):
+    model, compiled = make(params, slots=3, capacity=512), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    model.engine.warm(samples=4)
+    assert compiled
+    compiled.clear()
+    turns = [user("a", 8), {"role": "assistant", "content": "It is <POSE>."}, user("b", 9)]
+    cases = [*QUESTIONS, ([user("word " * 90)], {"max_new_tokens": 3}), (turns, {"max_new_tokens": 5})]
+    for messages, settings in cases:
+        answers = [ask(model, messages, **settings), ask(model, messages, **settings), ask(model, [user("Gone")])]
+        model.engine.step()
+        model.engine.cancel(answers[-1])
+        model.engine.finish(answers)
+    assert not compiled
+
+
 def test_several_conversations_go_on_where_they_were(params):
     model = make(params, slots=3)
     histories = [[user(f"Question {name}, which nobody else asks?")] for name in "abc"]

@@ -43,6 +43,15 @@ def head_flag(name: str) -> str:
     return f" --head {name}" if ":" in name else ""
 
 
+def read_mesh(text: str) -> tuple[int, int, int]:
+    """The sizes (data, fsdp, tensor) that ``--mesh DATAxFSDPxTENSOR`` names. Raises UserError for another text."""
+    try:
+        data, fsdp, tensor = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"--mesh {text}: expected DATAxFSDPxTENSOR, such as 1x8x1") from None
+    return data, fsdp, tensor
+
+
 def as_overrides(words: Sequence[str]) -> list[str]:
     """Rewrites ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` in a list of arguments as ``--set=KEY=VALUE``.
 

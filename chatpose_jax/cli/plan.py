@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from chatpose_jax.cli.flags import add_config
+from chatpose_jax.cli.flags import add_config, read_mesh
 from chatpose_jax.errors import UserError
 from chatpose_jax.train.config import MeshConfig
 from chatpose_jax.train.run_config import load_config
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not -1 <= effort <= 0:
         raise UserError(f"--effort must be from -1 to 0, found {effort}")
     train, length = config.train, args.length or config.train.max_length
-    given = _sizes(args.mesh)
+    given = None if args.mesh is None else read_mesh(args.mesh)
     chips = target.chips // target.slices
     if given is not None and (min(given) < 1 or math.prod(given) != chips):
         raise UserError(
@@ -92,13 +92,3 @@ def fitting(mesh: MeshConfig, chips: int, slices: int = 1) -> tuple[int, int, in
     given = math.prod(size for size in sizes if size != -1)
     data, fsdp, tensor = (chips // given if size == -1 else size for size in sizes)
     return (data, fsdp, tensor) if data * fsdp * tensor == chips and mesh.slices in (-1, slices) else None
-
-
-def _sizes(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        data, fsdp, tensor = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise UserError(f"--mesh {text}: expected DATAxFSDPxTENSOR, such as 1x8x1") from None
-    return data, fsdp, tensor

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from chatpose_jax.cli.compiled import keep_compiled
+from chatpose_jax.cli.flags import read_mesh
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
 from chatpose_jax.storage import location
@@ -20,16 +22,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", type=location, help="model folder, or the folder of a training or demo; also gs://…, s3://…"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; other than loopback needs a key")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--port", type=int, default=8000, help="0 takes a free one; the first line of the output names it"
+    )
     parser.add_argument("--name", help="the name of the model for clients; default: that of its folder")
     parser.add_argument("--key-file", type=Path, help=f"file with the key that clients must send; else {KEY}, if set")
     parser.add_argument("--slots", type=int, default=8, help="answers that are written at the same time")
     parser.add_argument(
         "--context", type=int, help="tokens of a conversation with its answer, at most; default: what the model holds"
     )
-    parser.add_argument("--queue", type=int, default=64, help="requests that may wait; more get status 429")
+    parser.add_argument("--queue", type=int, default=64, help="answers that may wait; more get status 429")
     parser.add_argument("--max-tokens", type=int, default=1024, help="tokens of an answer, at most")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds that an answer may take")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds that an answer may take, waiting included")
+    parser.add_argument(
+        "--grace", type=int, default=60, help="seconds that answers under way have after SIGTERM or SIGINT"
+    )
+    parser.add_argument(
+        "--mesh", help="DATAxFSDPxTENSOR, such as 1x1x4: the devices that share the model; default: one device"
+    )
+    parser.add_argument(
+        "--allow-media-domain",
+        action="append",
+        default=[],
+        metavar="DOMAIN",
+        help="fetch pictures from https://DOMAIN/…; may be repeated. Without it no address is fetched",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages of ORIGIN (https://example.org) may ask from a browser; may be repeated",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -46,41 +70,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; what is under way is finished first."""
-    for name, least in (("slots", 1), ("queue", 0), ("max_tokens", 1), ("timeout", 1), ("port", 0)):
+    for name, least in (("slots", 1), ("queue", 0), ("max_tokens", 1), ("timeout", 1), ("grace", 0), ("port", 0)):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), least)
-    key = args.key_file.read_text().strip() if args.key_file else os.environ.get(KEY, "").strip()
-    if args.key_file and not key:
-        raise UserError(f"--key-file {args.key_file}: the file is empty")
-    if args.host not in LOOPBACK and not key:
+    mesh_sizes = None if args.mesh is None else read_mesh(args.mesh)
+    key = read_key(args.key_file)
+    if args.host not in LOOPBACK and key is None:
         raise UserError(f"--host {args.host} lets others in: give a key in --key-file FILE, or in {KEY}")
     try:
-        import uvicorn
-
         from chatpose_jax.serve.app import Server
+        from chatpose_jax.serve.listen import Listener, open_socket
+        from chatpose_jax.serve.media import Media
+        from chatpose_jax.serve.openai import Limits
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'chatpose-jax[serve]'") from None
+        raise UserError(f"{error.name} is not installed: in the checkout, pip install '.[serve]'") from None
     from chatpose_jax.chat import ChatPose, load
     from chatpose_jax.engine import Engine
-    from chatpose_jax.serve.openai import Limits
+    from chatpose_jax.models.sharding import make_mesh
 
     def ready() -> ChatPose:
-        model = load(args.model, dtype=args.dtype, body=args.body, head=args.head)
-        context = model.config.text.max_position_embeddings
-        capacity = context if args.context is None else min(whole("--context", args.context, 64), context)
-        model.engine = Engine(
-            model.config, model.params, model.engine.tail.tolist(), slots=args.slots, capacity=capacity
-        )
+        mesh = None if mesh_sizes is None else make_mesh(*mesh_sizes, slices=1)
+        model = load(args.model, dtype=args.dtype, body=args.body, head=args.head, mesh=mesh)
+        most = model.config.text.max_position_embeddings
+        context = most if args.context is None else whole("--context", args.context, 64, most)
+        tail = model.engine.tail.tolist()
+        model.engine = Engine(model.config, model.params, tail, slots=args.slots, capacity=context)
         return model
 
+    keep_compiled()
+    limits = Limits(tokens=args.max_tokens)
     server = Server(
         ready,
         args.name or args.model.name or "chatpose",
-        key=key or None,
-        limits=Limits(tokens=args.max_tokens),
+        key=key,
+        limits=limits,
         queue=args.queue,
         patience=args.timeout,
         share_body=args.share_body,
+        hosts=LOOPBACK if key is None else None,
+        origins=args.allow_origin,
+        fetch=Media(args.allow_media_domain, most=limits.body) if args.allow_media_domain else None,
     )
-    print(f"http://{args.host}:{args.port}/v1 answers as {server.name!r}; the model is being loaded", flush=True)
-    uvicorn.run(server.app, host=args.host, port=args.port, log_level="info", timeout_graceful_shutdown=args.timeout)
+    with open_socket(args.host, args.port) as where:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        address = f"http://{host}:{where.getsockname()[1]}"
+        print(f"{address}/v1 answers as {server.name!r}; the model is being loaded", flush=True)
+        Listener(server, grace=args.grace).listen(where)
     return 0
+
+
+def read_key(file: Path | None) -> str | None:
+    """The key of a file, or of the environment; None for none. Raises UserError for a file without one, and for one that no header can hold."""
+    key = file.read_text().strip() if file else os.environ.get(KEY, "").strip()
+    where = f"--key-file {file}" if file else KEY
+    if file and not key:
+        raise UserError(f"{where}: the file is empty")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"{where}: a key must be one word of ASCII characters")
+    return key or None

@@ -148,8 +148,11 @@ def plan_decoding(
     )
 
 
-def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int) -> Any:
-    """``generate.decode`` of a model that was loaded over ``mesh``, traced as answers call it: layers unrolled, the cache sharded."""
+def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, tail: int = 1) -> Any:
+    """``generate.decode`` of a model that was loaded over ``mesh``, traced as answers call it: layers unrolled, the cache sharded.
+
+    tail: tokens that end a forced answer.
+    """
     model = model.replace(scan_layers=False)
     params = place(abstract_params(model), mesh)
 
@@ -164,8 +167,8 @@ def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int) -> A
         state,
         generate.decode_shardings(state, mesh),
     )
-    one, tail = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    return generate.decode.trace(model, params, state, one, tail, greedy=True, mesh=mesh)
+    one, ids = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((tail,), jnp.int32)
+    return generate.decode.trace(model, params, state, one, ids, greedy=True, mesh=mesh)
 
 
 def _without_cudnn(model: ModelConfig, target: Target) -> ModelConfig:

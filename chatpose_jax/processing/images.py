@@ -109,7 +109,7 @@ def load_image(source: Any, where: str = "") -> Image.Image:
     if isinstance(source, bytes | bytearray):
         return _open(io.BytesIO(source), f"{prefix}the image ({len(source)} bytes)")
     if isinstance(source, str) and source[:64].lstrip()[:5].lower() == "data:":
-        return _open(io.BytesIO(_data_uri(source, prefix)), f"{prefix}the data: URI")
+        return _open(io.BytesIO(data_uri(source, prefix)), f"{prefix}the data: URI")
     if isinstance(source, str) and "://" in source[:16]:
         raise UserError(
             f"{prefix}{source!r:.120} is a web address, and images are never fetched; download it and give the path"
@@ -147,9 +147,10 @@ def upright_size(source: Any, where: str = "") -> tuple[int, int]:
     return load_image(source, where).size  # also for its errors
 
 
-def _data_uri(uri: str, prefix: str) -> bytes:
+def data_uri(uri: str, prefix: str = "") -> bytes:
+    """What a ``data:`` URI in base64 holds. prefix: begins the errors. Raises UserError for any other text."""
     header, _, payload = uri.partition(",")
-    if not header.rstrip().lower().endswith(";base64"):
+    if not (header[:64].lstrip()[:5].lower() == "data:" and header.rstrip().lower().endswith(";base64")):
         raise UserError(f"{prefix}expected 'data:image/…;base64,…', found {uri!r:.60}")
     # Programs break lines, escape what a URL may not hold, and leave the padding out.
     payload = "".join(urllib.parse.unquote(payload).split())

@@ -4,33 +4,36 @@ names it; nothing is left out silently.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from PIL import Image
 
-from chatpose_jax.chat import check_settings
+from chatpose_jax.data.synthetic.captions import describe
 from chatpose_jax.errors import UserError
+from chatpose_jax.processing.images import ImageSettings, data_uri, upright_size
+from chatpose_jax.processing.processor import NO_TOWER
+from chatpose_jax.serve.schema import Mismatch, Schema, check_json
+from smpl_jax.frames import parse_frame
+from smpl_jax.pose import Pose, to_frame
+from smpl_jax.rotations import axis_angle_to_matrix
 
-ROLES = {"developer": "system"}
-"""OpenAI's newer name of a role, and the template's."""
-IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_matrices = jax.jit(axis_angle_to_matrix)
+
+IGNORED = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields that change no answer."""
-ONLY = {
-    "frequency_penalty": (0, 0.0, None), "presence_penalty": (0, 0.0, None), "logprobs": (False, None), "top_logprobs": (0, None),
-    "logit_bias": ({}, None), "tools": ([], None), "tool_choice": ("none", "auto", None), "functions": ([], None), "function_call": ("none", None),
-    "response_format": ({"type": "text"}, None), "modalities": (["text"], None), "audio": (None,), "prediction": (None,), "reasoning_effort": (None,),
-    "verbosity": (None,), "web_search_options": (None,),
+ONLY: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0, None), "presence_penalty": (0, None), "logprobs": (False, None), "top_logprobs": (0, None), "logit_bias": ({}, None),
+    "tools": ([], None), "tool_choice": ("none", "auto", None), "functions": ([], None), "function_call": ("none", None),
+    "response_format": ({"type": "text"}, None), "modalities": (["text"], None), "audio": (None,), "prediction": (None,),
+    "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,),
 }  # fmt: skip
 """Fields that this server knows, but follows only at these values."""
-
-
-REFUSED = ("refusal", "audio", "tool_calls", "function_call")
+EMPTY = ("refusal", "audio", "tool_calls", "function_call")
 """Fields of a message that are known, but may hold nothing."""
+FALLBACK = 128
+"""Tokens of an answer whose request does not say how many, at most."""
 
 
 class ApiError(Exception):
@@ -38,7 +41,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None, kind: str = "", **headers: str):
         super().__init__(message)
-        self.status, self.code, self.param, self.headers = status, code, param, headers
+        self.status, self.code, self.param = status, code, param
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
 
     def to_json(self) -> dict[str, Any]:
@@ -50,14 +54,18 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 
 class Limits(NamedTuple):
-    """What a request may ask for at most. body: bytes. pixels: of one picture. images, messages: of a conversation. tokens: of an answer.
-    answers: ``n``. samples: of each pose. stops: strings of ``stop``.
+    """What a request may ask for at most. body: bytes. upload: seconds until the body is there. bodies: requests that send theirs at a time.
+    pixels: of one picture. images, messages, parts (of a message): in a conversation. tokens: of an answer. answers: ``n``. samples: of each pose.
+    stops: strings of ``stop``. stop_length: characters of each.
     """
 
     body: int = 20 << 20
+    upload: float = 30.0
+    bodies: int = 64
     pixels: int = 32_000_000
     images: int = 8
     messages: int = 256
+    parts: int = 64
     tokens: int = 1024
     answers: int = 8
     samples: int = 16
@@ -66,7 +74,7 @@ class Limits(NamedTuple):
 
 
 class Completions(NamedTuple):
-    """A valid request. settings: of ``ChatPose.request``, without the seed of the answers after the first, which take the next ones."""
+    """A valid request. settings: those of ``ChatPose.chat``. choices: answers, whose seeds follow each other."""
 
     messages: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -76,227 +84,196 @@ class Completions(NamedTuple):
     usage: bool
 
 
-def parse(body: Any, model: str, limits: Limits, fetch: Any = None) -> Completions:
+def request_schema(limits: Limits) -> dict[str, Any]:
+    """JSON Schema of the body of ``POST /v1/chat/completions``; ``read_request`` checks by it."""
+
+    def one(*kinds: str, **more: Any) -> dict[str, Any]:
+        return {"type": [*kinds, "null"], **more}
+
+    def part(kind: str, value: Schema) -> dict[str, Any]:
+        fields = {"type": {"enum": [kind]}, kind: value}
+        return {"type": "object", "properties": fields, "required": ["type", kind], "additionalProperties": False}
+
+    triple = {
+        "type": "array",
+        "items": {"type": "number", "minimum": -100, "maximum": 100},
+        "minItems": 3,
+        "maxItems": 3,
+    }
+    angles = {
+        "type": "array",
+        "items": triple,
+        "minItems": 24,
+        "maxItems": 24,
+        "description": "radians, relative to the parent",
+    }
+    pose = {
+        "type": "object",
+        "properties": {"axis_angle": angles, "frame": {"type": "string"}},
+        "required": ["axis_angle"],
+    }
+    url = {"type": "string", "description": "data:image/…;base64,…, or https:// where the server allows the domain"}
+    address = {
+        "anyOf": [
+            {"type": "object", "properties": {"url": url, "detail": {"enum": ["auto", "low", "high"]}}, "required": ["url"],
+             "additionalProperties": False},
+            url,
+        ]
+    }  # fmt: skip
+    parts = {"oneOf": [part("text", {"type": "string"}), part("image_url", address), part("pose", pose)]}
+    content = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": parts, "minItems": 1, "maxItems": limits.parts}]
+    }
+    message = {
+        "type": "object",
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant"]}, "content": content, "name": one("string"), "poses": one("array"),
+            "annotations": one("array"), **{name: {"enum": [None, []], "x-code": "unsupported_value"} for name in EMPTY},
+        },
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    text = {"type": "string", "minLength": 1, "maxLength": limits.stop_length}
+    options = {
+        "include_usage": {"type": "boolean"},
+        "include_obfuscation": {"enum": [False], "x-code": "unsupported_value"},
+    }
+    return {
+        "type": "object",
+        "properties": {
+            "model": one("string"),
+            "messages": {"type": "array", "items": message, "minItems": 1, "maxItems": limits.messages},
+            "stream": one("boolean"),
+            "stream_options": one("object", properties=options, additionalProperties=False),
+            "n": one("integer", minimum=1, maximum=limits.answers),
+            "max_tokens": one("integer", minimum=1, maximum=limits.tokens),
+            "max_completion_tokens": one("integer", minimum=1, maximum=limits.tokens),
+            "temperature": one("number", minimum=0, maximum=2),
+            "top_p": one("number", minimum=0, maximum=1),
+            "seed": one("integer", minimum=-(2**63), maximum=2**63 - 1),
+            "stop": {"anyOf": [text, {"type": "array", "items": text, "maxItems": limits.stops}, {"type": "null"}]},
+            "force_pose": one("boolean", description="a pose at the end of an answer that has none"),
+            "samples": one("integer", minimum=1, maximum=limits.samples, description="of each pose"),
+            **{name: {"enum": list(values), "x-code": "unsupported_value"} for name, values in ONLY.items()},
+            **{name: {"description": "changes no answer"} for name in IGNORED},
+        },
+        "required": ["messages"],
+        "additionalProperties": False,
+    }
+
+
+def read_request(
+    body: Any,
+    model: str,
+    limits: Limits,
+    images: ImageSettings | None,
+    fetch: Callable[[str, str], bytes] | None = None,
+) -> Completions:
     """A request of ``POST /v1/chat/completions``.
 
     Args:
         body: the JSON value.
         model: the name of the model that answers; a request may name it or leave it out.
-        fetch: a function from an address to the bytes of a picture, if the server may fetch any.
+        images: how the model sees pictures: each becomes an (S, S, 3) array, so that a large one is held in memory once and shortly.
+        fetch: a function from an address and its place to the bytes of a picture, if the server may fetch any.
 
     Raises ApiError (400, or 404 for another model) that names the field.
     """
-    if not isinstance(body, Mapping):
-        raise invalid(None, f"the body must be a JSON object, found {_kind(body)}")
-    known = {
-        "model", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop",
-        "force_pose", "samples",
-    }  # fmt: skip
-    for name, value in body.items():
-        if name in ONLY:
-            if not any(value == each and type(value) is type(each) for each in ONLY[name]):
-                allowed = ", ".join(repr(each) for each in ONLY[name] if each is not None) or "null"
-                raise invalid(name, f"{name} is not supported here other than {allowed}", "unsupported_value")
-        elif name not in known | IGNORED:
-            raise invalid(str(name)[:100], f"there is no field {name!r:.100}", "unknown_parameter")
+    try:
+        check_json(body, request_schema(limits))
+    except Mismatch as error:
+        raise invalid(error.where or None, str(error), error.code) from None
     given = {name: value for name, value in body.items() if value is not None}
     if (named := given.get("model", model)) != model:
-        raise ApiError(
-            404, f"the model {named!r:.100} does not exist here; it is {model!r}", "model_not_found", "model"
-        )
-    stream = _flag(given, "stream", False)
-    return Completions(
-        messages=_messages(given.get("messages"), limits, fetch),
-        settings=_settings(given, limits),
-        choices=_whole(given, "n", 1, 1, limits.answers),
-        stop=_stops(given.get("stop", ()), limits),
-        stream=stream,
-        usage=_usage(given, stream),
-    )
-
-
-def _settings(given: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+        message = f"the model {named!r:.100} does not exist here; it is {model!r}"
+        raise ApiError(404, message, "model_not_found", "model")
     if "max_tokens" in given and "max_completion_tokens" in given:
         raise invalid("max_tokens", "max_tokens and max_completion_tokens are one setting; give one of them")
-    name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    settings: dict[str, Any] = {
-        "max_new_tokens": _whole(given, name, min(128, limits.tokens), 1, limits.tokens),
-        "temperature": _number(given, "temperature", 0.0, 0, 2),
-        "top_p": max(_number(given, "top_p", 1.0, 0, 1), 1e-6),
-        "seed": _whole(given, "seed", 0, -(2**63), 2**63 - 1) % 2**32,
-        "force_pose": _flag(given, "force_pose", False),
-        "samples": _whole(given, "samples", 1, 1, limits.samples),
+    stream = given.get("stream", False)
+    if "stream_options" in given and not stream:
+        raise invalid("stream_options", "stream_options goes with stream")
+    new = given.get("max_completion_tokens", given.get("max_tokens", min(FALLBACK, limits.tokens)))
+    temperature, stop = given.get("temperature", 0.0), given.get("stop", ())
+    settings = {
+        "max_new_tokens": int(new),
+        "temperature": 0.0 if temperature < 1e-6 else float(temperature),
+        "top_p": max(float(given.get("top_p", 1.0)), 1e-6),
+        "seed": int(given.get("seed", 0)) % 2**32,
+        "force_pose": given.get("force_pose", False),
+        "samples": int(given.get("samples", 1)),
     }
-    if 0 < settings["temperature"] < 1e-6:
-        settings["temperature"] = 0.0
-    try:
-        return check_settings(**settings)
-    except UserError as error:
-        raise invalid(None, str(error)) from None
-
-
-def _messages(value: Any, limits: Limits, fetch: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise invalid("messages", f"messages must be a list of at least one message, found {_kind(value)}")
-    if len(value) > limits.messages:
-        raise invalid("messages", f"at most {limits.messages} messages are allowed, found {len(value)}")
-    counted = [0]
-    return [_message(message, f"messages[{i}]", limits, fetch, counted) for i, message in enumerate(value)]
-
-
-def _message(value: Any, where: str, limits: Limits, fetch: Any, counted: list[int]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise invalid(where, f"{where} must be an object, found {_kind(value)}")
-    role = value.get("role")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise invalid(
-            f"{where}.role", f"{where}.role must be system, developer, user or assistant, found {role!r:.100}"
-        )
-    if unknown := set(value) - {"role", "content", "name", "poses", "annotations", *REFUSED}:
-        name = min(unknown, key=str)
-        raise invalid(f"{where}.{name!s:.100}", f"{where} has no field {name!r:.100}", "unknown_parameter")
-    for name in REFUSED:
-        if value.get(name):
-            raise invalid(f"{where}.{name}", f"{where}.{name} is not supported here", "unsupported_value")
-    content = value.get("content")
-    if isinstance(content, str):
-        return {"role": ROLES.get(role, role), "content": content}
-    if not isinstance(content, list) or not content:
-        raise invalid(
-            f"{where}.content", f"{where}.content must be a string or a list of parts, found {_kind(content)}"
-        )
-    parts = [_part(part, f"{where}.content[{i}]", limits, fetch, counted) for i, part in enumerate(content)]
-    return {"role": ROLES.get(role, role), "content": parts}
-
-
-def _part(value: Any, where: str, limits: Limits, fetch: Any, counted: list[int]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise invalid(where, f"{where} must be an object, found {_kind(value)}")
-    kind = value.get("type")
-    if kind == "text" and isinstance(value.get("text"), str):
-        return {"type": "text", "text": value["text"]}
-    if kind == "image_url":
-        counted[0] += 1
-        if counted[0] > limits.images:
-            raise invalid(where, f"a conversation may have at most {limits.images} pictures")
-        url = value.get("image_url")
-        url = url.get("url") if isinstance(url, Mapping) else url
-        return {"type": "image", "image": picture(url, f"{where}.image_url", limits, fetch)}
-    if kind == "pose":
-        return {"type": "text", "text": pose_in_words(value.get("pose"), f"{where}.pose")}
-    raise invalid(
-        where, f"{where}.type must be text, image_url or pose, with a field of that name; found {kind!r:.100}"
+    pictures = Pictures(limits, images, fetch)
+    return Completions(
+        messages=[_message(message, f"messages[{i}]", pictures) for i, message in enumerate(given["messages"])],
+        settings=settings,
+        choices=int(given.get("n", 1)),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stream=stream,
+        usage=given.get("stream_options", {}).get("include_usage", False),
     )
 
 
-def picture(url: Any, where: str, limits: Limits, fetch: Any = None) -> np.ndarray:
-    """(H, W, 3) uint8 of a ``data:`` address. Raises ApiError 400 for any other, for what is no picture, and for one that is too large."""
-    if not isinstance(url, str):
-        raise invalid(where, f"{where} must be an address, found {_kind(url)}")
-    if url.startswith("data:"):
-        head, comma, text = url.partition(",")
-        if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-            raise invalid(where, f"{where} must be data:image/…;base64,…, found {url[:40]!r}")
+def _message(message: Mapping[str, Any], where: str, pictures: Pictures) -> dict[str, Any]:
+    role = "system" if message["role"] == "developer" else message["role"]  # OpenAI's newer name
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [_part(part, f"{where}.content[{i}]", pictures) for i, part in enumerate(content)]
+    return {"role": role, "content": content}
+
+
+def _part(part: Mapping[str, Any], where: str, pictures: Pictures) -> dict[str, Any]:
+    match part["type"]:
+        case "image_url":
+            url = part["image_url"]
+            url = url if isinstance(url, str) else url["url"]
+            return {"type": "image", "image": pictures.read(url, f"{where}.image_url")}
+        case "pose":
+            return {"type": "text", "text": pose_in_words(part["pose"], f"{where}.pose")}
+    return {"type": "text", "text": part["text"]}
+
+
+class Pictures:
+    """Reads the pictures of one conversation."""
+
+    def __init__(self, limits: Limits, images: ImageSettings | None, fetch: Callable[[str, str], bytes] | None):
+        self.limits, self.images, self.fetch, self.count = limits, images, fetch, 0
+
+    def read(self, url: str, where: str) -> np.ndarray:
+        """(S, S, 3) uint8. Raises ApiError 400 for what is no ``data:`` address and may not be fetched, is no picture, or has too many pixels; the
+        size is looked at before a picture is unpacked.
+        """
+        self.count += 1
+        if self.count > self.limits.images:
+            raise invalid(
+                "messages", f"a conversation may have at most {self.limits.images} pictures", "too_many_images"
+            )
+        if self.images is None:
+            raise invalid(where, f"{where}: {NO_TOWER}; ask without it", "no_vision")
         try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise invalid(where, f"{where} is no base64 ({error})", "invalid_image") from None
-    elif fetch is not None and url.startswith("https://"):
-        data = fetch(url, where)
-    else:
-        message = (
-            f"{where} must be a data: address; this server reads no file and fetches no address, found {url[:40]!r}"
-        )
-        raise invalid(where, message, "invalid_image_url")
-    return decode_picture(data, where, limits)
+            if url[:5].lower() == "data:":
+                data = data_uri(url, f"{where}: ")
+            elif self.fetch is not None:
+                data = self.fetch(url, where)
+            else:
+                message = f"{where} must be a data: address; this server reads no file and fetches no address, found {url[:40]!r}"
+                raise invalid(where, message, "invalid_image_url")
+            width, height = upright_size(data, where)
+            if width * height > self.limits.pixels:
+                message = f"{where} has {width} × {height} pixels, at most {self.limits.pixels} are allowed"
+                raise invalid(where, message, "image_too_large")
+            return self.images.square(data, where)
+        except UserError as error:
+            raise invalid(where, str(error), "invalid_image") from None
 
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-
-
-def decode_picture(data: bytes, where: str, limits: Limits) -> np.ndarray:
-    """(H, W, 3) uint8. Raises ApiError 400 for what is no picture or too large; its size is looked at before it is unpacked."""
-    from PIL import ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > limits.pixels:
-                raise invalid(where, f"{where} has {width} × {height} pixels, at most {limits.pixels} are allowed", "image_too_large")  # fmt: skip
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except ApiError:
-        raise
-    except Exception as error:  # Pillow raises many kinds for broken files
-        message = f"{where} is no picture that can be read ({', '.join(FORMATS)}): {error!s:.100}"
-        raise invalid(where, message, "invalid_image") from None
-
-
-def pose_in_words(value: Any, where: str) -> str:
+def pose_in_words(pose: Mapping[str, Any], where: str) -> str:
     """The description of a pose that was sent; the model reads words and pictures only.
 
-    value: {"axis_angle": 24 × 3 radians, "frame": "camera"}, as an answer has them.
+    pose: axis_angle, 24 × 3 radians, and its frame ("camera" unless it is named), as an answer has them.
     """
-    from chatpose_jax.data.synthetic.captions import describe
-    from smpl_jax.pose import Pose, to_frame
-    from smpl_jax.rotations import axis_angle_to_matrix
-
-    if not isinstance(value, Mapping) or not isinstance(value.get("axis_angle"), list):
-        raise invalid(where, f"{where} must be an object with axis_angle, a list of 24 × 3 numbers")
-    if value.get("frame", "camera") != "camera":
-        raise invalid(f"{where}.frame", f"{where}.frame must be camera, found {value.get('frame')!r:.100}")
     try:
-        angles = np.asarray(value["axis_angle"], np.float32).reshape(24, 3)
-    except (TypeError, ValueError):
-        raise invalid(f"{where}.axis_angle", f"{where}.axis_angle must be 24 × 3 numbers") from None
-    if not np.isfinite(angles).all() or np.abs(angles).max() > 100:
-        raise invalid(f"{where}.axis_angle", f"{where}.axis_angle must be finite, in radians")
-    return describe(to_frame(Pose(np.asarray(axis_angle_to_matrix(angles)), "camera"), "model").rotations)
-
-
-def _stops(value: Any, limits: Limits) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    fits = isinstance(texts, list | tuple) and all(
-        isinstance(t, str) and 0 < len(t) <= limits.stop_length for t in texts
-    )
-    if not fits or len(texts) > limits.stops:
-        raise invalid(
-            "stop", f"stop must be a string, or at most {limits.stops} of them, of 1 to {limits.stop_length} characters"
-        )
-    return tuple(texts)
-
-
-def _usage(given: Mapping[str, Any], stream: bool) -> bool:
-    options = given.get("stream_options")
-    if options is None:
-        return False
-    if not isinstance(options, Mapping) or set(options) - {"include_usage", "include_obfuscation"} or not stream:
-        raise invalid("stream_options", "stream_options goes with stream, and holds include_usage")
-    return _flag(options, "include_usage", False)
-
-
-def _flag(given: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = given.get(name, default)
-    if not isinstance(value, bool):
-        raise invalid(name, f"{name} must be true or false, found {_kind(value)}")
-    return value
-
-
-def _whole(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise invalid(name, f"{name} must be a whole number from {least} to {most}, found {value!r:.100}")
-    return value
-
-
-def _number(given: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise invalid(name, f"{name} must be a number from {least} to {most}, found {value!r:.100}")
-    return float(value)
-
-
-def _kind(value: Any) -> str:
-    names = {Mapping: "an object", Sequence: "a list", bool: "true or false", int: "a number", float: "a number"}
-    if value is None or isinstance(value, str):
-        return "nothing" if value is None else "a string"
-    return next((words for kind, words in names.items() if isinstance(value, kind)), type(value).__name__)
+        frame = parse_frame(pose.get("frame", "camera"))
+    except ValueError as error:
+        raise invalid(f"{where}.frame", str(error)) from None
+    matrices = np.asarray(_matrices(np.asarray(pose["axis_angle"], np.float32)))
+    return describe(to_frame(Pose(matrices, frame), "model").rotations)

@@ -7,12 +7,10 @@ import secrets
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from smpl_jax import render
 from smpl_jax.posed import PosedBody
 
 KINDS = {
@@ -22,13 +20,15 @@ KINDS = {
     "png": "image/png",
 }
 """Files of a pose, and their types."""
+MESHES = ("glb", "obj")
+"""Those that hold the body's mesh."""
 
 
 class PoseStore:
-    """The newest ``most`` poses, each for ``seconds``. share: whether meshes of a licensed body may leave the server."""
+    """The newest ``most`` poses, each for ``seconds``."""
 
-    def __init__(self, *, most: int = 1000, seconds: float = 3600, share: bool = True):
-        self.most, self.seconds, self.share = most, seconds, share
+    def __init__(self, *, most: int = 1000, seconds: float = 3600):
+        self.most, self.seconds = most, seconds
         self._held: collections.OrderedDict[str, tuple[float, PosedBody]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -50,31 +50,15 @@ class PoseStore:
 def file_of(pose: PosedBody, kind: str) -> bytes:
     """A file of a pose; kind: one of ``KINDS``."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"pose.{kind}"
-        if kind == "png":
-            render.save_png(path, pose.render(768))
-        else:
-            pose.save(path)
-        return path.read_bytes()
+        return pose.save(Path(folder) / f"pose.{kind}").read_bytes()
 
 
-def to_json(names: list[str], samples: list[PosedBody]) -> dict[str, Any]:
-    """A pose as an answer shows it: angles in radians, joints in metres relative to nothing but the frame; the first of its samples, and all of
-    them if there are several, each with the id of its files. parents: of each joint, -1 for the root.
+def pose_json(names: Sequence[str], samples: Sequence[PosedBody]) -> dict[str, Any]:
+    """A pose as an answer shows it: ``PosedBody.to_json`` with the frame's plain name, the parent of each joint (-1 of the root), and all its samples
+    if there are several. names: the ids of the samples' files.
     """
-    pose, body = samples[0].pose, samples[0].body
-    shown: dict[str, Any] = {"id": names[0], "object": "pose", "frame": pose.frame, "body": body.name}
-    shown |= _arrays(samples[0]) | {"joint_names": list(body.joint_names), "parents": list(body.parents)}
-    if len(samples) > 1:
-        shown["samples"] = [{"id": name, **_arrays(each)} for name, each in zip(names, samples, strict=True)]
-    return shown
-
-
-def _arrays(posed: PosedBody) -> dict[str, Any]:
-    betas = {} if posed.pose.betas is None else {"betas": _rounded(posed.pose.betas)}
-    return {"axis_angle": _rounded(posed.axis_angle), "joints": _rounded(posed.joints), **betas}
-
-
-def _rounded(array: Any) -> Any:
-    """Numbers that JSON holds in few characters: a micrometre, and less than a ten-thousandth of a degree."""
-    return np.round(np.asarray(array, np.float64), 6).tolist()
+    parents = {"parents": list(samples[0].body.parents)}
+    shown = [
+        {"id": name, **each.to_json(), "frame": each.pose.frame} for name, each in zip(names, samples, strict=True)
+    ]
+    return {"object": "pose", **shown[0], **parents, **({"samples": shown} if len(shown) > 1 else {})}

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
-from chatpose_jax.chat import ChatPose, Reply
+from chatpose_jax.chat import ChatPose
 from chatpose_jax.engine import Completion, Request
-from chatpose_jax.serve.metrics import Metrics
+from chatpose_jax.serve.metrics import Metrics, compiled_programs
+from chatpose_jax.serve.openai import pose_in_words
+from chatpose_jax.serve.poses import pose_json
+from smpl_jax.pose import Pose
 from smpl_jax.posed import PosedBody
 
 
 class Piece(NamedTuple):
-    """What is new of an answer. reply: the whole answer, with the last piece. poses: those whose tokens are in ``text``, each with its samples."""
+    """What is new of an answer. poses: those of ``text``, each of batch shape (samples,). finish: why the answer ends, with the last piece."""
 
     text: str
-    poses: list[list[PosedBody]]
-    tokens: int
-    reply: Reply | None = None
+    poses: list[Pose]
     finish: str | None = None
 
 
@@ -32,118 +34,198 @@ class Full(Exception):
         self.seconds = seconds
 
 
-class Worker:
-    """Drives a model's engine in one thread. queue: requests that may wait for a row. patience: seconds that an answer may take in all."""
+class Stopped(Exception):
+    """The answer will not be completed, because the server ends."""
 
-    def __init__(self, model: ChatPose, metrics: Metrics, *, queue: int = 64, patience: float = 600.0):
-        self.model, self.metrics, self.queue, self.patience = model, metrics, queue, patience
+
+class Worker:
+    """Loads a model, warms it up, and drives its engine, all in one thread.
+
+    load: gives the model. queue: answers that may wait for a row. samples: of a pose, at most; their programs are compiled at the start.
+    patience: seconds that an answer may take in all. failed: called, in the thread, when it ends by an error, which is in ``error`` then.
+
+    Methods are for the event loop.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ChatPose],
+        metrics: Metrics,
+        *,
+        queue: int = 64,
+        samples: int = 16,
+        patience: float = 600.0,
+        failed: Callable[[], None] = lambda: None,
+    ):
+        self.load, self.metrics, self.queue, self.samples, self.patience = load, metrics, queue, samples, patience
+        self.failed = failed
+        self.error: Exception | None = None
+        self.model: ChatPose | None = None
+        self.closing = False
+        self.answers: set[Answering] = set()
         self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._seconds = 1.0
         """Of an answer, about; for Retry-After."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """Takes no more requests; ends when those under way are answered."""
+    def close(self, seconds: float = 10) -> None:
+        """Ends the thread: answers that somebody still waits for end with an error. A model that is being loaded is left behind."""
+        self.closing = True
+        for answer in list(self.answers):
+            answer.leave()
         with self._wake:
-            self._closing = True
             self._wake.notify()
+        if self.model is not None:
+            self._thread.join(seconds)
 
-    @property
-    def closing(self) -> bool:
-        return self._closing
+    def submit(self, requests: Sequence[Request], stop: tuple[str, ...] = ()) -> list[Answering]:
+        """Begins to answer. Raises Full, for all of them, if they cannot all have a row or a place in the queue."""
+        assert self.model is not None
+        engine = self.model.engine
+        if len(self.answers) + len(requests) > engine.slots + self.queue:
+            raise Full(max(1.0, self._seconds * len(self.answers) / engine.slots))
+        answers = [Answering(self, request, stop) for request in requests]
+        with self._wake:
+            self._wake.notify()
+        return answers
 
-    def join(self, seconds: float | None = None) -> None:
-        self._thread.join(seconds)
+    def took(self, seconds: float) -> None:
+        """Hears how long an answer took."""
+        self.metrics.answer.observe(seconds)
+        self._seconds = 0.9 * self._seconds + 0.1 * seconds
 
     def _run(self) -> None:
-        engine = self.model.engine
-        while True:
-            with self._wake:
-                while engine.idle and not self._closing:
-                    self._wake.wait()
-            if engine.idle:
-                return
-            before = time.perf_counter()
-            engine.step()
-            self.metrics.step(engine, time.perf_counter() - before)
-
-    async def answer(self, request: Request, stop: tuple[str, ...] = ()) -> AsyncGenerator[Piece, None]:
-        """The pieces of an answer. It ends early at a string of ``stop``, which is left out; and its row is free when nobody listens any more.
-
-        Raises Full, TimeoutError, and the UserError of a request that can have no answer.
-        """
-        engine, loop, heard = self.model.engine, asyncio.get_running_loop(), asyncio.Event()
-        engine.check(request)
-        if engine.waiting >= self.queue:
-            raise Full(max(1.0, self._seconds * engine.waiting / engine.slots))
-        begun = time.monotonic()
-        completion = engine.submit(request, lambda _: loop.call_soon_threadsafe(heard.set))
-        with self._wake:
-            self._wake.notify()
-        reading = Reading(self.model, completion, stop)
         try:
-            while True:
-                async with asyncio.timeout_at(loop.time() + self.patience - (time.monotonic() - begun)):
-                    await heard.wait()
-                heard.clear()
-                piece = reading.next()
-                if piece.tokens and not reading.heard:
-                    self.metrics.first(time.monotonic() - begun)
-                    reading.heard = True
-                if piece.text or piece.poses or piece.finish:
-                    yield piece
+            model = self.load()
+            self._warm(model)
+            self.metrics.watch(model.engine)
+            self.model = model
+            print(f"{model!r} is ready", flush=True)
+            while self._wait(model):
+                before = time.perf_counter()
+                model.engine.step()
+                self.metrics.steps.observe(time.perf_counter() - before)
+        except Exception as error:
+            self.error = error
+            for answer in list(self.answers):
+                answer.hear()
+            self.failed()
+
+    def _wait(self, model: ChatPose) -> bool:
+        """Until there is something to do. False when nothing comes any more."""
+        with self._wake:
+            self._wake.wait_for(lambda: self.closing or not model.engine.idle)
+        return not model.engine.idle
+
+    def _warm(self, model: ChatPose) -> None:
+        """Compiles all that answers need."""
+        before, count = time.perf_counter(), compiled_programs()[0]
+        pose = model.engine.warm(self.samples if model.draws else 1)
+        pose_in_words(pose_json([""], [PosedBody(pose[0], model.body)]), "")
+        count, seconds = compiled_programs()[0] - count, time.perf_counter() - before
+        print(f"{count} programs compiled, or found in the cache of compiled programs, in {seconds:.1f} s", flush=True)
+
+
+class Answering:
+    """An answer under way. Whoever asked must call ``leave`` in the end: then its row is free."""
+
+    def __init__(self, worker: Worker, request: Request, stop: tuple[str, ...]):
+        assert worker.model is not None
+        self.worker, self.model, self.request, self.stop = worker, worker.model, request, stop
+        self.tokens = 0
+        self._loop, self._heard, self._begun = asyncio.get_running_loop(), asyncio.Event(), time.monotonic()
+        self.completion = self.model.engine.submit(request, lambda _: self.hear())
+        worker.answers.add(self)
+
+    def hear(self) -> None:
+        """Something is new; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._heard.set)
+
+    def leave(self) -> None:
+        """Nobody listens any more."""
+        if self in self.worker.answers:
+            self.worker.answers.remove(self)
+            self.model.engine.cancel(self.completion)
+            self.hear()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces of the answer, which ends early at a string of ``stop``. Raises TimeoutError, Stopped, and the error of a failed answer."""
+        reading, metrics = Reading(self.model, self.completion, self.stop), self.worker.metrics
+        deadline = self._loop.time() + self.worker.patience - (time.monotonic() - self._begun)
+        while True:
+            async with asyncio.timeout_at(deadline):
+                await self._heard.wait()
+            self._heard.clear()
+            pieces, before = reading.next(), self.tokens
+            self.tokens = reading.told
+            metrics.tokens.inc(self.tokens - before)
+            if self.tokens and not before:
+                metrics.first_token.observe(time.monotonic() - self._begun)
+                metrics.prompt_tokens.labels("cached").inc(self.completion.reused)
+                metrics.prompt_tokens.labels("computed").inc(len(self.request.ids) - self.completion.reused)
+            for piece in pieces:
+                yield piece
                 if piece.finish:
+                    self.worker.took(time.monotonic() - self._begun)
                     return
-        finally:
-            if completion.done:
-                self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - begun)
-            else:
-                engine.cancel(completion)
+            if self.worker.error is not None or self not in self.worker.answers:
+                raise Stopped("the server stopped before the answer was complete")
 
 
 class Reading:
-    """Turns the tokens of a completion into text, piece by piece; no piece splits a character or ends within what may be a string of ``stop``."""
+    """Turns the tokens of an answer into text, piece by piece. No piece splits a character, or ends within what may be a string of ``stop``. Each
+    pose comes with the piece that ends with it.
+    """
 
     def __init__(self, model: ChatPose, completion: Completion, stop: tuple[str, ...]):
-        self.model, self.completion, self.stop = model, completion, stop
-        self.decoder, self.told, self.poses, self.heard = model.processor.stream(), 0, 0, False
-        self.held, self.begun = "", False
+        self.completion, self.stop, self.config = completion, stop, model.config
+        self.told = 0
+        self._decoder = model.processor.stream()
+        self._text, self._sent = "", 0
+        self._poses: list[int] = []
+        """For each pose, how many characters the text has with it."""
+        self._shown = 0
 
-    def next(self) -> Piece:
-        completion, config = self.completion, self.model.config
+    def next(self) -> list[Piece]:
+        """What is new. Raises the error of an answer that failed."""
+        completion, config = self.completion, self.config
+        done = completion.done  # first: what is written later is read the next time
         if completion.error is not None:
             raise completion.error
-        done, tokens = completion.done, completion.tokens[self.told :]
+        tokens, pieces = completion.tokens[self.told :], list[Piece]()
         self.told += len(tokens)
-        text = "".join(self.decoder.push(i) for i in tokens if i not in config.end_token_ids)
+        for token in tokens:
+            if token not in config.end_token_ids:
+                self._add(self._decoder.push(token))
+            if token == config.pose_token_id:
+                self._poses.append(len(self._text))
+                pieces.append(self._release())
         if done:
-            text += self.decoder.flush()
-        if not self.begun:
-            text = text.lstrip(" ")
-            self.begun = bool(text)
-        self.held += text
-        found = [place for each in self.stop if (place := self.held.find(each)) >= 0]
+            self._add(self._decoder.flush())
+            ended = bool(completion.tokens) and completion.tokens[-1] in config.end_token_ids
+            pieces.append(self._release("stop" if ended else "length"))
+        else:
+            pieces.append(self._release())
+        return [piece for piece in pieces if any(piece)]
+
+    def _add(self, text: str) -> None:
+        self._text += text if self._text else text.lstrip(" ")
+
+    def _release(self, finish: str | None = None) -> Piece:
+        found = [place for each in self.stop if (place := self._text.find(each, self._sent)) >= 0]
         if found:
-            text, self.held = self.held[: min(found)], ""
-            return self._last(text, "stop", len(tokens))
-        kept = 0 if done else max((_overlap(self.held, each) for each in self.stop), default=0)
-        text, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
-        if done:
-            return self._last(text, None, len(tokens))
-        return Piece(text, self._poses(), len(tokens))
-
-    def _last(self, text: str, finish: str | None, tokens: int) -> Piece:
-        reply = self.model.reply(self.completion)
-        return Piece(text, self._poses(), tokens, reply, finish or reply.finish_reason)
-
-    def _poses(self) -> list[list[PosedBody]]:
-        new = self.completion.poses[self.poses :]
-        self.poses += len(new)
-        return [[PosedBody(pose[i], self.model.body) for i in range(self.completion.request.samples)] for pose in new]
+            upto, finish = min(found), "stop"
+        else:
+            rest = self._text[self._sent :]
+            upto = len(self._text) - (0 if finish else max((_overlap(rest, each) for each in self.stop), default=0))
+        begin, first = self._sent, self._shown
+        self._sent = upto
+        self._shown = sum(place <= upto for place in self._poses)
+        return Piece(self._text[begin:upto], self.completion.poses[first : self._shown], finish)
 
 
 def _overlap(text: str, stop: str) -> int:
