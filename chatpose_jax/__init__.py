@@ -1,7 +1,7 @@
 """ChatPose in JAX: a language model that answers about 3D human pose, with bodies.
 
 >>> import chatpose_jax
->>> model = chatpose_jax.load("out/demo/model")  # doctest: +SKIP
+>>> model = chatpose_jax.load()  # the toy model of the package  # doctest: +SKIP
 >>> model.chat([{"role": "user", "content": "Show me someone who kneels."}]).poses[0].save("kneel.glb")  # doctest: +SKIP
 """
 

@@ -2,7 +2,7 @@
 
 ::
 
-    model = chatpose_jax.load("out/demo/model")
+    model = chatpose_jax.load()  # the toy model that comes with the package; load(FOLDER) for another
     reply = model.chat([{"role": "user", "content": "Show me someone who kneels."}])
     print(reply.text)
     reply.poses[0].save("kneel.glb")
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ Messages = Sequence[Message]
 
 FORCED_ANSWER = "It is <POSE>."
 DTYPES = ("float32", "bfloat16", "float16")
+DEMO = Path(__file__).parent / "demo_model"
+"""The model folder that comes with the package; ``tools/demo_model.py`` makes it."""
+TOY = (
+    "no model was named, so this is the toy that comes with the package: one million parameters, which know generated descriptions and drawings of "
+    "bodies, no photographs and no other talk. `chatpose pretrained` makes one that talks, `chatpose convert` takes the released weights."
+)
+"""Said wherever ``DEMO`` answers because no model was named."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -318,7 +326,7 @@ class ChatPose:
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     *,
     dtype: str | None = None,
     body: str | os.PathLike[str] | BodyModel | None = None,
@@ -331,7 +339,8 @@ def load(
     Args:
         folder: a model folder (with ``config.json``, ``tokenizer/`` and ``params/``), on a disk or in a bucket ("gs://…", "s3://…"); or a folder of a
             training run or demo, which contains one as ``model``; or a checkpoint that ``chatpose convert`` reads. A checkpoint is converted while
-            it is read onto the devices, in each call; nothing is written.
+            it is read onto the devices, in each call; nothing is written. None: the toy model that comes with the package, with a warning that it
+            is one.
         dtype: "float32", "bfloat16" or "float16" for storage and compute; by default that of the folder. But on a CPU that cannot multiply bfloat16
             numbers, a bfloat16 model folder is loaded in float32, which is faster there and takes twice the memory, if that is at most half of what
             is available.
@@ -356,14 +365,16 @@ def load(
     )
 
     path = (str, os.PathLike)
-    instance("folder", folder, path, "a path")
+    instance("folder", folder, (*path, type(None)), "a path, or None for the toy model of the package")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype must be {', '.join(DTYPES)} or None, found {dtype!r:.100}")
     instance("body", body, (*path, BodyModel, type(None)), "a path, a smpl_jax.BodyModel or None")
     instance("mesh", mesh, (jax.sharding.Mesh, type(None)), "a jax.sharding.Mesh or None")
     instance("head", head, (str, type, type(None)), "'package.module:Class', the class or None")
     _check_options(source)
-    folder = find_model(folder)
+    if folder is None:
+        warnings.warn(TOY, stacklevel=2)
+    folder = find_model(DEMO if folder is None else folder)
     shape = body if isinstance(body, BodyModel) else io.load_body(body)
     if source or (is_source(folder) and not is_model_folder(folder)):
         config, params, processor = _load_source(folder, mesh, dtype=dtype, head=head, **source)

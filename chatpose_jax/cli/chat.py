@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from chatpose_jax.chat import ChatPose, Reply, check_settings, load
+from chatpose_jax.cli.flags import add_model, model_or_toy
 from chatpose_jax.cli.terminal import can_draw, drawing
 from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import load_image
 from chatpose_jax.processing.processor import NO_TOWER
-from chatpose_jax.storage import location
 
 HELP = """Type a question. Commands:
   /image FILE   show an image with the next question
@@ -28,9 +28,7 @@ HELP = """Type a question. Commands:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose chat``."""
-    parser.add_argument(
-        "model", type=location, help="model folder, or the folder of a training or demo; also gs://…, s3://…"
-    )
+    add_model(parser)
     parser.add_argument("--prompt", action="append", default=[], help="ask this and leave; repeat for further turns")
     parser.add_argument(
         "--image", action="append", default=[], help="image file to show with the first prompt; may be repeated"
@@ -88,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--out needs --prompt; in a conversation, type /save FOLDER")
         make_writable(args.out)
         refuse_answered(args.out)
-    model = load(args.model, dtype=args.dtype, body=args.body, head=args.head)
+    if args.model is not None and " " in args.model.name and not args.model.exists():
+        raise UserError(f"{args.model}: no such model folder; a question goes behind --prompt")
+    model = load(model_or_toy(args.model), dtype=args.dtype, body=args.body, head=args.head)
     if not args.prompt:
         return converse(model, settings)
     messages: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from chatpose_jax.errors import UserError
@@ -19,6 +20,26 @@ def address(text: str) -> Location:
         return location(text)
     except UserError as error:  # argparse hides the words of any ValueError
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument ``model``, for ``model_or_toy``."""
+    parser.add_argument(
+        "model",
+        type=location,
+        nargs="?",
+        help="model folder, or the folder of a training or demo; also gs://…, s3://…; default: the toy model that comes with the package",
+    )
+
+
+def model_or_toy(model: Location | None) -> Location:
+    """The model that the user named. Else that of the package, and a line on stderr says so."""
+    from chatpose_jax.chat import DEMO, TOY
+
+    if model is not None:
+        return model
+    print(f"note: {TOY}", file=sys.stderr)
+    return DEMO
 
 
 def add_config(parser: argparse.ArgumentParser, default: str, example: str = "train.steps=100") -> None:

@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 
 from chatpose_jax.cli.compiled import keep_compiled
-from chatpose_jax.cli.flags import read_mesh
+from chatpose_jax.cli.flags import add_model, model_or_toy, read_mesh
 from chatpose_jax.errors import UserError
 from chatpose_jax.settings import whole
-from chatpose_jax.storage import location
 
 KEY = "CHATPOSE_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -18,9 +17,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose serve``."""
-    parser.add_argument(
-        "model", type=location, help="model folder, or the folder of a training or demo; also gs://…, s3://…"
-    )
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; other than loopback needs a key")
     parser.add_argument(
         "--port", type=int, default=8000, help="0 takes a free one; the first line of the output names it"
@@ -87,9 +84,11 @@ def run(args: argparse.Namespace) -> int:
     from chatpose_jax.engine import Engine
     from chatpose_jax.models.sharding import make_mesh
 
+    folder = model_or_toy(args.model)
+
     def ready() -> ChatPose:
         mesh = None if mesh_sizes is None else make_mesh(*mesh_sizes, slices=1)
-        model = load(args.model, dtype=args.dtype, body=args.body, head=args.head, mesh=mesh)
+        model = load(folder, dtype=args.dtype, body=args.body, head=args.head, mesh=mesh)
         most = model.config.text.max_position_embeddings
         context = most if args.context is None else whole("--context", args.context, 64, most)
         tail = model.engine.tail.tolist()
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(tokens=args.max_tokens)
     server = Server(
         ready,
-        args.name or args.model.name or "chatpose",
+        args.name or folder.name or "chatpose",
         key=key,
         limits=limits,
         queue=args.queue,

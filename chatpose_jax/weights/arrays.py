@@ -16,10 +16,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.orbax_s3 import orbax_options
-from chatpose_jax.storage import Location, absolute, kvstore
+from chatpose_jax.storage import Location, absolute, kvstore, write_bytes
 from chatpose_jax.weights.paths import by_path
 
 Params = dict[str, Any]
+
+COMMITTED = "commit_success.txt"
+"""Orbax's mark of a complete checkpoint; in object stores it asks whether the file exists."""
 
 _SHOWN = 8
 
@@ -35,6 +38,8 @@ def save(folder: Location, tree: Params, registry: Any) -> None:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, **options)
     with ocp.Checkpointer(handler, **orbax_options(folder)) as checkpointer:
         checkpointer.save(absolute(folder), args=ocp.args.PyTreeSave(tree))
+    if jax.process_index() == 0:  # Orbax writes the writer's path into this mark, and folders are passed on
+        write_bytes(folder / COMMITTED, "complete\n")
 
 
 def read_metadata(folder: Location) -> dict[str, jax.ShapeDtypeStruct]:
