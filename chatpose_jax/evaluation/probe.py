@@ -93,7 +93,7 @@ class Weighed(NamedTuple):
 def weigh(model: ChatPose, form: Form = "chat", batch: int = 16, label: str | None = None) -> Weighed:
     """Asks a model. batch: answers that run together, see ``likelihood.likelihoods``. label: of a progress bar; None shows none.
 
-    The states are those of the last layer and of the one in the middle. Raises what ``likelihoods`` raises.
+    The states are those of the last layer and of the one in the middle, which may be the same layer. Raises what ``likelihoods`` raises.
     """
     config, params = model.config, model.params
     wordings, layers = FORMS[form], config.text.num_layers
@@ -266,9 +266,8 @@ def evaluate_probe(found: Weighed) -> Probe:
     right = labels()
     counted = np.array([not names_posture(situation) for situation in SITUATIONS])
     scores = posture_scores(found)
-    middle, last = sorted(found.states)
-    scores["frozen states, last"] = ridge_scores(found.states[last].mean(1)[:, 0], right)
-    every = np.concatenate([found.states[layer].mean(1).reshape(len(right), -1) for layer in (middle, last)], 1)
+    scores["frozen states, last"] = ridge_scores(found.states[max(found.states)].mean(1)[:, 0], right)
+    every = np.concatenate([states.mean(1).reshape(len(right), -1) for _, states in sorted(found.states.items())], 1)
     scores["frozen states, middle and last"] = ridge_scores(every, right)
     pmi = (found.given - found.alone).reshape(len(right), len(found.alone), len(ANSWERS), -1)
     wordings = np.array(

@@ -11,31 +11,26 @@ import sys
 import zlib
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from chatpose_jax.chat import DEMO
 from chatpose_jax.cli.main import COMMANDS, main
 from chatpose_jax.cli.terminal import drawing
 from chatpose_jax.errors import UserError
-from chatpose_jax.models.chatpose import init_params
 from chatpose_jax.models.config import ModelConfig, preset
-from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.run_config import config_names, load_config
-from chatpose_jax.weights.save import save_folder
 from smpl_jax import Pose, PosedBody, axis_angle_to_matrix, load_body
 
 from ..smpl.models import random_arrays
 
-CONFIG = preset("tiny").replace(lora=None)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    return save_folder(path, CONFIG, init_params(CONFIG, jax.random.key(0)), processor=tiny_processor(CONFIG))
+def folder():
+    return DEMO
 
 
 def lines(capsys):

@@ -9,17 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import jax
 import pytest
 
 pytest.importorskip("torch")
 
 from chatpose_jax import storage
+from chatpose_jax.chat import DEMO
 from chatpose_jax.cli.main import main
-from chatpose_jax.models.chatpose import init_params
-from chatpose_jax.models.config import preset
-from chatpose_jax.processing.processor import tiny_processor
-from chatpose_jax.weights.save import save_folder
 from tests.emulators import PACKAGES, environment
 from tests.weights.sources import make_llava_transformers
 
@@ -48,11 +44,9 @@ SECRET = "not-to-be-printed"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Sources on a disk, by the words that stand for them."""
-    root = tmp_path_factory.mktemp("folders")
-    config = preset("tiny")
-    save_folder(root / "model", config, init_params(config, jax.random.key(0)), processor=tiny_processor(config))
-    make_llava_transformers(root / "llava")
-    return {"MODEL": root / "model", "LLAVA": root / "llava"}
+    llava = tmp_path_factory.mktemp("folders") / "llava"
+    make_llava_transformers(llava)
+    return {"MODEL": DEMO, "LLAVA": llava}
 
 
 @pytest.fixture

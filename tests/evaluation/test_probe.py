@@ -1,20 +1,15 @@
-"""The probe: ranks of answers whose likelihoods are known, heads on states that are known, and the command on a random model."""
+"""The probe: ranks of answers whose likelihoods are known, heads on states that are known, and the command on a model."""
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from chatpose_jax.chat import load
+from chatpose_jax.chat import DEMO, load
 from chatpose_jax.cli.main import main
 from chatpose_jax.data.synthetic.families import POSTURES
 from chatpose_jax.data.synthetic.situations import SITUATIONS, shared_words, stems
 from chatpose_jax.evaluation import probe
-from chatpose_jax.models.chatpose import init_params
-from chatpose_jax.models.config import preset
-from chatpose_jax.processing.processor import tiny_processor
-from chatpose_jax.weights.save import save_folder
 
 RIGHT = np.array(probe.labels())
 MANY = np.ones(len(RIGHT), bool)
@@ -85,10 +80,8 @@ def test_a_head_on_states_finds_what_is_there_and_only_that():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    config, path = preset("tiny").replace(lora=None), tmp_path_factory.mktemp("run") / "model"
-    save_folder(path, config, init_params(config, jax.random.key(0)), processor=tiny_processor(config))
-    return path
+def folder():
+    return DEMO
 
 
 @pytest.mark.parametrize("form", ["chat", "plain"])
