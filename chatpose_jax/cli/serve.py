@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; what is under way is finished first."""
-    for name, least in (("slots", 1), ("queue", 0), ("max_tokens", 1), ("timeout", 1), ("grace", 0), ("port", 0)):
+    for name, least in (("slots", 1), ("queue", 0), ("max_tokens", 1), ("timeout", 1), ("grace", 0)):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    whole("--port", args.port, 0, 65535)
     mesh_sizes = None if args.mesh is None else read_mesh(args.mesh)
     key = read_key(args.key_file)
     if args.host not in LOOPBACK and key is None:

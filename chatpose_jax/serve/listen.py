@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
+import sys
 from typing import Any
 
 import h11
@@ -93,6 +95,10 @@ class Listener(uvicorn.Server):
                 signal.signal(number, handler)
         if self.served.worker.error is not None:
             raise self.served.worker.error
+        if self.served.worker.alive:  # it loads or compiles, which nothing can stop; Python's own end crashes beside it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def open_socket(host: str, port: int) -> socket.socket:

@@ -71,6 +71,10 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self, seconds: float = 10) -> None:
         """Ends the thread: answers that somebody still waits for end with an error. A model that is being loaded is left behind."""
         self.closing = True
