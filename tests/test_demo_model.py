@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,9 +15,12 @@ from chatpose_jax.chat import DEMO, TOY
 from chatpose_jax.cli.demo import evaluate, generated
 from chatpose_jax.cli.main import main
 from chatpose_jax.evaluation.poses import evaluate_chat, mean_pose
+from chatpose_jax.models.chatpose import init_params
+from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.train.run_config import load_config
 from chatpose_jax.weights.arrays import read_metadata
-from chatpose_jax.weights.folder import PARAMS, load_model_config
+from chatpose_jax.weights.folder import PARAMS, load_model_config, read_folder
+from chatpose_jax.weights.save import save_folder
 from smpl_jax.pose import stack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,19 +138,17 @@ def test_the_figures_are_measured_again(model):
 
 @pytest.mark.slow
 def test_the_tool_writes_the_folder(tool, tmp_path):
-    few = [
-        "train.steps=2",
-        "train.eval_every=2",
-        "train.batch_size=8",
-        "data.sources.synthetic.train_size=48",
-        "data.sources.synthetic.val_size=48",
-    ]
-    words = [word for setting in few for word in ("--set", setting)]
-    assert main(["demo", "--out", str(tmp_path / "demo"), "--rows", "4", *words]) == 0
-    tool.write(tmp_path / "demo/model", tmp_path / "folder")
-    tool.describe(tmp_path / "folder", CONFIG, 4, trained="a", measured="b")
-    names = lambda folder: {file.name for file in folder.iterdir()}  # noqa: E731
-    assert names(tmp_path / "folder") == names(DEMO)
-    text = "".join(file.read_text(errors="replace") for file in (tmp_path / "folder").rglob("*") if file.is_file())
-    assert str(tmp_path) not in text
-    assert json.loads((tmp_path / "folder/figures.json").read_text())["evaluation"]["text"]["count"] == 4
+    """Of a model that a demo of no steps would leave."""
+    trained, folder = tmp_path / "demo/model", tmp_path / "folder"
+    trained.parent.mkdir()
+    params = init_params(CONFIG.model, jax.random.key(0))
+    origin = {"trained": {"steps": 0}}
+    save_folder(trained, CONFIG.model, params, processor=tiny_processor(CONFIG.model), provenance=origin)
+    tool.write(trained, folder)
+    figures = tool.describe(folder, CONFIG, 4, trained="a", measured="b")
+    assert {file.name for file in folder.iterdir()} == {file.name for file in DEMO.iterdir()}
+    for file in folder.rglob("*"):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    assert json.loads((folder / "figures.json").read_text()) == figures and figures.keys() == FIGURES.keys()
+    assert figures["evaluation"]["text"]["count"] == 4 and figures["evaluation"]["text"]["ratio_pa_mpjpe"] > 0.7
+    assert read_folder(folder)["provenance"] == origin

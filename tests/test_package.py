@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -61,15 +62,28 @@ def test_the_wheel_holds_code_body_tokenizer_and_configs(wheel: Path) -> None:
     assert not missing, sorted(missing)
     assert {"smpl_jax/default_body/body.npz", "smpl_jax/py.typed", "chatpose_jax/py.typed"} <= held
     assert any(re.fullmatch(r"chatpose_jax/processing/data/.*/tokenizer\.json", name) for name in held)
+    assert {f"chatpose_jax/demo_model/{name}" for name in ("config.json", "params/manifest.ocdbt", "README.md")} <= held
     strays = {
         name for name in held if name.split("/")[0] not in {"smpl_jax", "chatpose_jax"} and ".dist-info/" not in name
     }
     assert not strays, sorted(strays)
 
 
+def test_the_archive_of_sources_holds_what_the_wheel_is_made_of(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    missing = tracked("smpl_jax", "chatpose_jax", "configs") - held
+    assert not missing, sorted(missing)
+
+
 @pytest.mark.slow
 def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    """Every module loads from the installed copy, and the body that it carries is found."""
+    """Every module loads from the installed copy, the body that it carries is found, and its model answers."""
     pytest.importorskip("jax")
     install = [
         sys.executable,
@@ -91,6 +105,10 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
     report = json.loads(done.stdout.splitlines()[-1])
     assert {"smpl_jax.rotations", "chatpose_jax.models.chatpose", "chatpose_jax.cli.main"} <= set(report["seen"])
     assert report["vertices"] == 6890
+    asked = [sys.executable, "-m", "chatpose_jax.cli", "chat", "--prompt", "Show me someone who kneels.", "--json"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "toy" in done.stderr and len(json.loads(done.stdout)["poses"]) == 1
     version = [sys.executable, "-m", "chatpose_jax.cli", "--version"]
     assert (
         b"chatpose-jax"
