@@ -79,9 +79,11 @@ async function watch() {
   clearTimeout(waiting);
   try {
     await api.health();
-    const [model] = await api.models();
-    the('model').textContent = model.id;
-    the('model').title = `Model: ${model.id}`;
+    if (health !== 'ready') {
+      const [model] = await api.models();
+      the('model').textContent = model.id;
+      the('model').title = `Model: ${model.id}`;
+    }
     setHealth('ready');
   } catch (error) {
     heard(error);
@@ -296,7 +298,7 @@ async function choose(body) {
   the('files-of').textContent = `Save ${body.label.toLowerCase()}`;
   for (const [id, button] of cards) button.setAttribute('aria-pressed', String(shown.some((each) => each.id === id)));
   const question = messages[messages.indexOf(body.message) - 1];
-  the('canvas').setAttribute('aria-label', `3D view: ${shown.map((each) => each.label).join(', ')}. Asked: ${question?.text ?? ''}`);
+  the('canvas').setAttribute('aria-label', `${shown.map((each) => each.label).join(', ')}. Asked: ${question?.text ?? ''}`);
   const [picture] = question?.pictures ?? [];
   the('asked').hidden = !picture;
   if (picture) the('asked').src = picture;
@@ -338,7 +340,7 @@ async function slide() {
   the('reason').hidden = !problem;
   the('reason').textContent = problem ?? '';
   if (problem) return;
-  the('canvas').setAttribute('aria-label', `3D view: between ${from.label} and ${to.label}`);
+  the('canvas').setAttribute('aria-label', `Between ${from.label} and ${to.label}`);
   stage?.between({ id: from.id, rig: a.rig, frame: from.json.frame }, { id: to.id, rig: b.rig }, amount);
 }
 
@@ -515,7 +517,7 @@ the('forget').addEventListener('click', async () => {
   stage?.clear();
   the('nothing').hidden = false;
   the('asked').hidden = true;
-  the('canvas').setAttribute('aria-label', '3D view, empty');
+  the('canvas').setAttribute('aria-label', 'empty');
   redraw();
   the('question').focus();
   await store.clear();

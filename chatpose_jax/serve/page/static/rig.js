@@ -15,7 +15,13 @@ export const FRAMES = {
  * @property {number[]} parents of each joint, -1 for the root; a parent precedes its children
  * @property {THREE.Vector3[]} places of the joints relative to their parents, metres
  * @property {THREE.Quaternion[]} turns of the joints relative to their parents
- * @property {?{geometry: THREE.BufferGeometry, inverses: THREE.Matrix4[], material: THREE.Material}} skin
+ * @property {?Skin} skin
+ *
+ * @typedef {object} Skin
+ * @property {THREE.BufferGeometry} geometry in the rest pose
+ * @property {THREE.Matrix4[]} inverses of the joints at rest
+ * @property {{joints: ArrayLike<number>, weights: Float32Array}[]} sets four joints and weights of each vertex, as many sets as the file has
+ * @property {THREE.Material} material
  */
 
 const loader = new GLTFLoader();
@@ -31,8 +37,24 @@ export async function fromGlb(buffer) {
     parents: bones.map((bone) => bones.indexOf(bone.parent)),
     places: bones.map((bone) => bone.position.clone()),
     turns: bones.map((bone) => bone.quaternion.clone()),
-    skin: { geometry: mesh.geometry, inverses: boneInverses, material: mesh.material },
+    skin: { geometry: mesh.geometry, inverses: boneInverses, sets: influences(mesh.geometry.attributes), material: mesh.material },
   };
+}
+
+/** The joints and weights of vertices. three.js draws with the first set only and has made its weights sum to 1; here all sets do together. */
+function influences(attributes) {
+  const further = [];
+  for (let n = 1; attributes[`joints_${n}`]; n += 1) {
+    further.push({ joints: attributes[`joints_${n}`].array, weights: attributes[`weights_${n}`].array });
+  }
+  const weights = attributes.skinWeight.array.slice();
+  for (let i = 0; i < weights.length; i += 1) {
+    const first = i - (i % 4);
+    let rest = 1;
+    for (const set of further) for (let n = 0; n < 4; n += 1) rest -= set.weights[first + n];
+    weights[i] *= rest;
+  }
+  return [{ joints: attributes.skinIndex.array, weights }, ...further];
 }
 
 /** @returns {Rig} of a pose as the server's JSON has it, without a surface. Bones keep the lengths that they have in ``joints``. */
@@ -79,25 +101,23 @@ export class Figure extends THREE.Group {
     this.bones = rig.parents.map(() => new THREE.Bone());
     rig.parents.forEach((parent, k) => (parent < 0 ? this.body : this.bones[parent]).add(this.bones[k]));
     this.parents = rig.parents;
+    this.globals = rig.parents.map(() => new THREE.Matrix4());
     this.material = rig.skin?.material.clone() ?? new THREE.MeshStandardMaterial({ color, roughness: 0.6 });
     this.mesh = null;
     if (rig.skin) this.#addSkin(rig.skin);
     else this.#addSticks();
-    this.globals = rig.parents.map(() => new THREE.Matrix4());
     this.mix(rig, rig, 0);
   }
 
-  #addSkin({ geometry, inverses }) {
+  #addSkin({ geometry, sets }) {
     const own = new THREE.BufferGeometry();
-    for (const [name, attribute] of Object.entries(geometry.attributes)) {
-      own.setAttribute(name, name === 'position' || name === 'normal' ? attribute.clone() : attribute);
-    }
+    for (const name of ['position', 'normal']) own.setAttribute(name, geometry.attributes[name].clone());
     own.setIndex(geometry.index);
-    this.mesh = new THREE.SkinnedMesh(own, this.material);
+    this.sets = sets;
+    this.mesh = new THREE.Mesh(own, this.material);
     this.mesh.frustumCulled = false;
     this.mesh.castShadow = true;
     this.body.add(this.mesh);
-    this.mesh.bind(new THREE.Skeleton(this.bones, inverses.map((each) => each.clone())), new THREE.Matrix4());
   }
 
   #addSticks() {
@@ -123,43 +143,63 @@ export class Figure extends THREE.Group {
   }
 
   mix(a, b, t) {
+    const matrix = new THREE.Matrix4();
     this.bones.forEach((bone, k) => {
       bone.position.lerpVectors(a.places[k], b.places[k], t);
       bone.quaternion.slerpQuaternions(a.turns[k], b.turns[k], t);
-      this.sticks?.[k] && lay(this.sticks[k], bone.position);
-    });
-    if (this.mesh) this.#mixSkin(a.skin, b.skin, t);
-    this.#stand();
-  }
-
-  #mixSkin(a, b, t) {
-    for (const name of ['position', 'normal']) {
-      const from = a.geometry.attributes[name].array;
-      const to = b.geometry.attributes[name].array;
-      const attribute = this.mesh.geometry.attributes[name];
-      for (let i = 0; i < from.length; i += 1) attribute.array[i] = from[i] + (to[i] - from[i]) * t;
-      attribute.needsUpdate = true;
-    }
-    this.mesh.skeleton.boneInverses.forEach((matrix, k) => {
-      const [from, to] = [a.inverses[k].elements, b.inverses[k].elements];
-      for (let i = 0; i < 16; i += 1) matrix.elements[i] = from[i] + (to[i] - from[i]) * t;
-    });
-  }
-
-  /** Puts the lowest point on the floor and the root above the origin; measures height and reach. */
-  #stand() {
-    const matrix = new THREE.Matrix4();
-    this.bones.forEach((bone, k) => {
+      if (this.sticks?.[k]) lay(this.sticks[k], bone.position);
       matrix.compose(bone.position, bone.quaternion, bone.scale);
       if (this.parents[k] < 0) this.globals[k].copy(matrix);
       else this.globals[k].multiplyMatrices(this.globals[this.parents[k]], matrix);
     });
+    if (this.mesh) this.#skin(a.skin, b.skin, t);
+    this.#stand();
+  }
+
+  /** Linear blend skinning, here and not on the graphics card: every joint of a vertex counts, and the points are known to the floor. */
+  #skin(a, b, t) {
+    const matrices = this.globals.map((each, k) => {
+      const inverse = new THREE.Matrix4().fromArray(a.inverses[k].elements.map((value, i) => value + (b.inverses[k].elements[i] - value) * t));
+      return new THREE.Matrix4().multiplyMatrices(each, inverse).elements;
+    });
+    const { position, normal } = this.mesh.geometry.attributes;
+    // Points are moved by the joints, directions only turned.
+    const parts = [[position, 'position', 1], [normal, 'normal', 0]].map(([attribute, name, offset]) => [
+      attribute, a.geometry.attributes[name].array, b.geometry.attributes[name].array, offset,
+    ]);
+    const [blend, rest] = [new Float64Array(12), new Float64Array(3)];
+    for (let i = 0; i < position.count; i += 1) {
+      blend.fill(0);
+      for (const { joints, weights } of this.sets) {
+        for (let n = 4 * i; n < 4 * i + 4; n += 1) {
+          const weight = weights[n];
+          if (weight === 0) continue;
+          const m = matrices[joints[n]];
+          for (let column = 0; column < 4; column += 1) {
+            for (let row = 0; row < 3; row += 1) blend[3 * column + row] += weight * m[4 * column + row];
+          }
+        }
+      }
+      for (const [attribute, one, two, offset] of parts) {
+        for (let n = 0; n < 3; n += 1) rest[n] = one[3 * i + n] + (two[3 * i + n] - one[3 * i + n]) * t;
+        for (let row = 0; row < 3; row += 1) {
+          attribute.array[3 * i + row] = blend[row] * rest[0] + blend[3 + row] * rest[1] + blend[6 + row] * rest[2] + blend[9 + row] * offset;
+        }
+      }
+    }
+    position.needsUpdate = true;
+    normal.needsUpdate = true;
+  }
+
+  /** Puts the lowest point on the floor and the root above the origin; measures height and reach. */
+  #stand() {
+    const points = this.mesh?.geometry.attributes.position.array ?? this.globals.flatMap(({ elements: m }) => [m[12], m[13], m[14]]);
     const root = this.bones[0].position;
     let [low, high, reach] = [Infinity, -Infinity, 0];
-    for (const [x, y, z] of this.mesh ? this.#points() : this.#joints()) {
-      low = Math.min(low, y);
-      high = Math.max(high, y);
-      reach = Math.max(reach, Math.hypot(x - root.x, z - root.z));
+    for (let i = 0; i < points.length; i += 3) {
+      low = Math.min(low, points[i + 1]);
+      high = Math.max(high, points[i + 1]);
+      reach = Math.max(reach, Math.hypot(points[i] - root.x, points[i + 2] - root.z));
     }
     const thick = this.mesh ? 0 : 0.03;
     this.height = high - low + 2 * thick;
@@ -167,30 +207,8 @@ export class Figure extends THREE.Group {
     this.body.position.set(-root.x, thick - low, -root.z);
   }
 
-  *#joints() {
-    for (const { elements: m } of this.globals) yield [m[12], m[13], m[14]];
-  }
-
-  *#points() {
-    const { position, skinIndex, skinWeight } = this.mesh.geometry.attributes;
-    const matrices = this.globals.map((each, k) => new THREE.Matrix4().multiplyMatrices(each, this.mesh.skeleton.boneInverses[k]).elements);
-    const point = [0, 0, 0];
-    for (let i = 0; i < position.count; i += 1) {
-      const [x, y, z] = [position.array[3 * i], position.array[3 * i + 1], position.array[3 * i + 2]];
-      point.fill(0);
-      for (let n = 0; n < 4; n += 1) {
-        const weight = skinWeight.array[4 * i + n];
-        if (!weight) continue;
-        const m = matrices[skinIndex.array[4 * i + n]];
-        for (let r = 0; r < 3; r += 1) point[r] += weight * (m[r] * x + m[4 + r] * y + m[8 + r] * z + m[12 + r]);
-      }
-      yield point;
-    }
-  }
-
   dispose() {
     this.mesh?.geometry.dispose();
-    this.mesh?.skeleton.dispose();
     this.material.dispose();
     this.removeFromParent();
   }

@@ -87,7 +87,8 @@ export class Stage extends EventTarget {
       const bare = a.rig.skin && b.rig.skin ? (rig) => rig : (rig) => ({ ...rig, skin: null });
       this.show([{ ...a, id, label: '', rig: bare(a.rig) }], false);
       this.mixed = true;
-      Object.assign(this.shown[0], { ends: [bare(a.rig), bare(b.rig)] });
+      this.shown[0].ends = [bare(a.rig), bare(b.rig)];
+      this.#arrange();
     }
     this.moving = null;
     const { figure, ends } = this.shown[0];
@@ -200,8 +201,18 @@ export class Stage extends EventTarget {
     );
   }
 
+  /** Bodies in a row, and the view around them; a body between two has the room of both. */
   #arrange() {
-    const reaches = this.shown.map(({ figure }) => figure.reach);
+    const sizes = this.shown.map(({ figure, rig, ends = [rig] }) => {
+      const [heights, reaches] = [[], []];
+      for (const end of ends) {
+        figure.mix(end, end, 0);
+        heights.push(figure.height);
+        reaches.push(figure.reach);
+      }
+      return { height: Math.max(...heights), reach: Math.max(...reaches) };
+    });
+    const reaches = sizes.map(({ reach }) => reach);
     let x = 0;
     this.shown.forEach(({ figure }, k) => {
       if (k) x += reaches[k - 1] + reaches[k] + 0.12;
@@ -209,7 +220,7 @@ export class Stage extends EventTarget {
     });
     for (const { figure } of this.shown) figure.position.x -= x / 2;
     this.width = x + (reaches[0] ?? 0.5) + (reaches.at(-1) ?? 0.5);
-    this.height = Math.max(1, ...this.shown.map(({ figure }) => figure.height));
+    this.height = Math.max(1, ...sizes.map(({ height }) => height));
     const light = this.scene.children.find((each) => each.isDirectionalLight && each.castShadow);
     const half = Math.max(1.6, this.width / 2 + 0.6);
     Object.assign(light.shadow.camera, { left: -half, right: half, top: 2.4, bottom: -1.2 }).updateProjectionMatrix();

@@ -92,6 +92,6 @@ function noteOf({ role, state, finish, text, poses, fault }) {
 /** An answer for those who hear the page. */
 export function spoken(message, bodies) {
   const own = bodies.filter((body) => body.message === message);
-  const text = message.text.replaceAll(POSE, ' (pose) ').trim();
-  return `Answer: ${text || 'no words'}. ${own.length ? `${plural(own.length, 'body').replace('bodys', 'bodies')} in the 3D view.` : 'No body.'}`;
+  const text = message.text.replaceAll(POSE, 'pose').trim() || 'no words';
+  return `Answer: ${/[.!?]$/.test(text) ? text : `${text}.`} ${own.length ? `${plural(own.length, 'body').replace('bodys', 'bodies')} in the 3D view.` : 'No body.'}`;
 }
