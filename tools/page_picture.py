@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--question", action="append", help="instead of the two; may be repeated")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--width", type=int, default=1200)
-    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--height", type=int, default=750)
     args = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         from chatpose_jax.serve.openai import Limits
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: in the checkout, pip install '.[serve]'") from None
-    from chatpose_jax.chat import ChatPose, load
+    from chatpose_jax.chat import TOY, ChatPose, load
     from chatpose_jax.engine import Engine
     from chatpose_jax.models.sharding import make_mesh
 
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         hosts=LOOPBACK if key is None else None,
         origins=args.allow_origin,
         fetch=Media(args.allow_media_domain, most=limits.body) if args.allow_media_domain else None,
+        note=TOY if args.model is None else None,
     )
     with open_socket(args.host, args.port) as where:
         host = f"[{args.host}]" if ":" in args.host else args.host

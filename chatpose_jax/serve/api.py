@@ -38,7 +38,7 @@ POSE = obj(object={"enum": ["pose"]}, parents=array(WHOLE), samples_=array(obj(*
 USAGE = obj(
     prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE, prompt_tokens_details=obj(cached_tokens=WHOLE)
 )
-MODEL = obj(id=TEXT, object={"enum": ["model"]}, created=WHOLE, owned_by=TEXT)
+MODEL = obj(id=TEXT, object={"enum": ["model"]}, created=WHOLE, owned_by=TEXT, description_=TEXT)
 MESSAGE = obj(role={"enum": ["assistant"]}, content=TEXT, refusal={"type": "null"}, poses=array(POSE))
 CHOICE = obj(index=WHOLE, message=MESSAGE, logprobs={"type": "null"}, finish_reason={"enum": ["stop", "length"]})
 COMPLETION = obj(

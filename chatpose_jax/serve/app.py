@@ -58,6 +58,7 @@ class Server:
         origins: Sequence[str] = (),
         fetch: Callable[[str, str], bytes] | None = None,
         failed: Callable[[], None] = lambda: None,
+        note: str | None = None,
     ):
         """
         Args:
@@ -69,9 +70,10 @@ class Server:
             hosts: names under which the server may be asked; None for any. Without a key, they keep a web page out whose domain leads here.
             origins: of web pages elsewhere that may ask.
             fetch: gets the bytes of a picture from an address and its place in the request; None: no address is fetched.
+            note: what people should know about the model. The page shows it; ``/v1/models`` has it as ``description``.
         """
         self.name, self.key, self.limits, self.share_body = name, key, limits, share_body
-        self.hosts, self.origins, self.fetch = hosts, tuple(origins), fetch
+        self.hosts, self.origins, self.fetch, self.note = hosts, tuple(origins), fetch, note
         self.metrics, self.poses = Metrics(), PoseStore()
         self.worker = Worker(load, self.metrics, queue=queue, samples=limits.samples, patience=patience, failed=failed)
         self.created = int(time.time())
@@ -161,7 +163,8 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def described(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "chatpose-jax"}
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "chatpose-jax"}
+        return model if self.note is None else {**model, "description": self.note}
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.described()]})

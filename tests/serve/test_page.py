@@ -30,6 +30,7 @@ from chatpose_jax.models.chatpose import unstack_layers
 from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.serve import page
 from chatpose_jax.serve.app import Server
+from chatpose_jax.serve.openai import ApiError
 from smpl_jax.frames import turn
 from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
@@ -130,7 +131,7 @@ class Running:
         return model
 
     def start(self):
-        self.server = Server(self.load, "tiny", key=self.key)
+        self.server = Server(self.load, "tiny", key=self.key, note="this one is random")
         self.uvicorn = uvicorn.Server(uvicorn.Config(self.server.app, port=self.port, log_level="error"))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
@@ -262,6 +263,7 @@ def test_a_conversation_from_the_key_to_a_reload(chromium, params):
         shown.keyboard.press("Enter")
         ready(shown)
         assert shown.evaluate("document.activeElement.id") == "question" and shown.is_hidden("#key-dialog")
+        assert shown.inner_text("#about") == "This one is random" and shown.inner_text("#model") == "tiny"
         empty = drawn(shown)
         answer = ask(shown, "Who kneels?")
         settled(shown)
@@ -491,21 +493,26 @@ def test_a_licensed_body_and_a_lost_one_are_skeletons_that_say_why(chromium, run
 def test_an_answer_can_be_stopped_and_a_failed_one_tried_again(chromium, running, monkeypatch):
     with opened(chromium, running) as shown:
         ready(shown)
-        shown.evaluate("""localStorage.setItem('chatpose-settings', '{"tokens": 400, "temperature": 1.5}')""")
-        shown.reload()
-        ready(shown)
+        engine, gate = running.server.worker.model.engine, threading.Event()
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: gate.wait(60) and step())
         shown.fill("#question", "Long?")
         shown.keyboard.press("Enter")
-        until(shown, "(document.querySelector('.message.assistant .text')?.textContent ?? '').length > 3")
+        shown.wait_for_selector("#stop:not([hidden])")
+        assert shown.is_hidden("#send")
         shown.keyboard.press("Escape")
         shown.wait_for_selector(".message.assistant[aria-busy=false]")
-        assert "You stopped" in shown.inner_text(".message.assistant .note") or shown.is_visible(".fault")
-        shown.evaluate("""localStorage.setItem('chatpose-settings', '{"tokens": 8}')""")
-        shown.reload()
-        ready(shown)
-        monkeypatch.setattr(running.server, "limits", running.server.limits._replace(messages=1))
+        assert "You stopped" in shown.inner_text(".fault")
+        gate.set()
+        shown.click("#new")
+        shown.click("#forget")
+
+        def full(*_):
+            raise ApiError(429, "too many requests wait", "queue_full", kind="rate_limit_error", Retry_After="3")
+
+        monkeypatch.setattr(running.server, "understood", full)
         failed = ask(shown, "Again?")
-        assert "at most 1 messages" in failed.locator(".fault").inner_text()
+        assert "too many requests wait. It may be free in about 3 s" in failed.locator(".fault").inner_text()
         monkeypatch.undo()
         failed.locator("button", has_text="Try again").click()
         until(shown, "!document.querySelector('.fault') && !document.querySelector('[aria-busy=true]')")

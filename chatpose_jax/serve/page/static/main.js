@@ -82,7 +82,9 @@ async function watch() {
     if (health !== 'ready') {
       const [model] = await api.models();
       the('model').textContent = model.id;
-      the('model').title = `Model: ${model.id}`;
+      the('model').title = model.description ?? `Model: ${model.id}`;
+      the('about').hidden = !model.description;
+      the('about').textContent = model.description ? model.description[0].toUpperCase() + model.description.slice(1) : '';
     }
     setHealth('ready');
   } catch (error) {
@@ -98,7 +100,7 @@ function heard(error) {
   else if (error.status === 401) {
     if (health !== 'locked') askForKey();
     setHealth('locked', 'This server asks for a key.');
-  } else if (error.status === 503) setHealth(error.code in STATES ? error.code : 'failed', STATES[error.code]?.[1] ?? error.message);
+  } else if (error.status === 503 || error.code?.startsWith('wrong_')) setHealth(error.code in STATES ? error.code : 'failed', STATES[error.code]?.[1] ?? error.message);
 }
 
 function askForKey() {
@@ -192,7 +194,7 @@ function faultOf(error) {
   if (!(error instanceof api.Failure)) return `The page failed: ${error.message}`;
   const wait = error.seconds ? ` It may be free in about ${error.seconds} s.` : '';
   const anew = error.code === 'context_length_exceeded' ? ' Begin a new conversation, or ask for less.' : '';
-  return error.message + wait + anew;
+  return (/[.!?]$/.test(error.message) ? error.message : `${error.message}.`) + wait + anew;
 }
 
 // --- the conversation
