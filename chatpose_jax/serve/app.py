@@ -120,6 +120,8 @@ class Server:
             raise ApiError(503, "the server is about to stop", "stopping", Retry_After="30")
         if worker.model is None:
             raise ApiError(503, "the model is being loaded", "model_loading", Retry_After="5")
+        if worker.stalled:
+            raise ApiError(503, "the device does not answer", "stalled", Retry_After="60")
         return worker.model
 
     async def body_of(self, request: Request) -> bytes:

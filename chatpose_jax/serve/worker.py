@@ -17,6 +17,9 @@ from chatpose_jax.serve.poses import pose_json
 from smpl_jax.pose import Pose
 from smpl_jax.posed import PosedBody
 
+STALLED_SECONDS = 120.0
+"""Of one step, which writes one token of each answer or a few, and compiles nothing any more."""
+
 
 class Piece(NamedTuple):
     """What is new of an answer. poses: those of ``text``, each of batch shape (samples,). finish: why the answer ends, with the last piece."""
@@ -64,6 +67,8 @@ class Worker:
         self.closing = False
         self.answers: set[Answering] = set()
         self._wake = threading.Condition()
+        self._step: float | None = None
+        """When the step began that is under way."""
         self._seconds = 1.0
         """Of an answer, about; for Retry-After."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -74,6 +79,11 @@ class Worker:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a step takes so long that the device must have stopped."""
+        return (begun := self._step) is not None and time.monotonic() - begun > STALLED_SECONDS
 
     def close(self, seconds: float = 10) -> None:
         """Ends the thread: answers that somebody still waits for end with an error. A model that is being loaded is left behind."""
@@ -109,9 +119,10 @@ class Worker:
             self.model = model
             print(f"{model!r} is ready", flush=True)
             while self._wait(model):
-                before = time.perf_counter()
+                before = self._step = time.monotonic()
                 model.engine.step()
-                self.metrics.steps.observe(time.perf_counter() - before)
+                self._step = None
+                self.metrics.steps.observe(time.monotonic() - before)
         except Exception as error:
             self.error = error
             for answer in list(self.answers):

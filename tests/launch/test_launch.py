@@ -23,7 +23,7 @@ yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-MANIFESTS = sorted(LAUNCH.glob("*.yaml"))
+MANIFESTS = sorted(LAUNCH.glob("jobset_*.yaml"))
 
 TEXT, NUMBER = str, int
 NAMES = {"*": TEXT}

@@ -16,10 +16,10 @@ from .running import Running  # noqa: E402
 def test_some_hostile_requests_do_no_harm():
     with Running(unstack_layers(stacked()), limits=Limits(tokens=16, upload=5)) as server:
         attack = Attack(server.wait().address)
-        attack.run(150)
+        attack.run(80)
         assert not attack.wrong, "\n".join(list(dict.fromkeys(attack.wrong))[:20])
         assert (
-            sum(attack.statuses.values()) > 120 and attack.statuses["messages", 200] and attack.statuses["schema", 400]
+            sum(attack.statuses.values()) > 60 and attack.statuses["messages", 200] and attack.statuses["schema", 400]
         )
         assert server.worker.error is None and not server.worker.answers
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,12 +25,13 @@ from chatpose_jax.models.chatpose import unstack_layers  # noqa: E402
 from chatpose_jax.models.sharding import make_mesh, shardings  # noqa: E402
 from chatpose_jax.planning.plan import trace_decoding  # noqa: E402
 from chatpose_jax.processing.processor import tiny_processor  # noqa: E402
-from chatpose_jax.serve import listen  # noqa: E402
+from chatpose_jax.serve import listen, worker  # noqa: E402
 from chatpose_jax.serve.openai import Limits  # noqa: E402
 
 from ..test_engine import CONFIG, stacked  # noqa: E402
 from .running import KEY, Running, data_url, picture, url_of, user  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 LONG = {"max_tokens": 300, "temperature": 1.0, "seed": 3}
 """An answer that is long enough to do something meanwhile."""
 
@@ -497,6 +500,19 @@ def test_a_stop_finishes_what_is_under_way_and_refuses_what_is_new(params):
     assert [answer.status_code for answer in found] == [200, 200]
 
 
+def test_a_device_that_does_not_answer_shows_in_health(params, monkeypatch):
+    monkeypatch.setattr(worker, "STALLED_SECONDS", 0.2)
+    with Running(params, slots=1) as server:
+        server.wait()
+        with server.held():
+            thread = threading.Thread(target=lambda: server.ask(max_tokens=1))
+            thread.start()
+            server.until(lambda: server.client.get("/health").status_code == 503)
+            assert server.client.get("/health").json()["error"]["code"] == "stalled"
+        thread.join()
+        assert server.client.get("/health").status_code == 200
+
+
 def test_a_stop_does_not_wait_for_ever(params):
     with Running(params, slots=1, grace=1) as server:
         server.wait()
@@ -566,6 +582,12 @@ def test_metrics_count_what_happened(params):
     assert found["chatpose_active_requests"] == found["chatpose_waiting_requests"] == 0
 
 
+def test_every_metric_is_explained(running):
+    shown = {re.sub(r"(_bucket|_sum|_count)?(\{.*)?$", "", name) for name in running.metrics()}
+    told = set(re.findall(r"chatpose_[a-z_]+(?=[`{])", (ROOT / "docs" / "serving.md").read_text()))
+    assert shown - told == set() and told - shown <= {"chatpose_errors_total", "chatpose_requests_total"}
+
+
 def test_the_published_schema_is_the_one_that_checks(running):
     from chatpose_jax.serve.schema import Mismatch, check_json
 
@@ -581,6 +603,7 @@ def test_the_published_schema_is_the_one_that_checks(running):
         assert fits == validator.is_valid(body), body
 
 
+@pytest.mark.slow
 def test_over_a_mesh_the_answers_are_the_same_and_the_plan_is_what_runs(params, running, monkeypatch):
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")
