@@ -27,9 +27,10 @@ OWN = tuple(
     for path in {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), Path(__file__).parents[2], *sys.path[1:]}
 )
 """Where the program's own files are, which it may load late."""
+FILES = {"open", "os.listdir", "os.scandir", "os.rename", "os.chmod", "os.remove", "os.mkdir"}
 WATCHED = {
     "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "subprocess.Popen", "os.system", "os.exec", "os.fork",
-    "os.posix_spawn", "os.listdir", "os.scandir", "os.rename", "os.chmod", "ctypes.dlopen", "pickle.find_class",
+    "os.posix_spawn", "ctypes.dlopen", "pickle.find_class",
 }  # fmt: skip
 
 
@@ -39,12 +40,12 @@ def main():
     tempfile.tempdir = str(temporary)  # so that nothing else of the machine's folder counts as the server's own
 
     def hear(event, args):
-        if event == "open" and not isinstance(args[0], int):
-            path = Path(os.fsdecode(args[0])).resolve()
+        if event in FILES and not isinstance(args[0], int):
+            path = Path(os.fsdecode(args[0] or ".")).resolve()
             # A pose's file is written into a folder of its own, read, and removed.
             if not (str(path).startswith(OWN) or path.is_relative_to(temporary) or str(path) == "/dev/null"):
                 found.append([event, str(path)])
-        elif event in WATCHED and not (event.startswith("os.") and str(args[0]).startswith(str(temporary))):
+        elif event in WATCHED:
             found.append([event, repr(args)[:200]])
 
     def watch():

@@ -301,7 +301,7 @@ class Attack:
         ask()
 
     def run(self, count, seed=0):
-        """About ``count`` requests. A second client asks something sensible meanwhile, and must be answered all the time."""
+        """``count`` requests. A second client asks something sensible meanwhile, and must be answered all the time."""
         stop, answered = threading.Event(), []
 
         def sensible():
@@ -316,8 +316,8 @@ class Attack:
         beside.start()
         try:
             self.schema(count * 2 // 5, seed)
-            self.messages(count * 2 // 5, seed)
-            self.connections(count - count * 2 // 5 * 2, seed)
+            self.connections(count // 5, seed)
+            self.messages(max(1, count - sum(self.statuses.values())), seed)
         finally:
             stop.set()
             beside.join()

@@ -29,4 +29,4 @@ def test_ten_thousand_hostile_requests_do_no_harm():
     """No crash, no 500, no file read, no request sent anywhere: in a process that notes what it opens and connects to."""
     statuses, wrong = assault(10_000)
     assert not wrong, "\n".join(list(dict.fromkeys(wrong))[:20])
-    assert sum(statuses.values()) > 9000
+    assert sum(statuses.values()) >= 10_000
