@@ -25,11 +25,11 @@ KEY = "secret"
 class Running:
     """gate: an event that the loading of the model waits for. options: of ``Server``."""
 
-    def __init__(self, params, *, slots=4, capacity=512, gate=None, load=None, grace=60, **options):
+    def __init__(self, params, *, slots=4, capacity=512, gate=None, load=None, grace=60, port=0, **options):
         self.params, self.slots, self.capacity, self.gate = params, slots, capacity, gate
         self.server = Server(load or self.load, "tiny", **{"key": KEY, **options})
         self.listener = Listener(self.server, log_level="critical", grace=grace)
-        self.socket = open_socket("127.0.0.1", 0)
+        self.socket = open_socket("127.0.0.1", port)
         self.port = self.socket.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.listener.run, args=([self.socket],), daemon=True)

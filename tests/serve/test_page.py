@@ -7,8 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import socket
-import threading
 import time
 from pathlib import Path
 
@@ -19,22 +17,18 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 import smpl_jax
-from chatpose_jax.chat import ChatPose
+from chatpose_jax.chat import DEMO, load
 from chatpose_jax.engine import Engine
-from chatpose_jax.models.chatpose import unstack_layers
-from chatpose_jax.processing.processor import tiny_processor
 from chatpose_jax.serve import page
-from chatpose_jax.serve.app import Server
 from chatpose_jax.serve.openai import ApiError
 from smpl_jax.frames import turn
 from smpl_jax.rotations import axis_angle_to_matrix, matrix_to_axis_angle
 
-from ..test_engine import CONFIG, stacked
+from .running import Running
 
 OWN = [path for path in page.FOLDER.rglob("*") if path.is_file() and "vendor" not in path.parts]
 IMPORTED = re.compile(r"""^(?:import|export)\b[^'"]*?\bfrom\s*['"]([^'"]+)['"]|\bimport\(['"]([^'"]+)""", re.MULTILINE)
@@ -115,48 +109,21 @@ WAIT = 120_000
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "heads.png"
 
 
-class Running:
-    """A server on a port that it keeps, so that it can go away and come back."""
+def serving(**options):
+    """A server of the toy model."""
 
-    def __init__(self, params, key=None):
-        self.params, self.key, self.thread = params, key, None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def load(self):
-        model = ChatPose(CONFIG, self.params, tiny_processor(CONFIG))
-        model.engine = Engine(CONFIG, self.params, model.engine.tail.tolist(), slots=2, capacity=512)
+    def toy():
+        model = load(DEMO)
+        model.engine = Engine(model.config, model.params, model.engine.tail.tolist(), slots=2, capacity=512)
         return model
 
-    def start(self):
-        self.server = Server(self.load, "tiny", key=self.key, note="this one is random")
-        self.uvicorn = uvicorn.Server(uvicorn.Config(self.server.app, port=self.port, log_level="error"))
-        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
-        self.thread.start()
-        deadline = time.monotonic() + 60
-        while not self.uvicorn.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def stop(self):
-        self.uvicorn.should_exit = self.uvicorn.force_exit = True
-        self.thread.join(60)
-        assert not self.thread.is_alive()
+    return Running(None, load=toy, grace=0, note="this one is a toy", **options)
 
 
 @pytest.fixture(scope="module")
-def params():
-    return unstack_layers(stacked())
-
-
-@pytest.fixture(scope="module")
-def running(params):
-    server = Running(params)
-    server.start()
-    yield server
-    server.stop()
+def running():
+    with serving(key=None) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +140,8 @@ def chromium():
 WATCHED = """
 window.violations = [];
 document.addEventListener('securitypolicyviolation', (event) => violations.push(`${event.violatedDirective} ${event.blockedURI}`));
-localStorage.getItem('chatpose-settings') ?? localStorage.setItem('chatpose-settings', '{"force": true, "tokens": 8}');
+localStorage.getItem('chatpose-settings') ?? localStorage.setItem('chatpose-settings', '{"force": true, "tokens": 32}');
 """
-"""The test model is random: it gives a pose where it is forced to, and few tokens are enough."""
 
 
 @contextlib.contextmanager
@@ -251,81 +217,84 @@ def stored(shown):
 
 
 @pytest.mark.slow
-def test_a_conversation_from_the_key_to_a_reload(chromium, params):
-    running = Running(params, key="secret")
-    running.start()
-    with opened(chromium, running) as shown:
-        ready(shown, "locked")
-        shown.fill("#key", "wrong")
-        shown.keyboard.press("Enter")
-        shown.wait_for_selector("#key-wrong:not([hidden])")
-        shown.fill("#key", "secret")
-        shown.keyboard.press("Enter")
-        ready(shown)
-        assert shown.evaluate("document.activeElement.id") == "question" and shown.is_hidden("#key-dialog")
-        assert shown.inner_text("#about") == "This one is random" and shown.inner_text("#model") == "tiny"
-        empty = drawn(shown)
-        answer = ask(shown, "Who kneels?")
-        settled(shown)
-        filled = drawn(shown)
-        rows = min(len(empty), len(filled))
-        assert np.abs(filled[:rows] - empty[:rows]).max() > 60
-        assert answer.locator(".card").count() == len(stored(shown)[1]["poses"]) > 0
-        assert "body in the 3D view" in shown.inner_text("#status") or "bodies" in shown.inner_text("#status")
+def test_a_conversation_from_the_key_to_a_reload(chromium):
+    with contextlib.ExitStack() as servers:
+        running = servers.enter_context(serving())
+        with opened(chromium, running) as shown:
+            ready(shown, "locked")
+            shown.fill("#key", "wrong")
+            shown.keyboard.press("Enter")
+            shown.wait_for_selector("#key-wrong:not([hidden])")
+            shown.fill("#key", "secret")
+            shown.keyboard.press("Enter")
+            ready(shown)
+            assert shown.evaluate("document.activeElement.id") == "question" and shown.is_hidden("#key-dialog")
+            assert shown.inner_text("#about") == "This one is a toy" and shown.inner_text("#model") == "tiny"
+            empty = drawn(shown)
+            answer = ask(shown, "Show me someone who kneels.")
+            settled(shown)
+            filled = drawn(shown)
+            rows = min(len(empty), len(filled))
+            assert np.abs(filled[:rows] - empty[:rows]).max() > 60
+            assert answer.locator(".card").count() == len(stored(shown)[1]["poses"]) > 0
+            assert "body in the 3D view" in shown.inner_text("#status") or "bodies" in shown.inner_text("#status")
 
-        # A picture is dropped; it is seen, sent, and stays with the conversation.
-        data = PICTURE.read_bytes()
-        dropped = shown.evaluate_handle(
-            """(bytes) => {
-              const data = new DataTransfer();
-              data.items.add(new File([new Uint8Array(bytes)], 'a.png', { type: 'image/png' }));
-              return data;
-            }""",
-            list(data),
-        )
-        shown.dispatch_event("#scroll", "drop", {"dataTransfer": dropped})
-        shown.wait_for_selector("#pictures img")
-        with shown.expect_request("**/chat/completions") as sent:
-            ask(shown, "And this one?")
-        said = sent.value.post_data_json["messages"]
-        assert [message["role"] for message in said] == ["user", "assistant", "user"]
-        assert said[0]["content"] == "Who kneels?" and said[1]["content"] == stored(shown)[1]["text"]
-        assert said[2]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
-        assert sent.value.headers["authorization"] == "Bearer secret"
-        shown.wait_for_selector("#asked:not([hidden])")
+            # A picture is dropped; it is seen, sent, and stays with the conversation.
+            data = PICTURE.read_bytes()
+            dropped = shown.evaluate_handle(
+                """(bytes) => {
+                  const data = new DataTransfer();
+                  data.items.add(new File([new Uint8Array(bytes)], 'a.png', { type: 'image/png' }));
+                  return data;
+                }""",
+                list(data),
+            )
+            shown.dispatch_event("#scroll", "drop", {"dataTransfer": dropped})
+            shown.wait_for_selector("#pictures img")
+            with shown.expect_request("**/chat/completions") as sent:
+                ask(shown, "And this one?")
+            said = sent.value.post_data_json["messages"]
+            assert [message["role"] for message in said] == ["user", "assistant", "user"]
+            assert (
+                said[0]["content"] == "Show me someone who kneels." and said[1]["content"] == stored(shown)[1]["text"]
+            )
+            assert said[2]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+            assert sent.value.headers["authorization"] == "Bearer secret"
+            shown.wait_for_selector("#asked:not([hidden])")
 
-        # Everything is there again after a reload, the bodies too, though the server has forgotten them.
-        running.server.poses._held.clear()
-        before = stored(shown)
-        shown.reload()
-        ready(shown)
-        settled(shown)
-        assert stored(shown) == before and shown.locator(".message").count() == 4
-        assert shown.locator(".message.user img").count() == 1 and shown.is_hidden("#reason")
+            # Everything is there again after a reload, the bodies too, though the server has forgotten them.
+            running.server.poses._held.clear()
+            before = stored(shown)
+            shown.reload()
+            ready(shown)
+            settled(shown)
+            assert stored(shown) == before and shown.locator(".message").count() == 4
+            assert shown.locator(".message.user img").count() == 1 and shown.is_hidden("#reason")
 
-        # The server goes away, and comes back.
-        running.stop()
-        shown.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-        ready(shown, "gone")
-        assert "does not answer" in shown.inner_text("#banner") and shown.get_attribute("#banner", "role") == "alert"
-        assert shown.is_disabled("#send") and shown.locator(".message").count() == 4
-        running.start()
-        ready(shown)
-        assert shown.is_hidden("#banner")
+            # The server goes away, and comes back.
+            servers.close()
+            shown.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            ready(shown, "gone")
+            assert (
+                "does not answer" in shown.inner_text("#banner") and shown.get_attribute("#banner", "role") == "alert"
+            )
+            assert shown.is_disabled("#send") and shown.locator(".message").count() == 4
+            servers.enter_context(serving(port=running.port))
+            ready(shown)
+            assert shown.is_hidden("#banner")
 
-        shown.click("#new")
-        shown.click("#forget")
-        assert shown.locator(".message").count() == 0 and shown.is_visible("#welcome")
-        shown.wait_for_timeout(500)
-        assert not stored(shown)
-    running.stop()
+            shown.click("#new")
+            shown.click("#forget")
+            assert shown.locator(".message").count() == 0 and shown.is_visible("#welcome")
+            shown.wait_for_timeout(500)
+            assert not stored(shown)
 
 
 @pytest.mark.slow
 def test_a_body_moves_and_obeys_keys(chromium, running):
     with opened(chromium, running, reduced_motion="no-preference") as shown:
         ready(shown)
-        ask(shown, "Turn?")
+        ask(shown, "A person lies on the floor. What is the pose in SMPL?")
         settled(shown)
         assert shown.get_attribute("#turn", "aria-pressed") == "true"
         first = drawn(shown)
@@ -337,7 +306,7 @@ def test_a_body_moves_and_obeys_keys(chromium, running):
         assert shown.get_attribute("#turn", "aria-pressed") == "false"
         front = drawn(shown)
         shown.wait_for_timeout(1000)
-        np.testing.assert_array_equal(drawn(shown), front)
+        np.testing.assert_allclose(drawn(shown), front, atol=2)
         for key in ("ArrowLeft", "+"):
             shown.keyboard.press(key)
         shown.wait_for_timeout(1000)
@@ -359,7 +328,7 @@ def test_who_wants_no_motion_sees_none(chromium, running):
         assert shown.get_attribute("#turn", "aria-pressed") == "false"
         first = drawn(shown)
         shown.wait_for_timeout(1500)
-        np.testing.assert_array_equal(drawn(shown), first)
+        np.testing.assert_allclose(drawn(shown), first, atol=2)  # gradients are dithered
 
 
 @pytest.mark.slow
@@ -367,7 +336,7 @@ def test_the_browser_skins_as_the_body_model_does(chromium, running):
     """Of two answers: the surface at both ends of the slider is smpl_jax's, joints turn the shortest way between, and a skeleton has its joints."""
     with opened(chromium, running) as shown:
         ready(shown)
-        for text in ("One?", "Two, which differs?"):
+        for text in ("Show me someone who kneels.", "Please raise both arms above the head."):
             ask(shown, text)
         poses = [pose for message in stored(shown)[1::2] for pose in message["poses"]]
         first, second = poses[0], poses[-1]
@@ -493,17 +462,14 @@ def test_a_licensed_body_and_a_lost_one_are_skeletons_that_say_why(chromium, run
 def test_an_answer_can_be_stopped_and_a_failed_one_tried_again(chromium, running, monkeypatch):
     with opened(chromium, running) as shown:
         ready(shown)
-        engine, gate = running.server.worker.model.engine, threading.Event()
-        step = engine.step
-        monkeypatch.setattr(engine, "step", lambda: gate.wait(60) and step())
-        shown.fill("#question", "Long?")
-        shown.keyboard.press("Enter")
-        shown.wait_for_selector("#stop:not([hidden])")
-        assert shown.is_hidden("#send")
-        shown.keyboard.press("Escape")
-        shown.wait_for_selector(".message.assistant[aria-busy=false]")
-        assert "You stopped" in shown.inner_text(".fault")
-        gate.set()
+        with running.held():
+            shown.fill("#question", "Long?")
+            shown.keyboard.press("Enter")
+            shown.wait_for_selector("#stop:not([hidden])")
+            assert shown.is_hidden("#send")
+            shown.keyboard.press("Escape")
+            shown.wait_for_selector(".message.assistant[aria-busy=false]")
+            assert "You stopped" in shown.inner_text(".fault")
         shown.click("#new")
         shown.click("#forget")
 

@@ -424,14 +424,20 @@ function setPictures(list) {
   refreshComposer();
 }
 
+/** Says below the question what is wrong with this browser or with a file. */
+function warn(text) {
+  the('hint').textContent = text;
+  the('hint').classList.add('wrong');
+  say(text);
+}
+
 async function take(files) {
   for (const file of files) {
     try {
       setPictures([...pictures, await read(file)]);
       say('Picture added.');
     } catch (error) {
-      the('hint').textContent = error.message;
-      say(error.message);
+      warn(error.message);
     }
   }
   if (files.length) the('question').focus();
@@ -557,7 +563,7 @@ redraw();
 toEnd();
 const [last] = bodiesOf(messages).slice(-1);
 if (last) pick(last);
-if (!store.kept) the('hint').textContent = 'This browser keeps nothing here: the conversation ends with this tab.';
+if (!store.kept) warn('This browser keeps nothing here: the conversation ends with this tab.');
 document.addEventListener('visibilitychange', () => document.hidden || watch());
 await watch();
 the('question').focus();
