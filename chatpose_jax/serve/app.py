@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import hmac
 import json
+import logging
 import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -36,6 +38,8 @@ from chatpose_jax.serve.poses import KINDS, MESHES, PoseStore
 from chatpose_jax.serve.worker import Answering, Full, Piece, Stopped, Worker
 from smpl_jax.pose import Pose
 from smpl_jax.posed import PosedBody
+
+LOG = logging.getLogger("uvicorn.error")
 
 OPEN = re.compile(r"/(health|page/.*)?")
 """Paths that need no key: the page's files hold nothing of the model, and what the page asks for needs one."""
@@ -78,7 +82,9 @@ class Server:
         self.worker = Worker(load, self.metrics, queue=queue, samples=limits.samples, patience=patience, failed=failed)
         self.created = int(time.time())
         self.document = document(name, limits)
-        self._bodies, self._drawing = 0, asyncio.Semaphore(2)
+        # Fetching pictures may take long; so it has threads of its own.
+        self._reading, self._readers = asyncio.Semaphore(limits.bodies), ThreadPoolExecutor(limits.bodies, "request")
+        self._drawing = asyncio.Semaphore(2)
         routes = [
             Route("/v1/chat/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -107,6 +113,7 @@ class Server:
         self.worker.start()
         yield
         await asyncio.to_thread(self.worker.close)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
         """Takes no more questions; those under way are answered."""
@@ -130,11 +137,7 @@ class Server:
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:
             raise large
-        if self._bodies >= self.limits.bodies:
-            raise ApiError(
-                429, "too many requests are being read", "queue_full", kind="rate_limit_error", Retry_After="1"
-            )
-        data, self._bodies = bytearray(), self._bodies + 1
+        data = bytearray()
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
@@ -145,8 +148,6 @@ class Server:
             raise ApiError(
                 408, f"the request was not there within {seconds:.0f} s", "timeout", Connection="close"
             ) from None
-        finally:
-            self._bodies -= 1
         return bytes(data)
 
     # --- routes
@@ -197,8 +198,10 @@ class Server:
 
     async def completions(self, request: Request) -> Response:
         model = self.ready()
-        data = await self.body_of(request)
-        asked, questions = await asyncio.to_thread(self.understood, data, model)
+        async with self._reading:
+            data = await self.body_of(request)
+            loop = asyncio.get_running_loop()
+            asked, questions = await loop.run_in_executor(self._readers, self.understood, data, model)
         self.ready()
         try:
             answers = self.worker.submit(questions, asked.stop)
@@ -332,7 +335,7 @@ def without_port(host: str) -> str:
 
 
 class Counted:
-    """Counts requests by route and status. 499 stands for a client that went away before its answer began."""
+    """Counts requests by route and status, and logs those that failed. 499 stands for a client that went away before its answer began."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self.app, self.metrics = app, metrics
@@ -352,6 +355,8 @@ class Counted:
             await self.app(scope, receive, hear)
         except ClientDisconnect:
             pass
+        except Exception:  # it has been answered; uvicorn would close the connection without a word
+            LOG.exception("a request failed")
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(route, status).inc()

@@ -4,6 +4,7 @@ names it; nothing is left out silently.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ FALLBACK = 128
 """Tokens of an answer whose request does not say how many, at most."""
 
 
+UNPACKING = threading.Semaphore(4)
+"""Pictures that are unpacked at a time: each may take a hundred megabytes."""
+
+
 class ApiError(Exception):
     """An error as OpenAI's API reports it. code: a word for programs. param: the field that is wrong."""
 
@@ -54,14 +59,14 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 
 class Limits(NamedTuple):
-    """What a request may ask for at most. body: bytes. upload: seconds until the body is there. bodies: requests that send theirs at a time.
+    """What a request may ask for at most. body: bytes. upload: seconds until the body is there. bodies: requests that are read at a time.
     pixels: of one picture. images, messages, parts (of a message): in a conversation. tokens: of an answer. answers: ``n``. samples: of each pose.
     stops: strings of ``stop``. stop_length: characters of each.
     """
 
     body: int = 20 << 20
     upload: float = 30.0
-    bodies: int = 64
+    bodies: int = 32
     pixels: int = 32_000_000
     images: int = 8
     messages: int = 256
@@ -257,11 +262,12 @@ class Pictures:
             else:
                 message = f"{where} must be a data: address; this server reads no file and fetches no address, found {url[:40]!r}"
                 raise invalid(where, message, "invalid_image_url")
-            width, height = upright_size(data, where)
-            if width * height > self.limits.pixels:
-                message = f"{where} has {width} × {height} pixels, at most {self.limits.pixels} are allowed"
-                raise invalid(where, message, "image_too_large")
-            return self.images.square(data, where)
+            with UNPACKING:
+                width, height = upright_size(data, where)
+                if width * height > self.limits.pixels:
+                    message = f"{where} has {width} × {height} pixels, at most {self.limits.pixels} are allowed"
+                    raise invalid(where, message, "image_too_large")
+                return self.images.square(data, where)
         except UserError as error:
             raise invalid(where, str(error), "invalid_image") from None
 

@@ -25,8 +25,10 @@ KEY = "secret"
 class Running:
     """gate: an event that the loading of the model waits for. options: of ``Server``."""
 
-    def __init__(self, params, *, slots=4, capacity=512, gate=None, load=None, grace=60, port=0, **options):
-        self.params, self.slots, self.capacity, self.gate = params, slots, capacity, gate
+    def __init__(
+        self, params, *, config=CONFIG, slots=4, capacity=512, gate=None, load=None, grace=60, port=0, **options
+    ):
+        self.params, self.config, self.slots, self.capacity, self.gate = params, config, slots, capacity, gate
         self.server = Server(load or self.load, "tiny", **{"key": KEY, **options})
         self.listener = Listener(self.server, log_level="critical", grace=grace)
         self.socket = open_socket("127.0.0.1", port)
@@ -37,9 +39,9 @@ class Running:
     def load(self):
         if self.gate is not None:
             assert self.gate.wait(60)
-        model = ChatPose(CONFIG, self.params, tiny_processor(CONFIG))
+        model = ChatPose(self.config, self.params, tiny_processor(self.config))
         tail = model.engine.tail.tolist()
-        model.engine = Engine(CONFIG, self.params, tail, slots=self.slots, capacity=self.capacity)
+        model.engine = Engine(self.config, self.params, tail, slots=self.slots, capacity=self.capacity)
         return model
 
     def __enter__(self):

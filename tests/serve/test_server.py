@@ -1,5 +1,7 @@
 """The server over real sockets: what OpenAI's client and plain HTTP see."""
 
+import dataclasses
+import io
 import json
 import logging
 import re
@@ -21,12 +23,16 @@ from chatpose_jax import engine as engines  # noqa: E402
 from chatpose_jax.chat import ChatPose  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.generate import decode  # noqa: E402
-from chatpose_jax.models.chatpose import unstack_layers  # noqa: E402
+from chatpose_jax.models.chatpose import init_params, unstack_layers  # noqa: E402
+from chatpose_jax.models.config import HeadConfig  # noqa: E402
 from chatpose_jax.models.sharding import make_mesh, shardings  # noqa: E402
 from chatpose_jax.planning.plan import trace_decoding  # noqa: E402
 from chatpose_jax.processing.processor import tiny_processor  # noqa: E402
 from chatpose_jax.serve import listen, worker  # noqa: E402
 from chatpose_jax.serve.openai import Limits  # noqa: E402
+from chatpose_jax.serve.poses import pose_json  # noqa: E402
+from smpl_jax import PosedBody  # noqa: E402
+from smpl_jax.pose import Pose  # noqa: E402
 
 from ..test_engine import CONFIG, stacked  # noqa: E402
 from .running import KEY, Running, data_url, picture, url_of, user  # noqa: E402
@@ -203,6 +209,51 @@ def test_nothing_is_compiled_once_it_is_ready(running):
             assert answer.status_code == 200, answer.text
     running.ask(n=4, temperature=1.0, max_tokens=5)
     assert running.metrics()["chatpose_compiled_programs"] == before > 0
+
+
+def test_samples_of_a_head_that_draws():
+    config = CONFIG.replace(head=HeadConfig("gaussian"))
+    params = unstack_layers(init_params(config.replace(scan_layers=True), jax.random.key(0)))
+    with Running(params, config=config, limits=Limits(samples=4)) as server:
+        server.wait()
+        before = server.metrics()["chatpose_compiled_programs"]
+        asked = {"max_tokens": 8, "force_pose": True}
+        [pose] = server.ask(samples=3, **asked).json()["choices"][0]["message"]["poses"]
+        assert len(pose["samples"]) == 3 and len({str(each["axis_angle"]) for each in pose["samples"]}) == 3
+        assert {name: pose[name] for name in pose["samples"][0]} == pose["samples"][0]
+        files = [server.client.get(f"/v1/poses/{each['id']}.npz") for each in pose["samples"]]
+        for each, file in zip(pose["samples"], files):
+            stored = np.load(io.BytesIO(file.content))
+            assert any(np.allclose(stored[name].ravel()[:3], each["axis_angle"][0], atol=1e-5) for name in stored)
+        [lone] = server.ask(**asked).json()["choices"][0]["message"]["poses"]
+        assert lone["axis_angle"] == pose["axis_angle"] and "samples" not in lone
+        assert server.ask(samples=5, **asked).json()["error"]["param"] == "samples"
+        assert server.metrics()["chatpose_compiled_programs"] == before
+
+
+def test_a_shape_is_shown_where_there_is_one(alone):
+    betas = np.arange(alone.body.num_betas, dtype=np.float32)
+    pose = Pose(np.tile(np.eye(3, dtype=np.float32), (24, 1, 1)), "camera", betas=betas)
+    shown = pose_json(["x"], [PosedBody(pose, alone.body)])
+    assert shown["betas"] == betas.tolist() and shown["id"] == "x" and "samples" not in shown
+
+
+def test_meshes_of_a_licensed_body_stay_here(running):
+    model = running.worker.model
+    [pose] = running.ask(max_tokens=8, force_pose=True).json()["choices"][0]["message"]["poses"][:1]
+    own = running.server.poses.get(pose["id"])
+    name = running.server.poses.put(PosedBody(own.pose, dataclasses.replace(model.body, name="SMPL neutral")))
+    for kind in ("glb", "obj"):
+        answer = running.client.get(f"/v1/poses/{name}.{kind}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "licensed_body")
+        assert "--share-body" in answer.json()["error"]["message"]
+    for kind in ("npz", "png"):
+        assert running.client.get(f"/v1/poses/{name}.{kind}").status_code == 200
+    running.server.share_body = True
+    try:
+        assert running.client.get(f"/v1/poses/{name}.glb").status_code == 200
+    finally:
+        running.server.share_body = False
 
 
 # --- what is refused
