@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         from chatpose_jax.serve.openai import Limits
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: in the checkout, pip install '.[serve]'") from None
+    import jax
+
     from chatpose_jax.chat import TOY, ChatPose, load
     from chatpose_jax.engine import Engine
     from chatpose_jax.models.sharding import make_mesh
@@ -88,7 +91,12 @@ def run(args: argparse.Namespace) -> int:
     folder = model_or_toy(args.model)
 
     def ready() -> ChatPose:
-        mesh = None if mesh_sizes is None else make_mesh(*mesh_sizes, slices=1)
+        mesh = None
+        if mesh_sizes is not None:
+            needed, found = math.prod(mesh_sizes), jax.device_count()
+            if min(mesh_sizes) < 1 or needed > found:
+                raise UserError(f"--mesh {args.mesh} needs {needed} devices, and there are {found}")
+            mesh = make_mesh(*mesh_sizes, slices=1)
         model = load(folder, dtype=args.dtype, body=args.body, head=args.head, mesh=mesh)
         most = model.config.text.max_position_embeddings
         context = most if args.context is None else whole("--context", args.context, 64, most)

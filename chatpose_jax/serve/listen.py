@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -75,6 +76,8 @@ class Listener(uvicorn.Server):
             timeout_graceful_shutdown=grace, server_header=False, proxy_headers=False, **settings,
         )  # fmt: skip
         super().__init__(config)
+        # A probe every few seconds would fill the log.
+        logging.getLogger("uvicorn.access").addFilter(lambda record: '"GET /health ' not in record.getMessage())
         self.served = server
         server.worker.failed = self.give_up
 

@@ -112,6 +112,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mesh_of_too_many_devices_is_said(folder):
+    with serving(folder, "--mesh", "1x1x4096") as served:
+        assert served.process.wait(60) == 2
+    assert served.lines[-1].startswith("error: --mesh 1x1x4096 needs 4096 devices, and there are ")
+
+
+@pytest.mark.slow
 def test_a_signal_ends_it_while_the_model_is_loaded(folder):
     with serving(folder) as served:
         time.sleep(1)
