@@ -101,7 +101,7 @@ class PosedBody:
         )
 
     def save(self, path: str | os.PathLike[str], *, skinned: bool = True) -> Path:
-        """Writes ``.glb`` (mesh, skin and named joints), ``.obj``, ``.npz`` (``write_poses``, with the joints) or ``.png``.
+        """Writes ``.glb`` (mesh in the colours of ``render``, skin and named joints), ``.obj``, ``.npz`` (``write_poses``, with joints) or ``.png``.
 
         skinned: True writes the rest mesh and the posed skeleton to a ``.glb``; programs without skinning show the rest pose. False writes
             the posed mesh only, which every viewer shows in its pose.
@@ -125,9 +125,10 @@ class PosedBody:
         path.parent.mkdir(parents=True, exist_ok=True)
         frame, faces = self.pose.frame, np.asarray(self.body.faces)
         if suffix == ".glb" and skinned:
-            export.write_skinned_glb(path, self.body, **for_body(self.pose, self.body), frame=frame)
+            colors = render.clothing_colors(self.body)
+            export.write_skinned_glb(path, self.body, **for_body(self.pose, self.body), frame=frame, colors=colors)
         elif suffix == ".glb":
-            export.write_glb(path, self.vertices, faces, frame=frame)
+            export.write_glb(path, self.vertices, faces, frame=frame, colors=render.clothing_colors(self.body))
         elif suffix == ".obj":
             export.write_obj(path, self.vertices, faces, frame=frame)
         elif suffix == ".npz":

@@ -106,6 +106,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SWITCHES = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
 WAIT = 120_000
 """Milliseconds: a machine that runs the tests may be slow, and a body is drawn without a graphics card."""
+CACHED = 'chatpose_prompt_tokens_total{source="cached"}'
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "heads.png"
 
 
@@ -251,6 +252,7 @@ def test_a_conversation_from_the_key_to_a_reload(chromium):
             )
             shown.dispatch_event("#scroll", "drop", {"dataTransfer": dropped})
             shown.wait_for_selector("#pictures img")
+            read = running.metrics()[CACHED]
             with shown.expect_request("**/chat/completions") as sent:
                 ask(shown, "And this one?")
             said = sent.value.post_data_json["messages"]
@@ -261,6 +263,7 @@ def test_a_conversation_from_the_key_to_a_reload(chromium):
             assert said[2]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
             assert sent.value.headers["authorization"] == "Bearer secret"
             shown.wait_for_selector("#asked:not([hidden])")
+            assert running.metrics()[CACHED] > read + 10  # the first turn was not read again
 
             # Everything is there again after a reload, the bodies too, though the server has forgotten them.
             running.server.poses._held.clear()
@@ -456,6 +459,21 @@ def test_a_licensed_body_and_a_lost_one_are_skeletons_that_say_why(chromium, run
         assert "this one is gone" in shown.inner_text("#reason")
         green = drawn(shown)[..., 1] - drawn(shown)[..., 0]
         assert (green > 40).sum() > 300
+
+
+@pytest.mark.slow
+def test_without_webgl_the_server_draws(chromium, running):
+    flat = chromium.browser_type.launch(executable_path=CHROMIUM, args=["--disable-3d-apis"])
+    try:
+        with opened(flat, running) as shown:
+            ready(shown)
+            ask(shown, "Show me someone who kneels.")
+            for image in ("#flat", ".card img"):
+                shown.wait_for_selector(f"{image}[src^=blob]:not([hidden])")
+                assert shown.evaluate(f"document.querySelector('{image}').decode().then(() => true)")
+            assert "WebGL" in shown.inner_text("#nothing") and shown.is_hidden("#corner")
+    finally:
+        flat.close()
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_a_pose_knows_its_body(posed, tmp_path):
     for suffix in (".glb", ".obj", ".npz", ".png"):
         assert posed.save(tmp_path / f"pose{suffix}").stat().st_size > 1000
     assert b'"skins"' in (tmp_path / "pose.glb").read_bytes()
+    assert b'"COLOR_0"' in (tmp_path / "pose.glb").read_bytes()  # dressed, as in the image
     assert b'"skins"' not in posed.save(tmp_path / "static.glb", skinned=False).read_bytes()
     with np.load(tmp_path / "pose.npz", allow_pickle=False) as saved:
         assert sorted(saved) == [

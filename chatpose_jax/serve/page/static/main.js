@@ -32,8 +32,27 @@ let stage = null;
 try {
   stage = new Stage(the('canvas'), the('labels'));
 } catch {
-  the('nothing').textContent = 'This browser shows no 3D here (WebGL is off). The files of a body can still be saved.';
+  the('nothing').textContent = 'This browser shows no 3D here (WebGL is off): the server draws the bodies, from the front and from the side.';
+  for (const id of ['canvas', 'corner']) the(id).hidden = true;
 }
+
+/** The address of a picture of a body that the server drew, where the browser cannot. */
+const flat = {
+  found: new Map(),
+  of(body) {
+    if (!this.found.has(body.id)) this.found.set(body.id, api.poseFile(body.id, 'png').then(URL.createObjectURL));
+    return this.found.get(body.id);
+  },
+  async show(body, image) {
+    try {
+      image.src = await this.of(body);
+      image.alt = `${body.label}, from the front and from the side`;
+      image.hidden = false;
+    } catch {
+      this.found.delete(body.id);
+    }
+  },
+};
 
 // --- the server
 
@@ -209,7 +228,7 @@ function redraw() {
   the('messages').replaceChildren(...messages.map((message) => items.get(message)));
   the('panel').hidden = bodies.length === 0;
   document.querySelector('main').classList.toggle('bodies', bodies.length > 0);
-  the('between').hidden = bodies.length < 2;
+  the('between').hidden = bodies.length < 2 || !stage;
   refreshComposer();
 }
 
@@ -222,9 +241,10 @@ function redrawOne(message, bodies = bodiesOf(messages)) {
 
 function card(body) {
   if (!cards.has(body.id)) {
-    const canvas = make('canvas', { width: 240, height: 272, 'aria-hidden': 'true' });
-    const button = make('button', { type: 'button', className: 'card', 'aria-pressed': 'false', onclick: () => pick(body) }, canvas, make('span', {}, body.label));
+    const picture = stage ? make('canvas', { width: 240, height: 272, 'aria-hidden': 'true' }) : make('img', { alt: '', hidden: true });
+    const button = make('button', { type: 'button', className: 'card', 'aria-pressed': 'false' }, picture, make('span', {}, body.label));
     cards.set(body.id, button);
+    if (!stage) flat.show(body, picture);
   }
   const button = cards.get(body.id);
   button.onclick = () => pick(body);
@@ -279,7 +299,7 @@ async function display(bodies, chosen = bodies.at(-1)) {
   if (turn !== latest || !bodies.length) return;
   openSlider(false);
   shown = bodies;
-  the('nothing').hidden = bodies.length > 0;
+  the('nothing').hidden = stage !== null;
   stage?.show(bodies.map(({ id, label, json }, k) => ({ id, label, rig: ready[k].rig, frame: json.frame })));
   choose(chosen);
 }
@@ -293,6 +313,7 @@ function pick(body) {
 async function choose(body) {
   active = body;
   stage?.activate(body.id);
+  if (!stage) flat.show(body, the('flat'));
   const tab = (each) => make('button', { type: 'button', className: 'quiet', 'aria-pressed': String(each.id === body.id), onclick: () => choose(each) }, each.label);
   const focused = the('tabs').contains(document.activeElement);
   the('tabs').replaceChildren(...(shown.length > 1 ? shown.map(tab) : []));
@@ -525,6 +546,7 @@ the('forget').addEventListener('click', async () => {
   stage?.clear();
   the('nothing').hidden = false;
   the('asked').hidden = true;
+  the('flat').hidden = true;
   the('canvas').setAttribute('aria-label', 'empty');
   redraw();
   the('question').focus();

@@ -112,6 +112,7 @@ export class Figure extends THREE.Group {
   #addSkin({ geometry, sets }) {
     const own = new THREE.BufferGeometry();
     for (const name of ['position', 'normal']) own.setAttribute(name, geometry.attributes[name].clone());
+    if (geometry.attributes.color) own.setAttribute('color', geometry.attributes.color);
     own.setIndex(geometry.index);
     this.sets = sets;
     this.mesh = new THREE.Mesh(own, this.material);

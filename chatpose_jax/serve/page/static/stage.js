@@ -19,8 +19,6 @@ export class Stage extends EventTarget {
     this.renderer = new THREE.WebGLRenderer({ canvas, antialias: true, alpha: true });
     this.renderer.setPixelRatio(Math.min(devicePixelRatio, 2));
     this.renderer.shadowMap.enabled = true;
-    this.renderer.toneMapping = THREE.NeutralToneMapping;
-    this.renderer.toneMappingExposure = 1.15;
     this.camera = new THREE.PerspectiveCamera(28, 1, 0.05, 60);
     this.scene = new THREE.Scene();
     this.scene.add(...lights(true));
@@ -321,7 +319,7 @@ function floorTexture(color) {
 }
 
 function lights(shadows) {
-  const sky = new THREE.HemisphereLight(0xffffff, 0xa89c8d, 2.0);
+  const sky = new THREE.HemisphereLight(0xffffff, 0xb3a796, 2.8);
   const main = new THREE.DirectionalLight(0xfff4e6, 1.9);
   main.position.set(1.6, 4, 2.8);
   main.castShadow = shadows;
@@ -329,7 +327,7 @@ function lights(shadows) {
   main.shadow.radius = 5;
   main.shadow.normalBias = 0.015;
   Object.assign(main.shadow.camera, { near: 0.5, far: 12 });
-  const rim = new THREE.DirectionalLight(0xdde8ff, 1.1);
+  const rim = new THREE.DirectionalLight(0xdde8ff, 1.0);
   rim.position.set(-2.5, 2, -2.5);
   return [sky, main, rim];
 }
