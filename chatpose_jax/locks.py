@@ -145,7 +145,9 @@ class _Lease(Held):
         except (ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path}: cannot be written ({str(error).split(' [')[0]:.300})") from None
+            said = str(error).split(" [")[0][:300]
+            hint = "; is there such a bucket?" if said.startswith("NOT_FOUND") else ""
+            raise UserError(f"{self.path}: cannot be written ({said}{hint})") from None
         refreshing = threading.Thread(target=self._keep, daemon=True)
         refreshing.start()
         try:

@@ -12,7 +12,7 @@ from typing import Any
 from chatpose_jax.cli.source_options import add_source_options, source_of
 from chatpose_jax.errors import UserError
 from chatpose_jax.models.config import ModelConfig
-from chatpose_jax.storage import Location, location
+from chatpose_jax.storage import Location, is_bucket, location
 from chatpose_jax.weights.adapters import in_words
 from chatpose_jax.weights.arrays import read_metadata
 from chatpose_jax.weights.folder import CONFIG, PARAMS, TOKENIZER, is_model_folder, read_config, read_folder
@@ -27,7 +27,11 @@ _SHOWN = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose inspect``."""
-    parser.add_argument("path", metavar="folder", help="any checkpoint folder or file, or a model folder")
+    parser.add_argument(
+        "path",
+        metavar="folder",
+        help="any checkpoint folder or file, or a model folder; a model folder also at gs://…, s3://…",
+    )
     add_source_options(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor; default: one line for all layers")
 
@@ -35,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs ``chatpose inspect``. Returns 0 if nothing is missing, else 1. Raises UserError if files cannot be read."""
     spec, folder = source_of(args), location(args.path)
-    if is_model_folder(folder):
+    if is_model_folder(folder) or is_bucket(folder):  # only model folders are read from a bucket
         print("\n".join(_describe_model_folder(folder, args.tensors)))
         return 0
     if is_adapter(folder):

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,19 @@ def _is_number(word: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 2 bad input, 130 interrupted. Training that can be resumed has others, see ``cli.train``."""
+    before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         return _main(argv)
     except KeyboardInterrupt:  # also while the modules of a command are imported, which takes seconds
         print("\ninterrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, *_: Any) -> str:
+    """A warning without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -285,7 +285,7 @@ def restartable(folder: Location, *, starting: bool = False) -> Iterator[None]:
         where = f"{cause.filename}: " if cause.filename else ""
         what = cause.strerror or " ".join(str(cause).split())
         if starting and cause.errno not in TRANSIENT:
-            if cause is error:
+            if cause is error or isinstance(error, UserError):
                 raise
             raise UserError(f"{folder}: {what}") from error
         raise Fault(

@@ -102,7 +102,9 @@ def is_source(path: str | os.PathLike[str]) -> bool:
     """Whether a folder contains weights that ``convert`` reads, or a file is one of them."""
     path = location(path)
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-    return path.suffix in suffixes if path.is_file() else any(file.suffix in suffixes for file in path.glob("*"))
+    if not path.is_dir():
+        return path.suffix in suffixes and path.is_file()
+    return any(file.suffix in suffixes for file in path.glob("*"))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from chatpose_jax.cli.main import main
-from chatpose_jax.storage import Location, tree
+from chatpose_jax.storage import Location, location, tree, write_bytes
 from chatpose_jax.train.log import read_metrics
 from tests.weights.sources import make_llava_transformers
 
@@ -63,3 +63,23 @@ def test_from_weights_to_answers(bucket: Location, tmp_path: Path, capsys: pytes
     folders = {name.split("/")[0] for name in tree(bucket)}
     assert folders == {"base", "run", "chatpose", "peft"}, "nothing else is left"
     assert not [name for name in tree(bucket) if name.endswith((".lock", ".unfinished"))]
+
+
+def test_a_wrong_address_is_one_clear_line(
+    bucket: Location, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return error
+
+    nowhere = location(str(bucket.parent) + "-which-is-not-there") / "x"
+    assert fails("inspect", bucket / "x").startswith(f"error: {bucket}/x: no such folder; expected a model folder")
+    assert fails("inspect", nowhere).startswith(f"error: {nowhere}: no such folder")
+    assert fails("chat", nowhere, "--prompt", "Hi").startswith(f"error: {nowhere}: no such folder")
+    refused = fails("train", "--config", "tiny", "--out", nowhere)
+    assert refused.startswith(f"error: {nowhere}: cannot be written (") and "is there such a bucket?" in refused
+    write_bytes(bucket / "exported" / "model.safetensors", b"")
+    assert f"{bucket}/exported: a PyTorch checkpoint, not a model folder; copy it" in fails(
+        "inspect", bucket / "exported"
+    )

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -213,6 +214,18 @@ def test_a_mistyped_flag_shows_its_command_and_the_nearest_flag(arguments, usage
     assert stop.value.code == 2
     assert err.startswith(usage)
     assert words in err
+
+
+def test_a_warning_is_one_line_without_code(monkeypatch):
+    def warn(**_):
+        said.append(warnings.formatwarning(UserWarning("slow"), UserWarning, "a.py", 3))
+        raise UserError("that is all")
+
+    said = []
+    monkeypatch.setattr("chatpose_jax.cli.chat.check_settings", warn)
+    assert main(["chat", "model"]) == 2
+    assert said == ["warning: slow\n"]
+    assert "a.py" in warnings.formatwarning(UserWarning("slow"), UserWarning, "a.py", 3)
 
 
 def test_abbreviations_negative_numbers_and_words_with_dashes_are_no_mistakes(folder, capsys):
