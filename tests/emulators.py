@@ -1,5 +1,8 @@
 """Emulators of the two object stores, each in a process of its own, and faults on the way to them.
 
+``python tests/emulators.py gs COMMAND …`` runs a command, such as ``bash``, with the variables that lead all clients to an emulator with the empty
+bucket ``tests``. The emulator ends with the command.
+
 ``python tests/emulators.py gs`` prints its address and serves until its standard input ends. Each line that it reads there is a JSON object that says
 which requests fail from now on: ``{"every": 7, "kinds": ["503", "reset"], "pause": 0.05}``; see ``KINDS``.
 
@@ -11,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -70,7 +75,10 @@ class Emulator:
 @contextlib.contextmanager
 def running_store(scheme: str) -> Iterator[Emulator]:
     command = [sys.executable, os.path.abspath(__file__), scheme]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # In a session of its own: a Ctrl-C is for the programs that use it.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         yield Emulator(scheme, process)
     finally:
@@ -260,7 +268,15 @@ def _serve_s3() -> Any:
     return serving
 
 
-def main(scheme: str) -> None:
+def run(scheme: str, command: Sequence[str]) -> int:
+    """Runs a command beside an emulator, and returns its exit status."""
+    with running_store(scheme) as store:
+        print(f"an emulator with the empty bucket {scheme}://{BUCKET} runs at {store.address}", file=sys.stderr)
+        signal.signal(signal.SIGINT, lambda *_: None)  # it is for the command
+        return subprocess.run(command, env=os.environ | store.environment, check=False).returncode
+
+
+def serve(scheme: str) -> None:
     logging.disable(logging.CRITICAL)
     serving = {"gs": _serve_gs, "s3": _serve_s3}[scheme]()
     serving.handle_error = lambda *_: None  # clients break connections too
@@ -272,5 +288,16 @@ def main(scheme: str) -> None:
         print(failed, flush=True)
 
 
+def main(words: Sequence[str]) -> int:
+    if not words or words[0] not in PACKAGES:
+        sys.exit(__doc__)
+    if missing := [package for package in PACKAGES[words[0]] if importlib.util.find_spec(package) is None]:
+        sys.exit(f"needs {' and '.join(missing)}: pip install '.[dev]' in the checkout")
+    if words[1:]:
+        return run(words[0], words[1:])
+    serve(words[0])
+    return 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))

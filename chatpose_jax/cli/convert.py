@@ -94,5 +94,5 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.quiet:
         print("\n".join(describe_conversion(plan)))
-        print(f"wrote {args.out} ({plan.nbytes / 1e9:.2f} GB)")
+        print(f"wrote {args.out} ({plan.nbytes / 1e9:.3g} GB)")
     return 0

@@ -81,7 +81,7 @@ def describe_data_set(description: dict) -> list[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
         size = sum(shard["bytes"] for shard in about["shards"])
         lines.append(
-            f"{split}: {about['rows']} rows{f' ({kinds})' if kinds else ''} of {about['records']} records, {size / 1e9:.2f} GB"
+            f"{split}: {about['rows']} rows{f' ({kinds})' if kinds else ''} of {about['records']} records, {size / 1e9:.3g} GB"
         )
         lines += [f"  left out: {count} × {reason}" for reason, count in about["skipped"].items()]
         lines += [f"  broken: {item['key']}: {item['detail'] or item['reason']}" for item in about["broken"][:5]]

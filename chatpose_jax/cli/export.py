@@ -88,5 +88,5 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.quiet:
         print("\n".join(f"  {note}" for note in result.notes))
-        print(f"wrote {args.out}: {', '.join(result.files)} ({result.nbytes / 1e9:.2f} GB)")
+        print(f"wrote {args.out}: {', '.join(result.files)} ({result.nbytes / 1e9:.3g} GB)")
     return 0

@@ -129,7 +129,7 @@ def _describe_source(source: Source, every: bool) -> list[str]:
     dtypes = _formats(checkpoint.formats)
     lines = [
         f"{checkpoint.folder}: {source.layout.title}",
-        f"  {'files':<11} {len(checkpoint.files)}, {checkpoint.nbytes / 1e9:.2f} GB",
+        f"  {'files':<11} {len(checkpoint.files)}, {checkpoint.nbytes / 1e9:.3g} GB",
         f"  {'tensors':<11} {len(checkpoint.tensors)} ({dtypes})",
         f"  {'has':<11} {', '.join(part for part in PARTS if part in parts)}",
         f"  {'has not':<11} {', '.join(part for part in PARTS if part not in parts) or 'nothing'}",
@@ -170,7 +170,7 @@ def _origin_lines(source: Mapping[str, Any]) -> list[str]:
     kind = "language model" if source["layout"] == LANGUAGE_MODEL else source["layout"]
     lines = [f"  {'from':<11} {source['name']} ({kind}, {len(source['files'])} files{stored})"]
     for file in source["files"]:
-        lines.append(f"  {'':<11} {file.get('sha256', 'not hashed')}  {file['name']}  {file['bytes'] / 1e9:.2f} GB")
+        lines.append(f"  {'':<11} {file.get('sha256', 'not hashed')}  {file['name']}  {file['bytes'] / 1e9:.3g} GB")
     return lines
 
 

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = before
 
 
-def _one_line(message: Warning | str, *_: Any) -> str:
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning without the line of code that gave it."""
     return f"warning: {message}\n"
 

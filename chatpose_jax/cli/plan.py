@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.batch is not None:
             train = dataclasses.replace(train, batch_size=args.batch, accumulate=1)
+        if train.mesh.slices not in (-1, target.slices):
+            raise UserError(
+                f"train.mesh.slices={train.mesh.slices}: --target {target.name} has {target.slices}; name the chips of one slice "
+                f"and *{train.mesh.slices} there, or leave the setting at -1"
+            )
         asked = train.mesh != MeshConfig() or any(word.startswith("train.mesh.") for word in args.overrides)
         sizes = (
             given

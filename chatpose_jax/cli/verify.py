@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if failed:
         print(f"differs: {failed} stages above {args.tolerance:g}")
+        if comparison.quantize != "none":
+            print(
+                "if the source is an export of this folder, it is rounded already: convert it without --quantize, and compare with that"
+            )
         return 1
     if comparison.left_out:
         print(

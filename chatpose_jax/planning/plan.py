@@ -21,11 +21,13 @@ from chatpose_jax.models.decoder import init_cache
 from chatpose_jax.models.sharding import RULES, batch_sharding, make_mesh, place
 from chatpose_jax.planning import collectives
 from chatpose_jax.planning.targets import EFFICIENCY, EFFORT, Target, compiler_options, devices
-from chatpose_jax.train.chips import CHIPS, GiB
+from chatpose_jax.train.chips import CHIPS
 from chatpose_jax.train.config import TrainConfig
 from chatpose_jax.train.flops import StepCost, decode_cost, train_cost
 from chatpose_jax.train.layout import at_run_time, lay_out
 from chatpose_jax.train.step import abstract_state, make_step
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,33 +287,33 @@ def describe_plan(plan: StepPlan) -> str:
     """The plan as text for people."""
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     kind = "a training step" if plan.what == "train" else "a decoded token"
-    lines = [f"{kind} of {plan.batch} rows × {plan.length} tokens on {plan.target} ({plan.chips} chips: {mesh})"]
+    lines = [
+        f"{kind} of {plan.batch} rows × {plan.length} tokens on {plan.target} ({plan.chips} chip{'s' * (plan.chips != 1)}: {mesh})"
+    ]
     lines.append(_verdict(plan))
     if plan.peak is None:
         return "\n".join(lines)
     assert plan.arguments is not None and plan.temporaries is not None
-    room = "" if plan.capacity is None else f" of {plan.capacity / GiB:.2f} GiB"
+    room = "" if plan.capacity is None else f" of {_size(plan.capacity)}"
     lines += [
-        f"arguments:       {plan.arguments / GiB:8.2f} GiB",
-        f"temporaries:     {plan.temporaries / GiB:8.2f} GiB",
-        f"peak per chip:   {plan.peak / GiB:8.2f} GiB{room}",
+        f"arguments:       {_size(plan.arguments):>12}",
+        f"temporaries:     {_size(plan.temporaries):>12}",
+        f"peak per chip:   {_size(plan.peak):>12}{room}",
         f"operations:      {plan.cost.useful:.3g} useful, {plan.cost.hardware:.3g} executed; {plan.cost.six_n:.3g} if counted as 6N",
-        f"sent per chip:   {sum(plan.sent.values()) / GiB:8.2f} GiB"
-        + "".join(f"  {name} {size / GiB:.2f}" for name, size in sorted(plan.sent.items())),
+        f"sent per chip:   {_size(sum(plan.sent.values())):>12}{_kinds(plan.sent)}",
     ]
     if plan.slices > 1:
         lines.append(
-            f"to other slices: {sum(plan.across.values()) / GiB:8.3f} GiB in {plan.crossings:.0f} collectives"
-            + "".join(f"  {name} {size / GiB:.3f}" for name, size in sorted(plan.across.items()))
+            f"to other slices: {_size(sum(plan.across.values())):>12} in {plan.crossings:.0f} collectives{_kinds(plan.across)}"
         )
     if plan.seconds is not None and plan.forecast is not None:
         tokens = plan.batch * (plan.length if plan.what == "train" else 1)
         lines += [
-            f"at the chips' peaks: compute {plan.compute:.4f} s, memory {plan.memory:.4f} s, network {plan.network:.4f} s"
-            + (f", between slices {plan.between:.4f} s" if plan.slices > 1 else ""),
-            f"roofline:        {plan.seconds:.4f} s, {tokens / plan.seconds:,.0f} tokens/s at most, "
+            f"at the chips' peaks: compute {plan.compute:.3g} s, memory {plan.memory:.3g} s, network {plan.network:.3g} s"
+            + (f", between slices {plan.between:.3g} s" if plan.slices > 1 else ""),
+            f"roofline:        {plan.seconds:.3g} s, {tokens / plan.seconds:,.0f} tokens/s at most, "
             f"MFU at most {100 * (plan.mfu or 0):.0f} %",
-            f"forecast:        {plan.forecast:.4f} s, {tokens / plan.forecast:,.0f} tokens/s, assuming {EFFICIENCY} (why: docs/scaling.md)",
+            f"forecast:        {plan.forecast:.3g} s, {tokens / plan.forecast:,.0f} tokens/s, assuming {EFFICIENCY} (why: docs/scaling.md)",
         ]
     chip = CHIPS.get(plan.target.partition(":")[0])
     if plan.what == "train" and chip is not None and chip.platform == "gpu":
@@ -325,10 +327,20 @@ def describe_plan(plan: StepPlan) -> str:
     return "\n".join(lines)
 
 
+def _kinds(sent: Mapping[str, float]) -> str:
+    return "".join(f"  {name} {_size(size)}" for name, size in sorted(sent.items()))
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit of which there is at least a tenth."""
+    unit = next((unit for unit, size in _UNITS.items() if 10 * count >= size), "KiB")
+    return f"{count / _UNITS[unit]:.2f} {unit}"
+
+
 def _verdict(plan: StepPlan) -> str:
     if plan.peak is None:
         needed = re.search(r"Used ([\d.]+\w+) of|\(([\d.]+\w)\) exceeds", plan.error)
         return f"DOES NOT FIT: {plan.error[:300] if needed is None else f'needs {next(filter(None, needed.groups()))}'}"
     if plan.capacity is None:
         return "UNKNOWN whether it fits: the memory of this target is not known"
-    return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: takes {plan.peak / GiB:.2f} GiB of {plan.capacity / GiB:.2f} GiB a chip"
+    return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: takes {_size(plan.peak)} of {_size(plan.capacity)} a chip"

@@ -235,7 +235,7 @@ def test_a_plan_for_this_machine(tmp_path, capsys) -> None:  # type: ignore[no-u
     out = tmp_path / "plan.json"
     status = plan("--target", f"cpu:{count}", "--batch", "8", "--length", "64", "--json", str(out))
     printed = capsys.readouterr().out
-    assert status == 0 and "peak per chip:" in printed and "GiB" in printed
+    assert status == 0 and "peak per chip:" in printed and " MiB" in printed
     data = json.loads(out.read_text())
     assert data["mesh"] == {"slice": 1, "data": 1, "fsdp": count, "tensor": 1}
     assert data["batch"] == 8 and data["cost"]["useful"] > 0
@@ -332,6 +332,8 @@ def example(**changes):  # type: ignore[no-untyped-def]
             {"peak": None, "fits": False, "error": "RESOURCE_EXHAUSTED: Used 20.1G of 15.7G hbm"},
             "DOES NOT FIT: needs 20.1G",
         ),
+        ({"peak": 3.0 * 2**20}, "FITS: takes 3.00 MiB of 80.00 GiB a chip"),
+        ({"peak": 512.0}, "FITS: takes 0.50 KiB of 80.00 GiB a chip"),
         ({"capacity": None}, "UNKNOWN whether it fits"),
     ],
 )
@@ -341,8 +343,8 @@ def test_the_second_line_is_the_verdict(changes, verdict) -> None:  # type: igno
 
 def test_a_forecast_stands_beside_the_bound() -> None:
     said = describe_plan(example())
-    assert "roofline:        0.2000 s, 2,560 tokens/s at most" in said
-    assert "forecast:        0.4000 s, 1,280 tokens/s, assuming 50 % of the peak for products" in said
+    assert "roofline:        0.2 s, 2,560 tokens/s at most" in said
+    assert "forecast:        0.4 s, 1,280 tokens/s, assuming 50 % of the peak for products" in said
 
 
 def test_times_of_decoding_by_hand() -> None:
@@ -391,6 +393,7 @@ def test_times_of_slices_by_hand() -> None:
         (["--target", "cpu:8", "--mesh", "2x2x1"], "does not fit the 8 chips of cpu:8"),
         (["--target", "cpu:4*2", "--mesh", "1x8x1"], "does not fit the 4 chips of cpu:4"),
         (["--target", "cpu:4*2", "--batch", "3"], "slices × data × fsdp"),
+        (["--target", "cpu:4*2", "--set", "train.mesh.slices=4"], "train.mesh.slices=4: --target cpu:4*2 has 2; name"),
         (["--target", "cpu:999"], "xla_force_host_platform_device_count=999"),
     ],
 )
