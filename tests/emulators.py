@@ -272,8 +272,11 @@ def run(scheme: str, command: Sequence[str]) -> int:
     """Runs a command beside an emulator, and returns its exit status."""
     with running_store(scheme) as store:
         print(f"an emulator with the empty bucket {scheme}://{BUCKET} runs at {store.address}", file=sys.stderr)
-        signal.signal(signal.SIGINT, lambda *_: None)  # it is for the command
-        return subprocess.run(command, env=os.environ | store.environment, check=False).returncode
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # a Ctrl-C is for the command
+        try:
+            return subprocess.run(command, env=os.environ | store.environment, check=False).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def serve(scheme: str) -> None:

@@ -135,3 +135,20 @@ def test_parts_that_fail_are_sent_again(
         file.write(data)
     assert faults(0) >= 2
     assert (bucket / "x").read_bytes() == data
+
+
+@pytest.mark.parametrize("words", [[], ["az"]])
+def test_the_emulators_say_how_to_start_them(words: list[str]) -> None:
+    from .emulators import main
+
+    with pytest.raises(SystemExit, match=r"python tests/emulators\.py gs COMMAND"):
+        main(words)
+
+
+def test_a_command_runs_beside_an_emulator(bucket: storage.Location, capfd: pytest.CaptureFixture[str]) -> None:
+    from .emulators import environment, main
+
+    scheme = str(bucket)[:2]
+    name = next(iter(environment(scheme, "")))
+    assert main([scheme, "sh", "-c", f"echo ${name}; exit 3"]) == 3
+    assert capfd.readouterr().out.startswith("http://127.0.0.1:")
