@@ -78,18 +78,11 @@ def convert(
     files = sorted({file for source in plan.sources for file in source.checkpoint.files}, key=str)
     share = plan.nbytes // jax.process_count()
     # Updates in steps of one percent: an estimate from the first few bytes would be days.
-    progress_bar = tqdm(
-        total=share,
-        miniters=share // 100,
-        unit="B",
-        unit_scale=True,
-        desc="tokenizer",
-        disable=not (progress and primary),
-    )
+    shown = {"total": share, "miniters": share // 100, "unit": "B", "unit_scale": True, "desc": "tokenizer"}
     with (
         explained(out, f"the conversion needs {plan.nbytes / 1e9:.2g} GB"),
         new_folder(out, overwrite=overwrite) as partial,
-        progress_bar as bar,
+        tqdm(**shown, disable=not (progress and primary)) as bar,
         Follower(files, expected, bool(hashes) and primary) as follower,
     ):
         with all_or_none():

@@ -262,11 +262,12 @@ def test_a_full_disk_is_one_clear_error(llava: Path, tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path) -> None:
+def test_existing_folders_are_kept_unless_told(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="exists already"):
-        convert(llava, tmp_path / "out")
+        convert(llava, tmp_path / "out", progress=True)
+    assert not capsys.readouterr().err, "no progress bar of what does not begin"
     with pytest.raises(UserError, match="is not a model folder"):
         convert(llava, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/mine.txt").read_text() == "keep"
