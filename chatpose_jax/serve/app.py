@@ -106,7 +106,7 @@ class Server:
             exception_handlers={ApiError: self.api_error, 404: self.no_route, 405: self.no_method, Exception: self.failure},
         )  # fmt: skip
         app.router.redirect_slashes = False
-        self.app: ASGIApp = Counted(app, self.metrics)
+        self.app: ASGIApp = Counted(app, self.metrics, {route.endpoint: route.path for route in routes})
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -337,8 +337,9 @@ def without_port(host: str) -> str:
 class Counted:
     """Counts requests by route and status, and logs those that failed. 499 stands for a client that went away before its answer began."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Mapping[Any, str]):
+        """paths: of each route, by its endpoint."""
+        self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -358,8 +359,7 @@ class Counted:
         except Exception:  # it has been answered; uvicorn would close the connection without a word
             LOG.exception("a request failed")
         finally:
-            route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(route, status).inc()
+            self.metrics.requests.labels(self.paths.get(scope.get("endpoint"), "none"), status).inc()
         return None
 
 

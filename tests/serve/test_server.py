@@ -21,6 +21,8 @@ httpx = pytest.importorskip("httpx")
 
 from chatpose_jax import engine as engines  # noqa: E402
 from chatpose_jax.chat import ChatPose  # noqa: E402
+from chatpose_jax.data.synthetic.captions import describe  # noqa: E402
+from chatpose_jax.data.synthetic.families import sample_poses  # noqa: E402
 from chatpose_jax.errors import UserError  # noqa: E402
 from chatpose_jax.generate import decode  # noqa: E402
 from chatpose_jax.models.chatpose import init_params, unstack_layers  # noqa: E402
@@ -29,10 +31,10 @@ from chatpose_jax.models.sharding import make_mesh, shardings  # noqa: E402
 from chatpose_jax.planning.plan import trace_decoding  # noqa: E402
 from chatpose_jax.processing.processor import tiny_processor  # noqa: E402
 from chatpose_jax.serve import listen, worker  # noqa: E402
-from chatpose_jax.serve.openai import Limits  # noqa: E402
+from chatpose_jax.serve.openai import Limits, pose_in_words  # noqa: E402
 from chatpose_jax.serve.poses import pose_json  # noqa: E402
-from smpl_jax import PosedBody  # noqa: E402
-from smpl_jax.pose import Pose  # noqa: E402
+from smpl_jax import PosedBody, load_body  # noqa: E402
+from smpl_jax.pose import Pose, to_frame  # noqa: E402
 
 from ..test_engine import CONFIG, stacked  # noqa: E402
 from .running import KEY, Running, data_url, picture, url_of, user  # noqa: E402
@@ -196,6 +198,24 @@ def test_a_pose_may_be_sent(running):
     ):
         error = running.ask(messages=user({"type": "pose", "pose": wrong})).json()["error"]
         assert error["param"] == f"messages[0].content[0].pose.{param}"
+
+
+def test_a_sent_pose_is_described_as_it_stands():
+    """In whatever frame it comes; and the right way up."""
+    rest = np.tile(np.eye(3, dtype=np.float32), (24, 1, 1))
+    [lying] = sample_poses(1, 0, family="supine").rotations
+    for rotations, word in ((rest, "stand"), (np.asarray(lying, np.float32), "lie|lying")):
+        expected = describe(rotations)
+        assert re.search(word, expected)
+        for frame in ("model", "camera", "z-up"):
+            pose = PosedBody(to_frame(Pose(rotations, "model"), frame), load_body())
+            for named in (frame, pose.to_json()["frame"]):
+                sent = {"axis_angle": pose.axis_angle.tolist(), "frame": named}
+                assert pose_in_words(sent, "here") == expected
+        without = {
+            "axis_angle": PosedBody(to_frame(Pose(rotations, "model"), "camera"), load_body()).axis_angle.tolist()
+        }
+        assert pose_in_words(without, "here") == expected
 
 
 def test_nothing_is_compiled_once_it_is_ready(running):
