@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,10 +30,10 @@ from chatpose_jax.generate import (
     begin,
     decode,
     decode_shardings,
-    grow,
     not_finite,
     pose_key,
     read,
+    resize,
     see,
 )
 from chatpose_jax.models.chatpose import Params, bind
@@ -45,12 +46,23 @@ from smpl_jax.pose import Pose
 
 CHUNKS = (16, 64, 256)
 """Tokens of a prompt that are read at a time. Between them, other answers go on."""
+TOGETHER = (16, 4, 1)
+"""Prompts that are read at a time, with at most ``CHUNKS[-1]`` tokens in all."""
+WORTH_A_COPY = 64
+"""Tokens of a prompt that are copied from another row rather than read."""
+CAPACITIES = (256, 1024, 4096, 16384)
+"""Tokens that a row may hold. The whole engine has the least that suffices: each step attends to all that rows may hold."""
+TURNS = 4
+"""Every so many pieces, one of the prompt that waits longest is read, and else of the one that is the first to be whole."""
+PACE = 0.03
+"""Seconds after which an answer tells again, if it does not say after how many tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """ids: (T,) of the prompt, with expanded image placeholders; the last one is no image. keys: (T,) int64, equal where a token of another prompt
-    is the same, images included. images: (S, S, 3) each, in order of appearance. every: tokens after which the answer wants to be told.
+    is the same, images included; those of image tokens are negative, and others are not. images: (S, S, 3) each, in order of appearance. every:
+    tokens after which the answer wants to be told; 0 for about ``PACE`` seconds.
     """
 
     ids: np.ndarray
@@ -88,7 +100,7 @@ class Completion:
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-    """keys: of the prompt, and of the answer so far. read: tokens of the prompt that the cache holds, while it is read.
+    """keys: of the prompt, or of all tokens once its answer is done. read: tokens of the prompt that the cache holds, while it is read.
     features: (M, D) of image tokens that come next in the prompt, as far as their images were seen; on the host, because a program for each number
     of them would be compiled.
     """
@@ -105,13 +117,27 @@ class _Row:
         """The keys of the tokens that the cache holds. The newest token of an answer, or of a prompt, is not in it yet."""
         if self.answer is None:
             return self.keys
-        return self.keys[: self.read] if self.reading else self.keys[:-1]
+        if self.reading:
+            return self.keys[: self.read]
+        return np.concatenate([self.keys, np.asarray(self.answer.tokens, np.int64)])[:-1]
+
+    @property
+    def size(self) -> int:
+        """How many tokens that are."""
+        if self.answer is None or self.reading:
+            return len(self.keys) if self.answer is None else self.read
+        return len(self.keys) + len(self.answer.tokens) - 1
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt to be read; the answer begins with the last one, which is not."""
+        return len(self.keys) - 1 - self.read
 
 
 class Engine:
     """Answers to questions about one model. Methods may be called from any thread; whoever calls ``step`` does the work for all.
 
-    slots: answers under way at once. capacity: tokens of a prompt and its answer, at most; by default as many as come, up to the context.
+    slots: answers under way at once. capacity: tokens of a prompt and its answer, at most; by default the context of the model.
     """
 
     def __init__(
@@ -123,10 +149,13 @@ class Engine:
         self.lock = threading.RLock()
         self._door = threading.Lock()  # of the waiting questions alone: who asks or leaves waits for no step
         self.context = config.text.max_position_embeddings if capacity is None else capacity
-        self._least = 0 if capacity is None else capacity
+        most = -(-(self.context + CHUNKS[0]) // CAPACITY_STEP) * CAPACITY_STEP  # the last piece of a prompt is padded
+        self._capacities = [each for each in CAPACITIES if each < most] + [most]
         self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
-        self._clock = 0
+        self._clock, self._turn, self._least = 0, 0, 0
+        self._seconds = {True: 0.0, False: 0.0}
+        """Of a token of all rows, about; for greedy answers and for others."""
         self._rows = [_Row() for _ in range(slots)]
 
     @property
@@ -147,7 +176,7 @@ class Engine:
     def use(self) -> float:
         """The share of the cache's slots that hold tokens."""
         capacity = 0 if self._state is None else self._state.cache.capacity * self.slots
-        return sum(len(row.keys) for row in self._rows) / capacity if capacity else 0.0
+        return sum(row.size for row in self._rows) / capacity if capacity else 0.0
 
     @property
     def idle(self) -> bool:
@@ -166,36 +195,47 @@ class Engine:
             if self.idle:
                 self._state, self._rows = None, [_Row() for _ in self._rows]
 
-    def warm(self, samples: int = 1) -> Pose:
-        """Compiles and runs every program that an answer may need, and makes the cache. Needs an idle engine, and a capacity.
+    def warm(self, samples: int = 1) -> None:
+        """Compiles and runs every program that an answer may need, also at the largest capacity. Needs an idle engine.
 
-        samples: of a pose, at most. Returns a pose of batch shape (samples,) that it drew.
+        samples: of a pose, at most.
         """
         config, count = self.config, itertools.count(1 << 40)
         token, tail = config.eos_token_id, len(self.tail)
 
-        def ask(ids: Sequence[int], **settings: Any) -> Completion:
-            keys = np.fromiter(itertools.islice(count, len(ids)), np.int64)  # of no other prompt
-            images = [np.zeros((config.image_size,) * 2 + (3,), np.float32)] * (config.image_token_id in ids)
+        def ask(length: int, together: int = 1, image: bool = False, **settings: Any) -> None:
+            """Answers so many prompts of this length at once, of which no other has the beginning."""
+            images = [np.zeros((config.image_size,) * 2 + (3,), np.float32)] * image
+            ids = np.full(length, token, np.int32)
+            ids[: config.image_tokens * image] = config.image_token_id
             settings = {"sampling": Sampling(), "max_new_tokens": tail, **settings}
-            answer = self.submit(Request(np.asarray(ids, np.int32), keys, images=images, **settings))
-            self.finish([answer])
-            return answer
+            answers = []
+            for _ in range(together):
+                keys = np.fromiter(itertools.islice(count, length), np.int64)
+                keys[: config.image_tokens * image] = -keys[0]
+                answers.append(self.submit(Request(ids, keys, images=images, **settings)))
+            self.finish(answers)
 
         with self.lock:
-            for size in CHUNKS:
-                if size + 1 + tail <= self.context:
-                    ask([token] * (size + 1))
-            if config.vision is not None and config.image_tokens + 1 + tail <= self.context:
-                ask([config.image_token_id] * config.image_tokens + [token])
-            for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.5)):
-                for drawn in sorted({_draws(each) for each in range(1, samples + 1)}):
-                    answer = ask([token], sampling=sampling, force_pose=True, samples=drawn)
-            assert self._state is not None
-            self._state = _copy(self._state, np.int32(0), np.int32(0), np.int32(0))
-            self._state = _stop(self._state, np.int32(0))
-            self._rows = [_Row() for _ in self._rows]
-            return answer.poses[0]
+            for capacity in self._capacities:
+                self._rows, self._least = [_Row() for _ in self._rows], capacity - CHUNKS[0]
+                self._resize(capacity)
+                for size, together in itertools.product(CHUNKS, TOGETHER):
+                    if together <= self.slots and size * together <= CHUNKS[-1] and size + 1 + tail <= self.context:
+                        ask(size + 1, together)
+                if config.vision is not None and config.image_tokens + 1 + tail <= self.context:
+                    for together in TOGETHER:
+                        if together <= self.slots:
+                            ask(config.image_tokens + 1, together, image=True)
+                for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.5)):
+                    for drawn in sorted({_draws(each) for each in range(1, samples + 1)}):
+                        ask(1, sampling=sampling, force_pose=True, samples=drawn)
+                assert self._state is not None
+                self._state = _copy(self._state, np.int32(0), np.int32(0))
+                self._state = _stop(self._state, np.int32(0))
+            for capacity in self._capacities[::-1]:  # and back
+                self._resize(capacity)
+            self._rows, self._least = [_Row() for _ in self._rows], 0
 
     def check(self, request: Request) -> None:
         """Raises UserError for a request that can have no answer."""
@@ -262,6 +302,7 @@ class Engine:
                 self._leave()
                 self._admit()
                 self._read()
+                self._begin()
                 self._write()
             except Exception as error:  # the cache was given away to a program that failed
                 self._state = None
@@ -287,9 +328,7 @@ class Engine:
             self._clock += 1
             row.answer, row.keys, row.used, row.read, row.reading = answer, request.keys, self._clock, keep, True
             answer.reused = keep
-            self._reserve(len(request.ids) + request.max_new_tokens)
-            assert self._state is not None
-            self._state = _cut(self._state, np.int32(self._rows.index(row)), np.int32(keep))
+            self._reserve()
 
     def _choose(self, free: list[_Row], keys: np.ndarray) -> tuple[_Row, int]:
         """A free row, and how many of its tokens the prompt begins with. A row whose conversation goes on; else the one that rested longest."""
@@ -299,85 +338,146 @@ class Engine:
             best = min(range(len(free)), key=lambda i: free[i].used)
         return free[best], shared[best]
 
-    def _reserve(self, tokens: int) -> None:
-        """Makes the cache hold so many tokens in each row."""
-        tokens = max(tokens, self._least) + CHUNKS[0]  # the last piece of a prompt is padded
-        capacity = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    def _reserve(self) -> None:
+        """The least capacity for the answers under way, and for what rows hold that were used lately."""
+        lately = self._clock - 2 * self.slots
+        needs = [
+            row.size if row.answer is None else len(row.answer.request.ids) + row.answer.request.max_new_tokens
+            for row in self._rows
+            if row.used > lately
+        ]
+        most = max(*needs, 0, self._least) + CHUNKS[0]
+        self._resize(next(each for each in self._capacities if each >= most))
+
+    def _resize(self, capacity: int) -> None:
+        """Another capacity. Rows that hold more keep the beginning."""
         if self._state is None:
-            row = begin(0, Sampling(), 0, False)
-            rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.slots, *x.shape)), row)
+            rows = begin([0] * self.slots, [Sampling()] * self.slots, [0] * self.slots, [False] * self.slots)
             rows = dataclasses.replace(rows, done=jnp.ones(self.slots, bool))
-            self._state = self._placed(DecodeState(init_cache(self.config, self.slots, capacity, self.mesh), rows))
-        elif self._state.cache.capacity < capacity:
-            self._state = self._placed(dataclasses.replace(self._state, cache=grow(self._state.cache, capacity)))
+            cache = init_cache(self.config, self.slots, capacity, self.mesh)
+        elif self._state.cache.capacity != capacity:
+            rows, cache = self._state.rows, resize(self._state.cache, capacity)
+        else:
+            return
+        self._state = self._placed(DecodeState(cache, rows))
+        for row in self._rows:
+            if row.answer is None:
+                row.keys = row.keys[: capacity - CHUNKS[0]]
 
     def _placed(self, state: DecodeState) -> DecodeState:
         return state if self.mesh is None else jax.device_put(state, decode_shardings(state, self.mesh))
 
     def _read(self) -> None:
-        """The next tokens of the prompt that waits longest; of a short one all."""
-        reading = [row for row in self._rows if row.reading]
+        """The next tokens of one prompt, and of others that have as many left; or the images that they need."""
+        reading = [row for row in self._rows if row.reading and row.left]
         if not reading:
             return
-        row = min(reading, key=lambda row: row.used)
-        assert row.answer is not None and self._state is not None
-        slot, request = self._rows.index(row), row.answer.request
-        self._borrow(row, slot)
-        if left := len(request.ids) - 1 - row.read:
-            room = self._state.cache.capacity - row.read
-            size = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
-            size = max(each for each in CHUNKS if each <= min(size, max(room, CHUNKS[0])))
-            ids = request.ids[row.read : row.read + min(size, left)]
-            features = None
-            if self.config.vision is not None:  # always, so that reading with images and without is one program
-                images = int((ids == self.config.image_token_id).sum())
-                if self._see(row, images):
-                    return
-                features = self._features(row, images, size)
-            padded = np.pad(ids, (0, size - len(ids)), constant_values=self.config.pad_token_id).astype(np.int32)
-            cache = read(
-                self.config, self.params, self._state.cache, padded[None], np.asarray([len(ids)], np.int32),
-                features, np.int32(slot), mesh=self.mesh,
-            )  # fmt: skip
-            self._state = dataclasses.replace(self._state, cache=cache)
-            row.read += len(ids)
-        if row.read == len(request.ids) - 1:
-            start = begin(int(request.ids[-1]), request.sampling, request.max_new_tokens, request.force_pose)
-            self._state = _start(self._state, np.int32(slot), start)
-            row.reading, row.features = False, None
+        assert self._state is not None
+        self._turn += 1
+        oldest = self._turn % TURNS == 0
+        reading.sort(key=lambda row: (row.used if oldest else row.left, row.used))
+        there, rows, size = [row.held for row in self._rows], list[_Row](), 0
+        for row in reading:
+            if rows and self._size(row) != size:
+                continue
+            self._borrow(row, there)
+            if not row.left or (rows and self._size(row) != size):
+                continue
+            if any(self._saves(row, _shared(other.keys, row.keys)) for other in rows):
+                continue  # it waits, and copies what the other reads
+            rows.append(row)
+            size = self._size(row)
+            if len(rows) * size >= CHUNKS[-1]:
+                break
+        if not rows:
+            return
+        rows = rows[: next(n for n in TOGETHER if n <= len(rows))]
+        pieces = [row.keys[row.read :][: min(size, row.left)] for row in rows]
+        if self._see(rows, [int((keys < 0).sum()) for keys in pieces]):
+            return
+        ids = np.full((len(rows), size), self.config.pad_token_id, np.int32)
+        for place, row, keys in zip(ids, rows, pieces):
+            assert row.answer is not None
+            place[: len(keys)] = row.answer.request.ids[row.read :][: len(keys)]
+        counts, held = ([f(x) for x in range(len(rows))] for f in (lambda i: len(pieces[i]), lambda i: rows[i].read))
+        slots = [self._rows.index(row) for row in rows]
+        cache = read(
+            self.config, self.params, self._state.cache, ids, np.array(counts, np.int32), self._features(rows, pieces, size),
+            np.array(slots, np.int32), np.array(held, np.int32), mesh=self.mesh,
+        )  # fmt: skip
+        self._state = dataclasses.replace(self._state, cache=cache)
+        for row, count in zip(rows, counts):
+            row.read += count
 
-    def _borrow(self, row: _Row, slot: int) -> None:
-        """Copies what another row holds of this row's prompt, if that saves a piece of reading."""
-        shared = [_shared(other.held, row.keys) if other is not row else 0 for other in self._rows]
+    def _size(self, row: _Row) -> int:
+        """Tokens of the piece that a row reads next, with padding: less than half is padding, except in the smallest."""
+        assert self._state is not None
+        most = min(2 * row.left - 1, self._state.cache.capacity - row.read)
+        return max((size for size in CHUNKS if size <= most), default=CHUNKS[0])
+
+    def _saves(self, row: _Row, shared: int) -> bool:
+        """Whether to copy a row that holds so many tokens of this row's prompt: instead of a long piece, or of looking at an image."""
+        return shared - row.read >= WORTH_A_COPY or bool((row.keys[row.read : shared] < 0).any())
+
+    def _borrow(self, row: _Row, held: list[np.ndarray]) -> None:
+        """Copies what another row holds of this row's prompt, if that saves enough. held: of all rows."""
+        shared = [_shared(keys, row.keys) if other is not row else 0 for other, keys in zip(self._rows, held)]
         best = int(np.argmax(shared))
-        if shared[best] - row.read < CHUNKS[0]:
+        if not self._saves(row, shared[best]):
             return
         assert row.answer is not None and self._state is not None
-        self._state = _copy(self._state, np.int32(best), np.int32(slot), np.int32(shared[best]))
+        self._state = _copy(self._state, np.int32(best), np.int32(self._rows.index(row)))
         row.answer.reused += shared[best] - row.read
         row.read, row.features = shared[best], None
 
-    def _see(self, row: _Row, images: int) -> bool:
-        """Sees the next image of a prompt, if the next ``images`` image tokens need it. One at a time: meanwhile others go on."""
-        ready = 0 if row.features is None else len(row.features)
-        if images <= ready:
+    def _see(self, rows: list[_Row], images: list[int]) -> bool:
+        """Sees the next image of each prompt that needs it for its next ``images`` image tokens. Beside answers that are being written one at a time:
+        meanwhile they go on. Returns whether there was any.
+        """
+        blind = [row for row, count in zip(rows, images) if count > (0 if row.features is None else len(row.features))]
+        if not blind:
             return False
-        assert row.answer is not None
-        request = row.answer.request
-        past = int((request.ids[: row.read] == self.config.image_token_id).sum())
-        image = np.asarray(request.images[(past + ready) // self.config.image_tokens], np.float32)
-        new = np.asarray(see(self.config, self.params, image[None, None], mesh=self.mesh)[0])
-        row.features = new if row.features is None else np.concatenate([row.features, new])
+        most = len(blind) if all(row.answer is None or row.reading for row in self._rows) else 1
+        blind = blind[: next(n for n in TOGETHER if n <= most)]
+        given = []
+        for row in blind:
+            assert row.answer is not None
+            ready = 0 if row.features is None else len(row.features)
+            past = int((row.keys[: row.read] < 0).sum())
+            given.append(row.answer.request.images[(past + ready) // self.config.image_tokens])
+        seen = np.asarray(see(self.config, self.params, np.stack(given)[:, None].astype(np.float32), mesh=self.mesh))
+        for row, new in zip(blind, seen):
+            row.features = new if row.features is None else np.concatenate([row.features, new])
         return True
 
-    def _features(self, row: _Row, images: int, size: int) -> np.ndarray:
-        """(1, size, D), of the next ``images`` image tokens and zeros."""
-        shape = (size, self.config.text.hidden_size)
-        if row.features is None:
-            return np.zeros((1, *shape), jnp.dtype(self.config.dtype))
-        padded = np.zeros(shape, row.features.dtype)
-        padded[:images], row.features = row.features[:images], row.features[images:]
-        return padded[None]
+    def _features(self, rows: list[_Row], pieces: list[np.ndarray], size: int) -> np.ndarray | None:
+        """(R, size, D), of the image tokens of these pieces and zeros; always, so that reading with images and without is one program."""
+        if self.config.vision is None:
+            return None
+        features = np.zeros((len(rows), size, self.config.text.hidden_size), self.config.dtype)
+        for place, row, keys in zip(features, rows, pieces):
+            if row.features is not None and (images := int((keys < 0).sum())):
+                place[:images], row.features = row.features[:images], row.features[images:]
+        return features
+
+    def _begin(self) -> None:
+        """Begins the answers whose prompts are read."""
+        ready = [row.answer if row.reading and not row.left else None for row in self._rows]
+        if not any(ready):
+            return
+        assert self._state is not None
+        asked = [None if answer is None else answer.request for answer in ready]
+        rows = begin(
+            [0 if each is None else int(each.ids[-1]) for each in asked],
+            [Sampling() if each is None else each.sampling for each in asked],
+            [0 if each is None else each.max_new_tokens for each in asked],
+            [each is not None and each.force_pose for each in asked],
+        )
+        lengths = np.array([-1 if each is None else len(each.ids) - 1 for each in asked], np.int32)
+        self._state = _start(self._state, rows, lengths)
+        for row, answer in zip(self._rows, ready):
+            if answer is not None:
+                row.reading, row.features = False, None
 
     def _write(self) -> None:
         """The next tokens of all answers that are being written."""
@@ -386,15 +486,21 @@ class Engine:
             return
         assert self._state is not None
         answers = [row.answer for _, row in writing if row.answer is not None]
-        others = bool(self._waiting) or any(row.reading for row in self._rows)
-        count = 1 if others else min(answer.request.every for answer in answers)
         greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
+        paced = int(PACE / self._seconds[greedy]) if self._seconds[greedy] else 1
+        count = min(max(1, answer.request.every or paced) for answer in answers)
+        if any(row.reading for row in self._rows):
+            count = 1
+        begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
         self._state, tokens, states = decode(
             self.config, self.params, self._state, np.int32(count), self.tail, greedy=greedy, mesh=self.mesh
         )
         # One transfer for all, because each transfer waits for the device.
         rows = self._state.rows
         ids, steps, done, finite = jax.device_get((tokens, rows.step, rows.done, rows.finite))
+        self._seconds[greedy] = (time.perf_counter() - begun) / max(
+            1, *(steps[slot] - n for (slot, _), n in zip(writing, before))
+        )
         for (slot, row), answer in zip(writing, answers):
             new = ids[slot, : steps[slot] - len(answer.tokens)]
             if not finite[slot]:
@@ -409,7 +515,6 @@ class Engine:
                 self._end(row, error)
                 continue
             answer.tokens += new.tolist()
-            row.keys = np.concatenate([answer.request.keys, np.asarray(answer.tokens, np.int64)])
             if done[slot]:
                 self._end(row)
             elif answer.tell is not None:
@@ -417,11 +522,10 @@ class Engine:
 
     def _pose(self, answer: Completion, slot: int, states: jax.Array, place: int, position: int) -> Pose:
         request = answer.request
-        key = jax.random.fold_in(pose_key(request.sampling), len(answer.poses))
         assert self._state is not None
         drawn = _draw(
             self.config, self.params, self._state.cache.states, states, np.int32(slot), np.int32(place), np.int32(position),
-            key, samples=_draws(request.samples),
+            np.uint32(request.sampling.seed), np.int32(len(answer.poses)), samples=_draws(request.samples),
         )  # fmt: skip
         drawn = jax.tree.map(lambda x: np.asarray(x)[: request.samples], drawn)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drawn)):
@@ -457,15 +561,8 @@ def _shared(held: np.ndarray, new: np.ndarray) -> int:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _cut(state: DecodeState, slot: jax.Array, keep: jax.Array) -> DecodeState:
-    """The row keeps its first ``keep`` tokens."""
-    cache: KVCache = dataclasses.replace(state.cache, lengths=state.cache.lengths.at[slot].set(keep))
-    return dataclasses.replace(state, cache=cache)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def _copy(state: DecodeState, source: jax.Array, target: jax.Array, keep: jax.Array) -> DecodeState:
-    """The row ``target`` holds the first ``keep`` tokens of the row ``source``."""
+def _copy(state: DecodeState, source: jax.Array, target: jax.Array) -> DecodeState:
+    """The row ``target`` holds what the row ``source`` does; whoever reads or begins it says how much of that it keeps."""
 
     def put(x: jax.Array, axis: int) -> jax.Array:
         row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
@@ -474,13 +571,17 @@ def _copy(state: DecodeState, source: jax.Array, target: jax.Array, keep: jax.Ar
     cache = state.cache
     keys, values = jax.tree.map(lambda x: put(x, x.ndim - 4), (cache.keys, cache.values))
     states = None if cache.states is None else put(cache.states, 0)
-    cache = KVCache(keys, values, cache.lengths.at[target].set(keep), states)
-    return dataclasses.replace(state, cache=cache)
+    lengths = cache.lengths.at[target].set(cache.lengths[source])
+    return dataclasses.replace(state, cache=KVCache(keys, values, lengths, states))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _start(state: DecodeState, slot: jax.Array, row: AnswerRows) -> DecodeState:
-    return dataclasses.replace(state, rows=jax.tree.map(lambda all, one: all.at[slot].set(one), state.rows, row))
+def _start(state: DecodeState, new: AnswerRows, lengths: jax.Array) -> DecodeState:
+    """Begins the answers of rows whose ``lengths`` (B,), the tokens that they hold, are not negative."""
+    starts = lengths >= 0
+    rows = jax.tree.map(lambda old, each: jnp.where(starts, each, old), state.rows, new)
+    cache: KVCache = dataclasses.replace(state.cache, lengths=jnp.where(starts, lengths, state.cache.lengths))
+    return DecodeState(cache, rows)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -498,13 +599,15 @@ def _draw(
     slot: jax.Array,
     place: jax.Array,
     position: jax.Array,
-    key: jax.Array,
+    seed: jax.Array,
+    number: jax.Array,
     *,
     samples: int,
 ) -> Pose:
-    """Samples of one pose, of batch shape (samples,). newest: (B, STEPS, D); that of (slot, place) predicted its token at ``position``.
-    conversations: (B, S, D) or None.
+    """Samples of one pose, of batch shape (samples,), the answer's pose of this number. newest: (B, STEPS, D); that of (slot, place) predicted its
+    token at ``position``. conversations: (B, S, D) or None.
     """
+    key = jax.random.fold_in(pose_key(seed), number)
     token = newest[slot, place][None, None]
     if conversations is None:
         states = States(token)

@@ -67,7 +67,7 @@ class AnswerRows:
     """An answer under way in each of B rows of a cache, or none.
 
     token: (B,) int32, the newest token of prompt or answer, not yet in the cache.
-    key: (B,) random keys; token n is drawn with ``fold_in(key, n)``. temperature, top_p: (B,) float32, as in ``Sampling``.
+    seed: (B,) uint32; token n is drawn with ``fold_in(key(seed), n)``. temperature, top_p: (B,) float32, as in ``Sampling``.
     limit: (B,) int32, tokens of the answer at most. force_pose: (B,) bool, whether an answer without a pose ends with the tail.
     step: (B,) int32, tokens emitted so far, including the end of sequence. done: (B,) bool, whether the answer has ended; also of a row that has
         none. has_pose: (B,) bool. forced: (B,) index into the tail that is being written, or -1.
@@ -75,7 +75,7 @@ class AnswerRows:
     """
 
     token: jax.Array
-    key: jax.Array
+    seed: jax.Array
     temperature: jax.Array
     top_p: jax.Array
     limit: jax.Array
@@ -89,13 +89,25 @@ class AnswerRows:
     __repr__ = one_line
 
 
-def begin(token: int, sampling: Sampling, limit: int, force_pose: bool) -> AnswerRows:
-    """One row (arrays of shape ()) whose prompt is in the cache but for its last token."""
-    return AnswerRows(
-        token=jnp.int32(token), key=jax.random.key(sampling.seed), temperature=jnp.float32(sampling.temperature),
-        top_p=jnp.float32(sampling.top_p), limit=jnp.int32(limit), force_pose=jnp.asarray(force_pose), step=jnp.int32(0),
-        done=jnp.asarray(False), has_pose=jnp.asarray(False), forced=jnp.int32(-1), finite=jnp.asarray(True),
-    )  # fmt: skip
+def begin(
+    tokens: Sequence[int], sampling: Sequence[Sampling], limits: Sequence[int], force_pose: Sequence[bool]
+) -> AnswerRows:
+    """B rows whose prompts are in the cache but for their last ``tokens``; arrays of NumPy."""
+    batch = len(tokens)
+    rows: dict[str, Any] = {
+        "token": np.array(tokens, np.int32),
+        "seed": np.array([draw.seed for draw in sampling], np.uint32),
+        "temperature": np.array([draw.temperature for draw in sampling], np.float32),
+        "top_p": np.array([draw.top_p for draw in sampling], np.float32),
+        "limit": np.array(limits, np.int32),
+        "force_pose": np.array(force_pose, bool),
+        "step": np.zeros(batch, np.int32),
+        "done": np.zeros(batch, bool),
+        "has_pose": np.zeros(batch, bool),
+        "forced": np.full(batch, -1, np.int32),
+        "finite": np.ones(batch, bool),
+    }
+    return AnswerRows(**rows)
 
 
 @jax.tree_util.register_dataclass
@@ -172,7 +184,7 @@ def _emit(config: ModelConfig, rows: AnswerRows, logits: jax.Array, tail: jax.Ar
     finite = rows.finite & (rows.done | jnp.isfinite(logits).all(axis=-1))
     if config.image_token_id >= 0:  # the image placeholder is never generated
         logits = logits.at[:, config.image_token_id].set(-jnp.inf)
-    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.step)
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(rows.seed, rows.step)
     token = _choose(logits, keys, rows.temperature, rows.top_p, greedy)
     late = _ends(config, token) | (rows.step >= rows.limit - len(tail))
     forced = jnp.where(rows.force_pose & ~rows.has_pose & (rows.forced < 0) & late, 0, rows.forced)
@@ -210,51 +222,29 @@ def read(
     input_ids: jax.Array,
     counts: jax.Array,
     features: jax.Array | None = None,
-    slot: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    held: jax.Array | None = None,
     *,
     mesh: Mesh | None = None,
 ) -> KVCache:
-    """The cache with the next tokens of all rows, or of one.
+    """The cache with the next tokens of all rows, or of some.
 
     Args:
         input_ids: (R, T), right-padded; ``counts`` (R,) is the number of tokens in each row. ``lengths + T`` must not exceed the capacity.
         features: (R, M, D), of the image tokens of ``input_ids`` in their order; None without any. M may be more than there are.
-        slot: () int32, the row of the cache that the only row of ``input_ids`` continues; None for all rows in order.
+        rows: (R,) int32, the rows of the cache that those of ``input_ids`` continue, each once; None for all in order.
+        held: (R,) int32, how many of their tokens these rows keep; None for all.
         mesh: the mesh of the parameters; None for one device.
     """
-    length = input_ids.shape[1]
     with on_mesh(mesh, gathers=_splits(len(input_ids), mesh)):
-        part = cache if slot is None else _row(cache, slot)
-        present = jnp.arange(length) < counts[:, None]
-        output = bind(config, params)(input_ids, attention_mask=present, image_features=features, cache=part)
+        if held is not None:
+            cache = dataclasses.replace(cache, lengths=cache.lengths.at[rows].set(held))
+        present = jnp.arange(input_ids.shape[1]) < counts[:, None]
+        output = bind(config, params)(
+            input_ids, attention_mask=present, image_features=features, cache=cache, rows=rows
+        )
         assert output.cache is not None
-        return output.cache if slot is None else _with_row(cache, output.cache, slot, part.lengths[0], length)
-
-
-def _row(cache: KVCache, slot: jax.Array) -> KVCache:
-    """One row of a cache, as a cache."""
-
-    def take(x: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
-
-    keys, values = jax.tree.map(lambda x: take(x, x.ndim - 4), (cache.keys, cache.values))
-    return KVCache(keys, values, take(cache.lengths, 0), None if cache.states is None else take(cache.states, 0))
-
-
-def _with_row(cache: KVCache, row: KVCache, slot: jax.Array, start: jax.Array, count: int) -> KVCache:
-    """The cache with ``count`` new tokens of one row, from ``start`` on."""
-
-    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        new = jax.lax.dynamic_slice_in_dim(new, start, count, new.ndim - 2)
-        at = [jnp.int32(0)] * old.ndim
-        at[axis], at[-2] = slot, start
-        return jax.lax.dynamic_update_slice(old, new, tuple(at))
-
-    keys, values = jax.tree.map(
-        lambda old, new: put(old, new, old.ndim - 4), (cache.keys, cache.values), (row.keys, row.values)
-    )
-    states = None if cache.states is None or row.states is None else put(cache.states, row.states, 0)
-    return KVCache(keys, values, jax.lax.dynamic_update_slice(cache.lengths, row.lengths, (slot,)), states)
+        return output.cache
 
 
 MERGES_NOTHING = {"xla_gpu_dot_merger_threshold_mb": 0}
@@ -315,13 +305,16 @@ def bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def grow(cache: KVCache, capacity: int) -> KVCache:
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+def resize(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with another capacity, which holds all of its tokens."""
 
-    keys, values, states = (
-        jax.tree.map(lambda x: pad(x, x.ndim - 2), part) for part in (cache.keys, cache.values, cache.states)
-    )
+    def fit(x: jax.Array) -> jax.Array:
+        more = capacity - x.shape[-2]
+        if more < 0:
+            return jax.lax.slice_in_dim(x, 0, capacity, axis=x.ndim - 2)
+        return jnp.pad(x, [(0, more if i == x.ndim - 2 else 0) for i in range(x.ndim)])
+
+    keys, values, states = (jax.tree.map(fit, part) for part in (cache.keys, cache.values, cache.states))
     return dataclasses.replace(cache, keys=keys, values=values, states=states)
 
 
@@ -384,7 +377,7 @@ def generate_stream(
     if cache is None:
         cache = init_cache(config, batch, capacity, mesh)
     elif cache.capacity < capacity:
-        cache = grow(cache, capacity)
+        cache = resize(cache, capacity)
     if padded:  # all but the last token of each prompt, from which decoding begins
         input_ids = np.full((batch, padded), config.pad_token_id, np.int32)
         for row, ids in zip(input_ids, prompts):
@@ -392,11 +385,8 @@ def generate_stream(
         pixels = _pixels(config, images, batch)
         features = None if pixels is None else see(config, params, pixels, mesh=mesh)
         cache = read(config, params, cache, jnp.asarray(input_ids), jnp.asarray(lengths - 1), features, mesh=mesh)
-    each = [
-        begin(int(ids[-1]), draw, max_new_tokens, force_tail is not None)
-        for ids, draw in zip(prompts, draws, strict=True)
-    ]
-    state = DecodeState(cache, jax.tree.map(lambda *parts: jnp.stack(parts), *each))
+    last = [int(ids[-1]) for ids in prompts]
+    state = DecodeState(cache, begin(last, draws, [max_new_tokens] * batch, [force_tail is not None] * batch))
     if mesh is not None:  # as decode returns it, so that it is compiled once
         state = jax.device_put(state, decode_shardings(state, mesh))
     tail = jnp.asarray([config.eos_token_id] if force_tail is None else list(force_tail), jnp.int32)
@@ -483,9 +473,9 @@ def pose_states(config: ModelConfig, generated: Generated) -> tuple[States, np.n
     return States(jnp.asarray(token), conversation, before), mask
 
 
-def pose_key(sampling: Sampling) -> jax.Array:
+def pose_key(seed: int | jax.Array) -> jax.Array:
     """The random key of the pose head. The key of token n is ``fold_in(key(seed), n)``, and no answer has 0xFFFFFFFF tokens."""
-    return jax.random.fold_in(jax.random.key(sampling.seed), 0xFFFFFFFF)
+    return jax.random.fold_in(jax.random.key(seed), 0xFFFFFFFF)
 
 
 def _check_images(

@@ -86,6 +86,7 @@ class ChatPoseModel(nnx.Module):
         pixel_values: jax.Array | None = None,
         image_features: jax.Array | None = None,
         cache: KVCache | None = None,
+        rows: jax.Array | None = None,
         led: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
@@ -101,6 +102,7 @@ class ChatPoseModel(nnx.Module):
             pixel_values: (B, I, S, S, 3), images in order of appearance; in rows with fewer than I images the rest is ignored. May be None.
             image_features: (B, M, D), what ``encode_images`` gives for the image tokens, in order of appearance, instead of ``pixel_values``.
             cache: each row's new tokens are written from its ``cache.lengths`` on. ``lengths + T`` must not exceed the capacity.
+            rows: (B,) int32, the rows of the cache that those of ``input_ids`` continue; None for all in order.
             led: (B, T, D), the result of ``lead`` for these rows. Images, embedding and leading layers then do not run. Not with a cache.
             dropout_key: turns adapter dropout on.
             remat: name of the rematerialisation policy, see ``models.remat``.
@@ -119,12 +121,14 @@ class ChatPoseModel(nnx.Module):
             hidden, _ = self.decoder(x, positions, attend, dropout_key=dropout_key, remat=remat, led=led is not None)
             return Output(hidden)
         present = _present(input_ids, attention_mask)
-        positions = cache.lengths[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        held = cache.lengths if rows is None else cache.lengths[rows]
+        positions = held[:, None] + jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         mask = jnp.arange(cache.capacity) <= positions[..., None]
         attend = functools.partial(attention, mask=mask)
-        hidden, new_cache = self.decoder(x, positions, attend, cache, dropout_key=dropout_key, remat=remat)
+        hidden, new_cache = self.decoder(x, positions, attend, cache, rows, dropout_key=dropout_key, remat=remat)
         assert new_cache is not None
-        lengths = cache.lengths + jnp.sum(present, axis=1, dtype=jnp.int32)
+        lengths = held + jnp.sum(present, axis=1, dtype=jnp.int32)
+        lengths = lengths if rows is None else cache.lengths.at[rows].set(lengths)
         return Output(hidden, dataclasses.replace(new_cache, lengths=lengths))
 
     def lead(

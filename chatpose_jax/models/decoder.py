@@ -75,11 +75,21 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None
     return KVCache(layers(), layers(), zeros((batch,), jnp.int32, "batch"), states)
 
 
-def extend(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """cache (B, …, S, K) with each row's new (B, …, T, K) from slot ``lengths`` (B,) on. ``lengths + T`` must not exceed S."""
-    return jax.vmap(lambda old, new, n: jax.lax.dynamic_update_slice_in_dim(old, new, n, axis=old.ndim - 2))(
-        cache, new, lengths
+def extend(cache: jax.Array, new: jax.Array, lengths: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+    """cache (B, …, S, K) with new (R, …, T, K) from slot ``lengths`` (R,) on, in all rows or in ``rows`` (R,). ``lengths + T`` must not exceed S."""
+    if rows is None:
+        return jax.vmap(lambda old, new, n: jax.lax.dynamic_update_slice_in_dim(old, new, n, axis=old.ndim - 2))(
+            cache, new, lengths
+        )
+    where = jax.lax.ScatterDimensionNumbers(tuple(range(1, new.ndim)), (0,), (0, new.ndim - 2))
+    return jax.lax.scatter(
+        cache, jnp.stack([rows, lengths], axis=1), new, where, unique_indices=True, mode="promise_in_bounds"
     )
+
+
+def _place(cache: KVCache, rows: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """The lengths of these rows, and the rows: what ``extend`` needs to know."""
+    return (cache.lengths if rows is None else cache.lengths[rows]), rows
 
 
 def frequencies(text: TextConfig) -> jax.Array:
@@ -127,7 +137,7 @@ class DecoderAttention(nnx.Module):
         self.k_norm = RMSNorm(text.head_dim, **norm) if text.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, angles: Any, attend: Attend, cache: Any, lengths: Any, keys: Any
+        self, x: jax.Array, angles: Any, attend: Attend, cache: Any, place: Any, keys: Any
     ) -> tuple[jax.Array, Any]:
         def project(linear: Linear, key: int, norm: RMSNorm | None = None) -> jax.Array:
             y = linear(x, None if keys is None else keys[key])
@@ -141,8 +151,9 @@ class DecoderAttention(nnx.Module):
         if cache is not None:
             # Shard the new keys and values like the cache; otherwise the compiler may reshard the cache, which is far larger.
             k, v = (constrain(part, *CACHE_AXES) for part in (k, v))
-            k, v = (extend(old, new, lengths) for old, new in zip(cache, (k, v)))
-            cache = (k, v)
+            k, v = (extend(old, new, *place) for old, new in zip(cache, (k, v)))
+            cache, rows = (k, v), place[1]
+            k, v = (k, v) if rows is None else (k[rows], v[rows])
         y = checkpoint_name(attend(q, k, v), "attention")
         return checkpoint_name(self.o_proj(y, None if keys is None else keys[3]), "out"), cache
 
@@ -162,7 +173,8 @@ class DecoderMLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm block. Called with the layer's (keys, values) cache, or None; ``dropout_key`` feeds its adapters."""
+    """Pre-norm block. Called with the layer's (keys, values) cache, or None, and the ``_place`` of the new tokens in it; ``dropout_key`` feeds its
+    adapters."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         text, lora = config.text, config.lora
@@ -177,10 +189,10 @@ class DecoderLayer(nnx.Module):
         self.mlp = DecoderMLP(text, projections, **kwargs)
 
     def __call__(
-        self, x: jax.Array, angles: Any, attend: Attend, cache: Any = None, lengths: Any = None, dropout_key: Any = None
+        self, x: jax.Array, angles: Any, attend: Attend, cache: Any = None, place: Any = None, dropout_key: Any = None
     ) -> tuple[jax.Array, Any]:
         keys = None if dropout_key is None else jax.random.split(dropout_key, 7)
-        y, cache = self.attn(self.input_norm(x), angles, attend, cache, lengths, keys)
+        y, cache = self.attn(self.input_norm(x), angles, attend, cache, place, keys)
         x = x + y
         return constrain(x + self.mlp(self.post_attention_norm(x), keys), "batch", None, None), cache
 
@@ -260,6 +272,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         attend: Attend,
         cache: KVCache | None = None,
+        rows: jax.Array | None = None,
         *,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
@@ -272,6 +285,7 @@ class Decoder(nnx.Module):
             positions: (B, T) rotary positions.
             attend: attention of T queries to S keys; S = T without a cache, the cache's capacity with one.
             cache: new keys and values are written from ``cache.lengths`` on; the caller updates ``lengths``.
+            rows: (B,) int32, the rows of the cache that those of ``x`` continue; None for all in order.
             dropout_key: turns adapter dropout on.
             remat: which activations are saved for the backward pass, see ``models.remat``.
             led: ``x`` is the result of ``lead``, after which the other layers run. Not with a cache.
@@ -280,19 +294,19 @@ class Decoder(nnx.Module):
             hidden (B, T, D) after the final RMSNorm, and the cache with new keys, values and states.
         """
         first = self.leading if led else 0
-        x, pairs = self._run(x, positions, attend, cache, dropout_key, remat, first, self.config.num_layers)
+        x, pairs = self._run(x, positions, attend, cache, rows, dropout_key, remat, first, self.config.num_layers)
         hidden = self.norm(x)
         if cache is not None:
             states = cache.states
             if states is not None:
                 new = constrain(hidden, *STATE_AXES).astype(states.dtype)
-                states = extend(states, new, cache.lengths)
+                states = extend(states, new, *_place(cache, rows))
             cache = dataclasses.replace(cache, keys=pairs[0], values=pairs[1], states=states)
         return hidden, cache
 
     def lead(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         """(B, T, D) embeddings -> (B, T, D) after the layers before the first with adapters (``ModelConfig.leading_layers``)."""
-        return self._run(x, positions, attend, None, None, "none", 0, self.leading)[0]
+        return self._run(x, positions, attend, None, None, None, "none", 0, self.leading)[0]
 
     def _run(
         self,
@@ -300,6 +314,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         attend: Attend,
         cache: KVCache | None,
+        rows: jax.Array | None,
         dropout_key: jax.Array | None,
         remat: str,
         first: int,
@@ -307,12 +322,12 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """The layers from ``first`` up to ``last``, each of them 0, the number of leading layers, or that of all. Also returns keys and values."""
         angles = rotary(positions, self.config)
-        lengths = None if cache is None else cache.lengths
+        place = None if cache is None else _place(cache, rows)
         kv = None if cache is None else (cache.keys, cache.values)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def run(layer: DecoderLayer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
-            return layer(x, angles, attend, kv, lengths, key)
+            return layer(x, angles, attend, kv, place, key)
 
         if not self.scan:
             outputs, body = [], checkpoint(run, remat, scanned=False)

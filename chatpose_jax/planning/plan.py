@@ -159,8 +159,7 @@ def trace_decoding(model: ModelConfig, mesh: Mesh, batch: int, length: int, tail
     params = place(abstract_params(model), mesh)
 
     def start() -> generate.DecodeState:
-        row = generate.begin(0, generate.Sampling(), 1, False)
-        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), row)
+        rows = generate.begin([0] * batch, [generate.Sampling()] * batch, [1] * batch, [False] * batch)
         return generate.DecodeState(init_cache(model, batch, length), rows)
 
     state = jax.eval_shape(start)

@@ -15,7 +15,6 @@ import pytest
 from chatpose_jax.generate import (
     CAPACITY_STEP,
     Generated,
-    Sampling,
     generate,
     init_cache,
     pose_key,
@@ -163,7 +162,7 @@ def test_heads_that_read_the_token_alone_pay_nothing() -> None:
 
 
 def test_what_a_head_draws_from_is_no_tokens_key() -> None:
-    seeds = [jax.random.key_data(pose_key(Sampling(seed=seed))) for seed in (0, 0, 1)]
+    seeds = [jax.random.key_data(pose_key(seed)) for seed in (0, 0, 1)]
     assert (seeds[0] == seeds[1]).all() and (seeds[0] != seeds[2]).any()
     first = [jax.random.fold_in(jax.random.key(0), step) for step in range(4096)]
     assert all((jax.random.key_data(key) != seeds[0]).any() for key in first)

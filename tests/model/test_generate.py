@@ -348,7 +348,7 @@ def test_decoding_copies_values_once() -> None:
 
     def temporaries(capacity: int) -> int:
         def start() -> DecodeState:
-            rows = jax.tree.map(lambda x: x[None], begin(0, Sampling(), 8, False))
+            rows = begin([0], [Sampling()], [8], [False])
             return DecodeState(init_cache(config, 1, capacity), rows)
 
         program = decode.lower(
