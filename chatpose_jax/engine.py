@@ -50,7 +50,7 @@ TOGETHER = (16, 4, 1)
 """Prompts that are read at a time, with at most ``CHUNKS[-1]`` tokens in all."""
 WORTH_A_COPY = 64
 """Tokens of a prompt that are copied from another row rather than read."""
-CAPACITIES = (256, 1024, 4096, 16384)
+CAPACITIES = (128, 512, 2048, 8192)
 """Tokens that a row may hold. The whole engine has the least that suffices: each step attends to all that rows may hold."""
 TURNS = 4
 """Every so many pieces, one of the prompt that waits longest is read, and else of the one that is the first to be whole."""
@@ -181,6 +181,11 @@ class Engine:
     @property
     def idle(self) -> bool:
         return not self._waiting and not self.active
+
+    @property
+    def _watched(self) -> bool:
+        """Whether somebody reads along while an answer is being written."""
+        return any(row.answer and not row.reading and row.answer.request.every < STEPS for row in self._rows)
 
     def resize(self, slots: int) -> bool:
         """Another number of slots, if no answer is under way; what the rows held is forgotten. Returns whether there are so many now."""
@@ -431,14 +436,13 @@ class Engine:
         row.read, row.features = shared[best], None
 
     def _see(self, rows: list[_Row], images: list[int]) -> bool:
-        """Sees the next image of each prompt that needs it for its next ``images`` image tokens. Beside answers that are being written one at a time:
-        meanwhile they go on. Returns whether there was any.
+        """Sees the next image of each prompt that needs it for its next ``images`` image tokens; where somebody reads along, one at a time, so that
+        other answers go on. Returns whether there was any.
         """
         blind = [row for row, count in zip(rows, images) if count > (0 if row.features is None else len(row.features))]
         if not blind:
             return False
-        most = len(blind) if all(row.answer is None or row.reading for row in self._rows) else 1
-        blind = blind[: next(n for n in TOGETHER if n <= most)]
+        blind = blind[: 1 if self._watched else next(n for n in TOGETHER if n <= len(blind))]
         given = []
         for row in blind:
             assert row.answer is not None
@@ -482,14 +486,15 @@ class Engine:
     def _write(self) -> None:
         """The next tokens of all answers that are being written."""
         writing = [(slot, row) for slot, row in enumerate(self._rows) if row.answer is not None and not row.reading]
-        if not writing:
+        reading = any(row.reading for row in self._rows)
+        if not writing or (reading and not self._watched):  # rows are few, so reading ends
             return
         assert self._state is not None
         answers = [row.answer for _, row in writing if row.answer is not None]
         greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
         paced = int(PACE / self._seconds[greedy]) if self._seconds[greedy] else 1
         count = min(max(1, answer.request.every or paced) for answer in answers)
-        if any(row.reading for row in self._rows):
+        if reading:
             count = 1
         begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
         self._state, tokens, states = decode(
