@@ -46,12 +46,12 @@ from smpl_jax.pose import Pose
 
 CHUNKS = (16, 64, 256)
 """Tokens of a prompt that are read at a time. Between them, other answers go on."""
-TOGETHER = (16, 4, 1)
+TOGETHER = (4, 1)
 """Prompts that are read at a time, with at most ``CHUNKS[-1]`` tokens in all."""
 WORTH_A_COPY = 64
 """Tokens of a prompt that are copied from another row rather than read."""
-CAPACITIES = (128, 512, 2048, 8192)
-"""Tokens that a row may hold. The whole engine has the least that suffices: each step attends to all that rows may hold."""
+CAPACITIES = (256, 1024, 4096, 16384)
+"""Tokens that a row may hold, beside the most. The whole engine has the least that suffices: each step attends to all that rows may hold."""
 TURNS = 4
 """Every so many pieces, one of the prompt that waits longest is read, and else of the one that is the first to be whole."""
 PACE = 0.03
@@ -124,9 +124,10 @@ class _Row:
     @property
     def size(self) -> int:
         """How many tokens that are."""
-        if self.answer is None or self.reading:
-            return len(self.keys) if self.answer is None else self.read
-        return len(self.keys) + len(self.answer.tokens) - 1
+        answer = self.answer
+        if answer is None:
+            return len(self.keys)
+        return self.read if self.reading else len(self.keys) + len(answer.tokens) - 1
 
     @property
     def left(self) -> int:
@@ -150,7 +151,7 @@ class Engine:
         self._door = threading.Lock()  # of the waiting questions alone: who asks or leaves waits for no step
         self.context = config.text.max_position_embeddings if capacity is None else capacity
         most = -(-(self.context + CHUNKS[0]) // CAPACITY_STEP) * CAPACITY_STEP  # the last piece of a prompt is padded
-        self._capacities = [each for each in CAPACITIES if each < most] + [most]
+        self._capacities = [each for each in CAPACITIES if each <= most / 2] + [most]
         self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
         self._clock, self._turn, self._least = 0, 0, 0
@@ -200,15 +201,15 @@ class Engine:
             if self.idle:
                 self._state, self._rows = None, [_Row() for _ in self._rows]
 
-    def warm(self, samples: int = 1) -> None:
+    def warm(self, samples: int = 1) -> Pose:
         """Compiles and runs every program that an answer may need, also at the largest capacity. Needs an idle engine.
 
-        samples: of a pose, at most.
+        samples: of a pose, at most. Returns a pose of batch shape (samples,) that it drew.
         """
         config, count = self.config, itertools.count(1 << 40)
         token, tail = config.eos_token_id, len(self.tail)
 
-        def ask(length: int, together: int = 1, image: bool = False, **settings: Any) -> None:
+        def ask(length: int, together: int = 1, image: bool = False, **settings: Any) -> Completion:
             """Answers so many prompts of this length at once, of which no other has the beginning."""
             images = [np.zeros((config.image_size,) * 2 + (3,), np.float32)] * image
             ids = np.full(length, token, np.int32)
@@ -220,6 +221,7 @@ class Engine:
                 keys[: config.image_tokens * image] = -keys[0]
                 answers.append(self.submit(Request(ids, keys, images=images, **settings)))
             self.finish(answers)
+            return answers[0]
 
         with self.lock:
             for capacity in self._capacities:
@@ -234,13 +236,14 @@ class Engine:
                             ask(config.image_tokens + 1, together, image=True)
                 for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.5)):
                     for drawn in sorted({_draws(each) for each in range(1, samples + 1)}):
-                        ask(1, sampling=sampling, force_pose=True, samples=drawn)
+                        answer = ask(1, sampling=sampling, force_pose=True, samples=drawn)
                 assert self._state is not None
                 self._state = _copy(self._state, np.int32(0), np.int32(0))
                 self._state = _stop(self._state, np.int32(0))
             for capacity in self._capacities[::-1]:  # and back
                 self._resize(capacity)
             self._rows, self._least = [_Row() for _ in self._rows], 0
+            return answer.poses[0]
 
     def check(self, request: Request) -> None:
         """Raises UserError for a request that can have no answer."""
@@ -458,7 +461,7 @@ class Engine:
         """(R, size, D), of the image tokens of these pieces and zeros; always, so that reading with images and without is one program."""
         if self.config.vision is None:
             return None
-        features = np.zeros((len(rows), size, self.config.text.hidden_size), self.config.dtype)
+        features = np.zeros((len(rows), size, self.config.text.hidden_size), jnp.dtype(self.config.dtype))
         for place, row, keys in zip(features, rows, pieces):
             if row.features is not None and (images := int((keys < 0).sum())):
                 place[:images], row.features = row.features[:images], row.features[images:]

@@ -222,7 +222,7 @@ class Server:
         try:
             settings = model.settings(**asked.settings)
             # Who waits for a whole answer is told less often, which saves work.
-            first = model.request(asked.messages, every=1 if asked.stream else STEPS, **settings)
+            first = model.request(asked.messages, every=0 if asked.stream else STEPS, **settings)
             model.engine.check(first)
         except UserError as error:
             text = str(error)
