@@ -40,16 +40,16 @@ from chatpose_jax.models.chatpose import Params, bind
 from chatpose_jax.models.config import ModelConfig
 from chatpose_jax.models.decoder import KVCache, init_cache
 from chatpose_jax.models.heads.base import States
-from chatpose_jax.models.sharding import mesh_of
+from chatpose_jax.models.sharding import mesh_of, on_mesh, platform
 from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
 
 CHUNKS = (16, 64, 256)
-"""Tokens of a prompt that are read at a time. Between them, other answers go on."""
+"""Tokens of a prompt that are read at a time. Between them, other answers go on, and a shorter prompt comes first."""
+CHUNKS_OF_CPUS = CHUNKS[:2]
+"""A CPU reads as many tokens a second in pieces of 64, and whoever comes waits less."""
 TOGETHER = (4, 1)
-"""Prompts that are read at a time, with at most ``CHUNKS[-1]`` tokens in all."""
-WORTH_A_COPY = 64
-"""Tokens of a prompt that are copied from another row rather than read."""
+"""Prompts that are read at a time, with at most ``CHUNKS[-1]`` tokens in all; while somebody reads an answer along, with as many as one may read."""
 CAPACITIES = (256, 1024, 4096, 16384)
 """Tokens that a row may hold, beside the most. The whole engine has the least that suffices: each step attends to all that rows may hold."""
 TURNS = 4
@@ -147,10 +147,14 @@ class Engine:
         """tail: the ids that end an answer that must have a pose and has none; the last one is the end of sequence."""
         self.config, self.params, self.tail = config, params, jnp.asarray(tail, jnp.int32)
         self.mesh: Mesh | None = mesh_of(params)
+        with on_mesh(self.mesh):
+            self.chunks = CHUNKS_OF_CPUS if platform() == "cpu" else CHUNKS
         self.lock = threading.RLock()
         self._door = threading.Lock()  # of the waiting questions alone: who asks or leaves waits for no step
         self.context = config.text.max_position_embeddings if capacity is None else capacity
-        most = -(-(self.context + CHUNKS[0]) // CAPACITY_STEP) * CAPACITY_STEP  # the last piece of a prompt is padded
+        most = (
+            -(-(self.context + self.chunks[0]) // CAPACITY_STEP) * CAPACITY_STEP
+        )  # the last piece of a prompt is padded
         self._capacities = [each for each in CAPACITIES if each <= most / 2] + [most]
         self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
@@ -225,9 +229,9 @@ class Engine:
 
         with self.lock:
             for capacity in self._capacities:
-                self._rows, self._least = [_Row() for _ in self._rows], capacity - CHUNKS[0]
+                self._rows, self._least = [_Row() for _ in self._rows], capacity - self.chunks[0]
                 self._resize(capacity)
-                for size, together in itertools.product(CHUNKS, TOGETHER):
+                for size, together in itertools.product(self.chunks, TOGETHER):
                     if together <= self.slots and size * together <= CHUNKS[-1] and size + 1 + tail <= self.context:
                         ask(size + 1, together)
                 if config.vision is not None and config.image_tokens + 1 + tail <= self.context:
@@ -354,7 +358,7 @@ class Engine:
             for row in self._rows
             if row.used > lately
         ]
-        most = max(*needs, 0, self._least) + CHUNKS[0]
+        most = max(*needs, 0, self._least) + self.chunks[0]
         self._resize(next(each for each in self._capacities if each >= most))
 
     def _resize(self, capacity: int) -> None:
@@ -370,7 +374,7 @@ class Engine:
         self._state = self._placed(DecodeState(cache, rows))
         for row in self._rows:
             if row.answer is None:
-                row.keys = row.keys[: capacity - CHUNKS[0]]
+                row.keys = row.keys[: capacity - self.chunks[0]]
 
     def _placed(self, state: DecodeState) -> DecodeState:
         return state if self.mesh is None else jax.device_put(state, decode_shardings(state, self.mesh))
@@ -384,6 +388,7 @@ class Engine:
         self._turn += 1
         oldest = self._turn % TURNS == 0
         reading.sort(key=lambda row: (row.used if oldest else row.left, row.used))
+        most = self.chunks[-1] if self._watched else CHUNKS[-1]
         there, rows, size = [row.held for row in self._rows], list[_Row](), 0
         for row in reading:
             if rows and self._size(row) != size:
@@ -395,7 +400,7 @@ class Engine:
                 continue  # it waits, and copies what the other reads
             rows.append(row)
             size = self._size(row)
-            if len(rows) * size >= CHUNKS[-1]:
+            if (len(rows) + 1) * size > most:
                 break
         if not rows:
             return
@@ -421,11 +426,11 @@ class Engine:
         """Tokens of the piece that a row reads next, with padding: less than half is padding, except in the smallest."""
         assert self._state is not None
         most = min(2 * row.left - 1, self._state.cache.capacity - row.read)
-        return max((size for size in CHUNKS if size <= most), default=CHUNKS[0])
+        return max((size for size in self.chunks if size <= most), default=self.chunks[0])
 
     def _saves(self, row: _Row, shared: int) -> bool:
-        """Whether to copy a row that holds so many tokens of this row's prompt: instead of a long piece, or of looking at an image."""
-        return shared - row.read >= WORTH_A_COPY or bool((row.keys[row.read : shared] < 0).any())
+        """Whether it saves a piece to copy a row that holds so many tokens of this row's prompt."""
+        return shared - row.read >= self.chunks[0]
 
     def _borrow(self, row: _Row, held: list[np.ndarray]) -> None:
         """Copies what another row holds of this row's prompt, if that saves enough. held: of all rows."""
@@ -495,10 +500,9 @@ class Engine:
         assert self._state is not None
         answers = [row.answer for _, row in writing if row.answer is not None]
         greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
-        paced = int(PACE / self._seconds[greedy]) if self._seconds[greedy] else 1
-        count = min(max(1, answer.request.every or paced) for answer in answers)
-        if reading:
-            count = 1
+        seconds = self._seconds[greedy]
+        paced = min(max(1, int(PACE / seconds)), STEPS) if seconds else 1
+        count = 1 if reading else min(answer.request.every or paced for answer in answers)
         begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
         self._state, tokens, states = decode(
             self.config, self.params, self._state, np.int32(count), self.tail, greedy=greedy, mesh=self.mesh

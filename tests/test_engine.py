@@ -73,7 +73,7 @@ QUESTIONS = [
 
 def test_answers_that_come_and_go_are_what_each_gets_alone(params, monkeypatch):
     """More questions than rows, some with images, sampled or greedy, of all lengths, and a second turn of each."""
-    monkeypatch.setattr(engines, "CHUNKS", (16, 32))
+    monkeypatch.setattr(engines, "CHUNKS_OF_CPUS", (16, 32))
     model, alone = make(params, slots=3), make(params, slots=1)
     told = {}
     histories = [messages for messages, _ in QUESTIONS]
@@ -149,7 +149,7 @@ def test_several_conversations_go_on_where_they_were(params):
 
 
 def test_a_long_prompt_does_not_stop_the_others(params, monkeypatch):
-    monkeypatch.setattr(engines, "CHUNKS", (16,))
+    monkeypatch.setattr(engines, "CHUNKS_OF_CPUS", (16,))
     model = make(params, slots=2)
     first = model.engine.submit(
         model.request([user("Short?")], every=1, **check_settings(max_new_tokens=40, temperature=1.0, seed=1))
@@ -164,6 +164,66 @@ def test_a_long_prompt_does_not_stop_the_others(params, monkeypatch):
         assert len(first.tokens) == before + steps
     assert steps > 8
     model.engine.finish([first, long])
+
+
+def test_a_short_question_is_read_before_a_long_prompt_which_is_read_all_the_same(params, monkeypatch):
+    monkeypatch.setattr(engines, "CHUNKS_OF_CPUS", (16,))
+    model = make(params, slots=2)
+    long = ask(model, [user("word " * 150)], max_new_tokens=2)
+    for _ in range(3):
+        model.engine.step()
+    pieces, steps = len(long.request.ids) // 16, 0
+    for number in range(200):
+        request = model.request([user(f"Short {number}?")], every=0, **check_settings(max_new_tokens=1))
+        short = model.engine.submit(request)
+        while not short.done and not long.done:
+            model.engine.step()
+            steps += 1
+        if not number:
+            assert short.done and not long.tokens and steps < 8
+        if long.done:
+            break
+    assert pieces < steps <= engines.TURNS * pieces
+    model.engine.finish([long, short])
+
+
+def test_prompts_of_like_length_are_read_in_one_program(params, monkeypatch):
+    model, alone, shapes, read = make(params, slots=5), make(params, slots=1), [], engines.read
+
+    def spy(*args, **settings):
+        shapes.append(args[3].shape)
+        return read(*args, **settings)
+
+    monkeypatch.setattr(engines, "read", spy)
+    questions = [[user(f"{name} is asked?", number)] for number, name in enumerate("abcde")]
+    replies = model.chat(questions, max_new_tokens=6)
+    assert {rows for rows, _ in shapes} == {4, 1} and len(shapes) <= 4
+    for question, reply in zip(questions, replies):
+        alone.forget()
+        assert_same(reply, alone.chat(question, max_new_tokens=6))
+
+
+def test_the_cache_is_as_long_as_its_conversations_need(params):
+    model, alone = make(params, slots=2), make(params, slots=1)
+    least, most = engines.CAPACITIES[0], 1152  # the context, and room for a padded piece
+    turns = [([user("Short?")], least), ([user("word " * 150)], most), ([user("Short again?")], most)]
+    turns += [([user(f"Short, number {number}?")], None) for number in range(4)] + [([user("Short?")], least)]
+    for messages, expected in turns:
+        answer = ask(model, messages, max_new_tokens=5)
+        model.engine.finish([answer])
+        assert expected in (None, model.engine._state.cache.capacity)
+        alone.forget()
+        assert_same(model.reply(answer), alone.chat(messages, max_new_tokens=5))
+
+
+def test_an_answer_that_is_read_along_comes_as_often_as_eyes_need(params, monkeypatch):
+    model, told = make(params, slots=1), []
+    request = model.request([user("Tell?")], every=0, **check_settings(max_new_tokens=100, temperature=1.0, seed=3))
+    monkeypatch.setattr(engines, "PACE", 1e9)
+    answer = model.engine.submit(request, lambda answer: told.append(len(answer.tokens)))
+    model.engine.finish([answer])
+    steps = np.diff([0, *told])
+    assert steps[0] == 1 and set(steps[1:-1]) <= {engines.STEPS} and len(told) > 2
 
 
 def test_who_goes_away_frees_the_row_and_leaves_what_was_read(params):

@@ -28,7 +28,6 @@ from chatpose_jax import __version__
 from chatpose_jax import engine as engines
 from chatpose_jax.chat import ChatPose
 from chatpose_jax.errors import UserError
-from chatpose_jax.generate import STEPS
 from chatpose_jax.serve import page
 from chatpose_jax.serve import poses as pose_files
 from chatpose_jax.serve.api import document
@@ -221,8 +220,7 @@ class Server:
         asked = read_request(decoded(data), self.name, self.limits, model.processor.images, self.fetch)
         try:
             settings = model.settings(**asked.settings)
-            # Who waits for a whole answer is told less often, which saves work.
-            first = model.request(asked.messages, every=0 if asked.stream else STEPS, **settings)
+            first = model.request(asked.messages, every=0, **settings)
             model.engine.check(first)
         except UserError as error:
             text = str(error)
