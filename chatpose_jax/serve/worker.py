@@ -11,12 +11,17 @@ from typing import NamedTuple
 
 from chatpose_jax.chat import ChatPose
 from chatpose_jax.engine import Completion, Request
+from chatpose_jax.errors import UserError
 from chatpose_jax.serve.metrics import Metrics, compiled_programs
 from chatpose_jax.serve.openai import pose_in_words
 from chatpose_jax.serve.poses import pose_json
 from smpl_jax.pose import Pose
 from smpl_jax.posed import PosedBody
 
+NO_MEMORY = (
+    "the device has too little memory for the model and its cache: fewer --slots, a smaller --context, --dtype bfloat16, or --mesh over several "
+    "devices. chatpose plan --decode says what fits"
+)
 STALLED_SECONDS = 120.0
 """Of one step, which writes one token of each answer or a few, and compiles nothing any more."""
 
@@ -124,7 +129,7 @@ class Worker:
                 self._step = None
                 self.metrics.steps.observe(time.monotonic() - before)
         except Exception as error:
-            self.error = error
+            self.error = UserError(NO_MEMORY) if "RESOURCE_EXHAUSTED" in str(error) else error
             for answer in list(self.answers):
                 answer.hear()
             self.failed()

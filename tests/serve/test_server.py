@@ -32,7 +32,7 @@ from chatpose_jax.planning.plan import trace_decoding  # noqa: E402
 from chatpose_jax.processing.processor import tiny_processor  # noqa: E402
 from chatpose_jax.serve import listen, worker  # noqa: E402
 from chatpose_jax.serve.openai import Limits, pose_in_words  # noqa: E402
-from chatpose_jax.serve.poses import pose_json  # noqa: E402
+from chatpose_jax.serve.poses import PoseStore, pose_json  # noqa: E402
 from smpl_jax import PosedBody, load_body  # noqa: E402
 from smpl_jax.pose import Pose, to_frame  # noqa: E402
 
@@ -256,6 +256,18 @@ def test_a_shape_is_shown_where_there_is_one(alone):
     pose = Pose(np.tile(np.eye(3, dtype=np.float32), (24, 1, 1)), "camera", betas=betas)
     shown = pose_json(["x"], [PosedBody(pose, alone.body)])
     assert shown["betas"] == betas.tolist() and shown["id"] == "x" and "samples" not in shown
+
+
+def test_poses_are_kept_for_a_while(alone, monkeypatch):
+    pose = PosedBody(Pose(np.tile(np.eye(3, dtype=np.float32), (24, 1, 1)), "camera"), alone.body)
+    store, now = PoseStore(most=2, seconds=10), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    names = [store.put(pose) for _ in range(3)]
+    assert [store.get(name) is pose for name in names] == [False, True, True] and len(set(names)) == 3
+    now[0] = 11.0
+    assert all(store.get(name) is None for name in names)
+    last = store.put(pose)
+    assert store.get(last) is pose and len(store._held) == 1
 
 
 def test_meshes_of_a_licensed_body_stay_here(running):
@@ -526,9 +538,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(params, caplog):
         answer = server.client.get("/health")
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "model_failed"
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    server = Running(params, load=load)
-    with pytest.raises(UserError, match="no weights here"):
-        server.listener.listen(server.socket)
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
+    for error, words in ((UserError("no weights here"), "no weights here"), (full, "fewer --slots")):
+
+        def fail(error=error):
+            raise error
+
+        server = Running(params, load=fail)
+        with pytest.raises(UserError, match=words):
+            server.listener.listen(server.socket)
 
 
 def test_an_engine_that_fails_answers_with_an_error_and_goes_on(running):
