@@ -83,3 +83,5 @@ def test_a_wrong_address_is_one_clear_line(
     assert f"{bucket}/exported: a PyTorch checkpoint, not a model folder; copy it" in fails(
         "inspect", bucket / "exported"
     )
+    write_bytes(bucket / "run" / "checkpoints" / "3" / "_CHECKPOINT_METADATA", b"{}")
+    assert f"{bucket}/run: not a model folder, but a training run that has not ended" in fails("chat", bucket / "run")

@@ -26,6 +26,7 @@ _FILES = (
 _FOLDERS = (
     ("*.distcp", "a torch.distributed.checkpoint: run python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.bin"),
     ("zero_to_fp32.py", "a DeepSpeed checkpoint: to convert it, run python {folder}/zero_to_fp32.py {folder} OUT"),
+    ("checkpoints/*/_CHECKPOINT_METADATA", "a training run that has not ended, and model/ is written at its end: let it go on, or lower train.steps"),
     ("*.gguf", "a folder of GGUF files of llama.cpp: convert one of them with chatpose convert FILE.gguf OUT"),
 )  # fmt: skip
 
