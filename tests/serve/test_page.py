@@ -414,6 +414,36 @@ def test_every_joint_of_a_vertex_counts(chromium, running, tmp_path):
 
 
 @pytest.mark.slow
+def test_poses_of_one_answer_stand_side_by_side(chromium, running):
+    """The toy gives one pose an answer; here its poses come back as one answer with two, the second of which has samples."""
+    with opened(chromium, running) as shown:
+        ready(shown)
+        for text in ("Show me someone who kneels.", "Please raise both arms above the head."):
+            ask(shown, text)
+        one, two = (message["poses"][0] for message in stored(shown)[1::2])
+        two = {**two, "samples": [{name: pose[name] for name in ("id", "axis_angle", "joints")} for pose in (two, one)]}
+        deltas = [{"content": "One: <POSE>", "poses": [one]}, {"content": ", other: <POSE>.", "poses": [two]}]
+        events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        events.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        body = "".join(f"data: {event}\n\n" for event in [*map(json.dumps, events), "[DONE]"])
+        shown.route("**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+        answer = ask(shown, "Both?")
+        assert answer.locator(".text").inner_text() == "One: pose 3, other: pose 4."
+        names = ["Pose 3", "Pose 4, sample 1", "Pose 4, sample 2"]
+        until(shown, "document.querySelectorAll('#labels span').length === 3")
+        assert (
+            shown.locator("#labels span").all_inner_texts() == shown.locator("#tabs button").all_inner_texts() == names
+        )
+        shown.wait_for_timeout(1500)
+        places = [sign.bounding_box()["x"] for sign in shown.locator("#labels span").all()]
+        assert places == sorted(places) and min(np.diff(places)) > 50
+        shown.click("#tabs button:first-child")
+        assert shown.inner_text("#files-of") == "Save pose 3"
+        shown.locator(".mention").last.click()
+        assert shown.inner_text("#files-of") == "Save pose 4, sample 1"
+
+
+@pytest.mark.slow
 def test_files_are_saved_and_json_is_copied(chromium, running):
     with opened(chromium, running, permissions=["clipboard-read", "clipboard-write"]) as shown:
         ready(shown)

@@ -248,14 +248,26 @@ function card(body) {
   }
   const button = cards.get(body.id);
   button.onclick = () => pick(body);
-  rigOf(body).then(({ rig, reason }) => {
-    if (button.dataset.drawn === (reason ?? 'whole') || !stage) return;
-    button.dataset.drawn = reason ?? 'whole';
-    const canvas = button.querySelector('canvas');
-    canvas.getContext('2d').clearRect(0, 0, canvas.width, canvas.height);
-    stage.picture(rig, canvas);
-  });
+  button.body = body;
+  visible.unobserve(button);
+  visible.observe(button);
   return button;
+}
+
+/** Draws cards when they are scrolled to: a long conversation has many bodies. */
+const visible = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) if (isIntersecting) drawCard(target);
+});
+
+async function drawCard(button) {
+  if (!stage) return;
+  const { rig, reason } = await rigOf(button.body);
+  const drawn = reason ?? 'whole';
+  if (button.dataset.drawn === drawn) return;
+  button.dataset.drawn = drawn;
+  const canvas = button.querySelector('canvas');
+  canvas.getContext('2d').clearRect(0, 0, canvas.width, canvas.height);
+  stage.picture(rig, canvas);
 }
 
 const scroll = the('scroll');
