@@ -16,11 +16,12 @@ from .running import Running  # noqa: E402
 def test_some_hostile_requests_do_no_harm():
     with Running(unstack_layers(stacked()), limits=Limits(tokens=16, upload=5)) as server:
         attack = Attack(server.wait().address)
-        attack.run(80)
+        attack.run(50)
         assert not attack.wrong, "\n".join(list(dict.fromkeys(attack.wrong))[:20])
         assert (
-            sum(attack.statuses.values()) > 60 and attack.statuses["messages", 200] and attack.statuses["schema", 400]
+            sum(attack.statuses.values()) >= 50 and attack.statuses["messages", 400] and attack.statuses["schema", 200]
         )
+        assert {what for what, _ in attack.statuses} == {"schema", "messages", "connections"}
         assert server.worker.error is None and not server.worker.answers
 
 
