@@ -16,6 +16,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.processing.images import ImageSettings, data_uri, upright_size
 from chatpose_jax.processing.processor import NO_TOWER
 from chatpose_jax.serve.schema import Mismatch, Schema, check_json
+from chatpose_jax.settings import one_line
 from smpl_jax.frames import parse_frame
 from smpl_jax.pose import Pose, to_frame
 from smpl_jax.rotations import axis_angle_to_matrix
@@ -87,6 +88,8 @@ class Completions(NamedTuple):
     stop: tuple[str, ...]
     stream: bool
     usage: bool
+
+    __repr__ = one_line
 
 
 def request_schema(limits: Limits) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from chatpose_jax.errors import UserError
 from chatpose_jax.serve.metrics import Metrics, compiled_programs
 from chatpose_jax.serve.openai import pose_in_words
 from chatpose_jax.serve.poses import pose_json
+from chatpose_jax.settings import one_line
 from smpl_jax.pose import Pose
 from smpl_jax.posed import PosedBody
 
@@ -32,6 +33,8 @@ class Piece(NamedTuple):
     text: str
     poses: list[Pose]
     finish: str | None = None
+
+    __repr__ = one_line
 
 
 class Full(Exception):
