@@ -228,6 +228,20 @@ def test_nothing_is_compiled_once_it_is_ready(running):
             answer = running.ask(messages=user(*parts), max_tokens=7, force_pose=True, temperature=words % 2)
             assert answer.status_code == 200, answer.text
     running.ask(n=4, temperature=1.0, max_tokens=5)
+    found = []
+
+    def ask(number):
+        words = {"type": "text", "text": f"{number} " * (7 * number + 1)}
+        shown = [picture(data_url(100 + number + i)[0]) for i in range(number % 3)]
+        settings = {"max_tokens": 6 + number, "temperature": number % 2, "force_pose": True, "stream": number % 4 == 3}
+        found.append(running.ask(messages=user(*shown, words), **settings).status_code)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [200] * 12
     assert running.metrics()["chatpose_compiled_programs"] == before > 0
 
 
