@@ -150,7 +150,8 @@ class Engine:
         with on_mesh(self.mesh):
             self.chunks = CHUNKS_OF_CPUS if platform() == "cpu" else CHUNKS
         self.lock = threading.RLock()
-        self._door = threading.Lock()  # of the waiting questions alone: who asks or leaves waits for no step
+        # Of the waiting questions alone: who asks or leaves waits for no step. A stream that is garbage collected leaves in any thread, at any time.
+        self._door = threading.RLock()
         self.context = config.text.max_position_embeddings if capacity is None else capacity
         most = (
             -(-(self.context + self.chunks[0]) // CAPACITY_STEP) * CAPACITY_STEP
@@ -161,7 +162,7 @@ class Engine:
         self._clock, self._turn, self._least = 0, 0, 0
         self._seconds = {True: 0.0, False: 0.0}
         """Of a token of all rows, about; for greedy answers and for others."""
-        self._rows = [_Row() for _ in range(slots)]
+        self._own, self._rows = slots, [_Row() for _ in range(slots)]
 
     @property
     def slots(self) -> int:
@@ -193,8 +194,12 @@ class Engine:
         return any(row.answer and not row.reading and row.answer.request.every < STEPS for row in self._rows)
 
     def resize(self, slots: int) -> bool:
-        """Another number of slots, if no answer is under way; what the rows held is forgotten. Returns whether there are so many now."""
+        """Another number of slots, but no fewer than at first, if no answer is under way; what the rows held is forgotten. Returns whether there are
+        so many now.
+        """
         with self.lock:
+            self._leave()
+            slots = max(slots, self._own)
             if slots != self.slots and self.idle:
                 self._state, self._rows = None, [_Row() for _ in range(slots)]
             return slots == self.slots
@@ -202,6 +207,7 @@ class Engine:
     def forget(self) -> None:
         """Frees the cache, if no answer is under way."""
         with self.lock:
+            self._leave()
             if self.idle:
                 self._state, self._rows = None, [_Row() for _ in self._rows]
 
@@ -244,8 +250,10 @@ class Engine:
                 assert self._state is not None
                 self._state = _copy(self._state, np.int32(0), np.int32(0))
                 self._state = _stop(self._state, np.int32(0))
-            for capacity in self._capacities[::-1]:  # and back
-                self._resize(capacity)
+            for capacities in itertools.permutations(self._capacities, 2):  # from each to each
+                for capacity in capacities:
+                    self._resize(capacity)
+            self._resize(self._capacities[0])
             self._rows, self._least = [_Row() for _ in self._rows], 0
             return answer.poses[0]
 
@@ -316,11 +324,14 @@ class Engine:
                 self._read()
                 self._begin()
                 self._write()
-            except Exception as error:  # the cache was given away to a program that failed
+            except BaseException as error:  # the cache was given away to a program that failed, or whose result is lost
                 self._state = None
+                failed = error if isinstance(error, Exception) else UserError("the answer was interrupted; ask again")
                 for row in self._rows:
-                    self._end(row, error)
+                    self._end(row, failed)
                     row.keys = np.zeros(0, np.int64)
+                if failed is not error:
+                    raise
 
     def _leave(self) -> None:
         for slot, row in enumerate(self._rows):
@@ -356,7 +367,7 @@ class Engine:
         needs = [
             row.size if row.answer is None else len(row.answer.request.ids) + row.answer.request.max_new_tokens
             for row in self._rows
-            if row.used > lately
+            if row.answer is not None or row.used > lately
         ]
         most = max(*needs, 0, self._least) + self.chunks[0]
         self._resize(next(each for each in self._capacities if each >= most))

@@ -117,7 +117,10 @@ def test_a_prompt_that_begins_as_another_copies_its_row(params, monkeypatch):
     assert_same(model.reply(beside[1]), alone.chat(other, max_new_tokens=6))
 
 
-def test_once_warm_nothing_is_compiled(params):
+def test_once_warm_nothing_is_compiled(params, monkeypatch):
+    monkeypatch.setattr(
+        engines, "CAPACITIES", (128, 256)
+    )  # and 640: the cache also grows and shrinks by two steps at once
     model, compiled = make(params, slots=3, capacity=512), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -126,7 +129,8 @@ def test_once_warm_nothing_is_compiled(params):
     assert compiled
     compiled.clear()
     turns = [user("a", 8), {"role": "assistant", "content": "It is <POSE>."}, user("b", 9)]
-    cases = [*QUESTIONS, ([user("word " * 90)], {"max_new_tokens": 3}), (turns, {"max_new_tokens": 5})]
+    long = [user("word " * 180)], {"max_new_tokens": 3}
+    cases = [*3 * [([user("a")], {"max_new_tokens": 1})], long, *QUESTIONS, long, (turns, {"max_new_tokens": 5})]
     for messages, settings in cases:
         answers = [ask(model, messages, **settings), ask(model, messages, **settings), ask(model, [user("Gone")])]
         model.engine.step()
@@ -214,6 +218,58 @@ def test_the_cache_is_as_long_as_its_conversations_need(params):
         assert expected in (None, model.engine._state.cache.capacity)
         alone.forget()
         assert_same(model.reply(answer), alone.chat(messages, max_new_tokens=5))
+
+
+def test_many_short_answers_leave_a_long_one_its_place(params):
+    model, alone = make(params, slots=2), make(params, slots=1)
+    question, settings = [user("Long? " * 30)], {"max_new_tokens": 220, "temperature": 1.0, "seed": 3}
+    long = ask(model, question, **settings)
+    for number in range(2 * model.engine.slots + 2):
+        short = ask(model, [user(f"Short {number}?")], max_new_tokens=1)
+        while not short.done:
+            model.engine.step()
+    assert not long.done
+    model.engine.finish([long])
+    assert_same(model.reply(long), alone.chat(question, **settings))
+
+
+def test_the_cache_of_who_went_away_is_freed(params):
+    model = make(params, slots=1)
+    stream = model.stream([user("Tell me more")], max_new_tokens=50)
+    next(stream)
+    stream.close()
+    model.forget()
+    assert model.engine._state is None and model.engine.idle
+    stream = model.stream([user("Tell me more")], max_new_tokens=50)
+    next(stream)
+    stream.close()
+    model.chat([[user("One?")], [user("Two?")]], max_new_tokens=2)
+    assert model.engine.slots == 2
+
+
+def test_one_question_takes_no_rows_from_an_engine_that_was_given_several(params):
+    model = make(params, slots=3)
+    model.chat([user("One?")], max_new_tokens=2)
+    model.chat([[user(f"{number}?")] for number in range(4)], max_new_tokens=2)
+    assert model.engine.slots == 4
+    model.chat([user("One?")], max_new_tokens=2)
+    assert model.engine.slots == 3
+
+
+def test_ctrl_c_in_one_thread_is_no_wrong_answer_in_another(params, monkeypatch):
+    model, decode = make(params, slots=2), engines.decode
+    other = ask(model, [user("y")], max_new_tokens=6)
+
+    def interrupted(*args, **settings):
+        decode(*args, **settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(engines, "decode", interrupted)
+        model.chat([user("x")], max_new_tokens=6)
+    with pytest.raises(UserError, match="interrupted"):
+        model.engine.finish([other])
+    model.chat([user("x")], max_new_tokens=6)
 
 
 def test_an_answer_that_is_read_along_comes_as_often_as_eyes_need(params, monkeypatch):
