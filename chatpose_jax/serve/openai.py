@@ -89,7 +89,8 @@ class Completions(NamedTuple):
     stream: bool
     usage: bool
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def request_schema(limits: Limits) -> dict[str, Any]:

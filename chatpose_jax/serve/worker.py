@@ -34,7 +34,8 @@ class Piece(NamedTuple):
     poses: list[Pose]
     finish: str | None = None
 
-    __repr__ = one_line
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 class Full(Exception):
