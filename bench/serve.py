@@ -372,7 +372,7 @@ def _ratio(part: str, what: str, a: Sequence[float], b: Sequence[float], unit: s
 
 async def first(server: Server, rounds: int, context: int) -> dict[str, Any]:
     """Seconds to the first token of a short question, in turn alone and while a prompt that fills most of the context is read."""
-    alone, beside, read = list[float](), list[float](), list[float]()
+    alone, beside, read, tokens = list[float](), list[float](), list[float](), tiny_tokenizer()
 
     async def short(seed: int) -> float:
         return (await server.ask([asked(f"{words(seed, 12)}?", None, False)], max_tokens=4, stream=True)).first
@@ -383,10 +383,10 @@ async def first(server: Server, rounds: int, context: int) -> dict[str, Any]:
             break
         seed += 10
         alone.append(await short(seed))
-        ids = words(seed + 1, 100)
-        while len(ids) < 1.6 * context:  # about three characters a token
-            ids += " " + words(seed + len(ids), 50)
-        long = asyncio.create_task(server.ask([asked(ids, None, False)], max_tokens=4, stream=True))
+        text = words(seed + 1, 100)
+        while len(tokens.encode(text)) < context - 200:
+            text += " " + words(seed + len(text), 50)
+        long = asyncio.create_task(server.ask([asked(text, None, False)], max_tokens=4, stream=True))
         await asyncio.sleep(0.05 + 0.05 * (round_ % 5))
         seconds, over = await short(seed + 2), long.done()
         read.append((await long).first)

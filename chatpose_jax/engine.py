@@ -148,7 +148,8 @@ class Engine:
         self.config, self.params, self.tail = config, params, jnp.asarray(tail, jnp.int32)
         self.mesh: Mesh | None = mesh_of(params)
         with on_mesh(self.mesh):
-            self.chunks = CHUNKS_OF_CPUS if platform() == "cpu" else CHUNKS
+            self.cpu = platform() == "cpu"
+        self.chunks = CHUNKS_OF_CPUS if self.cpu else CHUNKS
         self.lock = threading.RLock()
         # Of the waiting questions alone: who asks or leaves waits for no step. A stream that is garbage collected leaves in any thread, at any time.
         self._door = threading.RLock()
@@ -160,8 +161,8 @@ class Engine:
         self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
         self._clock, self._turn, self._least = 0, 0, 0
-        self._seconds = {True: 0.0, False: 0.0}
-        """Of a token of all rows, about; for greedy answers and for others."""
+        self._seconds = collections.defaultdict[Any, float](float)
+        """Of a step, about; for each of the programs that write."""
         self._own, self._rows = slots, [_Row() for _ in range(slots)]
 
     @property
@@ -247,6 +248,7 @@ class Engine:
                 for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.5)):
                     for drawn in sorted({_draws(each) for each in range(1, samples + 1)}):
                         answer = ask(1, sampling=sampling, force_pose=True, samples=drawn)
+                    ask(1, min(2, self.slots), sampling=sampling)
                 assert self._state is not None
                 self._state = _copy(self._state, np.int32(0), np.int32(0))
                 self._state = _stop(self._state, np.int32(0))
@@ -363,7 +365,7 @@ class Engine:
 
     def _reserve(self) -> None:
         """The least capacity for the answers under way, and for what rows hold that were used lately."""
-        lately = self._clock - 2 * self.slots
+        lately = self._clock - self.slots
         needs = [
             row.size if row.answer is None else len(row.answer.request.ids) + row.answer.request.max_new_tokens
             for row in self._rows
@@ -511,17 +513,19 @@ class Engine:
         assert self._state is not None
         answers = [row.answer for _, row in writing if row.answer is not None]
         greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
-        seconds = self._seconds[greedy]
+        # On a CPU a row more takes time, even one that nobody needs.
+        lone = np.array([writing[0][0]], np.int32) if len(writing) == 1 < self.slots and self.cpu else None
+        seconds = self._seconds[greedy, lone is None]
         paced = min(max(1, int(PACE / seconds)), STEPS) if seconds else 1
         count = 1 if reading else min(answer.request.every or paced for answer in answers)
         begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
         self._state, tokens, states = decode(
-            self.config, self.params, self._state, np.int32(count), self.tail, greedy=greedy, mesh=self.mesh
+            self.config, self.params, self._state, np.int32(count), self.tail, lone, greedy=greedy, mesh=self.mesh
         )
         # One transfer for all, because each transfer waits for the device.
         rows = self._state.rows
         ids, steps, done, finite = jax.device_get((tokens, rows.step, rows.done, rows.finite))
-        self._seconds[greedy] = (time.perf_counter() - begun) / max(
+        self._seconds[greedy, lone is None] = (time.perf_counter() - begun) / max(
             1, *(steps[slot] - n for (slot, _), n in zip(writing, before))
         )
         for (slot, row), answer in zip(writing, answers):

@@ -261,6 +261,7 @@ def decode(
     state: DecodeState,
     count: jax.Array,
     tail: jax.Array,
+    rows: jax.Array | None = None,
     *,
     greedy: bool,
     mesh: Mesh | None = None,
@@ -269,7 +270,8 @@ def decode(
 
     Args:
         tail: (F,) int32, the ids that end a forced answer.
-        greedy: whether the temperature of all rows is 0, which saves the draw.
+        rows: (R,) int32, the rows whose answers go on, each once; None for all. Each step copies what they hold.
+        greedy: whether the temperature of these rows is 0, which saves the draw.
         mesh: the mesh of the parameters; None for one device.
 
     Returns:
@@ -283,20 +285,29 @@ def decode(
 
     def body(carry: Any) -> Any:
         index, state, tokens, states = carry
-        output = model(state.rows.token[:, None], attention_mask=~state.rows.done[:, None], cache=state.cache)
+        present = ~state.rows.done[:, None]
+        output = model(state.rows.token[:, None], attention_mask=present, cache=state.cache, rows=rows)
         assert output.cache is not None
         hidden = constrain(output.hidden[:, 0], "batch", None)
-        rows = _emit(config, state.rows, model.logits(hidden), tail, greedy)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, rows.token[:, None], index, axis=1)
+        answers = _emit(config, state.rows, model.logits(hidden), tail, greedy)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, answers.token[:, None], index, axis=1)
         states = jax.lax.dynamic_update_slice_in_dim(states, hidden[:, None].astype(jnp.float32), index, axis=1)
-        return index + 1, _spread(DecodeState(output.cache, rows)), tokens, states
+        return index + 1, _spread(DecodeState(output.cache, answers)), tokens, states
+
+    def put(all_rows: jax.Array, some: jax.Array) -> jax.Array:
+        return some if rows is None else all_rows.at[rows].set(some)
 
     with on_mesh(mesh, gathers=False):
         model = bind(config, params)
         tokens = jnp.full((batch, STEPS), config.pad_token_id, jnp.int32)
         states = constrain(jnp.zeros((batch, STEPS, config.text.hidden_size), jnp.float32), "batch", None, None)
-        _, state, tokens, states = jax.lax.while_loop(going, body, (jnp.int32(0), state, tokens, states))
-        return state, tokens, states
+        some = (state.rows, tokens, states)
+        if rows is not None:
+            some = jax.tree.map(lambda x: x[rows], some)
+        begin = (jnp.int32(0), DecodeState(state.cache, some[0]), *some[1:])
+        _, end, *new = jax.lax.while_loop(going, body, begin)
+        answers, tokens, states = jax.tree.map(put, (state.rows, tokens, states), (end.rows, *new))
+        return DecodeState(end.cache, answers), tokens, states
 
 
 def bucket(length: int) -> int:

@@ -211,7 +211,7 @@ def test_the_cache_is_as_long_as_its_conversations_need(params):
     model, alone = make(params, slots=2), make(params, slots=1)
     least, most = engines.CAPACITIES[0], 1152  # the context, and room for a padded piece
     turns = [([user("Short?")], least), ([user("word " * 150)], most), ([user("Short again?")], most)]
-    turns += [([user(f"Short, number {number}?")], None) for number in range(4)] + [([user("Short?")], least)]
+    turns += [([user(f"Short, number {number}?")], None) for number in range(2)] + [([user("Short?")], least)]
     for messages, expected in turns:
         answer = ask(model, messages, max_new_tokens=5)
         model.engine.finish([answer])
