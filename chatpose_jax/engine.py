@@ -514,22 +514,19 @@ class Engine:
         answers = [row.answer for _, row in writing if row.answer is not None]
         greedy = all(answer.request.sampling.temperature == 0 for answer in answers)
         # On a CPU a row more takes time, even one that nobody needs.
-        lone = (
-            np.array([writing[0][0]], np.int32)
-            if len(writing) == 1 < self.slots and self.cpu and self.mesh is None
-            else None
-        )
-        seconds = self._seconds[greedy, lone is None]
+        few = len(writing) == 1 < self.slots and self.cpu and self.mesh is None
+        lone = {"rows": np.array([writing[0][0]], np.int32)} if few else {}
+        seconds = self._seconds[greedy, few]
         paced = min(max(1, int(PACE / seconds)), STEPS) if seconds else 1
         count = 1 if reading else min(answer.request.every or paced for answer in answers)
         begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
         self._state, tokens, states = decode(
-            self.config, self.params, self._state, np.int32(count), self.tail, rows=lone, greedy=greedy, mesh=self.mesh
+            self.config, self.params, self._state, np.int32(count), self.tail, **lone, greedy=greedy, mesh=self.mesh
         )
         # One transfer for all, because each transfer waits for the device.
         rows = self._state.rows
         ids, steps, done, finite = jax.device_get((tokens, rows.step, rows.done, rows.finite))
-        self._seconds[greedy, lone is None] = (time.perf_counter() - begun) / max(
+        self._seconds[greedy, few] = (time.perf_counter() - begun) / max(
             1, *(steps[slot] - n for (slot, _), n in zip(writing, before))
         )
         for (slot, row), answer in zip(writing, answers):
