@@ -225,6 +225,8 @@ class Talk:
             messages.append(asked(text, pixels, here=False))
             stream = {"stream": True, "stream_options": {"include_usage": True}} if self.number % 3 == 0 else {}
             answers.append(await server.ask(messages, **settings, **stream))
+            if not answers[-1].text:
+                break  # the random model ended at once; a conversation with an empty answer is refused
             messages.append({"role": "assistant", "content": answers[-1].text})
         return answers
 
@@ -238,6 +240,8 @@ class Talk:
             answers.append(
                 Answer(reply.text, reply.finish_reason, poses, len(reply.ids) + (reply.finish_reason == "stop"))
             )
+            if not reply.text:
+                break
             messages.append({"role": "assistant", "content": reply.text})
         return answers
 
@@ -295,8 +299,8 @@ async def memory(server: Server, clients: int, minutes: float) -> dict[str, Any]
     async def client(number: int) -> None:
         turn = 0
         while time.monotonic() < begin + 60 * minutes:
-            await Talk(number + 1000 * turn).over(server)
-            turn, count[0] = turn + 1, count[0] + 3
+            answers = await Talk(number + 1000 * turn).over(server)
+            turn, count[0] = turn + 1, count[0] + len(answers)
 
     async def watch() -> None:
         while time.monotonic() < begin + 60 * minutes:

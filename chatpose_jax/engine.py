@@ -431,6 +431,9 @@ class Engine:
             self.config, self.params, self._state.cache, ids, np.array(counts, np.int32), self._features(rows, pieces, size),
             np.array(slots, np.int32), np.array(held, np.int32), mesh=self.mesh,
         )  # fmt: skip
+        if any(row.answer is not None and row.answer.request.every < STEPS for row in self._rows):
+            # Else all pieces of a long prompt would be under way before anybody who comes is heard.
+            cache = dataclasses.replace(cache, lengths=jax.block_until_ready(cache.lengths))
         self._state = dataclasses.replace(self._state, cache=cache)
         for row, count in zip(rows, counts):
             row.read += count
@@ -518,7 +521,7 @@ class Engine:
         lone = {"rows": np.array([writing[0][0]], np.int32)} if few else {}
         seconds = self._seconds[greedy, few]
         paced = min(max(1, int(PACE / seconds)), STEPS) if seconds else 1
-        count = 1 if reading else min(answer.request.every or paced for answer in answers)
+        count = 1 if reading else min(answer.request.every or (paced if answer.tokens else 1) for answer in answers)
         begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
         self._state, tokens, states = decode(
             self.config, self.params, self._state, np.int32(count), self.tail, **lone, greedy=greedy, mesh=self.mesh
