@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 
 from chatpose_jax.cli.compiled import keep_compiled
@@ -20,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``chatpose serve``."""
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; other than loopback needs a key")
-    parser.add_argument(
-        "--port", type=int, default=8000, help="0 takes a free one; the first line of the output names it"
-    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; the output names it")
     parser.add_argument("--name", help="the name of the model for clients; default: that of its folder")
     parser.add_argument("--key-file", type=Path, help=f"file with the key that clients must send; else {KEY}, if set")
     parser.add_argument("--slots", type=int, default=8, help="answers that are written at the same time")
@@ -73,6 +72,12 @@ def run(args: argparse.Namespace) -> int:
     whole("--port", args.port, 0, 65535)
     mesh_sizes = None if args.mesh is None else read_mesh(args.mesh)
     key = read_key(args.key_file)
+    for origin in args.allow_origin:
+        if not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise UserError(f"--allow-origin {origin}: expected a scheme and a host, such as https://example.org")
+    for domain in args.allow_media_domain:
+        if not re.fullmatch(r"[\w.-]+", domain):
+            raise UserError(f"--allow-media-domain {domain}: expected the name of a host, such as pictures.example.org")
     if args.host not in LOOPBACK and key is None:
         raise UserError(f"--host {args.host} lets others in: give a key in --key-file FILE, or in {KEY}")
     try:
@@ -122,14 +127,14 @@ def run(args: argparse.Namespace) -> int:
     with open_socket(args.host, args.port) as where:
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{where.getsockname()[1]}"
-        print(f"{address}/v1 answers as {server.name!r}; the model is being loaded", flush=True)
+        print(f"{address}/v1 answers as {server.name!r}, {address} is a page; the model is being loaded", flush=True)
         Listener(server, grace=args.grace).listen(where)
     return 0
 
 
 def read_key(file: Path | None) -> str | None:
     """The key of a file, or of the environment; None for none. Raises UserError for a file without one, and for one that no header can hold."""
-    key = file.read_text().strip() if file else os.environ.get(KEY, "").strip()
+    key = (file.read_text(errors="replace") if file else os.environ.get(KEY, "")).strip()
     where = f"--key-file {file}" if file else KEY
     if file and not key:
         raise UserError(f"{where}: the file is empty")

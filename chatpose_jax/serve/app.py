@@ -223,10 +223,10 @@ class Server:
             first = model.request(asked.messages, every=0, **settings)
             model.engine.check(first)
         except UserError as error:
-            text = str(error)
-            param = next((name for name in ("samples", "max_new_tokens") if text.startswith(name)), "messages")
+            text = str(error).replace("max_new_tokens", "max_tokens")
+            param = next((name for name in ("samples", "max_tokens") if text.startswith(name)), "messages")
             code = "context_length_exceeded" if "context" in text else "invalid_value"
-            raise invalid("max_tokens" if param == "max_new_tokens" else param, text, code) from None
+            raise invalid(param, text, code) from None
         seeds = [(first.sampling.seed + i) % 2**32 for i in range(asked.choices)]
         draws = [dataclasses.replace(first.sampling, seed=seed) for seed in seeds]
         return asked, [dataclasses.replace(first, sampling=draw) for draw in draws]
@@ -292,7 +292,7 @@ def decoded(data: bytes) -> Any:
         value = json.loads(data, parse_constant=constant)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise invalid(None, f"the body is no JSON: {ascii(str(error))[1:200]}", "invalid_json") from None
+        raise invalid(None, f"the body is no JSON: {ascii(str(error))[1:-1][:200]}", "invalid_json") from None
     return value
 
 

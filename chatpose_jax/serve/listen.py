@@ -111,4 +111,5 @@ def open_socket(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        raise UserError(f"{host}:{port} cannot be listened at: {error.strerror or error}") from None
+        why = f"{error.strerror or error}".partition(" (while")[0]
+        raise UserError(f"{host}:{port} cannot be listened at: {why}; --host and --port name another") from None

@@ -44,7 +44,8 @@ def check_json(value: Any, schema: Schema, where: str = "") -> None:
         kinds = {each["properties"]["type"]["enum"][0]: each for each in schema["oneOf"]}
         kind = value.get("type") if isinstance(value, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
-            message = f"{where} must be an object whose type is {' or '.join(kinds)}, found {shown_json(value)}"
+            found = f"the type {shown_json(kind)}" if isinstance(kind, str) else shown_json(value)
+            message = f"{where} must be an object whose type is {' or '.join(kinds)}, found {found}"
             raise Mismatch(where, message)
         schema = kinds[kind]
     if not _allowed(value, schema):
@@ -94,7 +95,7 @@ def has_type(value: Any, kinds: str | list[str]) -> bool:
 def expected(schema: Schema) -> str:
     """What a schema expects, in words."""
     if "enum" in schema:
-        return " or ".join(shown_json(each) for each in schema["enum"])
+        return " or ".join(json.dumps(each) for each in schema["enum"])
     if "anyOf" in schema:
         return " or ".join(expected(each) for each in schema["anyOf"] if each != {"type": "null"})
     kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]

@@ -135,13 +135,23 @@ def test_a_signal_ends_it_while_the_model_is_loaded(folder):
         (["--slots", "0"], "--slots"),
         (["--port", "BUSY"], "cannot be listened at"),
         (["--port", "70000"], "--port must be"),
+        (["--key-file", "BINARY"], "one word of ASCII"),
+        (
+            ["--allow-origin", "https://example.org/"],
+            "--allow-origin https://example.org/: expected a scheme and a host",
+        ),
+        (
+            ["--allow-media-domain", "https://example.org"],
+            "--allow-media-domain https://example.org: expected the name of a host",
+        ),
     ],
 )
 def test_what_it_cannot_do_it_says_before_it_loads(tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.delenv("CHATPOSE_API_KEY", raising=False)
     (tmp_path / "key").write_text("\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\0")
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        known = {"KEY": str(tmp_path / "key"), "BUSY": str(busy.getsockname()[1])}
+        known = {"KEY": str(tmp_path / "key"), "BINARY": str(tmp_path / "binary"), "BUSY": str(busy.getsockname()[1])}
         assert main(["serve", str(tmp_path), *(known.get(word, word) for word in options)]) == 2
     assert words in capsys.readouterr().err
 

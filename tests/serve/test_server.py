@@ -344,6 +344,24 @@ def test_what_is_wrong_is_named(running, body, status, param):
     assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) < 400
 
 
+def test_an_error_speaks_of_what_was_sent(running):
+    for body, words in (
+        (
+            {"response_format": {"type": "json_object"}},
+            'response_format must be {"type": "text"} or null, found an object',
+        ),
+        ({"messages": user({"type": "video"})}, 'text or image_url or pose, found the type "video"'),
+        ({"max_tokens": 1, "force_pose": True}, "max_tokens=1 leaves no room"),
+        (
+            {"messages": [{"role": "user", "content": "Kneel."}], "max_tokens": 250},
+            "shorten the conversation or lower max_tokens",
+        ),
+    ):
+        assert words in running.ask(**body).json()["error"]["message"]
+    said = running.client.post("/v1/chat/completions", content=b'{"messages": NaN}').json()["error"]["message"]
+    assert said == "the body is no JSON: NaN is no JSON"
+
+
 @pytest.mark.parametrize(
     "url",
     [
