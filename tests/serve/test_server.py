@@ -352,10 +352,6 @@ def test_an_error_speaks_of_what_was_sent(running):
         ),
         ({"messages": user({"type": "video"})}, 'text or image_url or pose, found the type "video"'),
         ({"max_tokens": 1, "force_pose": True}, "max_tokens=1 leaves no room"),
-        (
-            {"messages": [{"role": "user", "content": "Kneel."}], "max_tokens": 250},
-            "shorten the conversation or lower max_tokens",
-        ),
     ):
         assert words in running.ask(**body).json()["error"]["message"]
     said = running.client.post("/v1/chat/completions", content=b'{"messages": NaN}').json()["error"]["message"]
