@@ -33,7 +33,9 @@ def is_public(text: str) -> bool:
             return False
         if any(each is not None for each in inner):
             return True
-    return address.is_global and not address.is_multicast
+    # Python counts forms of old that hold an address of version 4, and local ones, as global: ::127.0.0.1, 64:ff9b:1::7f00:1, fec0::1.
+    local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
+    return address.is_global and not (address.is_multicast or address.is_reserved or local)
 
 
 class Media:

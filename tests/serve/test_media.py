@@ -26,6 +26,7 @@ PUBLIC = "93.184.215.14"
         ("169.254.169.254", False), ("0.0.0.0", False), ("100.64.0.1", False), ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False),
         ("::", False), ("fe80::1%eth0", False), ("fc00::1", False), ("::ffff:127.0.0.1", False), ("::ffff:8.8.8.8", True), ("64:ff9b::7f00:1", False),
         ("64:ff9b::808:808", True), ("2002:7f00:1::", False), ("2002:a00:1::", False), ("ff02::1", False), ("198.18.0.1", False),
+        ("::127.0.0.1", False), ("::ffff:0:127.0.0.1", False), ("64:ff9b:1::7f00:1", False), ("fec0::1", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_the_internet(address, public):
