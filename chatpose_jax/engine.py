@@ -164,6 +164,8 @@ class Engine:
         self._seconds = collections.defaultdict[Any, float](float)
         """Of a step, about; for each of the programs that write."""
         self._own, self._rows = slots, [_Row() for _ in range(slots)]
+        self.failures = 0
+        """Steps that failed since one wrote a token."""
 
     @property
     def slots(self) -> int:
@@ -182,8 +184,8 @@ class Engine:
     @property
     def use(self) -> float:
         """The share of the cache's slots that hold tokens."""
-        capacity = 0 if self._state is None else self._state.cache.capacity * self.slots
-        return sum(row.size for row in self._rows) / capacity if capacity else 0.0
+        state = self._state  # another thread may lose it meanwhile
+        return 0.0 if state is None else sum(row.size for row in self._rows) / (state.cache.capacity * self.slots)
 
     @property
     def idle(self) -> bool:
@@ -327,7 +329,7 @@ class Engine:
                 self._begin()
                 self._write()
             except BaseException as error:  # the cache was given away to a program that failed, or whose result is lost
-                self._state = None
+                self._state, self.failures = None, self.failures + 1
                 failed = error if isinstance(error, Exception) else UserError("the answer was interrupted; ask again")
                 for row in self._rows:
                     self._end(row, failed)
@@ -427,6 +429,7 @@ class Engine:
             place[: len(keys)] = row.answer.request.ids[row.read :][: len(keys)]
         counts, held = ([f(x) for x in range(len(rows))] for f in (lambda i: len(pieces[i]), lambda i: rows[i].read))
         slots = [self._rows.index(row) for row in rows]
+        self._within(*(start + size for start in held))
         cache = read(
             self.config, self.params, self._state.cache, ids, np.array(counts, np.int32), self._features(rows, pieces, size),
             np.array(slots, np.int32), np.array(held, np.int32), mesh=self.mesh,
@@ -437,6 +440,12 @@ class Engine:
         self._state = dataclasses.replace(self._state, cache=cache)
         for row, count in zip(rows, counts):
             row.read += count
+
+    def _within(self, *ends: int) -> None:
+        """Raises RuntimeError if a row would be written beyond the cache's end, which no program would notice."""
+        assert self._state is not None
+        if max(ends) > self._state.cache.capacity:
+            raise RuntimeError(f"a row needs {max(ends)} places, and the cache has {self._state.cache.capacity}")
 
     def _size(self, row: _Row) -> int:
         """Tokens of the piece that a row reads next, with padding: less than half is padding, except in the smallest."""
@@ -523,12 +532,16 @@ class Engine:
         paced = min(max(1, int(PACE / seconds)), STEPS) if seconds else 1
         count = 1 if reading else min(answer.request.every or (paced if answer.tokens else 1) for answer in answers)
         begun, before = time.perf_counter(), [len(answer.tokens) for answer in answers]
+        self._within(
+            *(len(a.request.ids) - 1 + n + min(count, a.request.max_new_tokens - n) for a, n in zip(answers, before))
+        )
         self._state, tokens, states = decode(
             self.config, self.params, self._state, np.int32(count), self.tail, **lone, greedy=greedy, mesh=self.mesh
         )
         # One transfer for all, because each transfer waits for the device.
         rows = self._state.rows
         ids, steps, done, finite = jax.device_get((tokens, rows.step, rows.done, rows.finite))
+        self.failures = 0
         self._seconds[greedy, few] = (time.perf_counter() - begun) / max(
             1, *(steps[slot] - n for (slot, _), n in zip(writing, before))
         )

@@ -233,6 +233,17 @@ def test_many_short_answers_leave_a_long_one_its_place(params):
     assert_same(model.reply(long), alone.chat(question, **settings))
 
 
+@pytest.mark.parametrize("more", [-1, 1])  # the answer has no place, or the prompt has none
+def test_nothing_is_written_beyond_the_cache(params, monkeypatch, more):
+    model = make(params, 1)
+    model.chat([user("One?")], max_new_tokens=4)
+    monkeypatch.setattr(Engine, "_reserve", lambda *_: None)
+    request = model.request([user("Two?")], **check_settings(max_new_tokens=32))
+    long = np.resize(request.ids[-4:], model.engine._state.cache.capacity + more)
+    with pytest.raises(RuntimeError, match="places"):
+        model.engine.finish([model.engine.submit(dataclasses.replace(request, ids=long, keys=long.astype(np.int64)))])
+
+
 def test_the_cache_of_who_went_away_is_freed(params):
     model = make(params, slots=1)
     stream = model.stream([user("Tell me more")], max_new_tokens=50)

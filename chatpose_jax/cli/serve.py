@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         return model
 
     keep_compiled()
-    limits = Limits(tokens=args.max_tokens)
+    limits = Limits(tokens=args.max_tokens, answers=min(Limits().answers, args.slots + args.queue))
     server = Server(
         ready,
         args.name or folder.name or "chatpose",

@@ -40,6 +40,8 @@ from smpl_jax.posed import PosedBody
 
 LOG = logging.getLogger("uvicorn.error")
 
+FAILURES = 3
+"""Steps that fail in a row, after which the server is not healthy until one writes a token."""
 OPEN = re.compile(r"/(health|page/.*)?")
 """Paths that need no key: the page's files hold nothing of the model, and what the page asks for needs one."""
 
@@ -152,7 +154,8 @@ class Server:
     # --- routes
 
     async def health(self, request: Request) -> Response:
-        self.ready()
+        if (failures := self.ready().engine.failures) >= FAILURES:
+            raise ApiError(503, f"the last {failures} steps of the model failed; the log says why", "failing")
         return JSONResponse({"status": "ok"})
 
     async def version(self, request: Request) -> Response:

@@ -631,6 +631,22 @@ def test_a_device_that_does_not_answer_shows_in_health(params, monkeypatch):
         assert server.client.get("/health").status_code == 200
 
 
+def test_a_device_that_fails_shows_in_health_until_it_works(params, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the device is lost")
+
+    with Running(params, slots=1) as server:
+        server.wait()
+        with monkeypatch.context() as broken:
+            broken.setattr(engines, "decode", fail)
+            for health in (200, 200, 503):
+                assert server.ask(max_tokens=1).status_code == 500
+                assert server.client.get("/health").status_code == health
+            assert server.client.get("/health").json()["error"]["code"] == "failing"
+        assert server.ask(max_tokens=1).status_code == 200
+        assert server.client.get("/health").status_code == 200
+
+
 def test_a_stop_does_not_wait_for_ever(params):
     with Running(params, slots=1, grace=1) as server:
         server.wait()
