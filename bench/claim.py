@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gzip
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from chatpose_jax.data.synthetic.families import COLUMN, POSTURES, PoseSet, samp
 from chatpose_jax.data.synthetic.situations import QUESTIONS, SITUATIONS, Situation, shared_words, stems
 from chatpose_jax.evaluation.scores import bootstrap
 from chatpose_jax.locks import Locked, only_writer
+from chatpose_jax.models.attention import attention
 from chatpose_jax.models.chatpose import attend_evenly, bind, init_params, unstack_layers
 from chatpose_jax.models.config import HeadConfig, LoRAConfig, ModelConfig
 from chatpose_jax.models.decoder import init_cache
@@ -324,11 +326,51 @@ def read_poses(config: ModelConfig, head: Any, states: jax.Array) -> jax.Array:
     return head(States(states[:, None].astype(jnp.float32)), jax.random.key(0)).rotations[:, 0]
 
 
-def answers(config: ModelConfig, params: Any, prefix: Any, ids: Any, lengths: Any) -> jax.Array:
-    """(B, 24, 3, 3) poses."""
-    states = final_states(config, params, prefix, ids, lengths)
-    last = jnp.take_along_axis(states, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return read_poses(config, bind(config, params).pose_head, last)
+ANSWERED = 16
+"""Questions that a trained model answers at a time."""
+
+
+class Packed(NamedTuple):
+    """Questions one after another behind one prefix: there is no padding but at the end.
+
+    ids: (T,). positions: (T,), those of a question go on from the prefix. segments: (T,), 0 the prefix, 1 … the questions, -1 padding.
+    last: (B,) where each question ends.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    last: np.ndarray
+
+
+WIDTH = 16
+"""Packed rows are padded to a multiple of this: each length is a program."""
+
+
+def pack(rows: Rows, numbers: np.ndarray, length: int | None = None) -> Packed:
+    """length: T; the next multiple of ``WIDTH`` unless told."""
+    begin, counts = len(rows.prefix), rows.lengths[numbers]
+    ends = begin + np.cumsum(counts)
+    length = length or -(-int(ends[-1]) // WIDTH) * WIDTH
+    ids, positions, segments = (
+        np.zeros(length, np.int32),
+        np.arange(length, dtype=np.int32),
+        np.full(length, -1, np.int32),
+    )
+    ids[:begin], segments[:begin] = rows.prefix, 0
+    for segment, (row, count, end) in enumerate(zip(numbers, counts, ends), 1):
+        own = slice(end - count, end)
+        ids[own], positions[own], segments[own] = rows.ids[row, :count], begin + np.arange(count), segment
+    return Packed(ids, positions, segments, ends - 1)
+
+
+def answers(config: ModelConfig, params: Any, packed: Packed) -> jax.Array:
+    """(B, 24, 3, 3) poses. A token attends to the prefix and to its own question, as if the question stood alone."""
+    model, segments = bind(config, params), packed.segments
+    mask = jnp.tri(len(segments), dtype=bool) & ((segments == 0) | (segments == segments[:, None]))
+    attend = functools.partial(attention, mask=mask[None])
+    states, _ = model.decoder(model.embed(packed.ids[None], None), packed.positions[None], attend)
+    return read_poses(config, model.pose_head, states[0][packed.last])
 
 
 def distance(predicted: jax.Array, target: jax.Array) -> jax.Array:
@@ -350,7 +392,7 @@ class Run(NamedTuple):
     seed: int
 
     def file(self, out: Path) -> Path:
-        return out / f"{self.arm}-{self.fold}-{self.seed}.json"
+        return out / f"{self.arm}-{self.fold}-{self.seed}.json.gz"
 
 
 RUNS = [
@@ -377,14 +419,13 @@ def train(run: Run, base: Base, rows: Rows, out: Path) -> Callable[[np.ndarray],
     arm = ARMS[run.arm]
     config, trainable, frozen = start(base.config, base.params, rows, arm, run.seed)
     tx = optimiser(arm.rate)
-    prefix = jnp.asarray(rows.prefix)
 
-    def objective(trainable: Flat, frozen: Flat, ids: Any, lengths: Any, poses: Any) -> jax.Array:
-        return distance(answers(config, unflatten_layers({**trainable, **frozen}), prefix, ids, lengths), poses)
+    def objective(trainable: Flat, frozen: Flat, packed: Packed, poses: Any) -> jax.Array:
+        return distance(answers(config, unflatten_layers({**trainable, **frozen}), packed), poses)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(trainable: Flat, moments: Any, frozen: Flat, ids: Any, lengths: Any, poses: Any) -> Any:
-        loss, slopes = jax.value_and_grad(objective)(trainable, frozen, ids, lengths, poses)
+    def update(trainable: Flat, moments: Any, frozen: Flat, packed: Packed, poses: Any) -> Any:
+        loss, slopes = jax.value_and_grad(objective)(trainable, frozen, packed, poses)
         changes, moments = tx.update(slopes, moments, trainable)
         return optax.apply_updates(trainable, changes), moments, loss
 
@@ -394,7 +435,7 @@ def train(run: Run, base: Base, rows: Rows, out: Path) -> Callable[[np.ndarray],
     written, losses = time.monotonic(), list[float]()
     for step in range(first, STEPS):
         batch = batch_of(step, run.fold, run.seed)
-        *held, loss = update(*held, frozen, rows.ids[batch.rows], rows.lengths[batch.rows], batch.poses)
+        *held, loss = update(*held, frozen, pack(rows, batch.rows), batch.poses)
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
             raise SystemExit(f"{run}: the loss of step {step} is {loss}")
@@ -407,9 +448,9 @@ def train(run: Run, base: Base, rows: Rows, out: Path) -> Callable[[np.ndarray],
             _save(saved, step + 1, held, rows.name)
             written = time.monotonic()
     _save(saved, STEPS, held, rows.name)
-    answer = jax.jit(lambda params, ids, lengths: answers(config, unflatten_layers(params), prefix, ids, lengths))
-    params = {**held[0], **frozen}
-    return lambda numbers: _in_batches(lambda part: answer(params, rows.ids[part], rows.lengths[part]), numbers)
+    answer = jax.jit(lambda params, packed: answers(config, unflatten_layers(params), packed))
+    params, most = {**held[0], **frozen}, len(rows.prefix) + ANSWERED * rows.ids.shape[1]
+    return lambda numbers: _in_batches(lambda part: answer(params, pack(rows, part, most)), numbers)
 
 
 def train_head(run: Run, base: Base, rows: Rows, out: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -487,7 +528,7 @@ def unflatten_layers(flat: Mapping[str, Any]) -> Any:
     return {**tree, "decoder": {**tree["decoder"], "layers": layers}}
 
 
-def _in_batches(run: Callable[[np.ndarray], Any], numbers: np.ndarray, size: int = 16) -> np.ndarray:
+def _in_batches(run: Callable[[np.ndarray], Any], numbers: np.ndarray, size: int = ANSWERED) -> np.ndarray:
     out = []
     for begin in range(0, len(numbers), size):
         part = numbers[begin : begin + size]
@@ -541,7 +582,7 @@ def make(run: Run, base: Base, rows: Rows, out: Path) -> None:
         "trained_questions_mm": _millimetres(answer(learned)),
         "captions_mm": _millimetres(answer(told)),
     }
-    _write(run.file(out), lambda path: path.write_text(json.dumps(found)))
+    _write(run.file(out), lambda path: path.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0)))
     (out / "checkpoints" / f"{run.arm}-{run.fold}-{run.seed}.npz").unlink(missing_ok=True)
 
 
@@ -616,7 +657,7 @@ def read(out: Path) -> Table:
     for run in RUNS:
         if not run.file(out).is_file():
             continue
-        data = json.loads(run.file(out).read_text())
+        data = json.loads(gzip.decompress(run.file(out).read_bytes()))
         same = {key: value for key, value in data["settings"].items() if key not in ("rate", "dtype")}
         if settings and same != settings:
             raise SystemExit(f"{run.file(out)}: made with {same}, others with {settings}; choose another --out")

@@ -1,5 +1,6 @@
 """The study of docs/claim.md: what it trains on and tests, its report, and that a killed run goes on."""
 
+import gzip
 import importlib.util
 import json
 import re
@@ -23,6 +24,24 @@ def claim():
     spec.loader.exec_module(module)
     module.CAPTIONS = {"train": 400, "test": 16}
     return module
+
+
+def read(path):
+    return json.loads(gzip.decompress(path.read_bytes()))
+
+
+def write(path, found):
+    path.write_bytes(gzip.compress(json.dumps(found).encode()))
+
+
+def tiny_base(claim):
+    config = preset("tiny").replace(lora=None)
+    processor = tiny_processor(config)
+    return claim.Base(
+        config,
+        unstack_layers(init_params(config, jax.random.key(3))),
+        lambda text: processor.encode([{"role": "user", "content": text}]).input_ids.tolist(),
+    )
 
 
 def words(text):
@@ -97,7 +116,7 @@ def fake(claim, out, run, joints_of):
         "captions_mm": np.rint(1000 * claim.joints(claim.captions("test")[1])).astype(int).tolist(),
     }
     out.mkdir(exist_ok=True)
-    run.file(out).write_text(json.dumps(found))
+    write(run.file(out), found)
 
 
 def row(lines, name):
@@ -141,10 +160,28 @@ def test_results_that_do_not_belong_together_are_refused(claim, tmp_path):
     for seed in range(2):
         run = claim.Run("random", 0, seed)
         fake(claim, tmp_path, run, lambda i: claim.mean_pose(0))
-    data = json.loads(run.file(tmp_path).read_text())
-    run.file(tmp_path).write_text(json.dumps({**data, "settings": {**data["settings"], "steps": 7}}))
+    data = read(run.file(tmp_path))
+    write(run.file(tmp_path), {**data, "settings": {**data["settings"], "steps": 7}})
     with pytest.raises(SystemExit, match="choose another --out"):
         list(claim.report(tmp_path))
+
+
+@pytest.mark.slow
+def test_packed_questions_are_answered_as_alone(claim, monkeypatch):
+    """Against whole rows behind a cached prefix, padded, as the frozen arms read them."""
+    monkeypatch.setattr(claim, "DTYPE", "float32")
+    base = tiny_base(claim)
+    rows = claim.encode_rows(base.encode)
+    config, trained, frozen = claim.start(base.config, base.params, rows, claim.ARMS["pretrained"], 0)
+    params, numbers = claim.unflatten_layers({**trained, **frozen}), np.array([5, 400, 5, 90, 333])
+    packed = claim.pack(rows, numbers)
+    states = claim.final_states(config, params, rows.prefix, rows.ids[numbers], rows.lengths[numbers])
+    last = states[np.arange(len(numbers)), rows.lengths[numbers] - 1]
+    alone = claim.read_poses(config, claim.bind(config, params).pose_head, last)
+    np.testing.assert_allclose(claim.answers(config, params, packed), alone, atol=2e-6)
+    np.testing.assert_array_equal(alone[0], alone[2])
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+    assert len(packed.ids) % claim.WIDTH == 0 and len(claim.pack(rows, numbers, 256).ids) == 256
 
 
 @pytest.mark.slow
@@ -153,15 +190,9 @@ def test_a_killed_run_goes_on(claim, tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "STEPS", 5)
     monkeypatch.setattr(claim, "WARMUP", 2)
     monkeypatch.setattr(claim, "CHECKPOINT_SECONDS", -1)
-    config = preset("tiny").replace(lora=None)
-    processor = tiny_processor(config)
-    base = claim.Base(
-        config,
-        unstack_layers(init_params(config, jax.random.key(3))),
-        lambda text: processor.encode([{"role": "user", "content": text}]).input_ids.tolist(),
-    )
+    base = tiny_base(claim)
     rows = claim.encode_rows(base.encode)
-    assert processor.decode(rows.vocabulary[rows.prefix]).startswith("A chat about human poses.")
+    assert tiny_processor(base.config).decode(rows.vocabulary[rows.prefix]).startswith("A chat about human poses.")
     run = claim.Run("pretrained", 0, 0)
     claim.make(run, base, rows, tmp_path / "whole")
 
@@ -181,7 +212,7 @@ def test_a_killed_run_goes_on(claim, tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "batch_of", lambda step, fold, seed: steps.append(step) or real(step, fold, seed))
     claim.make(run, base, rows, tmp_path / "killed")
     assert steps == [3, 4]
-    results = [json.loads(run.file(tmp_path / name).read_text()) for name in ("whole", "killed")]
+    results = [read(run.file(tmp_path / name)) for name in ("whole", "killed")]
     for result in results:
         del result["cpu_seconds"]
     assert results[0] == results[1]
