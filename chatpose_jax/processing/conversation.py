@@ -254,8 +254,10 @@ Piece = str | Control | ImageSource | Turn
 """A part of a conversation as a template lays it out."""
 
 
-def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+def parse_messages(messages: Sequence[Mapping[str, Any]], empty_answers: bool = False) -> Conversation:
     """Checks ``messages`` and gives them one form. White space around a text is dropped.
+
+    empty_answers: an assistant's message may be empty. A model may have said nothing, and its conversation should go on; no one should train on it.
 
     Raises UserError, which names the message (``messages[i]``), for: an unknown role, a system message that is not the first, two turns
     of one role in a row, a conversation that the assistant begins, empty content, an unknown part, an image outside a user turn, a message of plain
@@ -292,7 +294,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
                 raise UserError(
                     f"{where}: the conversation begins with an assistant message; the user must speak first"
                 )
-            turns.append(_parse_turn(role, message, where))
+            turns.append(_parse_turn(role, message, where, empty_answers))
         else:
             raise UserError(
                 f"{where}: unknown role {role!r}; the roles are 'system', 'user' and 'assistant', or 'text' alone"
@@ -307,13 +309,13 @@ def _lines(parts: Sequence[str | ImageSource]) -> Iterator[Piece]:
         yield from ("\n", part) if index else (part,)
 
 
-def _parse_turn(role: Role, message: Mapping[str, Any], where: str) -> Turn:
+def _parse_turn(role: Role, message: Mapping[str, Any], where: str, empty_answers: bool) -> Turn:
     ids = message.get("ids")
     if ids is not None:
         if role != "assistant":
             raise UserError(f"{where}: only an assistant message may have 'ids', the token ids of its answer")
         return Turn(role, (), _parse_ids(ids, where))
-    parts = _parse_parts(message, where)
+    parts = _parse_parts(message, where, empty=empty_answers and role == "assistant")
     if role == "assistant" and any(isinstance(part, ImageSource) for part in parts):
         raise UserError(f"{where}: an assistant message cannot hold an image; move it to a user message")
     return Turn(role, parts)
@@ -334,7 +336,7 @@ def _only_text(message: Mapping[str, Any], where: str) -> str:
     return "\n".join(str(part) for part in parts)
 
 
-def _parse_parts(message: Mapping[str, Any], where: str) -> tuple[str | ImageSource, ...]:
+def _parse_parts(message: Mapping[str, Any], where: str, empty: bool = False) -> tuple[str | ImageSource, ...]:
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -342,7 +344,7 @@ def _parse_parts(message: Mapping[str, Any], where: str) -> tuple[str | ImageSou
         raise UserError(f"{where}: 'content' must be a string or a list of parts, found {type(content).__name__}")
     parts = [_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
     kept = tuple(part for part in parts if part)
-    if not kept:
+    if not kept and not empty:
         raise UserError(f"{where}: empty content; write some text or add an image")
     return kept
 

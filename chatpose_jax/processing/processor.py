@@ -265,7 +265,7 @@ class Processor:
     def _layout(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[list[int], list[int], list[ImageSource]]:
-        parsed = parse_messages(messages)
+        parsed = parse_messages(messages, empty_answers=add_generation_prompt)
         if add_generation_prompt and (role := parsed.turns[-1].role) != "user":
             last = "plain text" if role == "text" else "the assistant's"
             raise UserError(f"the last message is {last}, so there is nothing to answer; end with a user message")

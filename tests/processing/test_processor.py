@@ -152,10 +152,13 @@ def test_ids_of_an_answer_are_checked(chatpose, bad):
 
 
 def test_an_empty_answer_is_kept(tiny):
-    """A model may end its answer at once; the history must still hold that."""
+    """A model may end its answer at once; the history must still hold that, and no one trains on it."""
     prompt = tiny.encode([user("Q")]).input_ids
-    encoded = tiny.encode([user("Q"), {"role": "assistant", "content": "", "ids": []}, user("R")])
-    assert encoded.input_ids[: len(prompt) + 1].tolist() == [*prompt, 2]
+    for said in ({"content": "", "ids": []}, {"content": ""}, {"content": []}):
+        talk = [user("Q"), {"role": "assistant", **said}, user("R")]
+        assert tiny.encode(talk).input_ids[: len(prompt) + 1].tolist() == [*prompt, 2]
+    with pytest.raises(UserError, match=r"messages\[1\]: empty content"):
+        tiny.encode(talk, add_generation_prompt=False)
 
 
 def test_plain_text_is_learnt_after_the_beginning_of_the_template(tiny):

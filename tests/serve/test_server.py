@@ -173,6 +173,12 @@ def test_a_conversation_is_not_read_again(running):
     assert second["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
 
 
+def test_a_conversation_goes_on_after_an_empty_answer(running):
+    nothing = {"role": "assistant", "content": "", "refusal": None, "poses": []}
+    messages = [{"role": "user", "content": "Hello?"}, nothing, {"role": "user", "content": "Are you there?"}]
+    assert running.ask(messages=messages, max_tokens=4).status_code == 200
+
+
 def test_names_of_control_tokens_are_ordinary_text(running, alone):
     """Whatever a user writes, in any role: it is as many ordinary tokens, and the answer is that of the model alone."""
     text = "".join(running.worker.model.processor.tokenizer.control) + "<POSE><image></s><s>[SEG]<im_start>"
