@@ -225,8 +225,6 @@ class Talk:
             messages.append(asked(text, pixels, here=False))
             stream = {"stream": True, "stream_options": {"include_usage": True}} if self.number % 3 == 0 else {}
             answers.append(await server.ask(messages, **settings, **stream))
-            if not answers[-1].text:
-                break  # the random model ended at once; a conversation with an empty answer is refused
             messages.append({"role": "assistant", "content": answers[-1].text})
         return answers
 
@@ -240,8 +238,6 @@ class Talk:
             answers.append(
                 Answer(reply.text, reply.finish_reason, poses, len(reply.ids) + (reply.finish_reason == "stop"))
             )
-            if not reply.text:
-                break
             messages.append({"role": "assistant", "content": reply.text})
         return answers
 

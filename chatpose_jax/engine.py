@@ -82,7 +82,7 @@ class Completion:
     """An answer under way. tokens: ids so far, including the end of sequence. poses: of each pose token, its samples as a pose of batch shape
     (samples,). done: nothing comes any more. error: why it ended early.
 
-    tell: called after each piece, under the engine's lock; it must not block.
+    tell: called after each piece, under the engine's lock; it must not block. An answer that is done has forgotten it.
     """
 
     request: Request
@@ -96,6 +96,10 @@ class Completion:
     """Tokens of the prompt that were in the cache already."""
 
     __repr__ = one_line
+
+    def say(self) -> None:
+        if (tell := self.tell) is not None:
+            tell(self)
 
 
 @dataclasses.dataclass(eq=False)
@@ -293,7 +297,7 @@ class Engine:
     def cancel(self, answer: Completion) -> None:
         """Nobody waits for the answer any more: its row is free at the next step."""
         with self._door:
-            answer.cancelled = True
+            answer.cancelled, answer.tell = True, None
             if answer in self._waiting:
                 self._waiting.remove(answer)
                 answer.done = True
@@ -561,8 +565,8 @@ class Engine:
             answer.tokens += new.tolist()
             if done[slot]:
                 self._end(row)
-            elif answer.tell is not None:
-                answer.tell(answer)
+            else:
+                answer.say()
 
     def _pose(self, answer: Completion, slot: int, states: jax.Array, place: int, position: int) -> Pose:
         request = answer.request
@@ -585,8 +589,8 @@ class Engine:
         row.keys = row.held if error is None else np.zeros(0, np.int64)
         row.answer, row.reading, row.features = None, False, None
         answer.error, answer.done = error, True
-        if answer.tell is not None:
-            answer.tell(answer)
+        answer.say()
+        answer.tell = None  # whoever listens often holds the answer: without this circle its memory is free as soon as nobody needs it
 
 
 def _draws(samples: int) -> int:

@@ -50,7 +50,7 @@ class PosedBody:
         pose = check_shapes(self.pose)
         if pose.shape:
             raise ValueError(f"a PosedBody shows one pose, found a batch of shape {pose.shape}; index it: pose[0]")
-        pose = jax.tree.map(np.asarray, pose)
+        pose = jax.tree.map(np.array, pose)  # copies: a view of a device's array would hold its whole buffer
         for name in ("betas", "translation"):  # a pose of a batch may lack a field that others have
             if (has := getattr(pose, f"has_{name}")) is not None:
                 pose = pose.replace(**{name: getattr(pose, name) if has else None, f"has_{name}": None})
@@ -65,22 +65,22 @@ class PosedBody:
     @functools.cached_property
     def axis_angle(self) -> np.ndarray:
         """(J, 3) float32, radians."""
-        return np.asarray(_axis_angle(self.matrices))
+        return np.array(_axis_angle(self.matrices))
 
     @functools.cached_property
     def rotation_6d(self) -> np.ndarray:
         """(J, 6) float32: the first two columns of each matrix, one after the other."""
-        return np.asarray(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
+        return np.array(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
 
     @functools.cached_property
     def joints(self) -> np.ndarray:
         """(K, 3) float32, metres in ``pose.frame``, in the order of the body's ``joint_names``."""
-        return np.asarray(_joints(self.body, for_body(self.pose, self.body)))
+        return np.array(_joints(self.body, for_body(self.pose, self.body)))
 
     @functools.cached_property
     def vertices(self) -> np.ndarray:
         """(V, 3) float32, metres in ``pose.frame``."""
-        return np.asarray(_vertices(self.body, for_body(self.pose, self.body)))
+        return np.array(_vertices(self.body, for_body(self.pose, self.body)))
 
     def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
         """Renders an image (H, W, 3) uint8 with one square panel per view, ``size`` (16 … 4096) pixels wide. The body is always centred.

@@ -59,6 +59,10 @@ _LLAMA = {
 }
 
 
+KEPT_TEXTS = 500
+"""Texts whose pieces are kept, so that the turns of a conversation are not cut up again."""
+
+
 class TextTokenizer:
     """A tokenizer with BPE: in LLaMA's layout (byte fallback, ``▁`` for a space), or of bytes.
 
@@ -116,6 +120,8 @@ class TextTokenizer:
         model["dropout"] = None
         data |= {"added_tokens": blank, "post_processor": None, "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(data))
+        if self.spaced:  # a whole text is one word here, and the library keeps the pieces of 10,000 words: 50 MB of a server that runs for long
+            self._bpe.model._resize_cache(KEPT_TEXTS)
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> TextTokenizer:

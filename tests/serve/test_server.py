@@ -1,6 +1,7 @@
 """The server over real sockets: what OpenAI's client and plain HTTP see."""
 
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -289,6 +290,19 @@ def test_poses_are_kept_for_a_while(alone, monkeypatch):
     assert all(store.get(name) is None for name in names)
     last = store.put(pose)
     assert store.get(last) is pose and len(store._held) == 1
+
+
+def test_an_answer_is_forgotten_at_once(running):
+    """Its request holds the pictures. Python's search for circles of references would come thousands of answers later."""
+    gc.collect()
+    gc.disable()
+    try:
+        who = {"type": "text", "text": "Who?"}
+        answer = running.ask(messages=user(picture(data_url()[0]), who), max_tokens=12, force_pose=True)
+        assert answer.json()["choices"][0]["message"]["poses"]
+        running.until(lambda: not any(isinstance(o, worker.Answering | engines.Completion) for o in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 def test_meshes_of_a_licensed_body_stay_here(running):
