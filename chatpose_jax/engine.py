@@ -53,7 +53,7 @@ TOGETHER = (4, 1)
 CAPACITIES = (256, 1024, 4096, 16384)
 """Tokens that a row may hold, beside the most. The whole engine has the least that suffices: each step attends to all that rows may hold."""
 TURNS = 4
-"""Every so many pieces, one of the prompt that waits longest is read, and else of the one that is the first to be whole."""
+"""A piece is read of the prompt that is the first to be whole; of the one that waits longest, if the pieces before, one less than so many, were others'."""
 PACE = 0.03
 """Seconds after which an answer tells again, if it does not say after how many tokens."""
 
@@ -164,7 +164,7 @@ class Engine:
         self._capacities = [each for each in CAPACITIES if each <= most / 2] + [most]
         self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
-        self._clock, self._turn, self._least = 0, 0, 0
+        self._clock, self._passed, self._least = 0, 0, 0
         self._seconds = collections.defaultdict[Any, float](float)
         """Of a step, about; for each of the programs that write."""
         self._own, self._rows = slots, [_Row() for _ in range(slots)]
@@ -404,9 +404,9 @@ class Engine:
         if not reading:
             return
         assert self._state is not None
-        self._turn += 1
-        oldest = self._turn % TURNS == 0
-        reading.sort(key=lambda row: (row.used if oldest else row.left, row.used))
+        oldest = min(reading, key=lambda row: row.used)
+        passed = self._passed >= TURNS - 1
+        reading.sort(key=lambda row: (row.used if passed else row.left, row.used))
         most = self.chunks[-1] if self._watched else CHUNKS[-1]
         there, rows, size = [row.held for row in self._rows], list[_Row](), 0
         for row in reading:
@@ -424,6 +424,7 @@ class Engine:
         if not rows:
             return
         rows = rows[: next(n for n in TOGETHER if n <= len(rows))]
+        self._passed = 0 if oldest in rows else self._passed + 1
         pieces = [row.keys[row.read :][: min(size, row.left)] for row in rows]
         if self._see(rows, [int((keys < 0).sum()) for keys in pieces]):
             return

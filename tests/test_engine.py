@@ -184,7 +184,8 @@ def test_a_short_question_is_read_before_a_long_prompt_which_is_read_all_the_sam
             model.engine.step()
             steps += 1
         if not number:
-            assert short.done and not long.tokens and steps < 8
+            own = -(-(len(request.ids) - 1) // 16)
+            assert short.done and not long.tokens and steps == own < engines.TURNS  # as if it were alone
         if long.done:
             break
     assert pieces < steps <= engines.TURNS * pieces
