@@ -7,7 +7,8 @@ bucket ``tests``. The emulator ends with the command.
 which requests fail from now on: ``{"every": 7, "kinds": ["503", "reset"], "pause": 0.05}``; see ``KINDS``.
 
 ``gcp-storage-emulator`` for ``gs://``, ``moto`` for ``s3://``. The former serves one connection at a time, ignores preconditions, does not name the
-generation of what it sends, and keeps uploads in parts that are given up. ``_serve_gs`` mends this: TensorStore, gcsfs and the lock depend on it.
+generation of what it sends, keeps uploads in parts that are given up, and does not tell who asks to go on with a large upload (``Expect:
+100-continue``), so that curl waits a second each time. ``_serve_gs`` mends this: TensorStore, gcsfs and the lock depend on it.
 """
 
 from __future__ import annotations
@@ -212,6 +213,10 @@ def _serve_gs() -> Any:
 
     class Handler(Faulty, server.RequestHandler):
         def _answer(self, method: str) -> None:
+            if self.headers.get("Expect", "").lower() == "100-continue":
+                if self.fault == "slow":
+                    time.sleep(FAULTS.pause)
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             parts = urlsplit(self.path)
             asked.generation = parse_qs(parts.query).get("ifGenerationMatch", [None])[0]
             asked.bucket, _, asked.name = parts.path.partition("/b/")[2].partition("/o/")

@@ -213,7 +213,8 @@ class Processor:
         if max_length is not None:
             length = self._cut(ids, min(whole("max_length", max_length, 1), self.ids.context))
         elif length > self.ids.context:
-            images = f" ({len(sources)} × {self.ids.num_patches} of them for images)" if sources else ""
+            shown = "the image" if len(sources) == 1 else f"{len(sources)} images"
+            images = f" ({len(sources) * self.ids.num_patches} of them for {shown})" if sources else ""
             raise UserError(
                 f"the conversation has {length} tokens{images}, but the model's context holds {self.ids.context}; "
                 "shorten it or drop early turns"

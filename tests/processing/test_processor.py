@@ -181,7 +181,7 @@ def test_too_long_a_prompt_names_both_lengths(tiny):
         tiny.encode([user("word " * 1100)])
     patches = tiny.ids.num_patches
     count = 1024 // patches + 1
-    with pytest.raises(UserError, match=rf"{count} × {patches} of them for images"):
+    with pytest.raises(UserError, match=rf"\({count * patches} of them for {count} images\)"):
         tiny.encode([user("Who?", *[GREY] * count)])
 
 
