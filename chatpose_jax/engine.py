@@ -53,7 +53,7 @@ TOGETHER = (4, 1)
 CAPACITIES = (256, 1024, 4096, 16384)
 """Tokens that a row may hold, beside the most. The whole engine has the least that suffices: each step attends to all that rows may hold."""
 TURNS = 4
-"""A piece is read of the prompt that is the first to be whole; of the one that waits longest, if the pieces before, one less than so many, were others'."""
+"""Each piece is of the prompt that will be whole first; but the one that waits longest has at least one of so many pieces."""
 PACE = 0.03
 """Seconds after which an answer tells again, if it does not say after how many tokens."""
 
