@@ -53,21 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples of each pose; more than 1 needs a head that draws samples",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: the folder's, or float32 where that is faster",
-    )
-    parser.add_argument(
-        "--head",
-        metavar="MODULE:CLASS",
-        help="the model's pose head, if it is from a package of your own: a folder alone never imports code",
-    )
-    parser.add_argument(
-        "--body",
-        type=Path,
-        help="SMPL, SMPL-H or SMPL-X file (.npz, .pkl); default: the body that comes with the package",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from chatpose_jax.errors import UserError
 from chatpose_jax.storage import Location, location
@@ -23,12 +24,27 @@ def address(text: str) -> Location:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument ``model``, for ``model_or_toy``."""
+    """Adds the argument ``model``, for ``model_or_toy``, and the options of loading it: ``--dtype``, ``--head`` and ``--body``."""
     parser.add_argument(
         "model",
         type=location,
         nargs="?",
         help="model folder, or the folder of a training or demo; also gs://…, s3://…; default: the toy model that comes with the package",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: the folder's, or float32 where that is faster",
+    )
+    parser.add_argument(
+        "--head",
+        metavar="MODULE:CLASS",
+        help="the model's pose head, if it is from a package of your own: a folder alone never imports code",
+    )
+    parser.add_argument(
+        "--body",
+        type=Path,
+        help="SMPL, SMPL-H or SMPL-X file (.npz, .pkl); default: the body that comes with the package",
     )
 
 

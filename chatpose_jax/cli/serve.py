@@ -52,13 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="web pages of ORIGIN (https://example.org) may ask from a browser; may be repeated",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: the folder's, or float32 where that is faster",
-    )
-    parser.add_argument("--head", metavar="MODULE:CLASS", help="the model's pose head, if it is from your own package")
-    parser.add_argument("--body", type=Path, help="SMPL, SMPL-H or SMPL-X file; default: the body of the package")
-    parser.add_argument(
         "--share-body",
         action="store_true",
         help="clients may fetch meshes of --body: its licence must allow you to pass them on",
