@@ -4,7 +4,8 @@
     JAX_PLATFORMS=cpu python bench/claim.py --out out/claim --table    # the table of what there is, and what is missing
 
 Every run is one file of --out, written when it is complete. A run that is killed goes on from its last checkpoint when the same command is
-given again; several processes may share --out, each takes other runs. ``--only ARM FOLD SEED`` makes one run.
+given again; several processes may share --out, each takes other runs. ``--only ARM FOLD SEED`` makes one run. Files
+``.json`` of an older version do not count: they are made again.
 
 The design stands in docs/claim.md, and was committed before the first run. A row is a question; the model reads it in its own chat template, and
 the pose head reads the final state of its last token, which is the one that would predict the answer's <POSE>. No words are answered, so there

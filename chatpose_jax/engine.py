@@ -53,7 +53,7 @@ TOGETHER = (4, 1)
 CAPACITIES = (256, 1024, 4096, 16384)
 """Tokens that a row may hold, beside the most. The whole engine has the least that suffices: each step attends to all that rows may hold."""
 TURNS = 4
-"""Each piece is of the prompt that will be whole first; but the one that waits longest has at least one of so many pieces."""
+"""Pieces are of the prompt that will be whole first. After TURNS - 1 that were not of the one that waits longest, the next one is."""
 PACE = 0.03
 """Seconds after which an answer tells again, if it does not say after how many tokens."""
 
@@ -164,7 +164,9 @@ class Engine:
         self._capacities = [each for each in CAPACITIES if each <= most / 2] + [most]
         self._waiting: collections.deque[Completion] = collections.deque()
         self._state: DecodeState | None = None
-        self._clock, self._passed, self._least = 0, 0, 0
+        self._clock, self._least = 0, 0
+        self._passed = 0
+        """Pieces since the prompt that waits longest had one."""
         self._seconds = collections.defaultdict[Any, float](float)
         """Of a step, about; for each of the programs that write."""
         self._own, self._rows = slots, [_Row() for _ in range(slots)]
@@ -424,9 +426,10 @@ class Engine:
         if not rows:
             return
         rows = rows[: next(n for n in TOGETHER if n <= len(rows))]
-        self._passed = 0 if oldest in rows else self._passed + 1
         pieces = [row.keys[row.read :][: min(size, row.left)] for row in rows]
-        if self._see(rows, [int((keys < 0).sum()) for keys in pieces]):
+        seen = self._see(rows, [int((keys < 0).sum()) for keys in pieces])
+        self._passed = 0 if oldest in (seen or rows) else self._passed + 1
+        if seen:
             return
         ids = np.full((len(rows), size), self.config.pad_token_id, np.int32)
         for place, row, keys in zip(ids, rows, pieces):
@@ -473,13 +476,13 @@ class Engine:
         row.answer.reused += shared[best] - row.read
         row.read, row.features = shared[best], None
 
-    def _see(self, rows: list[_Row], images: list[int]) -> bool:
+    def _see(self, rows: list[_Row], images: list[int]) -> list[_Row]:
         """Sees the next image of each prompt that needs it for its next ``images`` image tokens; where somebody reads along, one at a time, so that
-        other answers go on. Returns whether there was any.
+        other answers go on. Returns the rows whose image was seen.
         """
         blind = [row for row, count in zip(rows, images) if count > (0 if row.features is None else len(row.features))]
         if not blind:
-            return False
+            return []
         blind = blind[: 1 if self._watched else next(n for n in TOGETHER if n <= len(blind))]
         given = []
         for row in blind:
@@ -490,7 +493,7 @@ class Engine:
         seen = np.asarray(see(self.config, self.params, np.stack(given)[:, None].astype(np.float32), mesh=self.mesh))
         for row, new in zip(blind, seen):
             row.features = new if row.features is None else np.concatenate([row.features, new])
-        return True
+        return blind
 
     def _features(self, rows: list[_Row], pieces: list[np.ndarray], size: int) -> np.ndarray | None:
         """(R, size, D), of the image tokens of these pieces and zeros; always, so that reading with images and without is one program."""
@@ -591,7 +594,9 @@ class Engine:
         row.answer, row.reading, row.features = None, False, None
         answer.error, answer.done = error, True
         answer.say()
-        answer.tell = None  # whoever listens often holds the answer: without this circle its memory is free as soon as nobody needs it
+        answer.tell = (
+            None  # whoever listens often holds the answer: this breaks the circle, so that its memory is free at once
+        )
 
 
 def _draws(samples: int) -> int:

@@ -26,6 +26,13 @@ SIZES = (16, 4096)
 """Smallest and largest side of a rendered image, in pixels."""
 
 
+def _copy(x: Any) -> np.ndarray:
+    """Read-only. A view would hold the buffer of a device's array."""
+    copy = np.array(x)
+    copy.setflags(write=False)
+    return copy
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PosedBody:
     """One pose on one body. Without betas the body has the average shape; without a translation it is at the origin.
@@ -50,7 +57,7 @@ class PosedBody:
         pose = check_shapes(self.pose)
         if pose.shape:
             raise ValueError(f"a PosedBody shows one pose, found a batch of shape {pose.shape}; index it: pose[0]")
-        pose = jax.tree.map(np.array, pose)  # copies: a view of a device's array would hold its whole buffer
+        pose = jax.tree.map(_copy, pose)
         for name in ("betas", "translation"):  # a pose of a batch may lack a field that others have
             if (has := getattr(pose, f"has_{name}")) is not None:
                 pose = pose.replace(**{name: getattr(pose, name) if has else None, f"has_{name}": None})
@@ -65,22 +72,22 @@ class PosedBody:
     @functools.cached_property
     def axis_angle(self) -> np.ndarray:
         """(J, 3) float32, radians."""
-        return np.array(_axis_angle(self.matrices))
+        return _copy(_axis_angle(self.matrices))
 
     @functools.cached_property
     def rotation_6d(self) -> np.ndarray:
         """(J, 6) float32: the first two columns of each matrix, one after the other."""
-        return np.array(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
+        return _copy(rotations.matrix_to_rotation_6d(self.matrices, order="columns"))
 
     @functools.cached_property
     def joints(self) -> np.ndarray:
         """(K, 3) float32, metres in ``pose.frame``, in the order of the body's ``joint_names``."""
-        return np.array(_joints(self.body, for_body(self.pose, self.body)))
+        return _copy(_joints(self.body, for_body(self.pose, self.body)))
 
     @functools.cached_property
     def vertices(self) -> np.ndarray:
         """(V, 3) float32, metres in ``pose.frame``."""
-        return np.array(_vertices(self.body, for_body(self.pose, self.body)))
+        return _copy(_vertices(self.body, for_body(self.pose, self.body)))
 
     def render(self, size: int = 512, views: Sequence[str] = ("front",)) -> np.ndarray:
         """Renders an image (H, W, 3) uint8 with one square panel per view, ``size`` (16 … 4096) pixels wide. The body is always centred.

@@ -119,6 +119,7 @@ class Faulty:
             return False
         self.fault = FAULTS.next()
         if self.fault == "503":
+            self.go_on()
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.send_response(HTTPStatus.SERVICE_UNAVAILABLE)
             self.send_header("Content-Length", "0")
@@ -134,6 +135,9 @@ class Faulty:
         if self.fault == "slow":
             self.wfile = Slow(self.wfile)
         return True
+
+    def go_on(self: Any) -> None:
+        """Tells who asks that a large body may come; curl waits a second for it."""
 
     def handle_one_request(self: Any) -> None:
         self.fault = None
@@ -212,11 +216,14 @@ def _serve_gs() -> Any:
             pass  # with all objects, after each write
 
     class Handler(Faulty, server.RequestHandler):
-        def _answer(self, method: str) -> None:
+        def go_on(self) -> None:
             if self.headers.get("Expect", "").lower() == "100-continue":
                 if self.fault == "slow":
                     time.sleep(FAULTS.pause)
                 self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        def _answer(self, method: str) -> None:
+            self.go_on()
             parts = urlsplit(self.path)
             asked.generation = parse_qs(parts.query).get("ifGenerationMatch", [None])[0]
             asked.bucket, _, asked.name = parts.path.partition("/b/")[2].partition("/o/")

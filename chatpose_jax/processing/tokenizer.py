@@ -59,10 +59,6 @@ _LLAMA = {
 }
 
 
-KEPT_TEXTS = 500
-"""Texts whose pieces are kept, so that the turns of a conversation are not cut up again."""
-
-
 class TextTokenizer:
     """A tokenizer with BPE: in LLaMA's layout (byte fallback, ``▁`` for a space), or of bytes.
 
@@ -120,8 +116,10 @@ class TextTokenizer:
         model["dropout"] = None
         data |= {"added_tokens": blank, "post_processor": None, "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(data))
-        if self.spaced:  # a whole text is one word here, and the library keeps the pieces of 10,000 words: 50 MB of a server that runs for long
-            self._bpe.model._resize_cache(KEPT_TEXTS)
+        if self.spaced and (resize := getattr(self._bpe.model, "_resize_cache", None)) is not None:
+            resize(
+                0
+            )  # a whole text is one word here; the library would keep the first 10,000 for ever, 50 MB of a server
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> TextTokenizer:

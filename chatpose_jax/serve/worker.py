@@ -104,6 +104,7 @@ class Worker:
             self._wake.notify()
         if self.model is not None:
             self._thread.join(seconds)
+        gc.unfreeze()
 
     def submit(self, requests: Sequence[Request], stop: tuple[str, ...] = ()) -> list[Answering]:
         """Begins to answer. Raises Full, for all of them, if they cannot all have a row or a place in the queue."""

@@ -300,7 +300,8 @@ def test_an_answer_is_forgotten_at_once(running):
         who = {"type": "text", "text": "Who?"}
         answer = running.ask(messages=user(picture(data_url()[0]), who), max_tokens=12, force_pose=True)
         assert answer.json()["choices"][0]["message"]["poses"]
-        running.until(lambda: not any(isinstance(o, worker.Answering | engines.Completion) for o in gc.get_objects()))
+        kept = (worker.Answering, engines.Completion)
+        running.until(lambda: not any(issubclass(type(o), kept) for o in gc.get_objects()))
     finally:
         gc.enable()
 

@@ -40,7 +40,7 @@ export function asRequest(messages) {
     if (message.role !== 'user') return;
     const answer = messages[k + 1];
     const last = k >= messages.length - 2 && answer?.state === 'writing';
-    if (!last && (!answer?.text || answer.state === 'failed')) return;
+    if (!last && (!answer || answer.state === 'failed')) return;
     const pictures = message.pictures.map((url) => ({ type: 'image_url', image_url: { url } }));
     sent.push({ role: 'user', content: pictures.length ? [...pictures, { type: 'text', text: message.text }] : message.text });
     if (!last) sent.push({ role: 'assistant', content: answer.text });
