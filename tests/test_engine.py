@@ -310,6 +310,17 @@ def test_who_goes_away_frees_the_row_and_leaves_what_was_read(params):
     assert_same(model.reply(waits), make(params, slots=1).chat([user("And me?")], max_new_tokens=4))
 
 
+def test_an_answer_that_is_done_or_cancelled_has_forgotten_who_listens(params):
+    model = make(params, slots=1)
+    requests = [model.request([user(text)], every=0, **check_settings(max_new_tokens=1)) for text in ("One", "Two")]
+    heard = []
+    first, second = (model.engine.submit(request, heard.append) for request in requests)
+    model.engine.cancel(second)
+    assert second.tell is None and first.tell is not None
+    model.engine.finish([first])
+    assert heard == [first] and first.tell is None
+
+
 def test_threads_share_the_work(params):
     model, expected, found = make(params, slots=2), {}, {}
     alone = make(params, slots=1)

@@ -50,6 +50,11 @@ def test_a_pose_knows_its_body(posed, tmp_path):
     assert repr(posed).startswith("PosedBody(pose=Pose(rotations=float32 (24, 3, 3), frame='camera'")
 
 
+def test_arrays_are_its_own_and_cannot_be_changed(posed):
+    arrays = (posed.matrices, posed.axis_angle, posed.rotation_6d, posed.joints, posed.vertices)
+    assert all(array.flags.owndata and not array.flags.writeable for array in arrays)
+
+
 def test_shape_and_place_are_used_everywhere(shaped, posed, body, tmp_path):
     betas, move = shaped.pose.betas, shaped.pose.translation
     np.testing.assert_allclose(shaped.joints, smpl_jax.joints(body, UPRIGHT, betas, move), atol=1e-6)
