@@ -594,9 +594,8 @@ class Engine:
         row.answer, row.reading, row.features = None, False, None
         answer.error, answer.done = error, True
         answer.say()
-        answer.tell = (
-            None  # whoever listens often holds the answer: this breaks the circle, so that its memory is free at once
-        )
+        # Whoever listens often holds the answer. This breaks the circle, so that its memory is free at once.
+        answer.tell = None
 
 
 def _draws(samples: int) -> int:

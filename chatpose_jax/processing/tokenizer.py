@@ -116,10 +116,9 @@ class TextTokenizer:
         model["dropout"] = None
         data |= {"added_tokens": blank, "post_processor": None, "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(data))
+        # A whole text is one word here. The library would keep the first 10,000 for ever, 50 MB of a server.
         if self.spaced and (resize := getattr(self._bpe.model, "_resize_cache", None)) is not None:
-            resize(
-                0
-            )  # a whole text is one word here; the library would keep the first 10,000 for ever, 50 MB of a server
+            resize(0)
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> TextTokenizer:
